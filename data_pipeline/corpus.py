@@ -1,0 +1,123 @@
+"""The embedded default: a Pile-shaped corpus from the Python installation itself.
+
+Three honestly named subsets from the standard library: its sources (``Github``), their
+docstrings (``Python Docstrings``) and the language reference that pydoc carries (``Python
+Documentation``). All text of one file falls in one split, so that no split has seen another's.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.sources import SPLITS, DataError
+
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "config"}
+_MIN_CHARACTERS = 200
+
+
+def write_corpus(out: Path) -> dict[str, int]:
+    """Write ``train``, ``val`` and ``test.jsonl.zst`` in the Pile's format.
+
+    The same bytes for one Python version, without a network.
+
+    Returns:
+        Documents per split.
+
+    Raises:
+        DataError: if this Python has no readable standard library.
+    """
+    import zstandard
+
+    library = Path(sysconfig.get_paths()["stdlib"])
+    documents = sorted(_documents(library), key=lambda one: _order(one[1], one[2]))
+    if len(documents) < 100:
+        raise DataError(f"{library}: too few sources here; give your own files to `data tokenize`")
+    out.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for split in SPLITS:
+        lines = [
+            json.dumps({"text": text, "meta": {"pile_set_name": subset}}, ensure_ascii=False)
+            for part, subset, text in documents
+            if part == split
+        ]
+        counts[split] = len(lines)
+        data = "".join(line + "\n" for line in lines).encode("utf-8")
+        aside = out / f".{split}.tmp"
+        aside.write_bytes(zstandard.ZstdCompressor(level=9).compress(data))
+        os.replace(aside, out / f"{split}.jsonl.zst")
+    return counts
+
+
+def _documents(library: Path) -> Iterator[tuple[str, str, str]]:
+    """(split, subset, text) of every document; repeated texts only once."""
+    seen: set[str] = set()
+    for path in sorted(library.rglob("*.py")):
+        relative = path.relative_to(library)
+        if _SKIPPED.intersection(relative.parts[:-1]):
+            continue
+        try:
+            with tokenize.open(path) as file:
+                source = file.read()
+            tree = ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError, ValueError, OSError):
+            continue
+        if relative.parts[0] == "pydoc_data":
+            found = [(_split(text[:80]), "Python Documentation", text) for text in _topics(tree)]
+        else:
+            part = _split(str(relative))
+            found = [(part, "Github", source)]
+            found += [(part, "Python Docstrings", text) for text in _docstrings(tree)]
+        for part, subset, text in found:
+            if len(text) >= _MIN_CHARACTERS and text not in seen and _is_utf8(text):
+                seen.add(text)
+                yield part, subset, text
+
+
+def _topics(tree: ast.Module) -> Iterator[str]:
+    """The texts of ``pydoc_data.topics``: the values of its one dictionary."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            for value in node.values:
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    yield value.value
+
+
+def _docstrings(tree: ast.Module) -> Iterator[str]:
+    """The docstrings of a module, each class's with those of its methods."""
+    module = ast.get_docstring(tree)
+    if module:
+        yield module
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            parts = [
+                f"{part.name}: {text}"
+                for part in ast.walk(node)
+                if isinstance(part, ast.ClassDef | ast.FunctionDef)
+                and (text := ast.get_docstring(part))
+            ]
+            if parts:
+                yield "\n\n".join(parts)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _split(key: str) -> str:
+    draw = hashlib.sha256(key.encode("utf-8", "replace")).digest()[0]
+    return "test" if draw < 8 else "val" if draw < 16 else "train"
+
+
+def _order(subset: str, text: str) -> bytes:
+    return hashlib.sha256(f"{subset}\0{text}".encode()).digest()

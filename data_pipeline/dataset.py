@@ -1,0 +1,327 @@
+"""Tokenised folders: their manifest, training blends and held-out documents.
+
+Megatron's classes read the files and build the samples. One thing is changed: the epochs of a
+subset are datasets of their own, each shuffled with a seed from (seed, subset, epoch), so that
+the order does not depend on how many samples a run asks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+import sys
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.pile import PILE_WEIGHTS
+from data_pipeline.sources import DataError
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+
+
+@cache
+def index_classes() -> Any:
+    """Megatron's dataset classes, imported late (3 s) and without their warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        indexed = importlib.import_module("megatron.core.datasets.indexed_dataset")
+        gpt = importlib.import_module("megatron.core.datasets.gpt_dataset")
+        blended = importlib.import_module("megatron.core.datasets.blended_dataset")
+        utils = importlib.import_module("megatron.core.datasets.utils")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    return SimpleNamespace(
+        writer=indexed._IndexWriter,
+        IndexedDataset=indexed.IndexedDataset,
+        GPTDataset=gpt.GPTDataset,
+        GPTDatasetConfig=gpt.GPTDatasetConfig,
+        BlendedDataset=blended.BlendedDataset,
+        Split=utils.Split,
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One subset of one split."""
+
+    split: str
+    subset: str
+    prefix: Path
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A tokenised folder."""
+
+    path: Path
+    entries: tuple[Entry, ...]
+    vocabulary_size: int
+    eod: int
+    tokenizer: Path
+    tokenizer_sha256: str
+    dtype: str
+    malformed: int
+
+    def split(self, name: str) -> list[Entry]:
+        """The subsets of a split.
+
+        Raises:
+            DataError: if there are none.
+        """
+        found = [entry for entry in self.entries if entry.split == name]
+        if not found:
+            known = sorted({entry.split for entry in self.entries})
+            raise DataError(f"{self.path}: no split {name!r}; it has {', '.join(known)}")
+        return found
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read ``manifest.json`` of a tokenised folder.
+
+    Raises:
+        DataError: if it is missing, unfinished or unreadable.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        if (path / ".parts").is_dir():
+            raise DataError(
+                f"{path}: tokenisation is not finished; repeat `pretrain data tokenize`"
+            )
+        raise DataError(f"{path}: no {MANIFEST}; make the folder with `pretrain data tokenize`")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["version"] != MANIFEST_VERSION:
+            raise DataError(
+                f"{file}: version {values['version']}, this program reads {MANIFEST_VERSION}; "
+                "tokenise again"
+            )
+        entries = tuple(
+            Entry(**{**entry, "prefix": path / entry["prefix"]}) for entry in values["entries"]
+        )
+        tokenizer = values["tokenizer"]
+        return Manifest(
+            path,
+            entries,
+            tokenizer["vocabulary_size"],
+            tokenizer["eod"],
+            path / tokenizer["file"],
+            tokenizer["sha256"],
+            values["dtype"],
+            values["malformed"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise DataError(f"{file}: not a manifest ({error!r}); tokenise again") from None
+
+
+def open_indexed(entry: Entry, dtype: str) -> Any:
+    """Megatron's `IndexedDataset` of an entry, after checks that give one-line errors.
+
+    Raises:
+        DataError: if a file is missing, or the sizes of index and data do not fit.
+    """
+    index, data = (entry.prefix.with_name(entry.prefix.name + end) for end in (".idx", ".bin"))
+    for file in (index, data):
+        if not file.is_file():
+            raise DataError(f"{file}: missing; tokenise again")
+    head = index.open("rb").read(34)
+    width = {"uint16": 2, "int32": 4}[dtype]
+    expected = 34 + entry.documents * 12 + (entry.documents + 1) * 8
+    if head[:9] != b"MMIDIDX\x00\x00" or index.stat().st_size != expected:
+        raise DataError(f"{index}: the index is damaged; tokenise again")
+    if data.stat().st_size != entry.tokens * width:
+        raise DataError(
+            f"{data}: {data.stat().st_size} bytes, expected {entry.tokens * width}; tokenise again"
+        )
+    return index_classes().IndexedDataset(str(entry.prefix), multimodal=False, mmap=True)
+
+
+# --- training -------------------------------------------------------------------------------
+
+
+def blend_weights(manifest: Manifest, weights: str | dict[str, float]) -> dict[str, float]:
+    """Share of each training subset, summing to 1.
+
+    Args:
+        weights: ``proportional`` to tokens, ``pile`` (the published shares, renormalised over
+            the subsets that are present), or shares by name.
+
+    Raises:
+        DataError: if a name has no subset, a subset has no weight, or nothing is left.
+    """
+    entries = {entry.subset: entry for entry in manifest.split("train")}
+    if weights == "proportional":
+        raw = {name: float(entry.tokens) for name, entry in entries.items()}
+    elif weights == "pile":
+        unknown = sorted(set(entries) - set(PILE_WEIGHTS))
+        if unknown:
+            raise DataError(
+                f"data.weights: pile: {unknown[0]!r} is no subset of the Pile; give weights by "
+                "name, or proportional"
+            )
+        raw = {name: PILE_WEIGHTS[name] for name in entries}
+    elif isinstance(weights, dict):
+        for name in weights:
+            if name not in entries:
+                raise DataError(
+                    f"data.weights.{name}: no such subset in {manifest.path}; it has "
+                    f"{', '.join(sorted(entries))}"
+                )
+        for name in entries:
+            if name not in weights:
+                raise DataError(f"data.weights: {name!r} has no weight; give one (0 leaves it out)")
+        raw = dict(weights)
+    else:
+        raise DataError(f"data.weights: {weights!r} is not proportional, pile or a mapping")
+    if min(raw.values()) < 0 or sum(raw.values()) <= 0:
+        raise DataError("data.weights: weights are shares: none negative, not all 0")
+    total = sum(raw.values())
+    return {name: value / total for name, value in raw.items() if value > 0}
+
+
+class EpochedSubset:
+    """All epochs of one subset as one endless dataset, in the form that Megatron blends."""
+
+    def __init__(self, entry: Entry, dtype: str, eod: int, context: int, seed: int) -> None:
+        megatron = index_classes()
+        self.index_split = megatron.Split.train
+        self.unique_identifiers = OrderedDict(subset=entry.subset, seed=seed)
+        self._entry, self._eod, self._context, self._seed = entry, eod, context, seed
+        self._indexed = open_indexed(entry, dtype)
+        self._epochs: OrderedDict[int, Any] = OrderedDict()
+        self._length = (entry.tokens - 1) // context
+        if self._length < 1:
+            raise DataError(
+                f"{entry.subset}: {entry.tokens} training tokens are fewer than one sequence of "
+                f"model.context {context} + 1; shorten the context or leave the subset out"
+            )
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        epoch, position = divmod(int(index), self._length)
+        sample: dict[str, Any] = self._epoch(epoch)[position]
+        return sample
+
+    def _epoch(self, epoch: int) -> Any:
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self._build(epoch)
+            while len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+    def _build(self, epoch: int) -> Any:
+        megatron = index_classes()
+        name = f"{self._seed}/{self._entry.subset}/{epoch}"
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+        config = megatron.GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=self._context,
+            tokenizer=SimpleNamespace(
+                eod=self._eod, vocab_size=None, unique_identifiers={"eod": self._eod}
+            ),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        documents = np.arange(self._entry.documents, dtype=np.int32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return megatron.GPTDataset(
+                self._indexed, None, documents, None, self.index_split, config
+            )
+
+
+class TrainingData:
+    """The blend: sample number -> tokens, a function of the seed alone."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        weights: str | dict[str, float],
+        context: int,
+        seed: int,
+        samples: int,
+    ) -> None:
+        self.shares = blend_weights(manifest, weights)
+        by_name = {entry.subset: entry for entry in manifest.split("train")}
+        subsets = [
+            EpochedSubset(by_name[name], manifest.dtype, manifest.eod, context, seed)
+            for name in self.shares
+        ]
+        self._blend = index_classes().BlendedDataset(
+            subsets,
+            list(self.shares.values()),
+            samples,
+            SimpleNamespace(path_to_cache=None, defer_npy_index_mmap=False),
+        )
+
+    def __len__(self) -> int:
+        return len(self._blend)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels of sample ``index``, each ``[context]`` int64."""
+        sample = self._blend[index]
+        return sample["tokens"].numpy(), sample["labels"].numpy()
+
+
+# --- held-out documents ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One document to score."""
+
+    subset: str
+    tokens: np.ndarray
+    """Without the end-of-document token."""
+    bytes: int
+    hash: int
+
+
+def held_out(manifest: Manifest, split: str, limit: int | None = None) -> list[HeldOut]:
+    """The documents of a split, or a fixed sample of them.
+
+    The sample is the ``limit`` documents whose text hashes are smallest: random, but the same
+    for every run, tokenizer and order of the sources.
+    """
+    chosen: list[tuple[int, Entry, int, int]] = []
+    entries = manifest.split(split)
+    for entry in entries:
+        file = entry.prefix.with_name(entry.prefix.name + ".docs.npy")
+        try:
+            documents = np.load(file, allow_pickle=False)
+        except (OSError, ValueError):
+            raise DataError(f"{file}: missing or damaged; tokenise again") from None
+        order = np.argsort(documents["hash"], kind="stable")[:limit]
+        chosen += [
+            (int(documents["hash"][i]), entry, int(i), int(documents["bytes"][i])) for i in order
+        ]
+    if limit is not None:
+        chosen = sorted(chosen, key=lambda one: (one[0], one[1].subset))[:limit]
+    readers = {entry.subset: open_indexed(entry, manifest.dtype) for entry in entries}
+    return [
+        HeldOut(
+            entry.subset, _without_eod(readers[entry.subset].get(i), manifest.eod), size, digest
+        )
+        for digest, entry, i, size in sorted(chosen, key=lambda one: (one[1].subset, one[2]))
+    ]
+
+
+def _without_eod(tokens: np.ndarray, eod: int) -> np.ndarray:
+    """A copy (Megatron's view dies with its reader) without the end-of-document token."""
+    stop = len(tokens) - 1 if len(tokens) and tokens[-1] == eod else len(tokens)
+    return np.array(tokens[:stop])

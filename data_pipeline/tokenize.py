@@ -1,0 +1,452 @@
+"""Raw sources to Megatron ``.bin/.idx`` pairs, one per split and subset; restartable.
+
+Blocks of records go to worker processes and come back in order. Every so many bytes the
+results become a *part*: files written aside, then recorded in ``state.json`` by one rename. An
+interrupted run keeps its parts; the last step concatenates them and writes ``manifest.json``,
+whose presence means that the folder is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.dataset import MANIFEST, MANIFEST_VERSION, index_classes
+from data_pipeline.sources import (
+    Block,
+    DataError,
+    Fields,
+    Source,
+    parse_block,
+    sha256_of,
+    split_by_document,
+)
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+
+DOCUMENT_TYPE = np.dtype([("bytes", "<u8"), ("hash", "<u8")])
+"""Beside each pair, one entry per document: UTF-8 bytes and a hash of the text."""
+_SHOWN_PROBLEMS = 20
+
+Key = tuple[str, str]
+"""(split, subset)"""
+Progress = Callable[[int, int], None]
+"""Called with (source bytes of finished blocks, documents) as work proceeds."""
+
+
+@dataclass
+class Encoded:
+    """Documents of one split and subset: tokens one after the other, and their lengths."""
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    lengths: list[np.ndarray] = field(default_factory=list)
+    documents: list[np.ndarray] = field(default_factory=list)
+
+    def extend(self, other: Encoded) -> None:
+        """Append another's documents."""
+        self.tokens += other.tokens
+        self.lengths += other.lengths
+        self.documents += other.documents
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do, apart from the sources; its identity decides whether a folder matches."""
+
+    tokenizer_path: Path
+    eod_token: str | None = None
+    fields: Fields = Fields()
+    split: str | None = None
+    """Put everything in this split; None: by name, else 98 : 1 : 1 by document."""
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done."""
+
+    manifest: dict[str, Any]
+    already_done: bool
+    resumed: bool
+    seconds: float
+    problems: int
+    shown: list[str]
+
+
+def tokenize(
+    sources: list[Source],
+    job: Job,
+    out: Path,
+    workers: int = 1,
+    progress: Progress | None = None,
+    part_bytes: int = 64 << 20,
+) -> Report:
+    """Tokenise ``sources`` into ``out``.
+
+    Args:
+        workers: processes that parse and encode.
+        part_bytes: text after which progress is made safe.
+
+    Raises:
+        DataError: for a damaged source, for a folder made from other sources or with another
+            tokenizer, and with ``strict`` for the first malformed record.
+    """
+    started = time.monotonic()
+    tokenizer = load_tokenizer(job.tokenizer_path, job.eod_token)
+    identity = _identity(sources, job, tokenizer)
+    state = _State(out, identity)
+    if state.finished is not None:
+        return Report(state.finished, True, False, 0.0, 0, [])
+    resumed = state.load()
+    with _encoder(job, tokenizer, workers) as encode:
+        for index, source in enumerate(sources):
+            if not state.is_done(index):
+                _tokenize_source(source, index, encode, job, state, part_bytes, progress)
+    manifest = _assemble(state, sources, job, tokenizer)
+    return Report(manifest, False, resumed, time.monotonic() - started, state.problems, state.shown)
+
+
+def _identity(sources: list[Source], job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "tokenizer": tokenizer.sha256,
+        "eod": tokenizer.eod,
+        "sources": [[source.size, source.fingerprint, source.split] for source in sources],
+        "fields": [job.fields.text, job.fields.subset, job.fields.default_subset],
+        "split": job.split,
+    }
+
+
+class _State:
+    """Progress on disk, in a hidden folder beside the results."""
+
+    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+        self.out, self.identity = out, identity
+        self.folder = out / ".parts"
+        self.parts: list[dict[str, Any]] = []
+        self.sources: dict[str, dict[str, Any]] = {}
+        self.problems = 0
+        self.shown: list[str] = []
+        self.finished: dict[str, Any] | None = None
+        manifest = out / MANIFEST
+        if manifest.exists():
+            found = json.loads(manifest.read_text(encoding="utf-8"))
+            self._check(found.get("identity"))
+            self.finished = found
+
+    def _check(self, found: Any) -> None:
+        if found == self.identity:
+            return
+        keys = [key for key in self.identity if (found or {}).get(key) != self.identity[key]]
+        what = {"tokenizer": "another tokenizer", "sources": "other sources"}
+        reason = " and ".join(what.get(key, f"another {key}") for key in keys)
+        raise DataError(f"{self.out}: was made with {reason}; choose another --out or delete it")
+
+    def load(self) -> bool:
+        """Read what an interrupted run left; remove what it had not recorded."""
+        path = self.folder / "state.json"
+        resumed = path.exists()
+        if resumed:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            self._check(found["identity"])
+            self.parts, self.sources = found["parts"], found["sources"]
+            self.problems, self.shown = found["problems"], found["shown"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known = {part["folder"] for part in self.parts}
+        for folder in self.folder.iterdir():
+            if folder.is_dir() and folder.name not in known:
+                shutil.rmtree(folder)
+        self._save()
+        return resumed
+
+    def is_done(self, index: int) -> bool:
+        return bool(self.sources.get(str(index), {}).get("done"))
+
+    def blocks_done(self, index: int) -> int:
+        return int(self.sources.get(str(index), {}).get("blocks", 0))
+
+    def record_problems(self, problems: list[str]) -> None:
+        self.problems += len(problems)
+        self.shown += problems[: max(0, _SHOWN_PROBLEMS - len(self.shown))]
+
+    def commit(self, index: int, blocks: int, done: bool, results: dict[Key, Encoded]) -> None:
+        """Make finished blocks safe: write their files, then name them in the state."""
+        if results:
+            name = f"{len(self.parts):06d}"
+            folder = self.folder / name
+            folder.mkdir()
+            entries = []
+            for number, ((split, subset), encoded) in enumerate(sorted(results.items())):
+                _write(folder / f"{number}.bin", np.concatenate(encoded.tokens).tobytes())
+                _write(folder / f"{number}.len", np.concatenate(encoded.lengths).tobytes())
+                _write(folder / f"{number}.doc", np.concatenate(encoded.documents).tobytes())
+                entries.append([split, subset, number])
+            self.parts.append({"folder": name, "entries": entries})
+        self.sources[str(index)] = {"blocks": blocks, "done": done}
+        self._save()
+
+    def _save(self) -> None:
+        state = {
+            "identity": self.identity,
+            "parts": self.parts,
+            "sources": self.sources,
+            "problems": self.problems,
+            "shown": self.shown,
+        }
+        _write_aside(self.folder / "state.json", json.dumps(state).encode())
+
+
+def _tokenize_source(
+    source: Source,
+    index: int,
+    encode: Callable[[Iterator[tuple[Block, str | None]]], Iterator[_Result]],
+    job: Job,
+    state: _State,
+    part_bytes: int,
+    progress: Progress | None,
+) -> None:
+    skip = state.blocks_done(index)
+    split = job.split or source.split
+
+    def blocks() -> Iterator[tuple[Block, str | None]]:
+        for number, block in enumerate(source.open_blocks()):
+            if number >= skip:
+                yield block, split
+
+    pending: dict[Key, Encoded] = {}
+    count, size = skip, 0
+    for result in encode(blocks()):
+        if result.problems and job.strict:
+            raise DataError(result.problems[0])
+        state.record_problems(result.problems)
+        for key, encoded in result.encoded.items():
+            pending.setdefault(key, Encoded()).extend(encoded)
+        count += 1
+        size += result.bytes
+        if progress:
+            progress(result.raw_bytes, result.count)
+        if size >= part_bytes:
+            state.commit(index, count, False, pending)
+            pending, size = {}, 0
+    state.commit(index, count, True, pending)
+
+
+# --- encoding, in any process ---------------------------------------------------------------
+
+
+@dataclass
+class _Result:
+    encoded: dict[Key, Encoded]
+    problems: list[str]
+    bytes: int
+    raw_bytes: int
+    count: int
+
+
+def token_type(vocabulary_size: int) -> type[np.uint16] | type[np.int32]:
+    """Megatron's choice: 16 bits where the vocabulary allows."""
+    return np.uint16 if vocabulary_size < 65_500 else np.int32
+
+
+def _encode_block(tokenizer: Tokenizer, block: Block, fields: Fields, split: str | None) -> _Result:
+    parsed = parse_block(block, fields)
+    texts = [document.text for document in parsed.documents]
+    ids = tokenizer.encode(texts)
+    dtype = token_type(tokenizer.vocabulary_size)
+    members: dict[Key, list[int]] = {}
+    for number, document in enumerate(parsed.documents):
+        key = (split or split_by_document(document.text), document.subset)
+        members.setdefault(key, []).append(number)
+    encoded = {}
+    for key, numbers in members.items():
+        raw = [texts[number].encode("utf-8") for number in numbers]
+        encoded[key] = Encoded(
+            [np.concatenate([np.array([*ids[n], tokenizer.eod], dtype=dtype) for n in numbers])],
+            [np.array([len(ids[n]) + 1 for n in numbers], dtype=np.int32)],
+            [np.array([(len(text), _hash(text)) for text in raw], dtype=DOCUMENT_TYPE)],
+        )
+    total = sum(int(one.documents[0]["bytes"].sum()) for one in encoded.values())
+    raw_bytes = sum(len(record) for record in block.records if isinstance(record, bytes)) or total
+    return _Result(encoded, parsed.problems, total, raw_bytes, len(texts))
+
+
+def _hash(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+class _encoder:  # noqa: N801 - a context manager used like a function
+    """Encodes blocks in order, in this process or in a pool with bounded read-ahead."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer, workers: int) -> None:
+        self.job, self.tokenizer, self.workers = job, tokenizer, workers
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Callable[[Iterator[tuple[Block, str | None]]], Iterator[_Result]]:
+        if self.workers <= 1:
+            return self._serial
+        self.pool = ProcessPoolExecutor(
+            self.workers,
+            mp_context=get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(self.job.tokenizer_path, self.job.eod_token, os.getpid()),
+        )
+        return self._parallel
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def _serial(self, blocks: Iterator[tuple[Block, str | None]]) -> Iterator[_Result]:
+        for block, split in blocks:
+            yield _encode_block(self.tokenizer, block, self.job.fields, split)
+
+    def _parallel(self, blocks: Iterator[tuple[Block, str | None]]) -> Iterator[_Result]:
+        assert self.pool is not None
+        waiting: deque[Any] = deque()
+        for block, split in blocks:
+            waiting.append(self.pool.submit(_work, block, self.job.fields, split))
+            if len(waiting) > 2 * self.workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_worker: dict[str, Tokenizer] = {}
+
+
+def _start_worker(path: Path, eod_token: str | None, parent: int) -> None:
+    _worker["tokenizer"] = load_tokenizer(path, eod_token)
+
+    def die_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+
+
+def _work(block: Block, fields: Fields, split: str | None) -> _Result:
+    return _encode_block(_worker["tokenizer"], block, fields, split)
+
+
+# --- the finished folder --------------------------------------------------------------------
+
+
+def _assemble(
+    state: _State, sources: list[Source], job: Job, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Concatenate the parts into one pair per split and subset, and write the manifest."""
+    out = state.out
+    keys = sorted({(split, subset) for part in state.parts for split, subset, _ in part["entries"]})
+    if not keys:
+        raise DataError(
+            f"no usable document in {len(sources)} source(s)"
+            + (f"; the first problem: {state.shown[0]}" if state.shown else "")
+        )
+    dtype = token_type(tokenizer.vocabulary_size)
+    entries = [_assemble_one(state, key, dtype) for key in keys]
+    suffix = ".json" if job.tokenizer_path.suffix == ".json" else ".model"
+    tokenizer_file = f"tokenizer{suffix}"
+    source_file = job.tokenizer_path
+    if source_file.is_dir():
+        source_file = next(source_file.glob("tokenizer.*"))
+        tokenizer_file = source_file.name
+    if source_file.resolve() != (out / tokenizer_file).resolve():
+        shutil.copyfile(source_file, out / tokenizer_file)
+    manifest = {
+        "version": MANIFEST_VERSION,
+        "tokenizer": {
+            "file": tokenizer_file,
+            "sha256": tokenizer.sha256,
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "eod": tokenizer.eod,
+        },
+        "dtype": dtype.__name__,
+        "entries": entries,
+        "malformed": state.problems,
+        "sources": [
+            {
+                "name": source.name,
+                "size": source.size,
+                "sha256": sha256_of(Path(source.name)) if source.size else None,
+            }
+            for source in sources
+        ],
+        "identity": state.identity,
+    }
+    _write_aside(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    shutil.rmtree(state.folder)
+    return manifest
+
+
+def _assemble_one(state: _State, key: Key, dtype: Any) -> dict[str, Any]:
+    split, subset = key
+    prefix = f"{split}/{_slug(subset)}"
+    target = state.out / prefix
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lengths: list[np.ndarray] = []
+    documents: list[np.ndarray] = []
+    aside = target.with_name(target.name + ".bin.tmp")
+    with aside.open("wb") as file:
+        for part in state.parts:
+            for one, other, number in part["entries"]:
+                if (one, other) == key:
+                    stem = state.folder / part["folder"] / str(number)
+                    with stem.with_suffix(".bin").open("rb") as source:
+                        shutil.copyfileobj(source, file, 1 << 20)
+                    lengths.append(np.fromfile(stem.with_suffix(".len"), dtype=np.int32))
+                    documents.append(np.fromfile(stem.with_suffix(".doc"), dtype=DOCUMENT_TYPE))
+        _sync(file)
+    all_lengths, all_documents = np.concatenate(lengths), np.concatenate(documents)
+    writer = index_classes().writer
+    index = target.with_name(target.name + ".idx.tmp")
+    with writer(str(index), dtype) as idx:
+        idx.write(all_lengths, None, np.arange(len(all_lengths) + 1))
+    np.save(target.with_name(target.name + ".docs.npy"), all_documents)
+    os.replace(aside, target.with_name(target.name + ".bin"))
+    os.replace(index, target.with_name(target.name + ".idx"))
+    return {
+        "split": split,
+        "subset": subset,
+        "prefix": prefix,
+        "documents": len(all_documents),
+        "tokens": int(all_lengths.sum()),
+        "bytes": int(all_documents["bytes"].sum()),
+    }
+
+
+def _slug(subset: str) -> str:
+    slug = re.sub(r"[^A-Za-z0-9]+", "_", subset).strip("_")
+    if not slug or slug != subset.replace(" ", "_").replace("-", "_"):
+        slug += "_" + hashlib.sha256(subset.encode()).hexdigest()[:6]
+    return slug
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        _sync(file)
+
+
+def _write_aside(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    _write(aside, data)
+    os.replace(aside, path)

@@ -1,0 +1,158 @@
+"""Configuration of the GPT family: three dialects as presets over one set of switches."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Dialect(StrEnum):
+    """A named set of defaults; every switch can still be set by itself."""
+
+    GPT_NEOX = "gpt_neox"
+    GPT2 = "gpt2"
+    LLAMA = "llama"
+
+
+_DIALECTS: dict[str, dict[str, Any]] = {
+    # Pythia / GPT-NeoX: partial rotary, parallel residual, untied (Biderman et al. 2023).
+    Dialect.GPT_NEOX: {
+        "position": "rotary",
+        "rotary_fraction": 0.25,
+        "parallel_residual": True,
+        "norm": "layernorm",
+        "activation": "gelu",
+        "biases": True,
+        "tied_head": False,
+        "initialization": "small_init",
+    },
+    # GPT-2 / GPT-3: learned positions, pre-norm (Brown et al. 2020).
+    Dialect.GPT2: {
+        "position": "learned",
+        "parallel_residual": False,
+        "norm": "layernorm",
+        "activation": "gelu_tanh",
+        "biases": True,
+        "tied_head": True,
+        "initialization": "normal",
+    },
+    # Llama: full rotary, RMSNorm, SwiGLU, no biases, untied (Touvron et al. 2023).
+    Dialect.LLAMA: {
+        "position": "rotary",
+        "rotary_fraction": 1.0,
+        "parallel_residual": False,
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "biases": False,
+        "tied_head": False,
+        "initialization": "normal",
+    },
+}
+
+
+class GPTConfig(BaseModel):
+    """Shape and switches of a decoder-only transformer; unset ones follow from the dialect."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dialect: Dialect = Dialect.GPT2
+    num_layers: int = Field(12, ge=1)
+    hidden_size: int = Field(768, ge=1)
+    num_attention_heads: int = Field(12, ge=1)
+    num_key_value_heads: int = Field(0, ge=0, description="0: one per query head (MHA)")
+    head_dim: int = Field(0, ge=0, description="0: hidden_size / num_attention_heads")
+    ffn_hidden_size: int = Field(0, ge=0, description="0: 4 x hidden, or 8/3 x hidden (SwiGLU)")
+    context: int = Field(1024, ge=2, description="tokens in a training sequence")
+    vocabulary_size: int = Field(0, ge=0, description="0: taken from the data's tokenizer")
+    vocabulary_multiple: int = Field(128, ge=1, description="the vocabulary is padded to this")
+    position: Literal["learned", "rotary"] = "learned"
+    rotary_fraction: float = Field(1.0, gt=0, le=1, description="share of head_dim that rotates")
+    rotary_base: float = Field(10_000.0, gt=0)
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_epsilon: float = Field(1e-5, gt=0)
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
+    biases: bool = True
+    parallel_residual: bool = False
+    tied_head: bool = True
+    qk_norm: bool = Field(False, description="RMSNorm of queries and keys, per head")
+    initialization: Literal["normal", "small_init"] = "normal"
+    init_std: float = Field(0.02, gt=0, description="of `normal`; small_init follows the width")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_dialect(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        # An unknown dialect falls through to the field's own error.
+        return {**_DIALECTS.get(values.get("dialect", Dialect.GPT2), {}), **values}
+
+    @model_validator(mode="after")
+    def _divides(self) -> GPTConfig:
+        if not self.head_dim and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size "
+                f"{self.hidden_size}; change one of them or set head_dim"
+            )
+        if self.num_attention_heads % self.key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.position == "rotary" and (self.rotary_dim < 2):
+            raise ValueError(
+                f"rotary_fraction: {self.rotary_fraction} of head_dim {self.head_size} leaves no "
+                "pair to rotate; raise it"
+            )
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of key/value heads; fewer than query heads means grouped-query attention."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of leading dimensions of a head that rotate; even, 0 without rotary positions."""
+        if self.position != "rotary":
+            return 0
+        return int(self.head_size * self.rotary_fraction) // 2 * 2
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of the MLP."""
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        if self.activation == "swiglu":
+            return -(-8 * self.hidden_size // 3 // 64) * 64
+        return 4 * self.hidden_size
+
+    @property
+    def init_stds(self) -> tuple[float, float]:
+        """Standard deviations of (input-side, residual-output) matrices.
+
+        ``normal``: GPT-2's 0.02 and 0.02/√(2L). ``small_init``: √(2/5d) (Nguyen & Salazar 2019)
+        and 2/(L√d) (Wang & Komatsuzaki 2021), as GPT-NeoX and Pythia use.
+        """
+        if self.initialization == "small_init":
+            return (2 / (5 * self.hidden_size)) ** 0.5, 2 / (
+                self.num_layers * self.hidden_size**0.5
+            )
+        return self.init_std, self.init_std / (2 * self.num_layers) ** 0.5
+
+    def padded_vocabulary(self, tensor_parallel: int = 1) -> int:
+        """Rows of the embedding: the vocabulary padded to a multiple that the grid divides.
+
+        The padding never takes part in a loss (its logits are -inf), so results do not
+        depend on it.
+        """
+        multiple = self.vocabulary_multiple
+        while multiple % tensor_parallel:
+            multiple += self.vocabulary_multiple
+        return -(-self.vocabulary_size // multiple) * multiple

@@ -1,0 +1,207 @@
+"""GPT: a list of layers, run whole in one process or cut into pipeline stages.
+
+Every layer takes and returns one tensor, so that a sequence of them is the model and any
+contiguous part of it is a pipeline stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models.config import GPTConfig
+from models.layers import MLP, Attention, Norm, ParameterFactory
+from models.parallel import embed, enter, replicated
+from models.roles import ModelError, Role
+
+
+class Embedding(nn.Module):
+    """Token embedding; ``[batch, sequence]`` integers to ``[sequence, batch, hidden]``."""
+
+    def __init__(self, config: GPTConfig, factory: ParameterFactory) -> None:
+        super().__init__()
+        self.config, self.tp = config, factory.tp
+        self.weight = vocabulary_weight(config, factory, "embedding.weight", Role.EMBEDDING)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return embed(tokens.t().contiguous(), self.weight, self.tp)
+
+
+class LearnedPosition(nn.Module):
+    """Adds a learned vector per position."""
+
+    def __init__(self, config: GPTConfig, factory: ParameterFactory) -> None:
+        super().__init__()
+        self.tp = factory.tp
+        shape = (config.context, config.hidden_size)
+        std = config.init_stds[0]
+        self.weight = factory.normal("position.weight", shape, Role.POSITION, None, std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start = x.shape[0] * self.tp.rank if self.tp.sequence_parallel else 0
+        return x + replicated(self.weight, self.tp)[start : start + x.shape[0]].unsqueeze(1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, sequential or parallel residual."""
+
+    def __init__(
+        self, config: GPTConfig, layer: int, factory: ParameterFactory, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.parallel_residual, self.recompute = config.parallel_residual, recompute
+        self.attention_norm = Norm(config, factory, f"blocks.{layer}.attention_norm", layer)
+        self.attention = Attention(config, layer, factory)
+        self.mlp_norm = Norm(config, factory, f"blocks.{layer}.mlp_norm", layer)
+        self.mlp = MLP(config, layer, factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # Reentrant: ZeRO-3 frees parameters between the two passes, which the
+            # non-reentrant form takes for changed metadata.
+            return checkpoint(self._forward, x, use_reentrant=True)
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.parallel_residual:
+            return x + self.attention(self.attention_norm(x)) + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Head(nn.Module):
+    """Untied output projection to this rank's part of the vocabulary."""
+
+    def __init__(self, config: GPTConfig, factory: ParameterFactory) -> None:
+        super().__init__()
+        self.config, self.tp = config, factory.tp
+        self.weight = vocabulary_weight(config, factory, "head.weight", Role.HEAD)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return project(self, x)
+
+
+def project(module: Embedding | Head, x: torch.Tensor) -> torch.Tensor:
+    """Logits ``[sequence, batch, vocabulary / tensor_parallel]`` from a head or tied embedding."""
+    return F.linear(enter(x, module.tp), module.weight, _padding_bias(module))
+
+
+def vocabulary_weight(
+    config: GPTConfig, factory: ParameterFactory, name: str, role: Role
+) -> nn.Parameter:
+    """A vocabulary-parallel ``[padded vocabulary, hidden]`` matrix, its padding zero."""
+    if not config.vocabulary_size:
+        raise ModelError("model.vocabulary_size is 0: give it, or data whose manifest has it")
+    shape = (config.padded_vocabulary(factory.tp.size), config.hidden_size)
+    std = config.init_stds[0]
+    return factory.normal(name, shape, role, None, std, 0, rows=config.vocabulary_size)
+
+
+def _padding_bias(module: Embedding | Head) -> torch.Tensor | None:
+    """-inf on padded vocabulary entries, or None where this rank has none."""
+    rows = module.config.padded_vocabulary(module.tp.size) // module.tp.size
+    valid = module.config.vocabulary_size - module.tp.rank * rows
+    if valid >= rows:
+        return None
+    index = torch.arange(rows, device=module.weight.device)
+    bias = torch.zeros(rows, dtype=module.weight.dtype, device=module.weight.device)
+    return bias.masked_fill_(index >= max(valid, 0), float("-inf"))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How to build one layer of the model, and what it shares with another."""
+
+    build: type[nn.Module]
+    arguments: tuple[Any, ...]
+    tied: str | None = None
+    """Layers with the same key share one module (the tied embedding)."""
+    forward: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+
+
+def layer_plans(
+    config: GPTConfig, factory: ParameterFactory, recompute: bool = False
+) -> list[LayerPlan]:
+    """The model as a list of layers, from tokens ``[batch, sequence]`` to logits.
+
+    Raises:
+        ModelError: if tensor parallelism does not divide the heads or the MLP.
+    """
+    check_tensor_parallel(config, factory.tp.size)
+    tied = "embedding" if config.tied_head else None
+    plans = [LayerPlan(Embedding, (config, factory), tied)]
+    if config.position == "learned":
+        plans.append(LayerPlan(LearnedPosition, (config, factory)))
+    plans += [
+        LayerPlan(Block, (config, layer, factory, recompute)) for layer in range(config.num_layers)
+    ]
+    plans.append(LayerPlan(Norm, (config, factory, "final_norm", None)))
+    if config.tied_head:
+        plans.append(LayerPlan(Embedding, (config, factory), tied, project))
+    else:
+        plans.append(LayerPlan(Head, (config, factory)))
+    return plans
+
+
+def check_tensor_parallel(config: GPTConfig, size: int) -> None:
+    """Refuse a tensor-parallel size that would cut a head or the MLP unevenly."""
+    counts = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.key_value_heads,
+        "ffn_hidden_size": config.ffn_size,
+    }
+    for key, count in counts.items():
+        if count % size:
+            raise ModelError(
+                f"model.{key}: {count} cannot be divided over grid.tensor_parallel={size}; "
+                f"choose a tensor_parallel that divides {count}"
+            )
+
+
+class GPT(nn.Module):
+    """The whole model in one process (of each tensor-parallel rank)."""
+
+    def __init__(
+        self, config: GPTConfig, factory: ParameterFactory, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.config, self.tp = config, factory.tp
+        self.layers = nn.ModuleList()
+        self.functions: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        shared: dict[str, nn.Module] = {}
+        for plan in layer_plans(config, factory, recompute):
+            module = shared.get(plan.tied or "")
+            if module is None:
+                module = plan.build(*plan.arguments)
+                self.layers.append(module)
+                if plan.tied:
+                    shared[plan.tied] = module
+            if plan.forward is None:
+                self.functions.append(module)
+            else:
+                self.functions.append(_bind(plan.forward, module))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[batch, sequence]`` integers to ``[sequence, batch, vocabulary / tensor_parallel]``."""
+        x = tokens
+        for function in self.functions:
+            x = function(x)
+        return x
+
+
+def _bind(
+    forward: Callable[[Any, torch.Tensor], torch.Tensor], module: nn.Module
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: forward(module, x)
+
+
+def attention_layers(module: nn.Module) -> list[Attention]:
+    """The attention layers that this process holds, by layer."""
+    found = [part for part in module.modules() if isinstance(part, Attention)]
+    return sorted(found, key=lambda part: part.layer)

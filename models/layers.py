@@ -1,0 +1,230 @@
+"""Building blocks: parameters with roles, norms, rotary embeddings, attention, MLP."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.config import GPTConfig
+from models.parallel import TensorParallel, enter, leave, replicated, sum_gradient
+from models.roles import ParameterInfo, Role, declare
+
+
+@dataclass(frozen=True)
+class ParameterFactory:
+    """Creates parameters whose values depend on (seed, name) alone, never on the grid."""
+
+    seed: int
+    tp: TensorParallel = TensorParallel()
+    allocate: bool = True
+    """False: shapes and roles only, on the meta device."""
+
+    def normal(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        role: Role,
+        layer: int | None,
+        std: float,
+        partition_dim: int | None = None,
+        rows: int | None = None,
+    ) -> nn.Parameter:
+        """This rank's shard of a Gaussian tensor.
+
+        Args:
+            shape: global shape.
+            partition_dim: dimension that tensor parallelism splits.
+            rows: fill only so many leading rows (vocabulary padding stays zero), so that the
+                values do not depend on how far the grid makes the vocabulary be padded.
+        """
+        info = ParameterInfo(name, role, layer, shape, partition_dim)
+        if not self.allocate:
+            return self._shard(torch.empty(shape), info)
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        full = torch.zeros(shape)
+        full[:rows].normal_(std=std, generator=generator)
+        return self._shard(full, info)
+
+    def constant(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        role: Role,
+        layer: int | None,
+        value: float,
+        partition_dim: int | None = None,
+    ) -> nn.Parameter:
+        """This rank's shard of a tensor filled with ``value``."""
+        info = ParameterInfo(name, role, layer, shape, partition_dim)
+        return self._shard(torch.full(shape, value), info)
+
+    def _shard(self, full: torch.Tensor, info: ParameterInfo) -> nn.Parameter:
+        if info.partition_dim is not None and self.tp.size > 1:
+            full = full.chunk(self.tp.size, info.partition_dim)[self.tp.rank].clone()
+        return declare(nn.Parameter(full.contiguous()), info)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension."""
+
+    def __init__(
+        self, config: GPTConfig, factory: ParameterFactory, name: str, layer: int | None
+    ) -> None:
+        super().__init__()
+        self.config, self.tp = config, factory.tp
+        shape = (config.hidden_size,)
+        self.weight = factory.constant(f"{name}.weight", shape, Role.NORM, layer, 1.0)
+        self.bias = None
+        if config.norm == "layernorm":
+            self.bias = factory.constant(f"{name}.bias", shape, Role.BIAS, layer, 0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = replicated(self.weight, self.tp)
+        if self.bias is None:
+            return F.rms_norm(x, weight.shape, weight, self.config.norm_epsilon)
+        bias = replicated(self.bias, self.tp)
+        return F.layer_norm(x, weight.shape, weight, bias, self.config.norm_epsilon)
+
+
+class Rotary:
+    """Rotary positions (Su et al. 2021), pairs (j, j + rotary_dim/2); no state, no dtype cast.
+
+    Kept outside the modules' buffers so that converting a model to bf16 leaves it in float32.
+    """
+
+    def __init__(self, rotary_dim: int, base: float) -> None:
+        self.rotary_dim, self.base = rotary_dim, base
+        self._cache: tuple[tuple[int, torch.device], torch.Tensor, torch.Tensor] | None = None
+
+    def tables(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, each ``[length, rotary_dim / 2]`` float32."""
+        if self._cache is None or self._cache[0] != (length, device):
+            steps = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64) / self.rotary_dim
+            angles = torch.outer(torch.arange(length, dtype=torch.float64), self.base**-steps)
+            cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)
+            self._cache = ((length, device), cos, sin)
+        return self._cache[1], self._cache[2]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotate ``x`` of shape ``[batch, heads, sequence, head]``."""
+        cos, sin = self.tables(x.shape[-2], x.device)
+        half = self.rotary_dim // 2
+        first, second = x[..., :half].float(), x[..., half : self.rotary_dim].float()
+        rotated = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat([*(part.to(x.dtype) for part in rotated), x[..., self.rotary_dim :]], -1)
+
+
+class Attention(nn.Module):
+    """Causal multi-head or grouped-query attention with separate Q, K and V parameters."""
+
+    def __init__(self, config: GPTConfig, layer: int, factory: ParameterFactory) -> None:
+        super().__init__()
+        self.config, self.tp, self.layer = config, factory.tp, layer
+        width, head = config.hidden_size, config.head_size
+        queries = config.num_attention_heads * head
+        keys = config.key_value_heads * head
+        std, output_std = config.init_stds
+        prefix = f"blocks.{layer}.attention"
+
+        def weight(part: str, rows: int, role: Role) -> nn.Parameter:
+            name = f"{prefix}.{part}.weight"
+            return factory.normal(name, (rows, width), role, layer, std, 0)
+
+        def bias(part: str, size: int, partition: int | None) -> nn.Parameter | None:
+            if not config.biases:
+                return None
+            name = f"{prefix}.{part}.bias"
+            return factory.constant(name, (size,), Role.BIAS, layer, 0.0, partition)
+
+        def gain(part: str) -> nn.Parameter | None:
+            if not config.qk_norm:
+                return None
+            name = f"{prefix}.{part}_norm.weight"
+            return factory.constant(name, (head,), Role.NORM, layer, 1.0)
+
+        self.query = weight("query", queries, Role.QUERY)
+        self.key = weight("key", keys, Role.KEY)
+        self.value = weight("value", keys, Role.VALUE)
+        self.query_bias = bias("query", queries, 0)
+        self.key_bias = bias("key", keys, 0)
+        self.value_bias = bias("value", keys, 0)
+        self.query_gain, self.key_gain = gain("query"), gain("key")
+        self.output = factory.normal(
+            f"{prefix}.output.weight", (width, queries), Role.ATTENTION_OUTPUT, layer, output_std, 1
+        )
+        self.output_bias = bias("output", width, None)
+        self.rotary = None
+        if config.rotary_dim:
+            self.rotary = Rotary(config.rotary_dim, config.rotary_base)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[sequence, batch, hidden]`` to the same shape."""
+        x = enter(x, self.tp)
+        q = self._heads(F.linear(x, self.query, self.query_bias))
+        k = self._heads(F.linear(x, self.key, self.key_bias))
+        v = self._heads(F.linear(x, self.value, self.value_bias))
+        q, k = self._normalised(q, self.query_gain), self._normalised(k, self.key_gain)
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        group = q.shape[1] // k.shape[1]
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = mixed.permute(2, 0, 1, 3).flatten(2)
+        y = leave(F.linear(mixed, self.output), self.tp)
+        return y if self.output_bias is None else y + replicated(self.output_bias, self.tp)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.config.head_size)).permute(1, 2, 0, 3)
+
+    def _normalised(self, x: torch.Tensor, gain: nn.Parameter | None) -> torch.Tensor:
+        if gain is None:
+            return x
+        # Every rank sees its own heads only: the shared gain's gradient is their sum.
+        weight = sum_gradient(gain, self.tp)
+        return F.rms_norm(x, weight.shape, weight, self.config.norm_epsilon)
+
+
+class MLP(nn.Module):
+    """Two-layer perceptron, or SwiGLU."""
+
+    def __init__(self, config: GPTConfig, layer: int, factory: ParameterFactory) -> None:
+        super().__init__()
+        self.config, self.tp = config, factory.tp
+        width, inner = config.hidden_size, config.ffn_size
+        std, output_std = config.init_stds
+        prefix = f"blocks.{layer}.mlp"
+        self.into = factory.normal(
+            f"{prefix}.in.weight", (inner, width), Role.MLP_IN, layer, std, 0
+        )
+        self.gate = None
+        if config.activation == "swiglu":
+            self.gate = factory.normal(
+                f"{prefix}.gate.weight", (inner, width), Role.MLP_GATE, layer, std, 0
+            )
+        self.out = factory.normal(
+            f"{prefix}.out.weight", (width, inner), Role.MLP_OUT, layer, output_std, 1
+        )
+        self.into_bias = self.out_bias = None
+        if config.biases:
+            self.into_bias = factory.constant(
+                f"{prefix}.in.bias", (inner,), Role.BIAS, layer, 0.0, 0
+            )
+            self.out_bias = factory.constant(f"{prefix}.out.bias", (width,), Role.BIAS, layer, 0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[sequence, batch, hidden]`` to the same shape."""
+        x = enter(x, self.tp)
+        inner = F.linear(x, self.into, self.into_bias)
+        if self.gate is not None:
+            inner = F.silu(F.linear(x, self.gate)) * inner
+        else:
+            tanh = self.config.activation == "gelu_tanh"
+            inner = F.gelu(inner, approximate="tanh" if tanh else "none")
+        y = leave(F.linear(inner, self.out), self.tp)
+        return y if self.out_bias is None else y + replicated(self.out_bias, self.tp)

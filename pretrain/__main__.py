@@ -1,0 +1,356 @@
+"""The command line. Nothing heavy is imported until a verb needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Pretrain transformers on the Pile with decoupled attention decay, and measure the rank "
+    "of attention while they train.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Make training data: corpus, tokenizer, tokens.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key.path=value, for example optimizer.weight_decay.attention=0.3"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt), folders of them, or the name "
+        "of a Hub dataset (owner/name)."
+    ),
+]
+TextField = Annotated[str, typer.Option(help="Field of the text.")]
+SubsetField = Annotated[str, typer.Option(help="Field of the subset's name.")]
+DefaultSubset = Annotated[
+    str | None, typer.Option(help="Subset of records that name none (else they are malformed).")
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; see configs/.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default runs/NAME-OF-RECIPE.")
+    ] = None,
+    fork: Annotated[
+        str | None,
+        typer.Option(
+            help="Begin a new run from RUN@STEP: its weights, state and place in the data."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print parameter groups, grid and memory; train nothing."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train a recipe, or go on with it where it stopped.
+
+    One process as it stands; several under torchrun, deepspeed, mpirun or srun with the same
+    words: `torchrun --nproc-per-node 4 -m pretrain train RECIPE grid.tensor_parallel=2`.
+    Run again with the same words, an interrupted run goes on as if nothing had happened.
+    """
+    from pretrain.config import load_config
+
+    config = load_config(recipe, overrides)
+    if dry_run:
+        from pretrain.dryrun import dry_run as describe
+
+        describe(config, as_json=json)
+        return
+    from pretrain.grid import build_grid, check_grid, connect, disconnect, process_count
+
+    check_grid(config.grid, process_count())
+    from pretrain.run import resolve_checkpoint
+    from pretrain.train import train as run_training
+
+    source = resolve_checkpoint(fork) if fork else None
+    grid = build_grid(config.grid, connect())
+    run = out or Path("runs") / recipe.stem
+    if grid.is_main:
+        print(f"{run}: {grid.describe()}", file=sys.stderr)
+    run_training(config, run, grid, source)
+    if grid.is_main:
+        _print_result(run, json)
+    disconnect()
+
+
+def _print_result(run: Path, as_json: bool) -> None:
+    import json as json_module
+
+    path = run / "evaluation.json"
+    if not path.exists():
+        print(f"done: {run}")
+        return
+    figures = json_module.loads(path.read_text(encoding="utf-8"))
+    if as_json:
+        print(json_module.dumps({"run": str(run), **figures}))
+        return
+    print_evaluation(figures)
+    print(f"done: {run}")
+
+
+def print_evaluation(figures: dict[str, Any]) -> None:
+    """The figures of ``evaluation.json`` as a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{figures['split']} split, step {figures['step']}")
+    for column in ("subset", "documents", "tokens", "bytes", "loss", "perplexity", "bits/byte"):
+        table.add_column(column, justify="left" if column == "subset" else "right")
+    rows = [*figures["subsets"].items(), ("all", figures["overall"])]
+    for name, row in rows:
+        table.add_row(
+            name,
+            f"{row['documents']:,}",
+            f"{row['tokens']:,}",
+            f"{row['bytes']:,}",
+            f"{row['loss']:.4f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['bits_per_byte']:.4f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    present = len(figures["pile_subsets_present"])
+    weighted = figures["pile_weighted"]
+    if weighted:
+        print(
+            f"{present} of the Pile's 22 subsets present; weighted by their published shares: "
+            f"perplexity {weighted['perplexity']:.2f}, {weighted['bits_per_byte']:.4f} bits/byte"
+        )
+    else:
+        print("none of the Pile's 22 subsets present: no Pile-weighted average")
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(help="Run folder, RUN@STEP or checkpoint folder.")],
+    overrides: Overrides = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Tokenised folder; default: the run's own.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which documents to score.")] = "test",
+    documents: Annotated[
+        int | None, typer.Option(help="Score a fixed sample of so many; default all.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 16,
+    stride: Annotated[
+        int, typer.Option(min=0, help="Tokens per window after the first; 0: disjoint (lm-eval).")
+    ] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Default: evaluation.json (or evaluation-SPLIT.json) of RUN."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Held-out loss, perplexity and bits per byte, overall and per subset, on any grid."""
+    from pretrain.standalone import evaluate_checkpoint
+
+    figures, path, is_main = evaluate_checkpoint(
+        target, overrides or [], data, split, documents, batch, stride, out
+    )
+    if is_main:
+        if json:
+            import json as json_module
+
+            print(json_module.dumps(figures))
+        else:
+            print_evaluation(figures)
+            print(f"written: {path}")
+
+
+@app.command()
+def ranks(
+    target: Annotated[str, typer.Argument(help="Run folder, RUN@STEP or checkpoint folder.")],
+    out: Annotated[Path | None, typer.Option(help="Write the long table here (.parquet).")] = None,
+    threshold: Annotated[float, typer.Option(help="Share of Σσ that the rank covers.")] = 0.95,
+    spectra: Annotated[bool, typer.Option("--spectra", help="Store singular values too.")] = False,
+    json: Json = False,
+) -> None:
+    """Rank statistics of a checkpoint's attention, tensor by tensor, without building the model."""
+    from pretrain.standalone import print_ranks, rank_rows
+
+    rows = rank_rows(target, threshold, spectra, out)
+    print_ranks(rows, json)
+    if out:
+        print(f"written: {out}", file=sys.stderr)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """One page of plots and tables from run folders."""
+    from pretrain.report import print_table, write_report
+
+    print_table(write_report(runs, out))
+    print(f"report: {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("demo"),
+    steps: Annotated[int, typer.Option(min=10, help="Updates per run.")] = 300,
+) -> None:
+    """The whole pipeline on text that this machine already has, in minutes.
+
+    Corpus, tokenizer, tokens; then the same small model with several decays of its attention
+    and everything else equal; evaluation; one page of plots.
+    """
+    from pretrain.demo import run_demo
+
+    run_demo(out, steps)
+
+
+# --- data -----------------------------------------------------------------------------------
+
+
+@data_app.command()
+def corpus(out: Annotated[Path, typer.Option(help="Folder to write.")]) -> None:
+    """A Pile-shaped corpus from the Python installation itself; no network."""
+    from data_pipeline.corpus import write_corpus
+
+    counts = write_corpus(out)
+    print(f"{out}: " + ", ".join(f"{split} {count} documents" for split, count in counts.items()))
+
+
+@data_app.command()
+def tokenizer(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(help="The .model file to write.")],
+    vocab_size: Annotated[int, typer.Option(min=300, help="Number of tokens.")] = 32_000,
+    kind: Annotated[str, typer.Option("--type", help="unigram or bpe")] = "unigram",
+    max_mb: Annotated[int, typer.Option(min=1, help="Learn from so many MB of text.")] = 256,
+    text_field: TextField = "text",
+    subset_field: SubsetField = "meta.pile_set_name",
+) -> None:
+    """Train a SentencePiece tokenizer that keeps every byte of every text.
+
+    Learns from the training split where sources name splits.
+    """
+    from data_pipeline.prepare import train_from_sources
+    from pretrain.errors import UsageError
+
+    if kind not in ("unigram", "bpe"):
+        raise UsageError(f"--type: {kind!r} is neither unigram nor bpe")
+    size = train_from_sources(
+        sources, out, vocab_size, kind, max_mb << 20, text_field, subset_field
+    )
+    print(f"{out}: {size:,} tokens")
+
+
+@data_app.command()
+def tokenize(
+    sources: Sources,
+    tokenizer: Annotated[
+        Path, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    split: Annotated[
+        str | None, typer.Option(help="Put everything in this split; default by file name.")
+    ] = None,
+    text_field: TextField = "text",
+    subset_field: SubsetField = "meta.pile_set_name",
+    default_subset: DefaultSubset = None,
+    eod_token: Annotated[
+        str | None, typer.Option(help="End-of-document token of a tokenizer.json.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a malformed record.")] = False,
+    json: Json = False,
+) -> None:
+    """Tokenise into Megatron .bin/.idx pairs, one per split and subset, with a manifest.
+
+    The split is what the file's name says (train, val, test), else 98:1:1 by document.
+    Interrupted, the same words go on; finished, they do nothing.
+    """
+    from data_pipeline.prepare import tokenize_sources
+
+    report = tokenize_sources(
+        sources, tokenizer, out, workers, split, text_field, subset_field, default_subset,
+        eod_token, strict,
+    )  # fmt: skip
+    for line in report.shown:
+        print(f"skipped {line}", file=sys.stderr)
+    if report.problems > len(report.shown):
+        print(f"skipped {report.problems - len(report.shown)} more", file=sys.stderr)
+    if json:
+        import json as json_module
+
+        print(json_module.dumps(report.manifest))
+    elif report.already_done:
+        print(f"{out}: already complete")
+    else:
+        info(out)
+
+
+@data_app.command()
+def info(
+    folder: Annotated[Path, typer.Argument(help="Tokenised folder.")], json: Json = False
+) -> None:
+    """What a tokenised folder holds."""
+    from data_pipeline.prepare import print_info
+
+    print_info(folder, as_json=json)
+
+
+def main() -> None:
+    """Run a command; mistakes are one line on standard error, exit code 2 (usage) or 1."""
+    try:
+        # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted; the same words go on from the last checkpoint", 130)
+    except Exception as error:
+        kind = _exit_code(error)
+        if kind is None:
+            raise
+        _fail(_one_line(error), kind)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for mistakes of usage, 1 for trouble with files and machines, None for bugs."""
+    names = {part.__name__ for part in type(error).__mro__}
+    # Typer may carry its own copy of click: its mistakes of usage are known by name too.
+    if names & {"UsageError", "ModelError", "ClickException"}:
+        return 2
+    if names & {"RunError", "DataError"} or isinstance(error, OSError):
+        return 1
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if hasattr(error, "format_message"):
+        return " ".join(error.format_message().split())
+    return " ".join(str(error).split())
+
+
+def _fail(text: str, code: int) -> None:
+    # Ranks fail together with the same words: one of them says so.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)  # do not wait for peers in interpreter shutdown
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""The configuration of a run: one frozen, typed, validated tree from YAML and overrides."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from models.config import GPTConfig
+from pretrain.errors import UsageError
+from pretrain.schedule import learning_rate
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """Where the tokens are and how subsets are blended."""
+
+    path: str = Field("", description="folder written by `pretrain data tokenize`")
+    weights: Literal["proportional", "pile"] | dict[str, float] = Field(
+        "proportional",
+        description="share of each subset: by its tokens, the Pile's published shares, or by name",
+    )
+    prefetch: int = Field(4, ge=0, description="batches read ahead; 0: none")
+
+
+class TrainConfig(Section):
+    """Length and batch of the run."""
+
+    steps: int = Field(1000, ge=1, description="optimizer updates")
+    global_batch: int = Field(8, ge=1, description="sequences per update, over all processes")
+    micro_batch: int = Field(0, ge=0, description="sequences per forward pass; 0: as few passes")
+
+
+class GridConfig(Section):
+    """How the model is cut over processes; data parallelism takes what is left."""
+
+    tensor_parallel: int = Field(1, ge=1)
+    pipeline_parallel: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+    activation_checkpointing: bool = Field(False, description="recompute blocks in backward")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO: what is sharded")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup: float = Field(0.01, ge=0, description="< 1: share of the steps; else steps")
+    final_fraction: float = Field(0.1, ge=0, le=1, description="last rate / peak")
+    decay: float = Field(0.2, ge=0, description="of wsd's final fall; < 1: share; else steps")
+
+
+class DecayRule(Section):
+    """An exception: these roles, in these layers, decay so much."""
+
+    roles: list[str] = Field(min_length=1)
+    layers: str = Field("", description='"0-3,7": blocks; empty: everywhere')
+    decay: float = Field(ge=0)
+
+
+class WeightDecayConfig(Section):
+    """Decoupled weight decay by role. Narrower words win: rules, query, qk, attention, default."""
+
+    default: float = Field(0.1, ge=0, description="every matrix not named below")
+    attention: float | None = Field(None, ge=0, description="query, key, value, attention_output")
+    qk: float | None = Field(None, ge=0)
+    vo: float | None = Field(None, ge=0)
+    query: float | None = Field(None, ge=0)
+    key: float | None = Field(None, ge=0)
+    value: float | None = Field(None, ge=0)
+    attention_output: float | None = Field(None, ge=0)
+    mlp: float | None = Field(None, ge=0, description="mlp_in, mlp_gate, mlp_out")
+    mlp_in: float | None = Field(None, ge=0)
+    mlp_gate: float | None = Field(None, ge=0)
+    mlp_out: float | None = Field(None, ge=0)
+    embedding: float | None = Field(None, ge=0)
+    position: float | None = Field(None, ge=0)
+    head: float | None = Field(None, ge=0)
+    norm: float | None = Field(None, ge=0, description="0 unless set")
+    bias: float | None = Field(None, ge=0, description="0 unless set")
+    rules: list[DecayRule] = Field(default=[], description="first match wins, over all above")
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    learning_rate: float = Field(6e-4, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    gradient_clipping: float = Field(1.0, ge=0, description="global norm; 0: off")
+    schedule: ScheduleConfig = ScheduleConfig()
+    weight_decay: WeightDecayConfig = WeightDecayConfig()
+
+
+class CheckpointConfig(Section):
+    """When to save, and how many to keep."""
+
+    every: int = Field(0, ge=0, description="steps; 0: a tenth of the run")
+    keep: int = Field(2, ge=0, description="newest checkpoints kept; 0: all")
+
+
+class EvaluationConfig(Section):
+    """Held-out loss during training, on a fixed sample of documents."""
+
+    every: int = Field(0, ge=0, description="steps; 0: a tenth of the run")
+    split: str = "val"
+    documents: int = Field(100, ge=1, description="documents in the fixed sample")
+    batch: int = Field(8, ge=1, description="sequences per forward pass")
+    at_end: Literal["none", "sample", "all"] = Field(
+        "all", description="after the last step: nothing, the sample, or the whole test split"
+    )
+
+
+class RanksConfig(Section):
+    """Statistics of the attention products during training."""
+
+    every: int = Field(0, ge=0, description="steps; 0: a twentieth of the run")
+    threshold: float = Field(0.95, gt=0, le=1, description="share of Σσ that the rank covers")
+    denominator: Literal["head", "model"] = Field(
+        "head", description="pseudo-rank = k / head width, or k / model width"
+    )
+    spectra: bool = Field(False, description="store every singular value too")
+
+
+class LoggingConfig(Section):
+    """Where metrics go, besides RUN/metrics.jsonl."""
+
+    every: int = Field(1, ge=1, description="steps between lines of metrics")
+    wandb: str = Field("", description="W&B project; empty: off; offline without an account")
+    tensorboard: bool = False
+
+
+class ResumeConfig(Section):
+    """What holds when a checkpoint and the recipe disagree."""
+
+    decay: Literal["error", "recipe", "checkpoint"] = "error"
+
+
+class Config(Section):
+    """Everything that defines a run."""
+
+    seed: int = Field(1234, ge=0)
+    model: GPTConfig = GPTConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    grid: GridConfig = GridConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16 keeps fp32 master weights; auto: bf16 where it is fast"
+    )
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    ranks: RanksConfig = RanksConfig()
+    logging: LoggingConfig = LoggingConfig()
+    resume: ResumeConfig = ResumeConfig()
+    deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings, for experts")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _has_masters(cls, value: Any) -> Any:
+        if value in ("bf16_pure", "bf16-pure", "bf16-true", "bfloat16"):
+            raise ValueError(
+                f"{value!r} keeps no fp32 master weights, and a step of size learning_rate x decay "
+                "is then lost in rounding: no weight decay at all; use bf16 (with masters)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        grid = self.grid
+        if grid.pipeline_parallel > 1 and grid.zero_stage > 1:
+            raise ValueError(
+                f"grid.zero_stage: {grid.zero_stage} does not combine with pipeline_parallel "
+                f"{grid.pipeline_parallel}; use zero_stage 0 or 1"
+            )
+        if self.precision == "bf16" and grid.zero_stage == 0:
+            raise ValueError(
+                "grid.zero_stage: 0 in bf16 takes DeepSpeed's unfused optimizer, whose updates "
+                "differ from ZeRO 1-3's; use zero_stage 1 (or precision fp32)"
+            )
+        if grid.pipeline_parallel > self.model.num_layers:
+            raise ValueError(
+                f"grid.pipeline_parallel: {grid.pipeline_parallel} stages cannot share "
+                f"model.num_layers {self.model.num_layers}; use fewer stages"
+            )
+        if grid.sequence_parallel and self.model.context % grid.tensor_parallel:
+            raise ValueError(
+                f"grid.sequence_parallel: model.context {self.model.context} is not a multiple of "
+                f"tensor_parallel {grid.tensor_parallel}"
+            )
+        return self
+
+    @property
+    def warmup_steps(self) -> int:
+        """Updates of the linear rise."""
+        return _share(self.optimizer.schedule.warmup, self.train.steps)
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of update number ``step``, counted from 0."""
+        schedule = self.optimizer.schedule
+        return learning_rate(
+            step,
+            self.train.steps,
+            self.optimizer.learning_rate,
+            schedule.kind,
+            self.warmup_steps,
+            schedule.final_fraction,
+            _share(schedule.decay, self.train.steps),
+        )
+
+    def interval(self, section: str) -> int:
+        """Steps between checkpoints, evaluations or rank measurements."""
+        every: int = getattr(self, section).every
+        parts = {"checkpoint": 10, "evaluation": 10, "ranks": 20}[section]
+        return every or max(1, self.train.steps // parts)
+
+
+def _share(value: float, steps: int) -> int:
+    return round(value * steps) if value < 1 else round(value)
+
+
+SCIENCE = ("seed", "model", "data", "train", "optimizer", "precision")
+"""Sections that a resumed run must keep; the others (grid, logging, ...) may change."""
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML recipe and apply ``key.path=value`` overrides, each value as YAML.
+
+    Raises:
+        UsageError: one line naming the file or key and the mend.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the recipe ({error.strerror})") from None
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise UsageError(f"{path}{line}: not valid YAML ({problem})") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of sections, such as `model:`")
+    for override in overrides or []:
+        _apply(values, override)
+    return parse_config(values, str(path))
+
+
+def apply_overrides(config: Config, overrides: list[str]) -> Config:
+    """``config`` with ``key.path=value`` overrides.
+
+    Raises:
+        UsageError: naming the override.
+    """
+    values = config.model_dump(mode="json")
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, "override")
+
+
+def parse_config(values: dict[str, Any], source: str = "recipe") -> Config:
+    """Validate a plain mapping.
+
+    Raises:
+        UsageError: the first mistake, with a suggestion where a key is nearly right.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{source}: {_explain(error.errors()[0])}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UsageError(f"{override!r}: an override is written key.path=value")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if child is None:
+            child = values[parent] = {}
+        if not isinstance(child, dict):
+            raise UsageError(f"{override!r}: {parent} is a value, not a section")
+        values = child
+    try:
+        values[leaf] = _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise UsageError(f"{override!r}: the value is not valid YAML") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 3e-4 as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ErrorDetails) -> str:
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path) or "recipe"
+    if error["type"] == "extra_forbidden":
+        known = _keys_beside(path)
+        close = difflib.get_close_matches(path[-1], known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if error["type"] == "value_error":
+        text = str(error.get("ctx", {}).get("error", error["msg"]))
+        head = text.split(":", maxsplit=1)[0]
+        return text if not path or head.endswith(path[-1]) or "." in head else f"{key}.{text}"
+    return f"{key}: {error['msg'].lower()}, got {error.get('input')!r}"
+
+
+def _keys_beside(path: list[str]) -> list[str]:
+    model: Any = Config
+    for part in path[:-1]:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            break
+        field = model.model_fields.get(part)
+        model = field.annotation if field else None
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return sorted(model.model_fields)
+    return sorted(DecayRule.model_fields) if "rules" in path else []
+
+
+def dump_config(config: Config) -> str:
+    """The whole tree as YAML, defaults included."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def differences(old: Config, new: Config, sections: tuple[str, ...] = SCIENCE) -> dict[str, Any]:
+    """Dotted keys whose values differ, with both values."""
+    return {
+        key: (before, after)
+        for section in sections
+        for key, (before, after) in _differ(
+            section, _plain(getattr(old, section)), _plain(getattr(new, section))
+        ).items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _differ(key: str, old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for part in {**old, **new}:
+            found |= _differ(f"{key}.{part}", old.get(part), new.get(part))
+        return found
+    return {} if old == new else {key: (old, new)}

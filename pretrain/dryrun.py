@@ -1,0 +1,130 @@
+"""`pretrain train --dry-run`: what would be trained, with which λ, on which grid, in how much memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from pretrain.config import Config
+from pretrain.engine import resolve_precision
+from pretrain.errors import UsageError
+from pretrain.grid import process_count
+from pretrain.schedule import exposure
+from pretrain.train import Setup, prepare
+
+
+def dry_run(config: Config, as_json: bool) -> None:
+    """Print parameter groups, grid and memory; build and train nothing."""
+    setup = prepare(config, config.grid.tensor_parallel)
+    summary = describe(setup)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="parameter groups")
+    for column in ("group", "role", "layers", "tensors", "parameters", "λ", "exposure Σηλ"):
+        table.add_column(
+            column, justify="left" if column in ("group", "role", "layers") else "right"
+        )
+    for group in summary["groups"]:
+        table.add_row(
+            group["name"],
+            group["role"],
+            group["layers"],
+            str(group["tensors"]),
+            f"{group['parameters']:,}",
+            f"{group['weight_decay']:g}",
+            f"{group['exposure']:.3g}",
+        )
+    table.add_row("all", "", "", "", f"{summary['parameters']:,}", "", "")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    grid, memory = summary["grid"], summary["memory_gib"]
+    print(
+        f"grid: tensor {grid['tensor_parallel']} x pipeline {grid['pipeline_parallel']} x data "
+        f"{grid['data_parallel']}, ZeRO {grid['zero_stage']}, {summary['precision']}"
+    )
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in memory.items() if name != "total")
+    print(f"memory per rank, estimated: {memory['total']:.2f} GiB ({parts})")
+    print(
+        f"{summary['steps']:,} steps of {summary['tokens_per_step']:,} tokens: "
+        f"{summary['tokens']:,} tokens"
+    )
+
+
+def describe(setup: Setup) -> dict[str, Any]:
+    """The dry run as plain data."""
+    config = setup.config
+    grid = config.grid
+    processes = process_count()
+    model_ranks = grid.tensor_parallel * grid.pipeline_parallel
+    data = max(1, processes // model_ranks)
+    if config.train.global_batch % data:
+        raise UsageError(
+            f"train.global_batch: {config.train.global_batch} cannot be shared by {data} ranks"
+        )
+    rates = [config.learning_rate(step) for step in range(config.train.steps)]
+    groups = [
+        {
+            "name": group.name,
+            "role": group.role.value,
+            "layers": group.layers,
+            "tensors": len(group.parameters),
+            "parameters": group.numel,
+            "weight_decay": group.decay,
+            "exposure": exposure(rates, group.decay),
+        }
+        for group in setup.plan.groups
+    ]
+    tokens = config.train.global_batch * config.model.context
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(config.precision, device, grid.zero_stage)
+    return {
+        "groups": groups,
+        "parameters": sum(group.numel for group in setup.plan.groups),
+        "grid": {
+            "tensor_parallel": grid.tensor_parallel,
+            "pipeline_parallel": grid.pipeline_parallel,
+            "data_parallel": data,
+            "zero_stage": grid.zero_stage,
+        },
+        "precision": precision,
+        "memory_gib": memory(setup, data, precision),
+        "steps": config.train.steps,
+        "tokens_per_step": tokens,
+        "tokens": tokens * config.train.steps,
+    }
+
+
+def memory(setup: Setup, data: int, precision: str) -> dict[str, float]:
+    """GiB per rank by part, estimated.
+
+    Weights, gradients and Adam's state by their sizes and what ZeRO shards; activations after
+    Korthikanti et al. 2022: s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bit without the attention
+    matrix that SDPA does not store; logits and their gradient in fp32.
+    """
+    config, grid = setup.config, setup.config.grid
+    model = config.model
+    ranks = grid.tensor_parallel * grid.pipeline_parallel
+    count = sum(group.numel for group in setup.plan.groups) / ranks
+    width = 2 if precision == "bf16" else 4
+    masters = 4 if (precision == "bf16" or grid.zero_stage > 0) else 0
+    micro = config.train.micro_batch or config.train.global_batch // data
+    flight = min(grid.pipeline_parallel, max(1, config.train.global_batch // data // micro))
+    area = model.context * micro * model.hidden_size * width / 2
+    per_layer = area * (2 if grid.activation_checkpointing else 34)
+    share = grid.tensor_parallel
+    vocabulary = model.padded_vocabulary(grid.tensor_parallel) / grid.tensor_parallel
+    parts = {
+        "weights": count * width / (data if grid.zero_stage == 3 else 1),
+        "gradients": count * width / (data if grid.zero_stage >= 2 else 1),
+        "optimizer": count * (8 + masters) / (data if grid.zero_stage >= 1 else 1),
+        "activations": per_layer * model.num_layers / grid.pipeline_parallel / share * flight,
+        "logits": 2 * 4 * model.context * micro * vocabulary,
+    }
+    parts = {name: value / 2**30 for name, value in parts.items()}
+    return {**parts, "total": sum(parts.values())}

@@ -1,0 +1,412 @@
+"""From (config, grid) to a DeepSpeed engine, behind one small interface for every grid."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from models.config import GPTConfig
+from models.gpt import GPT, LayerPlan, layer_plans
+from models.layers import ParameterFactory
+from models.parallel import TensorParallel, token_losses
+from models.roles import ParameterInfo, declared_parameters, info_of
+from pretrain.config import Config
+from pretrain.decay import DecayPlan
+from pretrain.errors import RunError, UsageError
+from pretrain.grid import Grid
+from pretrain.masters import Fragment, fragments
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Inputs and labels, each ``[micro batch, context]`` int64."""
+
+
+def resolve_precision(precision: str, device: torch.device, zero_stage: int) -> str:
+    """What ``auto`` means here: bf16 on GPUs and on CPUs with AMX, fp32 elsewhere."""
+    if precision != "auto":
+        return precision
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    fast = device.type == "cuda" or amx()
+    return "bf16" if fast and zero_stage > 0 else "fp32"
+
+
+def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterInfo]:
+    """Every parameter of the model, built without allocating any.
+
+    Args:
+        tensor_parallel: matters only for the padding of the vocabulary.
+    """
+    tp = TensorParallel(size=tensor_parallel)
+    with torch.device("meta"):
+        model = GPT(config, ParameterFactory(0, tp, allocate=False))
+    return [info_of(parameter) for parameter in declared_parameters(model)]
+
+
+def build_model(config: Config, grid: Grid) -> nn.Module:
+    """This process's part of the model: the whole, or a `PipelineModule` stage."""
+    factory = ParameterFactory(config.seed, grid.tensor_parallel)
+    recompute = config.grid.activation_checkpointing
+    if grid.pipeline == 1:
+        return GPT(config.model, factory, recompute).to(grid.device)
+    return _pipeline_module(layer_plans(config.model, factory, recompute), grid)
+
+
+def _pipeline_module(plans: list[LayerPlan], grid: Grid) -> nn.Module:
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    def spec(plan: LayerPlan) -> Any:
+        if plan.tied is None:
+            return LayerSpec(plan.build, *plan.arguments)
+        return TiedLayerSpec(
+            plan.tied,
+            plan.build,
+            *plan.arguments,
+            forward_fn=plan.forward,
+            tied_weight_attr="weight",
+        )
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return token_losses(logits, labels.t(), grid.tensor_parallel).mean()
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition
+        module = PipelineModule(
+            layers=[spec(plan) for plan in plans],
+            topology=PipeModelDataParallelTopology(
+                num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data
+            ),
+            loss_fn=loss,
+            partition_method="type:block",
+            activation_checkpoint_interval=0,
+        )
+    for tied in module.tied_comms.values():
+        # DeepSpeed keeps one replica of a tied weight; the others must not count in norms.
+        if grid.rank != min(tied["ranks"]):
+            for parameter in tied["module"].parameters():
+                parameter.ds_pipe_replicated = True
+    return module
+
+
+@dataclass
+class Engine:
+    """A model in training. `deepspeed` is the engine underneath, for what is not wrapped."""
+
+    deepspeed: Any
+    module: nn.Module
+    grid: Grid
+    config: Config
+    plan: DecayPlan
+    micro_batches: int
+    gradient_norm: float = float("nan")
+    decay_elsewhere: dict[str, float] = field(default_factory=dict)
+    """Global norm of the last step's gradient, before clipping."""
+
+    def train_step(self, batches: Iterator[Batch]) -> float:
+        """One optimizer update from ``micro_batches`` batches of this data-parallel rank.
+
+        Returns:
+            Mean loss over the global batch, in nats per token, equal on every rank.
+        """
+        self.module.train()
+        if self.grid.pipeline > 1:
+            loss = self.deepspeed.train_batch(data_iter=batches)
+        else:
+            loss = self._accumulate(batches)
+        norm = self.deepspeed.get_global_grad_norm()
+        if norm is not None:
+            self.gradient_norm = float(norm)
+        return float(loss)
+
+    def _accumulate(self, batches: Iterator[Batch]) -> torch.Tensor:
+        total = torch.zeros((), device=self.grid.device)
+        for _ in range(self.micro_batches):
+            inputs, labels = next(batches)
+            logits = self.deepspeed(inputs)
+            loss = self.loss(logits, labels)
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+            total += loss.detach()
+        total /= self.micro_batches
+        if self.grid.data > 1:
+            dist.all_reduce(total, group=self.grid.data_group)
+            total /= self.grid.data
+        return total
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of a micro batch, in nats per token."""
+        return token_losses(logits, labels.t(), self.grid.tensor_parallel).mean()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of the innermost optimizer, as they are on this rank."""
+        optimizer = self.deepspeed.optimizer
+        inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+        return list(inner.param_groups)
+
+    def set_rates(self, learning_rate: float) -> None:
+        """Set η and the plan's λ in every group, by name."""
+        decays = self.plan.by_group
+        for group in self.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = decays[group["name"]]
+
+    def decay_in_use(self) -> dict[str, float]:
+        """λ by group name, read from the optimizers: this rank's now, the other pipeline
+        stages' as of the last `share_decay`."""
+        here = {group["name"]: float(group["weight_decay"]) for group in self.param_groups}
+        return {**self.decay_elsewhere, **here}
+
+    def share_decay(self) -> None:
+        """Tell every rank the λ that the optimizers of the other stages hold; collective."""
+        for part in self.grid.gather(self.decay_in_use()):
+            self.decay_elsewhere.update(part)
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank's optimizer owns."""
+        return fragments(self.deepspeed)
+
+    def audit_decay(self) -> None:
+        """Check that the λ this rank's optimizer holds for each tensor is the plan's.
+
+        Raises:
+            RunError: naming the first tensor that would be decayed wrongly.
+        """
+        decays = self.plan.by_name
+        for fragment in self.fragments():
+            held, planned = float(fragment.group["weight_decay"]), decays[fragment.info.name]
+            if held != planned:
+                raise RunError(
+                    f"{fragment.info.name}: the optimizer holds decay {held:g}, the plan says "
+                    f"{planned:g} (group {fragment.group.get('name')}); this is a bug, please "
+                    "report it with the recipe"
+                )
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        with contextlib.suppress(Exception):
+            self.deepspeed.destroy()
+
+
+def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
+    """Model, optimizer groups and DeepSpeed engine for this rank.
+
+    Raises:
+        UsageError: if the batch cannot be divided or a raw DeepSpeed key contradicts the recipe.
+    """
+    micro, count = micro_batches(config, grid)
+    settings = deepspeed_settings(config, grid, micro, count)
+    quiet_deepspeed()
+    import deepspeed
+
+    module = build_model(config, grid)
+    mark_for_norms(module, grid)
+    optimizer = torch.optim.AdamW(
+        optimizer_groups(module, plan),
+        # η is set before each step; zero here, so that no constructor can decay anything.
+        lr=0.0,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.epsilon,
+        fused=True,
+    )
+    pipeline = grid.pipeline > 1
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=settings,
+            mpu=None if pipeline else ModelParallelUnit(grid),
+        )
+    engine = Engine(wrapped, module, grid, config, plan, count)
+    if isinstance(wrapped.optimizer, torch.optim.Optimizer):
+        _record_plain_norm(wrapped)
+    elif hasattr(wrapped.optimizer, "averaged_gradients") and config.grid.zero_stage < 3:
+        _norm_in_one_reduction(wrapped.optimizer)
+    engine.set_rates(0.0)
+    engine.audit_decay()
+    return engine
+
+
+def optimizer_groups(module: nn.Module, plan: DecayPlan) -> list[dict[str, Any]]:
+    """Param groups of what this rank holds, in the plan's order; absent groups left out."""
+    of = plan.group_of
+    members: dict[str, list[nn.Parameter]] = {group.name: [] for group in plan.groups}
+    for parameter in declared_parameters(module):
+        members[of[info_of(parameter).name]].append(parameter)
+    decays = plan.by_group
+    return [
+        {"name": name, "params": parameters, "weight_decay": decays[name]}
+        for name, parameters in members.items()
+        if parameters
+    ]
+
+
+def mark_for_norms(module: nn.Module, grid: Grid) -> None:
+    """Let every element count exactly once in DeepSpeed's global gradient norm.
+
+    DeepSpeed counts a parameter on a rank if it is marked tensor-parallel or the rank is the
+    first of the model-parallel group; under pipeline parallelism that would leave out the
+    replicated parameters of later stages (norms, biases), or count tied ones twice.
+    """
+    for parameter in module.parameters():
+        split = info_of(parameter).partition_dim is not None
+        tied_copy = getattr(parameter, "ds_pipe_replicated", False)
+        parameter.tensor_model_parallel = (split or grid.tensor_rank == 0) and not tied_copy  # type: ignore[attr-defined]
+
+
+def micro_batches(config: Config, grid: Grid) -> tuple[int, int]:
+    """Sequences per forward pass, and passes per update, of each data-parallel rank.
+
+    Raises:
+        UsageError: if the global batch cannot be divided.
+    """
+    total, micro = config.train.global_batch, config.train.micro_batch
+    if total % grid.data:
+        raise UsageError(
+            f"train.global_batch: {total} sequences cannot be shared by {grid.data} data-parallel "
+            f"ranks; use a multiple of {grid.data}"
+        )
+    share = total // grid.data
+    if not micro:
+        # As few passes as possible, but as many as stages, to fill the pipeline.
+        passes = next(n for n in range(min(grid.pipeline, share), 0, -1) if share % n == 0)
+        micro = share // passes
+    if share % micro:
+        raise UsageError(
+            f"train.micro_batch: {micro} does not divide the {share} sequences of each "
+            f"data-parallel rank (global_batch {total} / {grid.data}); use a divisor of {share}"
+        )
+    return micro, share // micro
+
+
+def deepspeed_settings(config: Config, grid: Grid, micro: int, count: int) -> dict[str, Any]:
+    """The DeepSpeed configuration that the recipe implies, with the raw block merged in.
+
+    Raises:
+        UsageError: if a raw key contradicts the recipe.
+    """
+    precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
+    implied: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": count,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "zero_optimization": {"stage": config.grid.zero_stage},
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+    }
+    raw = config.deepspeed
+    for key in ("optimizer", "scheduler", "fp16", "amp", "curriculum_learning"):
+        if key in raw:
+            raise UsageError(
+                f"deepspeed.{key}: the recipe decides this (optimizer:, precision:); remove it"
+            )
+    if (raw.get("bf16") or {}).get("bf16_master_weights_and_grads"):
+        raise UsageError(
+            "deepspeed.bf16.bf16_master_weights_and_grads: without fp32 master weights no weight "
+            "decay takes effect (learning_rate x decay is below bf16's step); remove it"
+        )
+    return _merge(implied, raw, "deepspeed")
+
+
+def _merge(base: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in raw.items():
+        if isinstance(value, dict) and isinstance(base.get(key, {}), dict):
+            merged[key] = _merge(base.get(key, {}), value, f"{path}.{key}")
+        elif key in base and base[key] != value:
+            raise UsageError(
+                f"{path}.{key}: {value!r} contradicts the recipe, which makes it {base[key]!r}; "
+                "change the recipe or remove the key"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+class ModelParallelUnit:
+    """The grid in the words that DeepSpeed asks its `mpu` in (without a pipeline)."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank within the tensor-parallel group."""
+        return self._grid.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Size of the tensor-parallel group."""
+        return self._grid.tensor
+
+    def get_model_parallel_group(self) -> Any:
+        """The tensor-parallel group."""
+        return self._grid.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        """Rank within the data-parallel group."""
+        return self._grid.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Size of the data-parallel group."""
+        return self._grid.data
+
+    def get_data_parallel_group(self) -> Any:
+        """The data-parallel group."""
+        return self._grid.data_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+def _record_plain_norm(engine: Any) -> None:
+    """Keep the gradient norm that DeepSpeed computes, and drops, for a plain fp32 optimizer."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def clip() -> None:
+        engine._global_grad_norm = clip_grad_norm_(
+            parameters=engine.module.parameters(),
+            max_norm=engine.gradient_clipping(),
+            mpu=engine.mpu,
+        )
+
+    engine.clip_fp32_gradients = clip
+
+
+def _norm_in_one_reduction(zero: Any) -> None:
+    """Compute ZeRO 1/2's gradient norm with one reduction over all ranks.
+
+    DeepSpeed reduces once for every param group, over the model-parallel ranks too; pipeline
+    stages hold different groups (the first has the embedding, the last the head), and the stage
+    with more of them then waits for ever.
+    """
+
+    def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=zero.device)
+        for index in range(len(zero.bit16_groups)):
+            gradients = zero.averaged_gradients[index]
+            owned = (g for g in gradients if not getattr(g, "_zero_padding", False))
+            for gradient, parameter in zip(owned, zero.params_in_partition[index], strict=False):
+                if parameter.tensor_model_parallel:
+                    total += torch.linalg.vector_norm(gradient.detach().float()).double() ** 2
+        dist.all_reduce(total)
+        # -1 is DeepSpeed's sign for a norm that is not finite.
+        return torch.where(total.isfinite(), total.sqrt(), -1.0).float()
+
+    zero.scaled_global_norm = scaled_global_norm
+
+
+def quiet_deepspeed() -> None:
+    """DeepSpeed and Megatron log every step of their set-up; keep warnings and errors."""
+    for name in ("DeepSpeed", "deepspeed", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -1,0 +1,80 @@
+"""Batches of a data-parallel rank: which samples, in which step, read ahead in a thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from data_pipeline.dataset import TrainingData
+from pretrain.engine import Batch
+from pretrain.grid import Grid
+
+
+def sample_numbers(step: int, global_batch: int, grid: Grid, micro: int) -> list[list[int]]:
+    """Samples of this rank in update ``step``, one list per micro batch.
+
+    Update s takes samples s·B … (s+1)·B − 1 of the order that the seed fixes, whatever the grid.
+    """
+    share = global_batch // grid.data
+    first = step * global_batch + grid.data_rank * share
+    return [list(range(at, at + micro)) for at in range(first, first + share, micro)]
+
+
+class Loader:
+    """Endless micro batches from ``first_step`` on."""
+
+    def __init__(
+        self,
+        data: TrainingData,
+        grid: Grid,
+        global_batch: int,
+        micro: int,
+        first_step: int,
+        prefetch: int,
+    ) -> None:
+        self._data, self._grid, self._micro = data, grid, micro
+        self._global_batch, self._step = global_batch, first_step
+        self._prefetch = prefetch
+        self._pool = ThreadPoolExecutor(1) if prefetch else None
+        self._waiting: deque[Future[Batch]] = deque()
+        self._numbers = self._order()
+
+    def _order(self) -> Iterator[list[int]]:
+        step = self._step
+        while (step + 1) * self._global_batch <= len(self._data):
+            yield from sample_numbers(step, self._global_batch, self._grid, self._micro)
+            step += 1
+
+    def _read(self, numbers: list[int]) -> Batch:
+        pairs = [self._data[number] for number in numbers]
+        inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+        if self._grid.device.type == "cuda":
+            inputs, labels = inputs.pin_memory(), labels.pin_memory()
+        return inputs, labels
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._pool is None:
+            inputs, labels = self._read(next(self._numbers))
+        else:
+            while len(self._waiting) <= self._prefetch:
+                numbers = next(self._numbers, None)
+                if numbers is None:
+                    break
+                self._waiting.append(self._pool.submit(self._read, numbers))
+            if not self._waiting:
+                raise StopIteration
+            inputs, labels = self._waiting.popleft().result()
+        device = self._grid.device
+        return inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,140 @@
+"""Where DeepSpeed keeps the fp32 master weights: one view of every ZeRO stage.
+
+Checkpoints, rank statistics and the audit of λ all ask the same question: which elements of
+which parameter does this rank's optimizer own, in which group? The answers live in different
+private structures for each stage; this module is the only one that knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.roles import ParameterInfo, info_of
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous run of elements of one parameter, as this rank's optimizer holds it."""
+
+    parameter: nn.Parameter
+    offset: int
+    """First element, in the flattened local (tensor-parallel) shard."""
+    master: torch.Tensor
+    """1-D view of the fp32 master: writing to it changes what the optimizer updates."""
+    group: dict[str, Any]
+    """The optimizer's own param group (learning rate, λ, name)."""
+    optimizer: torch.optim.Optimizer
+    owner: torch.Tensor
+    """The tensor under which the optimizer keeps its state (flat under ZeRO)."""
+    start: int
+    """Where ``master`` begins inside ``owner``."""
+
+    @property
+    def info(self) -> ParameterInfo:
+        """Identity of the parameter."""
+        return info_of(self.parameter)
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """1-D views of the optimizer's state for these elements; empty before the first step."""
+        state = self.optimizer.state.get(self.owner, {})
+        return {
+            key: value.view(-1).narrow(0, self.start, self.master.numel())
+            for key, value in state.items()
+            if torch.is_tensor(value) and value.numel() == self.owner.numel() and value.dim() > 0
+        }
+
+
+def fragments(engine: Any) -> list[Fragment]:
+    """This rank's fragments of a DeepSpeed engine, in a fixed order; empty ones left out."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return list(_zero3(optimizer))
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return list(_zero12(optimizer))
+    return list(_plain(optimizer))
+
+
+def is_replicated(engine: Any) -> bool:
+    """Whether every data-parallel rank holds all masters (no ZeRO)."""
+    return isinstance(engine.optimizer, torch.optim.Optimizer)
+
+
+def _plain(optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield Fragment(parameter, 0, parameter.data.view(-1), group, optimizer, parameter, 0)
+
+
+def _zero12(zero: Any) -> Iterator[Fragment]:
+    groups = zero.optimizer.param_groups
+    for group, parameters, flat in zip(
+        groups, zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True
+    ):
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                yield Fragment(
+                    parameter,
+                    mapping.lp_fragment_address.start,
+                    mapping.hp_fragment,
+                    group,
+                    zero.optimizer,
+                    flat,
+                    mapping.hp_fragment_address.start,
+                )
+
+
+def _zero3(zero: Any) -> Iterator[Fragment]:
+    for index, parameters in enumerate(zero.fp16_groups):
+        group = zero.optimizer.param_groups[zero.sub_group_to_group_id[index]]
+        flat = zero.fp32_partitioned_groups_flat[index]
+        for parameter in parameters:
+            _, start, width = zero.grad_position[zero.get_param_id(parameter)]
+            offset = _rank3(parameter) * width
+            count = min(width, parameter.ds_numel - offset)
+            if count > 0:
+                master = flat.narrow(0, start, count)
+                yield Fragment(parameter, offset, master, group, zero.optimizer, flat, start)
+
+
+def _rank3(parameter: Any) -> int:
+    """This rank's index among the ranks over which ZeRO-3 splits ``parameter``."""
+    return int(torch.distributed.get_rank(parameter.ds_process_group))
+
+
+def local_shape(parameter: Any) -> torch.Size:
+    """Shape of the local (tensor-parallel) shard, also where ZeRO-3 has freed the values."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def write_back(parameter: Any, values: torch.Tensor) -> None:
+    """Set the working copy of a parameter (not its master) from the whole local shard.
+
+    Args:
+        values: 1-D float32, the whole local shard; converted to the working precision.
+    """
+    if hasattr(parameter, "ds_tensor"):
+        width = parameter.ds_tensor.numel()
+        start = _rank3(parameter) * width
+        part = values[start : start + width]
+        parameter.ds_tensor.data.view(-1)[: part.numel()].copy_(part)
+        if parameter.data.numel() == values.numel():  # small ones stay gathered
+            parameter.data.view(-1).copy_(values)
+    else:
+        parameter.data.view(-1).copy_(values)
+
+
+def prepare_moments(fragment: Fragment, keys: tuple[str, ...], step: float) -> None:
+    """Create zero optimizer state, as after ``step`` updates, where none exists yet."""
+    state = fragment.optimizer.state[fragment.owner]
+    for key in keys:
+        if key not in state:
+            state[key] = torch.zeros_like(fragment.owner)
+    state["step"] = torch.tensor(float(step), dtype=torch.float32)
+    if fragment.group.get("fused") or fragment.group.get("capturable"):
+        state["step"] = state["step"].to(fragment.owner.device)

@@ -1,0 +1,203 @@
+"""The run folder: what every tool reads, and what makes a killed run resumable.
+
+``RUN/config.yaml metrics.jsonl ranks.parquet checkpoints/ evaluation.json environment.json``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.config import Config, differences, dump_config, load_config
+from pretrain.decay import DecayDifference, DecayPlan, compare, plan_from
+from pretrain.errors import RunError, UsageError
+from pretrain.probe import Row
+from pretrain.tracking import rewind_metrics
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+RANKS = "ranks.parquet"
+_PARTS = ".ranks"
+_FREE = ("data.path", "data.prefetch", "train.micro_batch")
+"""Keys inside the science sections that change no number (or are checked by content)."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside, then rename it."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def create_run(run: Path, config: Config) -> None:
+    """Make the folder and say in it what runs, where and with which versions."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / CHECKPOINTS).mkdir(exist_ok=True)
+    for leftover in (run / CHECKPOINTS).glob(".*.writing"):
+        shutil.rmtree(leftover)
+    write_text(run / CONFIG, dump_config(config))
+    write_text(run / "environment.json", json.dumps(environment(), indent=1))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the reader of results; no secrets."""
+    import torch
+
+    names = ("rankdecay", "torch", "deepspeed", "megatron-core", "sentencepiece", "tokenizers")
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "versions": versions,
+    }
+
+
+def resume_point(run: Path, config: Config) -> Checkpoint | None:
+    """The checkpoint that a run in this folder goes on from, or None to begin.
+
+    Raises:
+        UsageError: if the folder holds a run with another recipe.
+    """
+    if not (run / CONFIG).exists():
+        if run.exists() and any(run.iterdir()):
+            raise UsageError(f"{run}: not empty and not a run folder; choose another --out")
+        return None
+    old = load_config(run / CONFIG)
+    changed = {
+        key: values
+        for key, values in differences(old, config).items()
+        if key not in _FREE and not key.startswith("optimizer.weight_decay")
+    }
+    if changed:
+        key, (before, after) = next(iter(changed.items()))
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UsageError(
+            f"{run}: holds a run with {key}={before}, the recipe says {after}{more}; choose another "
+            f"--out, or continue from it with --fork {run}@STEP"
+        )
+    checkpoints = list_checkpoints(run / CHECKPOINTS)
+    return Checkpoint(checkpoints[-1]) if checkpoints else None
+
+
+def resolve_checkpoint(text: str) -> Path:
+    """A checkpoint folder from ``RUN``, ``RUN@STEP`` or the folder itself.
+
+    Raises:
+        UsageError: naming what was not found and which steps there are.
+    """
+    name, _, wanted = text.rpartition("@") if "@" in text else (text, "", "")
+    path = Path(name)
+    if (path / "manifest.json").is_file() and not wanted:
+        return path
+    found = list_checkpoints(path / CHECKPOINTS)
+    if not found:
+        raise UsageError(
+            f"{name}: no checkpoint there (a run folder, RUN@STEP or a step-... folder)"
+        )
+    if not wanted or wanted == "last":
+        return found[-1]
+    steps = {int(one.name.split("-")[1]): one for one in found}
+    if not wanted.isdigit() or int(wanted) not in steps:
+        raise UsageError(f"{text}: no such step; there are {', '.join(map(str, steps))}")
+    return steps[int(wanted)]
+
+
+def plan_for_resume(plan: DecayPlan, checkpoint: Checkpoint, policy: str) -> DecayPlan:
+    """The plan that holds after a restore, by ``resume.decay``.
+
+    Raises:
+        UsageError: with ``error``, if the λ differ; the message has the table.
+    """
+    infos = [info for group in plan.groups for info in group.parameters]
+    changed = compare(infos, checkpoint.decays, plan.by_name)
+    if not changed or policy == "recipe":
+        return plan
+    if policy == "checkpoint":
+        return plan_from(infos, checkpoint.decays)
+    raise UsageError(
+        f"{checkpoint.path}: was trained with another weight decay: {_table(changed)}; say which "
+        "holds with resume.decay=recipe or resume.decay=checkpoint (or --fork to a new run)"
+    )
+
+
+def _table(changed: list[DecayDifference]) -> str:
+    def where(one: DecayDifference) -> str:
+        return f"{one.role} (layers {one.layers})" if one.layers else one.role.value
+
+    return ", ".join(f"{where(one)} {one.before:g} -> {one.after:g}" for one in changed)
+
+
+def rewind(run: Path, step: int) -> None:
+    """Forget what was measured after ``step``."""
+    rewind_metrics(run, step)
+    parts = run / _PARTS
+    if parts.is_dir():
+        for part in parts.glob("*.parquet"):
+            if int(part.stem) > step:
+                part.unlink()
+    path = run / RANKS
+    if path.exists():
+        rows = [row for row in read_ranks(run) if row["step"] <= step]
+        _write_parquet(path, rows)
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+# --- the table of rank statistics -----------------------------------------------------------
+
+
+def add_ranks(run: Path, step: int, rows: list[Row]) -> None:
+    """Append one measurement; safe against a kill at any moment."""
+    parts = run / _PARTS
+    parts.mkdir(exist_ok=True)
+    _write_parquet(parts / f"{step:08d}.parquet", rows)
+
+
+def merge_ranks(run: Path) -> None:
+    """Bring the measurements so far into ``ranks.parquet``."""
+    parts = run / _PARTS
+    if parts.is_dir() and any(parts.glob("*.parquet")):
+        _write_parquet(run / RANKS, read_ranks(run))
+        shutil.rmtree(parts)
+
+
+def read_ranks(run: Path) -> list[Row]:
+    """Every row measured so far, in order of steps."""
+    import pyarrow.parquet as pq
+
+    files = [run / RANKS] if (run / RANKS).exists() else []
+    files += sorted((run / _PARTS).glob("*.parquet"))
+    rows: dict[tuple[Any, ...], Row] = {}
+    for file in files:
+        try:
+            for row in pq.read_table(file).to_pylist():
+                key = tuple(row[name] for name in ("step", "layer", "product", "level", "head"))
+                rows[key] = row
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file}: damaged ({error}); delete it to go on without it") from None
+    return sorted(rows.values(), key=lambda row: row["step"])
+
+
+def _write_parquet(path: Path, rows: list[Row]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    aside = path.with_name(path.name + ".tmp")
+    pq.write_table(pa.Table.from_pylist(rows), aside)
+    os.replace(aside, path)

@@ -1,0 +1,227 @@
+"""Spectra of a product A·Bᵀ from its factors, without ever forming the product.
+
+The factors are tall (width x head), so everything happens in head x head matrices: the Gram
+matrices AᵀA and BᵀB in float64, their eigendecompositions, and the singular values of
+Λ_A^½ V_Aᵀ V_B Λ_B^½, which are those of A·Bᵀ. Where cancellation between the factors costs
+digits (ρ = σ₁(A)σ₁(B)/σ₁(ABᵀ) large) the QR decompositions are used instead.
+
+Pure functions of tensors: no distributed code, no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+_RHO_LIMIT = 1e4
+"""Above this the error of the Gram form, ~ε·ρ², may exceed 1e-8 σ₁."""
+_SLACK = 1e-6
+"""Relative slack of the cumulative threshold, so that ties count as reached."""
+
+
+@dataclass(frozen=True)
+class ProductStatistics:
+    """Statistics of W = A·Bᵀ; every field has the batch shape ``[...]`` unless stated."""
+
+    singular_values: Tensor
+    """``[..., n]`` float64, descending, n = min(d_out, d_in, r)."""
+    pseudo_rank: Tensor
+    """Share of n needed to reach the threshold of Σσ (the paper's "rank")."""
+    nuclear_norm: Tensor
+    """‖W‖_* = Σσ."""
+    frobenius_bound: Tensor
+    """½(‖A‖² + ‖B‖²), never below the nuclear norm."""
+    balance: Tensor
+    """nuclear_norm / frobenius_bound, in [0, 1]; 0 for zero factors."""
+    discrepancy: Tensor
+    """‖AᵀA − BᵀB‖_F, zero at stationary points under decay (Lemma 3.2)."""
+    theory_ceiling: Tensor
+    """√‖AᵀA − BᵀB‖_* · ½(‖A‖_* + ‖B‖_*), never below bound − nuclear (Prop. B.4)."""
+    frobenius_norm: Tensor
+    """‖W‖_F = √Σσ²."""
+    stable_rank: Tensor
+    """Σσ² / σ₁²."""
+    effective_rank: Tensor
+    """exp of the entropy of σ/Σσ (Roy & Vetterli 2007)."""
+    participation_ratio: Tensor
+    """(Σσ)² / Σσ²."""
+    sigma_max: Tensor
+    """σ₁."""
+    nonfinite: Tensor
+    """Whether a factor has a NaN or an infinity; the other fields are NaN there."""
+
+    @property
+    def gap(self) -> Tensor:
+        """frobenius_bound − nuclear_norm ≥ 0."""
+        return self.frobenius_bound - self.nuclear_norm
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Every field but the spectrum, by name."""
+        names = (field.name for field in fields(self))
+        return {name: getattr(self, name) for name in names if name != "singular_values"}
+
+
+def product_statistics(a: Tensor, b: Tensor, threshold: float = 0.95) -> ProductStatistics:
+    """Statistics of A·Bᵀ for a batch of factor pairs.
+
+    Args:
+        a: ``[..., d_out, r]``, any float dtype.
+        b: ``[..., d_in, r]``, same batch shape and r. For the products of a group that shares A
+            (grouped-query attention), stack the Bᵢ along d_in.
+        threshold: share of Σσ that defines the pseudo-rank.
+
+    Returns:
+        float64 statistics; a pair with a NaN or an infinity gives NaN for itself alone.
+
+    Raises:
+        ValueError: if the shapes do not match.
+    """
+    if a.dim() < 2 or b.dim() < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
+        raise ValueError(
+            f"factors [..., d_out, r] and [..., d_in, r] expected, got {tuple(a.shape)} and "
+            f"{tuple(b.shape)}"
+        )
+    a, b = a.detach().double(), b.detach().double()
+    finite = a.isfinite().all(-1).all(-1) & b.isfinite().all(-1).all(-1)
+    if not bool(finite.all()):
+        # One bad head must not make LAPACK fail for the whole batch.
+        a = torch.where(finite[..., None, None], a, 0.0)
+        b = torch.where(finite[..., None, None], b, 0.0)
+    gram_a, gram_b = a.mT @ a, b.mT @ b
+    squares_a, vectors_a = _eigh(gram_a)
+    squares_b, vectors_b = _eigh(gram_b)
+    roots_a, roots_b = squares_a.sqrt(), squares_b.sqrt()
+    core = (vectors_a * roots_a[..., None, :]).mT @ (vectors_b * roots_b[..., None, :])
+    sigma = torch.linalg.svdvals(core)
+    sigma = _repair_cancellation(a, b, sigma, roots_a[..., -1] * roots_b[..., -1])
+    sigma = sigma[..., : min(a.shape[-2], b.shape[-2], a.shape[-1])]
+    difference = gram_a - gram_b
+    spread = torch.linalg.eigvalsh(difference).abs().sum(-1)
+    return _statistics(
+        sigma,
+        bound=(squares_a.sum(-1) + squares_b.sum(-1)) / 2,
+        discrepancy=torch.linalg.matrix_norm(difference),
+        ceiling=spread.sqrt() * (roots_a.sum(-1) + roots_b.sum(-1)) / 2,
+        finite=finite,
+        threshold=threshold,
+    )
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp_min(0.0), vectors
+
+
+def _repair_cancellation(a: Tensor, b: Tensor, sigma: Tensor, product: Tensor) -> Tensor:
+    """Recompute by QR the heads whose factors nearly cancel (product = σ₁(A)σ₁(B))."""
+    doubtful = product > _RHO_LIMIT * sigma[..., 0]
+    doubtful &= product > 0
+    if not bool(doubtful.any()):
+        return sigma
+    sigma = sigma.clone()
+    upper_a = torch.linalg.qr(a[doubtful], mode="r").R
+    upper_b = torch.linalg.qr(b[doubtful], mode="r").R
+    exact = torch.linalg.svdvals(upper_a @ upper_b.mT)
+    repaired = torch.zeros_like(sigma[doubtful])
+    repaired[..., : exact.shape[-1]] = exact
+    sigma[doubtful] = repaired
+    return sigma
+
+
+def _statistics(
+    sigma: Tensor,
+    bound: Tensor,
+    discrepancy: Tensor,
+    ceiling: Tensor,
+    finite: Tensor,
+    threshold: float,
+) -> ProductStatistics:
+    nuclear, squares = sigma.sum(-1), sigma.square().sum(-1)
+    largest = sigma[..., 0]
+    shares = sigma / _nonzero(nuclear)[..., None]
+    entropy = -torch.special.xlogy(shares, shares).sum(-1)
+    some = nuclear > 0
+
+    def valid(values: Tensor, zero_when_empty: bool = False) -> Tensor:
+        if zero_when_empty:
+            values = torch.where(some, values, 0.0)
+        return torch.where(finite, values, torch.nan)
+
+    return ProductStatistics(
+        singular_values=torch.where(finite[..., None], sigma, torch.nan),
+        pseudo_rank=valid(pseudo_rank(sigma, threshold)),
+        nuclear_norm=valid(nuclear),
+        frobenius_bound=valid(bound),
+        balance=valid(nuclear / _nonzero(bound)),
+        discrepancy=valid(discrepancy),
+        theory_ceiling=valid(ceiling),
+        frobenius_norm=valid(squares.sqrt()),
+        stable_rank=valid(squares / _nonzero(largest.square()), zero_when_empty=True),
+        effective_rank=valid(entropy.exp(), zero_when_empty=True),
+        participation_ratio=valid(nuclear.square() / _nonzero(squares), zero_when_empty=True),
+        sigma_max=valid(largest),
+        nonfinite=~finite,
+    )
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, 1.0)
+
+
+def pseudo_rank(sigma: Tensor, threshold: float = 0.95) -> Tensor:
+    """k/n, k the fewest leading singular values whose sum reaches ``threshold`` of the total.
+
+    Args:
+        sigma: ``[..., n]`` float64, descending.
+
+    Returns:
+        ``[...]`` float64; 0 where all singular values are 0.
+    """
+    total = sigma.sum(-1, keepdim=True)
+    reached = sigma.cumsum(-1) >= threshold * total * (1 - _SLACK)
+    count = sigma.shape[-1] - reached.sum(-1) + 1
+    return torch.where(total[..., 0] > 0, count.double() / sigma.shape[-1], 0.0)
+
+
+@dataclass(frozen=True)
+class PairStatistics:
+    """Rotary embeddings leave one law per frequency pair, not per head (docs/statistics.md)."""
+
+    rope_pair_balance: Tensor
+    """Σ‖A_p‖‖B_p‖ / ½Σ(‖A_p‖² + ‖B_p‖²) over pairs p: 1 at equilibrium."""
+    rope_pair_discrepancy: Tensor
+    """√Σ(‖A_p‖² − ‖B_p‖²)²: falls as exp(−2λt) under gradient flow."""
+    rope_pairs_alive: Tensor
+    """Pseudo-rank of the pair strengths ‖A_p‖‖B_p‖: the share of pairs in use."""
+
+
+def pair_statistics(
+    a: Tensor, b: Tensor, rotary_dim: int, threshold: float = 0.95
+) -> PairStatistics:
+    """Statistics of rotary frequency pairs (j, j + rotary_dim/2) of the QK product.
+
+    Args:
+        a: ``[..., d_out, r]`` and
+        b: ``[..., d_in, r]``: as in `product_statistics`; for a group, the Bᵢ stacked.
+        rotary_dim: number of leading columns that rotate.
+    """
+    norm_a, norm_b = (_pair_norms(factor, rotary_dim) for factor in (a, b))
+    squares_a, squares_b = norm_a.square(), norm_b.square()
+    strength = norm_a * norm_b
+    bound = (squares_a + squares_b).sum(-1) / 2
+    ordered = strength.sort(-1, descending=True).values
+    finite = strength.isfinite().all(-1)
+    alive = pseudo_rank(torch.where(finite[..., None], ordered, 0.0), threshold)
+    return PairStatistics(
+        rope_pair_balance=strength.sum(-1) / _nonzero(bound),
+        rope_pair_discrepancy=(squares_a - squares_b).square().sum(-1).sqrt(),
+        rope_pairs_alive=torch.where(finite, alive, torch.nan),
+    )
+
+
+def _pair_norms(factor: Tensor, rotary_dim: int) -> Tensor:
+    columns = factor.detach().double().square().sum(-2)[..., :rotary_dim]
+    half = rotary_dim // 2
+    return (columns[..., :half] + columns[..., half:]).sqrt()

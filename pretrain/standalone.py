@@ -1,0 +1,165 @@
+"""Evaluation and rank statistics of checkpoints, without a training engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.dataset import held_out, load_manifest
+from models.roles import ParameterInfo, Role
+from pretrain.checkpoint import Checkpoint, load_into_module
+from pretrain.config import Config, RanksConfig, apply_overrides
+from pretrain.decay import plan_from
+from pretrain.engine import build_model, quiet_deepspeed, resolve_precision
+from pretrain.errors import UsageError
+from pretrain.evaluate import score, summarize
+from pretrain.grid import build_grid, check_grid, connect, process_count
+from pretrain.probe import Factors, Row, layer_rows, summary
+from pretrain.run import resolve_checkpoint, write_text
+from pretrain.tracking import Progress
+
+
+def evaluate_checkpoint(
+    target: str,
+    overrides: list[str],
+    data: Path | None,
+    split: str,
+    documents: int | None,
+    batch: int,
+    stride: int,
+    out: Path | None,
+) -> tuple[dict[str, Any], Path, bool]:
+    """Score a checkpoint on the processes at hand; a collective call.
+
+    Args:
+        overrides: of the run's recipe, for example another grid.
+
+    Returns:
+        (figures, where they were written, whether this process is the main one).
+    """
+    checkpoint = Checkpoint(resolve_checkpoint(target))
+    config = apply_overrides(_one_process(checkpoint.config), overrides)
+    if stride > config.model.context:
+        raise UsageError(f"--stride: {stride} is more than the context, {config.model.context}")
+    check_grid(config.grid, process_count())
+    manifest = load_manifest(data or Path(config.data.path))
+    if manifest.tokenizer_sha256 != checkpoint.state["tokenizer"]:
+        raise UsageError(
+            f"{manifest.path}: was tokenised with another tokenizer than {checkpoint.path} was "
+            f"trained with; tokenise it with {checkpoint.config.data.path}'s"
+        )
+    quiet_deepspeed()
+    grid = build_grid(config.grid, connect())
+    module = build_model(config, grid)
+    load_into_module(checkpoint, module, grid)
+    if resolve_precision(config.precision, grid.device, config.grid.zero_stage) == "bf16":
+        module.bfloat16()
+    chosen = held_out(manifest, split, documents)
+    progress = Progress(1, "evaluate", grid.is_main)
+
+    nats = score(
+        module,
+        grid,
+        config.model,
+        chosen,
+        manifest.eod,
+        batch,
+        stride,
+        lambda done, total: progress.update(done, total=total),
+    )
+    progress.close()
+    figures = {
+        "split": split,
+        "step": checkpoint.step,
+        "checkpoint": str(checkpoint.path),
+        "data": str(manifest.path),
+        "stride": stride or config.model.context,
+        **summarize(chosen, nats),
+    }
+    path = out or _result_path(target, checkpoint, split)
+    if grid.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(figures, indent=1))
+    return figures, path, grid.is_main
+
+
+def _one_process(config: Config) -> Config:
+    """The recipe with the grid that one process can hold; overrides may set another."""
+    single = {"tensor_parallel": 1, "pipeline_parallel": 1, "sequence_parallel": False}
+    grid = config.grid.model_copy(update=single)
+    return config.model_copy(update={"grid": grid})
+
+
+def _result_path(target: str, checkpoint: Checkpoint, split: str) -> Path:
+    name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
+    run = checkpoint.path.parent.parent
+    newest = Path(target) == run
+    return run / name if newest else checkpoint.path / name
+
+
+def rank_rows(target: str, threshold: float, spectra: bool, out: Path | None) -> list[Row]:
+    """Rank statistics of every head of a checkpoint, one layer in memory at a time."""
+    checkpoint = Checkpoint(resolve_checkpoint(target))
+    model = checkpoint.config.model
+    infos = [
+        ParameterInfo(
+            name, Role(entry["role"]), entry["layer"], tuple(entry["shape"]), entry["partition_dim"]
+        )
+        for name, entry in checkpoint.parameters.items()
+    ]
+    plan = plan_from(infos, checkpoint.decays)
+    config = RanksConfig(threshold=threshold, spectra=spectra)
+    progress = Progress(model.num_layers, "ranks", True)
+    rows: list[Row] = []
+    for layer in range(model.num_layers):
+        names = [f"blocks.{layer}.attention.{part}.weight" for part in _PARTS]
+        query, key, value, output = (checkpoint.full(name) for name in names)
+        units, head = model.key_value_heads, model.head_size
+        group = model.num_attention_heads // units
+        factors = Factors(
+            query=query.view(units, group, head, -1),
+            key=key.view(units, head, -1),
+            value=value.view(units, head, -1),
+            output=output.view(-1, units, group, head).permute(1, 2, 0, 3),
+        )
+        rows += layer_rows(factors, list(range(units)), layer, model, plan, config)
+        progress.update(layer + 1)
+    progress.close()
+    batch = checkpoint.config.train.global_batch * model.context
+    for row in rows:
+        row.update(step=checkpoint.step, tokens=checkpoint.step * batch)
+    if out:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), out)
+    return rows
+
+
+_PARTS = ("query", "key", "value", "output")
+
+
+def print_ranks(rows: list[Row], as_json: bool) -> None:
+    """Means per layer on standard output."""
+    layers = sorted({row["layer"] for row in rows})
+    means = {layer: summary([row for row in rows if row["layer"] == layer]) for layer in layers}
+    if as_json:
+        print(json.dumps({"step": rows[0]["step"], "layers": means, "all": summary(rows)}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"attention at step {rows[0]['step']}: means over heads")
+    columns = {
+        "pseudo_rank_qk": "rank W_QK",
+        "balance_qk": "balance",
+        "pseudo_rank_vp": "rank W_VP",
+        "balance_vp": "balance",
+    }
+    for column in ("layer", *columns.values()):
+        table.add_column(column, justify="right")
+    for name, row in [*((str(layer), means[layer]) for layer in layers), ("all", summary(rows))]:
+        table.add_row(name, *(f"{row[key]:.4f}" for key in columns))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)

@@ -1,0 +1,192 @@
+"""Metrics: JSON lines always; W&B and TensorBoard when asked for; never in the way of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import Config
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl`` of one kind: train, evaluation, ranks or event."""
+    path = run / METRICS
+    if not path.exists():
+        return []
+    return [row for row in _rows(path) if row.get("kind") == kind]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # a line that a kill cut short
+            continue
+    return rows
+
+
+def rewind_metrics(run: Path, step: int) -> None:
+    """Drop what was logged after ``step``: the resumed run will log it again."""
+    path = run / METRICS
+    if not path.exists():
+        return
+    kept = [row for row in _rows(path) if row["step"] <= step]
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+class Tracker:
+    """Writes metrics on the main rank; silent on the others."""
+
+    def __init__(self, run: Path, config: Config, active: bool) -> None:
+        self.active = active
+        self._file: Any = None
+        self._wandb: Any = None
+        self._board: Any = None
+        if not active:
+            return
+        self._file = (run / METRICS).open("a", encoding="utf-8")
+        if config.logging.wandb:
+            self._wandb = _start_wandb(run, config)
+        if config.logging.tensorboard:
+            self._board = _start_tensorboard(run)
+
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line: ``kind``, ``step`` and ``values``."""
+        if not self.active:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        numbers = {f"{kind}/{k}": v for k, v in _flatten(values).items()}
+        if self._wandb is not None:
+            try:
+                self._wandb.log(numbers, step=step)
+            except Exception as error:  # a dead service must not stop a run
+                warn(f"W&B stopped ({error}); metrics go on in {METRICS}")
+                self._wandb = None
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            try:
+                self._wandb.finish(quiet=True)
+            except Exception as error:
+                warn(f"W&B did not finish ({error})")
+        if self._board is not None:
+            self._board.close()
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            flat[prefix + key] = value
+    return flat
+
+
+def _start_wandb(run: Path, config: Config) -> Any:
+    """A W&B run, offline unless an account is configured; None if it cannot start."""
+    try:
+        import wandb
+
+        identity = run / "wandb-id"
+        if not identity.exists():
+            identity.write_text(wandb.util.generate_id())
+        known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
+        mode = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+        return wandb.init(
+            project=config.logging.wandb,
+            name=run.name,
+            id=identity.read_text(),
+            dir=str(run),
+            resume="allow",
+            mode=mode,
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, init_timeout=30),
+        )
+    except Exception as error:  # missing package, dead network, bad key
+        warn(f"W&B is not available ({error}); metrics go to {METRICS} alone")
+        return None
+
+
+def _start_tensorboard(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(run / "tensorboard"))
+    except ImportError:
+        warn("TensorBoard is not installed: pip install 'rankdecay[tensorboard]'")
+        return None
+
+
+def warn(text: str) -> None:
+    """A line on standard error that does not stop anything."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A bar on a terminal, a plain line every few seconds elsewhere; silent if not active."""
+
+    def __init__(self, total: int, what: str, active: bool, start: int = 0) -> None:
+        self._total, self._active, self._what = total, active, what
+        self._start, self._began, self._shown = start, time.monotonic(), 0.0
+        self._bar: Any = None
+        if active and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn(what),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(what, total=total, completed=start, note="")
+
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        """Show that ``done`` of the total is done."""
+        if total is not None and total != self._total:
+            self._total = total
+            if self._bar is not None:
+                self._bar.update(self._task, total=total)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if not self._active or (done < self._total and now - self._shown < 5.0):
+            return
+        self._shown = now
+        speed = (done - self._start) / max(1e-9, now - self._began)
+        left = (self._total - done) / speed if speed > 0 else 0.0
+        text = f"{self._what} {done}/{self._total} {note} {_clock(left)} left"
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

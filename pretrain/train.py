@@ -1,0 +1,296 @@
+"""The training loop: one page that reads like the algorithm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.dataset import HeldOut, Manifest, TrainingData, held_out, load_manifest
+from models.roles import ParameterInfo
+from pretrain.checkpoint import Checkpoint, load_into_engine, save_checkpoint
+from pretrain.config import Config
+from pretrain.decay import DecayPlan, plan_decay
+from pretrain.engine import Engine, build_engine, micro_batches, whole_model
+from pretrain.errors import RunError, UsageError
+from pretrain.evaluate import score, summarize
+from pretrain.grid import Grid
+from pretrain.loader import Loader
+from pretrain.probe import measure, summary
+from pretrain.run import (
+    CHECKPOINTS,
+    add_ranks,
+    create_run,
+    merge_ranks,
+    plan_for_resume,
+    resume_point,
+    rewind,
+    write_text,
+)
+from pretrain.tracking import Progress, Tracker
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe made concrete: with its data's vocabulary, its parameters and their λ."""
+
+    config: Config
+    manifest: Manifest
+    infos: list[ParameterInfo]
+    plan: DecayPlan
+
+
+def prepare(config: Config, tensor_parallel: int) -> Setup:
+    """Check a recipe against its data and plan the decay, without building anything.
+
+    Raises:
+        UsageError: if the data is missing or does not fit the model.
+    """
+    if not config.data.path:
+        raise UsageError("data.path: not set; give the folder that `pretrain data tokenize` wrote")
+    manifest = load_manifest(Path(config.data.path))
+    config = with_vocabulary(config, manifest)
+    infos = whole_model(config.model, tensor_parallel)
+    return Setup(config, manifest, infos, plan_decay(infos, config.optimizer.weight_decay))
+
+
+def with_vocabulary(config: Config, manifest: Manifest) -> Config:
+    """The recipe with the data's vocabulary size filled in.
+
+    Raises:
+        UsageError: if the recipe names a smaller one.
+    """
+    size = config.model.vocabulary_size or manifest.vocabulary_size
+    if size < manifest.vocabulary_size:
+        raise UsageError(
+            f"model.vocabulary_size: {size} is less than the {manifest.vocabulary_size} tokens of "
+            f"{manifest.tokenizer}; leave it out to take the data's"
+        )
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"vocabulary_size": size})}
+    )
+
+
+def train(config: Config, run: Path, grid: Grid, fork: Path | None = None) -> None:
+    """Train ``config`` in the folder ``run``, from the beginning or from where it stopped.
+
+    Args:
+        fork: a checkpoint of another run to begin from: its weights, optimizer state and place
+            in the data, with this recipe's decay.
+
+    Raises:
+        UsageError, RunError: one line that names the culprit; earlier checkpoints are untouched.
+    """
+    with grid.together(""):
+        setup = prepare(config, grid.tensor)
+        checkpoint = resume_point(run, setup.config)
+        start = checkpoint or (Checkpoint(fork) if fork else None)
+        plan = setup.plan
+        if start is not None:
+            policy = setup.config.resume.decay if checkpoint else "recipe"
+            plan = plan_for_resume(plan, start, policy)
+            _check_continues(start, setup)
+        micro, _ = micro_batches(setup.config, grid)
+        samples = setup.config.train.steps * setup.config.train.global_batch
+        data = TrainingData(
+            setup.manifest,
+            setup.config.data.weights,
+            setup.config.model.context,
+            setup.config.seed,
+            samples,
+        )
+        sample = held_out(
+            setup.manifest, setup.config.evaluation.split, setup.config.evaluation.documents
+        )
+    with grid.together(f"{run}"):
+        if grid.is_main:
+            create_run(run, setup.config)
+            rewind(run, start.step if start else -1)
+    with grid.together(""):
+        engine = build_engine(setup.config, grid, plan)
+        if start is not None:
+            load_into_engine(start, engine)
+            engine.set_rates(0.0)
+            engine.audit_decay()
+    engine.share_decay()
+    first = start.step if start else 0
+    loader = Loader(
+        data, grid, setup.config.train.global_batch, micro, first, setup.config.data.prefetch
+    )
+    tracker = Tracker(run, setup.config, grid.is_main)
+    try:
+        _loop(_Job(engine, setup, run, tracker, sample), loader, first, forked=fork is not None)
+    finally:
+        loader.close()
+        tracker.close()
+        engine.close()
+
+
+def _check_continues(checkpoint: Checkpoint, setup: Setup) -> None:
+    """Refuse to go on with other data or another vocabulary than the checkpoint's."""
+    if checkpoint.config.model != setup.config.model:
+        old, new = (c.model.model_dump() for c in (checkpoint.config, setup.config))
+        key = next(key for key in old if old[key] != new[key])
+        raise UsageError(
+            f"{checkpoint.path}: is of a model with {key}={old[key]}, the recipe and its data say "
+            f"{new[key]}; use the recipe and the data that the checkpoint was trained with"
+        )
+    if checkpoint.state["tokenizer"] != setup.manifest.tokenizer_sha256:
+        raise UsageError(
+            f"{setup.manifest.path}: was tokenised with another tokenizer than {checkpoint.path}; "
+            "use that run's data"
+        )
+    if checkpoint.state["data"] != data_identity(setup.manifest):
+        raise UsageError(
+            f"{setup.manifest.path}: holds other tokens than {checkpoint.path} was trained on; use "
+            "that run's data (its order could not be continued)"
+        )
+
+
+def data_identity(manifest: Manifest) -> str:
+    """Hash of what decides the order of the samples."""
+    counts = [
+        (one.split, one.subset, one.documents, one.tokens, one.bytes) for one in manifest.entries
+    ]
+    return hashlib.sha256(json.dumps([counts, manifest.tokenizer_sha256]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Job:
+    engine: Engine
+    setup: Setup
+    run: Path
+    tracker: Tracker
+    sample: list[HeldOut]
+
+    @property
+    def config(self) -> Config:
+        return self.setup.config
+
+    def is_due(self, section: str, step: int) -> bool:
+        return step % self.config.interval(section) == 0 or step == self.config.train.steps
+
+
+def _loop(job: _Job, loader: Loader, first: int, forked: bool) -> None:
+    config, engine = job.config, job.engine
+    steps, tokens_per_step = config.train.steps, config.train.global_batch * config.model.context
+    if first == 0 and not forked:
+        _measure(job, 0)
+        _evaluate(job, 0)
+    elif forked and not list((job.run / CHECKPOINTS).glob("step-*")):
+        _save(job, first)  # from here on the new run stands on its own feet
+    progress = Progress(steps, job.run.name, engine.grid.is_main, first)
+    began, logged = time.monotonic(), first
+    for step in range(first + 1, steps + 1):
+        rate = config.learning_rate(step - 1)
+        engine.set_rates(rate)
+        loss = engine.train_step(loader)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"step {step}: the loss is {loss}; lower optimizer.learning_rate or look at "
+                f"samples {(step - 1) * config.train.global_batch}-"
+                f"{step * config.train.global_batch - 1}"
+            )
+        if step % config.logging.every == 0 or step == steps:
+            now = time.monotonic()
+            speed = (step - logged) * tokens_per_step / (now - began)
+            job.tracker.log(
+                "train",
+                step,
+                {
+                    "tokens": step * tokens_per_step,
+                    "loss": loss,
+                    "learning_rate": rate,
+                    "grad_norm": engine.gradient_norm,
+                    "tokens_per_second": speed,
+                    "seconds": now - began,
+                    "weight_decay": engine.decay_in_use(),
+                },
+            )
+            progress.update(step, f"loss {loss:.3f} {speed:,.0f} tokens/s")
+            began, logged = now, step
+        if job.is_due("checkpoint", step):
+            with engine.grid.together(f"step {step}"):
+                engine.audit_decay()
+            engine.share_decay()
+        if job.is_due("ranks", step):
+            _measure(job, step)
+        if job.is_due("evaluation", step):
+            _evaluate(job, step)
+        if job.is_due("checkpoint", step):
+            _save(job, step)
+            began = time.monotonic()
+    progress.close()
+    _finish(job)
+
+
+def _measure(job: _Job, step: int) -> None:
+    began = time.monotonic()
+    tokens = step * job.config.train.global_batch * job.config.model.context
+    rows = measure(job.engine, step, tokens, job.config.ranks)
+    with job.engine.grid.together(f"{job.run}"):
+        if job.engine.grid.is_main:
+            add_ranks(job.run, step, rows)
+            job.tracker.log("ranks", step, {**summary(rows), "seconds": time.monotonic() - began})
+
+
+def _evaluate(job: _Job, step: int) -> None:
+    began = time.monotonic()
+    figures = _figures(job, job.sample)
+    overall = {key: figures["overall"][key] for key in ("loss", "perplexity", "bits_per_byte")}
+    overall["seconds"] = time.monotonic() - began
+    job.tracker.log("evaluation", step, {"split": job.config.evaluation.split, **overall})
+
+
+def _figures(job: _Job, documents: list[HeldOut]) -> dict[str, Any]:
+    engine = job.engine
+    nats = score(
+        engine.module,
+        engine.grid,
+        job.config.model,
+        documents,
+        job.setup.manifest.eod,
+        job.config.evaluation.batch,
+    )
+    return summarize(documents, nats)
+
+
+def _save(job: _Job, step: int) -> None:
+    state = {
+        "samples": step * job.config.train.global_batch,
+        "tokenizer": job.setup.manifest.tokenizer_sha256,
+        "data": data_identity(job.setup.manifest),
+    }
+    with job.engine.grid.together(f"{job.run}"):
+        if job.engine.grid.is_main:
+            merge_ranks(job.run)
+    save_checkpoint(job.engine, job.run / CHECKPOINTS, step, state, keep=job.config.checkpoint.keep)
+
+
+def _finish(job: _Job) -> None:
+    """The final evaluation, once."""
+    wanted = job.config.evaluation.at_end
+    path = job.run / EVALUATION
+    done = job.engine.grid.broadcast(path.exists())
+    if wanted == "none" or done:
+        return
+    documents, split = job.sample, job.config.evaluation.split
+    if wanted == "all":
+        splits = {entry.split for entry in job.setup.manifest.entries}
+        split = "test" if "test" in splits else split
+        documents = held_out(job.setup.manifest, split)
+    figures = _figures(job, documents)
+    if job.engine.grid.is_main:
+        header = {
+            "split": split,
+            "step": job.config.train.steps,
+            "data": str(job.setup.manifest.path),
+            "stride": job.config.model.context,
+        }
+        write_text(path, json.dumps({**header, **figures}, indent=1))

@@ -200,7 +200,7 @@ class Checkpoint:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             if manifest["version"] != VERSION:
                 raise RunError(
-                    f"{path}: checkpoint version {manifest['version']}, this program reads {VERSION}"
+                    f"{path}: version {manifest['version']}, this program reads {VERSION}"
                 )
             self.step: int = manifest["step"]
             self.state: dict[str, Any] = manifest["state"]
@@ -212,8 +212,8 @@ class Checkpoint:
             raise RunError(f"{path}: no checkpoint here ({error.strerror})") from None
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise RunError(
-                f"{path}/{MANIFEST}: damaged ({type(error).__name__}); delete this checkpoint to go "
-                "on from the one before"
+                f"{path}/{MANIFEST}: damaged ({type(error).__name__}); delete this checkpoint to "
+                "go on from the one before"
             ) from None
         self._places: dict[tuple[str, str], list[_Place]] = defaultdict(list)
         for file, entry in self._files.items():
@@ -288,8 +288,8 @@ class Checkpoint:
                 raise RunError(f"{path}: cannot be read ({error.strerror})") from None
             if not whole:
                 raise RunError(
-                    f"{path}: damaged (its checksum differs); delete {self.path.name} to go on from "
-                    "the checkpoint before"
+                    f"{path}: damaged (its checksum differs); delete {self.path.name} to go on "
+                    "from the checkpoint before"
                 )
             self._open[name] = safe_open(path, framework="pt")
         return self._open[name]

@@ -1,4 +1,4 @@
-"""`pretrain train --dry-run`: what would be trained, with which λ, on which grid, in how much memory."""
+"""`pretrain train --dry-run`: what would be trained, with which λ, grid and memory."""
 
 from __future__ import annotations
 

@@ -85,8 +85,8 @@ class Grid:
     def describe(self) -> str:
         """One line for people."""
         return (
-            f"{self.world_size} process{'es' * (self.world_size > 1)} on {self.device.type}: tensor "
-            f"{self.tensor} x pipeline {self.pipeline} x data {self.data}"
+            f"{self.world_size} process{'es' * (self.world_size > 1)} on {self.device.type}: "
+            f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
         )
 
     def barrier(self) -> None:

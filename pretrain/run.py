@@ -89,8 +89,8 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
         key, (before, after) = next(iter(changed.items()))
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UsageError(
-            f"{run}: holds a run with {key}={before}, the recipe says {after}{more}; choose another "
-            f"--out, or continue from it with --fork {run}@STEP"
+            f"{run}: holds a run with {key}={before}, the recipe says {after}{more}; choose "
+            f"another --out, or continue from it with --fork {run}@STEP"
         )
     checkpoints = list_checkpoints(run / CHECKPOINTS)
     return Checkpoint(checkpoints[-1]) if checkpoints else None

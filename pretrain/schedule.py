@@ -51,7 +51,7 @@ def learning_rate(
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     if kind == "wsd":
-        start, shape = max(warmup_steps, steps - decay_steps), linear
+        start, shape = max(warmup_steps, steps - decay_steps), SHAPES["linear"]
     else:
         start, shape = warmup_steps, SHAPES[kind]
     if step < start or kind == "constant":

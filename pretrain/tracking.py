@@ -108,7 +108,7 @@ def _start_wandb(run: Path, config: Config) -> Any:
         if not identity.exists():
             identity.write_text(wandb.util.generate_id())
         known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
-        mode = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
         return wandb.init(
             project=config.logging.wandb,
             name=run.name,

@@ -219,13 +219,14 @@ def _loop(job: _Job, loader: Loader, first: int, forked: bool) -> None:
             with engine.grid.together(f"step {step}"):
                 engine.audit_decay()
             engine.share_decay()
+        paused = time.monotonic()
         if job.is_due("ranks", step):
             _measure(job, step)
         if job.is_due("evaluation", step):
             _evaluate(job, step)
         if job.is_due("checkpoint", step):
             _save(job, step)
-            began = time.monotonic()
+        began += time.monotonic() - paused  # the speed is of training alone
     progress.close()
     _finish(job)
 

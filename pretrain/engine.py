@@ -60,8 +60,12 @@ def build_model(config: Config, grid: Grid) -> nn.Module:
 
 
 def _pipeline_module(plans: list[LayerPlan], grid: Grid) -> nn.Module:
+    import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    # A pipeline module asks DeepSpeed for ranks before any engine has connected it to torch's.
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
     def spec(plan: LayerPlan) -> Any:
         if plan.tied is None:

@@ -1,0 +1,81 @@
+"""Shared fixtures: a small synthetic Pile-shaped corpus, its tokenizer and tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import zstandard
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+
+torch.set_num_threads(1)
+
+from data_pipeline.prepare import tokenize_sources, train_from_sources
+from tests.tools import base_recipe
+
+WORDS = [
+    "rank decay attention weight matrix head layer query key value singular spectrum balance the of "
+    "and a to in is that with for on as by it from at tensor pipeline grid loss step batch corpus"
+][0].split()
+
+
+def make_text(rng: random.Random, sentences: int) -> str:
+    """Some sentences from a small vocabulary, with the odd newline, tab and emoji."""
+    parts = []
+    for _ in range(sentences):
+        words = [rng.choice(WORDS) for _ in range(rng.randint(4, 14))]
+        parts.append(" ".join(words).capitalize() + rng.choice([". ", ".\n", "!\n\n", " 🙂 ", ".\t"]))
+    return "".join(parts)
+
+
+def write_jsonl(path: Path, records: list[dict]) -> None:
+    """Write .jsonl or .jsonl.zst."""
+    data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three subsets in the Pile's format, split in train, val and test."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    for split, documents in (("train", 240), ("val", 24), ("test", 24)):
+        records = [
+            {
+                "text": make_text(rng, rng.randint(2, 40)),
+                "meta": {"pile_set_name": ("Github", "ArXiv", "Wikipedia (en)")[i % 3]},
+            }
+            for i in range(documents)
+        ]
+        write_jsonl(folder / f"{split}.jsonl.zst", records)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small SentencePiece model of the corpus."""
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_from_sources([str(corpus)], path, 400, "bpe")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus, tokenised."""
+    folder = tmp_path_factory.mktemp("data")
+    tokenize_sources([str(corpus)], tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(data: Path) -> dict:
+    """A recipe that trains in a second."""
+    return base_recipe(data)

@@ -1,0 +1,136 @@
+"""Helpers of the tests: recipes, real processes, comparisons of run folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pretrain.checkpoint import MASTER, Checkpoint, list_checkpoints
+from pretrain.run import read_ranks
+from pretrain.tracking import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMED = ("seconds", "tokens_per_second")
+
+DIALECTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"dialect": "gpt2"},
+    "gpt_neox": {"dialect": "gpt_neox"},
+    "llama": {"dialect": "llama", "num_key_value_heads": 2},
+}
+
+
+def base_recipe(data: Path) -> dict:
+    """A recipe that trains in a second."""
+    return {
+        "seed": 7,
+        "model": {
+            "dialect": "gpt2",
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "context": 32,
+        },
+        "data": {"path": str(data)},
+        "train": {"steps": 6, "global_batch": 8},
+        "precision": "fp32",
+        "optimizer": {
+            "learning_rate": 3e-3,
+            "weight_decay": {"default": 0.1, "attention": 0.5},
+        },
+        "evaluation": {"every": 3, "documents": 6, "batch": 4, "at_end": "sample"},
+        "ranks": {"every": 3, "spectra": True},
+        "checkpoint": {"every": 3, "keep": 0},
+    }
+
+
+def write_recipe(path: Path, values: dict) -> Path:
+    """Write a recipe file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def environment() -> dict[str, str]:
+    """What child processes need: the repository on the path, one thread each."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def launcher(processes: int) -> list[str]:
+    """The words before a script that start it on so many processes."""
+    if processes == 1:
+        return [sys.executable]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*run, "--nproc-per-node", str(processes)]
+
+
+def run_workers(processes: int, task: str, cases: list[dict], folder: Path) -> list[Any]:
+    """Run ``tests/worker.py`` on real processes; returns what rank 0 wrote for each case.
+
+    Raises:
+        AssertionError: with the end of the output, if a process failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    request, answer = folder / "cases.json", folder / "answer.json"
+    request.write_text(json.dumps({"task": task, "cases": cases, "answer": str(answer)}))
+    command = [*launcher(processes), str(ROOT / "tests" / "worker.py"), str(request)]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=560, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads(answer.read_text())
+
+
+def pretrain(*words: str, processes: int = 1, timeout: int = 240) -> subprocess.CompletedProcess:
+    """The command line in real processes."""
+    command = [*launcher(processes), "-m", "pretrain", *words]
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def metrics_of(run: Path) -> list[dict]:
+    """Every logged line without what a clock decides."""
+    rows = [row for kind in ("train", "ranks", "evaluation") for row in read_metrics(run, kind)]
+    return [{key: row[key] for key in row if key not in TIMED} for row in rows]
+
+
+def weights_of(run: Path) -> dict[str, np.ndarray]:
+    """Masters and moments of the newest checkpoint, by name."""
+    checkpoint = Checkpoint(list_checkpoints(run / "checkpoints")[-1])
+    return {
+        f"{name}/{key}": checkpoint.full(name, key).numpy()
+        for name in checkpoint.parameters
+        for key in checkpoint.keys(name)
+    }
+
+
+def losses_of(run: Path) -> np.ndarray:
+    """Training losses, one per step."""
+    return np.array([row["loss"] for row in read_metrics(run)])
+
+
+def spectra_of(run: Path) -> dict[tuple, np.ndarray]:
+    """Singular values by (step, layer, product, level, head)."""
+    keys = ("step", "layer", "product", "level", "head")
+    return {
+        tuple(row[key] for key in keys): np.array(row["singular_values"]) for row in read_ranks(run)
+    }
+
+
+def check_theory(run: Path) -> int:
+    """nuclear ≤ bound and gap ≤ ceiling for every measured head; returns how many."""
+    rows = read_ranks(run)
+    for row in rows:
+        bound, nuclear = row["frobenius_bound"], row["nuclear_norm"]
+        if bound == bound:  # not marked as not applicable
+            assert nuclear <= bound * (1 + 1e-9), row
+            assert bound - nuclear <= row["theory_ceiling"] + 1e-7 * bound, row
+    assert rows
+    return len(rows)

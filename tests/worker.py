@@ -1,0 +1,90 @@
+"""Runs cases on the processes that a test started: ``worker.py REQUEST.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+
+from pretrain.checkpoint import Checkpoint, load_into_engine
+from pretrain.config import Config, parse_config
+from pretrain.engine import build_engine
+from pretrain.grid import Grid, build_grid, connect, disconnect
+from pretrain.loader import Loader
+from pretrain.train import TrainingData, prepare, train
+
+
+def run_train(case: dict, grid: Grid, config: Config) -> None:
+    """Train a case into its run folder."""
+    fork = Path(case["fork"]) if case.get("fork") else None
+    train(config, Path(case["run"]), grid, fork)
+
+
+def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:
+    """Steps with zero gradients: how far each rank's tensors are from Π(1 − η λ) times the start.
+
+    Returns:
+        The largest relative deviation on any rank, and the number of fragments and groups.
+    """
+    setup = prepare(config, grid.tensor)
+    engine = build_engine(setup.config, grid, setup.plan)
+    if case.get("checkpoint"):
+        load_into_engine(Checkpoint(Path(case["checkpoint"])), engine)
+        for fragment in engine.fragments():
+            for moment in fragment.moments().values():
+                moment.zero_()  # what is left then is decay alone
+    measured = engine.loss
+    engine.loss = lambda logits, labels: 0.0 * measured(logits, labels)
+    if grid.pipeline > 1:
+        true_loss = engine.module.loss_fn
+        engine.deepspeed.module.loss_fn = lambda logits, labels: 0.0 * true_loss(logits, labels)
+        engine.deepspeed.loss_model = engine.deepspeed.module.loss_fn
+    samples = config.train.steps * config.train.global_batch
+    data = TrainingData(setup.manifest, "proportional", config.model.context, 1, samples)
+    micro = config.train.global_batch // grid.data // engine.micro_batches
+    loader = Loader(data, grid, config.train.global_batch, micro, 0, 0)
+    start = [fragment.master.double().clone() for fragment in engine.fragments()]
+    rates = [3e-3, 1e-2, 2e-2, 1e-2, 5e-3]
+    for rate in rates:
+        engine.set_rates(rate)
+        engine.train_step(loader)
+    engine.audit_decay()
+    wanted = case["decays"]
+    worst = 0.0
+    for before, fragment in zip(start, engine.fragments(), strict=True):
+        factor = 1.0
+        for rate in rates:
+            factor *= 1.0 - rate * wanted[fragment.info.role.value]
+        deviation = (fragment.master.double() - factor * before).abs().max()
+        worst = max(worst, float(deviation / before.abs().max().clamp_min(1e-12)))
+    groups = len(engine.param_groups)
+    engine.close()
+    found = grid.gather((worst, len(start), groups))
+    return {
+        "worst": max(one[0] for one in found),
+        "fragments": [one[1] for one in found],
+        "groups": [one[2] for one in found],
+    }
+
+
+def main() -> None:
+    """Run every case and let rank 0 write the answers."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    device = connect()
+    answers = []
+    for case in request["cases"]:
+        config = parse_config(case["recipe"])
+        grid = build_grid(config.grid, device)
+        answers.append({"train": run_train, "decay": run_decay}[request["task"]](case, grid, config))
+        grid.barrier()
+    if grid.is_main:
+        Path(request["answer"]).write_text(json.dumps(answers))
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()

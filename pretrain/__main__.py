@@ -56,14 +56,22 @@ def train(
         bool,
         typer.Option("--dry-run", help="Print parameter groups, grid and memory; train nothing."),
     ] = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Start so many processes on this machine (torchrun).")
+    ] = 1,
     json: Json = False,
 ) -> None:
     """Train a recipe, or go on with it where it stopped.
 
-    One process as it stands; several under torchrun, deepspeed, mpirun or srun with the same
-    words: `torchrun --nproc-per-node 4 -m pretrain train RECIPE grid.tensor_parallel=2`.
+    One process as it stands; several with --processes, or under torchrun, deepspeed, mpirun or
+    srun with the same words: `torchrun --nproc-per-node 4 -m pretrain train RECIPE
+    grid.tensor_parallel=2`. Data parallelism takes the processes that the grid leaves.
     Run again with the same words, an interrupted run goes on as if nothing had happened.
     """
+    if processes > 1 and "RANK" not in os.environ and not dry_run:
+        from launchers.local import launch
+
+        raise typer.Exit(launch(processes, sys.argv[1:]))
     from pretrain.config import load_config
 
     config = load_config(recipe, overrides)
@@ -349,6 +357,10 @@ def _fail(text: str, code: int) -> None:
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)  # do not wait for peers in interpreter shutdown
+    if "torch.distributed" in sys.modules:
+        from pretrain.grid import disconnect
+
+        disconnect()  # gloo's threads would abort an interpreter that shuts down
     sys.exit(code)
 
 

@@ -98,6 +98,7 @@ def _cleaned_up(aside: Path, grid: Grid) -> Iterator[None]:
 
 def _write_rank(engine: Engine, aside: Path) -> tuple[str, dict[str, Any]] | None:
     """Write what this rank owns; returns (file name, its index), or None for nothing."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     grid = engine.grid
@@ -113,7 +114,10 @@ def _write_rank(engine: Engine, aside: Path) -> tuple[str, dict[str, Any]] | Non
             tensors[f"{fragment.info.name}/{key}"] = value.detach().to("cpu", copy=True)
         index[fragment.info.name] = [fragment.offset, fragment.master.numel(), sorted(values)]
     name = f"rank-{grid.rank:05d}.safetensors"
-    save_file(tensors, aside / name)
+    try:
+        save_file(tensors, aside / name)
+    except SafetensorError as error:  # how it reports a full disk
+        raise RunError(str(error)) from None
     with (aside / name).open("rb+") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -303,6 +307,7 @@ class Checkpoint:
         return state
 
 
+@torch.no_grad()
 def load_into_engine(checkpoint: Checkpoint, engine: Engine) -> None:
     """Set masters, moments and working weights of every rank from ``checkpoint``.
 
@@ -325,6 +330,7 @@ def load_into_engine(checkpoint: Checkpoint, engine: Engine) -> None:
         torch.set_rng_state(state)
 
 
+@torch.no_grad()
 def load_into_module(checkpoint: Checkpoint, module: nn.Module, grid: Grid) -> None:
     """Set the working weights of this rank's part of the model."""
     for parameter in declared_parameters(module):

@@ -81,7 +81,7 @@ def _zero12(zero: Any) -> Iterator[Fragment]:
                 yield Fragment(
                     parameter,
                     mapping.lp_fragment_address.start,
-                    mapping.hp_fragment,
+                    mapping.hp_fragment.detach(),
                     group,
                     zero.optimizer,
                     flat,
@@ -98,7 +98,7 @@ def _zero3(zero: Any) -> Iterator[Fragment]:
             offset = _rank3(parameter) * width
             count = min(width, parameter.ds_numel - offset)
             if count > 0:
-                master = flat.narrow(0, start, count)
+                master = flat.detach().narrow(0, start, count)
                 yield Fragment(parameter, offset, master, group, zero.optimizer, flat, start)
 
 

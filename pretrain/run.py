@@ -39,10 +39,10 @@ def write_text(path: Path, text: str) -> None:
 def create_run(run: Path, config: Config) -> None:
     """Make the folder and say in it what runs, where and with which versions."""
     run.mkdir(parents=True, exist_ok=True)
+    write_text(run / CONFIG, dump_config(config))  # first: it makes the folder a run
     (run / CHECKPOINTS).mkdir(exist_ok=True)
     for leftover in (run / CHECKPOINTS).glob(".*.writing"):
         shutil.rmtree(leftover)
-    write_text(run / CONFIG, dump_config(config))
     write_text(run / "environment.json", json.dumps(environment(), indent=1))
 
 
@@ -76,7 +76,7 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
         UsageError: if the folder holds a run with another recipe.
     """
     if not (run / CONFIG).exists():
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and {path.name for path in run.iterdir()} - {f"{CONFIG}.tmp"}:
             raise UsageError(f"{run}: not empty and not a run folder; choose another --out")
         return None
     old = load_config(run / CONFIG)

@@ -20,10 +20,10 @@ torch.set_num_threads(1)
 from data_pipeline.prepare import tokenize_sources, train_from_sources
 from tests.tools import base_recipe
 
-WORDS = [
-    "rank decay attention weight matrix head layer query key value singular spectrum balance the of "
-    "and a to in is that with for on as by it from at tensor pipeline grid loss step batch corpus"
-][0].split()
+WORDS = """
+rank decay attention weight matrix head layer query key value singular spectrum balance the of and
+a to in is that with for on as by it from at tensor pipeline grid loss step batch
+""".split()  # noqa: SIM905
 
 
 def make_text(rng: random.Random, sentences: int) -> str:
@@ -31,7 +31,9 @@ def make_text(rng: random.Random, sentences: int) -> str:
     parts = []
     for _ in range(sentences):
         words = [rng.choice(WORDS) for _ in range(rng.randint(4, 14))]
-        parts.append(" ".join(words).capitalize() + rng.choice([". ", ".\n", "!\n\n", " 🙂 ", ".\t"]))
+        parts.append(
+            " ".join(words).capitalize() + rng.choice([". ", ".\n", "!\n\n", " 🙂 ", ".\t"])
+        )
     return "".join(parts)
 
 

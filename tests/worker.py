@@ -79,7 +79,9 @@ def main() -> None:
     for case in request["cases"]:
         config = parse_config(case["recipe"])
         grid = build_grid(config.grid, device)
-        answers.append({"train": run_train, "decay": run_decay}[request["task"]](case, grid, config))
+        answers.append(
+            {"train": run_train, "decay": run_decay}[request["task"]](case, grid, config)
+        )
         grid.barrier()
     if grid.is_main:
         Path(request["answer"]).write_text(json.dumps(answers))

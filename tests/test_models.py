@@ -1,0 +1,131 @@
+"""The model family: shapes, initial values, dialect switches, padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.config import GPTConfig
+from models.gpt import GPT, check_tensor_parallel
+from models.layers import Attention, ParameterFactory, Rotary
+from models.parallel import TensorParallel, token_losses
+from models.roles import ModelError, declared_parameters, info_of
+from pretrain.config import load_config
+from pretrain.engine import whole_model
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "context": 16}
+
+
+def config(dialect: str = "gpt2", **more: object) -> GPTConfig:
+    return GPTConfig(dialect=dialect, vocabulary_size=300, **{**SMALL, **more})
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "outside_embeddings"),
+    [
+        ("pythia-14m", 14_067_712, 1_189_888),
+        ("pythia-70m", 70_426_624, 18_915_328),
+        ("pythia-160m", 162_322_944, 85_056_000),
+    ],
+)
+def test_recipes_have_the_published_sizes(
+    name: str, parameters: int, outside_embeddings: int
+) -> None:
+    recipe = load_config(CONFIGS / f"{name}.yaml", ["model.vocabulary_size=50304"])
+    infos = whole_model(recipe.model)
+    assert sum(info.numel for info in infos) == parameters
+    inner = [info for info in infos if info.role not in ("embedding", "head")]
+    assert sum(info.numel for info in inner) == outside_embeddings
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_every_recipe_is_valid(recipe: str) -> None:
+    assert load_config(CONFIGS / recipe).train.steps > 0
+
+
+@pytest.mark.parametrize("dialect", ["gpt2", "gpt_neox", "llama"])
+def test_shards_are_parts_of_the_whole(dialect: str) -> None:
+    """Initial values depend on (seed, name) alone: two shards make the one-process tensor."""
+    whole = declared_parameters(GPT(config(dialect), ParameterFactory(5)))
+    shards = []
+    for rank in range(2):
+        tp = TensorParallel(None, rank, 2)
+        shards.append(declared_parameters(GPT(config(dialect), ParameterFactory(5, tp))))
+    for full, first, second in zip(whole, *shards, strict=True):
+        dim = info_of(full).partition_dim
+        assert info_of(full).name == info_of(first).name
+        joined = first if dim is None else torch.cat([first, second], dim)
+        assert torch.equal(joined[: len(full)], full), info_of(full).name
+    other = declared_parameters(GPT(config(dialect), ParameterFactory(6)))
+    assert not torch.equal(whole[0], other[0])
+
+
+@pytest.mark.parametrize("dialect", ["gpt2", "gpt_neox", "llama"])
+def test_causal_and_unpadded(dialect: str) -> None:
+    model = GPT(config(dialect), ParameterFactory(1))
+    tokens = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 300
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[:9], after[:9]) and not torch.equal(before[9:], after[9:])
+    assert before.shape == (16, 2, 384)
+    assert (before[..., 300:] == float("-inf")).all()  # padding never takes part
+    wide = GPT(config(dialect, vocabulary_multiple=300), ParameterFactory(1))
+    with torch.no_grad():
+        assert torch.equal(wide(tokens), before[..., :300])
+
+
+def test_loss_is_cross_entropy() -> None:
+    logits = torch.randn(5, 3, 11, requires_grad=True)
+    targets = torch.randint(0, 11, (5, 3))
+    expected = F.cross_entropy(logits.reshape(-1, 11), targets.reshape(-1), reduction="none")
+    (gradient,) = torch.autograd.grad(expected.mean(), logits)
+    copy = logits.detach().clone().requires_grad_()
+    found = token_losses(copy + 0, targets, TensorParallel())
+    torch.testing.assert_close(found.flatten(), expected)
+    (other,) = torch.autograd.grad(found.mean(), copy)
+    torch.testing.assert_close(other, gradient)
+
+
+def test_attention_is_the_textbooks() -> None:
+    """Grouped queries, rotary positions and QK-norm against loops over heads."""
+    shape = config("llama", num_key_value_heads=2, qk_norm=True)
+    layer = Attention(shape, 0, ParameterFactory(2))
+    x = torch.randn(16, 1, 32)
+    head, rotary = 8, Rotary(8, 10_000.0)
+    total = torch.zeros(16, 32)
+    for index in range(4):
+        rows, shared = slice(index * head, (index + 1) * head), slice(index // 2 * head, None)
+        q = x[:, 0] @ layer.query[rows].T
+        k = x[:, 0] @ layer.key[shared][:head].T
+        v = x[:, 0] @ layer.value[shared][:head].T
+        q, k = (F.rms_norm(t, (head,), eps=1e-5) for t in (q, k))
+        q, k = (rotary(t[None, None])[0, 0] for t in (q, k))
+        scores = (q @ k.T / head**0.5).masked_fill(~torch.ones(16, 16).tril().bool(), -torch.inf)
+        total += scores.softmax(-1) @ v @ layer.output[:, rows].T
+    torch.testing.assert_close(layer(x)[:, 0], total, rtol=1e-4, atol=1e-6)
+
+
+def test_rotary_depends_on_distance_alone() -> None:
+    rotary = Rotary(4, 100.0)
+    q, k = torch.randn(6), torch.randn(6)
+    scores = rotary(q.expand(1, 1, 9, 6))[0, 0] @ rotary(k.expand(1, 1, 9, 6))[0, 0].T
+    for distance in range(5):
+        line = scores.diagonal(distance)
+        torch.testing.assert_close(line, line[:1].expand_as(line))
+    assert not torch.isclose(scores[0, 0], scores[0, 5])
+
+
+def test_what_cannot_be_divided_is_named() -> None:
+    check_tensor_parallel(config("llama", num_key_value_heads=2), 2)
+    with pytest.raises(ModelError, match=r"num_key_value_heads: 2 .* tensor_parallel=4"):
+        check_tensor_parallel(config("llama", num_key_value_heads=2), 4)
+    with pytest.raises(ModelError, match="num_attention_heads: 4"):
+        check_tensor_parallel(config(), 3)
+    assert config().padded_vocabulary(1) == 384 and config().padded_vocabulary(3) == 384
+    assert config().padded_vocabulary(5) == 640

@@ -1,0 +1,116 @@
+"""kill -9 at any moment, start again with the same words: as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.run import read_ranks
+from tests.tools import (
+    ROOT,
+    base_recipe,
+    environment,
+    launcher,
+    metrics_of,
+    pretrain,
+    weights_of,
+    write_recipe,
+)
+
+
+def recipe_words(folder: Path, data: Path, processes: int) -> list[str]:
+    values = base_recipe(data)
+    values["train"]["steps"] = 10
+    values["checkpoint"]["every"] = 4
+    values["grid"] = {"pipeline_parallel": processes}
+    return ["train", str(write_recipe(folder / "recipe.yaml", values))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A run that nobody interrupts, on one process and on two pipeline stages."""
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        words = recipe_words(folder, data, processes)
+        done = pretrain(*words, "--out", str(folder / "run"), processes=processes)
+        assert done.returncode == 0, done.stderr
+        found[processes] = folder / "run"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "processes"),
+    [("step", 1), ("checkpoint", 1), ("evaluation", 1), ("step", 2), ("checkpoint", 2)],
+)
+def test_killed_and_started_again(
+    data: Path, tmp_path: Path, undisturbed: dict[int, Path], moment: str, processes: int
+) -> None:
+    words = [*recipe_words(tmp_path, data, processes), "--out", str(tmp_path / "run")]
+    marker = tmp_path / "marker"
+    command = [
+        *launcher(processes),
+        str(ROOT / "tests/interrupted.py"),
+        moment,
+        str(marker),
+        *words,
+    ]
+    process = subprocess.Popen(
+        command,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not marker.exists():
+        assert time.monotonic() < deadline and process.poll() is None, "never came to the moment"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(["pkill", "-9", "-f", str(marker)], check=False)  # torchrun's children
+    run = tmp_path / "run"
+    if moment == "checkpoint":
+        assert list((run / "checkpoints").glob(".*.writing")), "was not killed while writing"
+    again = pretrain(*words, processes=processes)
+    assert again.returncode == 0, again.stderr
+    reference = undisturbed[processes]
+    assert metrics_of(run) == metrics_of(reference)
+    # As text: a statistic that does not apply is NaN, which equals nothing.
+    assert repr(read_ranks(run)) == repr(read_ranks(reference))
+    weights, wanted = weights_of(run), weights_of(reference)
+    assert weights.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert np.array_equal(weights[name], value), name
+    assert (run / "evaluation.json").read_bytes() == (reference / "evaluation.json").read_bytes()
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+def test_goes_on_on_another_grid(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
+    """A checkpoint of two pipeline stages is read by one process."""
+    a, b = weights_of(undisturbed[2]), weights_of(undisturbed[1])
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+        if "key.bias" in name or not name.endswith("master"):
+            continue  # softmax ignores a key bias: its gradient is rounding noise
+        scale = np.abs(value).max() + 1e-12
+        assert np.abs(a[name] - value).max() / scale < 1e-3, name
+    target = str(undisturbed[2])
+    done = pretrain("evaluate", target, "--split", "val", "--out", str(tmp_path / "e.json"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_finished_run_is_left_alone(undisturbed: dict[int, Path], data: Path) -> None:
+    run = undisturbed[1]
+    before = metrics_of(run)
+    done = pretrain("train", str(run.parent / "recipe.yaml"), "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(run) == before

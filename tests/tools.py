@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from launchers.local import torchrun
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.run import read_ranks
 from pretrain.tracking import read_metrics
@@ -65,10 +66,7 @@ def environment() -> dict[str, str]:
 
 def launcher(processes: int) -> list[str]:
     """The words before a script that start it on so many processes."""
-    if processes == 1:
-        return [sys.executable]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*run, "--nproc-per-node", str(processes)]
+    return [sys.executable] if processes == 1 else torchrun(processes)
 
 
 def run_workers(processes: int, task: str, cases: list[dict], folder: Path) -> list[Any]:

@@ -8,13 +8,13 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
-	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
-	  { echo "error: no C++ compiler: install one, for example 'apt-get install g++'" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,test]' || \
+	  { echo "error: installation failed, see above; a package without a wheel for this machine" \
+	    "needs a C++ compiler and Python's headers (apt-get install g++ python3-dev)" >&2; exit 1; }
 	@touch $(STAMP)
 
 demo: setup

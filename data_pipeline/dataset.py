@@ -38,6 +38,13 @@ def index_classes() -> Any:
         gpt = importlib.import_module("megatron.core.datasets.gpt_dataset")
         blended = importlib.import_module("megatron.core.datasets.blended_dataset")
         utils = importlib.import_module("megatron.core.datasets.utils")
+        try:
+            importlib.import_module("megatron.core.datasets.helpers_cpp")
+        except ImportError:
+            raise DataError(
+                "megatron-core is installed without its compiled dataset helpers: install a C++ "
+                "compiler, then pip install --force-reinstall --no-deps megatron-core"
+            ) from None
     logging.getLogger("megatron").setLevel(logging.ERROR)
     return SimpleNamespace(
         writer=indexed._IndexWriter,

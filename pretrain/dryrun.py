@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pretrain.config import Config
-from pretrain.engine import resolve_precision
+from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.errors import UsageError
 from pretrain.grid import process_count
 from pretrain.schedule import exposure

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,21 +20,20 @@ from models.parallel import TensorParallel, token_losses
 from models.roles import ParameterInfo, declared_parameters, info_of
 from pretrain.config import Config
 from pretrain.decay import DecayPlan
+from pretrain.deepspeed_adapter import (
+    ModelParallelUnit,
+    deepspeed_settings,
+    mark_for_norms,
+    norm_in_one_reduction,
+    prepare_deepspeed,
+    record_plain_norm,
+)
 from pretrain.errors import RunError, UsageError
 from pretrain.grid import Grid
 from pretrain.masters import Fragment, fragments
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and labels, each ``[micro batch, context]`` int64."""
-
-
-def resolve_precision(precision: str, device: torch.device, zero_stage: int) -> str:
-    """What ``auto`` means here: bf16 on GPUs and on CPUs with AMX, fp32 elsewhere."""
-    if precision != "auto":
-        return precision
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    fast = device.type == "cuda" or amx()
-    return "bf16" if fast and zero_stage > 0 else "fp32"
 
 
 def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterInfo]:
@@ -207,7 +205,7 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
     """
     micro, count = micro_batches(config, grid)
     settings = deepspeed_settings(config, grid, micro, count)
-    quiet_deepspeed()
+    prepare_deepspeed()
     import deepspeed
 
     module = build_model(config, grid)
@@ -231,9 +229,9 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
         )
     engine = Engine(wrapped, module, grid, config, plan, count)
     if isinstance(wrapped.optimizer, torch.optim.Optimizer):
-        _record_plain_norm(wrapped)
+        record_plain_norm(wrapped)
     elif hasattr(wrapped.optimizer, "averaged_gradients") and config.grid.zero_stage < 3:
-        _norm_in_one_reduction(wrapped.optimizer)
+        norm_in_one_reduction(wrapped.optimizer)
     engine.set_rates(0.0)
     engine.audit_decay()
     return engine
@@ -251,19 +249,6 @@ def optimizer_groups(module: nn.Module, plan: DecayPlan) -> list[dict[str, Any]]
         for name, parameters in members.items()
         if parameters
     ]
-
-
-def mark_for_norms(module: nn.Module, grid: Grid) -> None:
-    """Let every element count exactly once in DeepSpeed's global gradient norm.
-
-    DeepSpeed counts a parameter on a rank if it is marked tensor-parallel or the rank is the
-    first of the model-parallel group; under pipeline parallelism that would leave out the
-    replicated parameters of later stages (norms, biases), or count tied ones twice.
-    """
-    for parameter in module.parameters():
-        split = info_of(parameter).partition_dim is not None
-        tied_copy = getattr(parameter, "ds_pipe_replicated", False)
-        parameter.tensor_model_parallel = (split or grid.tensor_rank == 0) and not tied_copy  # type: ignore[attr-defined]
 
 
 def micro_batches(config: Config, grid: Grid) -> tuple[int, int]:
@@ -289,128 +274,3 @@ def micro_batches(config: Config, grid: Grid) -> tuple[int, int]:
             f"data-parallel rank (global_batch {total} / {grid.data}); use a divisor of {share}"
         )
     return micro, share // micro
-
-
-def deepspeed_settings(config: Config, grid: Grid, micro: int, count: int) -> dict[str, Any]:
-    """The DeepSpeed configuration that the recipe implies, with the raw block merged in.
-
-    Raises:
-        UsageError: if a raw key contradicts the recipe.
-    """
-    precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
-    implied: dict[str, Any] = {
-        "train_batch_size": config.train.global_batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": count,
-        "gradient_clipping": config.optimizer.gradient_clipping,
-        "zero_optimization": {"stage": config.grid.zero_stage},
-        "bf16": {"enabled": precision == "bf16"},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**12,
-    }
-    raw = config.deepspeed
-    for key in ("optimizer", "scheduler", "fp16", "amp", "curriculum_learning"):
-        if key in raw:
-            raise UsageError(
-                f"deepspeed.{key}: the recipe decides this (optimizer:, precision:); remove it"
-            )
-    if (raw.get("bf16") or {}).get("bf16_master_weights_and_grads"):
-        raise UsageError(
-            "deepspeed.bf16.bf16_master_weights_and_grads: without fp32 master weights no weight "
-            "decay takes effect (learning_rate x decay is below bf16's step); remove it"
-        )
-    return _merge(implied, raw, "deepspeed")
-
-
-def _merge(base: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in raw.items():
-        if isinstance(value, dict) and isinstance(base.get(key, {}), dict):
-            merged[key] = _merge(base.get(key, {}), value, f"{path}.{key}")
-        elif key in base and base[key] != value:
-            raise UsageError(
-                f"{path}.{key}: {value!r} contradicts the recipe, which makes it {base[key]!r}; "
-                "change the recipe or remove the key"
-            )
-        else:
-            merged[key] = value
-    return merged
-
-
-class ModelParallelUnit:
-    """The grid in the words that DeepSpeed asks its `mpu` in (without a pipeline)."""
-
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
-
-    def get_model_parallel_rank(self) -> int:
-        """Rank within the tensor-parallel group."""
-        return self._grid.tensor_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        """Size of the tensor-parallel group."""
-        return self._grid.tensor
-
-    def get_model_parallel_group(self) -> Any:
-        """The tensor-parallel group."""
-        return self._grid.tensor_group
-
-    def get_data_parallel_rank(self) -> int:
-        """Rank within the data-parallel group."""
-        return self._grid.data_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        """Size of the data-parallel group."""
-        return self._grid.data
-
-    def get_data_parallel_group(self) -> Any:
-        """The data-parallel group."""
-        return self._grid.data_group
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-
-def _record_plain_norm(engine: Any) -> None:
-    """Keep the gradient norm that DeepSpeed computes, and drops, for a plain fp32 optimizer."""
-    from deepspeed.runtime.utils import clip_grad_norm_
-
-    def clip() -> None:
-        engine._global_grad_norm = clip_grad_norm_(
-            parameters=engine.module.parameters(),
-            max_norm=engine.gradient_clipping(),
-            mpu=engine.mpu,
-        )
-
-    engine.clip_fp32_gradients = clip
-
-
-def _norm_in_one_reduction(zero: Any) -> None:
-    """Compute ZeRO 1/2's gradient norm with one reduction over all ranks.
-
-    DeepSpeed reduces once for every param group, over the model-parallel ranks too; pipeline
-    stages hold different groups (the first has the embedding, the last the head), and the stage
-    with more of them then waits for ever.
-    """
-
-    def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=zero.device)
-        for index in range(len(zero.bit16_groups)):
-            gradients = zero.averaged_gradients[index]
-            owned = (g for g in gradients if not getattr(g, "_zero_padding", False))
-            for gradient, parameter in zip(owned, zero.params_in_partition[index], strict=False):
-                if parameter.tensor_model_parallel:
-                    total += torch.linalg.vector_norm(gradient.detach().float()).double() ** 2
-        dist.all_reduce(total)
-        # -1 is DeepSpeed's sign for a norm that is not finite.
-        return torch.where(total.isfinite(), total.sqrt(), -1.0).float()
-
-    zero.scaled_global_norm = scaled_global_norm
-
-
-def quiet_deepspeed() -> None:
-    """DeepSpeed and Megatron log every step of their set-up; keep warnings and errors."""
-    for name in ("DeepSpeed", "deepspeed", "megatron"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -192,7 +192,11 @@ def connect() -> torch.device:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+                backend,
+                store=dist.HashStore(),
+                rank=0,
+                world_size=1,
+                timeout=timeout,  # type: ignore[attr-defined]
             )
     return device
 

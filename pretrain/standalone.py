@@ -12,7 +12,8 @@ from models.roles import ParameterInfo, Role
 from pretrain.checkpoint import Checkpoint, load_into_module
 from pretrain.config import Config, RanksConfig, apply_overrides
 from pretrain.decay import plan_from
-from pretrain.engine import build_model, quiet_deepspeed, resolve_precision
+from pretrain.deepspeed_adapter import prepare_deepspeed, resolve_precision
+from pretrain.engine import build_model
 from pretrain.errors import UsageError
 from pretrain.evaluate import score, summarize
 from pretrain.grid import build_grid, check_grid, connect, process_count
@@ -50,7 +51,7 @@ def evaluate_checkpoint(
             f"{manifest.path}: was tokenised with another tokenizer than {checkpoint.path} was "
             f"trained with; tokenise it with {checkpoint.config.data.path}'s"
         )
-    quiet_deepspeed()
+    prepare_deepspeed()
     grid = build_grid(config.grid, connect())
     module = build_model(config, grid)
     load_into_module(checkpoint, module, grid)

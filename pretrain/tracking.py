@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -106,7 +107,7 @@ def _start_wandb(run: Path, config: Config) -> Any:
 
         identity = run / "wandb-id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
         return wandb.init(

@@ -369,6 +369,23 @@ def test_damaged_checkpoints_are_named(
     assert_one_line(capsys.readouterr().err, (str(file),))
 
 
+@pytest.mark.parametrize("end", [".idx", ".bin", ".docs.npy"])
+def test_damaged_data_is_named(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    end: str,
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    file = next((tmp_path / "data" / ("val" if "docs" in end else "train")).glob(f"*{end}"))
+    file.write_bytes(file.read_bytes()[:-4])
+    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(tmp_path / "data"))
+    assert run(monkeypatch, "train", str(recipe), "--out", str(tmp_path / "run")) == 1
+    assert_one_line(capsys.readouterr().err, (str(file), "tokenise again"))
+    assert not (tmp_path / "run").exists()
+
+
 def full_disk_words(folder: Path, data: Path) -> tuple[list[str], Path]:
     recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
     return ["train", str(recipe), "checkpoint.every=2", "ranks.spectra=false"], folder / "run"

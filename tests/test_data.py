@@ -21,9 +21,10 @@ import zstandard
 
 from data_pipeline.corpus import write_corpus
 from data_pipeline.dataset import TrainingData, blend_weights, held_out, load_manifest
+from data_pipeline.encode import Job
 from data_pipeline.prepare import tokenize_sources, train_from_sources
 from data_pipeline.sources import DataError, Fields, find_sources, parse_block
-from data_pipeline.tokenize import Job, tokenize
+from data_pipeline.tokenize import tokenize
 from data_pipeline.tokenizer import load_tokenizer
 from tests.conftest import write_jsonl
 from tests.tools import environment
@@ -126,6 +127,26 @@ def test_other_fields_and_text_files(tokenizer: Path, tmp_path: Path) -> None:
     }
 
 
+def test_hugging_face_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    import tokenizers
+
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    trained.train_from_iterator([text for _, text in raw_documents(corpus)], trainer)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    tokenize_sources([str(corpus)], tmp_path / "tokenizer.json", tmp_path / "out", workers=2)
+    assert documents(tmp_path / "out") == raw_documents(corpus)
+    assert load_manifest(tmp_path / "out").eod == trained.token_to_id("<|endoftext|>")
+    with pytest.raises(DataError, match="--eod-token"):
+        load_tokenizer(tmp_path / "tokenizer.json", "<|none|>")
+
+
 def test_workers_do_not_matter(corpus: Path, tokenizer: Path, data: Path, tmp_path: Path) -> None:
     tokenize_sources([str(corpus)], tokenizer, tmp_path, workers=2)
     assert tree(tmp_path) == tree(data)
@@ -201,7 +222,8 @@ commit = t._State.commit
 def slow(self, *a):
     commit(self, *a); time.sleep(0.15)
 t._State.commit = slow
-from data_pipeline.tokenize import Job, tokenize
+from data_pipeline.encode import Job
+from data_pipeline.tokenize import tokenize
 from data_pipeline.sources import find_sources
 tokenize(find_sources([sys.argv[1]]), Job(Path(sys.argv[2])), Path(sys.argv[3]), part_bytes=4000)
 """

@@ -1,0 +1,150 @@
+"""Blocks of records to token ids, in this process or in a pool, in order.
+
+Workers parse and encode; what comes back are arrays, never lists of tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.sources import Block, Fields, parse_block, split_by_document
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+
+DOCUMENT_TYPE = np.dtype([("bytes", "<u8"), ("hash", "<u8")])
+"""Beside each pair, one entry per document: UTF-8 bytes and a hash of the text."""
+Key = tuple[str, str]
+"""(split, subset)"""
+
+
+@dataclass
+class Encoded:
+    """Documents of one split and subset: tokens one after the other, and their lengths."""
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    lengths: list[np.ndarray] = field(default_factory=list)
+    documents: list[np.ndarray] = field(default_factory=list)
+
+    def extend(self, other: Encoded) -> None:
+        """Append another's documents."""
+        self.tokens += other.tokens
+        self.lengths += other.lengths
+        self.documents += other.documents
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do, apart from the sources; its identity decides whether a folder matches."""
+
+    tokenizer_path: Path
+    eod_token: str | None = None
+    fields: Fields = Fields()
+    split: str | None = None
+    """Put everything in this split; None: by name, else 98 : 1 : 1 by document."""
+    strict: bool = False
+
+
+@dataclass
+class Result:
+    encoded: dict[Key, Encoded]
+    problems: list[str]
+    bytes: int
+    raw_bytes: int
+    count: int
+
+
+def token_type(vocabulary_size: int) -> type[np.uint16] | type[np.int32]:
+    """Megatron's choice: 16 bits where the vocabulary allows."""
+    return np.uint16 if vocabulary_size < 65_500 else np.int32
+
+
+def _encode_block(tokenizer: Tokenizer, block: Block, fields: Fields, split: str | None) -> Result:
+    parsed = parse_block(block, fields)
+    texts = [document.text for document in parsed.documents]
+    ids = tokenizer.encode(texts)
+    dtype = token_type(tokenizer.vocabulary_size)
+    members: dict[Key, list[int]] = {}
+    for number, document in enumerate(parsed.documents):
+        key = (split or split_by_document(document.text), document.subset)
+        members.setdefault(key, []).append(number)
+    encoded = {}
+    for key, numbers in members.items():
+        raw = [texts[number].encode("utf-8") for number in numbers]
+        encoded[key] = Encoded(
+            [np.concatenate([np.array([*ids[n], tokenizer.eod], dtype=dtype) for n in numbers])],
+            [np.array([len(ids[n]) + 1 for n in numbers], dtype=np.int32)],
+            [np.array([(len(text), _hash(text)) for text in raw], dtype=DOCUMENT_TYPE)],
+        )
+    total = sum(int(one.documents[0]["bytes"].sum()) for one in encoded.values())
+    raw_bytes = sum(len(record) for record in block.records if isinstance(record, bytes)) or total
+    return Result(encoded, parsed.problems, total, raw_bytes, len(texts))
+
+
+def _hash(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+class Encoder:
+    """Encodes blocks in order, in this process or in a pool with bounded read-ahead."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer, workers: int) -> None:
+        self.job, self.tokenizer, self.workers = job, tokenizer, workers
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Callable[[Iterator[tuple[Block, str | None]]], Iterator[Result]]:
+        if self.workers <= 1:
+            return self._serial
+        self.pool = ProcessPoolExecutor(
+            self.workers,
+            mp_context=get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(self.job.tokenizer_path, self.job.eod_token, os.getpid()),
+        )
+        return self._parallel
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def _serial(self, blocks: Iterator[tuple[Block, str | None]]) -> Iterator[Result]:
+        for block, split in blocks:
+            yield _encode_block(self.tokenizer, block, self.job.fields, split)
+
+    def _parallel(self, blocks: Iterator[tuple[Block, str | None]]) -> Iterator[Result]:
+        assert self.pool is not None
+        waiting: deque[Any] = deque()
+        for block, split in blocks:
+            waiting.append(self.pool.submit(_work, block, self.job.fields, split))
+            if len(waiting) > 2 * self.workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_worker: dict[str, Tokenizer] = {}
+
+
+def _start_worker(path: Path, eod_token: str | None, parent: int) -> None:
+    _worker["tokenizer"] = load_tokenizer(path, eod_token)
+
+    def die_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+
+
+def _work(block: Block, fields: Fields, split: str | None) -> Result:
+    return _encode_block(_worker["tokenizer"], block, fields, split)

@@ -193,10 +193,10 @@ def connect() -> torch.device:
         else:
             dist.init_process_group(
                 backend,
-                store=dist.HashStore(),
+                store=dist.HashStore(),  # type: ignore[attr-defined]
                 rank=0,
                 world_size=1,
-                timeout=timeout,  # type: ignore[attr-defined]
+                timeout=timeout,
             )
     return device
 

@@ -39,6 +39,16 @@ DefaultSubset = Annotated[
 ]
 
 
+@app.callback()
+def accept_local_rank(
+    local_rank: Annotated[
+        int | None,
+        typer.Option("--local_rank", "--local-rank", hidden=True, envvar="LOCAL_RANK"),
+    ] = None,
+) -> None:
+    """The deepspeed launcher puts `--local_rank` before the words; its environment has it too."""
+
+
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe; see configs/.")],

@@ -95,8 +95,8 @@ def write_report(paths: list[Path], out: Path) -> Table:
          "spans the heads."),
         (_balance, "Balance ‖W‖<sub>*</sub> / ½(‖A‖²+‖B‖²) and relative discrepancy "
          "‖AᵀA − BᵀB‖ / ½(‖A‖²+‖B‖²) of the factors, mean over heads. Under decay theory sends "
-         "the first to 1 and the second to 0 (for grouped-query attention and rotary positions: "
-         "per group and per frequency pair)."),
+         "the first to 1 and the second to 0, with AdamW down to a floor of noise (grouped-query "
+         "attention and rotary positions: per group and per frequency pair)."),
         (_losses, "Training loss (running mean) and held-out loss on the fixed sample."),
     ]  # fmt: skip
     parts = []
@@ -311,7 +311,7 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1rem 0}
 th,td{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}
-th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}
+th:first-child,td:first-child{text-align:left;white-space:nowrap}.wide{overflow-x:auto}
 figure{margin:2rem 0}img{width:100%;height:auto}figcaption{color:#555;font-size:.9rem}
 """
 

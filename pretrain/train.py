@@ -249,7 +249,9 @@ def _evaluate(job: _Job, step: int) -> None:
     job.tracker.log("evaluation", step, {"split": job.config.evaluation.split, **overall})
 
 
-def _figures(job: _Job, documents: list[HeldOut]) -> dict[str, Any]:
+def _figures(
+    job: _Job, documents: list[HeldOut], progress: Progress | None = None
+) -> dict[str, Any]:
     engine = job.engine
     nats = score(
         engine.module,
@@ -258,6 +260,7 @@ def _figures(job: _Job, documents: list[HeldOut]) -> dict[str, Any]:
         documents,
         job.setup.manifest.eod,
         job.config.evaluation.batch,
+        progress=(lambda done, total: progress.update(done, total=total)) if progress else None,
     )
     return summarize(documents, nats)
 
@@ -286,7 +289,9 @@ def _finish(job: _Job) -> None:
         splits = {entry.split for entry in job.setup.manifest.entries}
         split = "test" if "test" in splits else split
         documents = held_out(job.setup.manifest, split)
-    figures = _figures(job, documents)
+    progress = Progress(1, f"evaluate {split}", job.engine.grid.is_main)
+    figures = _figures(job, documents, progress)
+    progress.close()
     if job.engine.grid.is_main:
         header = {
             "split": split,

@@ -147,6 +147,29 @@ def test_hugging_face_tokenizer(corpus: Path, tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "tokenizer.json", "<|none|>")
 
 
+def test_hub_datasets_stream(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's own client, answered here: rows by split, or one line when it cannot be reached."""
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        name: [{"text": f"{name} {i}", "meta": {"pile_set_name": "Web"}} for i in range(1500)]
+        for name in ("train", "validation")
+    }
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: iter(rows[split]))
+    tokenize_sources(["owner/pile-copy"], tokenizer, tmp_path / "out")
+    found = {entry.split: entry.documents for entry in load_manifest(tmp_path / "out").entries}
+    assert found == {"train": 1500, "val": 1500}
+
+    def unreachable(name: str) -> list[str]:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
+    with pytest.raises(DataError, match="owner/other: cannot reach this Hub dataset"):
+        tokenize_sources(["owner/other"], tokenizer, tmp_path / "none")
+
+
 def test_workers_do_not_matter(corpus: Path, tokenizer: Path, data: Path, tmp_path: Path) -> None:
     tokenize_sources([str(corpus)], tokenizer, tmp_path, workers=2)
     assert tree(tmp_path) == tree(data)

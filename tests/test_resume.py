@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,12 +14,15 @@ import pytest
 
 from pretrain.run import read_ranks
 from tests.tools import (
+    DIALECTS,
     ROOT,
     base_recipe,
     environment,
     launcher,
+    losses_of,
     metrics_of,
     pretrain,
+    run_workers,
     weights_of,
     write_recipe,
 )
@@ -106,6 +110,54 @@ def test_goes_on_on_another_grid(data: Path, tmp_path: Path, undisturbed: dict[i
     target = str(undisturbed[2])
     done = pretrain("evaluate", target, "--split", "val", "--out", str(tmp_path / "e.json"))
     assert done.returncode == 0, done.stderr
+
+
+GRIDS = [
+    {"tensor_parallel": 2, "zero_stage": 2},
+    {"pipeline_parallel": 2, "zero_stage": 0},
+    {"zero_stage": 3},
+]
+"""Two processes each; the last is data parallel."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+def test_a_run_moves_between_grids(data: Path, tmp_path: Path, dialect: str) -> None:
+    """Begun on one process, gone on on three grids of two, ended on one: the same losses."""
+    values = base_recipe(data)
+    values["model"] |= DIALECTS[dialect]
+    values["train"]["steps"] = 10
+    still = {"recipe": {**values, "checkpoint": {"every": 10}}, "run": str(tmp_path / "still")}
+    run_workers(1, "train", [still], tmp_path / "w")
+    moving = str(tmp_path / "moving")
+
+    def leg(grid: dict, stop: int) -> dict:
+        return {"recipe": {**values, "grid": grid, "checkpoint": {"every": 2, "keep": 0}},
+                "run": moving, "stop": stop}  # fmt: skip
+
+    run_workers(1, "train", [leg({"zero_stage": 1}, 2)], tmp_path / "w")
+    legs = [leg(grid, 4 + 2 * index) for index, grid in enumerate(GRIDS)]
+    run_workers(2, "train", legs, tmp_path / "w")
+    run_workers(1, "train", [leg({"zero_stage": 2}, 0)], tmp_path / "w")
+    steps = [row["step"] for row in metrics_of(Path(moving)) if row["kind"] == "train"]
+    assert steps == list(range(1, 11))
+    np.testing.assert_allclose(losses_of(Path(moving)), losses_of(Path(still["run"])), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", ["grid.pipeline_parallel=2", "grid.tensor_parallel=2"])
+def test_evaluation_of_a_checkpoint_on_another_grid(
+    undisturbed: dict[int, Path], tmp_path: Path, grid: str
+) -> None:
+    target, out = str(undisturbed[1]), tmp_path / "e.json"
+    words = ["evaluate", target, grid, "--split", "val", "--out", str(out)]
+    done = pretrain(*words, processes=2)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    done = pretrain("evaluate", target, "--split", "val", "--json", "--out", str(tmp_path / "1"))
+    wanted = json.loads(done.stdout)
+    assert found["documents_sha256"] == wanted["documents_sha256"]
+    assert abs(found["overall"]["loss"] / wanted["overall"]["loss"] - 1) < 1e-5
 
 
 def test_finished_run_is_left_alone(undisturbed: dict[int, Path], data: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 torch.set_num_threads(1)
 
+import pretrain.train
 from pretrain.checkpoint import Checkpoint, load_into_engine
 from pretrain.config import Config, parse_config
 from pretrain.engine import build_engine
@@ -18,10 +21,29 @@ from pretrain.loader import Loader
 from pretrain.train import TrainingData, prepare, train
 
 
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Stands for a kill."""
+
+
+def interrupt_after(step: int) -> None:
+    """Stop the next training in this process once it has saved ``step``."""
+    save = pretrain.train._save
+
+    def save_and_stop(job: Any, at: int) -> None:
+        save(job, at)
+        if at == step:
+            pretrain.train._save = save
+            raise Interrupted
+
+    pretrain.train._save = save_and_stop
+
+
 def run_train(case: dict, grid: Grid, config: Config) -> None:
     """Train a case into its run folder."""
-    fork = Path(case["fork"]) if case.get("fork") else None
-    train(config, Path(case["run"]), grid, fork)
+    if case.get("stop"):  # as if killed just after the checkpoint of that step
+        interrupt_after(case["stop"])
+    with contextlib.suppress(Interrupted):
+        train(config, Path(case["run"]), grid)
 
 
 def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:

@@ -250,11 +250,16 @@ class Checkpoint:
         """The flat shard of tensor-parallel rank ``rank`` of ``size``."""
         if info.name not in self.parameters:
             raise RunError(f"{self.path}: has no {info.name}; it is of another model")
+        stored, dim = tuple(self.parameters[info.name]["shape"]), info.partition_dim
+        if stored == info.shape and dim is not None and size == self.tensor_parallel:
+            shape = list(stored)
+            shape[dim] //= size
+            return self._shard(info.name, key, rank, shape).reshape(-1)  # nobody else's part
         values = self.full(info.name, key)
         if values.shape != info.shape:
             values = self._repadded(values, info)
-        if info.partition_dim is not None and size > 1:
-            values = values.chunk(size, info.partition_dim)[rank]
+        if dim is not None and size > 1:
+            values = values.chunk(size, dim)[rank]
         return values.reshape(-1)
 
     def _repadded(self, values: Tensor, info: ParameterInfo) -> Tensor:

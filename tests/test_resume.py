@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from pretrain.run import read_ranks
@@ -77,9 +76,10 @@ def test_killed_and_started_again(
     while not marker.exists():
         assert time.monotonic() < deadline and process.poll() is None, "never came to the moment"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    for child in psutil.Process(process.pid).children(recursive=True):  # torchrun's workers
+        child.kill()
+    process.kill()
     process.wait()
-    subprocess.run(["pkill", "-9", "-f", str(marker)], check=False)  # torchrun's children
     run = tmp_path / "run"
     if moment == "checkpoint":
         assert list((run / "checkpoints").glob(".*.writing")), "was not killed while writing"

@@ -19,6 +19,12 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make training data: corpus, tokenizer, tokens.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+paper_app = typer.Typer(
+    help='The experiments of "Weight decay induces low-rank attention layers", one command a '
+    "figure; each prints its checks, and one that fails makes the exit code 1.",
+    no_args_is_help=True,
+)
+app.add_typer(paper_app, name="paper")
 
 Overrides = Annotated[
     list[str] | None,
@@ -232,6 +238,25 @@ def demo(
     from pretrain.demo import run_demo
 
     run_demo(out, steps)
+
+
+PaperOut = Annotated[Path, typer.Option(help="Folder for the figure and its numbers.")]
+
+
+@paper_app.command()
+def fig1(out: PaperOut = Path("paper")) -> None:
+    """Two factors by gradient descent: gap, discrepancy, singular values against decay."""
+    from pretrain.paper.fig1 import run
+
+    run(out)
+
+
+@paper_app.command()
+def fig5(out: PaperOut = Path("paper")) -> None:
+    """AdamW's decay against Adam with L2, for two scalars, direct and factored."""
+    from pretrain.paper.fig5 import run
+
+    run(out)
 
 
 # --- data -----------------------------------------------------------------------------------

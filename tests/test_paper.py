@@ -38,8 +38,8 @@ def test_a_wrong_threshold_is_noticed(
     """With the levels doubled behind the prediction's back, the closed form no longer fits."""
     descend = pretrain.paper.fig1.descend
 
-    def other(decays: tuple, **words: object) -> object:
-        return descend(tuple(2 * decay for decay in decays), **words)
+    def other(decays: tuple, *more: int, **words: int) -> object:
+        return descend(tuple(2 * decay for decay in decays), *more, **words)
 
     monkeypatch.setattr(pretrain.paper.fig1, "descend", other)
     monkeypatch.setattr(pretrain.paper.fig1, "_draw", lambda *_: None)

@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,16 @@ from pretrain.masters import Fragment, fragments
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and labels, each ``[micro batch, context]`` int64."""
+
+
+def mean_loss(logits: torch.Tensor, labels: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """Mean cross-entropy, in nats per token.
+
+    Args:
+        logits: ``[sequence, batch, vocabulary / tensor_parallel]``.
+        labels: ``[batch, sequence]``.
+    """
+    return token_losses(logits, labels.t(), tp).mean()
 
 
 def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterInfo]:
@@ -76,16 +87,13 @@ def _pipeline_module(plans: list[LayerPlan], grid: Grid) -> nn.Module:
             tied_weight_attr="weight",
         )
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return token_losses(logits, labels.t(), grid.tensor_parallel).mean()
-
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition
         module = PipelineModule(
             layers=[spec(plan) for plan in plans],
             topology=PipeModelDataParallelTopology(
                 num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data
             ),
-            loss_fn=loss,
+            loss_fn=partial(mean_loss, tp=grid.tensor_parallel),
             partition_method="type:block",
             activation_checkpoint_interval=0,
         )
@@ -108,8 +116,9 @@ class Engine:
     plan: DecayPlan
     micro_batches: int
     gradient_norm: float = float("nan")
-    decay_elsewhere: dict[str, float] = field(default_factory=dict)
     """Global norm of the last step's gradient, before clipping."""
+    decay_elsewhere: dict[str, float] = field(default_factory=dict)
+    """λ by group name on the other pipeline stages, as of the last `share_decay`."""
 
     def train_step(self, batches: Iterator[Batch]) -> float:
         """One optimizer update from ``micro_batches`` batches of this data-parallel rank.
@@ -144,7 +153,7 @@ class Engine:
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of a micro batch, in nats per token."""
-        return token_losses(logits, labels.t(), self.grid.tensor_parallel).mean()
+        return mean_loss(logits, labels, self.grid.tensor_parallel)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

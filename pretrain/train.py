@@ -7,6 +7,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,13 @@ def train(config: Config, run: Path, grid: Grid, fork: Path | None = None) -> No
     )
     tracker = Tracker(run, setup.config, grid.is_main)
     try:
-        _loop(_Job(engine, setup, run, tracker, sample), loader, first, forked=fork is not None)
+        job = _Job(engine, setup, run, tracker, sample)
+        if start is None:
+            _measure(job, 0)
+            _evaluate(job, 0)
+        elif checkpoint is None:
+            _save(job, first)  # a fork stands on its own feet from here on
+        _loop(job, loader, first)
     finally:
         loader.close()
         tracker.close()
@@ -133,7 +140,12 @@ def train(config: Config, run: Path, grid: Grid, fork: Path | None = None) -> No
 
 
 def _check_continues(checkpoint: Checkpoint, setup: Setup) -> None:
-    """Refuse to go on with other data or another vocabulary than the checkpoint's."""
+    """Refuse to go on with another model or other samples than the checkpoint's."""
+    if checkpoint.step > setup.config.train.steps:
+        raise UsageError(
+            f"train.steps: {setup.config.train.steps} is before {checkpoint.path}; ask for "
+            "more steps"
+        )
     if checkpoint.config.model != setup.config.model:
         old, new = (c.model.model_dump() for c in (checkpoint.config, setup.config))
         key = next(key for key in old if old[key] != new[key])
@@ -141,6 +153,13 @@ def _check_continues(checkpoint: Checkpoint, setup: Setup) -> None:
             f"{checkpoint.path}: is of a model with {key}={old[key]}, the recipe and its data say "
             f"{new[key]}; use the recipe and the data that the checkpoint was trained with"
         )
+    for key in ("seed", "data.weights", "train.global_batch"):
+        before, after = (attrgetter(key)(one) for one in (checkpoint.config, setup.config))
+        if before != after:
+            raise UsageError(
+                f"{key}: {after} is not the {before} of {checkpoint.path}: its order of samples "
+                "could not be continued; use the same"
+            )
     if checkpoint.state["tokenizer"] != setup.manifest.tokenizer_sha256:
         raise UsageError(
             f"{setup.manifest.path}: was tokenised with another tokenizer than {checkpoint.path}; "
@@ -177,14 +196,9 @@ class _Job:
         return step % self.config.interval(section) == 0 or step == self.config.train.steps
 
 
-def _loop(job: _Job, loader: Loader, first: int, forked: bool) -> None:
+def _loop(job: _Job, loader: Loader, first: int) -> None:
     config, engine = job.config, job.engine
     steps, tokens_per_step = config.train.steps, config.train.global_batch * config.model.context
-    if first == 0 and not forked:
-        _measure(job, 0)
-        _evaluate(job, 0)
-    elif forked and not list((job.run / CHECKPOINTS).glob("step-*")):
-        _save(job, first)  # from here on the new run stands on its own feet
     progress = Progress(steps, job.run.name, engine.grid.is_main, first)
     began, logged = time.monotonic(), first
     for step in range(first + 1, steps + 1):

@@ -273,6 +273,16 @@ COMMAND_MISTAKES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
         2,
         ("num_layers=2", "checkpoint"),
     ),
+    "a fork into other samples": (
+        ["train", "{tmp}/ok.yaml", "seed=9", "--fork", "{run}@6", "--out", "{tmp}/s"],
+        2,
+        ("seed: 9", "7"),
+    ),
+    "a fork into the past": (
+        ["train", "{tmp}/ok.yaml", "train.steps=5", "--fork", "{run}@6", "--out", "{tmp}/p"],
+        2,
+        ("train.steps: 5",),
+    ),
     "data of another tokenizer": (
         ["evaluate", "{run}", "--data", "{other}"],
         2,

@@ -36,6 +36,12 @@ def train_from_sources(
     chosen = [one for one in sources if one.split == "train"] or sources
     fields = Fields(text_field, subset_field, "unknown")
     which: Literal["unigram", "bpe"] = "bpe" if kind == "bpe" else "unigram"
+    print(
+        f"tokenizer: learning {vocabulary_size:,} pieces from up to {max_bytes >> 20} MB; a minute "
+        "for every 50 MB or so",
+        file=sys.stderr,
+        flush=True,
+    )
     model = train_tokenizer(_texts(chosen, fields), vocabulary_size, which, max_bytes)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(out.name + ".tmp")

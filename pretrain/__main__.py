@@ -105,8 +105,6 @@ def train(
     source = resolve_checkpoint(fork) if fork else None
     grid = build_grid(config.grid, connect())
     run = out or Path("runs") / recipe.stem
-    if grid.is_main:
-        print(f"{run}: {grid.describe()}", file=sys.stderr)
     run_training(config, run, grid, source)
     if grid.is_main:
         _print_result(run, json)

@@ -36,14 +36,20 @@ def write_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def create_run(run: Path, config: Config) -> None:
-    """Make the folder and say in it what runs, where and with which versions."""
+def create_run(run: Path, config: Config, setting: dict[str, str]) -> None:
+    """Make the folder and say in it what runs, where and with which versions.
+
+    Args:
+        setting: what the machine decided (grid, precision), for the record.
+    """
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, dump_config(config))  # first: it makes the folder a run
     (run / CHECKPOINTS).mkdir(exist_ok=True)
     for leftover in (run / CHECKPOINTS).glob(".*.writing"):
         shutil.rmtree(leftover)
-    write_text(run / "environment.json", json.dumps(environment(), indent=1))
+    path = run / "environment.json"
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_text(path, json.dumps([*starts, {**environment(), **setting}], indent=1))
 
 
 def environment() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from operator import attrgetter
@@ -16,6 +17,7 @@ from models.roles import ParameterInfo
 from pretrain.checkpoint import Checkpoint, load_into_engine, save_checkpoint
 from pretrain.config import Config
 from pretrain.decay import DecayPlan, plan_decay
+from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.engine import Engine, build_engine, micro_batches, whole_model
 from pretrain.errors import RunError, UsageError
 from pretrain.evaluate import score, summarize
@@ -32,7 +34,7 @@ from pretrain.run import (
     rewind,
     write_text,
 )
-from pretrain.tracking import Progress, Tracker
+from pretrain.tracking import Progress, Tracker, warn
 
 EVALUATION = "evaluation.json"
 
@@ -109,9 +111,11 @@ def train(config: Config, run: Path, grid: Grid, fork: Path | None = None) -> No
         sample = held_out(
             setup.manifest, setup.config.evaluation.split, setup.config.evaluation.documents
         )
+    precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
     with grid.together(f"{run}"):
         if grid.is_main:
-            create_run(run, setup.config)
+            _announce(setup, run, grid, precision)
+            create_run(run, setup.config, {"grid": grid.describe(), "precision": precision})
             rewind(run, start.step if start else -1)
     with grid.together(""):
         engine = build_engine(setup.config, grid, plan)
@@ -137,6 +141,16 @@ def train(config: Config, run: Path, grid: Grid, fork: Path | None = None) -> No
         loader.close()
         tracker.close()
         engine.close()
+
+
+def _announce(setup: Setup, run: Path, grid: Grid, precision: str) -> None:
+    """One line that says what runs, and a warning where less than possible does."""
+    count = sum(info.numel for info in setup.infos)
+    stage = setup.config.grid.zero_stage
+    text = f"{run}: {count:,} parameters, {grid.describe()}, ZeRO {stage}, {precision}"
+    print(text, file=sys.stderr, flush=True)
+    if precision == "fp32" and resolve_precision(setup.config.precision, grid.device, 1) == "bf16":
+        warn("precision auto takes fp32 with grid.zero_stage 0; bf16 needs zero_stage 1 or more")
 
 
 def _check_continues(checkpoint: Checkpoint, setup: Setup) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_pipeline.files import write_aside
 from data_pipeline.sources import SPLITS, DataError
 
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "config"}
@@ -39,7 +39,6 @@ def write_corpus(out: Path) -> dict[str, int]:
     documents = sorted(_documents(library), key=lambda one: _order(one[1], one[2]))
     if len(documents) < 100:
         raise DataError(f"{library}: too few sources here; give your own files to `data tokenize`")
-    out.mkdir(parents=True, exist_ok=True)
     counts = {}
     for split in SPLITS:
         lines = [
@@ -49,9 +48,8 @@ def write_corpus(out: Path) -> dict[str, int]:
         ]
         counts[split] = len(lines)
         data = "".join(line + "\n" for line in lines).encode("utf-8")
-        aside = out / f".{split}.tmp"
-        aside.write_bytes(zstandard.ZstdCompressor(level=9).compress(data))
-        os.replace(aside, out / f"{split}.jsonl.zst")
+        packed = zstandard.ZstdCompressor(level=9).compress(data)
+        write_aside(out / f"{split}.jsonl.zst", packed)
     return counts
 
 

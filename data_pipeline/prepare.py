@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections import defaultdict
@@ -12,6 +11,7 @@ from typing import Literal
 
 from data_pipeline.dataset import load_manifest
 from data_pipeline.encode import Job
+from data_pipeline.files import write_aside
 from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.sources import DataError, Fields, Source, find_sources, parse_block
 from data_pipeline.tokenize import Report, tokenize
@@ -43,10 +43,7 @@ def train_from_sources(
         flush=True,
     )
     model = train_tokenizer(_texts(chosen, fields), vocabulary_size, which, max_bytes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".tmp")
-    aside.write_bytes(model)
-    os.replace(aside, out)
+    write_aside(out, model)
     return vocabulary_size
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from data_pipeline.dataset import MANIFEST, MANIFEST_VERSION, index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, Encoded, Encoder, Job, Key, Result, token_type
+from data_pipeline.files import write_aside, write_synced
 from data_pipeline.sources import (
     Block,
     DataError,
@@ -152,9 +153,9 @@ class _State:
             folder.mkdir()
             entries = []
             for number, ((split, subset), encoded) in enumerate(sorted(results.items())):
-                _write(folder / f"{number}.bin", np.concatenate(encoded.tokens).tobytes())
-                _write(folder / f"{number}.len", np.concatenate(encoded.lengths).tobytes())
-                _write(folder / f"{number}.doc", np.concatenate(encoded.documents).tobytes())
+                write_synced(folder / f"{number}.bin", np.concatenate(encoded.tokens).tobytes())
+                write_synced(folder / f"{number}.len", np.concatenate(encoded.lengths).tobytes())
+                write_synced(folder / f"{number}.doc", np.concatenate(encoded.documents).tobytes())
                 entries.append([split, subset, number])
             self.parts.append({"folder": name, "entries": entries})
         self.sources[str(index)] = {"blocks": blocks, "done": done}
@@ -168,7 +169,7 @@ class _State:
             "problems": self.problems,
             "shown": self.shown,
         }
-        _write_aside(self.folder / "state.json", json.dumps(state).encode())
+        write_aside(self.folder / "state.json", json.dumps(state).encode())
 
 
 def _tokenize_source(
@@ -251,7 +252,7 @@ def _assemble(
         ],
         "identity": state.identity,
     }
-    _write_aside(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_aside(out / MANIFEST, json.dumps(manifest, indent=1).encode())
     shutil.rmtree(state.folder)
     return manifest
 
@@ -302,16 +303,3 @@ def _slug(subset: str) -> str:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        _sync(file)
-
-
-def _write_aside(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    _write(aside, data)
-    os.replace(aside, path)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.files import write_synced
 from models.roles import ParameterInfo, Role, declared_parameters, info_of
 from pretrain.config import Config, parse_config
 from pretrain.engine import Engine
@@ -72,7 +73,7 @@ def save_checkpoint(
     with _cleaned_up(aside, grid), grid.together(f"checkpoint at step {step} not written"):
         if grid.is_main:
             manifest = _manifest(engine, step, state, dict(filter(None, entries)))
-            _write_synced(aside / MANIFEST, json.dumps(manifest).encode())
+            write_synced(aside / MANIFEST, json.dumps(manifest).encode())
             if target.exists():
                 shutil.rmtree(target)
             os.rename(aside, target)
@@ -165,13 +166,6 @@ def _manifest(
         },
         "files": files,
     }
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(path: Path) -> None:
@@ -319,27 +313,43 @@ def load_into_engine(checkpoint: Checkpoint, engine: Engine) -> None:
     λ is not restored here: it is the plan's, and `Engine.audit_decay` proves it.
     """
     grid = engine.grid
-    for fragment in engine.fragments():
-        keys = checkpoint.keys(fragment.info.name)
-        moments = tuple(key for key in keys if key != MASTER)
-        if moments:
-            prepare_moments(fragment, moments, checkpoint.step)
-        views = {MASTER: fragment.master, **fragment.moments()}
+    masters = restore_weights(checkpoint, engine.module, grid)
+    owned = {id(fragment.parameter): fragment for fragment in engine.fragments()}
+    for parameter, values in masters:
+        fragment = owned.get(id(parameter))
+        if fragment is None:
+            continue
+        stop = fragment.offset + fragment.master.numel()
+        fragment.master.copy_(values[fragment.offset : stop])
+        keys = tuple(key for key in checkpoint.keys(fragment.info.name) if key != MASTER)
+        if keys:
+            prepare_moments(fragment, keys, checkpoint.step)
+        views = fragment.moments()
         for key in keys:
-            values = checkpoint.local(fragment.info, key, grid.tensor_rank, grid.tensor)
-            stop = fragment.offset + fragment.master.numel()
-            views[key].copy_(values[fragment.offset : stop])
-    load_into_module(checkpoint, engine.module, grid)
+            whole = checkpoint.local(fragment.info, key, grid.tensor_rank, grid.tensor)
+            views[key].copy_(whole[fragment.offset : stop])
     state = checkpoint.rng_state(grid.rank)
     if state is not None:
         torch.set_rng_state(state)
 
 
-@torch.no_grad()
+def restore_weights(
+    checkpoint: Checkpoint, module: nn.Module, grid: Grid
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Set the working weights of this rank's part of the model, one parameter at a time.
+
+    Yields:
+        Each parameter with its local shard, flat float32, for whoever restores masters too.
+    """
+    for parameter in declared_parameters(module):
+        values = checkpoint.local(info_of(parameter), MASTER, grid.tensor_rank, grid.tensor)
+        assert values.numel() == local_shape(parameter).numel()
+        with torch.no_grad():
+            write_back(parameter, values)
+        yield parameter, values
+
+
 def load_into_module(checkpoint: Checkpoint, module: nn.Module, grid: Grid) -> None:
     """Set the working weights of this rank's part of the model."""
-    for parameter in declared_parameters(module):
-        info = info_of(parameter)
-        values = checkpoint.local(info, MASTER, grid.tensor_rank, grid.tensor)
-        assert values.numel() == local_shape(parameter).numel()
-        write_back(parameter, values)
+    for _ in restore_weights(checkpoint, module, grid):
+        pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from models.roles import ALIASES, MLP, QK, VO, ParameterInfo, Role
 from pretrain.config import DecayRule, WeightDecayConfig
@@ -49,17 +50,17 @@ class DecayPlan:
 
     groups: tuple[DecayGroup, ...]
 
-    @property
+    @cached_property
     def by_name(self) -> dict[str, float]:
         """λ by parameter name."""
         return {info.name: group.decay for group in self.groups for info in group.parameters}
 
-    @property
+    @cached_property
     def by_group(self) -> dict[str, float]:
         """λ by group name."""
         return {group.name: group.decay for group in self.groups}
 
-    @property
+    @cached_property
     def group_of(self) -> dict[str, str]:
         """Group name by parameter name."""
         return {info.name: group.name for group in self.groups for info in group.parameters}

@@ -37,8 +37,6 @@ class Grid:
     tensor_group: Group
     pipeline_group: Group
     data_group: Group
-    model_group: Group
-    """All ranks of one replica of the model."""
     sequence_parallel: bool = False
 
     @property
@@ -229,7 +227,6 @@ def build_grid(config: GridConfig, device: torch.device) -> Grid:
         tensor_group=group(ranks.reshape(-1, tensor)),
         pipeline_group=group(ranks.permute(1, 2, 0).reshape(-1, pipeline)),
         data_group=group(ranks.permute(0, 2, 1).reshape(-1, data)),
-        model_group=group(ranks.permute(1, 0, 2).reshape(-1, pipeline * tensor)),
         sequence_parallel=config.sequence_parallel and tensor > 1,
     )
 

@@ -6,13 +6,13 @@ import base64
 import html
 import io
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_aside
 from pretrain.config import Config, load_config
 from pretrain.errors import UsageError
 from pretrain.probe import Row
@@ -103,13 +103,13 @@ def write_report(paths: list[Path], out: Path) -> Table:
     for draw, caption in figures:
         png = _png(draw, runs)
         if draw is _overview:
-            _write(out.with_suffix(".png"), png)
+            write_aside(out.with_suffix(".png"), png)
         image = base64.b64encode(png).decode()
         parts.append(
             f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{image}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
-    _write(out, _page(runs, table, parts).encode())
+    write_aside(out, _page(runs, table, parts).encode())
     return table
 
 
@@ -359,10 +359,3 @@ def _subset_table(runs: list[RunData]) -> str:
         "<h2>Test perplexity by subset</h2><div class='wide'><table><thead><tr><th>subset</th>"
         f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(data)
-    os.replace(aside, path)

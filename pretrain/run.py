@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_aside
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config import Config, differences, dump_config, load_config
 from pretrain.decay import DecayDifference, DecayPlan, compare, plan_from
@@ -31,9 +32,7 @@ _FREE = ("data.path", "data.prefetch", "train.micro_batch")
 
 def write_text(path: Path, text: str) -> None:
     """Write a file aside, then rename it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_aside(path, text.encode("utf-8"))
 
 
 def create_run(run: Path, config: Config, setting: dict[str, str]) -> None:

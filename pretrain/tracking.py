@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_aside
 from pretrain.config import Config
 
 METRICS = "metrics.jsonl"
@@ -39,9 +40,7 @@ def rewind_metrics(run: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in _rows(path) if row["step"] <= step]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_aside(path, "".join(json.dumps(row) + "\n" for row in kept).encode("utf-8"))
 
 
 class Tracker:

@@ -18,7 +18,7 @@ import torch
 torch.set_num_threads(1)
 
 from data_pipeline.prepare import tokenize_sources, train_from_sources
-from tests.tools import base_recipe
+from tests.tools import base_recipe, pretrain, write_recipe
 
 WORDS = """
 rank decay attention weight matrix head layer query key value singular spectrum balance the of and
@@ -81,3 +81,13 @@ def data(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 def recipe(data: Path) -> dict:
     """A recipe that trains in a second."""
     return base_recipe(data)
+
+
+@pytest.fixture(scope="session")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; tests must leave it as it is."""
+    folder = tmp_path_factory.mktemp("cli")
+    recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
+    done = pretrain("train", str(recipe), "--out", str(folder / "run"))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"

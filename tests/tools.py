@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 from launchers.local import torchrun
+from pretrain.__main__ import main
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.run import read_ranks
 from pretrain.tracking import read_metrics
@@ -133,3 +135,11 @@ def check_theory(run: Path) -> int:
             assert bound - nuclear <= row["theory_ceiling"] + 1e-7 * bound, row
     assert rows
     return len(rows)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["pretrain", *words])
+    with pytest.raises(SystemExit) as done:
+        main()
+    return int(done.value.code or 0)

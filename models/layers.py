@@ -11,7 +11,7 @@ from torch import nn
 
 from models.config import GPTConfig
 from models.parallel import TensorParallel, enter, leave, replicated, sum_gradient
-from models.roles import ParameterInfo, Role, declare
+from models.roles import ParameterInfo, Role, declare, stamp
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ParameterFactory:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         full = torch.zeros(shape)
         full[:rows].normal_(std=std, generator=generator)
-        return self._shard(full, info)
+        return self._stamped(full, info, rows)
 
     def constant(
         self,
@@ -61,7 +61,13 @@ class ParameterFactory:
     ) -> nn.Parameter:
         """This rank's shard of a tensor filled with ``value``."""
         info = ParameterInfo(name, role, layer, shape, partition_dim)
-        return self._shard(torch.full(shape, value), info)
+        full = torch.full(shape, value)
+        return self._stamped(full, info, None) if self.allocate else self._shard(full, info)
+
+    def _stamped(self, full: torch.Tensor, info: ParameterInfo, rows: int | None) -> nn.Parameter:
+        parameter = self._shard(full, info)
+        stamp(parameter, full[:rows])  # unpadded, as the padding depends on the grid
+        return parameter
 
     def _shard(self, full: torch.Tensor, info: ParameterInfo) -> nn.Parameter:
         if info.partition_dim is not None and self.tp.size > 1:

@@ -6,11 +6,15 @@ expression over names ever decides science.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import nn
+
+_STAMP = 1024
+"""Values at either end that stand for a tensor."""
 
 
 class ModelError(ValueError):
@@ -88,6 +92,22 @@ def info_of(parameter: torch.Tensor) -> ParameterInfo:
             "create it with ParameterFactory"
         )
     return info
+
+
+def stamp(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Attach a hash of a tensor's first values, whole and unpadded, for `fingerprint_of`.
+
+    Its shape and both ends stand for it: the values come from one generator.
+    """
+    flat = values.detach().reshape(-1)
+    ends = torch.cat([flat[:_STAMP], flat[-_STAMP:]]).float().cpu().numpy()
+    digest = hashlib.sha256(f"{tuple(values.shape)}".encode() + ends.tobytes())
+    parameter.fingerprint = digest.hexdigest()  # type: ignore[attr-defined]
+
+
+def fingerprint_of(parameter: torch.Tensor) -> str:
+    """The hash that `stamp` attached."""
+    return str(parameter.fingerprint)  # type: ignore[attr-defined]
 
 
 def declared_parameters(module: nn.Module) -> list[nn.Parameter]:

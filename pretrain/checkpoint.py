@@ -226,6 +226,12 @@ class Checkpoint:
         """λ by parameter name, as it was when the checkpoint was written."""
         return {name: entry["decay"] for name, entry in self.parameters.items()}
 
+    @property
+    def digest(self) -> str:
+        """Hash of all it holds: two runs that fork from equal ones begin equally."""
+        sums = sorted(entry["sha256"] for entry in self._files.values())
+        return hashlib.sha256("".join(sums).encode()).hexdigest()
+
     def keys(self, name: str) -> list[str]:
         """What is stored for a parameter: the master and the optimizer's moments."""
         return sorted(key for one, key in self._places if one == name)

@@ -8,18 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from models.config import GPTConfig
+from pretrain.decay_config import DecayRule, Section, WeightDecayConfig
 from pretrain.errors import UsageError
-from pretrain.schedule import learning_rate
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from pretrain.schedule import in_steps, learning_rate
 
 
 class DataConfig(Section):
@@ -60,43 +55,18 @@ class ScheduleConfig(Section):
     decay: float = Field(0.2, ge=0, description="of wsd's final fall; < 1: share; else steps")
 
 
-class DecayRule(Section):
-    """An exception: these roles, in these layers, decay so much."""
-
-    roles: list[str] = Field(min_length=1)
-    layers: str = Field("", description='"0-3,7": blocks; empty: everywhere')
-    decay: float = Field(ge=0)
-
-
-class WeightDecayConfig(Section):
-    """Decoupled weight decay by role. Narrower words win: rules, query, qk, attention, default."""
-
-    default: float = Field(0.1, ge=0, description="every matrix not named below")
-    attention: float | None = Field(None, ge=0, description="query, key, value, attention_output")
-    qk: float | None = Field(None, ge=0)
-    vo: float | None = Field(None, ge=0)
-    query: float | None = Field(None, ge=0)
-    key: float | None = Field(None, ge=0)
-    value: float | None = Field(None, ge=0)
-    attention_output: float | None = Field(None, ge=0)
-    mlp: float | None = Field(None, ge=0, description="mlp_in, mlp_gate, mlp_out")
-    mlp_in: float | None = Field(None, ge=0)
-    mlp_gate: float | None = Field(None, ge=0)
-    mlp_out: float | None = Field(None, ge=0)
-    embedding: float | None = Field(None, ge=0)
-    position: float | None = Field(None, ge=0)
-    head: float | None = Field(None, ge=0)
-    norm: float | None = Field(None, ge=0, description="0 unless set")
-    bias: float | None = Field(None, ge=0, description="0 unless set")
-    rules: list[DecayRule] = Field(default=[], description="first match wins, over all above")
-
-
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019)."""
+    """The update rule; decay by role works the same under each."""
 
+    name: Literal["adamw", "sgd", "lion", "muon"] = Field(
+        "adamw",
+        description="AdamW (Loshchilov & Hutter 2019); SGD with momentum; Lion (Chen et al. 2023); "
+        "Muon (Jordan et al. 2024) for the blocks' matrices with AdamW for the rest",
+    )
     learning_rate: float = Field(6e-4, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
+    momentum: float = Field(0.95, ge=0, lt=1, description="of sgd and muon")
     epsilon: float = Field(1e-8, gt=0)
     gradient_clipping: float = Field(1.0, ge=0, description="global norm; 0: off")
     schedule: ScheduleConfig = ScheduleConfig()
@@ -204,7 +174,7 @@ class Config(Section):
     @property
     def warmup_steps(self) -> int:
         """Updates of the linear rise."""
-        return _share(self.optimizer.schedule.warmup, self.train.steps)
+        return in_steps(self.optimizer.schedule.warmup, self.train.steps)
 
     def learning_rate(self, step: int) -> float:
         """Rate of update number ``step``, counted from 0."""
@@ -216,7 +186,7 @@ class Config(Section):
             schedule.kind,
             self.warmup_steps,
             schedule.final_fraction,
-            _share(schedule.decay, self.train.steps),
+            in_steps(schedule.decay, self.train.steps),
         )
 
     def interval(self, section: str) -> int:
@@ -224,10 +194,6 @@ class Config(Section):
         every: int = getattr(self, section).every
         parts = {"checkpoint": 10, "evaluation": 10, "ranks": 20}[section]
         return every or max(1, self.train.steps // parts)
-
-
-def _share(value: float, steps: int) -> int:
-    return round(value * steps) if value < 1 else round(value)
 
 
 SCIENCE = ("seed", "model", "data", "train", "optimizer", "precision")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from models.roles import ALIASES, MLP, QK, VO, ParameterInfo, Role
-from pretrain.config import DecayRule, WeightDecayConfig
+from pretrain.decay_config import DecayRule, WeightDecayConfig
 from pretrain.errors import UsageError
 
 KEY = "optimizer.weight_decay"
@@ -56,9 +56,12 @@ class DecayPlan:
         return {info.name: group.decay for group in self.groups for info in group.parameters}
 
     @cached_property
-    def by_group(self) -> dict[str, float]:
-        """λ by group name."""
-        return {group.name: group.decay for group in self.groups}
+    def _by_group(self) -> dict[str, DecayGroup]:
+        return {group.name: group for group in self.groups}
+
+    def group(self, name: str) -> DecayGroup:
+        """The group of that name."""
+        return self._by_group[name]
 
     @cached_property
     def group_of(self) -> dict[str, str]:

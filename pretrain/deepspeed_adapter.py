@@ -131,11 +131,13 @@ def record_plain_norm(engine: Any) -> None:
     def clip() -> None:
         engine._global_grad_norm = clip_grad_norm_(
             parameters=engine.module.parameters(),
-            max_norm=engine.gradient_clipping(),
+            max_norm=engine.gradient_clipping() or float("inf"),
             mpu=engine.mpu,
         )
 
     engine.clip_fp32_gradients = clip
+    if not engine.gradient_clipping():  # it would not ask for the norm then
+        engine.optimizer.register_step_pre_hook(lambda *_: clip())
 
 
 def norm_in_one_reduction(zero: Any) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from models.layers import ParameterFactory
 from models.parallel import TensorParallel, token_losses
 from models.roles import ParameterInfo, declared_parameters, info_of
 from pretrain.config import Config
+from pretrain.control import DecayControl
 from pretrain.decay import DecayPlan
 from pretrain.deepspeed_adapter import (
     ModelParallelUnit,
@@ -32,6 +33,8 @@ from pretrain.deepspeed_adapter import (
 from pretrain.errors import RunError, UsageError
 from pretrain.grid import Grid
 from pretrain.masters import Fragment, fragments
+from pretrain.optimizers import build_optimizer, is_muon_role
+from pretrain.shrink import Shrinker
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and labels, each ``[micro batch, context]`` int64."""
@@ -115,10 +118,10 @@ class Engine:
     config: Config
     plan: DecayPlan
     micro_batches: int
+    control: DecayControl
+    shrinker: Shrinker
     gradient_norm: float = float("nan")
     """Global norm of the last step's gradient, before clipping."""
-    decay_elsewhere: dict[str, float] = field(default_factory=dict)
-    """λ by group name on the other pipeline stages, as of the last `share_decay`."""
 
     def train_step(self, batches: Iterator[Batch]) -> float:
         """One optimizer update from ``micro_batches`` batches of this data-parallel rank.
@@ -127,6 +130,7 @@ class Engine:
             Mean loss over the global batch, in nats per token, equal on every rank.
         """
         self.module.train()
+        self.shrinker.arm()
         if self.grid.pipeline > 1:
             loss = self.deepspeed.train_batch(data_iter=batches)
         else:
@@ -162,23 +166,18 @@ class Engine:
         inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
         return list(inner.param_groups)
 
-    def set_rates(self, learning_rate: float) -> None:
-        """Set η and the plan's λ in every group, by name."""
-        decays = self.plan.by_group
+    def begin_step(self, step: int, learning_rate: float) -> None:
+        """Set η and λ in every group, by name, for update number ``step`` (the first is 0)."""
+        self.control.begin(step, learning_rate)
         for group in self.param_groups:
             group["lr"] = learning_rate
-            group["weight_decay"] = decays[group["name"]]
+            group["weight_decay"] = self._held(group["name"])
 
-    def decay_in_use(self) -> dict[str, float]:
-        """λ by group name, read from the optimizers: this rank's now, the other pipeline
-        stages' as of the last `share_decay`."""
-        here = {group["name"]: float(group["weight_decay"]) for group in self.param_groups}
-        return {**self.decay_elsewhere, **here}
-
-    def share_decay(self) -> None:
-        """Tell every rank the λ that the optimizers of the other stages hold; collective."""
-        for part in self.grid.gather(self.decay_in_use()):
-            self.decay_elsewhere.update(part)
+    def _held(self, name: str) -> float:
+        """λ that the optimizer itself must hold for a group: the rest is the shrinker's."""
+        group = self.plan.group(name)
+        native = self.shrinker.native and self.control.is_plain(group.role)
+        return group.decay if native else 0.0
 
     def fragments(self) -> list[Fragment]:
         """What this rank's optimizer owns."""
@@ -190,9 +189,12 @@ class Engine:
         Raises:
             RunError: naming the first tensor that would be decayed wrongly.
         """
-        decays = self.plan.by_name
+        names = self.plan.group_of
         for fragment in self.fragments():
-            held, planned = float(fragment.group["weight_decay"]), decays[fragment.info.name]
+            held, planned = (
+                float(fragment.group["weight_decay"]),
+                self._held(names[fragment.info.name]),
+            )
             if held != planned:
                 raise RunError(
                     f"{fragment.info.name}: the optimizer holds decay {held:g}, the plan says "
@@ -219,14 +221,8 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
 
     module = build_model(config, grid)
     mark_for_norms(module, grid)
-    optimizer = torch.optim.AdamW(
-        optimizer_groups(module, plan),
-        # η is set before each step; zero here, so that no constructor can decay anything.
-        lr=0.0,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        eps=config.optimizer.epsilon,
-        fused=True,
-    )
+    control = DecayControl(config, plan)
+    optimizer = build_optimizer(config.optimizer, optimizer_groups(module, plan))
     pipeline = grid.pipeline > 1
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -236,12 +232,24 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
             config=settings,
             mpu=None if pipeline else ModelParallelUnit(grid),
         )
-    engine = Engine(wrapped, module, grid, config, plan, count)
     if isinstance(wrapped.optimizer, torch.optim.Optimizer):
         record_plain_norm(wrapped)
     elif hasattr(wrapped.optimizer, "averaged_gradients") and config.grid.zero_stage < 3:
         norm_in_one_reduction(wrapped.optimizer)
-    engine.set_rates(0.0)
+    decay = config.optimizer.weight_decay
+    shrinker = Shrinker(
+        wrapped,
+        module,
+        grid,
+        control,
+        config.model,
+        slope=decay.adadecay_slope,
+        nuclear_every=decay.nuclear_every,
+        native=config.optimizer.name == "adamw",
+    )
+    shrinker.attach(optimizer)
+    engine = Engine(wrapped, module, grid, config, plan, count, control, shrinker)
+    engine.begin_step(0, 0.0)
     engine.audit_decay()
     return engine
 
@@ -252,9 +260,13 @@ def optimizer_groups(module: nn.Module, plan: DecayPlan) -> list[dict[str, Any]]
     members: dict[str, list[nn.Parameter]] = {group.name: [] for group in plan.groups}
     for parameter in declared_parameters(module):
         members[of[info_of(parameter).name]].append(parameter)
-    decays = plan.by_group
     return [
-        {"name": name, "params": parameters, "weight_decay": decays[name]}
+        {
+            "name": name,
+            "params": parameters,
+            "weight_decay": 0.0,  # set, like η, before every step
+            "muon": is_muon_role(plan.group(name).role),
+        }
         for name, parameters in members.items()
         if parameters
     ]

@@ -59,6 +59,21 @@ def fragments(engine: Any) -> list[Fragment]:
     return list(_plain(optimizer))
 
 
+def tensors_of(engine: Any) -> dict[int, list[nn.Parameter]]:
+    """By ``id`` of each tensor that the optimizer updates: the parameters that lie in it.
+
+    The same lists on every rank of a stage, also where a rank's piece misses a parameter.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        pairs = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        pairs = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
+    else:
+        return {id(p): [p] for group in optimizer.param_groups for p in group["params"]}
+    return {id(flat): list(parameters) for flat, parameters in pairs}
+
+
 def is_replicated(engine: Any) -> bool:
     """Whether every data-parallel rank holds all masters (no ZeRO)."""
     return isinstance(engine.optimizer, torch.optim.Optimizer)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from models.config import GPTConfig
 from models.gpt import attention_layers
 from models.layers import Attention
-from models.roles import info_of
+from models.roles import Role, info_of
 from pretrain.config import RanksConfig
-from pretrain.decay import DecayPlan
+from pretrain.control import Books, label
 from pretrain.engine import Engine
 from pretrain.grid import Grid
 from pretrain.masters import Fragment, is_replicated, local_shape
@@ -61,6 +61,7 @@ def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list
     """
     model, grid = engine.config.model, engine.grid
     mine: list[Row] = []
+    books = engine.control.books()
     held = {fragment.info.name: fragment for fragment in engine.fragments()}
     layers = attention_layers(engine.module)
     names = {info_of(p).name for layer in layers for p in _matrices(layer)}
@@ -70,7 +71,7 @@ def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list
         if units:
             first = grid.tensor_rank * (model.key_value_heads // grid.tensor)
             indices = [first + unit for unit in units]
-            mine += layer_rows(factors, indices, layer.layer, model, engine.plan, config)
+            mine += layer_rows(factors, indices, layer.layer, model, books, config)
     for row in mine:
         row.update(step=step, tokens=tokens)
     rows = [row for part in grid.gather(mine) for row in part]
@@ -242,13 +243,14 @@ def layer_rows(
     units: list[int],
     layer: int,
     model: GPTConfig,
-    plan: DecayPlan,
+    books: Books,
     config: RanksConfig,
 ) -> list[Row]:
     """Rows of both products for some key/value heads of a layer.
 
     Args:
         units: global indices of the key/value heads in ``factors``.
+        books: λ in use and what was applied so far, by site label.
 
     Returns:
         One row per query head (``level`` head) and, where heads share keys, one per group, for
@@ -258,20 +260,24 @@ def layer_rows(
     query, output = factors.query.mT, factors.output  # [units, g, width, head]
     key, value = (part.mT.unsqueeze(1).expand_as(query) for part in (factors.key, factors.value))
     heads = [unit * group + member for unit in units for member in range(group)]
-    rows = _rows("qk", "head", heads, key, query, layer, model, plan, config)
-    rows += _rows("vp", "head", heads, output, value, layer, model, plan, config)
+    rows = _rows("qk", "head", heads, key, query, layer, model, books, config)
+    rows += _rows("vp", "head", heads, output, value, layer, model, books, config)
     if group > 1:
         shared = factors.key.mT, factors.value.mT
         rows += _rows(
-            "qk", "group", units, shared[0], query.flatten(1, 2), layer, model, plan, config
+            "qk", "group", units, shared[0], query.flatten(1, 2), layer, model, books, config
         )
         rows += _rows(
-            "vp", "group", units, output.flatten(1, 2), shared[1], layer, model, plan, config
+            "vp", "group", units, output.flatten(1, 2), shared[1], layer, model, books, config
         )
     return rows
 
 
-_FACTOR_NAMES = {"qk": ("key", "query"), "vp": ("output", "value")}
+_FACTOR_ROLES = {
+    "qk": (Role.KEY, Role.QUERY),
+    "vp": (Role.ATTENTION_OUTPUT, Role.VALUE),
+}
+_BOOK_COLUMNS = ("decay", "exposure", "retention")
 
 
 def _rows(
@@ -282,7 +288,7 @@ def _rows(
     b: Tensor,
     layer: int,
     model: GPTConfig,
-    plan: DecayPlan,
+    books: Books,
     config: RanksConfig,
 ) -> list[Row]:
     a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
@@ -300,11 +306,10 @@ def _rows(
         columns |= {name: [float("nan")] * len(heads) for name in _NOT_UNDER_QK_NORM}
     if config.spectra:
         columns["singular_values"] = statistics.singular_values.float().tolist()
-    decays = plan.by_name
-    left, right = (
-        decays[f"blocks.{layer}.attention.{name}.weight"] for name in _FACTOR_NAMES[product]
-    )
-    shared = {"layer": layer, "product": product, "level": level, "decay_a": left, "decay_b": right}
+    shared: Row = {"layer": layer, "product": product, "level": level}
+    for side, role in zip("ab", _FACTOR_ROLES[product], strict=True):
+        book = books[label((role, layer))]
+        shared |= {f"{key}_{side}": getattr(book, key) for key in _BOOK_COLUMNS}
     return [
         {**shared, "head": head, **{name: values[i] for name, values in columns.items()}}
         for i, head in enumerate(heads)

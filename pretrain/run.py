@@ -19,6 +19,7 @@ from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config import Config, differences, dump_config, load_config
 from pretrain.decay import DecayDifference, DecayPlan, compare, plan_from
 from pretrain.errors import RunError, UsageError
+from pretrain.lock import LOCK
 from pretrain.probe import Row
 from pretrain.tracking import rewind_metrics
 
@@ -28,6 +29,8 @@ RANKS = "ranks.parquet"
 _PARTS = ".ranks"
 _FREE = ("data.path", "data.prefetch", "train.micro_batch")
 """Keys inside the science sections that change no number (or are checked by content)."""
+_DYNAMIC = ("policies", "form", "coupling", "adadecay_slope", "nuclear_every")
+"""Keys of ``optimizer.weight_decay`` that act on λ while a run goes on."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,7 +84,7 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
         UsageError: if the folder holds a run with another recipe.
     """
     if not (run / CONFIG).exists():
-        if run.exists() and {path.name for path in run.iterdir()} - {f"{CONFIG}.tmp"}:
+        if run.exists() and {path.name for path in run.iterdir()} - {f"{CONFIG}.tmp", LOCK}:
             raise UsageError(f"{run}: not empty and not a run folder; choose another --out")
         return None
     old = load_config(run / CONFIG)
@@ -124,20 +127,32 @@ def resolve_checkpoint(text: str) -> Path:
     return steps[int(wanted)]
 
 
-def plan_for_resume(plan: DecayPlan, checkpoint: Checkpoint, policy: str) -> DecayPlan:
+def plan_for_resume(
+    plan: DecayPlan, checkpoint: Checkpoint, config: Config, policy: str
+) -> DecayPlan:
     """The plan that holds after a restore, by ``resume.decay``.
 
     Raises:
-        UsageError: with ``error``, if the λ differ; the message has the table.
+        UsageError: with ``error``, if the λ, or what moves them, differ; the message has the
+            table.
     """
     infos = [info for group in plan.groups for info in group.parameters]
-    changed = compare(infos, checkpoint.decays, plan.by_name)
-    if not changed or policy == "recipe":
+    if policy == "recipe":
         return plan
     if policy == "checkpoint":
         return plan_from(infos, checkpoint.decays)
+    changed = _table(compare(infos, checkpoint.decays, plan.by_name))
+    if not changed:
+        moved = differences(checkpoint.config, config, ("optimizer",))
+        changed = ", ".join(
+            f"{key} {before} -> {after}"
+            for key, (before, after) in moved.items()
+            if key.rpartition(".")[2] in _DYNAMIC or ".form." in key or ".coupling." in key
+        )
+    if not changed:
+        return plan
     raise UsageError(
-        f"{checkpoint.path}: was trained with another weight decay: {_table(changed)}; say which "
+        f"{checkpoint.path}: was trained with another weight decay: {changed}; say which "
         "holds with resume.decay=recipe or resume.decay=checkpoint (or --fork to a new run)"
     )
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step."""
+"""Learning-rate and decay schedules: pure functions of the step."""
 
 from __future__ import annotations
 
@@ -58,6 +58,41 @@ def learning_rate(
         return peak
     progress = min(1.0, (step - start) / max(1, steps - 1 - start))
     return peak * (final_fraction + (1.0 - final_fraction) * shape(progress))
+
+
+def in_steps(value: float, steps: int) -> int:
+    """A length given as a share of the run (< 1) or in steps, in steps."""
+    return round(value * steps) if value < 1 else round(value)
+
+
+def decay_multiplier(
+    step: int,
+    steps: int,
+    shape: str,
+    start: float = 0.0,
+    stop: float | None = None,
+    first: float = 1.0,
+    last: float = 0.0,
+) -> float:
+    """What λ is multiplied by in the update number ``step`` (the first is 0).
+
+    Args:
+        shape: ``linear`` and ``cosine`` go from ``first`` (until ``start``) to ``last`` (from
+            ``stop`` on); ``warmup`` goes linearly from 0 to ``first``; ``step`` jumps from
+            ``first`` to ``last`` at ``start``; ``window`` is ``first`` from ``start`` to before
+            ``stop`` and ``last`` outside.
+        start, stop: shares of the run if below 1, else steps; no ``stop``: the end of the run.
+    """
+    begin = in_steps(start, steps)
+    end = steps if stop is None else in_steps(stop, steps)
+    if shape == "window":
+        return first if begin <= step < end else last
+    if shape == "step":
+        return first if step < begin else last
+    progress = min(1.0, max(0.0, (step - begin) / max(1, end - begin)))
+    if shape == "warmup":
+        return first * progress
+    return last + (first - last) * SHAPES[shape](progress)
 
 
 def exposure(rates: list[float], decay: float) -> float:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.dataset import held_out, load_manifest
-from models.roles import ParameterInfo, Role
 from pretrain.checkpoint import Checkpoint, load_into_module
 from pretrain.config import Config, RanksConfig, apply_overrides
-from pretrain.decay import plan_from
+from pretrain.control import Book
 from pretrain.deepspeed_adapter import prepare_deepspeed, resolve_precision
 from pretrain.engine import build_model
 from pretrain.errors import UsageError
@@ -104,13 +103,7 @@ def rank_rows(target: str, threshold: float, spectra: bool, out: Path | None) ->
     """Rank statistics of every head of a checkpoint, one layer in memory at a time."""
     checkpoint = Checkpoint(resolve_checkpoint(target))
     model = checkpoint.config.model
-    infos = [
-        ParameterInfo(
-            name, Role(entry["role"]), entry["layer"], tuple(entry["shape"]), entry["partition_dim"]
-        )
-        for name, entry in checkpoint.parameters.items()
-    ]
-    plan = plan_from(infos, checkpoint.decays)
+    books = {name: Book(*figures) for name, figures in checkpoint.state["decay"]["books"].items()}
     config = RanksConfig(threshold=threshold, spectra=spectra)
     progress = Progress(model.num_layers, "ranks", True)
     rows: list[Row] = []
@@ -125,7 +118,7 @@ def rank_rows(target: str, threshold: float, spectra: bool, out: Path | None) ->
             value=value.view(units, head, -1),
             output=output.view(-1, units, group, head).permute(1, 2, 0, 3),
         )
-        rows += layer_rows(factors, list(range(units)), layer, model, plan, config)
+        rows += layer_rows(factors, list(range(units)), layer, model, books, config)
         progress.update(layer + 1)
     progress.close()
     batch = checkpoint.config.train.global_batch * model.context

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,10 @@ from pretrain.engine import Engine, build_engine, micro_batches, whole_model
 from pretrain.errors import RunError, UsageError
 from pretrain.evaluate import score, summarize
 from pretrain.grid import Grid
+from pretrain.identity import data_identity, data_order, initial_weights, write_identity
 from pretrain.loader import Loader
-from pretrain.probe import measure, summary
+from pretrain.lock import RunLock
+from pretrain.probe import Row, measure, summary
 from pretrain.run import (
     CHECKPOINTS,
     add_ranks,
@@ -80,25 +81,34 @@ def with_vocabulary(config: Config, manifest: Manifest) -> Config:
     )
 
 
-def train(config: Config, run: Path, grid: Grid, fork: Path | None = None) -> None:
+def train(
+    config: Config, run: Path, grid: Grid, fork: Path | None = None, until: int | None = None
+) -> None:
     """Train ``config`` in the folder ``run``, from the beginning or from where it stopped.
 
     Args:
         fork: a checkpoint of another run to begin from: its weights, optimizer state and place
             in the data, with this recipe's decay.
+        until: stop after this step, with a checkpoint, as a trunk that others fork from.
 
     Raises:
         UsageError, RunError: one line that names the culprit; earlier checkpoints are untouched.
     """
+    lock = RunLock(run)
     with grid.together(""):
         setup = prepare(config, grid.tensor)
+        resume_point(run, setup.config)  # refuses a folder that is not a run's
+        if grid.is_main:
+            lock.acquire()
+    with grid.together(""):
         checkpoint = resume_point(run, setup.config)
         start = checkpoint or (Checkpoint(fork) if fork else None)
-        plan = setup.plan
         if start is not None:
             policy = setup.config.resume.decay if checkpoint else "recipe"
-            plan = plan_for_resume(plan, start, policy)
+            setup = _with_decay(setup, start, policy)
             _check_continues(start, setup)
+        if until is not None and until > setup.config.train.steps:
+            raise UsageError(f"--until: {until} is after the last step, {setup.config.train.steps}")
         micro, _ = micro_batches(setup.config, grid)
         samples = setup.config.train.steps * setup.config.train.global_batch
         data = TrainingData(
@@ -111,6 +121,7 @@ def train(config: Config, run: Path, grid: Grid, fork: Path | None = None) -> No
         sample = held_out(
             setup.manifest, setup.config.evaluation.split, setup.config.evaluation.documents
         )
+        order = data_order(setup, data)
     precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
     with grid.together(f"{run}"):
         if grid.is_main:
@@ -118,19 +129,28 @@ def train(config: Config, run: Path, grid: Grid, fork: Path | None = None) -> No
             create_run(run, setup.config, {"grid": grid.describe(), "precision": precision})
             rewind(run, start.step if start else -1)
     with grid.together(""):
-        engine = build_engine(setup.config, grid, plan)
+        engine = build_engine(setup.config, grid, setup.plan)
         if start is not None:
             load_into_engine(start, engine)
-            engine.set_rates(0.0)
+            same = start.config.optimizer.weight_decay.policies
+            engine.control.restore(
+                start.state["decay"], same == setup.config.optimizer.weight_decay.policies
+            )
+            engine.begin_step(start.step, 0.0)
             engine.audit_decay()
-    engine.share_decay()
+    weights = initial_weights(engine.module, grid)
+    if start is not None:  # a fork begins with its trunk's weights
+        weights = start.state["initial_weights"] if checkpoint else start.digest
+    with grid.together(f"{run}"):
+        if grid.is_main:
+            write_identity(run, {"initial_weights": weights, "data_order": order})
     first = start.step if start else 0
     loader = Loader(
         data, grid, setup.config.train.global_batch, micro, first, setup.config.data.prefetch
     )
     tracker = Tracker(run, setup.config, grid.is_main)
     try:
-        job = _Job(engine, setup, run, tracker, sample)
+        job = _Job(engine, setup, run, tracker, sample, until, weights)
         if start is None:
             _measure(job, 0)
             _evaluate(job, 0)
@@ -141,6 +161,20 @@ def train(config: Config, run: Path, grid: Grid, fork: Path | None = None) -> No
         loader.close()
         tracker.close()
         engine.close()
+        lock.release()
+
+
+def _with_decay(setup: Setup, start: Checkpoint, policy: str) -> Setup:
+    """The setup with the decay that holds after a restore, by ``resume.decay``."""
+    plan = plan_for_resume(setup.plan, start, setup.config, policy)
+    if policy != "checkpoint":
+        return replace(setup, plan=plan)
+    optimizer = setup.config.optimizer.model_copy(
+        update={"weight_decay": start.config.optimizer.weight_decay}
+    )
+    return replace(
+        setup, plan=plan, config=setup.config.model_copy(update={"optimizer": optimizer})
+    )
 
 
 def _announce(setup: Setup, run: Path, grid: Grid, precision: str) -> None:
@@ -186,14 +220,6 @@ def _check_continues(checkpoint: Checkpoint, setup: Setup) -> None:
         )
 
 
-def data_identity(manifest: Manifest) -> str:
-    """Hash of what decides the order of the samples."""
-    counts = [
-        (one.split, one.subset, one.documents, one.tokens, one.bytes) for one in manifest.entries
-    ]
-    return hashlib.sha256(json.dumps([counts, manifest.tokenizer_sha256]).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class _Job:
     engine: Engine
@@ -201,23 +227,31 @@ class _Job:
     run: Path
     tracker: Tracker
     sample: list[HeldOut]
+    until: int | None
+    initial_weights: str
+
+    @property
+    def last(self) -> int:
+        """The step that training ends with, this time."""
+        return self.until or self.config.train.steps
 
     @property
     def config(self) -> Config:
         return self.setup.config
 
     def is_due(self, section: str, step: int) -> bool:
-        return step % self.config.interval(section) == 0 or step == self.config.train.steps
+        return step % self.config.interval(section) == 0 or step == self.last
 
 
 def _loop(job: _Job, loader: Loader, first: int) -> None:
     config, engine = job.config, job.engine
-    steps, tokens_per_step = config.train.steps, config.train.global_batch * config.model.context
+    steps, tokens_per_step = job.last, config.train.global_batch * config.model.context
     progress = Progress(steps, job.run.name, engine.grid.is_main, first)
     began, logged = time.monotonic(), first
     for step in range(first + 1, steps + 1):
         rate = config.learning_rate(step - 1)
-        engine.set_rates(rate)
+        _refresh_exponents(job, step - 1)
+        engine.begin_step(step - 1, rate)
         loss = engine.train_step(loader)
         if not math.isfinite(loss):
             raise RunError(
@@ -238,7 +272,7 @@ def _loop(job: _Job, loader: Loader, first: int) -> None:
                     "grad_norm": engine.gradient_norm,
                     "tokens_per_second": speed,
                     "seconds": now - began,
-                    "weight_decay": engine.decay_in_use(),
+                    "weight_decay": engine.control.in_use(),
                 },
             )
             progress.update(step, f"loss {loss:.3f} {speed:,.0f} tokens/s")
@@ -246,20 +280,42 @@ def _loop(job: _Job, loader: Loader, first: int) -> None:
         if job.is_due("checkpoint", step):
             with engine.grid.together(f"step {step}"):
                 engine.audit_decay()
-            engine.share_decay()
         paused = time.monotonic()
-        if job.is_due("ranks", step):
-            _measure(job, step)
+        _measure_if_due(job, step)
         if job.is_due("evaluation", step):
             _evaluate(job, step)
         if job.is_due("checkpoint", step):
             _save(job, step)
         began += time.monotonic() - paused  # the speed is of training alone
     progress.close()
-    _finish(job)
+    if job.last == config.train.steps:
+        _finish(job)
 
 
-def _measure(job: _Job, step: int) -> None:
+def _measure_if_due(job: _Job, step: int) -> None:
+    """Measure for the table, for rank targets, or once for both."""
+    controllers = [one for one in job.engine.control.rank_controllers if step % one.every == 0]
+    rows: list[Row] = []
+    if job.is_due("ranks", step):
+        rows = _measure(job, step)
+    elif controllers:
+        rows = measure(job.engine, step, 0, job.config.ranks)
+    for controller in controllers:
+        for message in controller.observe(rows):
+            job.tracker.log("event", step, {"message": message})
+            if job.engine.grid.is_main:
+                warn(f"step {step}: {message}")
+
+
+def _refresh_exponents(job: _Job, step: int) -> None:
+    """New exponents for AlphaDecay, before the update number ``step``, where one is due."""
+    for policy in job.engine.control.alpha:
+        if step % policy.config.refresh == 0 or policy.exponents is None:
+            figures = policy.observe(job.engine.shrinker.exponents(policy))
+            job.tracker.log("alpha", step, {**figures, "exponents": policy.exponents})
+
+
+def _measure(job: _Job, step: int) -> list[Row]:
     began = time.monotonic()
     tokens = step * job.config.train.global_batch * job.config.model.context
     rows = measure(job.engine, step, tokens, job.config.ranks)
@@ -267,6 +323,7 @@ def _measure(job: _Job, step: int) -> None:
         if job.engine.grid.is_main:
             add_ranks(job.run, step, rows)
             job.tracker.log("ranks", step, {**summary(rows), "seconds": time.monotonic() - began})
+    return rows
 
 
 def _evaluate(job: _Job, step: int) -> None:
@@ -298,6 +355,8 @@ def _save(job: _Job, step: int) -> None:
         "samples": step * job.config.train.global_batch,
         "tokenizer": job.setup.manifest.tokenizer_sha256,
         "data": data_identity(job.setup.manifest),
+        "decay": job.engine.control.state(),
+        "initial_weights": job.initial_weights,
     }
     with job.engine.grid.together(f"{job.run}"):
         if job.engine.grid.is_main:

@@ -6,7 +6,7 @@ import pytest
 
 from models.config import GPTConfig
 from models.roles import ParameterInfo, Role
-from pretrain.config import DecayRule, WeightDecayConfig
+from pretrain.decay_config import DecayRule, WeightDecayConfig
 from pretrain.decay import compact, compare, parse_layers, plan_decay, plan_from
 from pretrain.engine import whole_model
 from pretrain.errors import UsageError

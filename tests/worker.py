@@ -71,8 +71,8 @@ def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:
     loader = Loader(data, grid, config.train.global_batch, micro, 0, 0)
     start = [fragment.master.double().clone() for fragment in engine.fragments()]
     rates = [3e-3, 1e-2, 2e-2, 1e-2, 5e-3]
-    for rate in rates:
-        engine.set_rates(rate)
+    for number, rate in enumerate(rates):
+        engine.begin_step(number, rate)
         engine.train_step(loader)
     engine.audit_decay()
     wanted = case["decays"]

@@ -1,0 +1,79 @@
+"""What makes two runs comparable: the same first weights and the same samples in the same order.
+
+Runs of one seed that agree in both differ by their recipe alone, and their results may be paired.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from data_pipeline.dataset import Manifest, TrainingData
+from data_pipeline.files import write_aside
+from models.roles import declared_parameters, fingerprint_of, info_of
+from pretrain.grid import Grid
+
+if TYPE_CHECKING:
+    from pretrain.train import Setup
+
+IDENTITY = "identity.json"
+
+
+def data_identity(manifest: Manifest) -> str:
+    """Hash of what decides the order of the samples."""
+    counts = [
+        (one.split, one.subset, one.documents, one.tokens, one.bytes) for one in manifest.entries
+    ]
+    return _digest([counts, manifest.tokenizer_sha256])
+
+
+def data_order(setup: Setup, data: TrainingData) -> str:
+    """Hash of the data, of what decides its order, and of the tokens of the first update."""
+    config = setup.config
+    first = hashlib.sha256()
+    for number in range(min(config.train.global_batch, len(data))):
+        first.update(data[number][0].tobytes())
+    return _digest(
+        [
+            data_identity(setup.manifest),
+            data.shares,
+            config.model.context,
+            config.seed,
+            config.train.global_batch,
+            first.hexdigest(),
+        ]
+    )
+
+
+def initial_weights(module: nn.Module, grid: Grid) -> str:
+    """Hash of the names, shapes and first values of a model as its factory made it; collective.
+
+    The same on every process grid, since every tensor is drawn whole.
+    """
+    mine = {info_of(p).name: fingerprint_of(p) for p in declared_parameters(module)}
+    found: dict[str, str] = {}
+    for part in grid.gather(mine):
+        found |= part
+    return _digest(sorted(found.items()))
+
+
+def write_identity(run: Path, identity: dict[str, str]) -> None:
+    """Put both hashes into the run folder."""
+    write_aside(run / IDENTITY, json.dumps(identity, indent=1).encode())
+
+
+def read_identity(run: Path) -> dict[str, str] | None:
+    """The hashes of a run, or None where they are missing or unreadable."""
+    try:
+        found = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
+        return {key: str(found[key]) for key in ("initial_weights", "data_order")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,10 +1,20 @@
-"""Several processes on this machine, by torchrun."""
+"""Processes on this machine: torchrun for one job, and several jobs side by side."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pretrain.jobs import Job
+
+_GRACE = 15.0
+"""Seconds that a job has to end itself."""
 
 
 def torchrun(processes: int) -> list[str]:
@@ -19,7 +29,95 @@ def share_cores(processes: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // processes)), **os.environ}
 
 
+def command(words: list[str], processes: int) -> list[str]:
+    """`pretrain WORDS...` on so many processes, as words for the system."""
+    start = torchrun(processes) if processes > 1 else [sys.executable]
+    return [*start, "-m", "pretrain", *words]
+
+
 def launch(processes: int, words: list[str]) -> int:
     """Run `pretrain WORDS...` on ``processes`` processes; returns the exit code."""
-    command = [*torchrun(processes), "-m", "pretrain", *words]
-    return subprocess.run(command, env=share_cores(processes), check=False).returncode
+    return subprocess.run(
+        command(words, processes), env=share_cores(processes), check=False
+    ).returncode
+
+
+class LocalExecutor:
+    """Jobs side by side on this machine, its cores (or GPUs) shared out among the slots."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._running: dict[str, tuple[subprocess.Popen[bytes], int, IO[bytes]]] = {}
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Start jobs, each in a session of its own, so that Ctrl-C reaches the sweep alone."""
+        for job in jobs:
+            taken = {slot for _, slot, _ in self._running.values()}
+            slot = next(number for number in range(len(taken) + 1) if number not in taken)
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            log = job.log.open("ab")
+            process = subprocess.Popen(
+                command(job.words, job.processes),
+                env=self._environment(slot, job.processes),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._running[job.name] = (process, slot, log)
+
+    def _environment(self, slot: int, processes: int) -> dict[str, str]:
+        environment = share_cores(self.slots * processes)
+        gpus = _gpus()
+        if gpus:
+            mine = [gpus[(slot * processes + index) % len(gpus)] for index in range(processes)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        return environment
+
+    def poll(self) -> dict[str, int]:
+        """Exit codes of the jobs that have ended since the last call."""
+        ended = {}
+        for name, (process, _, log) in list(self._running.items()):
+            code = process.poll()
+            if code is not None:
+                log.close()
+                ended[name] = code
+                del self._running[name]
+        return ended
+
+    def stop(self) -> None:
+        """SIGTERM to every job and its workers, then SIGKILL to those that stay."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process, _, _ in self._running.values():
+                if process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, number)
+            limit = time.monotonic() + _GRACE
+            while time.monotonic() < limit and any(
+                process.poll() is None for process, _, _ in self._running.values()
+            ):
+                time.sleep(0.1)
+        self._running.clear()
+
+
+def default_slots(processes: int) -> int:
+    """Runs at once: one a GPU (or as many GPUs as a run has processes), else one in all."""
+    gpus = _gpus()
+    return max(1, len(gpus) // processes) if gpus else 1
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that a job may see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip()]
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return []
+    return found.stdout.split() if found.returncode == 0 else []

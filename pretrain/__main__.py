@@ -68,6 +68,10 @@ def train(
             help="Begin a new run from RUN@STEP: its weights, state and place in the data."
         ),
     ] = None,
+    until: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after this step, with a checkpoint to fork from."),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print parameter groups, grid and memory; train nothing."),
@@ -105,7 +109,7 @@ def train(
     source = resolve_checkpoint(fork) if fork else None
     grid = build_grid(config.grid, connect())
     run = out or Path("runs") / recipe.stem
-    run_training(config, run, grid, source)
+    run_training(config, run, grid, source, until)
     if grid.is_main:
         _print_result(run, json)
     disconnect()
@@ -209,6 +213,47 @@ def ranks(
     print_ranks(rows, json)
     if out:
         print(f"written: {out}", file=sys.stderr)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="SWEEP.yaml; see docs/sweeps.md.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; default runs/NAME-OF-SWEEP.")
+    ] = None,
+    launcher: Annotated[str, typer.Option(help="local or slurm.")] = "local",
+    parallel: Annotated[
+        int,
+        typer.Option(min=0, help="Runs at once on this machine; 0: one, or one a GPU."),
+    ] = 0,
+    retries: Annotated[
+        int | None, typer.Option(min=0, help="Times that a failed run is tried again.")
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option("--slurm", help="KEY=VALUE for submitit, such as partition=gpu, time=240."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print runs, tokens, time and cost; run nothing.")
+    ] = False,
+    timing: Annotated[
+        bool, typer.Option(help="With --dry-run: time a few steps of one run.")
+    ] = True,
+    price: Annotated[float, typer.Option(min=0, help="Of a process for an hour.")] = 0.0,
+    json: Json = False,
+) -> None:
+    """Run a grid of decays over seeds, paired, and go on with it where it stopped.
+
+    Finished runs are kept, interrupted ones go on, failed ones are tried again; a point that is
+    added to the file later runs alone. Runs of one seed share their first weights and the order
+    of their data, so that `pretrain report FOLDER` can compare them in pairs.
+    """
+    from launchers.sweeps import run
+
+    code = run(
+        file, out, launcher, parallel, retries, slurm or [], dry_run, timing, price, as_json=json
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

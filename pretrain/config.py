@@ -12,7 +12,15 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic_core import ErrorDetails
 
 from models.config import GPTConfig
-from pretrain.decay_config import DecayRule, Section, WeightDecayConfig
+from pretrain.decay_config import (
+    AdaptiveDecay,
+    AlphaDecay,
+    DecayRule,
+    RankTarget,
+    ScheduleDecay,
+    Section,
+    WeightDecayConfig,
+)
 from pretrain.errors import UsageError
 from pretrain.schedule import in_steps, learning_rate
 
@@ -108,6 +116,7 @@ class LoggingConfig(Section):
 
     every: int = Field(1, ge=1, description="steps between lines of metrics")
     wandb: str = Field("", description="W&B project; empty: off; offline without an account")
+    wandb_group: str = Field("", description="W&B group, for example the sweep's name")
     tensorboard: bool = False
 
 
@@ -236,6 +245,25 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
     return parse_config(values, "override")
 
 
+def with_values(config: Config, values: dict[str, Any], source: str) -> Config:
+    """``config`` with other values at dotted keys.
+
+    Raises:
+        UsageError: beginning with ``source``, for an unknown key or a bad value.
+    """
+    tree = config.model_dump(mode="json")
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        place = tree
+        for parent in parents:
+            child = place.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise UsageError(f"{source}: {key}: {parent} is a value, not a section")
+            place = child
+        place[leaf] = number(value)
+    return parse_config(tree, source)
+
+
 def parse_config(values: dict[str, Any], source: str = "recipe") -> Config:
     """Validate a plain mapping.
 
@@ -245,7 +273,7 @@ def parse_config(values: dict[str, Any], source: str = "recipe") -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{source}: {_explain(error.errors()[0])}") from None
+        raise UsageError(f"{source}: {explain(error.errors()[0], Config)}") from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -261,12 +289,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UsageError(f"{override!r}: {parent} is a value, not a section")
         values = child
     try:
-        values[leaf] = _number(yaml.safe_load(text))
+        values[leaf] = number(yaml.safe_load(text))
     except yaml.YAMLError:
         raise UsageError(f"{override!r}: the value is not valid YAML") from None
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """YAML 1.1 reads 3e-4 as text; people mean a number."""
     if isinstance(value, str):
         try:
@@ -276,11 +304,12 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _explain(error: ErrorDetails) -> str:
+def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
+    """One line on a validation error: the key, what is wrong, and the nearest known key."""
     path = [str(part) for part in error["loc"]]
     key = ".".join(path) or "recipe"
     if error["type"] == "extra_forbidden":
-        known = _keys_beside(path)
+        known = _keys_beside(path, root)
         close = difflib.get_close_matches(path[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
@@ -291,8 +320,8 @@ def _explain(error: ErrorDetails) -> str:
     return f"{key}: {error['msg'].lower()}, got {error.get('input')!r}"
 
 
-def _keys_beside(path: list[str]) -> list[str]:
-    model: Any = Config
+def _keys_beside(path: list[str], root: type[BaseModel]) -> list[str]:
+    model: Any = root
     for part in path[:-1]:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             break
@@ -300,6 +329,11 @@ def _keys_beside(path: list[str]) -> list[str]:
         model = field.annotation if field else None
     if isinstance(model, type) and issubclass(model, BaseModel):
         return sorted(model.model_fields)
+    if "policies" in path:  # ..., index, kind, key
+        kinds: dict[str, type[Section]] = {
+            "schedule": ScheduleDecay, "alpha": AlphaDecay, "awd": AdaptiveDecay
+        }  # fmt: skip
+        return sorted(kinds.get(path[-2], RankTarget).model_fields)
     return sorted(DecayRule.model_fields) if "rules" in path else []
 
 

@@ -112,6 +112,7 @@ def _start_wandb(run: Path, config: Config) -> Any:
         return wandb.init(
             project=config.logging.wandb,
             name=run.name,
+            group=config.logging.wandb_group or None,
             id=identity.read_text(),
             dir=str(run),
             resume="allow",

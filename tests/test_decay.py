@@ -6,8 +6,8 @@ import pytest
 
 from models.config import GPTConfig
 from models.roles import ParameterInfo, Role
-from pretrain.decay_config import DecayRule, WeightDecayConfig
 from pretrain.decay import compact, compare, parse_layers, plan_decay, plan_from
+from pretrain.decay_config import DecayRule, WeightDecayConfig
 from pretrain.engine import whole_model
 from pretrain.errors import UsageError
 

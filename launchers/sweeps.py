@@ -1,0 +1,74 @@
+"""`pretrain sweep`: the sweep's words, an executor for them, and what is said at the end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+from launchers.local import LocalExecutor, command, default_slots, share_cores
+from pretrain.errors import UsageError
+from pretrain.jobs import Executor
+from pretrain.sweep import run_sweep, say, summary
+from pretrain.sweep_config import load_sweep
+from pretrain.sweep_plan import plan, print_plan
+
+
+def run(
+    file: Path,
+    out: Path | None,
+    launcher: str,
+    parallel: int,
+    retries: int | None,
+    slurm: list[str],
+    dry_run: bool,
+    timing: bool,
+    price: float,
+    as_json: bool,
+) -> int:
+    """Run or plan a sweep; returns the exit code: 1 if a run failed.
+
+    Raises:
+        UsageError: if the sweep, a key of its grid or a word for the launcher is wrong.
+    """
+    if launcher not in ("local", "slurm"):
+        raise UsageError(f"--launcher: {launcher!r} is neither local nor slurm")
+    out = out or Path("runs") / file.stem
+    sweep = load_sweep(file, out)
+    processes = sweep.config.processes
+    slots = parallel or default_slots(processes)
+
+    def start(words: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(words, processes),
+            env=share_cores(processes * slots),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    if dry_run:
+        found = plan(sweep, slots, start if timing else None, price)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            print_plan(found, slots)
+        return 0
+    executor: Executor
+    if launcher == "slurm":
+        from launchers.slurm import SlurmExecutor
+
+        executor = SlurmExecutor(out / "slurm", slurm, parallel)
+    else:
+        executor = LocalExecutor(slots)
+    tries = sweep.config.retries if retries is None else retries
+    statuses = run_sweep(sweep, out, executor, tries)
+    failed = [status for status in statuses if status.state == "failed"]
+    for status in failed:
+        say(f"failed: {status.task.name}: {status.note}")
+    if as_json:
+        print(json.dumps(summary(statuses)))
+    else:
+        print(f"{len(statuses) - len(failed)} of {len(statuses)} runs complete: {out}")
+        print(f"report: pretrain report {out} --out {out}/report.html")
+    return 1 if failed else 0

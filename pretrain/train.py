@@ -15,6 +15,7 @@ from data_pipeline.dataset import HeldOut, Manifest, TrainingData, held_out, loa
 from models.roles import ParameterInfo
 from pretrain.checkpoint import Checkpoint, load_into_engine, save_checkpoint
 from pretrain.config import Config
+from pretrain.control import DecayControl
 from pretrain.decay import DecayPlan, plan_decay
 from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.engine import Engine, build_engine, micro_batches, whole_model
@@ -61,7 +62,9 @@ def prepare(config: Config, tensor_parallel: int) -> Setup:
     manifest = load_manifest(Path(config.data.path))
     config = with_vocabulary(config, manifest)
     infos = whole_model(config.model, tensor_parallel)
-    return Setup(config, manifest, infos, plan_decay(infos, config.optimizer.weight_decay))
+    plan = plan_decay(infos, config.optimizer.weight_decay)
+    DecayControl(config, plan)  # its policies, too, must fit the model
+    return Setup(config, manifest, infos, plan)
 
 
 def with_vocabulary(config: Config, manifest: Manifest) -> Config:

@@ -258,14 +258,34 @@ def sweep(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or a sweep's folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File (csv, png: folder); default report.FORMAT.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="html, md, latex, csv, png or pdf.")
+    ] = "html",
+    baseline: Annotated[
+        str | None,
+        typer.Option(help='Condition that others are compared with, such as "attention = 0.1".'),
+    ] = None,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Take runs that are still under way, too.")
+    ] = False,
 ) -> None:
-    """One page of plots and tables from run folders."""
-    from pretrain.report import print_table, write_report
+    """Tables and figures from run folders alone: means, paired differences, rank, balance.
 
-    print_table(write_report(runs, out))
-    print(f"report: {out}")
+    The page (html) needs no network: tables of means and of paired differences with intervals,
+    figures with choices and sliders, the data of each as CSV. Runs that differ in the seed alone
+    are replicates of one condition.
+    """
+    from pretrain.report import print_summary, write_report
+
+    endings = {"latex": "tex", "csv": "", "png": ""}
+    ending = endings.get(form, form)
+    path = out or Path(f"report.{ending}" if ending else "report")
+    print_summary(write_report(runs, path, form, baseline, unfinished))
+    print(f"report: {path}")
 
 
 @app.command()

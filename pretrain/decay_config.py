@@ -67,11 +67,17 @@ class RankTarget(Section):
     kind: Literal["rank_target"]
     roles: list[str] = Field(["qk", "vo"], description="qk, vo or attention")
     target: float = Field(gt=0, le=1, description="mean pseudo-rank of the layer's heads")
-    minimum: float = Field(1e-3, gt=0, description="bounds of λ")
-    maximum: float = Field(30.0, gt=0)
+    minimum: float | None = Field(None, gt=0, description="of λ; empty: maximum / 1000")
+    maximum: float | None = Field(
+        None, gt=0, description="of λ; empty: what gives the whole run the exposure 4"
+    )
     every: int = Field(0, ge=0, description="steps between measurements; 0: 1/100 of the run")
-    proportional: float = Field(20.0, ge=0, description="gain on the change of the error")
-    integral: float = Field(2.0, ge=0, description="gain on the error, a measurement")
+    ramp: float = Field(
+        0.6, gt=0, le=1, description="share of Ση over which the target is approached"
+    )
+    lead: float = Field(0.05, ge=0, lt=1, description="share of Ση that the error looks ahead")
+    proportional: float = Field(40.0, ge=0, description="gain on the change of the error")
+    integral: float = Field(60.0, ge=0, description="gain on the error, over Ση")
 
 
 DecayPolicy = Annotated[

@@ -11,7 +11,7 @@ from data_pipeline.prepare import tokenize_sources, train_from_sources
 from pretrain.config import Config, apply_overrides, parse_config
 from pretrain.errors import RunError
 from pretrain.grid import build_grid, connect, disconnect
-from pretrain.report import print_table, write_report
+from pretrain.report import print_summary, write_report
 from pretrain.train import train
 
 DECAYS = (0.0, 1.0, 3.0, 10.0)
@@ -67,11 +67,12 @@ def run_demo(out: Path, steps: int) -> None:
         config = apply_overrides(base, [f"optimizer.weight_decay.attention={decay}"])
         train(config, run, build_grid(config.grid, device))
         runs.append(run)
-    table = write_report(runs, out / "report.html")
+    study = write_report(runs, out / "report.html")
     disconnect()
-    print_table(table)
+    print_summary(study)
     print(f"report: {(out / 'report.html').resolve()}  ({time.monotonic() - began:.0f} s)")
-    if table[-1]["rank_qk"] >= table[0]["rank_qk"]:
+    least, most = (study.conditions[index].runs[0] for index in (0, -1))
+    if most.mean("qk", "pseudo_rank") >= least.mean("qk", "pseudo_rank"):
         raise RunError(
             f"{out}: the rank of W_QK did not fall with decay; this demo expects it to: please "
             "report it"

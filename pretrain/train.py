@@ -155,7 +155,7 @@ def train(
     try:
         job = _Job(engine, setup, run, tracker, sample, until, weights)
         if start is None:
-            _measure(job, 0)
+            _measure_if_due(job, 0)
             _evaluate(job, 0)
         elif checkpoint is None:
             _save(job, first)  # a fork stands on its own feet from here on
@@ -304,7 +304,7 @@ def _measure_if_due(job: _Job, step: int) -> None:
     elif controllers:
         rows = measure(job.engine, step, 0, job.config.ranks)
     for controller in controllers:
-        for message in controller.observe(rows):
+        for message in controller.observe(rows, step):
             job.tracker.log("event", step, {"message": message})
             if job.engine.grid.is_main:
                 warn(f"step {step}: {message}")

@@ -1,0 +1,132 @@
+"""`pretrain report`: tables and figures from run folders alone, as a page, text or images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from data_pipeline.files import write_aside
+from pretrain.errors import UsageError
+from pretrain.report.compare import unpaired
+from pretrain.report.figures import figures_of
+from pretrain.report.load import Study, load_study
+from pretrain.report.spec import Figure, to_csv
+from pretrain.report.tables import DataTable, summary, tables_of
+from pretrain.tracking import warn
+
+FORMATS = ("html", "md", "latex", "csv", "png", "pdf")
+
+
+def write_report(
+    paths: list[Path],
+    out: Path,
+    form: str = "html",
+    baseline: str | None = None,
+    unfinished: bool = False,
+) -> Study:
+    """Write the report of some runs.
+
+    Args:
+        paths: run folders, or folders of them (a sweep's).
+        out: the file to write; for ``csv`` and ``png`` a folder. ``md`` and ``latex`` put their
+            images into a folder beside it.
+        form: html, md, latex, csv, png or pdf (figures alone).
+
+    Raises:
+        UsageError: if there is nothing to report, or the runs do not compare.
+    """
+    if form not in FORMATS:
+        raise UsageError(f"--format: {form!r} is none of {', '.join(FORMATS)}")
+    study = load_study(paths, baseline, unfinished)
+    tables, figures = tables_of(study), figures_of(study)
+    notes = [*study.notes, *unpaired(study)]
+    for note in notes:
+        warn(note)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _WRITERS[form](study, tables, figures, notes, out)
+    return study
+
+
+def _html(
+    study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str], out: Path
+) -> None:
+    from pretrain.report.page import page
+
+    write_aside(out, page(study, tables, figures, notes).encode())
+
+
+def _md(
+    study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str], out: Path
+) -> None:
+    from pretrain.report.text import markdown
+
+    images = _images(figures, out, "png")
+    write_aside(out, markdown(study, tables, images, notes).encode())
+
+
+def _latex(
+    study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str], out: Path
+) -> None:
+    from pretrain.report.text import latex
+
+    images = _images(figures, out, "pdf")
+    write_aside(out, latex(study, tables, images, notes).encode())
+
+
+def _images(figures: list[Figure], out: Path, kind: str) -> list[tuple[Figure, str]]:
+    from pretrain.report.printed import draw
+
+    folder = out.with_name(f"{out.stem}-figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for figure in figures:
+        write_aside(folder / f"{figure.key}.{kind}", draw(figure, kind))
+        found.append((figure, f"{folder.name}/{figure.key}.{kind}"))
+    return found
+
+
+def _csv(
+    study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str], out: Path
+) -> None:
+    from pretrain.report.text import table_csv
+
+    out.mkdir(parents=True, exist_ok=True)
+    for table in tables:
+        write_aside(out / f"{table.key}.csv", table_csv(table).encode())
+    for figure in figures:
+        write_aside(out / f"{figure.key}.csv", to_csv(figure).encode())
+
+
+def _png(
+    study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str], out: Path
+) -> None:
+    from pretrain.report.printed import draw
+
+    out.mkdir(parents=True, exist_ok=True)
+    for figure in figures:
+        write_aside(out / f"{figure.key}.png", draw(figure))
+
+
+def _pdf(
+    study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str], out: Path
+) -> None:
+    from pretrain.report.printed import booklet
+
+    write_aside(out, booklet(figures))
+
+
+_WRITERS = {"html": _html, "md": _md, "latex": _latex, "csv": _csv, "png": _png, "pdf": _pdf}
+
+
+def print_summary(study: Study) -> None:
+    """One row a condition, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = summary(study)
+    shown = Table(title="attention decay and rank")
+    for index, title in enumerate(table.head):
+        shown.add_column(title, justify="right" if index else "left")
+    for row in table.rows:
+        shown.add_row(*(cell.text for cell in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)

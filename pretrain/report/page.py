@@ -1,0 +1,73 @@
+"""The page: tables, figures, their data and the script that draws them, in one file."""
+
+from __future__ import annotations
+
+import html
+
+from pretrain.report.interactive import SCRIPT, data_link, figure_html, plotly_script
+from pretrain.report.load import Study
+from pretrain.report.spec import Figure
+from pretrain.report.tables import Cell, DataTable
+from pretrain.report.text import table_csv
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:1.5rem auto;padding:0 1rem;
+color:#222;background:#fff}
+h1{margin-bottom:.2rem}h2{font-size:1.15rem;margin:2rem 0 .3rem}
+nav{display:flex;flex-wrap:wrap;gap:0 1rem;font-size:.9rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
+th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}
+td.less{background:rgb(33 102 172/calc(var(--shade)*.35))}
+td.more{background:rgb(178 24 43/calc(var(--shade)*.35))}
+figure{margin:2.2rem 0;overflow:hidden}.plot{width:100%;min-height:8rem}
+figcaption,.caption{color:#555;font-size:.85rem}
+.controls label{margin-right:1.2rem;font-size:.9rem}
+.controls input{vertical-align:middle;width:14rem}
+.note{background:#fff6dd;padding:.3rem .7rem;margin:.2rem 0;font-size:.9rem}
+@media print{.controls,nav{display:none}figure{break-inside:avoid}}
+"""
+
+
+def page(study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str]) -> str:
+    """The whole report as HTML that needs nothing else."""
+    warnings = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+    places = [(one.key, one.title) for one in tables] + [(one.key, one.title) for one in figures]
+    links = "".join(f'<a href="#{key}">{html.escape(title)}</a>' for key, title in places)
+    lead, rest = tables[:4], tables[4:]
+    body = "".join(map(table_html, lead)) + "".join(map(figure_html, figures))
+    body += "".join(map(table_html, rest))
+    count = len(study.runs)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<link rel="icon" href="data:,">'
+        f"<title>{html.escape(study.title)}: decay and rank</title><style>{_STYLE}</style></head>"
+        f"<body><h1>{html.escape(study.title)}</h1><p>Weight decay of attention and the rank of "
+        f"its products: {count} run{'s' * (count > 1)} in {len(study.conditions)} conditions.</p>"
+        f"<nav>{links}</nav>{warnings}{body}"
+        f"<script>{plotly_script()}</script><script>{SCRIPT}</script></body></html>"
+    )
+
+
+def table_html(table: DataTable) -> str:
+    """A table with its caption and its data."""
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in table.head)
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
+    return (
+        f'<section id="{table.key}"><h2>{html.escape(table.title)}</h2><div class="wide"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f'<p class="caption">{html.escape(table.caption)} '
+        f"{data_link(table.key, table_csv(table))}</p></section>"
+    )
+
+
+def _cell(cell: Cell) -> str:
+    mark = "*" if cell.mark else ""
+    if not cell.shade:
+        return f"<td>{html.escape(cell.text)}{mark}</td>"
+    kind = "more" if cell.shade > 0 else "less"
+    return (
+        f'<td class="{kind}" style="--shade:{abs(cell.shade):.2f}">{html.escape(cell.text)}{mark}'
+        "</td>"
+    )

@@ -1,0 +1,131 @@
+"""Figures for print: matplotlib, at their default choice."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from pretrain.report.spec import Figure, Panel
+
+_MARKERS = "osD^PX*v"
+_STYLE: dict[str, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "axes.titlesize": 9,
+}
+
+
+def draw(figure: Figure, kind: str = "png") -> bytes:
+    """The figure as an image file."""
+    plt = _pyplot()
+    with plt.rc_context(_STYLE):
+        page = _page(plt, figure)
+        buffer = io.BytesIO()
+        page.savefig(buffer, format=kind, dpi=160)
+        plt.close(page)
+    return buffer.getvalue()
+
+
+def booklet(figures: Iterable[Figure]) -> bytes:
+    """All figures as one PDF, a page each, with their captions."""
+    plt = _pyplot()
+    from matplotlib.backends.backend_pdf import PdfPages
+
+    buffer = io.BytesIO()
+    with PdfPages(buffer) as book, plt.rc_context(_STYLE):
+        for figure in figures:
+            page = _page(plt, figure)
+            page.supxlabel(_wrapped(figure.caption), fontsize=7, x=0.02, ha="left")
+            book.savefig(page)
+            plt.close(page)
+    return buffer.getvalue()
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, 150))
+
+
+def _page(plt: Any, figure: Figure) -> Any:
+    panels = figure.view(figure.default)
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    page = plt.figure(figsize=(8.6 if columns > 1 else 6.0, 3.4 * rows), layout="constrained")
+    axes = page.subplots(rows, columns, squeeze=False).flat
+    for one, panel in zip(axes, panels, strict=False):
+        _panel(page, one, panel)
+    choice = [c.options[i] for c, i in zip(figure.controls, figure.default, strict=True)]
+    page.suptitle(": ".join([figure.title, ", ".join(choice)]) if choice else figure.title)
+    return page
+
+
+def _panel(page: Any, axes: Any, panel: Panel) -> None:
+    import matplotlib
+
+    axes.set_title(panel.title)
+    if panel.heat:
+        heat = panel.heat
+        image = axes.imshow(heat.values, vmin=heat.low, vmax=heat.high, cmap="viridis",
+                            aspect="auto")  # fmt: skip
+        axes.set_xticks(range(len(heat.columns)), heat.columns, rotation=45)
+        axes.set_yticks(range(len(heat.rows)), heat.rows)
+        axes.grid(False)
+        page.colorbar(image, ax=axes, label="pseudo-rank")
+        return
+    colours = matplotlib.colormaps["viridis"]
+    for index, series in enumerate(panel.series):
+        colour, marker = colours(series.colour), _MARKERS[index % len(_MARKERS)]
+        if series.points:
+            axes.scatter(series.x, series.y, s=8, color=colour, marker=marker, label=series.name,
+                         alpha=0.7)  # fmt: skip
+            continue
+        few = len(series.x) <= 30 and not series.dash
+        axes.plot(series.x, series.y, ":" if series.dash else "-", color=colour,
+                  marker=marker if few else None, markersize=3, linewidth=1.3,
+                  label=series.name)  # fmt: skip
+        if series.low and series.high:
+            axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.13,
+                              linewidth=0)  # fmt: skip
+    _scales(axes, panel)
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+    if panel.series:
+        axes.legend(ncols=2 if len(panel.series) > 4 else 1)
+
+
+def _scales(axes: Any, panel: Panel) -> None:
+    values = sorted({x for series in panel.series for x in series.x})
+    if panel.log_x and values:
+        positive = [value for value in values if value > 0]
+        if values[0] <= 0:
+            axes.set_xscale("symlog", linthresh=positive[0] if positive else 1.0)
+            axes.set_xticks(values)
+            axes.set_xticklabels([f"{value:.3g}" for value in values])
+            axes.set_xticks([], minor=True)
+        else:
+            axes.set_xscale("log")
+    if panel.log_y:
+        axes.set_yscale("log")
+    if panel.y_range:
+        axes.set_ylim(*panel.y_range)
+    if panel.diagonal:
+        found = [v for series in panel.series for v in (*series.x, *series.y) if v > 0]
+        if found:
+            axes.plot([min(found), max(found)], [min(found), max(found)], "--", color="grey",
+                      linewidth=1)  # fmt: skip

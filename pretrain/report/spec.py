@@ -1,0 +1,118 @@
+"""Figures as data: panels of lines, points or heat, with choices; renderers draw them.
+
+One description serves the page (interactive), print (matplotlib) and CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line (or points) with an optional band."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+    colour: float = 0.0
+    """Place on an ordered scale, 0 to 1: the same thing has the same colour in every panel."""
+    low: list[float] | None = None
+    high: list[float] | None = None
+    dash: bool = False
+    points: bool = False
+    """Markers alone, no line."""
+    texts: list[str] | None = None
+    """What hovering says beside the values."""
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A matrix of colours."""
+
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float]]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    x: str
+    y: str
+    series: list[Series] = field(default_factory=list)
+    heat: Heat | None = None
+    log_x: bool = False
+    log_y: bool = False
+    y_range: tuple[float, float] | None = None
+    diagonal: bool = False
+    """Draw y = x."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """Something a reader chooses."""
+
+    name: str
+    options: list[str]
+    kind: Literal["select", "slider"] = "select"
+    default: int = 0
+
+
+Choice = tuple[int, ...]
+"""An option of every control."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the report."""
+
+    key: str
+    title: str
+    caption: str
+    """What was measured, on what, n, and what theory predicts; plain text."""
+    controls: list[Control]
+    view: Callable[[Choice], list[Panel]]
+    """The panels for a choice."""
+
+    @property
+    def default(self) -> Choice:
+        """The choice that is shown first, and in print."""
+        return tuple(control.default for control in self.controls)
+
+    def choices(self) -> list[Choice]:
+        """Every combination of options."""
+        found: list[Choice] = [()]
+        for control in self.controls:
+            found = [(*one, index) for one in found for index in range(len(control.options))]
+        return found
+
+
+def to_csv(figure: Figure) -> str:
+    """Every value of every choice of a figure, as a long table."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [control.name for control in figure.controls]
+    writer.writerow([*names, "panel", "series", "x", "y", "low", "high", "text"])
+    for choice in figure.choices():
+        words = [c.options[i] for c, i in zip(figure.controls, choice, strict=True)]
+        for panel in figure.view(choice):
+            for line in panel.series:
+                for index, (x, y) in enumerate(zip(line.x, line.y, strict=True)):
+                    low = line.low[index] if line.low else ""
+                    high = line.high[index] if line.high else ""
+                    note = line.texts[index] if line.texts else ""
+                    writer.writerow([*words, panel.title, line.name, x, y, low, high, note])
+            if panel.heat:
+                for row, values in zip(panel.heat.rows, panel.heat.values, strict=True):
+                    for column, value in zip(panel.heat.columns, values, strict=True):
+                        writer.writerow([*words, panel.title, row, column, value, "", "", ""])
+    return text.getvalue()

@@ -62,7 +62,8 @@ class AdaptiveDecay(Section):
 
 
 class RankTarget(Section):
-    """λ of each layer's query/key (value/output) follows a set pseudo-rank: PI control of log λ."""
+    """λ of each layer's query/key (value/output) that brings its pseudo-rank to a set value
+    (`pretrain.rank_target`)."""
 
     kind: Literal["rank_target"]
     roles: list[str] = Field(["qk", "vo"], description="qk, vo or attention")
@@ -72,12 +73,10 @@ class RankTarget(Section):
         None, gt=0, description="of λ; empty: what gives the whole run the exposure 4"
     )
     every: int = Field(0, ge=0, description="steps between measurements; 0: 1/100 of the run")
-    ramp: float = Field(
-        0.6, gt=0, le=1, description="share of Ση over which the target is approached"
-    )
-    lead: float = Field(0.05, ge=0, lt=1, description="share of Ση that the error looks ahead")
-    proportional: float = Field(40.0, ge=0, description="gain on the change of the error")
-    integral: float = Field(60.0, ge=0, description="gain on the error, over Ση")
+    start: float = Field(0.15, ge=0, lt=1, description="share of Ση spent when control begins")
+    until: float = Field(0.7, gt=0, le=1, description="share of Ση when the target is due")
+    horizon: float = Field(0.1, gt=0, le=1, description="share of Ση in which errors are mended")
+    memory: float = Field(0.05, gt=0, le=1, description="share of Ση over which drift is averaged")
 
 
 DecayPolicy = Annotated[

@@ -1,4 +1,4 @@
-"""Train at a set pseudo-rank: PI control of log λ, layer by layer, on measured ranks."""
+"""Train at a set pseudo-rank: λ layer by layer, from a model of how rank answers to decay."""
 
 from __future__ import annotations
 
@@ -17,41 +17,46 @@ from pretrain.errors import UsageError
 Loop = tuple[int, str]
 """A control loop: (layer, product)."""
 _PRODUCTS = {**dict.fromkeys(QK, "qk"), **dict.fromkeys(VO, "vp")}
-_EXPOSURE, _SPAN = 4.0, 1000.0
+_EXPOSURE, _SPAN = 6.0, 1000.0
 """By default λ is at most what gives a whole run this exposure, and at least 1/_SPAN of that."""
 _PATIENCE = 10
 """Measurements at a bound, still off the target, after which the bound is reported."""
 _OFF = 0.05
-_SMOOTH = 0.6
-"""Share of the running slope of the rank that a new measurement leaves."""
+_LEAST = 0.02
+"""Least L/B that is told from none."""
 
 
 @dataclass
 class _State:
     """What a loop remembers."""
 
-    log_decay: float
-    first_time: float = math.nan
-    first_rank: float = math.nan
+    base: float
+    """The recipe's λ, until the control begins."""
+    decay: float = math.nan
+    """λ now."""
     time: float = math.nan
-    rank: float = math.nan
-    slope: float = 0.0
-    error: float = math.nan
+    place: float = math.nan
+    drift: float = math.nan
     stuck: int = 0
 
 
 class RankController:
     """λ of each layer's query/key and value/output, so that their mean pseudo-rank is the target.
 
-    Time is the share s of the run's Ση that is spent, since decay acts through the exposure Σηλ.
-    With error e = rank + lead·(d rank/ds) − reference at measurement k, in velocity form, which
-    cannot wind up: log λ ← clip(log λ + K_p(e_k − e_{k−1}) + K_i e_k Δs, log min, log max).
+    A head's spectrum is, nearly, a flat bulk of mass B and a few learned directions of mass L.
+    Then the pseudo-rank with threshold τ is r ≈ τ − (1 − τ)·L/B, and
 
-    The reference goes in a straight line from the first measured rank to the target, over the
-    ``ramp``. It must not hurry: decay takes the bulk of a spectrum, which training does not bring
-    back, and the rank falls after that, as the learned directions grow. A controller that spends
-    more exposure than the target needs cannot take it back; for the same reason λ is bounded by
-    default, so that a whole run at the maximum has the exposure 4.
+        y = ln((τ − r)/(1 − τ)) = ln(L/B)
+
+    moves with the exposure: decay takes the bulk of the product at twice the rate of each factor,
+    dy/ds = 2·λ·Ση + drift, where s is the share of the run's Ση that is spent and the drift is
+    what training does by itself. That makes a plant of known gain: after every measurement the
+    drift is estimated from the last slope, and λ set so that y arrives at the target when s is
+    ``until`` (afterwards: within ``horizon``, which holds it there). Between bounds: bulk that was
+    taken does not come back, so a rank below the target can only be left alone, with the least λ.
+
+    (PI control of log λ on the rank itself was tried first and hunts: r answers to exposure with
+    an exponential, not at all at first and then too much.)
     """
 
     per_layer = True
@@ -69,18 +74,28 @@ class RankController:
         self._spent = [0.0, *itertools.accumulate(rates)]
         self.maximum = config.maximum or _EXPOSURE / max(self._spent[-1], 1e-12)
         self.minimum = config.minimum or self.maximum / _SPAN
+        if config.start >= config.until:
+            raise UsageError(
+                f"{KEY}.policies: rank_target.start {config.start:g} is not before until "
+                f"{config.until:g}"
+            )
         if self.minimum >= self.maximum:
             raise UsageError(
                 f"{KEY}.policies: rank_target.minimum {self.minimum:g} is not below maximum "
                 f"{self.maximum:g}"
             )
         self.config, self.roles = config, roles
+        self._threshold = run.ranks.threshold
+        model = run.model
+        in_model = run.ranks.denominator == "model"
+        self._unit = model.head_size / model.hidden_size if in_model else 1.0
+        """What a head's full rank counts as."""
+        self._goal = self._place(config.target)
         self.every = config.every or max(1, run.train.steps // 100)
         self._loops: dict[Loop, _State] = {}
         for role, layer in sites:
             if layer is not None:
-                start = min(max(base[role, layer], self.minimum), self.maximum)
-                self._loops[layer, _PRODUCTS[role]] = _State(math.log(start))
+                self._loops[layer, _PRODUCTS[role]] = _State(base[role, layer])
 
     def observe(self, rows: list[dict[str, Any]], step: int) -> list[str]:
         """Take the measurement after ``step`` updates (rows of `pretrain.probe.measure`).
@@ -107,40 +122,43 @@ class RankController:
                     )
         return messages
 
+    def _place(self, rank: float) -> float:
+        """y of a mean pseudo-rank."""
+        missing = max(self._threshold - rank / self._unit, _LEAST * (1 - self._threshold))
+        return math.log(missing / max(1 - self._threshold, 1e-9))
+
     def _update(self, state: _State, rank: float, time: float) -> str | None:
         """One step of a loop; returns the bound that has just proved to hold it, if any."""
-        config = self.config
-        if math.isnan(state.first_rank):
-            state.first_rank, state.first_time = rank, time
+        config, total = self.config, self._spent[-1]
+        place = self._place(rank)
         passed = 0.0 if math.isnan(state.time) else time - state.time
         if passed > 0:
-            slope = (rank - state.rank) / passed
-            state.slope = _SMOOTH * state.slope + (1 - _SMOOTH) * slope
-        state.rank, state.time = rank, time
-        error = rank + config.lead * state.slope - self._reference(state, time + config.lead)
-        change = 0.0 if math.isnan(state.error) else error - state.error
-        state.error = error
-        low, high = math.log(self.minimum), math.log(self.maximum)
-        wanted = state.log_decay + config.proportional * change + config.integral * error * passed
-        state.log_decay = min(max(wanted, low), high)
-        held = not low < wanted < high and abs(rank - config.target) > _OFF
-        state.stuck = state.stuck + 1 if held and time > config.ramp else 0
+            used = state.base if math.isnan(state.decay) else state.decay
+            drift = (place - state.place) / passed - 2 * used * total
+            smooth = math.exp(-passed / config.memory)
+            state.drift = (
+                drift if math.isnan(state.drift) else smooth * state.drift + (1 - smooth) * drift
+            )
+        state.place, state.time = place, time
+        if time < config.start:
+            return None
+        left = max(config.until - time, config.horizon)
+        drift = 0.0 if math.isnan(state.drift) else state.drift
+        wanted = ((self._goal - place) / left - drift) / max(2 * total, 1e-12)
+        state.decay = min(max(wanted, self.minimum), self.maximum)
+        held = not self.minimum < wanted < self.maximum and abs(rank - config.target) > _OFF
+        state.stuck = state.stuck + 1 if held and time > config.until else 0
         if state.stuck != _PATIENCE:
             return None
-        return "minimum" if wanted <= low else "maximum"
-
-    def _reference(self, state: _State, time: float) -> float:
-        """The rank that is wanted at a time."""
-        begun = state.first_time
-        share = min(1.0, max(0.0, time - begun) / max(1e-9, self.config.ramp - begun))
-        return state.first_rank + (self.config.target - state.first_rank) * share
+        return "minimum" if wanted <= self.minimum else "maximum"
 
     def move(self, site: tuple[Role, int | None], decay: float, step: int) -> float:
         """λ of the site's loop."""
         role, layer = site
         if layer is None:
             return decay
-        return math.exp(self._loops[layer, _PRODUCTS[role]].log_decay)
+        state = self._loops[layer, _PRODUCTS[role]]
+        return state.base if math.isnan(state.decay) else state.decay
 
     def state(self) -> dict[str, Any]:
         """What the loops remember."""
@@ -155,7 +173,7 @@ class RankController:
         """Take up a saved state."""
         for key, saved in state.items():
             layer, _, product = key.partition("/")
-            values = {name: math.nan if v is None else v for name, v in saved.items()}
+            values: dict[str, Any] = {k: math.nan if v is None else v for k, v in saved.items()}
             self._loops[int(layer), product] = _State(**values)
 
 

@@ -193,7 +193,9 @@ def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
     for given in givens:
         if "seed" in given:
             raise UsageError(f"{path}: seed: belongs to seeds:, not to the grid")
-    short = _short_names([key for given in givens for key in given])
+    order = list(dict.fromkeys([*axes, *(key for given in givens for key in given)]))
+    givens = [{key: given[key] for key in order if key in given} for given in givens]
+    short = _short_names(order)
     sums: dict[str, float] = {}
     points: dict[str, Point] = {}
     for given in givens:

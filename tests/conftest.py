@@ -18,7 +18,7 @@ import torch
 torch.set_num_threads(1)
 
 from data_pipeline.prepare import tokenize_sources, train_from_sources
-from tests.tools import base_recipe, pretrain, write_recipe
+from tests.tools import base_recipe, pretrain, sweep_words, write_recipe, write_sweep
 
 WORDS = """
 rank decay attention weight matrix head layer query key value singular spectrum balance the of and
@@ -91,3 +91,12 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = pretrain("train", str(recipe), "--out", str(folder / "run"))
     assert done.returncode == 0, done.stderr
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sweep, undisturbed; the report's tests read it too."""
+    folder = tmp_path_factory.mktemp("swept")
+    done = pretrain(*sweep_words(write_sweep(folder, data), folder / "runs"), timeout=500)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs"

@@ -51,7 +51,9 @@ POLICIES: dict[str, dict[str, Any]] = {
             {**SCHEDULE, "shape": "linear"},
         ]
     },
-    "rank_target": {"policies": [{"kind": "rank_target", "target": 0.6, "every": 1}]},
+    "rank_target": {
+        "policies": [{"kind": "rank_target", "target": 0.6, "every": 1, "start": 0, "until": 0.5}]
+    },
 }  # fmt: skip
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon")
 
@@ -73,7 +75,7 @@ def recipe(
     if dialect == "llama":
         del values["optimizer"]["weight_decay"]["bias"]
     values["checkpoint"] = {"every": 1, "keep": 0}
-    values["ranks"] = {"every": 2, "spectra": False}
+    values["ranks"] = {"every": 1, "spectra": False}
     values["evaluation"] = {"every": STEPS, "documents": 2, "at_end": "none"}
     return values
 
@@ -303,22 +305,44 @@ def test_what_was_used_is_logged(runs: dict[str, Path]) -> None:
     assert math.isclose(plain["multiplier_min"], 0.67) and plain["multiplier_max"] == 5.0
 
 
+def control_by_hand(ranks: list[float], rates: list[float], base: float) -> list[float]:
+    """λ before each of four updates, from the ranks measured before each (docs/decay.md)."""
+    spent = np.cumsum([0.0, *rates]) / sum(rates)
+    high = 4 / sum(rates)
+    low = high / 1000
+    target, until, lead = 0.6, 0.5, 0.05
+    first, log, slope, decays = ranks[0], math.log(base), 0.0, []
+    errors: list[float] = []
+    for step, rank in enumerate(ranks):
+        time = spent[step]
+        passed = time - spent[step - 1] if step else 0.0
+        if step:
+            slope = 0.6 * slope + 0.4 * (rank - ranks[step - 1]) / passed
+        wanted = first + (target - first) * min(1.0, (time + lead) / until)
+        errors.append(rank + lead * slope - wanted)
+        change = errors[-1] - errors[-2] if step else 0.0
+        log = min(max(log + 40 * change + 60 * errors[-1] * passed, math.log(low)), math.log(high))
+        decays.append(math.exp(log))
+    return decays
+
+
 def test_rank_target_follows_its_law(runs: dict[str, Path]) -> None:
-    """log λ moves by K_p·Δe + K_i·e, within its bounds, on the measured means."""
-    rows = read_ranks(runs["rank_target"])
+    """log λ moves by K_p·Δe + K_i·e·Δs, within its bounds, on the measured means."""
+    rates = [row["learning_rate"] for row in read_metrics(runs["rank_target"])]
     used = [row["weight_decay"] for row in read_metrics(runs["rank_target"])]
+    table = read_ranks(runs["rank_target"])
     for layer in (0, 1):
         for product, role in (("qk", "query"), ("vp", "value")):
-            ranks = {
-                step: np.mean([row["pseudo_rank"] for row in rows
-                               if (row["step"], row["layer"], row["product"]) ==
-                               (step, layer, product)])
-                for step in (0, 2, 4)
-            }  # fmt: skip
-            decays = [row[f"{role}[{layer}]"] for row in used]
-            assert decays[0] == pytest.approx(1.5)  # begins with the recipe's λ
-            assert decays[3] > decays[1] > 1.5  # rank is above 0.6, so λ rises
-            assert ranks[2] > 0.6
+            ranks = [
+                float(np.mean([row["pseudo_rank"] for row in table
+                               if (row["step"], row["layer"], row["product"])
+                               == (step, layer, product)]))
+                for step in range(STEPS)
+            ]  # fmt: skip
+            wanted = control_by_hand(ranks, rates, 1.5)
+            found = [row[f"{role}[{layer}]"] for row in used]
+            assert found == pytest.approx(wanted, rel=1e-9)
+            assert len(set(found)) > 1
 
 
 # --- grids, restarts, optimizers ----------------------------------------------------------------

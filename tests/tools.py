@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,32 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     with pytest.raises(SystemExit) as done:
         main()
     return int(done.value.code or 0)
+
+
+ATTENTION = "optimizer.weight_decay.attention"
+MLP = "optimizer.weight_decay.mlp"
+
+
+def write_sweep(folder: Path, data: Path, steps: int = 50, **more: Any) -> Path:
+    """A sweep over attention x MLP decay and two seeds, with its recipe beside it."""
+    recipe = deepcopy(base_recipe(data))
+    recipe["train"]["steps"] = steps
+    recipe["checkpoint"] = {"every": 10, "keep": 1}
+    recipe["ranks"] = {"every": 10}
+    recipe["evaluation"] = {"every": 25, "documents": 6, "batch": 4, "at_end": "all"}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    values = {
+        "recipe": "recipe.yaml",
+        "grid": {ATTENTION: [0, 5.0], MLP: [0.1, 1.0]},
+        "seeds": [1, 2],
+        "baseline": {ATTENTION: 0, MLP: 0.1},
+        **more,
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def sweep_words(path: Path, out: Path, *more: str) -> list[str]:
+    return ["sweep", str(path), "--out", str(out), "--parallel", "2", *more]

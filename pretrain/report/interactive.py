@@ -277,7 +277,7 @@ function stack(layout) {
   return result;
 }
 function draw(figure) {
-  const inputs = [...figure.querySelectorAll("[data-index]")];
+  const inputs = [...figure.querySelectorAll(".controls [data-index]")];
   const views = JSON.parse(figure.querySelector('script[type="application/json"]').textContent);
   const plot = figure.querySelector(".plot");
   const show = () => {
@@ -302,7 +302,7 @@ function draw(figure) {
 }
 // The data link of a figure: every value of every choice, as a long table.
 function table(figure) {
-  const inputs = [...figure.querySelectorAll("[data-index]")];
+  const inputs = [...figure.querySelectorAll(".controls [data-index]")];
   const options = inputs.map(input => input.type === "range" ? JSON.parse(input.dataset.options) :
     [...input.options].map(option => option.textContent));
   const names = inputs.map(input => input.parentNode.firstChild.textContent.trim());

@@ -276,6 +276,8 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
         for key in differences(runs[0].config, run.config, _SETTINGS):
             if key not in _SAME:
                 keys[key] = None
+    order = _flat(runs[0].config.model_dump(mode="json"))
+    keys = dict.fromkeys(sorted(keys, key=lambda key: order.get(key, len(order))))
     groups: dict[str, Condition] = {}
     for run in sorted(runs, key=lambda one: (one.seed, str(one.path))):
         values = {key: _value(run.config, key) for key in keys}
@@ -297,9 +299,17 @@ def _value(config: Config, key: str) -> Any:
     return found
 
 
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, int]:
+    """Dotted keys of a tree, numbered in their order."""
+    found: list[str] = []
+    for key, value in tree.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return {key: index for index, key in enumerate(found)}
+
+
 def _text(value: Any) -> str:
     if isinstance(value, float | int) and not isinstance(value, bool):
-        return f"{value:g}"
+        return f"{value:.4g}"
     return json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 

@@ -1,0 +1,369 @@
+"""Sweeps: expansion, kills, a point added later, two at once, forks, Slurm, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from pretrain.config import Config, load_config
+from pretrain.errors import UsageError
+from pretrain.identity import read_identity
+from pretrain.lock import BusyError, RunLock, is_busy
+from pretrain.run import read_ranks
+from pretrain.schedule import exposure
+from pretrain.sweep import is_done
+from pretrain.sweep_config import load_sweep
+from pretrain.tracking import read_metrics
+from tests.tools import (
+    ATTENTION,
+    MLP,
+    environment,
+    metrics_of,
+    pretrain,
+    run,
+    sweep_words,
+    weights_of,
+    write_sweep,
+)
+
+
+def runs_of(out: Path) -> dict[str, Path]:
+    return {path.name: path for path in out.iterdir() if (path / "config.yaml").exists()}
+
+
+def changed_at(out: Path) -> dict[str, int]:
+    """When each run last logged."""
+    return {name: (one / "metrics.jsonl").stat().st_mtime_ns for name, one in runs_of(out).items()}
+
+
+def same_runs(out: Path, reference: Path, names: set[str]) -> None:
+    """Runs whose metrics, tables, weights and scores are the same bits."""
+    mine, other = runs_of(out), runs_of(reference)
+    for name in names:
+        a, b = mine[name], other[name]
+        assert metrics_of(a) == metrics_of(b), name
+        assert repr(read_ranks(a)) == repr(read_ranks(b)), name
+        assert read_identity(a) == read_identity(b), name
+        weights, wanted = weights_of(a), weights_of(b)
+        assert all((weights[key] == value).all() for key, value in wanted.items()), name
+        scores = [json.loads((path / "evaluation.json").read_text()) for path in (a, b)]
+        assert scores[0] == scores[1], name
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_twice_then_a_point_more(data: Path, tmp_path: Path, swept: Path) -> None:
+    """kill -9 of the sweep and all its children, twice; then a ninth run, alone."""
+    path, out = write_sweep(tmp_path, data), tmp_path / "runs"
+    rng = random.Random(3)
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pretrain", *sweep_words(path, out)],
+            env=environment(),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        time.sleep(rng.uniform(8, 20))
+        assert process.poll() is None, "over before it could be killed"
+        family = [process, *psutil.Process(process.pid).children(recursive=True)]
+        for one in family:
+            one.kill()
+        process.wait()
+    assert sum(len(read_metrics(run)) for run in runs_of(out).values()) > 0
+    done = pretrain(*sweep_words(path, out, "--json"), timeout=500)
+    assert done.returncode == 0, done.stderr
+    states = json.loads(done.stdout)
+    assert len(states) == 8 and {one["state"] for one in states.values()} == {"done"}
+    same_runs(out, swept, set(states))
+    # One point more, for one seed: it runs alone.
+    before = {
+        name: (run / "metrics.jsonl").stat().st_mtime_ns for name, run in runs_of(out).items()
+    }
+    values = yaml.safe_load(path.read_text())
+    path.write_text(
+        yaml.safe_dump({**values, "points": [{ATTENTION: 1.0, MLP: 0.1}], "seeds": [1]})
+    )
+    done = pretrain(*sweep_words(path, out), timeout=200)
+    assert done.returncode == 0, done.stderr
+    after = changed_at(out)
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "attention=1,mlp=0.1,seed=1"
+    }
+
+
+@pytest.mark.slow
+def test_two_sweeps_and_a_failing_run(data: Path, tmp_path: Path) -> None:
+    """Two processes share the work of one folder; a run that cannot train is tried and reported."""
+    grid = {ATTENTION: [0.5, 1.0], "optimizer.learning_rate": [3e-3]}
+    bad = {ATTENTION: 0.5, "optimizer.learning_rate": 1e30}
+    path = write_sweep(
+        tmp_path, data, steps=20, grid=grid, points=[bad], seeds=1, retries=1, baseline=None
+    )
+    out = tmp_path / "runs"
+    command = [sys.executable, "-m", "pretrain", *sweep_words(path, out, "--json")]
+    both = [
+        subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    answers = [process.communicate(timeout=400) for process in both]
+    for process, (stdout, stderr) in zip(both, answers, strict=True):
+        assert process.returncode == 1, stderr
+        states = json.loads(stdout)
+        failed = {name for name, one in states.items() if one["state"] == "failed"}
+        assert failed == {"learning_rate=1e+30,attention=0.5,seed=7"}
+        assert "the loss is" in states[failed.pop()]["note"]
+        assert sum(one["state"] == "done" for one in states.values()) == 2
+    for name, one in runs_of(out).items():
+        steps = [row["step"] for row in read_metrics(one)]
+        assert steps == sorted(set(steps)), name  # nobody trained a step twice
+        starts = json.loads((one / "environment.json").read_text())
+        if "1e+30" not in name:
+            assert len(starts) == 1, name
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_fork(data: Path, tmp_path: Path) -> None:
+    """Arms of one trunk share its weights; Ctrl-C stops everything and the same words go on."""
+    path = write_sweep(
+        tmp_path, data, steps=20, grid={ATTENTION: [0, 5.0]}, seeds=[1], fork={"step": 10},
+        baseline={ATTENTION: 0},
+    )  # fmt: skip
+    out = tmp_path / "runs"
+    command = [sys.executable, "-m", "pretrain", *sweep_words(path, out)]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    time.sleep(6)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert not any("pretrain" in " ".join(one.cmdline()) and str(out) in " ".join(one.cmdline())
+                   for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"])  # fmt: skip
+    done = pretrain(*sweep_words(path, out), timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_metrics(out / "trunk,seed=1")] == list(range(1, 11))
+    arms = [out / f"attention={value},seed=1" for value in (0, 5)]
+    assert all([r["step"] for r in read_metrics(arm)] == list(range(11, 21)) for arm in arms)
+    first, second = (read_metrics(arm) for arm in arms)
+    assert first[0]["loss"] == second[0]["loss"] and first[-1]["loss"] != second[-1]["loss"]
+    assert read_identity(arms[0]) == read_identity(arms[1])
+    assert read_identity(arms[0]) != read_identity(out / "trunk,seed=1")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A real two-node Slurm on this machine; skipped where it is not installed."""
+    missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not which(name)]
+    if missing:
+        pytest.skip(f"Slurm is not installed here ({', '.join(missing)})")
+    if os.geteuid() != 0:
+        pytest.skip("starting Slurm's daemons takes root")
+    if subprocess.run(["pgrep", "-x", "slurmctld"], capture_output=True, check=False).stdout:
+        pytest.skip("a Slurm runs here already")
+    folder = tmp_path_factory.mktemp("slurm")
+    started = start_slurm(folder)
+    yield {**environment(), "SLURM_CONF": str(folder / "slurm.conf")}
+    for name in ("slurmctld", "slurmd", *(["munged"] if started else [])):
+        subprocess.run(["pkill", "-x", name], check=False)
+
+
+def which(name: str) -> str | None:
+    """Daemons live outside a user's PATH."""
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin:/usr/local/sbin")
+
+
+def start_slurm(folder: Path) -> bool:
+    """One controller and two nodes of one CPU; returns whether munge was started too."""
+    host = os.uname().nodename.partition(".")[0]
+    for name in ("state", "spool.n1", "spool.n2"):
+        (folder / name).mkdir()
+    settings = {
+        "ClusterName": "test",
+        "SlurmctldHost": f"{host}(127.0.0.1)",
+        "SlurmctldPort": 16_917,
+        "SlurmUser": "root",
+        "MpiDefault": "none",
+        "ProctrackType": "proctrack/linuxproc",
+        "TaskPlugin": "task/none",
+        "ReturnToService": 2,
+        "StateSaveLocation": folder / "state",
+        "SlurmdSpoolDir": f"{folder}/spool.%n",
+        "SlurmctldPidFile": folder / "ctld.pid",
+        "SlurmdPidFile": f"{folder}/d.%n.pid",
+        "SlurmctldLogFile": folder / "ctld.log",
+        "SlurmdLogFile": f"{folder}/d.%n.log",
+        "SelectType": "select/cons_tres",
+        "SelectTypeParameters": "CR_Core",
+        "AccountingStorageType": "accounting_storage/none",
+        "JobCompType": "jobcomp/none",
+    }
+    lines = [f"{key}={value}" for key, value in settings.items()]
+    lines.append(
+        f"NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17101-17102] CPUs=1 "
+        "RealMemory=4000 State=UNKNOWN"
+    )
+    lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+    (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
+    variables = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    munge = not subprocess.run(["pgrep", "-x", "munged"], capture_output=True, check=False).stdout
+    if munge:
+        Path("/run/munge").mkdir(exist_ok=True)
+        subprocess.run(["chown", "munge", "/run/munge"], check=True)
+        subprocess.run(["runuser", "-u", "munge", "--", which("munged")], check=True)
+    subprocess.run([which("slurmctld")], env=variables, check=True)
+    time.sleep(2)
+    for node in ("n1", "n2"):
+        subprocess.run([which("slurmd"), "-N", node], env=variables, check=True)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        shown = subprocess.run(["sinfo", "-h", "-o", "%T"], env=variables, capture_output=True,
+                               text=True, check=False).stdout  # fmt: skip
+        if shown.strip() == "idle":
+            return munge
+        time.sleep(0.5)
+    raise AssertionError("Slurm's nodes did not come up")
+
+
+@pytest.mark.slow
+def test_on_slurm(data: Path, tmp_path: Path, swept: Path, slurm: dict[str, str]) -> None:
+    """Half of the sweep as one job array over two nodes: the same numbers."""
+    path, out = write_sweep(tmp_path, data, seeds=[2]), tmp_path / "runs"
+    words = ["sweep", str(path), "--out", str(out), "--launcher", "slurm", "--slurm", "time=30"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *words, "--json"],
+        env=slurm, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    states = json.loads(done.stdout)
+    assert len(states) == 4 and {one["state"] for one in states.values()} == {"done"}
+    same_runs(out, swept, set(states))
+    jobs = json.loads((out / "slurm" / "jobs.json").read_text())
+    assert len({number.partition("_")[0] for number in jobs.values()}) == 1  # one array
+
+
+@pytest.mark.slow
+def test_two_tasks_on_slurm(data: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
+    """A run of two processes, one on each node."""
+    path = write_sweep(
+        tmp_path, data, steps=10, grid={ATTENTION: [1.0]}, seeds=[1], baseline=None, processes=2,
+        set={"grid.tensor_parallel": 2},
+    )  # fmt: skip
+    out = tmp_path / "runs"
+    words = ["sweep", str(path), "--out", str(out), "--launcher", "slurm"]
+    words += ["--slurm", "nodes=2", "--slurm", "tasks_per_node=1", "--slurm", "time=30"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *words],
+        env=slurm, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    starts = json.loads((out / "attention=1,seed=1" / "environment.json").read_text())
+    assert "tensor 2" in starts[0]["grid"]
+
+
+# --- expansion -----------------------------------------------------------------------------------
+
+
+def test_expansion(data: Path, tmp_path: Path) -> None:
+    ranges = {MLP: {"from": 0.01, "to": 1, "count": 3, "scale": "log"}}
+    path = write_sweep(
+        tmp_path, data, grid=ranges, exposure={ATTENTION: [0, 0.5]}, seeds=2,
+        points=[{ATTENTION: "3e-1"}], baseline={MLP: 0.1, ATTENTION: 0.5},
+    )  # fmt: skip
+    sweep = load_sweep(path, tmp_path / "runs")
+    assert len(sweep.points) == 7 and len(sweep.tasks) == 14
+    assert {task.config.seed for task in sweep.tasks} == {7, 8}  # the recipe's and the next
+    assert sweep.baseline and sweep.baseline.name == "mlp=0.1,attention=0.5"
+    for task in sweep.tasks:
+        assert task.point
+        config: Config = task.config
+        rates = [config.learning_rate(step) for step in range(config.train.steps)]
+        decay = config.optimizer.weight_decay.attention
+        assert exposure(rates, decay) == pytest.approx(task.point.given[ATTENTION], rel=1e-5)
+    assert [point.given[MLP] for point in sweep.points[:6:2]] == [0.01, 0.1, 1.0]
+    assert not any(is_done(task) for task in sweep.tasks)
+    forked = write_sweep(
+        tmp_path, data, grid={}, exposure={ATTENTION: [0.5]}, baseline=None, fork={"step": 30}
+    )
+    arm = load_sweep(forked).tasks[1].config
+    rates = [arm.learning_rate(step) for step in range(30, 50)]  # of the arm alone
+    assert exposure(rates, arm.optimizer.weight_decay.attention) == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_dry_run(data: Path, tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, data)
+    words = sweep_words(path, tmp_path / "runs", "--dry-run", "--json", "--price", "2")
+    done = pretrain(*words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["runs"]) == 8 and found["open"] == 8
+    assert found["tokens"] == 8 * 50 * 8 * 32
+    assert found["timing"]["step"] > 0 and found["seconds"] >= found["seconds_a_run"]
+    assert found["cost"] == pytest.approx(2 * found["process_hours"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_lock(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    assert not is_busy(tmp_path)
+    first.acquire()
+    assert is_busy(tmp_path)
+    with pytest.raises(BusyError, match="another process"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+
+
+# --- mistakes -----------------------------------------------------------------------------
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"grid": {"optimizer.weight_decay.atention": [0, 1]}}, "did you mean attention"),
+    ({"grid": {"nothing.here": [0, 1]}}, "unknown key"),
+    ({"grid": {ATTENTION: [-1.0]}, "baseline": None}, "greater than or equal to 0"),
+    ({"grid": {ATTENTION: []}}, "no values"),
+    ({"grid": {}, "baseline": None}, "nothing varies"),
+    ({"grid": {"seed": [1, 2]}, "baseline": None}, "belongs to seeds"),
+    ({"baseline": {ATTENTION: 0.7, MLP: 0.1}}, "is no point of the sweep"),
+    ({"seeds": [1, 1]}, "seeds"),
+    ({"seeds": []}, "seeds"),
+    ({"exposure": {ATTENTION: [1]}}, "in grid and in exposure"),
+    ({"fork": {"step": 50}}, "fork.step"),
+    ({"recipe": "missing.yaml"}, "missing.yaml"),
+    ({"retrys": 3}, "did you mean retries"),
+    ({"grid": {MLP: {"from": 0, "to": 1, "count": 3, "scale": "log"}}}, "positive ends"),
+    ({"set": {"train.stepps": 4}}, "did you mean steps"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), MISTAKES)
+def test_mistakes(data: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    path = write_sweep(tmp_path, data, **change)
+    with pytest.raises(UsageError, match=words) as error:
+        load_sweep(path)
+    assert str(error.value).startswith((str(path), str(path.parent)))
+    assert "\n" not in str(error.value)
+
+
+def test_words_that_are_wrong(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_sweep(tmp_path, data))
+    assert run(monkeypatch, "sweep", path, "--launcher", "cloud") == 2
+    assert "neither local nor slurm" in capfd.readouterr().err
+    assert run(monkeypatch, "sweep", str(tmp_path / "no.yaml")) == 2
+    assert "cannot read the sweep" in capfd.readouterr().err
+    assert load_config(tmp_path / "recipe.yaml").train.steps == 50

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint study clean
 
 setup: $(STAMP)
 
@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml
 	  { echo "error: $(PYTHON) is older than 3.11: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,test]' || \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,slurm,optimizers,test]' || \
 	  { echo "error: installation failed, see above; a package without a wheel for this machine" \
 	    "needs a C++ compiler and Python's headers (apt-get install g++ python3-dev)" >&2; exit 1; }
 	@touch $(STAMP)
@@ -28,6 +28,18 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy pretrain models data_pipeline launchers
+
+# The study of docs/studies: data from this Python installation, fifteen runs, tables and figures.
+STUDY := docs/studies/attention-decay
+study: setup
+	$(BIN)/pretrain data corpus --out data/corpus-text
+	test -f data/corpus.model || $(BIN)/pretrain data tokenizer data/corpus-text \
+	  --vocab-size 4096 --out data/corpus.model
+	$(BIN)/pretrain data tokenize data/corpus-text --tokenizer data/corpus.model --out data/corpus
+	$(BIN)/pretrain sweep configs/studies/attention-decay.yaml --out runs/attention-decay
+	$(BIN)/pretrain report runs/attention-decay --format md --out $(STUDY)/report.md
+	$(BIN)/pretrain report runs/attention-decay --format csv --out $(STUDY)/csv
+	rm -f $(STUDY)/csv/spectra.csv $(STUDY)/csv/settings.csv $(STUDY)/csv/row-norms.csv
 
 clean:
 	rm -rf demo build *.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ def run_job(words: list[str], log: str) -> int:
     environment = dict(os.environ)
     if task.num_tasks > 1:
         environment |= {
-            "MASTER_ADDR": task.hostnames[0],
+            "MASTER_ADDR": _address(task.hostnames[0]),
             "MASTER_PORT": str(_PORTS + digits % 20_000),
             "RANK": str(task.global_rank),
             "WORLD_SIZE": str(task.num_tasks),
@@ -49,6 +50,18 @@ def run_job(words: list[str], log: str) -> int:
         return subprocess.run(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
         ).returncode
+
+
+def _address(node: str) -> str:
+    """Where a node is reached: by its name where that resolves, else as Slurm does."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError:
+        command = ["scontrol", "--oneliner", "show", "node", node]
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        words = dict(word.partition("=")[::2] for word in found.split())
+        return words.get("NodeAddr", node)
 
 
 class SlurmExecutor:

@@ -17,7 +17,7 @@ from pretrain.errors import UsageError
 Loop = tuple[int, str]
 """A control loop: (layer, product)."""
 _PRODUCTS = {**dict.fromkeys(QK, "qk"), **dict.fromkeys(VO, "vp")}
-_EXPOSURE, _SPAN = 6.0, 1000.0
+_EXPOSURE, _SPAN = 2.5, 1000.0
 """By default λ is at most what gives a whole run this exposure, and at least 1/_SPAN of that."""
 _PATIENCE = 10
 """Measurements at a bound, still off the target, after which the bound is reported."""
@@ -53,7 +53,8 @@ class RankController:
     what training does by itself. That makes a plant of known gain: after every measurement the
     drift is estimated from the last slope, and λ set so that y arrives at the target when s is
     ``until`` (afterwards: within ``horizon``, which holds it there). Between bounds: bulk that was
-    taken does not come back, so a rank below the target can only be left alone, with the least λ.
+    taken does not come back, so a rank below the target can only be left alone, with the least λ,
+    and the aim is a little above the target.
 
     (PI control of log λ on the rank itself was tried first and hunts: r answers to exposure with
     an exponential, not at all at first and then too much.)
@@ -90,7 +91,7 @@ class RankController:
         in_model = run.ranks.denominator == "model"
         self._unit = model.head_size / model.hidden_size if in_model else 1.0
         """What a head's full rank counts as."""
-        self._goal = self._place(config.target)
+        self._goal = self._place(config.target + config.margin * self._unit)
         self.every = config.every or max(1, run.train.steps // 100)
         self._loops: dict[Loop, _State] = {}
         for role, layer in sites:

@@ -176,7 +176,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("slurm")
     started = start_slurm(folder)
     yield {**environment(), "SLURM_CONF": str(folder / "slurm.conf")}
-    for name in ("slurmctld", "slurmd", *(["munged"] if started else [])):
+    for name in ("slurmctld", "slurmd", "slurmstepd", *(["munged"] if started else [])):
         subprocess.run(["pkill", "-x", name], check=False)
 
 

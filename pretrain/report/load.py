@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,7 +82,7 @@ class RunData:
         """λ of the MLP at the last logged step, its mean."""
         used = self.metrics[-1]["weight_decay"] if self.metrics else {}
         values = [value for name, value in used.items() if name.startswith("mlp_")]
-        return sum(values) / max(1, len(values))
+        return round(math.fsum(values) / max(1, len(values)), 12)
 
     def mean(self, product: str, column: str) -> float:
         """Mean over the heads of all layers at the last measurement."""
@@ -109,7 +110,7 @@ class Condition:
 
     def mean_of(self, value: Callable[[RunData], float]) -> float:
         """Mean over the seeds."""
-        return sum(map(value, self.runs)) / len(self.runs)
+        return round(math.fsum(map(value, self.runs)) / len(self.runs), 12)
 
     @property
     def decay(self) -> float:

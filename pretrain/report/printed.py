@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from pretrain.report.spec import Figure, Panel
+from pretrain.report.spec import Figure, Panel, Series
 
 _MARKERS = "osD^PX*v"
 _STYLE: dict[str, Any] = {
@@ -90,7 +90,9 @@ def _panel(page: Any, axes: Any, panel: Panel) -> None:
         page.colorbar(image, ax=axes, label="pseudo-rank")
         return
     colours = matplotlib.colormaps["viridis"]
+    named: set[str] = set()
     for index, series in enumerate(panel.series):
+        label = _label(series, named)
         colour, marker = colours(series.colour), _MARKERS[index % len(_MARKERS)]
         if series.points:
             axes.scatter(series.x, series.y, s=8, color=colour, marker=marker, label=series.name,
@@ -99,7 +101,7 @@ def _panel(page: Any, axes: Any, panel: Panel) -> None:
         few = len(series.x) <= 30 and not series.dash
         axes.plot(series.x, series.y, ":" if series.dash else "-", color=colour,
                   marker=marker if few else None, markersize=3, linewidth=1.3,
-                  label=series.name)  # fmt: skip
+                  label=label)  # fmt: skip
         if series.low and series.high:
             axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.13,
                               linewidth=0)  # fmt: skip
@@ -107,6 +109,15 @@ def _panel(page: Any, axes: Any, panel: Panel) -> None:
     axes.set(xlabel=panel.x, ylabel=panel.y)
     if panel.series:
         axes.legend(ncols=2 if len(panel.series) > 4 else 1)
+
+
+def _label(series: Series, named: set[str]) -> str | None:
+    """The legend's words: what a dotted line is, "CONDITION: WHAT", is said once for all."""
+    what = series.name.rpartition(": ")[2] if series.dash else series.name
+    if what in named:
+        return None
+    named.add(what)
+    return what
 
 
 def _scales(axes: Any, panel: Panel) -> None:

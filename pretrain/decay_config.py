@@ -74,7 +74,7 @@ class RankTarget(Section):
     )
     every: int = Field(0, ge=0, description="steps between measurements; 0: 1/100 of the run")
     start: float = Field(0.15, ge=0, lt=1, description="share of Ση spent when control begins")
-    until: float = Field(0.85, gt=0, le=1, description="share of Ση when the target is due")
+    until: float = Field(0.8, gt=0, le=1, description="share of Ση when the target is due")
     horizon: float = Field(0.2, gt=0, le=1, description="share of Ση in which errors are mended")
     memory: float = Field(0.05, gt=0, le=1, description="share of Ση over which drift is averaged")
     margin: float = Field(0.01, ge=0, description="aim so much above: a fall cannot be undone")

@@ -135,7 +135,7 @@ class Shrinker:
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        """Cautious decay (Chen et al. 2026, "Cautious weight decay"): only where the update and
+        """Cautious decay (Chen et al. 2025, "Cautious weight decay"): only where the update and
         the weight have the same sign, so that decay never works against the optimizer."""
         for fragment, before, shrink in self._before:
             agrees = (before - fragment.master) * before >= 0

@@ -79,6 +79,33 @@ def test_zero_gradients(data: Path, trained: Path, tmp_path: Path, processes: in
             assert all(count < everywhere for count in answer["groups"]), answer
 
 
+RATES = (3e-3, 1e-2, 2e-2, 1e-2, 5e-3)
+"""Of the five steps that the worker takes; the recipe's peak is 3e-3."""
+HOOKED: list[tuple[dict, list[float]]] = [
+    ({"coupling": {"attention": "lr2"}}, [rate**2 / 3e-3 for rate in RATES]),
+    ({"form": {"attention": "cautious"}}, list(RATES)),  # no update: it agrees with everything
+    ({"form": {"attention": "adadecay"}}, list(RATES)),  # no gradient: all weigh the same
+    (
+        {"policies": [{"kind": "schedule", "roles": ["attention"], "start": 1, "stop": 3}]},
+        [RATES[0], RATES[1], 0.5 * RATES[2], 0.0, 0.0],
+    ),
+]
+"""Decay that is not AdamW's own, and the rates that it amounts to for attention."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", CASES)
+def test_zero_gradients_with_policies(data: Path, tmp_path: Path, processes: int) -> None:
+    cases = []
+    for index, (grid, precision) in enumerate(CASES[processes]):
+        decay, rates = HOOKED[index % len(HOOKED)]
+        one = case(data, grid, precision, LAMBDAS, rates={role.value: rates for role in ATTENTION})
+        one["recipe"]["optimizer"]["weight_decay"] |= decay
+        cases.append(one)
+    for one, answer in zip(cases, run_workers(processes, "decay", cases, tmp_path), strict=True):
+        assert answer["worst"] < 1e-6, (one["recipe"], answer)
+
+
 @pytest.mark.slow
 def test_resume_and_fork_with_another_decay(data: Path, tmp_path: Path) -> None:
     values = base_recipe(data)

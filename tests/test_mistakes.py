@@ -39,6 +39,50 @@ RECIPE_MISTAKES: dict[str, tuple[Change, tuple[str, ...]]] = {
         ("atention", "did you mean attention"),
     ),
     "a wrong type": (lambda r: r["train"].update(steps="many"), ("train.steps", "'many'")),
+    "a policy that is none": (
+        lambda r: r["optimizer"]["weight_decay"].update(policies=[{"kind": "alfa"}]),
+        ("policies.0", "alpha"),
+    ),
+    "a misspelt key of a policy": (
+        lambda r: r["optimizer"]["weight_decay"].update(
+            policies=[{"kind": "rank_target", "target": 0.5, "untill": 0.3}]
+        ),
+        ("untill", "did you mean until"),
+    ),
+    "a policy for roles that are not there": (
+        lambda r: r["optimizer"]["weight_decay"].update(
+            policies=[{"kind": "schedule", "roles": ["mlp_gate"]}]
+        ),
+        ("policies[0].roles", "mlp_gate"),
+    ),
+    "two adaptive policies for one role": (
+        lambda r: r["optimizer"]["weight_decay"].update(
+            policies=[{"kind": "awd"}, {"kind": "rank_target", "target": 0.5}]
+        ),
+        ("policies", "keep one"),
+    ),
+    "a rank target for half a product": (
+        lambda r: r["optimizer"]["weight_decay"].update(
+            policies=[{"kind": "rank_target", "target": 0.5, "roles": ["query"]}]
+        ),
+        ("rank_target", "write qk"),
+    ),
+    "a nuclear norm of one factor": (
+        lambda r: r["optimizer"]["weight_decay"].update(form={"key": "nuclear"}),
+        ("form", "query and key"),
+    ),
+    "a nuclear norm of what is no product": (
+        lambda r: r["optimizer"]["weight_decay"].update(form="nuclear"),
+        ("nuclear", "{attention: nuclear}"),
+    ),
+    "a large decay in every step": (
+        lambda r: r["optimizer"]["weight_decay"].update(coupling="none"),
+        ("coupling", "1e-4"),
+    ),
+    "matrices too small for AlphaDecay": (
+        lambda r: r["optimizer"]["weight_decay"].update(policies=[{"kind": "alpha"}]),
+        ("min_eigenvalues", "lower it"),
+    ),
     "a negative decay": (
         lambda r: r["optimizer"]["weight_decay"].update(mlp=-0.1),
         ("weight_decay.mlp", "-0.1"),

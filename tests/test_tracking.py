@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,12 +47,16 @@ def test_a_dead_service_stops_nothing(
 ) -> None:
     wandb = pytest.importorskip("wandb")
 
-    def refuse(**_: object) -> None:
+    asked: dict[str, Any] = {}
+
+    def refuse(**words: Any) -> None:
+        asked.update(words)
         raise OSError("no route to host")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    tracker = Tracker(tmp_path, config(wandb="project"), active=True)
+    tracker = Tracker(tmp_path, config(wandb="project", wandb_group="sweep"), active=True)
     tracker.log("train", 1, {"loss": 1.0})
     tracker.close()
+    assert asked["group"] == "sweep" and asked["config"]["optimizer"]["weight_decay"]
     assert "no route to host" in capsys.readouterr().err
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0

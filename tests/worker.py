@@ -79,8 +79,10 @@ def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:
     worst = 0.0
     for before, fragment in zip(start, engine.fragments(), strict=True):
         factor = 1.0
-        for rate in rates:
-            factor *= 1.0 - rate * wanted[fragment.info.role.value]
+        role = fragment.info.role.value
+        for number in range(len(rates)):
+            every = case.get("rates", {}).get(role, rates)[number]
+            factor *= 1.0 - every * wanted[role]
         deviation = (fragment.master.double() - factor * before).abs().max()
         worst = max(worst, float(deviation / before.abs().max().clamp_min(1e-12)))
     groups = len(engine.param_groups)

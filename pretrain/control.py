@@ -273,6 +273,10 @@ class DecayControl:
         moved = any(role in policy.roles for policy in self.policies)
         return not moved and self.coupling[role] == "lr" and self.form[role] == "decoupled"
 
+    def is_adaptive(self, role: Role) -> bool:
+        """Whether λ of the role depends on what is measured while training."""
+        return any(role in p.roles for p in self.policies if not isinstance(p, _Schedule))
+
     @property
     def needs_norms(self) -> bool:
         """Whether `commit` wants ‖∇‖/‖w‖."""

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from pretrain.config import Config
+from pretrain.control import DecayControl, site_of
+from pretrain.decay import DecayGroup
 from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.errors import UsageError
 from pretrain.grid import process_count
-from pretrain.schedule import exposure
 from pretrain.train import Setup, prepare
 
 
@@ -39,7 +40,7 @@ def dry_run(config: Config, as_json: bool) -> None:
             str(group["tensors"]),
             f"{group['parameters']:,}",
             f"{group['weight_decay']:g}",
-            f"{group['exposure']:.3g}",
+            "adaptive" if group["exposure"] is None else f"{group['exposure']:.3g}",
         )
     table.add_row("all", "", "", "", f"{summary['parameters']:,}", "", "")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
@@ -67,7 +68,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         raise UsageError(
             f"train.global_batch: {config.train.global_batch} cannot be shared by {data} ranks"
         )
-    rates = [config.learning_rate(step) for step in range(config.train.steps)]
+    control = DecayControl(config, setup.plan)
     groups = [
         {
             "name": group.name,
@@ -76,7 +77,7 @@ def describe(setup: Setup) -> dict[str, Any]:
             "tensors": len(group.parameters),
             "parameters": group.numel,
             "weight_decay": group.decay,
-            "exposure": exposure(rates, group.decay),
+            "exposure": _exposure(control, group, config),
         }
         for group in setup.plan.groups
     ]
@@ -98,6 +99,17 @@ def describe(setup: Setup) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "tokens": tokens * config.train.steps,
     }
+
+
+def _exposure(control: DecayControl, group: DecayGroup, config: Config) -> float | None:
+    """Σ rate·λ of a group over the run; None where λ depends on what is measured."""
+    if control.is_adaptive(group.role):
+        return None
+    total, site = 0.0, site_of(group.parameters[0])
+    for step in range(config.train.steps):
+        control.begin(step, config.learning_rate(step))
+        total += control.now(site).shrink
+    return total
 
 
 def memory(setup: Setup, data: int, precision: str) -> dict[str, float]:

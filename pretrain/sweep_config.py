@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from pretrain.config import Config, explain, load_config, number, with_values
 from pretrain.decay_config import Section
 from pretrain.errors import UsageError
+from pretrain.schedule import exposure
 
 Values = dict[str, Any]
 """Dotted keys of a recipe and their values."""
@@ -218,7 +219,7 @@ def _rates(path: Path, config: SweepConfig, base: Config, values: Values) -> flo
     if run.optimizer.weight_decay.coupling != "lr":
         raise UsageError(f"{path}: exposure: is Σηλ, for optimizer.weight_decay.coupling lr alone")
     first = config.fork.step if config.fork else 0
-    total = sum(run.learning_rate(step) for step in range(first, run.train.steps))
+    total = exposure([run.learning_rate(step) for step in range(first, run.train.steps)], 1.0)
     if not total:
         raise UsageError(f"{path}: exposure: the learning rate is 0 throughout")
     return total

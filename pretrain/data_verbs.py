@@ -1,0 +1,115 @@
+"""`pretrain data …`: corpus, tokenizer, tokens. Nothing heavy is imported until a verb needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+data_app = typer.Typer(help="Make training data: corpus, tokenizer, tokens.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt), folders of them, or the name "
+        "of a Hub dataset (owner/name)."
+    ),
+]
+TextField = Annotated[str, typer.Option(help="Field of the text.")]
+SubsetField = Annotated[str, typer.Option(help="Field of the subset's name.")]
+DefaultSubset = Annotated[
+    str | None, typer.Option(help="Subset of records that name none (else they are malformed).")
+]
+
+
+@data_app.command()
+def corpus(out: Annotated[Path, typer.Option(help="Folder to write.")]) -> None:
+    """A Pile-shaped corpus from the Python installation itself; no network."""
+    from data_pipeline.corpus import write_corpus
+
+    counts = write_corpus(out)
+    print(f"{out}: " + ", ".join(f"{split} {count} documents" for split, count in counts.items()))
+
+
+@data_app.command()
+def tokenizer(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(help="The .model file to write.")],
+    vocab_size: Annotated[int, typer.Option(min=300, help="Number of tokens.")] = 32_000,
+    kind: Annotated[str, typer.Option("--type", help="unigram or bpe")] = "unigram",
+    max_mb: Annotated[int, typer.Option(min=1, help="Learn from so many MB of text.")] = 256,
+    text_field: TextField = "text",
+    subset_field: SubsetField = "meta.pile_set_name",
+) -> None:
+    """Train a SentencePiece tokenizer that keeps every byte of every text.
+
+    Learns from the training split where sources name splits.
+    """
+    from data_pipeline.prepare import train_from_sources
+    from pretrain.errors import UsageError
+
+    if kind not in ("unigram", "bpe"):
+        raise UsageError(f"--type: {kind!r} is neither unigram nor bpe")
+    size = train_from_sources(
+        sources, out, vocab_size, kind, max_mb << 20, text_field, subset_field
+    )
+    print(f"{out}: {size:,} tokens")
+
+
+@data_app.command()
+def tokenize(
+    sources: Sources,
+    tokenizer: Annotated[
+        Path, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    split: Annotated[
+        str | None, typer.Option(help="Put everything in this split; default by file name.")
+    ] = None,
+    text_field: TextField = "text",
+    subset_field: SubsetField = "meta.pile_set_name",
+    default_subset: DefaultSubset = None,
+    eod_token: Annotated[
+        str | None, typer.Option(help="End-of-document token of a tokenizer.json.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a malformed record.")] = False,
+    json: Json = False,
+) -> None:
+    """Tokenise into Megatron .bin/.idx pairs, one per split and subset, with a manifest.
+
+    The split is what the file's name says (train, val, test), else 98:1:1 by document.
+    Interrupted, the same words go on; finished, they do nothing.
+    """
+    from data_pipeline.prepare import tokenize_sources
+
+    report = tokenize_sources(
+        sources, tokenizer, out, workers, split, text_field, subset_field, default_subset,
+        eod_token, strict,
+    )  # fmt: skip
+    for line in report.shown:
+        print(f"skipped {line}", file=sys.stderr)
+    if report.problems > len(report.shown):
+        print(f"skipped {report.problems - len(report.shown)} more", file=sys.stderr)
+    if json:
+        import json as json_module
+
+        print(json_module.dumps(report.manifest))
+    elif report.already_done:
+        print(f"{out}: already complete")
+    else:
+        info(out)
+
+
+@data_app.command()
+def info(
+    folder: Annotated[Path, typer.Argument(help="Tokenised folder.")], json: Json = False
+) -> None:
+    """What a tokenised folder holds."""
+    from data_pipeline.prepare import print_info
+
+    print_info(folder, as_json=json)

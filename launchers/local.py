@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from pretrain.jobs import Job
 
-_GRACE = 15.0
+_GRACE = 60.0
 """Seconds that a job has to end itself."""
 
 

@@ -327,11 +327,13 @@ def main() -> None:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """2 for mistakes of usage, 1 for trouble with files and machines, None for bugs."""
+    """2: mistakes of usage; 1: trouble with files and machines; 75: asked to stop; None: bugs."""
     names = {part.__name__ for part in type(error).__mro__}
     # Typer may carry its own copy of click: its mistakes of usage are known by name too.
     if names & {"UsageError", "ModelError", "ClickException"}:
         return 2
+    if "StopRequestedError" in names:
+        return 75  # EX_TEMPFAIL: start me again
     if names & {"RunError", "DataError"} or isinstance(error, OSError):
         return 1
     return None

@@ -11,14 +11,17 @@ import platform
 import shutil
 from datetime import UTC, datetime
 from importlib import metadata
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.dataset import Manifest
 from data_pipeline.files import write_aside
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config import Config, differences, dump_config, load_config
 from pretrain.decay import DecayDifference, DecayPlan, compare, plan_from
 from pretrain.errors import RunError, UsageError
+from pretrain.identity import data_identity
 from pretrain.lock import LOCK
 from pretrain.probe import Row
 from pretrain.tracking import rewind_metrics
@@ -162,6 +165,42 @@ def _table(changed: list[DecayDifference]) -> str:
         return f"{one.role} (layers {one.layers})" if one.layers else one.role.value
 
     return ", ".join(f"{where(one)} {one.before:g} -> {one.after:g}" for one in changed)
+
+
+def check_continues(checkpoint: Checkpoint, config: Config, manifest: Manifest) -> None:
+    """Refuse to go on with another model or other samples than the checkpoint's.
+
+    Raises:
+        UsageError: naming what differs.
+    """
+    if checkpoint.step > config.train.steps:
+        raise UsageError(
+            f"train.steps: {config.train.steps} is before {checkpoint.path}; ask for more steps"
+        )
+    if checkpoint.config.model != config.model:
+        old, new = (c.model.model_dump() for c in (checkpoint.config, config))
+        key = next(key for key in old if old[key] != new[key])
+        raise UsageError(
+            f"{checkpoint.path}: is of a model with {key}={old[key]}, the recipe and its data say "
+            f"{new[key]}; use the recipe and the data that the checkpoint was trained with"
+        )
+    for key in ("seed", "data.weights", "train.global_batch"):
+        before, after = (attrgetter(key)(one) for one in (checkpoint.config, config))
+        if before != after:
+            raise UsageError(
+                f"{key}: {after} is not the {before} of {checkpoint.path}: its order of samples "
+                "could not be continued; use the same"
+            )
+    if checkpoint.state["tokenizer"] != manifest.tokenizer_sha256:
+        raise UsageError(
+            f"{manifest.path}: was tokenised with another tokenizer than {checkpoint.path}; "
+            "use that run's data"
+        )
+    if checkpoint.state["data"] != data_identity(manifest):
+        raise UsageError(
+            f"{manifest.path}: holds other tokens than {checkpoint.path} was trained on; use "
+            "that run's data (its order could not be continued)"
+        )
 
 
 def rewind(run: Path, step: int) -> None:

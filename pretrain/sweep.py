@@ -7,6 +7,7 @@ what is missing through an executor, and looks again; killed at any moment, it c
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -77,6 +78,7 @@ def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list
         write_aside(recipe, dump_config(task.config).encode())
     statuses = [Status(task) for task in sweep.tasks]
     table = Table(sweep.name)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         while not _settled(statuses):
             _round(statuses, out, executor, sweep.config.processes, retries)
@@ -86,6 +88,7 @@ def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list
         executor.stop()
         raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         table.close(statuses)
     return statuses
 

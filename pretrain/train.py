@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from pretrain.probe import Row, measure, summary
 from pretrain.run import (
     CHECKPOINTS,
     add_ranks,
+    check_continues,
     create_run,
     merge_ranks,
     plan_for_resume,
@@ -36,6 +36,7 @@ from pretrain.run import (
     rewind,
     write_text,
 )
+from pretrain.signals import StopRequestedError, StopSignals
 from pretrain.tracking import Progress, Tracker, warn
 
 EVALUATION = "evaluation.json"
@@ -97,74 +98,93 @@ def train(
     Raises:
         UsageError, RunError: one line that names the culprit; earlier checkpoints are untouched.
     """
-    lock = RunLock(run)
     with grid.together(""):
-        setup = prepare(config, grid.tensor)
-        resume_point(run, setup.config)  # refuses a folder that is not a run's
-        if grid.is_main:
-            lock.acquire()
-    with grid.together(""):
-        checkpoint = resume_point(run, setup.config)
-        start = checkpoint or (Checkpoint(fork) if fork else None)
-        if start is not None:
-            policy = setup.config.resume.decay if checkpoint else "recipe"
-            setup = _with_decay(setup, start, policy)
-            _check_continues(start, setup)
-        if until is not None and until > setup.config.train.steps:
-            raise UsageError(f"--until: {until} is after the last step, {setup.config.train.steps}")
-        micro, _ = micro_batches(setup.config, grid)
-        samples = setup.config.train.steps * setup.config.train.global_batch
-        data = TrainingData(
-            setup.manifest,
-            setup.config.data.weights,
-            setup.config.model.context,
-            setup.config.seed,
-            samples,
-        )
-        sample = held_out(
-            setup.manifest, setup.config.evaluation.split, setup.config.evaluation.documents
-        )
+        # Everything that can be refused is, before the folder is touched.
+        setup, _, _ = _begin(config, run, grid, fork, until)
+        data, sample = _open_data(setup)
         order = data_order(setup, data)
-    precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
-    with grid.together(f"{run}"):
-        if grid.is_main:
-            _announce(setup, run, grid, precision)
-            create_run(run, setup.config, {"grid": grid.describe(), "precision": precision})
-            rewind(run, start.step if start else -1)
-    with grid.together(""):
-        engine = build_engine(setup.config, grid, setup.plan)
-        if start is not None:
-            load_into_engine(start, engine)
-            same = start.config.optimizer.weight_decay.policies
-            engine.control.restore(
-                start.state["decay"], same == setup.config.optimizer.weight_decay.policies
-            )
-            engine.begin_step(start.step, 0.0)
-            engine.audit_decay()
-    weights = initial_weights(engine.module, grid)
-    if start is not None:  # a fork begins with its trunk's weights
-        weights = start.state["initial_weights"] if checkpoint else start.digest
-    with grid.together(f"{run}"):
-        if grid.is_main:
-            write_identity(run, {"initial_weights": weights, "data_order": order})
-    first = start.step if start else 0
-    loader = Loader(
-        data, grid, setup.config.train.global_batch, micro, first, setup.config.data.prefetch
-    )
-    tracker = Tracker(run, setup.config, grid.is_main)
+    lock = RunLock(run)
     try:
+        with grid.together(""):
+            if grid.is_main:
+                lock.acquire()
+        with grid.together(""):  # again: another process may have trained here until now
+            setup, checkpoint, start = _begin(config, run, grid, fork, until)
+        precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
+        with grid.together(f"{run}"):
+            if grid.is_main:
+                _announce(setup, run, grid, precision)
+                create_run(run, setup.config, {"grid": grid.describe(), "precision": precision})
+                rewind(run, start.step if start else -1)
+        with grid.together(""):
+            engine = build_engine(setup.config, grid, setup.plan)
+            if start is not None:
+                _restore(start, engine, setup.config)
+        weights = initial_weights(engine.module, grid)
+        if start is not None:  # a fork begins with its trunk's weights
+            weights = start.state["initial_weights"] if checkpoint else start.digest
+        with grid.together(f"{run}"):
+            if grid.is_main:
+                write_identity(run, {"initial_weights": weights, "data_order": order})
+        tracker = Tracker(run, setup.config, grid.is_main)
         job = _Job(engine, setup, run, tracker, sample, until, weights)
-        if start is None:
+        _train(job, data, start.step if start else 0, fresh=start is None, forked=not checkpoint)
+    finally:
+        lock.release()
+
+
+def _begin(
+    config: Config, run: Path, grid: Grid, fork: Path | None, until: int | None
+) -> tuple[Setup, Checkpoint | None, Checkpoint | None]:
+    """The setup, the checkpoint of the run's own to go on from, and that or the fork's."""
+    setup = prepare(config, grid.tensor)
+    checkpoint = resume_point(run, setup.config)
+    start = checkpoint or (Checkpoint(fork) if fork else None)
+    if start is not None:
+        policy = setup.config.resume.decay if checkpoint else "recipe"
+        setup = _with_decay(setup, start, policy)
+        check_continues(start, setup.config, setup.manifest)
+    if until is not None and until > setup.config.train.steps:
+        raise UsageError(f"--until: {until} is after the last step, {setup.config.train.steps}")
+    micro_batches(setup.config, grid)
+    return setup, checkpoint, start
+
+
+def _open_data(setup: Setup) -> tuple[TrainingData, list[HeldOut]]:
+    """Training samples, and the fixed sample of held-out documents."""
+    config = setup.config
+    samples = config.train.steps * config.train.global_batch
+    data = TrainingData(
+        setup.manifest, config.data.weights, config.model.context, config.seed, samples
+    )
+    return data, held_out(setup.manifest, config.evaluation.split, config.evaluation.documents)
+
+
+def _restore(start: Checkpoint, engine: Engine, config: Config) -> None:
+    load_into_engine(start, engine)
+    same = start.config.optimizer.weight_decay.policies == config.optimizer.weight_decay.policies
+    engine.control.restore(start.state["decay"], same)
+    engine.begin_step(start.step, 0.0)
+    engine.audit_decay()
+
+
+def _train(job: _Job, data: TrainingData, first: int, fresh: bool, forked: bool) -> None:
+    """From step ``first`` to the end, with everything that must be closed."""
+    config, grid = job.config, job.engine.grid
+    micro, _ = micro_batches(config, grid)
+    loader = Loader(data, grid, config.train.global_batch, micro, first, config.data.prefetch)
+    try:
+        if fresh:
             _measure_if_due(job, 0)
             _evaluate(job, 0)
-        elif checkpoint is None:
+        elif forked:
             _save(job, first)  # a fork stands on its own feet from here on
-        _loop(job, loader, first)
+        with StopSignals() as signals:
+            _loop(job, loader, first, signals)
     finally:
         loader.close()
-        tracker.close()
-        engine.close()
-        lock.release()
+        job.tracker.close()
+        job.engine.close()
 
 
 def _with_decay(setup: Setup, start: Checkpoint, policy: str) -> Setup:
@@ -190,39 +210,6 @@ def _announce(setup: Setup, run: Path, grid: Grid, precision: str) -> None:
         warn("precision auto takes fp32 with grid.zero_stage 0; bf16 needs zero_stage 1 or more")
 
 
-def _check_continues(checkpoint: Checkpoint, setup: Setup) -> None:
-    """Refuse to go on with another model or other samples than the checkpoint's."""
-    if checkpoint.step > setup.config.train.steps:
-        raise UsageError(
-            f"train.steps: {setup.config.train.steps} is before {checkpoint.path}; ask for "
-            "more steps"
-        )
-    if checkpoint.config.model != setup.config.model:
-        old, new = (c.model.model_dump() for c in (checkpoint.config, setup.config))
-        key = next(key for key in old if old[key] != new[key])
-        raise UsageError(
-            f"{checkpoint.path}: is of a model with {key}={old[key]}, the recipe and its data say "
-            f"{new[key]}; use the recipe and the data that the checkpoint was trained with"
-        )
-    for key in ("seed", "data.weights", "train.global_batch"):
-        before, after = (attrgetter(key)(one) for one in (checkpoint.config, setup.config))
-        if before != after:
-            raise UsageError(
-                f"{key}: {after} is not the {before} of {checkpoint.path}: its order of samples "
-                "could not be continued; use the same"
-            )
-    if checkpoint.state["tokenizer"] != setup.manifest.tokenizer_sha256:
-        raise UsageError(
-            f"{setup.manifest.path}: was tokenised with another tokenizer than {checkpoint.path}; "
-            "use that run's data"
-        )
-    if checkpoint.state["data"] != data_identity(setup.manifest):
-        raise UsageError(
-            f"{setup.manifest.path}: holds other tokens than {checkpoint.path} was trained on; use "
-            "that run's data (its order could not be continued)"
-        )
-
-
 @dataclass(frozen=True)
 class _Job:
     engine: Engine
@@ -246,7 +233,7 @@ class _Job:
         return step % self.config.interval(section) == 0 or step == self.last
 
 
-def _loop(job: _Job, loader: Loader, first: int) -> None:
+def _loop(job: _Job, loader: Loader, first: int, signals: StopSignals) -> None:
     config, engine = job.config, job.engine
     steps, tokens_per_step = job.last, config.train.global_batch * config.model.context
     progress = Progress(steps, job.run.name, engine.grid.is_main, first)
@@ -280,15 +267,24 @@ def _loop(job: _Job, loader: Loader, first: int) -> None:
             )
             progress.update(step, f"loss {loss:.3f} {speed:,.0f} tokens/s")
             began, logged = now, step
-        if job.is_due("checkpoint", step):
+        stopping = signals.agreed(engine.grid)
+        saving = stopping or job.is_due("checkpoint", step)
+        if saving:
             with engine.grid.together(f"step {step}"):
                 engine.audit_decay()
         paused = time.monotonic()
         _measure_if_due(job, step)
         if job.is_due("evaluation", step):
             _evaluate(job, step)
-        if job.is_due("checkpoint", step):
+        if saving:
             _save(job, step)
+        if stopping and step < steps:
+            progress.close()
+            job.tracker.log("event", step, {"message": f"stopped by {signals.name}"})
+            raise StopRequestedError(
+                f"{job.run}: stopped by {signals.name} at step {step}, with a checkpoint; the same "
+                "words go on"
+            )
         began += time.monotonic() - paused  # the speed is of training alone
     progress.close()
     if job.last == config.train.steps:

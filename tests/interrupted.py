@@ -26,7 +26,20 @@ def pause(marker: Path) -> None:
 
 def arm(moment: str, marker: Path) -> None:
     """Put the pause where it is wanted."""
-    if moment == "step":
+    if moment == "slow":  # the sixth step takes a while, and then goes on
+        quick = pretrain.engine.Engine.train_step
+        taken = 0
+
+        def slow_step(self: Any, batches: Any) -> float:
+            nonlocal taken
+            taken += 1
+            if taken == 6:
+                marker.touch()
+                time.sleep(3.0)
+            return quick(self, batches)
+
+        pretrain.engine.Engine.train_step = slow_step
+    elif moment == "step":
         original = pretrain.engine.Engine.train_step
         count = 0
 

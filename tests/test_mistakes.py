@@ -237,7 +237,7 @@ COMMAND_MISTAKES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     ),
     "nothing to evaluate": (["evaluate", "{tmp}"], 2, ("no checkpoint",)),
     "a stride beyond the context": (["evaluate", "{run}", "--stride", "99"], 2, ("--stride",)),
-    "a report of nothing": (["report", "{tmp}"], 2, ("not a run folder",)),
+    "a report of nothing": (["report", "{tmp}"], 2, ("no run folder",)),
     "a source that is not there": (
         ["data", "tokenize", "{tmp}/no.jsonl", "--tokenizer", "{tok}", "--out", "{tmp}/o"],
         1,

@@ -98,6 +98,44 @@ def test_killed_and_started_again(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_asked_to_stop(
+    data: Path, tmp_path: Path, undisturbed: dict[int, Path], processes: int
+) -> None:
+    """SIGTERM between checkpoints: one more checkpoint, exit code 75, and nothing is lost."""
+    words = [*recipe_words(tmp_path, data, processes), "--out", str(tmp_path / "run")]
+    marker, run = tmp_path / "marker", tmp_path / "run"
+    command = [
+        *launcher(processes),
+        str(ROOT / "tests/interrupted.py"),
+        "slow",
+        str(marker),
+        *words,
+    ]
+    process = subprocess.Popen(
+        command, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not marker.exists():
+        assert time.monotonic() < deadline and process.poll() is None, "never came to the moment"
+        time.sleep(0.02)
+    process.terminate()  # torchrun hands it on to its workers
+    _, stderr = process.communicate(timeout=60)
+    if processes == 1:
+        assert process.returncode == 75 and "stopped by SIGTERM at step 6" in stderr
+        assert "Traceback" not in stderr
+    assert (run / "checkpoints" / "step-00000006").is_dir()
+    assert not (run / "checkpoints" / "step-00000008").exists()
+    again = pretrain(*words, processes=processes)
+    assert again.returncode == 0, again.stderr
+    reference = undisturbed[processes]
+    assert metrics_of(run) == metrics_of(reference)
+    assert repr(read_ranks(run)) == repr(read_ranks(reference))
+    weights, wanted = weights_of(run), weights_of(reference)
+    assert all(np.array_equal(weights[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.slow
 def test_goes_on_on_another_grid(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
     """A checkpoint of two pipeline stages is read by one process."""
     a, b = weights_of(undisturbed[2]), weights_of(undisturbed[1])

@@ -239,8 +239,8 @@ def start_slurm(folder: Path) -> bool:
 
 @pytest.mark.slow
 def test_on_slurm(data: Path, tmp_path: Path, swept: Path, slurm: dict[str, str]) -> None:
-    """Half of the sweep as one job array over two nodes: the same numbers."""
-    path, out = write_sweep(tmp_path, data, seeds=[2]), tmp_path / "runs"
+    """The same sweep as one job array over two nodes: the same numbers."""
+    path, out = write_sweep(tmp_path, data), tmp_path / "runs"
     words = ["sweep", str(path), "--out", str(out), "--launcher", "slurm", "--slurm", "time=30"]
     done = subprocess.run(
         [sys.executable, "-m", "pretrain", *words, "--json"],
@@ -248,7 +248,7 @@ def test_on_slurm(data: Path, tmp_path: Path, swept: Path, slurm: dict[str, str]
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     states = json.loads(done.stdout)
-    assert len(states) == 4 and {one["state"] for one in states.values()} == {"done"}
+    assert len(states) == 8 and {one["state"] for one in states.values()} == {"done"}
     same_runs(out, swept, set(states))
     jobs = json.loads((out / "slurm" / "jobs.json").read_text())
     assert len({number.partition("_")[0] for number in jobs.values()}) == 1  # one array

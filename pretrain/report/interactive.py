@@ -284,11 +284,11 @@ function draw(figure) {
     const choice = inputs.map(input => input.value).join("-");
     for (const input of inputs) if (input.type === "range")
       input.previousElementSibling.textContent = JSON.parse(input.dataset.options)[input.value];
-    const view = move(views[choice]);
+    const view = move(views[choice]), placed = stack(view.layout);
     const layout = {font: {family: "system-ui, sans-serif", size: 12, color: "#222"},
       margin: {l: 55, r: 15, t: 10, b: 45}, paper_bgcolor: "white", plot_bgcolor: "white",
-      hovermode: "closest", legend: {orientation: "h", y: -0.18, yanchor: "top"},
-      ...stack(view.layout)};
+      hovermode: "closest", 
+      legend: {orientation: "h", y: -62 / (placed.height - 55), yanchor: "top"}, ...placed};
     Plotly.react(plot, view.data, layout, {responsive: true, displaylogo: false,
       modeBarButtonsToRemove: ["select2d", "lasso2d"]});
     figure.dataset.shown = choice || "-";

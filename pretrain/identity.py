@@ -61,16 +61,24 @@ def initial_weights(module: nn.Module, grid: Grid) -> str:
     return _digest(sorted(found.items()))
 
 
-def write_identity(run: Path, identity: dict[str, str]) -> None:
-    """Put both hashes into the run folder."""
+def write_identity(run: Path, weights: str, order: str, manifest: Manifest) -> None:
+    """Put the hashes into the run folder, with those of the data and its tokenizer."""
+    identity = {
+        "initial_weights": weights,
+        "data_order": order,
+        "data": data_identity(manifest),
+        "tokenizer": manifest.tokenizer_sha256,
+    }
     write_aside(run / IDENTITY, json.dumps(identity, indent=1).encode())
 
 
-def read_identity(run: Path) -> dict[str, str] | None:
-    """The hashes of a run, or None where they are missing or unreadable."""
+def read_identity(
+    run: Path, keys: tuple[str, ...] = ("initial_weights", "data_order")
+) -> dict[str, str] | None:
+    """Hashes of a run, or None where one is missing or unreadable."""
     try:
         found = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
-        return {key: str(found[key]) for key in ("initial_weights", "data_order")}
+        return {key: str(found[key]) for key in keys}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

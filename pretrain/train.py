@@ -125,7 +125,7 @@ def train(
             weights = start.state["initial_weights"] if checkpoint else start.digest
         with grid.together(f"{run}"):
             if grid.is_main:
-                write_identity(run, {"initial_weights": weights, "data_order": order})
+                write_identity(run, weights, order, setup.manifest)
         tracker = Tracker(run, setup.config, grid.is_main)
         job = _Job(engine, setup, run, tracker, sample, until, weights)
         _train(job, data, start.step if start else 0, fresh=start is None, forked=not checkpoint)

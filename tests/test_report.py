@@ -296,16 +296,23 @@ def test_corrupt_and_unfinished_folders_are_named(
 @pytest.mark.slow
 def test_other_data_is_refused(few: Path, tmp_path: Path) -> None:
     odd = few / "attention=5,mlp=1,seed=1"
+    identity = odd / "identity.json"
     manifest = next((odd / "checkpoints").glob("step-*")) / "manifest.json"
-    values = json.loads(manifest.read_text())
-    for key, word in (("tokenizer", "tokenizer"), ("data", "data")):
-        changed = json.loads(json.dumps(values))
-        changed["state"][key] = "0" * 64
-        manifest.write_text(json.dumps(changed))
-        with pytest.raises(UsageError, match=f"another {word}") as error:
+    values, state = json.loads(identity.read_text()), json.loads(manifest.read_text())
+    for key in ("tokenizer", "data"):
+        identity.write_text(json.dumps({**values, key: "0" * 64}))
+        with pytest.raises(UsageError, match=f"another {key}") as error:
             load_study([few])
         assert str(few) in str(error.value)
-    manifest.write_text(json.dumps(values))
+        # Without its hashes, a run's checkpoint still knows.
+        identity.unlink()
+        load_study([few])
+        changed = {**state, "state": {**state["state"], key: "0" * 64}}
+        manifest.write_text(json.dumps(changed))
+        with pytest.raises(UsageError, match=f"another {key}"):
+            load_study([few])
+        manifest.write_text(json.dumps(state))
+    identity.write_text(json.dumps(values))
     load_study([few])
 
 

@@ -243,7 +243,10 @@ def _json(path: Path) -> Any:
 
 
 def _source(path: Path) -> tuple[str, str] | None:
-    """Hashes of data and tokenizer, from the newest checkpoint."""
+    """Hashes of data and tokenizer, also from the newest checkpoint."""
+    identity = read_identity(path, ("data", "tokenizer"))
+    if identity:
+        return identity["data"], identity["tokenizer"]
     checkpoints = list_checkpoints(path / CHECKPOINTS)
     if not checkpoints:
         return None

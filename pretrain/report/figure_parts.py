@@ -1,0 +1,56 @@
+"""What the figures share: products, colours, samples and means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TypeVar
+
+from pretrain.probe import Row
+from pretrain.report.load import Study
+
+PRODUCTS = {"qk": "W_QK", "vp": "W_VP"}
+_T = TypeVar("_T")
+
+
+def shade(index: int, count: int) -> float:
+    """A place on the colour scale for the index-th of an ordered few."""
+    return 0.9 * index / max(1, count - 1)
+
+
+def layers_of(study: Study) -> list[int]:
+    """Layers that every run has."""
+    return sorted({row["layer"] for row in study.runs[0].final})
+
+
+def pick(rows: Iterable[Row], product: str, layer: int | None) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if row["product"] == product and (layer is None or row["layer"] == layer)
+    ]
+
+
+def mean_over(values: list[float]) -> float:
+    finite = [value for value in values if not math.isnan(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def about(study: Study) -> str:
+    """What was measured, for captions."""
+    config, runs = study.runs[0].config, study.runs
+    seeds = sorted({run.seed for run in runs})
+    model = config.model
+    tokens = config.train.steps * config.train.global_batch * model.context
+    return (
+        f"{len(runs)} runs, {len(study.conditions)} conditions, n = {len(seeds)} seed"
+        f"{'s' * (len(seeds) > 1)}; {model.dialect.value} of {model.num_layers} layers x "
+        f"{model.num_attention_heads} heads, width {model.hidden_size}, {tokens:,} tokens a run."
+    )
+
+
+def some_of(values: list[_T], most: int) -> list[_T]:
+    """At most so many, evenly chosen, first and last among them."""
+    if len(values) <= most:
+        return values
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

@@ -1,0 +1,170 @@
+"""Pseudo-rank against decay, over training and head by head: the paper's figures 3 and 7."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from functools import cache
+
+from pretrain.report.figure_parts import (
+    PRODUCTS,
+    about,
+    layers_of,
+    mean_over,
+    pick,
+    shade,
+)
+from pretrain.report.load import Condition, Study
+from pretrain.report.spec import Choice, Control, Figure, Heat, Panel, Series
+
+_ALL = "all layers"
+
+
+def over_decay(study: Study) -> Figure:
+    """Pseudo-rank at the end against λ or exposure, layer by layer."""
+    layers = layers_of(study)
+    axis = Control("axis", ["λ of attention", "exposure Σηλ"])
+
+    def view(choice: Choice) -> list[Panel]:
+        by_exposure = choice[0] == 1
+        panels = []
+        for product, name in PRODUCTS.items():
+            lines = []
+            for index, layer in enumerate([*layers, None]):
+                points = []
+                for condition in study.conditions:
+                    ranks = _by_head(condition, product, layer)
+                    place = condition.exposure if by_exposure else condition.decay
+                    points.append((place, mean_over(ranks), min(ranks), max(ranks)))
+                points.sort()
+                x, y, low, high = (list(part) for part in zip(*points, strict=True))
+                whole = layer is None
+                lines.append(
+                    Series(
+                        _ALL if whole else f"layer {layer}",
+                        x,
+                        y,
+                        shade(index, len(layers) + 1),
+                        None if whole else low,
+                        None if whole else high,
+                        dash=whole,
+                    )
+                )
+            panels.append(
+                Panel(name, axis.options[choice[0]], "pseudo-rank", lines, y_range=(0, 1),
+                      log_x=not by_exposure)
+            )  # fmt: skip
+        return panels
+
+    return Figure(
+        "rank-over-decay",
+        "Rank against decay",
+        f"Pseudo-rank at the end of training (the paper's figures 3 and 7). {about(study)} Line: "
+        "mean over heads and seeds; band: from the least to the greatest head (mean over seeds). "
+        "Theory: decay acts as a nuclear norm on each product, so rank falls as λ, or the exposure "
+        "Σηλ, grows. λ is on a symmetric logarithmic axis. Click a layer in the legend to hide it.",
+        [axis],
+        view,
+    )
+
+
+def _by_head(condition: Condition, product: str, layer: int | None) -> list[float]:
+    """Final pseudo-rank of every head, mean over the seeds."""
+    found: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for run in condition.runs:
+        for row in pick(run.final, product, layer):
+            found[row["layer"], row["head"]].append(row["pseudo_rank"])
+    return [mean_over(values) for values in found.values()]
+
+
+def over_training(study: Study) -> Figure:
+    """Pseudo-rank over the steps, one line a condition."""
+    layers = layers_of(study)
+    control = Control("layer", [_ALL, *(f"layer {layer}" for layer in layers)])
+
+    def view(choice: Choice) -> list[Panel]:
+        layer = None if choice[0] == 0 else layers[choice[0] - 1]
+        return [
+            Panel(
+                name,
+                "step",
+                "pseudo-rank",
+                [
+                    _course(condition, product, layer, shade(index, len(study.conditions)))
+                    for index, condition in enumerate(study.conditions)
+                ],
+                y_range=(0, 1),
+            )
+            for product, name in PRODUCTS.items()
+        ]
+
+    return Figure(
+        "rank-over-training",
+        "Rank while training",
+        f"Pseudo-rank of both products over training. {about(study)} Line: mean over heads and "
+        "seeds; band: from the least to the greatest head (mean over seeds). Choose a layer above.",
+        [control],
+        view,
+    )
+
+
+def _course(condition: Condition, product: str, layer: int | None, colour: float) -> Series:
+    """Mean over heads and seeds at each step, with the heads as a band."""
+    found: dict[int, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in condition.runs:
+        for row in pick(run.heads, product, layer):
+            found[row["step"]][row["layer"], row["head"]].append(row["pseudo_rank"])
+    steps = sorted(found)
+    heads = [[mean_over(values) for values in found[step].values()] for step in steps]
+    return Series(
+        condition.name,
+        [float(step) for step in steps],
+        [mean_over(values) for values in heads],
+        colour,
+        [min(values) for values in heads],
+        [max(values) for values in heads],
+    )
+
+
+def heads(study: Study) -> Figure:
+    """Layer x head, with a slider over the steps."""
+    layers = layers_of(study)
+    steps = sorted({row["step"] for row in study.runs[0].heads})
+    conditions = Control("condition", [condition.name for condition in study.conditions])
+    products = Control("product", list(PRODUCTS.values()))
+    slider = Control("step", [str(step) for step in steps], "slider", len(steps) - 1)
+
+    @cache
+    def table(index: int, product: str) -> dict[tuple[int, int, int], float]:
+        found: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+        for run in study.conditions[index].runs:
+            for row in pick(run.heads, product, None):
+                found[row["step"], row["layer"], row["head"]].append(row["pseudo_rank"])
+        return {key: mean_over(values) for key, values in found.items()}
+
+    def view(choice: Choice) -> list[Panel]:
+        product = list(PRODUCTS)[choice[1]]
+        values = table(choice[0], product)
+        count = 1 + max(head for _, _, head in values)
+        step = steps[choice[2]]
+        heat = Heat(
+            [f"layer {layer}" for layer in layers],
+            [f"head {head}" for head in range(count)],
+            [
+                [values.get((step, layer, head), math.nan) for head in range(count)]
+                for layer in layers
+            ],
+            0.0,
+            1.0,
+        )
+        title = f"{PRODUCTS[product]}, {study.conditions[choice[0]].name}, step {step}"
+        return [Panel(title, "", "", heat=heat)]
+
+    return Figure(
+        "rank-by-head",
+        "Every head",
+        f"Pseudo-rank of every head, mean over seeds. {about(study)} Move the slider through the "
+        "steps of training.",
+        [conditions, products, slider],
+        view,
+    )

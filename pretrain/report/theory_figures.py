@@ -1,0 +1,224 @@
+"""What theory is about: discrepancy, bound, row norms (the paper's figures 2 and 4), spectra."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from functools import cache
+
+from pretrain.report.figure_parts import (
+    PRODUCTS,
+    about,
+    mean_over,
+    shade,
+    some_of,
+)
+from pretrain.report.load import Condition, RunData, Study
+from pretrain.report.spec import Choice, Control, Figure, Panel, Series
+
+
+def _law(run: RunData, product: str) -> tuple[str, str, str]:
+    """(level, column, words) of the quantity that the theory's law is about in this model."""
+    if product == "qk" and run.config.model.rotary_dim:
+        return _level(run), "rope_pair_discrepancy", "of rotary pairs √Σ(‖A_p‖² − ‖B_p‖²)²"
+    return _level(run), "discrepancy", "‖AᵀA − BᵀB‖"
+
+
+def _level(run: RunData) -> str:
+    return "group" if any(row["level"] == "group" for row in run.ranks) else "head"
+
+
+def discrepancy(study: Study) -> Figure:
+    """Discrepancy relative to its start, with what decay alone would leave of it."""
+    first = study.runs[0]
+    words = {product: _law(first, product)[2] for product in PRODUCTS}
+
+    def view(choice: Choice) -> list[Panel]:
+        panels = []
+        for product, name in PRODUCTS.items():
+            lines = []
+            for index, condition in enumerate(study.conditions):
+                colour = shade(index, len(study.conditions))
+                found, left = _fall(condition, product)
+                steps = sorted(found)
+                if not steps:
+                    continue
+                x = [float(step) for step in steps]
+                lines.append(Series(condition.name, x, [found[s] for s in steps], colour))
+                lines.append(
+                    Series(f"{condition.name}: ∏(1−ηλ)²", x, [left[s] for s in steps], colour,
+                           dash=True)
+                )  # fmt: skip
+            title = f"{name}: {words[product]}"
+            panels.append(Panel(title, "step", "share of its start", lines, log_y=True))
+        return panels
+
+    return Figure(
+        "discrepancy",
+        "Balance of the factors",
+        "Discrepancy between the two factors of each product, relative to its first measurement, "
+        f"mean over heads and seeds (the paper's figure 2). {about(study)} Dashed: ∏(1 − ηλ)² "
+        "with the learning rate and λ that were used, which is the law under gradient flow "
+        "(Lemma B.1). AdamW's steps put discrepancy back: a floor, higher the smaller λ, is "
+        "expected. Rotary positions and grouped-query attention: the law holds per frequency pair "
+        "and per group, which is what is shown then.",
+        [],
+        view,
+    )
+
+
+def _fall(condition: Condition, product: str) -> tuple[dict[int, float], dict[int, float]]:
+    found: dict[int, list[float]] = defaultdict(list)
+    left: dict[int, list[float]] = defaultdict(list)
+    for run in condition.runs:
+        level, column, _ = _law(run, product)
+        rows = [row for row in run.ranks if row["product"] == product and row["level"] == level]
+        begin = min(row["step"] for row in rows)
+        start = {(r["layer"], r["head"]): r for r in rows if r["step"] == begin}
+        for row in rows:
+            before = start[row["layer"], row["head"]]
+            if before[column] > 0:
+                found[row["step"]].append(row[column] / before[column])
+                kept = row["retention_a"] * row["retention_b"]
+                left[row["step"]].append(kept / (before["retention_a"] * before["retention_b"]))
+    return (
+        {step: mean_over(values) for step, values in found.items()},
+        {step: mean_over(values) for step, values in left.items()},
+    )
+
+
+def bounds(study: Study) -> Figure:
+    """Nuclear norm against ½(‖A‖² + ‖B‖²) for every head."""
+
+    def view(choice: Choice) -> list[Panel]:
+        panels = []
+        for product, name in PRODUCTS.items():
+            lines = []
+            for index, condition in enumerate(study.conditions):
+                level = _level(condition.runs[0])
+                rows = [
+                    (run, row)
+                    for run in condition.runs
+                    for row in run.ranks
+                    if (row["product"], row["level"]) == (product, level)
+                    and row["step"] == run.final[0]["step"]
+                    and not math.isnan(row["frobenius_bound"])
+                ]
+                texts = [
+                    f"layer {row['layer']} {level} {row['head']} seed {run.seed}"
+                    for run, row in rows
+                ]
+                lines.append(
+                    Series(
+                        condition.name,
+                        [row["frobenius_bound"] for _, row in rows],
+                        [row["nuclear_norm"] for _, row in rows],
+                        shade(index, len(study.conditions)),
+                        points=True,
+                        texts=texts,
+                    )
+                )
+            panels.append(
+                Panel(name, "½(‖A‖² + ‖B‖²)", "nuclear norm", lines, log_x=True, log_y=True,
+                      diagonal=True)
+            )  # fmt: skip
+        return panels
+
+    return Figure(
+        "bound",
+        "Nuclear norm against its bound",
+        "Every head at the end of training (the paper's figure 4): the nuclear norm of the product "
+        f"against ½(‖A‖² + ‖B‖²). {about(study)} Theory: never above the diagonal, and on it "
+        "where the factors balance, as decay makes them. Not shown for the QK product under "
+        "QK-norm, whose logits do not depend on the factors' sizes.",
+        [],
+        view,
+    )
+
+
+def row_norms_if_any(study: Study) -> list[Figure]:
+    """Row norms of W_Q against W_K, and of W_V against P, where checkpoints are at hand."""
+    from pretrain.report.weights import row_norms
+
+    chosen = [condition.runs[0] for condition in study.conditions]
+    norms = [row_norms(run) for run in chosen]
+    if any(one is None for one in norms):
+        return []
+
+    def view(choice: Choice) -> list[Panel]:
+        panels = []
+        for pair, (x, y) in {"qk": ("‖W_K row‖²", "‖W_Q row‖²"),
+                             "vp": ("‖P column‖²", "‖W_V row‖²")}.items():  # fmt: skip
+            lines = []
+            for index, (condition, found) in enumerate(zip(study.conditions, norms, strict=True)):
+                assert found is not None
+                a, b, texts = found[pair]
+                colour = shade(index, len(norms))
+                lines.append(Series(condition.name, a, b, colour, points=True, texts=texts))
+            panels.append(Panel(PRODUCTS[pair], x, y, lines, log_x=True, log_y=True, diagonal=True))
+        return panels
+
+    return [
+        Figure(
+            "row-norms",
+            "Row norms of the two factors",
+            "Squared norm of each row of W_Q (W_V) of the first head of each layer against that of "
+            "the same row of W_K (column of P), from the last checkpoint of each condition's first "
+            f"seed (the paper's figure 4). {about(study)} Theory: on the diagonal where "
+            "AᵀA = BᵀB. Grouped-query attention: the rows of a group's queries are summed.",
+            [],
+            view,
+        )
+    ]
+
+
+_MOST_HEADS, _MOST_STEPS = 24, 8
+
+
+def spectra_if_any(study: Study) -> list[Figure]:
+    """Singular values of a chosen head at some steps, where they were stored."""
+    if any("singular_values" not in run.heads[0] for run in study.runs):
+        return []
+    places = sorted({(row["layer"], row["head"]) for row in study.runs[0].final})
+    places = some_of(places, _MOST_HEADS)
+    steps = some_of(sorted({row["step"] for row in study.runs[0].heads}), _MOST_STEPS)
+    conditions = Control(
+        "condition",
+        [condition.name for condition in study.conditions],
+        default=len(study.conditions) - 1,
+    )
+    control = Control("head", [f"layer {layer} head {head}" for layer, head in places])
+
+    @cache
+    def table(index: int) -> dict[tuple[int, int, int, str], list[float]]:
+        run = study.conditions[index].runs[0]
+        return {
+            (row["step"], row["layer"], row["head"], row["product"]): row["singular_values"]
+            for row in run.heads
+        }
+
+    def view(choice: Choice) -> list[Panel]:
+        values, (layer, head) = table(choice[0]), places[choice[1]]
+        panels = []
+        for product, name in PRODUCTS.items():
+            lines = []
+            for index, step in enumerate(steps):
+                sigma = values.get((step, layer, head, product))
+                if sigma:
+                    x = [float(number) for number in range(1, len(sigma) + 1)]
+                    y = [max(value, 1e-12) for value in sigma]
+                    lines.append(Series(f"step {step}", x, y, shade(index, len(steps))))
+            panels.append(Panel(name, "index", "singular value", lines, log_y=True))
+        return panels
+
+    return [
+        Figure(
+            "spectra",
+            "Spectrum of a head",
+            "Singular values of both products of one head at some steps of training, from the "
+            f"condition's first seed. {about(study)} Theory: decay subtracts from every singular "
+            "value, and those that the loss does not hold up vanish.",
+            [conditions, control],
+            view,
+        )
+    ]

@@ -137,7 +137,7 @@ def _start_tensorboard(run: Path) -> Any:
 
 def warn(text: str) -> None:
     """A line on standard error that does not stop anything."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -20,6 +20,7 @@ from models.roles import ATTENTION, MLP, Role, info_of
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config import Config, parse_config
 from pretrain.engine import mean_loss
+from pretrain.optimizers import MuonWithAdamW
 from pretrain.run import read_ranks
 from pretrain.tracking import read_metrics
 from pretrain.train import with_vocabulary
@@ -84,6 +85,47 @@ def recipe(
 # --- by hand --------------------------------------------------------------------------------
 
 
+class ByFormula:
+    """Lion (Chen et al. 2023, algorithm 2) and Muon (Jordan et al. 2024) in float64."""
+
+    def __init__(self, named: dict[str, torch.nn.Parameter], name: str) -> None:
+        self.named, self.name = named, name
+        self.param_groups: list[dict[str, float]] = [{"lr": 0.0}]
+        self.first = {key: torch.zeros_like(p).double() for key, p in named.items()}
+        self.second = {key: torch.zeros_like(p).double() for key, p in named.items()}
+        self.count = 0
+
+    def zero_grad(self) -> None:
+        for p in self.named.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        rate, self.count = self.param_groups[0]["lr"], self.count + 1
+        for key, p in self.named.items():
+            g, m, v = p.grad.double(), self.first[key], self.second[key]
+            if self.name == "lion":
+                update = (0.9 * m + 0.1 * g).sign()
+                m.mul_(0.95).add_(g, alpha=0.05)
+            elif info_of(p).role in ATTENTION + MLP:
+                m.mul_(0.95).add_(g, alpha=0.05)
+                update = self.orthogonal(0.95 * m + 0.05 * g) * 0.2 * math.sqrt(max(p.shape))
+            else:
+                m.mul_(0.9).add_(g, alpha=0.1)
+                v.mul_(0.95).add_(g * g, alpha=0.05)
+                root = (v / (1 - 0.95**self.count)).sqrt() + 1e-8
+                update = m / (1 - 0.9**self.count) / root
+            p.sub_((rate * update).float())
+
+    @staticmethod
+    def orthogonal(x: torch.Tensor) -> torch.Tensor:
+        """The quintic on each singular value, by an SVD."""
+        u, sigma, vh = torch.linalg.svd(x / x.norm(), full_matrices=False)
+        for _ in range(5):
+            sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+        return (u * sigma) @ vh
+
+
 class Hand:
     """The same run in plain torch and numpy, from the formulas alone."""
 
@@ -99,8 +141,10 @@ class Hand:
         self.rate = [config.learning_rate(step) for step in range(STEPS)]
         name = config.optimizer.name
         parameters = list(self.named.values())
-        if name == "sgd":
-            self.optimizer: Any = torch.optim.SGD(parameters, lr=1.0, momentum=0.95)
+        if name in ("lion", "muon"):
+            self.optimizer: Any = ByFormula(self.named, name)
+        elif name == "sgd":
+            self.optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=0.95)
         else:
             self.optimizer = torch.optim.AdamW(
                 parameters, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -241,6 +285,25 @@ def run_by_hand(case: str, hand: Hand) -> None:
                 p.sub_(amount * agrees)
 
 
+@pytest.mark.parametrize("shape", [(24, 16), (16, 40)])
+def test_muon_is_torchs(shape: tuple[int, int]) -> None:
+    """The same step as torch.optim.Muon, up to the bfloat16 of its iteration."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
+    steps = []
+    for build in (
+        lambda p: torch.optim.Muon([p], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        lambda p: MuonWithAdamW([{"params": [p], "muon": True}], 0.1, (0.9, 0.95), 1e-8, 0.95),
+    ):
+        parameter = torch.nn.Parameter(start.clone())
+        parameter.grad = gradient.clone()
+        build(parameter).step()
+        steps.append((parameter.detach() - start).flatten())
+    cosine = torch.nn.functional.cosine_similarity(steps[0], steps[1], dim=0)
+    assert cosine > 0.999
+    assert torch.allclose(steps[0].norm(), steps[1].norm(), rtol=0.02)
+
+
 BY_HAND = [case for case in POLICIES if case != "rank_target"]
 
 
@@ -250,16 +313,26 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     folder = tmp_path_factory.mktemp("policies")
     cases = {case: recipe(data, decay) for case, decay in POLICIES.items()}
     cases |= {
-        f"{case}-adamw": recipe(data, POLICIES[case], "adamw")
+        f"{case}-{optimizer}": recipe(data, POLICIES[case], optimizer)
         for case in ("cautious", "linear", "none")
+        for optimizer in ("adamw", "lion", "muon")
     }
+    cases["adadecay-sgd"] = recipe(data, POLICIES["adadecay"])
+    cases["adadecay-sgd"]["train"]["micro_batch"] = 2  # four passes to one update
     requests = [{"recipe": one, "run": str(folder / name)} for name, one in cases.items()]
     run_workers(1, "train", requests, folder / "w")
     return {name: folder / name for name in cases}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*BY_HAND, "cautious-adamw", "linear-adamw", "none-adamw"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *BY_HAND,
+        "adadecay-sgd",
+        *(f"{c}-{o}" for c in ("cautious", "linear", "none") for o in ("adamw", "lion", "muon")),
+    ],
+)
 def test_by_hand(data: Path, runs: dict[str, Path], case: str) -> None:
     """The weights after four updates, to 1e-6 of each tensor's largest."""
     word, _, optimizer = case.partition("-")
@@ -270,8 +343,16 @@ def test_by_hand(data: Path, runs: dict[str, Path], case: str) -> None:
         if optimizer and "key.bias" in name:
             continue  # its gradient is rounding noise, which Adam makes large
         wanted = parameter.detach()
-        deviation = (found.full(name) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-3)
-        assert deviation < 1e-6, (name, float(deviation))
+        deviation = (found.full(name) - wanted).abs() / wanted.abs().max().clamp_min(1e-3)
+        if optimizer == "lion":
+            # The sign of a gradient that is rounding noise is either; such elements are few.
+            assert (deviation > 1e-6).float().mean() < 0.01, name
+        else:
+            # Muon's quintic enlarges the rounding of small singular values.
+            assert deviation.max() < (1e-5 if optimizer == "muon" else 1e-6), (
+                name,
+                deviation.max(),
+            )
 
 
 def test_policies_differ(runs: dict[str, Path]) -> None:

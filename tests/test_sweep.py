@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 
+from launchers.local import LocalExecutor, default_slots
 from pretrain.config import Config, load_config
 from pretrain.errors import UsageError
 from pretrain.identity import read_identity
@@ -314,6 +315,20 @@ def test_dry_run(data: Path, tmp_path: Path) -> None:
     assert found["timing"]["step"] > 0 and found["seconds"] >= found["seconds_a_run"]
     assert found["cost"] == pytest.approx(2 * found["process_hours"])
     assert not (tmp_path / "runs").exists()
+
+
+def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5")
+    assert default_slots(1) == 4 and default_slots(2) == 2 and default_slots(8) == 1
+    executor = LocalExecutor(2)
+    seen = [executor._environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)]
+    assert seen == ["0,1", "2,5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert default_slots(1) == 1
+    assert LocalExecutor(4)._environment(0, 2)["OMP_NUM_THREADS"] == "2"
+    assert LocalExecutor(1)._environment(0, 1)["OMP_NUM_THREADS"] == "16"
 
 
 def test_lock(tmp_path: Path) -> None:

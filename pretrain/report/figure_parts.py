@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from pretrain.probe import Row
@@ -49,8 +49,8 @@ def about(study: Study) -> str:
     )
 
 
-def some_of(values: list[_T], most: int) -> list[_T]:
+def some_of(values: Sequence[_T], most: int) -> list[_T]:
     """At most so many, evenly chosen, first and last among them."""
     if len(values) <= most:
-        return values
+        return list(values)
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

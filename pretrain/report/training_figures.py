@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import accumulate
 
 from pretrain.report.figure_parts import (
     about,
     mean_over,
     shade,
+    some_of,
 )
 from pretrain.report.load import Condition, RunData, Study
 from pretrain.report.spec import Choice, Figure, Panel, Series
+
+_MOST_POINTS = 1000
+"""Of a line over the steps, evenly chosen."""
 
 
 def losses(study: Study) -> Figure:
@@ -21,10 +27,11 @@ def losses(study: Study) -> Figure:
         count = len(study.conditions)
         training, held = [], []
         for index, condition in enumerate(study.conditions):
+            colour = shade(index, count)
             x, y = _averaged(condition, lambda run: [(r["step"], r["loss"]) for r in run.metrics])
-            training.append(Series(condition.name, x, _smooth(y), shade(index, count)))
+            training.append(_line(condition.name, x, _smooth(y), colour))
             x, y = _averaged(condition, lambda run: [(r["step"], r["loss"]) for r in run.held_out])
-            held.append(Series(condition.name, x, y, shade(index, count)))
+            held.append(_line(condition.name, x, y, colour))
         return [
             Panel("training, running mean", "step", "loss, nats per token", training),
             Panel("held out, fixed sample", "step", "loss, nats per token", held),
@@ -52,8 +59,24 @@ def _averaged(
 
 
 def _smooth(values: list[float]) -> list[float]:
-    width = max(1, len(values) // 30)
-    return [mean_over(values[max(0, i - width) : i + 1]) for i in range(len(values))]
+    """Running mean over the last thirtieth; values that are not finite count for nothing."""
+    finite = [math.isfinite(value) for value in values]
+    sums = [0.0, *accumulate(v if ok else 0.0 for v, ok in zip(values, finite, strict=True))]
+    counts = [0, *accumulate(map(int, finite))]
+    width = max(1, len(values) // 30) + 1
+    starts = [max(0, i - width) for i in range(1, len(values) + 1)]
+    return [
+        (sums[i] - sums[start]) / (counts[i] - counts[start])
+        if counts[i] > counts[start]
+        else math.nan
+        for i, start in enumerate(starts, 1)
+    ]
+
+
+def _line(name: str, x: list[float], y: list[float], colour: float) -> Series:
+    """A line of as many points as a reader can see."""
+    kept = some_of(range(len(x)), _MOST_POINTS)
+    return Series(name, [x[i] for i in kept], [y[i] for i in kept], colour)
 
 
 def settings(study: Study) -> Figure:
@@ -79,7 +102,7 @@ def settings(study: Study) -> Figure:
             for index, condition in enumerate(study.conditions):
                 x, y = _averaged(condition, points)
                 y = _smooth(y) if title in ("gradient norm", "tokens per second") else y
-                lines.append(Series(condition.name, x, y, shade(index, len(study.conditions))))
+                lines.append(_line(condition.name, x, y, shade(index, len(study.conditions))))
             panels.append(Panel(title, "step", title, lines))
         return panels
 

@@ -196,7 +196,7 @@ def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
             raise UsageError(f"{path}: seed: belongs to seeds:, not to the grid")
     order = list(dict.fromkeys([*axes, *(key for given in givens for key in given)]))
     givens = [{key: given[key] for key in order if key in given} for given in givens]
-    short = _short_names(order)
+    short = short_names(order)
     sums: dict[str, float] = {}
     points: dict[str, Point] = {}
     for given in givens:
@@ -255,7 +255,7 @@ def _logging(path: Path, config: SweepConfig) -> Values:
     return {"logging.wandb": config.wandb, "logging.wandb_group": path.stem}
 
 
-def _short_names(keys: list[str]) -> dict[str, str]:
+def short_names(keys: list[str]) -> dict[str, str]:
     """The fewest last parts of each dotted key that tell the keys apart."""
     unique = list(dict.fromkeys(keys))
     names = {}
@@ -276,7 +276,18 @@ def _text(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, str):
         return re.sub(r"[^\w.+-]", "_", value)
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    kinds = kinds_of(value)
+    return f"{kinds}-{digest[:4]}" if kinds else digest[:8]
+
+
+def kinds_of(value: Any) -> str:
+    """``alpha+schedule`` for a list of policies, ``none`` for an empty one; else nothing."""
+    if value == []:
+        return "none"
+    if isinstance(value, list) and all(isinstance(one, dict) and "kind" in one for one in value):
+        return "+".join(str(one["kind"]) for one in value)
+    return ""
 
 
 def _round(value: float) -> float:

@@ -20,7 +20,10 @@ import yaml
 from pretrain.errors import UsageError
 from pretrain.report import write_report
 from pretrain.report.compare import holm, unpaired
+from pretrain.report.interactive import figure_html
 from pretrain.report.load import load_study
+from pretrain.report.printed import draw
+from pretrain.report.spec import Figure, Panel, Series, to_csv
 from tests.tools import base_recipe, run, write_recipe
 
 BROWSER = next(
@@ -237,6 +240,31 @@ def test_other_forms(swept: Path, tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:]
     parses(latex)
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf"])
+def test_an_empty_panel_is_drawn(kind: str) -> None:
+    """Under QK-norm some figures do not apply: no values, and logarithmic axes."""
+    panel = Panel("nothing", "x", "y", [Series("a", [], [])], log_x=True, log_y=True, diagonal=True)
+    figure = Figure("key", "title", "caption", [], lambda _: [panel])
+    assert draw(figure, kind)
+    assert "nothing" in figure_html(figure)
+    assert to_csv(figure).count("\n") == 1
+
+
+def test_conditions_with_policies(few: Path, tmp_path: Path) -> None:
+    """Conditions whose short names are the same stay apart, and are no table of λ x λ."""
+    for index, folder in enumerate(sorted(few.iterdir())):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        decay = config["optimizer"]["weight_decay"]
+        decay |= {"attention": 5.0, "mlp": 0.1}
+        decay["policies"] = [{"kind": "rank_target", "target": 0.5 + 0.1 * index}]
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    study = write_report([few], tmp_path / "r.html")
+    names = [condition.name for condition in study.conditions]
+    assert len(names) == len(set(names)) == 3
+    assert all(name.startswith("policies = rank_target") for name in names)
+    assert "λ_mlp" not in (tmp_path / "r.html").read_text().split("<figure")[0]
 
 
 def parses(latex: str) -> None:

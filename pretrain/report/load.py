@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -10,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from models.roles import ATTENTION
 from pretrain.checkpoint import MANIFEST, list_checkpoints
 from pretrain.config import Config, differences, load_config
 from pretrain.errors import RunError, UsageError
@@ -18,6 +18,7 @@ from pretrain.identity import read_identity
 from pretrain.probe import Row
 from pretrain.run import CHECKPOINTS, CONFIG, read_ranks
 from pretrain.sweep import SWEEP
+from pretrain.sweep_config import kinds_of, short_names
 from pretrain.tracking import METRICS, read_metrics
 
 _SETTINGS = ("model", "data", "train", "optimizer", "precision")
@@ -282,11 +283,15 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
                 keys[key] = None
     order = _flat(runs[0].config.model_dump(mode="json"))
     keys = dict.fromkeys(sorted(keys, key=lambda key: order.get(key, len(order))))
+    short = short_names(list(keys))
     groups: dict[str, Condition] = {}
     for run in sorted(runs, key=lambda one: (one.seed, str(one.path))):
         values = {key: _value(run.config, key) for key in keys}
-        name = ", ".join(f"{key.rpartition('.')[2]} = {_text(v)}" for key, v in values.items())
-        group = groups.setdefault(name, Condition(name or "all runs", values, []))
+        name = ", ".join(f"{short[key]} = {_text(value)}" for key, value in values.items())
+        whole = json.dumps(values, sort_keys=True)
+        if whole not in groups and any(group.name == name for group in groups.values()):
+            name += f" ({hashlib.sha256(whole.encode()).hexdigest()[:4]})"
+        group = groups.setdefault(whole, Condition(name or "all runs", values, []))
         if any(other.seed == run.seed for other in group.runs):
             other = next(one for one in group.runs if one.seed == run.seed)
             raise UsageError(
@@ -314,7 +319,9 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, int]:
 def _text(value: Any) -> str:
     if isinstance(value, float | int) and not isinstance(value, bool):
         return f"{value:.4g}"
-    return json.dumps(value) if isinstance(value, list | dict) else str(value)
+    if isinstance(value, list | dict):
+        return kinds_of(value) or json.dumps(value)
+    return str(value)
 
 
 def _choose(conditions: list[Condition], wanted: str | None, named: str | None) -> Condition:
@@ -328,8 +335,3 @@ def _choose(conditions: list[Condition], wanted: str | None, named: str | None) 
         if named and any(run.path.name.startswith(f"{named},seed=") for run in condition.runs):
             return condition
     return conditions[0]
-
-
-def attention_roles() -> tuple[str, ...]:
-    """Names of the roles of attention, as logged."""
-    return tuple(role.value for role in ATTENTION)

@@ -122,7 +122,7 @@ def _label(series: Series, named: set[str]) -> str | None:
 
 def _scales(axes: Any, panel: Panel) -> None:
     values = sorted({x for series in panel.series for x in series.x})
-    if panel.log_x and values:
+    if panel.log_x and any(x > 0 for x in values):
         positive = [value for value in values if value > 0]
         if values[0] <= 0:
             axes.set_xscale("symlog", linthresh=positive[0] if positive else 1.0)
@@ -131,7 +131,8 @@ def _scales(axes: Any, panel: Panel) -> None:
             axes.set_xticks([], minor=True)
         else:
             axes.set_xscale("log")
-    if panel.log_y:
+    heights = [y for series in panel.series for y in series.y]
+    if panel.log_y and any(y > 0 for y in heights):  # it refuses an empty panel
         axes.set_yscale("log")
     if panel.y_range:
         axes.set_ylim(*panel.y_range)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.roles import ALIASES
 from pretrain.config import differences
 from pretrain.report.compare import (
     MEASURES,
@@ -118,7 +119,7 @@ def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable
         for condition in study.conditions
     ]
     rows_of, columns = sorted({row for row, _ in places}), sorted({c for _, c in places})
-    if len(places) == len(study.conditions):
+    if len(places) == len(study.conditions) and _varies_by_role(study):
         head = ["λ_mlp \\ λ_attention", *(f"{column:g}" for column in columns)]
         rows = [
             [Cell(f"{row:g}"), *(cell(places.get((row, column))) for column in columns)]
@@ -136,6 +137,17 @@ def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable
         head,
         rows,
         raw,
+    )
+
+
+def _varies_by_role(study: Study) -> bool:
+    """Whether conditions differ in constant λ alone: then λ names them."""
+    head = "optimizer.weight_decay."
+    words = {*ALIASES, "default"}
+    return all(
+        key.startswith(head) and key.removeprefix(head) in words
+        for condition in study.conditions
+        for key in condition.values
     )
 
 

@@ -16,6 +16,8 @@ from pretrain.report.figure_parts import (
 from pretrain.report.load import Condition, RunData, Study
 from pretrain.report.spec import Choice, Control, Figure, Panel, Series
 
+_NOT_HERE = "does not apply (QK-norm)"
+
 
 def _law(run: RunData, product: str) -> tuple[str, str, str]:
     """(level, column, words) of the quantity that the theory's law is about in this model."""
@@ -49,7 +51,7 @@ def discrepancy(study: Study) -> Figure:
                     Series(f"{condition.name}: ∏(1−ηλ)²", x, [left[s] for s in steps], colour,
                            dash=True)
                 )  # fmt: skip
-            title = f"{name}: {words[product]}"
+            title = f"{name}: {words[product]}" if lines else f"{name}: {_NOT_HERE}"
             panels.append(Panel(title, "step", "share of its start", lines, log_y=True))
         return panels
 
@@ -118,8 +120,9 @@ def bounds(study: Study) -> Figure:
                         texts=texts,
                     )
                 )
+            title = name if any(line.x for line in lines) else f"{name}: {_NOT_HERE}"
             panels.append(
-                Panel(name, "½(‖A‖² + ‖B‖²)", "nuclear norm", lines, log_x=True, log_y=True,
+                Panel(title, "½(‖A‖² + ‖B‖²)", "nuclear norm", lines, log_x=True, log_y=True,
                       diagonal=True)
             )  # fmt: skip
         return panels

@@ -29,6 +29,7 @@ from pretrain.tracking import rewind_metrics
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 RANKS = "ranks.parquet"
+EVALUATION = "evaluation.json"
 _PARTS = ".ranks"
 _FREE = ("data.path", "data.prefetch", "train.micro_batch")
 """Keys inside the science sections that change no number (or are checked by content)."""
@@ -105,6 +106,15 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
         )
     checkpoints = list_checkpoints(run / CHECKPOINTS)
     return Checkpoint(checkpoints[-1]) if checkpoints else None
+
+
+def is_complete(run: Path, config: Config, until: int | None = None) -> bool:
+    """Whether the run is there to its last step (or ``until``), evaluated if it should be."""
+    found = list_checkpoints(run / CHECKPOINTS)
+    if not found or int(found[-1].name.split("-")[1]) < (until or config.train.steps):
+        return False
+    evaluated = (run / EVALUATION).exists()
+    return until is not None or config.evaluation.at_end == "none" or evaluated
 
 
 def resolve_checkpoint(text: str) -> Path:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_aside
-from pretrain.checkpoint import list_checkpoints
 from pretrain.config import dump_config
 from pretrain.jobs import Executor, Job
 from pretrain.lock import is_busy
-from pretrain.run import CHECKPOINTS
+from pretrain.run import is_complete
 from pretrain.sweep_config import Sweep, Task
 from pretrain.sweep_table import Table
 from pretrain.tracking import METRICS
@@ -54,11 +53,7 @@ class Status:
 
 def is_done(task: Task) -> bool:
     """Whether the run folder holds a finished run."""
-    found = list_checkpoints(task.run / CHECKPOINTS)
-    if not found or int(found[-1].name.split("-")[1]) < task.last:
-        return False
-    evaluated = (task.run / "evaluation.json").exists()
-    return task.until is not None or task.config.evaluation.at_end == "none" or evaluated
+    return is_complete(task.run, task.config, task.until)
 
 
 def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list[Status]:

@@ -27,9 +27,11 @@ from pretrain.lock import RunLock
 from pretrain.probe import Row, measure, summary
 from pretrain.run import (
     CHECKPOINTS,
+    EVALUATION,
     add_ranks,
     check_continues,
     create_run,
+    is_complete,
     merge_ranks,
     plan_for_resume,
     resume_point,
@@ -38,8 +40,6 @@ from pretrain.run import (
 )
 from pretrain.signals import StopRequestedError, StopSignals
 from pretrain.tracking import Progress, Tracker, warn
-
-EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ def train(
                 lock.acquire()
         with grid.together(""):  # again: another process may have trained here until now
             setup, checkpoint, start = _begin(config, run, grid, fork, until)
+        if grid.broadcast(checkpoint is not None and is_complete(run, setup.config, until)):
+            return
         precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
         with grid.together(f"{run}"):
             if grid.is_main:

@@ -204,3 +204,4 @@ def test_finished_run_is_left_alone(undisturbed: dict[int, Path], data: Path) ->
     done = pretrain("train", str(run.parent / "recipe.yaml"), "--out", str(run))
     assert done.returncode == 0, done.stderr
     assert metrics_of(run) == before
+    assert len(json.loads((run / "environment.json").read_text())) == 1

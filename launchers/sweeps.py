@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 from launchers.local import LocalExecutor, command, default_slots, share_cores
 from pretrain.errors import UsageError
 from pretrain.jobs import Executor
-from pretrain.sweep import run_sweep, say, summary
+from pretrain.sweep import run_sweep, summary
 from pretrain.sweep_config import load_sweep
 from pretrain.sweep_plan import plan, print_plan
 
@@ -65,7 +66,7 @@ def run(
     statuses = run_sweep(sweep, out, executor, tries)
     failed = [status for status in statuses if status.state == "failed"]
     for status in failed:
-        say(f"failed: {status.task.name}: {status.note}")
+        print(f"failed: {status.task.name}: {status.note}", file=sys.stderr)
     if as_json:
         print(json.dumps(summary(statuses)))
     else:

@@ -121,8 +121,9 @@ def _print_result(run: Path, as_json: bool) -> None:
 
 def print_evaluation(figures: dict[str, Any]) -> None:
     """The figures of ``evaluation.json`` as a table on standard output."""
-    from rich.console import Console
     from rich.table import Table
+
+    from pretrain.tracking import show_table
 
     table = Table(title=f"{figures['split']} split, step {figures['step']}")
     for column in ("subset", "documents", "tokens", "bytes", "loss", "perplexity", "bits/byte"):
@@ -138,7 +139,7 @@ def print_evaluation(figures: dict[str, Any]) -> None:
             f"{row['perplexity']:.2f}",
             f"{row['bits_per_byte']:.4f}",
         )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    show_table(table, 120)
     present = len(figures["pile_subsets_present"])
     weighted = figures["pile_weighted"]
     if weighted:

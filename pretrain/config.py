@@ -215,10 +215,25 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UsageError: one line naming the file or key and the mend.
     """
+    values = read_mapping(path, "recipe", "sections, such as `model:`")
+    for override in overrides or []:
+        _apply(values, override)
+    return parse_config(values, str(path))
+
+
+def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
+    """A YAML file that is a mapping.
+
+    Args:
+        what, content: for the messages: "a recipe is a mapping of sections".
+
+    Raises:
+        UsageError: one line naming the file and the mend.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the recipe ({error.strerror})") from None
+        raise UsageError(f"{path}: cannot read the {what} ({error.strerror})") from None
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -227,10 +242,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         problem = getattr(error, "problem", None) or "not YAML"
         raise UsageError(f"{path}{line}: not valid YAML ({problem})") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of sections, such as `model:`")
-    for override in overrides or []:
-        _apply(values, override)
-    return parse_config(values, str(path))
+        raise UsageError(f"{path}: a {what} is a mapping of {content}")
+    return values
 
 
 def apply_overrides(config: Config, overrides: list[str]) -> Config:
@@ -253,14 +266,7 @@ def with_values(config: Config, values: dict[str, Any], source: str) -> Config:
     """
     tree = config.model_dump(mode="json")
     for key, value in values.items():
-        *parents, leaf = key.split(".")
-        place = tree
-        for parent in parents:
-            child = place.setdefault(parent, {})
-            if not isinstance(child, dict):
-                raise UsageError(f"{source}: {key}: {parent} is a value, not a section")
-            place = child
-        place[leaf] = number(value)
+        _set(tree, key, value, f"{source}: {key}")
     return parse_config(tree, source)
 
 
@@ -280,18 +286,31 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UsageError(f"{override!r}: an override is written key.path=value")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        child = values.setdefault(parent, {})
-        if child is None:
-            child = values[parent] = {}
-        if not isinstance(child, dict):
-            raise UsageError(f"{override!r}: {parent} is a value, not a section")
-        values = child
     try:
-        values[leaf] = number(yaml.safe_load(text))
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UsageError(f"{override!r}: the value is not valid YAML") from None
+    _set(values, key, value, repr(override))
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Put a value at a dotted key, making the sections on the way."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise UsageError(f"{source}: {parent} is a value, not a section")
+    tree[leaf] = number(value)
+
+
+def value_at(config: Config, key: str) -> Any:
+    """The value at a dotted key, as plain data; None where there is none."""
+    found: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
 def number(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from models.roles import ALIASES, QK, VO, ParameterInfo, Role
 from pretrain.alpha import alpha_multipliers
 from pretrain.config import Config
-from pretrain.decay import KEY, DecayPlan
+from pretrain.decay import KEY, DecayPlan, roles_of
 from pretrain.decay_config import AdaptiveDecay, AlphaDecay, ScheduleDecay
 from pretrain.errors import UsageError
 from pretrain.rank_target import RankController
@@ -115,6 +115,11 @@ class Alpha:
         self.exponents: dict[str, float] | None = None
         self._multipliers: dict[str, float] = {}
 
+    def measures(self, info: ParameterInfo) -> bool:
+        """Whether the parameter is a matrix of its roles, large enough for an exponent."""
+        large = len(info.shape) == 2 and min(info.shape) >= self.config.min_eigenvalues
+        return large and info.role in self.roles
+
     def observe(self, exponents: dict[str, float]) -> dict[str, float]:
         """Take new exponents by site label; returns mean, least and greatest multiplier."""
         config = self.config
@@ -185,16 +190,13 @@ class DecayControl:
             if isinstance(one, ScheduleDecay):
                 self.policies.append(_Schedule(one, roles, config.train.steps))
             elif isinstance(one, AlphaDecay):
-                least = one.min_eigenvalues
-                if not any(
-                    info.role in roles and len(info.shape) == 2 and min(info.shape) >= least
-                    for info in infos
-                ):
+                alpha = Alpha(one, roles)
+                if not any(map(alpha.measures, infos)):
                     raise UsageError(
                         f"{KEY}.policies[{index}].min_eigenvalues: no matrix of these roles has "
-                        f"{least} eigenvalues; lower it"
+                        f"{one.min_eigenvalues} eigenvalues; lower it"
                     )
-                self.policies.append(Alpha(one, roles))
+                self.policies.append(alpha)
             elif isinstance(one, AdaptiveDecay):
                 self.policies.append(Adaptive(one, roles))
                 self.form |= dict.fromkeys(roles, one.form)
@@ -212,9 +214,7 @@ class DecayControl:
     def _named(self, words: Iterable[str], key: str) -> frozenset[Role]:
         roles: set[Role] = set()
         for word in words:
-            if word not in ALIASES:
-                raise UsageError(f"{KEY}.{key}: {word!r} is no role; known: {', '.join(ALIASES)}")
-            here = self._roles.intersection(ALIASES[word])
+            here = self._roles.intersection(roles_of(word, f"{KEY}.{key}"))
             if not here:
                 raise UsageError(f"{KEY}.{key}: this model has no {word!r}; remove it")
             roles |= here

@@ -127,12 +127,19 @@ def _by_role(role: Role, config: WeightDecayConfig) -> float:
 def _rule_test(rule: DecayRule, index: int) -> tuple[set[Role], set[int] | None]:
     roles: set[Role] = set()
     for word in rule.roles:
-        if word not in ALIASES:
-            raise UsageError(
-                f"{KEY}.rules[{index}].roles: {word!r} is no role; known: {', '.join(ALIASES)}"
-            )
-        roles.update(ALIASES[word])
+        roles.update(roles_of(word, f"{KEY}.rules[{index}].roles"))
     return roles, parse_layers(rule.layers, f"{KEY}.rules[{index}].layers")
+
+
+def roles_of(word: str, key: str) -> tuple[Role, ...]:
+    """The roles that a word of a recipe stands for.
+
+    Raises:
+        UsageError: naming the key, if it is no role.
+    """
+    if word not in ALIASES:
+        raise UsageError(f"{key}: {word!r} is no role; known: {', '.join(ALIASES)}")
+    return ALIASES[word]
 
 
 def _in(info: ParameterInfo, layers: set[int] | None) -> bool:

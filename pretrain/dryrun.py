@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from pretrain.decay import DecayGroup
 from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.errors import UsageError
 from pretrain.grid import process_count
+from pretrain.tracking import show_table
 from pretrain.train import Setup, prepare
 
 
@@ -24,7 +24,6 @@ def dry_run(config: Config, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="parameter groups")
@@ -43,7 +42,7 @@ def dry_run(config: Config, as_json: bool) -> None:
             "adaptive" if group["exposure"] is None else f"{group['exposure']:.3g}",
         )
     table.add_row("all", "", "", "", f"{summary['parameters']:,}", "", "")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    show_table(table, 120)
     grid, memory = summary["grid"], summary["memory_gib"]
     print(
         f"grid: tensor {grid['tensor_parallel']} x pipeline {grid['pipeline_parallel']} x data "

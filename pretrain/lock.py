@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 from typing import IO
 
@@ -32,9 +33,8 @@ class RunLock:
         """
         self._run.mkdir(parents=True, exist_ok=True)
         file = (self._run / LOCK).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        # `is_busy` holds a lock for a moment, in any number of other processes.
+        if not any(_try(file, fcntl.LOCK_EX, pause) for pause in (0.0, 0.05, 0.1, 0.2, 0.4)):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             file.close()
@@ -55,12 +55,18 @@ class RunLock:
 
 def is_busy(run: Path) -> bool:
     """Whether a process trains in the folder now."""
-    if not (run / LOCK).exists():
-        return False
-    lock = RunLock(run)
     try:
-        lock.acquire()
-    except BusyError:
-        return True
-    lock.release()
-    return False
+        with (run / LOCK).open(encoding="utf-8") as file:
+            return not _try(file, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+
+
+def _try(file: IO[str], kind: int, pause: float = 0.0) -> bool:
+    """Take a lock if it is free after a pause; it goes when the file is closed."""
+    time.sleep(pause)
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -31,7 +31,7 @@ CHECKPOINTS = "checkpoints"
 RANKS = "ranks.parquet"
 EVALUATION = "evaluation.json"
 _PARTS = ".ranks"
-_FREE = ("data.path", "data.prefetch", "train.micro_batch")
+FREE = ("data.path", "data.prefetch", "train.micro_batch")
 """Keys inside the science sections that change no number (or are checked by content)."""
 _DYNAMIC = ("policies", "form", "coupling", "adadecay_slope", "nuclear_every")
 """Keys of ``optimizer.weight_decay`` that act on λ while a run goes on."""
@@ -95,7 +95,7 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
     changed = {
         key: values
         for key, values in differences(old, config).items()
-        if key not in _FREE and not key.startswith("optimizer.weight_decay")
+        if key not in FREE and not key.startswith("optimizer.weight_decay")
     }
     if changed:
         key, (before, after) = next(iter(changed.items()))

@@ -26,6 +26,9 @@ from pretrain.nuclear import nuclear_subgradient
 from pretrain.optimizers import MuonWithAdamW, muon_update
 from pretrain.shards import local_shard, own_shard, sum_over_stage, whole_tensor
 
+_WITH_GRADIENT = frozenset(("l2", "cautious", "adadecay"))
+"""Forms that need the gradient or the update of each piece of masters."""
+
 
 class Shrinker:
     """Applies a `DecayControl` to what this rank owns of the model.
@@ -56,6 +59,7 @@ class Shrinker:
         for fragment in self._fragments:
             self._by_owner[id(fragment.owner)].append(fragment)
             self._by_name[fragment.info.name].append(fragment)
+        self._needs_gradient = not _WITH_GRADIENT.isdisjoint(control.form.values())
         self._fresh = False
         self._before: list[tuple[Fragment, Tensor, float]] = []
         self._applied: dict[Site, Applied] = {}
@@ -85,6 +89,8 @@ class Shrinker:
             self._applied = self._control.commit(ratio)
             self._decoupled()
             self._nuclear()
+        if not self._needs_gradient:
+            return
         for group in optimizer.param_groups:
             for owner in group["params"]:
                 if owner.grad is not None:
@@ -118,7 +124,7 @@ class Shrinker:
             scores = self._gradient_scores(owner, flat)
         for fragment in held:
             form, shrink = self._form(fragment), self._shrink(fragment)
-            if form not in ("l2", "cautious", "adadecay") or not shrink:
+            if form not in _WITH_GRADIENT or not shrink:
                 continue
             gradient = flat.narrow(0, fragment.start, fragment.master.numel())
             if form == "l2":
@@ -254,8 +260,7 @@ class Shrinker:
         turn = 0
         for parameter in self._module.parameters():
             info = info_of(parameter)
-            small = min(info.shape) < policy.config.min_eigenvalues
-            if info.role not in policy.roles or len(info.shape) != 2 or small:
+            if not policy.measures(info):
                 continue
             matrix = whole_tensor(parameter, self._local(parameter), grid)
             if turn % ranks == grid.data_rank * grid.tensor + grid.tensor_rank:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pretrain.evaluate import score, summarize
 from pretrain.grid import build_grid, check_grid, connect, process_count
 from pretrain.probe import Factors, Row, layer_rows, summary
 from pretrain.run import resolve_checkpoint, write_text
-from pretrain.tracking import Progress
+from pretrain.tracking import Progress, show_table
 
 
 def evaluate_checkpoint(
@@ -142,7 +141,6 @@ def print_ranks(rows: list[Row], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"step": rows[0]["step"], "layers": means, "all": summary(rows)}))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"attention at step {rows[0]['step']}: means over heads")
@@ -156,4 +154,4 @@ def print_ranks(rows: list[Row], as_json: bool) -> None:
         table.add_column(column, justify="right")
     for name, row in [*((str(layer), means[layer]) for layer in layers), ("all", summary(rows))]:
         table.add_row(name, *(f"{row[key]:.4f}" for key in columns))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    show_table(table, 100)

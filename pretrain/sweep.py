@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ class Status:
     loss: float | None = None
     note: str = ""
     started: float | None = None
-    first_step: int = field(default=0)
+    first_step: int = 0
 
     @property
     def left(self) -> float | None:
@@ -217,8 +216,3 @@ def summary(statuses: Iterable[Status]) -> dict[str, Any]:
         }
         for status in statuses
     }
-
-
-def say(text: str) -> None:
-    """A line on standard error."""
-    print(text, file=sys.stderr, flush=True)

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
-from pretrain.config import Config, explain, load_config, number, with_values
+from pretrain.config import Config, explain, load_config, number, read_mapping, with_values
 from pretrain.decay_config import Section
 from pretrain.errors import UsageError
 from pretrain.schedule import exposure
@@ -96,11 +95,14 @@ class Task:
         return self.until or self.config.train.steps
 
     @property
+    def steps(self) -> int:
+        """Steps that it trains itself, after its trunk's."""
+        return self.last - (self.trunk.last if self.trunk else 0)
+
+    @property
     def tokens(self) -> int:
         """Tokens that it trains on itself."""
-        begun = self.trunk.last if self.trunk else 0
-        train = self.config.train
-        return (self.last - begun) * train.global_batch * self.config.model.context
+        return self.steps * self.config.train.global_batch * self.config.model.context
 
 
 @dataclass(frozen=True)
@@ -152,15 +154,7 @@ def load_sweep(path: Path, out: Path | None = None) -> Sweep:
 
 
 def _read(path: Path) -> SweepConfig:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the sweep ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        problem = str(getattr(error, "problem", "") or "not YAML")
-        raise UsageError(f"{path}: not valid YAML ({problem})") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a sweep is a mapping with `recipe:` and `grid:`")
+    values = read_mapping(path, "sweep", "keys, `recipe:` and `grid:` at least")
     try:
         return SweepConfig.model_validate(values)
     except ValidationError as error:

@@ -14,7 +14,7 @@ from pretrain.config import dump_config
 from pretrain.errors import RunError
 from pretrain.sweep import is_done
 from pretrain.sweep_config import Sweep, Task
-from pretrain.tracking import read_metrics
+from pretrain.tracking import read_metrics, show_table
 
 _STEPS = 8
 """Steps of the timing; the first two are not counted."""
@@ -58,7 +58,7 @@ def _describe(task: Task) -> dict[str, Any]:
         "run": str(task.run),
         "values": task.point.values if task.point else {},
         "seed": task.config.seed,
-        "steps": task.last - (task.trunk.last if task.trunk else 0),
+        "steps": task.steps,
         "tokens": task.tokens,
         "state": "done" if is_done(task) else "to run",
     }
@@ -94,8 +94,7 @@ def _timing(task: Task, start: Starter) -> dict[str, float]:
 
 
 def _seconds(task: Task, speed: dict[str, float]) -> float:
-    config = task.config
-    steps = task.last - (task.trunk.last if task.trunk else 0)
+    config, steps = task.config, task.steps
     return (
         speed["start"]
         + steps * speed["step"]
@@ -106,7 +105,6 @@ def _seconds(task: Task, speed: dict[str, float]) -> float:
 
 def print_plan(found: dict[str, Any], slots: int) -> None:
     """The dry run as a table on standard output."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{len(found['runs'])} runs, {found['open']} to do")
@@ -116,7 +114,7 @@ def print_plan(found: dict[str, Any], slots: int) -> None:
         values = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in run["values"].items())
         tokens = f"{run['tokens']:,}"
         table.add_row(run["name"], values, f"{run['steps']:,}", tokens, run["state"])
-    Console(width=None if Console().is_terminal else 120).print(table)
+    show_table(table, 120)
     print(f"{found['tokens']:,} tokens to train")
     if "timing" in found:
         minutes = found["seconds"] / 60

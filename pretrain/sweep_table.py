@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pretrain.tracking import clock
+
 if TYPE_CHECKING:
     from pretrain.sweep import Status
 
@@ -65,17 +67,9 @@ def _rich_table(title: str, statuses: list[Status]) -> Any:
             status.state,
             f"{status.step}/{status.task.last}",
             f"{status.loss:.3f}" if status.loss is not None else "",
-            _clock(status.left),
+            "" if status.left is None else clock(status.left),
             status.note[:60],
         )
     if waiting > 5:
         table.add_row(f"... {waiting - 5} more", "waiting", "", "", "", "")
     return table
-
-
-def _clock(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -135,6 +135,13 @@ def _start_tensorboard(run: Path) -> Any:
         return None
 
 
+def show_table(table: Any, width: int) -> None:
+    """Print a rich table on standard output: as wide as the terminal, or ``width`` elsewhere."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else width).print(table)
+
+
 def warn(text: str) -> None:
     """A line on standard error that does not stop anything."""
     print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
@@ -178,7 +185,7 @@ class Progress:
         self._shown = now
         speed = (done - self._start) / max(1e-9, now - self._began)
         left = (self._total - done) / speed if speed > 0 else 0.0
-        text = f"{self._what} {done}/{self._total} {note} {_clock(left)} left"
+        text = f"{self._what} {done}/{self._total} {note} {clock(left)} left"
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -187,7 +194,8 @@ class Progress:
             self._bar.stop()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

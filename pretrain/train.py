@@ -100,7 +100,8 @@ def train(
     """
     with grid.together(""):
         # Everything that can be refused is, before the folder is touched.
-        setup, _, _ = _begin(config, run, grid, fork, until)
+        prepared = prepare(config, grid.tensor)
+        setup, _, _ = _begin(prepared, run, grid, fork, until)
         data, sample = _open_data(setup)
         order = data_order(setup, data)
     lock = RunLock(run)
@@ -109,7 +110,7 @@ def train(
             if grid.is_main:
                 lock.acquire()
         with grid.together(""):  # again: another process may have trained here until now
-            setup, checkpoint, start = _begin(config, run, grid, fork, until)
+            setup, checkpoint, start = _begin(prepared, run, grid, fork, until)
         if grid.broadcast(checkpoint is not None and is_complete(run, setup.config, until)):
             return
         precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
@@ -136,10 +137,9 @@ def train(
 
 
 def _begin(
-    config: Config, run: Path, grid: Grid, fork: Path | None, until: int | None
+    setup: Setup, run: Path, grid: Grid, fork: Path | None, until: int | None
 ) -> tuple[Setup, Checkpoint | None, Checkpoint | None]:
     """The setup, the checkpoint of the run's own to go on from, and that or the fork's."""
-    setup = prepare(config, grid.tensor)
     checkpoint = resume_point(run, setup.config)
     start = checkpoint or (Checkpoint(fork) if fork else None)
     if start is not None:

@@ -18,28 +18,15 @@ import pretrain.train
 from pretrain.__main__ import main
 
 
-def pause(marker: Path) -> None:
+def pause(marker: Path, seconds: float = 600.0) -> None:
     """Say that the moment has come, and wait to be killed."""
     marker.touch()
-    time.sleep(600)
+    time.sleep(seconds)
 
 
 def arm(moment: str, marker: Path) -> None:
     """Put the pause where it is wanted."""
-    if moment == "slow":  # the sixth step takes a while, and then goes on
-        quick = pretrain.engine.Engine.train_step
-        taken = 0
-
-        def slow_step(self: Any, batches: Any) -> float:
-            nonlocal taken
-            taken += 1
-            if taken == 6:
-                marker.touch()
-                time.sleep(3.0)
-            return quick(self, batches)
-
-        pretrain.engine.Engine.train_step = slow_step
-    elif moment == "step":
+    if moment in ("step", "slow"):  # slow: the sixth step takes a while, and then goes on
         original = pretrain.engine.Engine.train_step
         count = 0
 
@@ -47,7 +34,7 @@ def arm(moment: str, marker: Path) -> None:
             nonlocal count
             count += 1
             if count == 6:
-                pause(marker)
+                pause(marker, 3.0 if moment == "slow" else 600.0)
             return original(self, batches)
 
         pretrain.engine.Engine.train_step = train_step

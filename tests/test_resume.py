@@ -35,6 +35,26 @@ def recipe_words(folder: Path, data: Path, processes: int) -> list[str]:
     return ["train", str(write_recipe(folder / "recipe.yaml", values))]
 
 
+def started_until(
+    moment: str, marker: Path, words: list[str], processes: int
+) -> subprocess.Popen[str]:
+    """The command line in a session of its own, come to a moment of ``tests/interrupted.py``."""
+    script = [str(ROOT / "tests/interrupted.py"), moment, str(marker)]
+    process = subprocess.Popen(
+        [*launcher(processes), *script, *words],
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not marker.exists():
+        assert time.monotonic() < deadline and process.poll() is None, "never came to the moment"
+        time.sleep(0.02)
+    return process
+
+
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """A run that nobody interrupts, on one process and on two pipeline stages."""
@@ -57,25 +77,7 @@ def test_killed_and_started_again(
     data: Path, tmp_path: Path, undisturbed: dict[int, Path], moment: str, processes: int
 ) -> None:
     words = [*recipe_words(tmp_path, data, processes), "--out", str(tmp_path / "run")]
-    marker = tmp_path / "marker"
-    command = [
-        *launcher(processes),
-        str(ROOT / "tests/interrupted.py"),
-        moment,
-        str(marker),
-        *words,
-    ]
-    process = subprocess.Popen(
-        command,
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not marker.exists():
-        assert time.monotonic() < deadline and process.poll() is None, "never came to the moment"
-        time.sleep(0.02)
+    process = started_until(moment, tmp_path / "marker", words, processes)
     for child in psutil.Process(process.pid).children(recursive=True):  # torchrun's workers
         child.kill()
     process.kill()
@@ -104,21 +106,8 @@ def test_asked_to_stop(
 ) -> None:
     """SIGTERM between checkpoints: one more checkpoint, exit code 75, and nothing is lost."""
     words = [*recipe_words(tmp_path, data, processes), "--out", str(tmp_path / "run")]
-    marker, run = tmp_path / "marker", tmp_path / "run"
-    command = [
-        *launcher(processes),
-        str(ROOT / "tests/interrupted.py"),
-        "slow",
-        str(marker),
-        *words,
-    ]
-    process = subprocess.Popen(
-        command, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not marker.exists():
-        assert time.monotonic() < deadline and process.poll() is None, "never came to the moment"
-        time.sleep(0.02)
+    run = tmp_path / "run"
+    process = started_until("slow", tmp_path / "marker", words, processes)
     process.terminate()  # torchrun hands it on to its workers
     _, stderr = process.communicate(timeout=60)
     if processes == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from data_pipeline.files import write_aside
@@ -12,7 +11,7 @@ from pretrain.report.figures import figures_of
 from pretrain.report.load import Study, load_study
 from pretrain.report.spec import Figure, to_csv
 from pretrain.report.tables import DataTable, summary, tables_of
-from pretrain.tracking import warn
+from pretrain.tracking import show_table, warn
 
 FORMATS = ("html", "md", "latex", "csv", "png", "pdf")
 
@@ -120,7 +119,6 @@ _WRITERS = {"html": _html, "md": _md, "latex": _latex, "csv": _csv, "png": _png,
 
 def print_summary(study: Study) -> None:
     """One row a condition, on standard output."""
-    from rich.console import Console
     from rich.table import Table
 
     table = summary(study)
@@ -129,4 +127,4 @@ def print_summary(study: Study) -> None:
         shown.add_column(title, justify="right" if index else "left")
     for row in table.rows:
         shown.add_row(*(cell.text for cell in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    show_table(shown, 160)

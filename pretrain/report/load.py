@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import MANIFEST, list_checkpoints
-from pretrain.config import Config, differences, load_config
+from pretrain.config import SCIENCE, Config, differences, load_config, value_at
 from pretrain.errors import RunError, UsageError
 from pretrain.identity import read_identity
 from pretrain.probe import Row
-from pretrain.run import CHECKPOINTS, CONFIG, read_ranks
+from pretrain.run import CHECKPOINTS, CONFIG, FREE, read_ranks
 from pretrain.sweep import SWEEP
 from pretrain.sweep_config import kinds_of, short_names
 from pretrain.tracking import METRICS, read_metrics
 
-_SETTINGS = ("model", "data", "train", "optimizer", "precision")
+_SETTINGS = tuple(section for section in SCIENCE if section != "seed")
 """Sections whose differences make two runs different conditions (the seed makes replicates)."""
-_SAME = ("data.path", "data.prefetch", "train.micro_batch")
-"""Keys in them that change no number, or are compared by content."""
 
 
 @dataclass(frozen=True)
@@ -279,14 +277,14 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
     keys: dict[str, None] = {}
     for run in runs[1:]:
         for key in differences(runs[0].config, run.config, _SETTINGS):
-            if key not in _SAME:
+            if key not in FREE:
                 keys[key] = None
     order = _flat(runs[0].config.model_dump(mode="json"))
     keys = dict.fromkeys(sorted(keys, key=lambda key: order.get(key, len(order))))
     short = short_names(list(keys))
     groups: dict[str, Condition] = {}
     for run in sorted(runs, key=lambda one: (one.seed, str(one.path))):
-        values = {key: _value(run.config, key) for key in keys}
+        values = {key: value_at(run.config, key) for key in keys}
         name = ", ".join(f"{short[key]} = {_text(value)}" for key, value in values.items())
         whole = json.dumps(values, sort_keys=True)
         if whole not in groups and any(group.name == name for group in groups.values()):
@@ -299,13 +297,6 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
             )
         group.runs.append(run)
     return sorted(groups.values(), key=lambda one: (one.decay, one.exposure, one.name))
-
-
-def _value(config: Config, key: str) -> Any:
-    found: Any = config.model_dump(mode="json")
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, int]:

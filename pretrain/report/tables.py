@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models.roles import ALIASES
-from pretrain.config import differences
+from pretrain.config import differences, value_at
 from pretrain.report.compare import (
     MEASURES,
     Difference,
@@ -17,7 +17,7 @@ from pretrain.report.compare import (
     condition_mean,
     differences_from,
 )
-from pretrain.report.load import Condition, RunData, Study
+from pretrain.report.load import Condition, Study
 
 
 @dataclass(frozen=True)
@@ -262,18 +262,14 @@ def configuration(study: Study) -> list[DataTable]:
     if not keys:
         return []
     rows = [
-        [Cell(run.path.name), *(Cell(_short(_value(run, key))) for key in keys)] for run in runs
+        [Cell(run.path.name), *(Cell(_short(value_at(run.config, key))) for key in keys)]
+        for run in runs
     ]
-    raw = [{"run": run.path.name, **{key: _value(run, key) for key in keys}} for run in runs]
+    raw = [
+        {"run": run.path.name, **{key: value_at(run.config, key) for key in keys}} for run in runs
+    ]
     caption = "Keys whose values are not the same in all runs."
     return [DataTable("configuration", "What differs", caption, ["run", *keys], rows, raw)]
-
-
-def _value(run: RunData, key: str) -> Any:
-    found: Any = run.config.model_dump(mode="json")
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,278 @@
+"""Short runs under every decay policy, in plain torch and numpy, from the formulas alone."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.dataset import TrainingData, load_manifest
+from models.gpt import GPT
+from models.layers import ParameterFactory
+from models.parallel import TensorParallel
+from models.roles import ATTENTION, MLP, Role, info_of
+from pretrain.config import Config, parse_config
+from pretrain.engine import mean_loss
+from pretrain.train import with_vocabulary
+from tests.tools import DIALECTS, base_recipe
+
+STEPS = 4
+SCHEDULE = {"kind": "schedule", "roles": ["attention"]}
+POLICIES: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "linear": {"policies": [{**SCHEDULE, "shape": "linear", "last": 0.25}]},
+    "cosine": {"policies": [{**SCHEDULE, "shape": "cosine", "start": 1, "stop": 3}]},
+    "step": {"policies": [{**SCHEDULE, "shape": "step", "start": 2, "last": 3.0}]},
+    "warmup": {"policies": [{**SCHEDULE, "shape": "warmup", "stop": 3}]},
+    "window": {"policies": [{**SCHEDULE, "shape": "window", "start": 1, "stop": 0.75}]},
+    "lr2": {"coupling": {"attention": "lr2"}},
+    "none": {"coupling": "none", "default": 0.003, "attention": 0.008, "bias": 0.001},
+    "l2": {"form": "l2"},
+    "l2_lr2": {"form": {"attention": "l2"}, "coupling": {"attention": "lr2"}},
+    "cautious": {"form": "cautious"},
+    "adadecay": {"form": "adadecay"},
+    "nuclear": {"form": {"attention": "nuclear"}},
+    "awd": {"policies": [{"kind": "awd"}]},
+    "awd_decoupled": {"policies": [{"kind": "awd", "form": "decoupled", "roles": ["qk"]}]},
+    "alpha": {"policies": [{"kind": "alpha", "refresh": 2, "min_eigenvalues": 8}]},
+    "alpha_mean": {
+        "policies": [
+            {"kind": "alpha", "refresh": 3, "min_eigenvalues": 8, "normalize_mean": True,
+             "hill": "released", "roles": ["attention", "mlp_in"]},
+            {**SCHEDULE, "shape": "linear"},
+        ]
+    },
+    "rank_target": {
+        "policies": [{"kind": "rank_target", "target": 0.3, "every": 1, "start": 0, "until": 0.5}]
+    },
+}  # fmt: skip
+
+
+def recipe(
+    data: Path, decay: dict[str, Any], optimizer: str = "sgd", dialect: str = "gpt2"
+) -> dict[str, Any]:
+    values = deepcopy(base_recipe(data))
+    values["model"] |= DIALECTS[dialect]
+    values["train"] = {"steps": STEPS, "global_batch": 8}
+    values["optimizer"] = {
+        "name": optimizer,
+        # SGD moves little at this rate, so that decay is much of what happens.
+        "learning_rate": 0.05 if optimizer == "sgd" else 3e-3,
+        "gradient_clipping": 0.0,
+        "schedule": {"kind": "linear", "warmup": 1, "final_fraction": 0.2},
+        "weight_decay": {"default": 0.4, "attention": 1.5, "bias": 0.2, **decay},
+    }
+    if dialect == "llama":
+        del values["optimizer"]["weight_decay"]["bias"]
+    values["checkpoint"] = {"every": 1, "keep": 0}
+    # Heads of 8 dimensions all need more than 95 %.
+    values["ranks"] = {"every": 1, "threshold": 0.5}
+    values["evaluation"] = {"every": STEPS, "documents": 2, "at_end": "none"}
+    return values
+
+
+# --- by hand --------------------------------------------------------------------------------
+
+
+class ByFormula:
+    """Lion (Chen et al. 2023, algorithm 2) and Muon (Jordan et al. 2024) in float64."""
+
+    def __init__(self, named: dict[str, torch.nn.Parameter], name: str) -> None:
+        self.named, self.name = named, name
+        self.param_groups: list[dict[str, float]] = [{"lr": 0.0}]
+        self.first = {key: torch.zeros_like(p).double() for key, p in named.items()}
+        self.second = {key: torch.zeros_like(p).double() for key, p in named.items()}
+        self.count = 0
+
+    def zero_grad(self) -> None:
+        for p in self.named.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        rate, self.count = self.param_groups[0]["lr"], self.count + 1
+        for key, p in self.named.items():
+            g, m, v = p.grad.double(), self.first[key], self.second[key]
+            if self.name == "lion":
+                update = (0.9 * m + 0.1 * g).sign()
+                m.mul_(0.95).add_(g, alpha=0.05)
+            elif info_of(p).role in ATTENTION + MLP:
+                m.mul_(0.95).add_(g, alpha=0.05)
+                update = self.orthogonal(0.95 * m + 0.05 * g) * 0.2 * math.sqrt(max(p.shape))
+            else:
+                m.mul_(0.9).add_(g, alpha=0.1)
+                v.mul_(0.95).add_(g * g, alpha=0.05)
+                root = (v / (1 - 0.95**self.count)).sqrt() + 1e-8
+                update = m / (1 - 0.9**self.count) / root
+            p.sub_((rate * update).float())
+
+    @staticmethod
+    def orthogonal(x: torch.Tensor) -> torch.Tensor:
+        """The quintic on each singular value, by an SVD."""
+        u, sigma, vh = torch.linalg.svd(x / x.norm(), full_matrices=False)
+        for _ in range(5):
+            sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+        return (u * sigma) @ vh
+
+
+class Hand:
+    """The same run in plain torch and numpy, from the formulas alone."""
+
+    def __init__(self, values: dict[str, Any], data: Path) -> None:
+        manifest = load_manifest(data)
+        self.config: Config = with_vocabulary(parse_config(values), manifest)
+        config = self.config
+        self.model = GPT(config.model, ParameterFactory(config.seed))
+        self.named = {info_of(p).name: p for p in self.model.parameters()}
+        self.data = TrainingData(
+            manifest, "proportional", config.model.context, config.seed, STEPS * 8
+        )
+        self.rate = [config.learning_rate(step) for step in range(STEPS)]
+        name = config.optimizer.name
+        parameters = list(self.named.values())
+        if name in ("lion", "muon"):
+            self.optimizer: Any = ByFormula(self.named, name)
+        elif name == "sgd":
+            self.optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=0.95)
+        else:
+            self.optimizer = torch.optim.AdamW(
+                parameters, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            )
+        self.multipliers: dict[str, float] = {}
+        self.awd = 0.0
+
+    def gradients(self, step: int) -> None:
+        pairs = [self.data[step * 8 + i] for i in range(8)]
+        inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs))
+        self.optimizer.zero_grad()
+        mean_loss(self.model(inputs), labels, TensorParallel()).backward()
+
+    def move(self, step: int) -> None:
+        self.optimizer.param_groups[0]["lr"] = self.rate[step]
+        self.optimizer.step()
+
+    def base(self, name: str) -> float:
+        decay = self.config.optimizer.weight_decay
+        role = info_of(self.named[name]).role
+        if role is Role.NORM:
+            return 0.0
+        if role is Role.BIAS:
+            return float(decay.bias or 0.0)
+        return float(decay.attention or 0.0) if role in ATTENTION else decay.default
+
+    def role(self, name: str) -> Role:
+        return info_of(self.named[name]).role
+
+
+def schedule_by_hand(case: str, step: int) -> float:
+    """Multipliers worked out from the words, for four steps (0-3)."""
+    return {
+        "linear": [1.0, 0.8125, 0.625, 0.4375],
+        "cosine": [1.0, 1.0, 0.5, 0.0],
+        "step": [1.0, 1.0, 3.0, 3.0],
+        "warmup": [0.0, 1 / 3, 2 / 3, 1.0],
+        "window": [0.0, 1.0, 1.0, 0.0],
+        "alpha_mean": [1.0, 0.75, 0.5, 0.25],
+    }[case][step]
+
+
+def hill_by_hand(weight: np.ndarray, form: str) -> float:
+    values = np.sort(np.linalg.svd(weight.astype(np.float64), compute_uv=False) ** 2)
+    n = len(values)
+    if form == "paper":
+        k = n // 2
+        return 1 + k / sum(math.log(values[n - i] / values[n - k - 1]) for i in range(1, k + 1))
+    i = n // 2
+    m = n - i
+    return 1 + m / (np.log(values[i:]).sum() - m * math.log(values[i]))
+
+
+def alpha_by_hand(hand: Hand, case: str) -> None:
+    policy = hand.config.optimizer.weight_decay.policies[0]
+    roles = ATTENTION + MLP if case == "alpha" else (*ATTENTION, Role.MLP_IN)
+    names = [name for name in hand.named if hand.role(name) in roles]
+    found = {name: hill_by_hand(hand.named[name].detach().numpy(), policy.hill) for name in names}
+    low, high = min(found.values()), max(found.values())
+    hand.multipliers = {
+        name: 0.67 + (5.0 - 0.67) * (value - low) / (high - low) for name, value in found.items()
+    }
+    if case == "alpha_mean":
+        mean = sum(hand.multipliers.values()) / len(hand.multipliers)
+        hand.multipliers = {name: value / mean for name, value in hand.multipliers.items()}
+
+
+def nuclear_by_hand(hand: Hand, name: str) -> torch.Tensor:
+    """The gradient of Σ over heads of ‖product‖_*, by autograd of an SVD."""
+    layer = name.rsplit(".", 2)[0]
+    parts = {
+        part: hand.named[f"{layer}.{part}.weight"].detach().double().requires_grad_()
+        for part in ("query", "key", "value", "output")
+    }
+    heads, width = 4, 32
+    query, key, value = (parts[part].view(heads, -1, width) for part in ("query", "key", "value"))
+    output = parts["output"].view(width, heads, -1).permute(1, 0, 2)
+    total = torch.linalg.svdvals(key.mT @ query).sum() + torch.linalg.svdvals(output @ value).sum()
+    total.backward()
+    return parts[name.rsplit(".", 2)[1]].grad.float()
+
+
+def run_by_hand(case: str, hand: Hand) -> None:
+    """Four updates."""
+    peak = max(hand.config.optimizer.learning_rate, 0.0)
+    for step in range(STEPS):
+        hand.gradients(step)
+        rate = hand.rate[step]
+        policies = hand.config.optimizer.weight_decay.policies
+        if case.startswith("alpha") and step % policies[0].refresh == 0:
+            alpha_by_hand(hand, case)
+        if case.startswith("awd"):
+            with torch.no_grad():
+                norm = math.sqrt(sum(float(p.grad.square().sum()) for p in hand.named.values()))
+                size = math.sqrt(sum(float(p.square().sum()) for p in hand.named.values()))
+            hand.awd = 0.1 * hand.awd + 0.9 * norm / size
+        nuclear = {
+            name: nuclear_by_hand(hand, name)
+            for name in hand.named
+            if case == "nuclear" and hand.role(name) in ATTENTION
+        }
+        before = {name: p.detach().clone() for name, p in hand.named.items()}
+        later: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            for name, p in hand.named.items():
+                role, decay = hand.role(name), hand.base(name)
+                attention = role in ATTENTION
+                if case in ("linear", "cosine", "step", "warmup", "window", "alpha_mean"):
+                    decay *= schedule_by_hand(case, step) if attention else 1.0
+                decay *= hand.multipliers.get(name, 1.0)
+                shrink = rate * decay
+                if case in ("lr2", "l2_lr2") and attention:
+                    shrink = rate * rate / peak * decay
+                elif case == "none":
+                    shrink = decay
+                awd = case == "awd" and role in ATTENTION + MLP
+                awd_decoupled = case == "awd_decoupled" and role in (Role.QUERY, Role.KEY)
+                if awd or awd_decoupled:
+                    shrink *= hand.awd
+                if case == "l2" or awd or (case == "l2_lr2" and attention):
+                    p.grad += shrink / rate * before[name]
+                elif case == "cautious":
+                    later[name] = shrink * before[name]
+                elif case == "adadecay":
+                    size = p.grad.abs()
+                    spread = float(size.double().std(correction=0)) or 1.0
+                    z = (size - size.double().mean()) / spread
+                    p.mul_((1 - shrink * 2 / (1 + torch.exp(-4 * z))).float())
+                elif name in nuclear:
+                    p.sub_(shrink * nuclear[name])
+                else:
+                    p.mul_(1 - shrink)
+        hand.move(step)
+        with torch.no_grad():
+            for name, amount in later.items():
+                p = hand.named[name]
+                agrees = (before[name] - p) * before[name] >= 0
+                p.sub_(amount * agrees)

@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml
 	  { echo "error: $(PYTHON) is older than 3.11: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,slurm,optimizers,test]' || \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,slurm,optimizers,vision,test]' || \
 	  { echo "error: installation failed, see above; a package without a wheel for this machine" \
 	    "needs a C++ compiler and Python's headers (apt-get install g++ python3-dev)" >&2; exit 1; }
 	@touch $(STAMP)

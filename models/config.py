@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.factors import AttentionShape
+
 
 class Dialect(StrEnum):
     """A named set of defaults; every switch can still be set by itself."""
@@ -116,6 +118,19 @@ class GPTConfig(BaseModel):
     def key_value_heads(self) -> int:
         """Number of key/value heads; fewer than query heads means grouped-query attention."""
         return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """Heads and widths of the attention layers."""
+        return AttentionShape(
+            num_layers=self.num_layers,
+            num_attention_heads=self.num_attention_heads,
+            key_value_heads=self.key_value_heads,
+            head_size=self.head_size,
+            hidden_size=self.hidden_size,
+            rotary_dim=self.rotary_dim,
+            qk_norm=self.qk_norm,
+        )
 
     @property
     def rotary_dim(self) -> int:

@@ -190,19 +190,48 @@ def evaluate(
 
 @app.command()
 def ranks(
-    target: Annotated[str, typer.Argument(help="Run folder, RUN@STEP or checkpoint folder.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="RUN, RUN@STEP, RUN@* (all checkpoints), a checkpoint, the folder of a Hugging "
+            "Face model, a folder of several, or a name on the Hub (@REVISION, @step*)."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Write the long table here (.parquet).")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the scatter plots of Figure 4 (.png, .csv).")
+    ] = None,
     threshold: Annotated[float, typer.Option(help="Share of Σσ that the rank covers.")] = 0.95,
+    denominator: Annotated[
+        str, typer.Option(help="Pseudo-rank = k / head width (head) or k / model width (model).")
+    ] = "head",
     spectra: Annotated[bool, typer.Option("--spectra", help="Store singular values too.")] = False,
+    family: Annotated[
+        Path | None, typer.Option(help="YAML that says where an unknown model's attention lies.")
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens per step of a pretrained model, for the table.")
+    ] = 0,
     json: Json = False,
 ) -> None:
-    """Rank statistics of a checkpoint's attention, tensor by tensor, without building the model."""
-    from pretrain.standalone import print_ranks, rank_rows
+    """Rank statistics of attention at rest: a run's, or any pretrained model's.
 
-    rows = rank_rows(target, threshold, spectra, out)
-    print_ranks(rows, json)
-    if out:
-        print(f"written: {out}", file=sys.stderr)
+    Read tensor by tensor without building the model; the table has the columns of a run's own
+    ranks.parquet, and several revisions (EleutherAI/pythia-160m@step*) make one table over
+    training. Families known: llama, mistral, qwen 2/3, gemma, gpt2, gpt_neox, gpt_neo, opt, phi,
+    olmo 1/2, bert, vit, deit, clip; others with --family.
+    """
+    if denominator not in ("head", "model"):
+        raise typer.BadParameter(f"--denominator: {denominator} is neither head nor model")
+    if not 0 < threshold <= 1:
+        raise typer.BadParameter(f"--threshold: {threshold} is not above 0 and at most 1")
+    from pretrain.config import RanksConfig
+    from pretrain.ranks import rank_command
+
+    settings = RanksConfig.model_validate(
+        {"threshold": threshold, "denominator": denominator, "spectra": spectra}
+    )
+    rank_command(target, settings, family, batch_tokens, out, figures, json)
 
 
 @app.command()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.files import write_synced
+from models.factors import Factors
 from models.roles import ParameterInfo, Role, declared_parameters, info_of
 from pretrain.config import Config, parse_config
 from pretrain.engine import Engine
@@ -33,6 +34,7 @@ from pretrain.masters import Fragment, is_replicated, local_shape, prepare_momen
 MANIFEST = "manifest.json"
 VERSION = 1
 MASTER = "master"
+ATTENTION_PARTS = ("query", "key", "value", "output")
 
 
 def checkpoint_name(step: int) -> str:
@@ -245,6 +247,11 @@ class Checkpoint:
         shape[dim] //= self.tensor_parallel
         parts = [self._shard(name, key, rank, shape) for rank in range(self.tensor_parallel)]
         return torch.cat(parts, dim)
+
+    def attention(self, layer: int) -> Factors:
+        """The attention matrices of a layer, by head."""
+        names = (f"blocks.{layer}.attention.{part}.weight" for part in ATTENTION_PARTS)
+        return Factors.of_layer(self.config.model.attention_shape, *map(self.full, names))
 
     def local(self, info: ParameterInfo, key: str, rank: int, size: int) -> Tensor:
         """The flat shard of tensor-parallel rank ``rank`` of ``size``."""

@@ -8,7 +8,6 @@ of a unit that ZeRO put elsewhere travel, and only to that rank.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.config import GPTConfig
+from models.factors import AttentionShape, Factors
 from models.gpt import attention_layers
 from models.layers import Attention
 from models.roles import Role, info_of
 from pretrain.config import RanksConfig
-from pretrain.control import Books, label
+from pretrain.control import Book, Books, label
 from pretrain.engine import Engine
 from pretrain.grid import Grid
 from pretrain.masters import Fragment, is_replicated, local_shape
@@ -39,20 +39,6 @@ _NOT_UNDER_QK_NORM = (
 """With QK-norm the logits do not depend on the factors' sizes, so these say nothing."""
 
 
-@dataclass(frozen=True)
-class Factors:
-    """The four matrices of some key/value heads, with g query heads each."""
-
-    query: Tensor
-    """``[units, g, head, width]``"""
-    key: Tensor
-    """``[units, head, width]``"""
-    value: Tensor
-    """``[units, head, width]``"""
-    output: Tensor
-    """``[units, g, width, head]``"""
-
-
 def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list[Row]:
     """Measure every head of the model; a collective call.
 
@@ -60,6 +46,7 @@ def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list
         All rows, sorted, on every rank.
     """
     model, grid = engine.config.model, engine.grid
+    shape = model.attention_shape
     mine: list[Row] = []
     books = engine.control.books()
     held = {fragment.info.name: fragment for fragment in engine.fragments()}
@@ -71,7 +58,7 @@ def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list
         if units:
             first = grid.tensor_rank * (model.key_value_heads // grid.tensor)
             indices = [first + unit for unit in units]
-            mine += layer_rows(factors, indices, layer.layer, model, books, config)
+            mine += layer_rows(factors, indices, layer.layer, shape, books, config)
     for row in mine:
         row.update(step=step, tokens=tokens)
     rows = [row for part in grid.gather(mine) for row in part]
@@ -242,15 +229,15 @@ def layer_rows(
     factors: Factors,
     units: list[int],
     layer: int,
-    model: GPTConfig,
-    books: Books,
+    shape: AttentionShape,
+    books: Books | None,
     config: RanksConfig,
 ) -> list[Row]:
     """Rows of both products for some key/value heads of a layer.
 
     Args:
         units: global indices of the key/value heads in ``factors``.
-        books: λ in use and what was applied so far, by site label.
+        books: λ in use and what was applied so far, by site label; None: not known.
 
     Returns:
         One row per query head (``level`` head) and, where heads share keys, one per group, for
@@ -260,15 +247,15 @@ def layer_rows(
     query, output = factors.query.mT, factors.output  # [units, g, width, head]
     key, value = (part.mT.unsqueeze(1).expand_as(query) for part in (factors.key, factors.value))
     heads = [unit * group + member for unit in units for member in range(group)]
-    rows = _rows("qk", "head", heads, key, query, layer, model, books, config)
-    rows += _rows("vp", "head", heads, output, value, layer, model, books, config)
+    rows = _rows("qk", "head", heads, key, query, layer, shape, books, config)
+    rows += _rows("vp", "head", heads, output, value, layer, shape, books, config)
     if group > 1:
         shared = factors.key.mT, factors.value.mT
         rows += _rows(
-            "qk", "group", units, shared[0], query.flatten(1, 2), layer, model, books, config
+            "qk", "group", units, shared[0], query.flatten(1, 2), layer, shape, books, config
         )
         rows += _rows(
-            "vp", "group", units, output.flatten(1, 2), shared[1], layer, model, books, config
+            "vp", "group", units, output.flatten(1, 2), shared[1], layer, shape, books, config
         )
     return rows
 
@@ -287,28 +274,28 @@ def _rows(
     a: Tensor,
     b: Tensor,
     layer: int,
-    model: GPTConfig,
-    books: Books,
+    shape: AttentionShape,
+    books: Books | None,
     config: RanksConfig,
 ) -> list[Row]:
     a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     statistics = product_statistics(a, b, config.threshold)
     columns = {name: values.tolist() for name, values in statistics.scalars().items()}
     if config.denominator == "model":
-        share = statistics.singular_values.shape[-1] / model.hidden_size
+        share = statistics.singular_values.shape[-1] / shape.hidden_size
         columns["pseudo_rank"] = [rank * share for rank in columns["pseudo_rank"]]
     pairs = {name: [float("nan")] * len(heads) for name in _PAIR_COLUMNS}
-    if product == "qk" and model.rotary_dim:
-        found = pair_statistics(a, b, model.rotary_dim, config.threshold)
+    if product == "qk" and shape.rotary_dim:
+        found = pair_statistics(a, b, shape.rotary_dim, config.threshold)
         pairs = {name: getattr(found, name).tolist() for name in _PAIR_COLUMNS}
     columns |= pairs
-    if product == "qk" and model.qk_norm:
+    if product == "qk" and shape.qk_norm:
         columns |= {name: [float("nan")] * len(heads) for name in _NOT_UNDER_QK_NORM}
     if config.spectra:
         columns["singular_values"] = statistics.singular_values.float().tolist()
     shared: Row = {"layer": layer, "product": product, "level": level}
     for side, role in zip("ab", _FACTOR_ROLES[product], strict=True):
-        book = books[label((role, layer))]
+        book = books[label((role, layer))] if books else Book(*[float("nan")] * 3)
         shared |= {f"{key}_{side}": getattr(book, key) for key in _BOOK_COLUMNS}
     return [
         {**shared, "head": head, **{name: values[i] for name, values in columns.items()}}

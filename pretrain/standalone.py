@@ -1,4 +1,4 @@
-"""Evaluation and rank statistics of checkpoints, without a training engine."""
+"""Evaluation of checkpoints, without a training engine."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from typing import Any
 
 from data_pipeline.dataset import held_out, load_manifest
 from pretrain.checkpoint import Checkpoint, load_into_module
-from pretrain.config import Config, RanksConfig, apply_overrides
-from pretrain.control import Book
+from pretrain.config import Config, apply_overrides
 from pretrain.deepspeed_adapter import prepare_deepspeed, resolve_precision
 from pretrain.engine import build_model
 from pretrain.errors import UsageError
 from pretrain.evaluate import score, summarize
 from pretrain.grid import build_grid, check_grid, connect, process_count
-from pretrain.probe import Factors, Row, layer_rows, summary
 from pretrain.run import resolve_checkpoint, write_text
-from pretrain.tracking import Progress, show_table
+from pretrain.tracking import Progress
 
 
 def evaluate_checkpoint(
@@ -96,62 +94,3 @@ def _result_path(target: str, checkpoint: Checkpoint, split: str) -> Path:
     run = checkpoint.path.parent.parent
     newest = Path(target) == run
     return run / name if newest else checkpoint.path / name
-
-
-def rank_rows(target: str, threshold: float, spectra: bool, out: Path | None) -> list[Row]:
-    """Rank statistics of every head of a checkpoint, one layer in memory at a time."""
-    checkpoint = Checkpoint(resolve_checkpoint(target))
-    model = checkpoint.config.model
-    books = {name: Book(*figures) for name, figures in checkpoint.state["decay"]["books"].items()}
-    config = RanksConfig(threshold=threshold, spectra=spectra)
-    progress = Progress(model.num_layers, "ranks", True)
-    rows: list[Row] = []
-    for layer in range(model.num_layers):
-        names = [f"blocks.{layer}.attention.{part}.weight" for part in _PARTS]
-        query, key, value, output = (checkpoint.full(name) for name in names)
-        units, head = model.key_value_heads, model.head_size
-        group = model.num_attention_heads // units
-        factors = Factors(
-            query=query.view(units, group, head, -1),
-            key=key.view(units, head, -1),
-            value=value.view(units, head, -1),
-            output=output.view(-1, units, group, head).permute(1, 2, 0, 3),
-        )
-        rows += layer_rows(factors, list(range(units)), layer, model, books, config)
-        progress.update(layer + 1)
-    progress.close()
-    batch = checkpoint.config.train.global_batch * model.context
-    for row in rows:
-        row.update(step=checkpoint.step, tokens=checkpoint.step * batch)
-    if out:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(rows), out)
-    return rows
-
-
-_PARTS = ("query", "key", "value", "output")
-
-
-def print_ranks(rows: list[Row], as_json: bool) -> None:
-    """Means per layer on standard output."""
-    layers = sorted({row["layer"] for row in rows})
-    means = {layer: summary([row for row in rows if row["layer"] == layer]) for layer in layers}
-    if as_json:
-        print(json.dumps({"step": rows[0]["step"], "layers": means, "all": summary(rows)}))
-        return
-    from rich.table import Table
-
-    table = Table(title=f"attention at step {rows[0]['step']}: means over heads")
-    columns = {
-        "pseudo_rank_qk": "rank W_QK",
-        "balance_qk": "balance",
-        "pseudo_rank_vp": "rank W_VP",
-        "balance_vp": "balance",
-    }
-    for column in ("layer", *columns.values()):
-        table.add_column(column, justify="right")
-    for name, row in [*((str(layer), means[layer]) for layer in layers), ("all", summary(rows))]:
-        table.add_row(name, *(f"{row[key]:.4f}" for key in columns))
-    show_table(table, 100)

@@ -19,27 +19,11 @@ def row_norms(run: RunData) -> Norms | None:
     found = list_checkpoints(run.path / CHECKPOINTS)
     if not found:
         return None
-    checkpoint, model = Checkpoint(found[-1]), run.config.model
-    head = model.head_size
-    group = model.num_attention_heads // model.key_value_heads
+    checkpoint = Checkpoint(found[-1])
     norms: Norms = {"qk": ([], [], []), "vp": ([], [], [])}
-    for layer in range(model.num_layers):
-        name = f"blocks.{layer}.attention.{{}}.weight"
-        query, key, value, output = (
-            checkpoint.full(name.format(part)) for part in ("query", "key", "value", "output")
-        )
-        parts = {
-            "qk": (
-                key[:head].square().sum(1),
-                query[: group * head].view(group, head, -1).square().sum((0, 2)),
-            ),
-            "vp": (
-                output[:, : group * head].view(-1, group, head).square().sum((0, 1)),
-                value[:head].square().sum(1),
-            ),
-        }
-        for product, (a, b) in parts.items():
+    for layer in range(run.config.model.num_layers):
+        for product, (a, b) in checkpoint.attention(layer).row_norms().items():
             norms[product][0].extend(a.tolist())
             norms[product][1].extend(b.tolist())
-            norms[product][2].extend(f"layer {layer} row {row}" for row in range(head))
+            norms[product][2].extend(f"layer {layer} row {row}" for row in range(len(a)))
     return norms

@@ -1,0 +1,164 @@
+"""Where the attention of a family of pretrained models lies: a description, not code.
+
+``families.yaml`` beside this file describes the known ones; a file of the user's describes
+another in the same words.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from models.factors import AttentionShape
+from models.roles import ModelError
+
+Keys = str | list[str]
+"""A key of config.json, or alternatives, the first that is there being taken."""
+
+EXAMPLE = (
+    "model_types: [mine] / layer: 'blocks.{layer}.attn.' / query: q.weight / key: k.weight / "
+    "value: v.weight / output: o.weight / layers: n_layers / heads: n_heads / width: d_model / "
+    "rotary: 1.0"
+)
+"""Ten lines that describe a family, for the message to who needs them."""
+
+
+class Tower(BaseModel):
+    """The attention of one stack of layers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: str = Field("", description="section of config.json; empty: the whole")
+    layer: str = Field(description="common head of a layer's tensor names, with {layer}")
+    query: str = ""
+    key: str = ""
+    value: str = ""
+    qkv: str = Field("", description="one tensor instead of query, key and value")
+    order: Literal["stacked", "per_head"] = Field(
+        "stacked", description="rows of qkv: all of q, all of k, all of v; or head by head"
+    )
+    output: str
+    transposed: bool = Field(False, description="matrices are stored [in, out]")
+    layers: Keys
+    heads: Keys
+    key_value_heads: Keys = ""
+    head_dim: Keys = ""
+    width: Keys
+    rotary: float | str | list[float | str] = Field(
+        0.0, description="share of a head that rotates, as pairs (j, j + half); or keys"
+    )
+    qk_norm: str = Field("", description="a tensor that is there where queries are normalised")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Tower:
+        if bool(self.qkv) == bool(self.query and self.key and self.value):
+            raise ValueError("give query, key and value, or qkv and order")
+        if "{layer}" not in self.layer:
+            raise ValueError("layer: has no {layer} in it")
+        return self
+
+    def shape(self, config: dict[str, Any], qk_norm: bool) -> AttentionShape:
+        """Heads and widths from ``config.json``.
+
+        Raises:
+            ModelError: naming the key that is missing.
+        """
+        section = _lookup(config, self.config) if self.config else config
+        if not isinstance(section, dict):
+            raise ModelError(f"config.json: has no section {self.config}")
+        heads, width = self._count(section, self.heads), self._count(section, self.width)
+        head = self._count(section, self.head_dim, width // heads)
+        shape = AttentionShape(
+            num_layers=self._count(section, self.layers),
+            num_attention_heads=heads,
+            key_value_heads=self._count(section, self.key_value_heads, heads),
+            head_size=head,
+            hidden_size=width,
+            rotary_dim=int(head * self._rotary(section)) // 2 * 2,
+            qk_norm=qk_norm,
+        )
+        if heads % shape.key_value_heads:
+            raise ModelError(
+                f"config.json: {shape.key_value_heads} key/value heads cannot be shared by {heads} "
+                "query heads"
+            )
+        return shape
+
+    def _count(self, section: dict[str, Any], keys: Keys, default: int | None = None) -> int:
+        names = [keys] if isinstance(keys, str) else keys
+        for name in names:
+            value = _lookup(section, name) if name else None
+            if isinstance(value, int) and value > 0:
+                return value
+        if default is None:
+            raise ModelError(f"config.json: has no {' or '.join(names)}; describe it with --family")
+        return default
+
+    def _rotary(self, section: dict[str, Any]) -> float:
+        for one in self.rotary if isinstance(self.rotary, list) else [self.rotary]:
+            value = _lookup(section, one) if isinstance(one, str) else one
+            if isinstance(value, int | float):
+                return float(value)
+        return 0.0
+
+
+class Family(BaseModel):
+    """One or several towers, and the ``model_type`` words of config.json that mean them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_types: list[str] = []
+    towers: dict[str, Tower]
+    """By name; the name of an only tower is empty."""
+
+
+def _lookup(section: dict[str, Any], key: str) -> Any:
+    found: Any = section
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+@cache
+def known_families() -> dict[str, Family]:
+    """The families that ``families.yaml`` describes, by ``model_type``."""
+    path = Path(__file__).with_name("families.yaml")
+    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found: dict[str, Family] = {}
+    for name, values in described.items():
+        family = _parse(values, f"{path.name}: {name}")
+        found |= dict.fromkeys(family.model_types, family)
+    return found
+
+
+def read_family(path: Path) -> Family:
+    """A family that a user describes in a YAML file.
+
+    Raises:
+        ModelError: one line naming the file and the key.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot read the family ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ModelError(f"{path}: not valid YAML; such as: {EXAMPLE}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: a family is a mapping, such as: {EXAMPLE}")
+    return _parse(values, str(path))
+
+
+def _parse(values: dict[str, Any], source: str) -> Family:
+    if "towers" not in values:
+        tower = {key: value for key, value in values.items() if key != "model_types"}
+        values = {"model_types": values.get("model_types", []), "towers": {"": tower}}
+    try:
+        return Family.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if part not in ("towers", ""))
+        raise ModelError(f"{source}: {key}: {first['msg'].lower()}") from None

@@ -1,0 +1,264 @@
+"""Rank statistics of weights at rest: a run, a checkpoint, or any pretrained model, one table.
+
+The same columns as a run's own ``ranks.parquet``, so that a run can be laid beside a model that
+others trained, or beside the checkpoints of its training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.factors import AttentionShape, Factors
+from models.families import Family, read_family
+from models.hub import fetch, is_hub_name, revisions
+from models.huggingface import is_pretrained, open_pretrained
+from pretrain.checkpoint import MANIFEST, Checkpoint, list_checkpoints
+from pretrain.config import RanksConfig
+from pretrain.control import Book, Books
+from pretrain.errors import UsageError
+from pretrain.probe import Row, layer_rows
+from pretrain.run import CHECKPOINTS, CONFIG, resolve_checkpoint
+from pretrain.scatter import Scatter
+from pretrain.tracking import Progress, show_table, warn
+
+_CHUNK = 1 << 22
+"""Elements of a matrix that are brought to float64 at once."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of attention layers at rest."""
+
+    name: str
+    """Empty, or which of several in one model."""
+    shape: AttentionShape
+    layer: Callable[[int], Factors]
+    books: Books | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model at one moment of its training."""
+
+    name: str
+    step: int
+    tokens: int | None
+    open: Callable[[], list[Stack]]
+
+
+def find_weights(target: str, family: Path | None = None, batch_tokens: int = 0) -> list[Weights]:
+    """What ``target`` names, in order of steps.
+
+    Args:
+        target: RUN, RUN@STEP, RUN@* (all its checkpoints), a checkpoint folder, a folder of a
+            Hugging Face model, a folder of several of either, or a name on the Hub, with
+            @REVISION, which may have a ``*``.
+        family: describes a model's files, where its family is not known.
+        batch_tokens: tokens per step of pretrained models, for the table; 0: not known.
+
+    Raises:
+        UsageError, ModelError: one line naming what was not found.
+    """
+    described = read_family(family) if family else None
+    base, _, wanted = target.rpartition("@") if "@" in target else (target, "", "")
+    path = Path(base)
+    if not path.exists() and is_hub_name(target) and not target.startswith("."):
+        chosen = revisions(base, wanted)
+        return [_pretrained(fetch(base, one), one or base, described, batch_tokens)
+                for one in chosen]  # fmt: skip
+    if is_pretrained(path):
+        return [_pretrained(path, path.name, described, batch_tokens)]
+    if wanted == "*":
+        return [_checkpoint(one) for one in list_checkpoints(path / CHECKPOINTS)]
+    if path.is_dir() and not wanted and not (path / CONFIG).exists():
+        parts = sorted((one for one in path.iterdir() if one.is_dir()), key=_number)
+        if any(is_pretrained(one) for one in parts):
+            parts = [one for one in parts if is_pretrained(one)]
+            return [_pretrained(one, one.name, described, batch_tokens) for one in parts]
+        if not (path / MANIFEST).is_file() and list_checkpoints(path):
+            return [_checkpoint(one) for one in list_checkpoints(path)]
+    if not path.exists():
+        raise UsageError(f"{base}: no such folder")
+    return [_checkpoint(resolve_checkpoint(target))]
+
+
+def _number(path: Path) -> tuple[int, str]:
+    digits = re.findall(r"\d+", path.name)
+    return (int(digits[-1]) if digits else -1, path.name)
+
+
+def _pretrained(folder: Path, name: str, family: Family | None, batch_tokens: int) -> Weights:
+    match = re.search(r"(?:step|checkpoint)[-_]?(\d+)", name)
+    step = int(match.group(1)) if match else 0
+
+    def stacks() -> list[Stack]:
+        return [
+            Stack(tower.name, tower.shape, tower.layer, None)
+            for tower in open_pretrained(folder, family, warn)
+        ]
+
+    return Weights(name, step, step * batch_tokens if batch_tokens else None, stacks)
+
+
+def _checkpoint(path: Path) -> Weights:
+    checkpoint = Checkpoint(path)
+    model = checkpoint.config.model
+    batch = checkpoint.config.train.global_batch * model.context
+
+    def stacks() -> list[Stack]:
+        saved = checkpoint.state["decay"]["books"]
+        books = {name: Book(*figures) for name, figures in saved.items()}
+        return [Stack("", model.attention_shape, checkpoint.attention, books)]
+
+    return Weights(path.name, checkpoint.step, checkpoint.step * batch, stacks)
+
+
+def measure_weights(found: list[Weights], config: RanksConfig) -> tuple[list[Row], Scatter]:
+    """Statistics of every head, one layer in memory at a time, with progress.
+
+    Returns:
+        Rows in the columns of ``ranks.parquet`` (and ``tower`` for a model that has several,
+        ``revision`` for several models), and the points of Figure 4 for the last of the weights.
+    """
+    rows: list[Row] = []
+    scatter = Scatter()
+    for weights in found:
+        scatter = Scatter()
+        several = {"revision": weights.name} if len(found) > 1 else {}
+        stacks = weights.open()
+        total = sum(stack.shape.num_layers for stack in stacks)
+        progress = Progress(total, f"ranks of {weights.name}", True)
+        done = 0
+        for stack in stacks:
+            label = {**several, "tower": stack.name} if stack.name else several
+            for layer in range(stack.shape.num_layers):
+                factors = stack.layer(layer)
+                measured = _layer(factors, layer, stack, config)
+                for row in measured:
+                    row.update(step=weights.step, tokens=weights.tokens, **label)
+                rows += measured
+                scatter.add(stack.name, layer, factors, measured)
+                done += 1
+                progress.update(done)
+        progress.close()
+    return rows, scatter
+
+
+def _layer(factors: Factors, layer: int, stack: Stack, config: RanksConfig) -> list[Row]:
+    shape = stack.shape
+    each = shape.group * shape.head_size * shape.hidden_size
+    at_once = max(1, _CHUNK // each)
+    rows: list[Row] = []
+    for start in range(0, shape.key_value_heads, at_once):
+        stop = min(start + at_once, shape.key_value_heads)
+        units = list(range(start, stop))
+        rows += layer_rows(factors.units(start, stop), units, layer, shape, stack.books, config)
+    return rows
+
+
+def write_table(rows: list[Row], out: Path) -> None:
+    """The long table as Parquet, its types those of a run's own."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(rows)
+    index = table.schema.get_field_index("tokens")
+    table = table.set_column(index, "tokens", table.column(index).cast(pa.int64()))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, out)
+
+
+_COLUMNS = {
+    "pseudo_rank_qk": "rank W_QK",
+    "balance_qk": "balance",
+    "discrepancy_qk": "discrepancy",
+    "pseudo_rank_vp": "rank W_VP",
+    "balance_vp": "balance",
+    "discrepancy_vp": "discrepancy",
+}
+
+
+def means(rows: list[Row]) -> dict[str, float]:
+    """Means over heads: pseudo-rank, balance, and discrepancy as a share of the bound.
+
+    Where heads share keys, balance and discrepancy are of the groups, whose law it is; NaN where
+    queries are normalised, since sizes then say nothing.
+    """
+    found = {}
+    for product in ("qk", "vp"):
+        chosen = [row for row in rows if row["product"] == product]
+        heads = [row for row in chosen if row["level"] == "head"]
+        lawful = [row for row in chosen if row["level"] == "group"] or heads
+        found[f"pseudo_rank_{product}"] = _mean([row["pseudo_rank"] for row in heads])
+        found[f"balance_{product}"] = _mean([row["balance"] for row in lawful])
+        found[f"discrepancy_{product}"] = _mean(
+            [row["discrepancy"] / (row["frobenius_bound"] or 1.0) for row in lawful]
+        )
+    return found
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def print_ranks(rows: list[Row], as_json: bool) -> None:
+    """Means per layer, or per step for several checkpoints, on standard output."""
+    step = rows[0]["step"]
+    series = "revision" in rows[0]
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        name = row["revision"] if series else f"{row.get('tower', '')} {row['layer']}".strip()
+        parts.setdefault(name, []).append(row)
+    lines = {name: means(part) for name, part in parts.items()}
+    if as_json:
+        plain = {name: _finite(line) for name, line in lines.items()}
+        body: dict[str, Any] = {"revisions": plain}
+        if not series:
+            body = {"step": step, "layers": plain, "all": _finite(means(rows))}
+        print(json.dumps(body))
+        return
+    from rich.table import Table
+
+    title = "attention over training" if series else f"attention at step {step}"
+    table = Table(title=f"{title}: means over heads")
+    for column in ("revision" if series else "layer", *_COLUMNS.values()):
+        table.add_column(column, justify="right")
+    if not series:
+        lines["all"] = means(rows)
+    for name, line in lines.items():
+        cells = ["n/a" if math.isnan(line[key]) else f"{line[key]:.4f}" for key in _COLUMNS]
+        table.add_row(name, *cells)
+    show_table(table, 110)
+    if any(math.isnan(line["balance_qk"]) for line in lines.values()):
+        print("n/a: queries and keys are normalised, so the sizes of their factors say nothing")
+
+
+def _finite(line: dict[str, float]) -> dict[str, float | None]:
+    return {key: None if math.isnan(value) else value for key, value in line.items()}
+
+
+def rank_command(
+    target: str,
+    config: RanksConfig,
+    family: Path | None,
+    batch_tokens: int,
+    out: Path | None,
+    figures: Path | None,
+    as_json: bool,
+) -> None:
+    """`pretrain ranks`."""
+    rows, scatter = measure_weights(find_weights(target, family, batch_tokens), config)
+    print_ranks(rows, as_json)
+    if out:
+        write_table(rows, out)
+        print(f"written: {out}", file=sys.stderr)
+    if figures:
+        scatter.write(figures)
+        print(f"written: {figures}/scatter.png, .csv", file=sys.stderr)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -65,6 +64,16 @@ def write_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def high_water(process: int) -> int:
+    """Peak resident memory of a process so far, KiB; `getrusage` would count its parent's too."""
+    try:
+        text = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in text.splitlines() if line.startswith("VmHWM")]
+    return int(found[0]) if found else 0
+
+
 def main() -> None:
     """Measure once and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -77,13 +86,15 @@ def main() -> None:
     words = [sys.executable, "-m", "pretrain", "ranks", str(options.folder)]
     began = time.monotonic()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, high_water(process.pid))
+        time.sleep(0.05)
     result = {
         "command": f"python {' '.join(sys.argv)}",
         "exit_code": process.returncode,
         "seconds": round(time.monotonic() - began, 1),
-        "peak_resident_gb": round(usage.ru_maxrss / 1e6, 2),
+        "peak_resident_gb": round(peak * 1024 / 1e9, 2),
         "model_gb": round(size / 1e9, 2),
         "heads": 2 * LAYERS * HEADS,
         "environment": environment(),

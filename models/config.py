@@ -1,4 +1,4 @@
-"""Configuration of the GPT family: three dialects as presets over one set of switches."""
+"""Configuration of the transformers: dialects as presets over one set of switches."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Dialect(StrEnum):
     GPT_NEOX = "gpt_neox"
     GPT2 = "gpt2"
     LLAMA = "llama"
+    VIT = "vit"
 
 
 _DIALECTS: dict[str, dict[str, Any]] = {
@@ -51,11 +52,23 @@ _DIALECTS: dict[str, dict[str, Any]] = {
         "tied_head": False,
         "initialization": "normal",
     },
+    # Vision Transformer: patches, learned positions, no mask, mean-pooled (Beyer et al. 2022).
+    Dialect.VIT: {
+        "position": "learned",
+        "parallel_residual": False,
+        "norm": "layernorm",
+        "activation": "gelu",
+        "biases": True,
+        "tied_head": False,
+        "initialization": "normal",
+        "causal": False,
+        "vocabulary_multiple": 8,
+    },
 }
 
 
 class GPTConfig(BaseModel):
-    """Shape and switches of a decoder-only transformer; unset ones follow from the dialect."""
+    """Shape and switches of a transformer; unset ones follow from the dialect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,7 +82,9 @@ class GPTConfig(BaseModel):
     context: int = Field(1024, ge=2, description="tokens in a training sequence")
     vocabulary_size: int = Field(0, ge=0, description="0: taken from the data's tokenizer")
     vocabulary_multiple: int = Field(128, ge=1, description="the vocabulary is padded to this")
-    position: Literal["learned", "rotary"] = "learned"
+    position: Literal["learned", "rotary", "none"] = Field(
+        "learned", description="none: a causal mask tells positions apart (Kazemnejad et al. 2023)"
+    )
     rotary_fraction: float = Field(1.0, gt=0, le=1, description="share of head_dim that rotates")
     rotary_base: float = Field(10_000.0, gt=0)
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -79,6 +94,16 @@ class GPTConfig(BaseModel):
     parallel_residual: bool = False
     tied_head: bool = True
     qk_norm: bool = Field(False, description="RMSNorm of queries and keys, per head")
+    attention: Literal["softmax", "linear", "sigmoid"] = Field(
+        "softmax",
+        description="linear: scores as they are, over the number seen; sigmoid: of score - log "
+        "of that number (Ramapuram et al. 2024)",
+    )
+    causal: bool = Field(True, description="false: every position sees all")
+    mlp: bool = Field(True, description="false: attention-only blocks")
+    image_size: int = Field(0, ge=0, description="> 0: images are classified, not text modelled")
+    patch_size: int = Field(0, ge=0)
+    image_channels: int = Field(3, ge=1)
     initialization: Literal["normal", "small_init"] = "normal"
     init_std: float = Field(0.02, gt=0, description="of `normal`; small_init follows the width")
 
@@ -87,6 +112,9 @@ class GPTConfig(BaseModel):
     def _fill_from_dialect(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        image, patch = values.get("image_size"), values.get("patch_size")
+        if isinstance(image, int) and isinstance(patch, int) and image > 0 and patch > 0:
+            values = {"context": max(2, (image // patch) ** 2), **values}
         # An unknown dialect falls through to the field's own error.
         return {**_DIALECTS.get(values.get("dialect", Dialect.GPT2), {}), **values}
 
@@ -107,7 +135,25 @@ class GPTConfig(BaseModel):
                 f"rotary_fraction: {self.rotary_fraction} of head_dim {self.head_size} leaves no "
                 "pair to rotate; raise it"
             )
+        if (self.dialect == Dialect.VIT) != bool(self.image_size):
+            raise ValueError("image_size: goes with dialect vit, and vit needs it")
+        if self.image_size:
+            if not self.patch_size or self.image_size % self.patch_size:
+                raise ValueError(
+                    f"patch_size: {self.patch_size} does not divide image_size {self.image_size}"
+                )
+            if self.context != (self.image_size // self.patch_size) ** 2:
+                raise ValueError(
+                    f"context: {self.context} is not the number of patches; leave it out"
+                )
+            if self.tied_head:
+                raise ValueError("tied_head: patches have no embedding that a head could share")
         return self
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch; 0 for text."""
+        return self.patch_size**2 * self.image_channels if self.image_size else 0
 
     @property
     def head_size(self) -> int:

@@ -59,6 +59,15 @@ class Factors:
             output=output.reshape(-1, units, group, head).permute(1, 2, 0, 3),
         )
 
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The inverse of `of_layer`: query, key, value, output."""
+        return (
+            self.query.flatten(0, 2),
+            self.key.flatten(0, 1),
+            self.value.flatten(0, 1),
+            self.output.permute(2, 0, 1, 3).flatten(1, 3),
+        )
+
     def units(self, start: int, stop: int) -> Factors:
         """Some of the key/value heads."""
         part = slice(start, stop)

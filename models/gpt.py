@@ -1,4 +1,4 @@
-"""GPT: a list of layers, run whole in one process or cut into pipeline stages.
+"""Transformers as a list of layers, run whole in one process or cut into pipeline stages.
 
 Every layer takes and returns one tensor, so that a sequence of them is the model and any
 contiguous part of it is a pipeline stage.
@@ -33,6 +33,28 @@ class Embedding(nn.Module):
         return embed(tokens.t().contiguous(), self.weight, self.tp)
 
 
+class PatchEmbedding(nn.Module):
+    """Linear map of patches; ``[batch, patches, values]`` to ``[patches, batch, hidden]``."""
+
+    def __init__(self, config: GPTConfig, factory: ParameterFactory) -> None:
+        super().__init__()
+        shape = (config.hidden_size, config.patch_dim)
+        std = config.patch_dim**-0.5  # patches are of unit size, not one-hot
+        self.weight = factory.normal("embedding.weight", shape, Role.EMBEDDING, None, std)
+        self.bias = factory.constant("embedding.bias", shape[:1], Role.BIAS, None, 0.0)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        patches = patches.transpose(0, 1).to(self.weight.dtype)
+        return F.linear(patches, self.weight, self.bias)
+
+
+class Pool(nn.Module):
+    """Mean over the patches; ``[patches, batch, hidden]`` to ``[1, batch, hidden]``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(0, keepdim=True)
+
+
 class LearnedPosition(nn.Module):
     """Adds a learned vector per position."""
 
@@ -58,8 +80,10 @@ class Block(nn.Module):
         self.parallel_residual, self.recompute = config.parallel_residual, recompute
         self.attention_norm = Norm(config, factory, f"blocks.{layer}.attention_norm", layer)
         self.attention = Attention(config, layer, factory)
-        self.mlp_norm = Norm(config, factory, f"blocks.{layer}.mlp_norm", layer)
-        self.mlp = MLP(config, layer, factory)
+        self.mlp = None
+        if config.mlp:
+            self.mlp_norm = Norm(config, factory, f"blocks.{layer}.mlp_norm", layer)
+            self.mlp = MLP(config, layer, factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -69,6 +93,8 @@ class Block(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mlp is None:
+            return x + self.attention(self.attention_norm(x))
         if self.parallel_residual:
             return x + self.attention(self.attention_norm(x)) + self.mlp(self.mlp_norm(x))
         x = x + self.attention(self.attention_norm(x))
@@ -97,7 +123,7 @@ def vocabulary_weight(
 ) -> nn.Parameter:
     """A vocabulary-parallel ``[padded vocabulary, hidden]`` matrix, its padding zero."""
     if not config.vocabulary_size:
-        raise ModelError("model.vocabulary_size is 0: give it, or data whose manifest has it")
+        raise ModelError("model.vocabulary_size is 0: give it, or data that says how many")
     shape = (config.padded_vocabulary(factory.tp.size), config.hidden_size)
     std = config.init_stds[0]
     return factory.normal(name, shape, role, None, std, 0, rows=config.vocabulary_size)
@@ -134,14 +160,21 @@ def layer_plans(
         ModelError: if tensor parallelism does not divide the heads or the MLP.
     """
     check_tensor_parallel(config, factory.tp.size)
+    if config.patch_dim and factory.tp.sequence_parallel:
+        raise ModelError(
+            "grid.sequence_parallel: not for images, whose patches are few; leave it out"
+        )
     tied = "embedding" if config.tied_head else None
-    plans = [LayerPlan(Embedding, (config, factory), tied)]
+    first = PatchEmbedding if config.patch_dim else Embedding
+    plans = [LayerPlan(first, (config, factory), tied)]
     if config.position == "learned":
         plans.append(LayerPlan(LearnedPosition, (config, factory)))
     plans += [
         LayerPlan(Block, (config, layer, factory, recompute)) for layer in range(config.num_layers)
     ]
     plans.append(LayerPlan(Norm, (config, factory, "final_norm", None)))
+    if config.patch_dim:
+        plans.append(LayerPlan(Pool, ()))
     if config.tied_head:
         plans.append(LayerPlan(Embedding, (config, factory), tied, project))
     else:
@@ -188,7 +221,10 @@ class GPT(nn.Module):
                 self.functions.append(_bind(plan.forward, module))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``[batch, sequence]`` integers to ``[sequence, batch, vocabulary / tensor_parallel]``."""
+        """``[batch, sequence]`` integers to ``[sequence, batch, vocabulary / tensor_parallel]``.
+
+        For images ``[batch, patches, values]`` to ``[1, batch, classes / tensor_parallel]``.
+        """
         x = tokens
         for function in self.functions:
             x = function(x)

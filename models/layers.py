@@ -126,7 +126,7 @@ class Rotary:
 
 
 class Attention(nn.Module):
-    """Causal multi-head or grouped-query attention with separate Q, K and V parameters."""
+    """Multi-head or grouped-query attention with separate Q, K and V parameters."""
 
     def __init__(self, config: GPTConfig, layer: int, factory: ParameterFactory) -> None:
         super().__init__()
@@ -180,10 +180,25 @@ class Attention(nn.Module):
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = self._mixed(q, k, v)
         mixed = mixed.permute(2, 0, 1, 3).flatten(2)
         y = leave(F.linear(mixed, self.output), self.tp)
         return y if self.output_bias is None else y + replicated(self.output_bias, self.tp)
+
+    def _mixed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Values mixed by scores, all ``[batch, heads, sequence, head]``."""
+        causal = self.config.causal
+        if self.config.attention == "softmax":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        scores = q @ k.mT * self.config.head_size**-0.5
+        length = q.shape[-2]
+        seen = torch.full((length, 1), length, device=q.device, dtype=q.dtype)
+        if causal:
+            seen = torch.arange(1, length + 1, device=q.device, dtype=q.dtype).unsqueeze(1)
+        weights = scores / seen
+        if self.config.attention == "sigmoid":
+            weights = torch.sigmoid(scores - seen.log())
+        return (weights.tril() if causal else weights) @ v
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.config.head_size)).permute(1, 2, 0, 3)

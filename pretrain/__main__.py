@@ -31,6 +31,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="key.path=value, for example optimizer.weight_decay.attention=0.3"),
 ]
+AttentionRank = Annotated[
+    str | None,
+    typer.Option(
+        help="Cut every head's W_QK and W_VP to this share of its singular values (0.75), or to "
+        "its measured pseudo-rank (measured)."
+    ),
+]
+AttentionProduct = Annotated[str, typer.Option(help="Which product to cut: qk, vp or both.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
@@ -121,6 +129,13 @@ def _print_result(run: Path, as_json: bool) -> None:
 
 def print_evaluation(figures: dict[str, Any]) -> None:
     """The figures of ``evaluation.json`` as a table on standard output."""
+    overall = figures["overall"]
+    if "accuracy" in overall:
+        print(
+            f"{figures['split']} split, step {figures['step']}: {overall['samples']:,} samples, "
+            f"loss {overall['loss']:.4f}, accuracy {overall['accuracy']:.4f}"
+        )
+        return
     from rich.table import Table
 
     from pretrain.tracking import show_table
@@ -128,7 +143,7 @@ def print_evaluation(figures: dict[str, Any]) -> None:
     table = Table(title=f"{figures['split']} split, step {figures['step']}")
     for column in ("subset", "documents", "tokens", "bytes", "loss", "perplexity", "bits/byte"):
         table.add_column(column, justify="left" if column == "subset" else "right")
-    rows = [*figures["subsets"].items(), ("all", figures["overall"])]
+    rows = [*figures["subsets"].items(), ("all", overall)]
     for name, row in rows:
         table.add_row(
             name,
@@ -170,13 +185,17 @@ def evaluate(
         Path | None,
         typer.Option(help="Default: evaluation.json (or evaluation-SPLIT.json) of RUN."),
     ] = None,
+    attention_rank: AttentionRank = None,
+    attention_product: AttentionProduct = "both",
     json: Json = False,
 ) -> None:
     """Held-out loss, perplexity and bits per byte, overall and per subset, on any grid."""
     from pretrain.standalone import evaluate_checkpoint
+    from pretrain.truncate import parse_rank
 
+    choice = parse_rank(attention_rank, attention_product) if attention_rank else None
     figures, path, is_main = evaluate_checkpoint(
-        target, overrides or [], data, split, documents, batch, stride, out
+        target, overrides or [], data, split, documents, batch, stride, out, choice
     )
     if is_main:
         if json:
@@ -186,6 +205,29 @@ def evaluate(
         else:
             print_evaluation(figures)
             print(f"written: {path}")
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(help="Run folder, RUN@STEP or checkpoint folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the Hugging Face model; new or empty.")],
+    form: Annotated[str, typer.Option("--format", help="huggingface.")] = "huggingface",
+    attention_rank: AttentionRank = None,
+    attention_product: AttentionProduct = "both",
+) -> None:
+    """A checkpoint as a Hugging Face model: config.json and sharded safetensors.
+
+    The dialects gpt2, gpt_neox and llama become GPT2, GPTNeoX and Llama (Qwen3 with QK-norm,
+    SmolLM3 without positions). With --attention-rank the heads are written as narrow as what is
+    kept, where the class allows it.
+    """
+    if form != "huggingface":
+        raise typer.BadParameter(f"--format: {form} is not huggingface, the only one so far")
+    from pretrain.export import export_checkpoint
+    from pretrain.truncate import parse_rank
+
+    choice = parse_rank(attention_rank, attention_product) if attention_rank else None
+    print(f"written: {export_checkpoint(target, out, choice)}")
 
 
 @app.command()

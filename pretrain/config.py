@@ -36,6 +36,27 @@ class DataConfig(Section):
     prefetch: int = Field(4, ge=0, description="batches read ahead; 0: none")
 
 
+class TaskConfig(Section):
+    """What is learned: text by default."""
+
+    kind: Literal["text", "recall", "images"] = "text"
+    pairs: int = Field(20, ge=1, description="recall: pairs (x, y) before the question")
+    symbols: int = Field(32, ge=2, description="recall: different x, and as many different y")
+    random_labels: float = Field(
+        0.05, ge=0, le=1, description="recall: share of training answers that are random"
+    )
+    source: Literal["digits", "folder", "hub"] = Field(
+        "digits",
+        description="images: scikit-learn's 8 x 8 digits; an ImageFolder (PATH/train/CLASS/*.jpg, "
+        "PATH/val/...); a dataset of the Hub or a folder of its parquet files",
+    )
+    path: str = Field("", description="images: the folder, or the dataset's name")
+    augment: Literal["none", "crop", "randaugment"] = Field(
+        "none", description="images: random crop and flip; with RandAugment (Cubuk et al. 2020)"
+    )
+    workers: int = Field(0, ge=0, description="images: processes that read and augment")
+
+
 class TrainConfig(Section):
     """Length and batch of the run."""
 
@@ -131,6 +152,7 @@ class Config(Section):
 
     seed: int = Field(1234, ge=0)
     model: GPTConfig = GPTConfig()
+    task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     grid: GridConfig = GridConfig()
@@ -173,6 +195,17 @@ class Config(Section):
                 f"grid.pipeline_parallel: {grid.pipeline_parallel} stages cannot share "
                 f"model.num_layers {self.model.num_layers}; use fewer stages"
             )
+        if (self.task.kind == "images") != bool(self.model.image_size):
+            raise ValueError("task.kind: images goes with model.dialect vit, and no other does")
+        if self.task.kind == "recall" and self.model.context != 2 * self.task.pairs + 1:
+            raise ValueError(
+                f"model.context: {self.model.context} is not {2 * self.task.pairs + 1}, as "
+                f"task.pairs {self.task.pairs} (two a pair, and the question)"
+            )
+        if self.task.kind == "recall" and self.task.symbols < self.task.pairs:
+            raise ValueError(
+                f"task.symbols: {self.task.symbols} cannot give {self.task.pairs} different x"
+            )
         if grid.sequence_parallel and self.model.context % grid.tensor_parallel:
             raise ValueError(
                 f"grid.sequence_parallel: model.context {self.model.context} is not a multiple of "
@@ -205,7 +238,7 @@ class Config(Section):
         return every or max(1, self.train.steps // parts)
 
 
-SCIENCE = ("seed", "model", "data", "train", "optimizer", "precision")
+SCIENCE = ("seed", "model", "task", "data", "train", "optimizer", "precision")
 """Sections that a resumed run must keep; the others (grid, logging, ...) may change."""
 
 

@@ -40,14 +40,21 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and labels, each ``[micro batch, context]`` int64."""
 
 
-def mean_loss(logits: torch.Tensor, labels: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+def mean_loss(
+    logits: torch.Tensor, labels: torch.Tensor, tp: TensorParallel, partial_labels: bool = False
+) -> torch.Tensor:
     """Mean cross-entropy, in nats per token.
 
     Args:
         logits: ``[sequence, batch, vocabulary / tensor_parallel]``.
         labels: ``[batch, sequence]``.
+        partial_labels: labels below 0 do not count; as many in every micro batch.
     """
-    return token_losses(logits, labels.t(), tp).mean()
+    if not partial_labels:
+        return token_losses(logits, labels.t(), tp).mean()
+    asked = labels.t() >= 0
+    losses = token_losses(logits, labels.t().clamp_min(0), tp)
+    return (losses * asked).sum() / asked.sum()
 
 
 def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterInfo]:
@@ -68,10 +75,11 @@ def build_model(config: Config, grid: Grid) -> nn.Module:
     recompute = config.grid.activation_checkpointing
     if grid.pipeline == 1:
         return GPT(config.model, factory, recompute).to(grid.device)
-    return _pipeline_module(layer_plans(config.model, factory, recompute), grid)
+    loss = partial(mean_loss, tp=grid.tensor_parallel, partial_labels=config.task.kind != "text")
+    return _pipeline_module(layer_plans(config.model, factory, recompute), grid, loss)
 
 
-def _pipeline_module(plans: list[LayerPlan], grid: Grid) -> nn.Module:
+def _pipeline_module(plans: list[LayerPlan], grid: Grid, loss: Any) -> nn.Module:
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -96,7 +104,7 @@ def _pipeline_module(plans: list[LayerPlan], grid: Grid) -> nn.Module:
             topology=PipeModelDataParallelTopology(
                 num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data
             ),
-            loss_fn=partial(mean_loss, tp=grid.tensor_parallel),
+            loss_fn=loss,
             partition_method="type:block",
             activation_checkpoint_interval=0,
         )
@@ -157,7 +165,7 @@ class Engine:
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of a micro batch, in nats per token."""
-        return mean_loss(logits, labels, self.grid.tensor_parallel)
+        return mean_loss(logits, labels, self.grid.tensor_parallel, self.config.task.kind != "text")
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -96,12 +96,11 @@ def score(
     totals = torch.zeros(len(documents), dtype=torch.float64)
     was_training = module.training
     module.eval()
-    dtype = next(module.parameters()).dtype
     with torch.no_grad():
         for turn in range(rounds):
             number = turn * grid.data + grid.data_rank
             part = batches[number] if number < len(batches) else batches[-1]
-            losses = _forward(module, grid, model, part, dtype)
+            losses = _forward(module, grid, model, part)
             if losses is not None and number < len(batches):
                 for window, row in zip(part, losses, strict=True):
                     stop = len(window.inputs)
@@ -117,7 +116,7 @@ def score(
 
 
 def _forward(
-    module: nn.Module, grid: Grid, model: GPTConfig, part: list[Window], dtype: torch.dtype
+    module: nn.Module, grid: Grid, model: GPTConfig, part: list[Window]
 ) -> torch.Tensor | None:
     """Token losses ``[batch, length]`` on the rank that reports them, else None."""
     longest = max(len(window.inputs) for window in part)
@@ -130,18 +129,37 @@ def _forward(
         targets[row, stop - len(window.targets) : stop] = torch.from_numpy(
             window.targets.astype(np.int64)
         )
-    x = inputs.to(grid.device)
-    here = {"data": grid.data_rank, "tensor": grid.tensor_rank}
-    if grid.pipeline_rank > 0:
-        rows = length // grid.tensor if grid.sequence_parallel else length
-        x = torch.empty(rows, len(part), model.hidden_size, dtype=dtype, device=grid.device)
-        dist.recv(x, grid.global_rank(pipeline=grid.pipeline_rank - 1, **here))
-    y = module(x)
-    if not grid.is_last_stage:
-        dist.send(y.contiguous(), grid.global_rank(pipeline=grid.pipeline_rank + 1, **here))
+    y = forward_pass(module, grid, model, inputs)
+    if y is None:
         return None
     losses = token_losses(y, targets.to(grid.device).t(), grid.tensor_parallel)
     return losses.t().cpu() if grid.tensor_rank == 0 else None
+
+
+def forward_pass(
+    module: nn.Module, grid: Grid, model: GPTConfig, inputs: torch.Tensor
+) -> torch.Tensor | None:
+    """Logits of a batch, through all pipeline stages; a collective call.
+
+    Args:
+        inputs: tokens ``[batch, length]``, or patches ``[batch, patches, values]``.
+
+    Returns:
+        ``[length, batch, vocabulary / tensor_parallel]`` on the last stage, else None.
+    """
+    x = inputs.to(grid.device)
+    here = {"data": grid.data_rank, "tensor": grid.tensor_rank}
+    if grid.pipeline_rank > 0:
+        batch, length = inputs.shape[:2]
+        rows = length // grid.tensor if grid.sequence_parallel else length
+        dtype = next(module.parameters()).dtype
+        x = torch.empty(rows, batch, model.hidden_size, dtype=dtype, device=grid.device)
+        dist.recv(x, grid.global_rank(pipeline=grid.pipeline_rank - 1, **here))
+    y: torch.Tensor = module(x)
+    if not grid.is_last_stage:
+        dist.send(y.contiguous(), grid.global_rank(pipeline=grid.pipeline_rank + 1, **here))
+        return None
+    return y
 
 
 def summarize(documents: list[HeldOut], nats: np.ndarray) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from data_pipeline.dataset import Manifest, TrainingData
 from data_pipeline.files import write_aside
 from models.roles import declared_parameters, fingerprint_of, info_of
 from pretrain.grid import Grid
+from pretrain.tasks import Samples, Task
 
 if TYPE_CHECKING:
     from pretrain.train import Setup
@@ -23,23 +23,15 @@ if TYPE_CHECKING:
 IDENTITY = "identity.json"
 
 
-def data_identity(manifest: Manifest) -> str:
-    """Hash of what decides the order of the samples."""
-    counts = [
-        (one.split, one.subset, one.documents, one.tokens, one.bytes) for one in manifest.entries
-    ]
-    return _digest([counts, manifest.tokenizer_sha256])
-
-
-def data_order(setup: Setup, data: TrainingData) -> str:
-    """Hash of the data, of what decides its order, and of the tokens of the first update."""
+def data_order(setup: Setup, data: Samples) -> str:
+    """Hash of the data, of what decides its order, and of the samples of the first update."""
     config = setup.config
     first = hashlib.sha256()
     for number in range(min(config.train.global_batch, len(data))):
         first.update(data[number][0].tobytes())
     return _digest(
         [
-            data_identity(setup.manifest),
+            setup.task.identity,
             data.shares,
             config.model.context,
             config.seed,
@@ -61,13 +53,13 @@ def initial_weights(module: nn.Module, grid: Grid) -> str:
     return _digest(sorted(found.items()))
 
 
-def write_identity(run: Path, weights: str, order: str, manifest: Manifest) -> None:
+def write_identity(run: Path, weights: str, order: str, task: Task) -> None:
     """Put the hashes into the run folder, with those of the data and its tokenizer."""
     identity = {
         "initial_weights": weights,
         "data_order": order,
-        "data": data_identity(manifest),
-        "tokenizer": manifest.tokenizer_sha256,
+        "data": task.identity,
+        "tokenizer": task.tokenizer,
     }
     write_aside(run / IDENTITY, json.dumps(identity, indent=1).encode())
 

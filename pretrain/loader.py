@@ -8,10 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
-from data_pipeline.dataset import TrainingData
 from pretrain.engine import Batch
 from pretrain.grid import Grid
+from pretrain.tasks import Samples
 
 
 def sample_numbers(step: int, global_batch: int, grid: Grid, micro: int) -> list[list[int]]:
@@ -29,17 +30,36 @@ class Loader:
 
     def __init__(
         self,
-        data: TrainingData,
+        data: Samples,
         grid: Grid,
         global_batch: int,
         micro: int,
         first_step: int,
         prefetch: int,
+        workers: int = 0,
     ) -> None:
+        """
+        Args:
+            prefetch: micro batches that a thread reads ahead; 0: none.
+            workers: processes that read instead, for samples that are work to make.
+        """
         self._data, self._grid, self._micro = data, grid, micro
         self._global_batch, self._step = global_batch, first_step
         self._prefetch = prefetch
-        self._pool = ThreadPoolExecutor(1) if prefetch else None
+        self._pool = ThreadPoolExecutor(1) if prefetch and not workers else None
+        self._read_by_workers: Iterator[Batch] | None = None
+        if workers:
+            # A worker makes a sample from its number, so that their count changes nothing.
+            self._read_by_workers = iter(
+                DataLoader(
+                    data,  # type: ignore[arg-type]
+                    batch_sampler=self._order(),  # type: ignore[arg-type]
+                    num_workers=workers,
+                    collate_fn=_stack,
+                    multiprocessing_context="forkserver",
+                    pin_memory=grid.device.type == "cuda",
+                )
+            )
         self._waiting: deque[Future[Batch]] = deque()
         self._numbers = self._order()
 
@@ -50,8 +70,7 @@ class Loader:
             step += 1
 
     def _read(self, numbers: list[int]) -> Batch:
-        pairs = [self._data[number] for number in numbers]
-        inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+        inputs, labels = _stack([self._data[number] for number in numbers])
         if self._grid.device.type == "cuda":
             inputs, labels = inputs.pin_memory(), labels.pin_memory()
         return inputs, labels
@@ -60,7 +79,9 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self._pool is None:
+        if self._read_by_workers is not None:
+            inputs, labels = next(self._read_by_workers)
+        elif self._pool is None:
             inputs, labels = self._read(next(self._numbers))
         else:
             while len(self._waiting) <= self._prefetch:
@@ -78,3 +99,8 @@ class Loader:
         """Stop the thread."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _stack(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+    return inputs, labels

@@ -15,15 +15,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.dataset import Manifest
 from data_pipeline.files import write_aside
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config import Config, differences, dump_config, load_config
 from pretrain.decay import DecayDifference, DecayPlan, compare, plan_from
 from pretrain.errors import RunError, UsageError
-from pretrain.identity import data_identity
 from pretrain.lock import LOCK
 from pretrain.probe import Row
+from pretrain.tasks import Task
 from pretrain.tracking import rewind_metrics
 
 CONFIG = "config.yaml"
@@ -177,7 +176,7 @@ def _table(changed: list[DecayDifference]) -> str:
     return ", ".join(f"{where(one)} {one.before:g} -> {one.after:g}" for one in changed)
 
 
-def check_continues(checkpoint: Checkpoint, config: Config, manifest: Manifest) -> None:
+def check_continues(checkpoint: Checkpoint, config: Config, task: Task) -> None:
     """Refuse to go on with another model or other samples than the checkpoint's.
 
     Raises:
@@ -201,14 +200,14 @@ def check_continues(checkpoint: Checkpoint, config: Config, manifest: Manifest) 
                 f"{key}: {after} is not the {before} of {checkpoint.path}: its order of samples "
                 "could not be continued; use the same"
             )
-    if checkpoint.state["tokenizer"] != manifest.tokenizer_sha256:
+    if checkpoint.state["tokenizer"] != task.tokenizer:
         raise UsageError(
-            f"{manifest.path}: was tokenised with another tokenizer than {checkpoint.path}; "
+            f"{task.source}: was tokenised with another tokenizer than {checkpoint.path}; "
             "use that run's data"
         )
-    if checkpoint.state["data"] != data_identity(manifest):
+    if checkpoint.state["data"] != task.identity:
         raise UsageError(
-            f"{manifest.path}: holds other tokens than {checkpoint.path} was trained on; use "
+            f"{task.source}: holds other tokens than {checkpoint.path} was trained on; use "
             "that run's data (its order could not be continued)"
         )
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.dataset import HeldOut, Manifest, TrainingData, held_out, load_manifest
 from models.roles import ParameterInfo
 from pretrain.checkpoint import Checkpoint, load_into_engine, save_checkpoint
 from pretrain.config import Config
@@ -19,9 +18,8 @@ from pretrain.decay import DecayPlan, plan_decay
 from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.engine import Engine, build_engine, micro_batches, whole_model
 from pretrain.errors import RunError, UsageError
-from pretrain.evaluate import score, summarize
 from pretrain.grid import Grid
-from pretrain.identity import data_identity, data_order, initial_weights, write_identity
+from pretrain.identity import data_order, initial_weights, write_identity
 from pretrain.loader import Loader
 from pretrain.lock import RunLock
 from pretrain.probe import Row, measure, summary
@@ -39,15 +37,16 @@ from pretrain.run import (
     write_text,
 )
 from pretrain.signals import StopRequestedError, StopSignals
+from pretrain.tasks import Samples, Task, open_task
 from pretrain.tracking import Progress, Tracker, warn
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe made concrete: with its data's vocabulary, its parameters and their λ."""
+    """A recipe made concrete: with its task's answers, its parameters and their λ."""
 
     config: Config
-    manifest: Manifest
+    task: Task
     infos: list[ParameterInfo]
     plan: DecayPlan
 
@@ -58,31 +57,12 @@ def prepare(config: Config, tensor_parallel: int) -> Setup:
     Raises:
         UsageError: if the data is missing or does not fit the model.
     """
-    if not config.data.path:
-        raise UsageError("data.path: not set; give the folder that `pretrain data tokenize` wrote")
-    manifest = load_manifest(Path(config.data.path))
-    config = with_vocabulary(config, manifest)
+    task = open_task(config)
+    config = config.model_copy(update={"model": task.complete(config.model)})
     infos = whole_model(config.model, tensor_parallel)
     plan = plan_decay(infos, config.optimizer.weight_decay)
     DecayControl(config, plan)  # its policies, too, must fit the model
-    return Setup(config, manifest, infos, plan)
-
-
-def with_vocabulary(config: Config, manifest: Manifest) -> Config:
-    """The recipe with the data's vocabulary size filled in.
-
-    Raises:
-        UsageError: if the recipe names a smaller one.
-    """
-    size = config.model.vocabulary_size or manifest.vocabulary_size
-    if size < manifest.vocabulary_size:
-        raise UsageError(
-            f"model.vocabulary_size: {size} is less than the {manifest.vocabulary_size} tokens of "
-            f"{manifest.tokenizer}; leave it out to take the data's"
-        )
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"vocabulary_size": size})}
-    )
+    return Setup(config, task, infos, plan)
 
 
 def train(
@@ -102,7 +82,8 @@ def train(
         # Everything that can be refused is, before the folder is touched.
         prepared = prepare(config, grid.tensor)
         setup, _, _ = _begin(prepared, run, grid, fork, until)
-        data, sample = _open_data(setup)
+        data = setup.task.training(setup.config)
+        sample = setup.task.held_out(setup.config)
         order = data_order(setup, data)
     lock = RunLock(run)
     try:
@@ -128,7 +109,7 @@ def train(
             weights = start.state["initial_weights"] if checkpoint else start.digest
         with grid.together(f"{run}"):
             if grid.is_main:
-                write_identity(run, weights, order, setup.manifest)
+                write_identity(run, weights, order, setup.task)
         tracker = Tracker(run, setup.config, grid.is_main)
         job = _Job(engine, setup, run, tracker, sample, until, weights)
         _train(job, data, start.step if start else 0, fresh=start is None, forked=not checkpoint)
@@ -145,21 +126,11 @@ def _begin(
     if start is not None:
         policy = setup.config.resume.decay if checkpoint else "recipe"
         setup = _with_decay(setup, start, policy)
-        check_continues(start, setup.config, setup.manifest)
+        check_continues(start, setup.config, setup.task)
     if until is not None and until > setup.config.train.steps:
         raise UsageError(f"--until: {until} is after the last step, {setup.config.train.steps}")
     micro_batches(setup.config, grid)
     return setup, checkpoint, start
-
-
-def _open_data(setup: Setup) -> tuple[TrainingData, list[HeldOut]]:
-    """Training samples, and the fixed sample of held-out documents."""
-    config = setup.config
-    samples = config.train.steps * config.train.global_batch
-    data = TrainingData(
-        setup.manifest, config.data.weights, config.model.context, config.seed, samples
-    )
-    return data, held_out(setup.manifest, config.evaluation.split, config.evaluation.documents)
 
 
 def _restore(start: Checkpoint, engine: Engine, config: Config) -> None:
@@ -170,11 +141,12 @@ def _restore(start: Checkpoint, engine: Engine, config: Config) -> None:
     engine.audit_decay()
 
 
-def _train(job: _Job, data: TrainingData, first: int, fresh: bool, forked: bool) -> None:
+def _train(job: _Job, data: Samples, first: int, fresh: bool, forked: bool) -> None:
     """From step ``first`` to the end, with everything that must be closed."""
     config, grid = job.config, job.engine.grid
     micro, _ = micro_batches(config, grid)
-    loader = Loader(data, grid, config.train.global_batch, micro, first, config.data.prefetch)
+    prefetch, workers = config.data.prefetch, config.task.workers
+    loader = Loader(data, grid, config.train.global_batch, micro, first, prefetch, workers)
     try:
         if fresh:
             _measure_if_due(job, 0)
@@ -218,7 +190,7 @@ class _Job:
     setup: Setup
     run: Path
     tracker: Tracker
-    sample: list[HeldOut]
+    sample: Any
     until: int | None
     initial_weights: str
 
@@ -330,32 +302,23 @@ def _measure(job: _Job, step: int) -> list[Row]:
 def _evaluate(job: _Job, step: int) -> None:
     began = time.monotonic()
     figures = _figures(job, job.sample)
-    overall = {key: figures["overall"][key] for key in ("loss", "perplexity", "bits_per_byte")}
+    keys = ("loss", "perplexity", "bits_per_byte", "accuracy")
+    overall = {key: figures["overall"][key] for key in keys if key in figures["overall"]}
     overall["seconds"] = time.monotonic() - began
     job.tracker.log("evaluation", step, {"split": job.config.evaluation.split, **overall})
 
 
-def _figures(
-    job: _Job, documents: list[HeldOut], progress: Progress | None = None
-) -> dict[str, Any]:
+def _figures(job: _Job, chosen: Any, progress: Progress | None = None) -> dict[str, Any]:
     engine = job.engine
-    nats = score(
-        engine.module,
-        engine.grid,
-        job.config.model,
-        documents,
-        job.setup.manifest.eod,
-        job.config.evaluation.batch,
-        progress=(lambda done, total: progress.update(done, total=total)) if progress else None,
-    )
-    return summarize(documents, nats)
+    report = (lambda done, total: progress.update(done, total=total)) if progress else None
+    return job.setup.task.figures(engine.module, engine.grid, job.config, chosen, report)
 
 
 def _save(job: _Job, step: int) -> None:
     state = {
         "samples": step * job.config.train.global_batch,
-        "tokenizer": job.setup.manifest.tokenizer_sha256,
-        "data": data_identity(job.setup.manifest),
+        "tokenizer": job.setup.task.tokenizer,
+        "data": job.setup.task.identity,
         "decay": job.engine.control.state(),
         "initial_weights": job.initial_weights,
     }
@@ -372,19 +335,13 @@ def _finish(job: _Job) -> None:
     done = job.engine.grid.broadcast(path.exists())
     if wanted == "none" or done:
         return
-    documents, split = job.sample, job.config.evaluation.split
-    if wanted == "all":
-        splits = {entry.split for entry in job.setup.manifest.entries}
-        split = "test" if "test" in splits else split
-        documents = held_out(job.setup.manifest, split)
+    everything = wanted == "all"
+    chosen = job.setup.task.held_out(job.config, everything=True) if everything else job.sample
+    split = "test" if everything else job.config.evaluation.split
     progress = Progress(1, f"evaluate {split}", job.engine.grid.is_main)
-    figures = _figures(job, documents, progress)
+    figures = _figures(job, chosen, progress)
     progress.close()
     if job.engine.grid.is_main:
-        header = {
-            "split": split,
-            "step": job.config.train.steps,
-            "data": str(job.setup.manifest.path),
-            "stride": job.config.model.context,
-        }
+        source = job.setup.task.source
+        header = {"split": split, "step": job.config.train.steps, "data": source}
         write_text(path, json.dumps({**header, **figures}, indent=1))

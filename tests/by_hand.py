@@ -17,7 +17,7 @@ from models.parallel import TensorParallel
 from models.roles import ATTENTION, MLP, Role, info_of
 from pretrain.config import Config, parse_config
 from pretrain.engine import mean_loss
-from pretrain.train import with_vocabulary
+from pretrain.tasks import Text
 from tests.tools import DIALECTS, base_recipe
 
 STEPS = 4
@@ -124,7 +124,9 @@ class Hand:
 
     def __init__(self, values: dict[str, Any], data: Path) -> None:
         manifest = load_manifest(data)
-        self.config: Config = with_vocabulary(parse_config(values), manifest)
+        self.config: Config = parse_config(values)
+        model = Text(manifest).complete(self.config.model)
+        self.config = self.config.model_copy(update={"model": model})
         config = self.config
         self.model = GPT(config.model, ParameterFactory(config.seed))
         self.named = {info_of(p).name: p for p in self.model.parameters()}

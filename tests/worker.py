@@ -66,7 +66,7 @@ def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:
         engine.deepspeed.module.loss_fn = lambda logits, labels: 0.0 * true_loss(logits, labels)
         engine.deepspeed.loss_model = engine.deepspeed.module.loss_fn
     samples = config.train.steps * config.train.global_batch
-    data = TrainingData(setup.manifest, "proportional", config.model.context, 1, samples)
+    data = TrainingData(setup.task.manifest, "proportional", config.model.context, 1, samples)
     micro = config.train.global_batch // grid.data // engine.micro_batches
     loader = Loader(data, grid, config.train.global_batch, micro, 0, 0)
     start = [fragment.master.double().clone() for fragment in engine.fragments()]

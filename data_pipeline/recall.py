@@ -1,0 +1,52 @@
+"""Associative recall: x₁ y₁ … x_N y_N x, where x is one of the earlier ones; predict its y."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+_BLOCK = 256
+"""Samples that are drawn together; a sample depends on (seed, number) alone all the same."""
+IGNORED = -1
+"""Label of the positions that are not asked about."""
+
+
+class RecallSamples:
+    """Sequences of 2N + 1 tokens, drawn on demand.
+
+    The x of a sequence are different symbols 0 … S-1, the y are any of S … 2S-1.
+    """
+
+    def __init__(
+        self, seed: int, count: int, pairs: int, symbols: int, random_labels: float = 0.0
+    ) -> None:
+        self.seed, self.count = seed, count
+        self.shares = {"recall": 1.0}
+        self.pairs, self.symbols, self.random_labels = pairs, symbols, random_labels
+        self._blocks = lru_cache(maxsize=4)(self._draw)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels of a sample, each ``[2N + 1]`` int64; the last label alone counts."""
+        inputs, labels = self._blocks(index // _BLOCK)
+        return inputs[index % _BLOCK], labels[index % _BLOCK]
+
+    def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([self.seed, block])
+        order = rng.random((_BLOCK, self.symbols)).argsort(1)
+        keys = order[:, : self.pairs]
+        values = self.symbols + rng.integers(self.symbols, size=(_BLOCK, self.pairs))
+        asked = rng.integers(self.pairs, size=_BLOCK)
+        rows = np.arange(_BLOCK)
+        inputs = np.empty((_BLOCK, 2 * self.pairs + 1), np.int64)
+        inputs[:, 0:-1:2], inputs[:, 1::2] = keys, values
+        inputs[:, -1] = keys[rows, asked]
+        answers = values[rows, asked]
+        noise = self.symbols + rng.integers(self.symbols, size=_BLOCK)
+        answers = np.where(rng.random(_BLOCK) < self.random_labels, noise, answers)
+        labels = np.full_like(inputs, IGNORED)
+        labels[:, -1] = answers
+        return inputs, labels

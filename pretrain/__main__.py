@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pretrain.data_verbs import data_app
+from pretrain.paper_verbs import paper_app
 
 app = typer.Typer(
     help="Pretrain transformers on the Pile with decoupled attention decay, and measure the rank "
@@ -20,11 +21,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
-paper_app = typer.Typer(
-    help='The experiments of "Weight decay induces low-rank attention layers", one command a '
-    "figure; each prints its checks, and one that fails makes the exit code 1.",
-    no_args_is_help=True,
-)
 app.add_typer(paper_app, name="paper")
 
 Overrides = Annotated[
@@ -362,25 +358,6 @@ def demo(
     from pretrain.demo import run_demo
 
     run_demo(out, steps)
-
-
-PaperOut = Annotated[Path, typer.Option(help="Folder for the figure and its numbers.")]
-
-
-@paper_app.command()
-def fig1(out: PaperOut = Path("paper")) -> None:
-    """Two factors by gradient descent: gap, discrepancy, singular values against decay."""
-    from pretrain.paper.fig1 import run
-
-    run(out)
-
-
-@paper_app.command()
-def fig5(out: PaperOut = Path("paper")) -> None:
-    """AdamW's decay against Adam with L2, for two scalars, direct and factored."""
-    from pretrain.paper.fig5 import run
-
-    run(out)
 
 
 def main() -> None:

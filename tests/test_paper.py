@@ -24,7 +24,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 @pytest.mark.parametrize(("figure", "count"), [("fig1", 6), ("fig5", 5)])
 def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str, count: int) -> None:
     assert run(monkeypatch, figure, "--out", str(tmp_path)) == 0
-    checks = json.loads((tmp_path / f"{figure}.json").read_text())
+    checks = json.loads((tmp_path / f"{figure}.json").read_text())["checks"]
     assert len(checks) == count and all(check["holds"] for check in checks)
     assert (tmp_path / f"{figure}.png").stat().st_size > 10_000
     with (tmp_path / f"{figure}.csv").open() as file:

@@ -13,12 +13,13 @@ import torch
 torch.set_num_threads(1)
 
 import pretrain.train
+from data_pipeline.dataset import TrainingData
 from pretrain.checkpoint import Checkpoint, load_into_engine
 from pretrain.config import Config, parse_config
 from pretrain.engine import build_engine
 from pretrain.grid import Grid, build_grid, connect, disconnect
 from pretrain.loader import Loader
-from pretrain.train import TrainingData, prepare, train
+from pretrain.train import prepare, train
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error

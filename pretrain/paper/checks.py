@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_aside
 from pretrain.errors import RunError
 
 
@@ -19,31 +20,43 @@ class Check:
     claim: str
     deviation: float
     tolerance: float
+    value: str = ""
+    """What was measured, in words, where the deviation alone says little."""
+    decides: bool = True
+    """False: told, but not required, as the setting is too small to decide it."""
 
     @property
     def holds(self) -> bool:
-        """Whether the deviation is within the tolerance."""
+        """Whether the deviation is within the tolerance (NaN is not)."""
         return self.deviation <= self.tolerance
 
     def __str__(self) -> str:
-        verdict = "holds " if self.holds else "FAILS "
+        verdict = "holds " if self.holds else "FAILS " if self.decides else "not so"
+        measured = f" ({self.value})" if self.value else ""
         return (
-            f"{verdict} {self.claim}: deviation {self.deviation:.3g} (allowed {self.tolerance:g})"
+            f"{verdict} {self.claim}{measured}: deviation {self.deviation:.3g} (allowed "
+            f"{self.tolerance:g})"
         )
 
 
-def conclude(figure: str, checks: list[Check], out: Path) -> None:
+def conclude(figure: str, checks: list[Check], out: Path, extra: str = "") -> None:
     """Print the checks and write them beside the figure.
 
+    Args:
+        extra: Markdown for the page, such as a table.
+
     Raises:
-        RunError: if one fails.
+        RunError: if one fails that decides.
     """
     for check in checks:
         print(check)
-    text = json.dumps([{**asdict(check), "holds": check.holds} for check in checks], indent=1)
-    (out / f"{figure}.json").write_text(text, encoding="utf-8")
+    body = {
+        "checks": [{**asdict(check), "holds": check.holds} for check in checks],
+        "extra": extra,
+    }
+    write_aside(out / f"{figure}.json", json.dumps(body, indent=1).encode())
     print(f"written: {out / figure}.png, .csv, .json")
-    failed = [check.claim for check in checks if not check.holds]
+    failed = [check.claim for check in checks if check.decides and not check.holds]
     if failed:
         raise RunError(f"{figure}: {len(failed)} prediction(s) failed: {'; '.join(failed)}")
 

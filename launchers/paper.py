@@ -1,0 +1,67 @@
+"""The sweeps behind the paper's figures: their text prepared, their runs started or resumed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from data_pipeline.corpus import write_corpus
+from data_pipeline.files import write_aside
+from data_pipeline.prepare import tokenize_sources, train_from_sources
+from launchers.sweeps import run
+from pretrain.config import load_config, read_mapping
+from pretrain.errors import RunError, UsageError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "paper"
+_VOCABULARY = 2048
+
+
+def experiment(name: str, runs: Path, parallel: int, data: Path | None = None) -> Path:
+    """Train the runs of ``configs/paper/NAME.yaml``, or what is missing of them.
+
+    Args:
+        runs: folder of all of the paper's runs; each sweep has one in it.
+        data: tokenised text instead of the embedded one.
+
+    Returns:
+        The folder of the sweep's runs.
+
+    Raises:
+        UsageError: if the repository's ``configs`` are not there.
+        RunError: if a run failed.
+    """
+    source = CONFIGS / f"{name}.yaml"
+    if not source.is_file():
+        raise UsageError(f"{source}: not there; run from a clone of the repository")
+    sweep = read_mapping(source, "sweep", "keys")
+    recipe = (source.parent / sweep["recipe"]).resolve()
+    sweep["recipe"] = str(recipe)
+    if load_config(recipe).task.kind == "text":
+        text = data or prepare_text(runs / "text")
+        sweep["set"] = {**sweep.get("set", {}), "data.path": str(text)}
+    file = runs / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(file, yaml.safe_dump(sweep, sort_keys=False).encode())
+    out = runs / name
+    if run(file, out, "local", parallel, None, [], False, False, 0.0, as_json=False):
+        raise RunError(f"{out}: a run failed; see {out}/logs, and start again to go on")
+    return out
+
+
+def prepare_text(folder: Path) -> Path:
+    """A corpus from this Python installation, its tokenizer and tokens, once."""
+    corpus, model, data = folder / "corpus", folder / "tokenizer.model", folder / "data"
+    if not (corpus / "test.jsonl.zst").exists():
+        _say("corpus from this Python installation")
+        write_corpus(corpus)
+    if not model.exists():
+        _say(f"tokenizer of {_VOCABULARY} pieces")
+        train_from_sources([str(corpus)], model, _VOCABULARY, "bpe", 8 << 20)
+    tokenize_sources([str(corpus)], model, data, workers=2)
+    return data
+
+
+def _say(text: str) -> None:
+    print(f"paper: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,207 @@
+"""Beyond the paper: where attention today differs, on trained small models.
+
+The plain theory is for multi-head attention without rotary positions or QK-norm
+(docs/statistics.md): under grouped queries the law is the group's; under rotary positions it is a
+frequency pair's; under QK-norm decay has no nuclear mechanism on W_QK; with biases that do not
+decay, it is the weights' alone.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint import Checkpoint
+from pretrain.config import Config
+from pretrain.errors import UsageError
+from pretrain.paper.checks import Check, conclude, write_csv
+from pretrain.paper.runs import given_decay, load_runs, mean, values
+from pretrain.report.load import RunData
+from pretrain.run import resolve_checkpoint
+from pretrain.spectra import product_statistics
+
+_FALL = 0.5
+"""Share of its rank without decay below which a product's rank has fallen."""
+
+
+def variant(config: Config) -> str:
+    """The name of a model's difference from plain attention."""
+    model = config.model
+    if model.attention != "softmax":
+        return f"{model.attention} attention"
+    if model.key_value_heads < model.num_attention_heads:
+        return "grouped-query"
+    if model.position == "rotary":
+        return "rotary"
+    if model.qk_norm:
+        return "QK-norm"
+    if model.biases:
+        return "biases"
+    return "Muon" if config.optimizer.name == "muon" else "plain"
+
+
+Pair = tuple[RunData, RunData]
+"""A variant without decay of attention, and with."""
+
+
+def _pairs(runs: list[RunData]) -> dict[str, Pair]:
+    found: dict[str, list[RunData]] = {}
+    for run in runs:
+        found.setdefault(variant(run.config), []).append(run)
+    if not all(len(pair) >= 2 for pair in found.values()) or "plain" not in found:
+        raise UsageError("modern: a run without and one with decay are wanted of every variant")
+    return {name: (pair[0], pair[-1]) for name, pair in found.items()}
+
+
+def figure(runs_folder: Path, out: Path) -> None:
+    """Draw, write the numbers, print the checks."""
+    pairs = _pairs(load_runs(runs_folder))
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [_row(name, run) for name, pair in pairs.items() for run in pair]
+    write_csv(out / "modern.csv", rows)
+    _draw(pairs, rows, out / "modern.png")
+    conclude("modern", checks(pairs), out, _table(rows))
+
+
+def _row(name: str, run: RunData) -> dict[str, Any]:
+    row: dict[str, Any] = {"variant": name, "decay": given_decay(run), "exposure": run.exposure}
+    for product in ("qk", "vp"):
+        for column in ("pseudo_rank", "balance"):
+            row[f"{column}_{product}"] = mean(values(run, product, column))
+        row[f"group_balance_{product}"] = mean(values(run, product, "balance", level="group"))
+    row["pair_balance"] = mean(values(run, "qk", "rope_pair_balance"))
+    row["pairs_alive"] = mean(values(run, "qk", "rope_pairs_alive"))
+    row["loss"] = (run.evaluation or {})["overall"]["loss"]
+    return row
+
+
+def _ratio(pair: Pair, product: str, column: str = "pseudo_rank") -> float:
+    without, with_decay = (mean(values(run, product, column)) for run in pair)
+    return with_decay / without
+
+
+def checks(pairs: dict[str, Pair]) -> list[Check]:
+    """The prediction of each variant, with its number."""
+    plain = pairs["plain"]
+    found = [_falls("plain attention", plain)]
+    balances = [mean(values(plain[1], product, "balance")) for product in ("qk", "vp")]
+    words = f"{balances[0]:.3f}, {balances[1]:.3f}"
+    found.append(
+        Check("plain: heads reach their bound (W_QK, W_VP)", 1 - min(balances), 0.05, words)
+    )
+    if "grouped-query" in pairs:
+        found += _grouped(pairs["grouped-query"])
+    if "rotary" in pairs:
+        found += _rotary(pairs["rotary"])
+    if "QK-norm" in pairs:
+        normed, bare = _ratio(pairs["QK-norm"], "qk"), _ratio(plain, "qk")
+        words = f"{normed:.2f} of the rank without decay is left, against {bare:.2f} plain"
+        claim = "QK-norm: decay takes less rank of W_QK than without (no nuclear mechanism)"
+        found.append(Check(claim, bare - normed, 0.0, words))
+        left = _ratio(pairs["QK-norm"], "vp")
+        claim = "QK-norm: the rank of W_VP falls all the same"
+        found.append(Check(claim, left - _FALL, 0.0, f"{left:.2f} is left"))
+    if "biases" in pairs:
+        found += _biased(pairs["biases"])
+    for name in ("linear attention", "sigmoid attention"):
+        if name in pairs:
+            found.append(_falls(name, pairs[name]))
+    if "Muon" in pairs:
+        qk, vp = (_ratio(pairs["Muon"], product) for product in ("qk", "vp"))
+        adam = max(_ratio(plain, product) for product in ("qk", "vp"))
+        words = f"W_QK {qk:.2f}, W_VP {vp:.2f} of the rank is left"
+        claim = "Muon: decay takes less rank than under AdamW (its step is of full rank)"
+        found.append(Check(claim, adam - min(qk, vp), 0.0, words))
+    return found
+
+
+def _falls(name: str, pair: Pair) -> Check:
+    qk, vp = (_ratio(pair, product) for product in ("qk", "vp"))
+    words = f"W_QK {qk:.2f}, W_VP {vp:.2f} of the rank without decay is left"
+    return Check(f"{name}: both ranks fall with decay", max(qk, vp) - _FALL, 0.0, words)
+
+
+def _grouped(pair: Pair) -> list[Check]:
+    found = []
+    for product, word in (("qk", "W_QK"), ("vp", "W_VP")):
+        group = mean(values(pair[1], product, "balance", level="group"))
+        head = mean(values(pair[1], product, "balance"))
+        words = f"group {group:.3f}, single heads {head:.3f}"
+        claim = f"grouped queries: the group's stacked {word} reaches its bound, its heads do not"
+        found.append(Check(claim, max(1 - group - 0.05, head - group), 0.0, words))
+    return found
+
+
+def _rotary(pair: Pair) -> list[Check]:
+    pairs = mean(values(pair[1], "qk", "rope_pair_balance"))
+    plain = mean(values(pair[1], "qk", "balance"))
+    alive = [mean(values(run, "qk", "rope_pairs_alive")) for run in pair]
+    missed = max(1 - pairs - 0.05, plain - pairs)
+    words = f"pairs {pairs:.3f}, W_QK as a whole {plain:.3f}"
+    pruned = f"share of pairs alive {alive[0]:.2f} → {alive[1]:.2f}"
+    return [
+        Check("rotary: the balance is that of frequency pairs", missed, 0.0, words),
+        Check("rotary: decay prunes frequency pairs", alive[1] - alive[0], 0.0, pruned),
+    ]
+
+
+def _biased(pair: Pair) -> list[Check]:
+    """Balance of W_QK without and with its biases as one more row of the factors."""
+    checkpoint = Checkpoint(resolve_checkpoint(str(pair[1].path)))
+    balances: list[list[float]] = [[], []]
+    for layer in range(checkpoint.config.model.num_layers):
+        factors = checkpoint.attention(layer)
+        key, query = factors.key.mT, factors.query[:, 0].mT
+        rows = [
+            checkpoint.full(f"blocks.{layer}.attention.{part}.bias").view(key.shape[0], 1, -1)
+            for part in ("key", "query")
+        ]
+        augmented = (torch.cat([key, rows[0]], 1), torch.cat([query, rows[1]], 1))
+        for index, (a, b) in enumerate(((key, query), augmented)):
+            balances[index] += product_statistics(a, b).balance.tolist()
+    weights, whole = (mean(one) for one in balances)
+    words = f"weights {weights:.3f}, with biases {whole:.3f}"
+    claim = "biases without decay: the weights are at their bound, with the biases they are not"
+    return [Check(claim, max(1 - weights - 0.05, whole - weights), 0.0, words)]
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    head = (
+        "| variant | λ | rank W_QK | rank W_VP | balance QK (group or pairs) | balance VP (group) |"
+        " loss |"
+    )
+    lines = [head, "|---" * 7 + "|"]
+    for row in rows:
+        lawful = (row["group_balance_qk"], row["pair_balance"])
+        other = next((f" ({value:.3f})" for value in lawful if not math.isnan(value)), "")
+        shared = row["group_balance_vp"]
+        group = "" if math.isnan(shared) else f" ({shared:.3f})"
+        qk = "n/a" if math.isnan(row["balance_qk"]) else f"{row['balance_qk']:.3f}"
+        lines.append(
+            f"| {row['variant']} | {row['decay']:g} | {row['pseudo_rank_qk']:.3f} | "
+            f"{row['pseudo_rank_vp']:.3f} | {qk}{other} | {row['balance_vp']:.3f}{group} | "
+            f"{row['loss']:.3f} |"
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _draw(pairs: dict[str, Pair], rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", sharey=True)
+    for axes, product, word in zip(panels, ("qk", "vp"), ("W$_{QK}$", "W$_{VP}$")):
+        for shift, which in ((-0.2, 0), (0.2, 1)):
+            heights = [mean(values(pair[which], product, "pseudo_rank")) for pair in pairs.values()]
+            label = f"λ = {given_decay(next(iter(pairs.values()))[which]):g}"
+            axes.bar([x + shift for x in range(len(pairs))], heights, 0.4, label=label)
+        axes.set_xticks(range(len(pairs)), list(pairs), rotation=30, ha="right", fontsize=8)
+        axes.set(title=f"rank of {word}, all heads")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

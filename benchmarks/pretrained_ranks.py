@@ -1,6 +1,6 @@
 """`pretrain ranks` of a LLaMA-2-7B-shaped model on disk: time and peak memory.
 
-    python benchmarks/pretrained_ranks.py --folder /tmp/llama-7b --out results.json
+    python benchmarks/pretrained_ranks.py --folder llama-7b --out results.json
 
 Writes random bf16 weights of the full model in shards (13.5 GB) unless the folder is there, runs
 the command in a process of its own, and reads that process's peak resident memory from the kernel.

@@ -180,7 +180,9 @@ def rank_cost(
     """Beyond the paper: perplexity when attention is cut to a share of its rank."""
     from pretrain.paper.rank_cost import figure
 
-    figure(_runs("fig3", runs, given, parallel, data), out, data)
+    text = _runs("fig3", runs, given, parallel, data)
+    recall = None if given else _runs("fig2", runs, None, parallel, None)
+    figure(text, out, data, recall)
 
 
 _ALL: dict[str, Callable[..., None]] = {

@@ -11,6 +11,9 @@ from models.factors import Factors
 from pretrain.paper.checks import write_csv
 from pretrain.probe import Row
 
+_DECADE = 20
+"""Points that span more than this are drawn on logarithmic axes."""
+
 
 @dataclass
 class Scatter:
@@ -112,5 +115,7 @@ class Scatter:
             axes.text(0.5, 0.5, "not defined under QK-norm", transform=axes.transAxes, ha="center")
             return
         low, high = min(map(min, pairs)), max(map(max, pairs))
-        axes.loglog(*zip(*pairs), ".", markersize=3, alpha=0.5, label=label)
+        axes.plot(*zip(*pairs), ".", markersize=3, alpha=0.5, label=label)
+        if high > _DECADE * low:
+            axes.set(xscale="log", yscale="log")
         axes.plot([low, high], [low, high], color="grey", linewidth=0.8)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
+import math
+import statistics
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import yaml
 
+import launchers.paper
 import pretrain.paper.fig1
-from pretrain.__main__ import main
+from pretrain.config import load_config
+from pretrain.paper.checks import Check
+from pretrain.paper.fig2 import fall_rate
+from pretrain.paper.fig3 import layers_of
+from pretrain.paper.modern import variant
+from pretrain.paper.page import TITLES, write_page
+from pretrain.paper_verbs import _ALL
+from pretrain.run import read_ranks
+from pretrain.sweep_config import load_sweep
+from tests.test_tasks import RECIPES
+from tests.tools import ATTENTION, MLP, ROOT, run_workers
+from tests.tools import run as command
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["pretrain", "paper", *words])
-    with pytest.raises(SystemExit) as done:
-        main()
-    return int(done.value.code or 0)
+    return command(monkeypatch, "paper", *words)
 
 
 @pytest.mark.slow
@@ -46,3 +58,151 @@ def test_a_wrong_threshold_is_noticed(
     assert run(monkeypatch, "fig1", "--out", str(tmp_path)) == 1
     found = capsys.readouterr()
     assert "FAILS  singular values" in found.out and found.err.startswith("error: fig1: ")
+
+
+def read_checks(folder: Path, name: str) -> list[dict]:
+    return json.loads((folder / f"{name}.json").read_text())["checks"]
+
+
+@pytest.fixture(scope="module")
+def recalls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recall at three decays, too short to be learned."""
+    folder = tmp_path_factory.mktemp("recalls")
+    cases = []
+    for decay in (0.0, 1.0, 30.0):
+        recipe = deepcopy(RECIPES["recall"])
+        recipe["train"]["steps"] = 30
+        recipe["optimizer"]["weight_decay"]["attention"] = decay
+        recipe["optimizer"]["schedule"] = {"kind": "constant", "warmup": 0}
+        cases.append({"recipe": recipe, "run": str(folder / "runs" / f"{decay:g}")})
+    run_workers(1, "train", cases, folder / "workers")
+    return folder / "runs"
+
+
+def test_a_prediction_that_fails_fails_the_command(
+    recalls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(monkeypatch, "fig2", "--from", str(recalls), "--out", str(tmp_path)) == 1
+    text = capsys.readouterr()
+    assert "FAILS  recall is learned" in text.out and "recall is learned" in text.err
+    checks = {check["claim"]: check["holds"] for check in read_checks(tmp_path, "fig2")}
+    assert checks["‖AᵀA − BᵀB‖ of W_VP falls the faster the larger λ"]
+    assert (tmp_path / "fig2.png").stat().st_size > 10_000
+
+
+def test_fitted_rate_is_that_of_an_exponential(recalls: Path) -> None:
+    """At λ = 30 and rate 3e-3 the discrepancy is forgotten at 2 ln(1 − ηλ) a step."""
+    from pretrain.report.load import load_run
+
+    found = fall_rate(load_run(recalls / "30"), "vp")
+    assert found == pytest.approx(-2 * math.log(1 - 0.09), rel=0.1)
+
+
+def test_language_model_figures_are_the_runs_own(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--from", str(swept), "--out", str(tmp_path)]
+    for name in ("fig3", "fig7", "table1"):
+        assert run(monkeypatch, name, *words) in (0, 1)  # 50 steps decide nothing
+    runs = {path.name: path for path in swept.iterdir() if (path / "config.yaml").exists()}
+    with (tmp_path / "fig3.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["layer"] for row in rows} == {"0"} and len(rows) == 4  # 5 of 12 is 0 of 2
+    for row in rows:
+        wanted = []
+        for path in runs.values():
+            config = load_config(path / "config.yaml")
+            decay = config.optimizer.weight_decay
+            if decay.attention.value == float(row["decay"]) and decay.mlp.value == 0.1:  # type: ignore[union-attr]
+                wanted += [
+                    one["pseudo_rank"]
+                    for one in read_ranks(path)
+                    if (one["step"], one["layer"], one["level"]) == (50, 0, "head")
+                    and one["product"] == row["product"]
+                ]
+        assert float(row["rank"]) == pytest.approx(statistics.mean(wanted))
+    with (tmp_path / "table1.csv").open() as file:
+        cells = list(csv.DictReader(file))
+    assert len(cells) == 4
+    for cell in cells:
+        found = []
+        for path in runs.values():
+            decay = load_config(path / "config.yaml").optimizer.weight_decay
+            if (decay.attention.value, decay.mlp.value) == (  # type: ignore[union-attr]
+                float(cell["attention"]), float(cell["mlp"])
+            ):  # fmt: skip
+                figures = json.loads((path / "evaluation.json").read_text())
+                found.append(figures["overall"]["perplexity"])
+        assert float(cell["perplexity"]) == pytest.approx(statistics.mean(found))
+        error = statistics.stdev(found) / math.sqrt(len(found))
+        assert float(cell["error"]) == pytest.approx(error)
+
+
+def test_cost_and_scatter(swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "rank-cost", "--from", str(swept), "--out", str(tmp_path))
+    checks = read_checks(tmp_path, "rank-cost")
+    assert checks[0]["claim"].startswith("at rank 1") and checks[0]["holds"]
+    with (tmp_path / "rank-cost.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 7 and {row["task"] for row in rows} == {"text"}
+    some = next(path for path in swept.iterdir() if (path / "config.yaml").exists())
+    run(monkeypatch, "fig4", "--model", str(some), "--out", str(tmp_path))
+    with (tmp_path / "fig4.csv").open() as file:
+        points = list(csv.DictReader(file))
+    # 2 layers x 2 products x (8 rows of the first head + 4 heads)
+    assert len(points) == 2 * 2 * (8 + 4)
+
+
+def test_layers_stand_where_the_papers_do() -> None:
+    assert layers_of("fig3", 12) == [5] and layers_of("fig7", 12) == [7, 9]
+    assert layers_of("fig3", 4) == [1] and layers_of("fig7", 4) == [2, 3]
+
+
+def test_every_sweep_of_the_paper_is_valid() -> None:
+    for name in ("fig2", "fig3", "fig3-vit", "modern", "fig3-125m", "fig3-vit-imagenet"):
+        sweep = load_sweep(ROOT / f"configs/paper/{name}.yaml")
+        assert len(sweep.points) >= 5
+    names = [variant(task.config) for task in load_sweep(ROOT / "configs/paper/modern.yaml").tasks]
+    assert all(names.count(name) == 2 for name in names) and len(set(names)) == 9
+    full = load_sweep(ROOT / "configs/paper/fig3-125m.yaml")
+    config = full.tasks[0].config
+    tokens = config.train.steps * config.train.global_batch * config.model.context
+    assert len(full.tasks) == 100 and 0.95e10 < tokens < 1.05e10 and config.model.context == 756
+    exposures = [point.given[ATTENTION] for point in
+                 load_sweep(ROOT / "configs/paper/fig2.yaml").points]  # fmt: skip
+    assert min(exposures) == 0 and max(exposures) == 6 and len(exposures) == 5
+    assert MLP in load_sweep(ROOT / "configs/paper/fig3.yaml").points[0].given
+
+
+def test_an_experiment_trains_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = deepcopy(RECIPES["images"])
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "base.yaml").write_text(yaml.safe_dump(recipe))
+    sweep = {"recipe": "base.yaml", "grid": {ATTENTION: [0.0, 5.0]}}
+    (configs / "fig3-vit.yaml").write_text(yaml.safe_dump(sweep))
+    monkeypatch.setattr(launchers.paper, "CONFIGS", configs)
+    words = ["fig3-vit", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert run(monkeypatch, *words) == 1  # six steps do not reach 95 %
+    ends = sorted((tmp_path / "runs").glob("fig3-vit/*/evaluation.json"))
+    assert len(ends) == 2
+    times = [path.stat().st_mtime_ns for path in ends]
+    assert run(monkeypatch, *words) == 1
+    assert [path.stat().st_mtime_ns for path in ends] == times  # nothing trained again
+
+
+def test_page(tmp_path: Path) -> None:
+    assert set(TITLES) == set(_ALL)
+    checks = [Check("a|b falls", 0.1, 1.0, "0.5"), Check("c", 2.0, 1.0, decides=False)]
+    body = {"checks": [{**vars(check), "holds": check.holds} for check in checks], "extra": ""}
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/fig1.json").write_text(json.dumps(body))
+    write_page(tmp_path / "paper.md", tmp_path / "figures", list(TITLES))
+    text = (tmp_path / "paper.md").read_text()
+    assert "| a\\|b falls | 0.5 | 0.1 (1) | agrees |" in text
+    assert "disagrees (told, not required)" in text and "(figures/fig1.png)" in text
+    assert text.count("not run") == len(TITLES) - 1
+    assert "1 of 1; 0 of 1 told" in text

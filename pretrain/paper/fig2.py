@@ -96,7 +96,7 @@ def _table(runs: list[RunData]) -> str:
         ]
         ranks = [mean(values(run, product, "pseudo_rank", 0)) for product in ("qk", "vp")]
         lines.append(
-            f"| {decay:g} | {run.exposure:.2f} | {accuracy(run):.3f} | {ranks[0]:.3f} | "
+            f"| {decay:.3g} | {run.exposure:.2f} | {accuracy(run):.3f} | {ranks[0]:.3f} | "
             f"{ranks[1]:.3f} | {', '.join(ratios)} |"
         )
     return "\n".join(lines)
@@ -112,7 +112,7 @@ def _draw(runs: list[RunData], path: Path) -> None:
     for row, product in enumerate(("vp", "qk")):
         rank, discrepancy, gap, extra = panels[row]
         for run, colour in zip(runs, colours(len(runs))):
-            style = {"color": colour, "label": f"λ = {given_decay(run):g}"}
+            style = {"color": colour, "label": f"λ = {given_decay(run):.3g}"}
             rank.plot(*series(run, product, "pseudo_rank", 0), **style)
             discrepancy.semilogy(*series(run, product, "discrepancy", 0), **style)
             steps, bound = series(run, product, "frobenius_bound", 0)

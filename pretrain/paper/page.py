@@ -63,7 +63,8 @@ TITLES = {
     ),
     "rank-cost": (
         "Beyond the paper: the cost of using the low rank",
-        "Every head's W_QK and W_VP cut after training to a share of its singular values.",
+        "Every head's W_QK and W_VP cut after training to a share of its singular values: language "
+        "models (whose small attention matters little) and recall (which is attention alone).",
     ),
 }
 

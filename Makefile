@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/pretrain demo --out demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: setup
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'

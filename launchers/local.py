@@ -17,28 +17,39 @@ _GRACE = 60.0
 """Seconds that a job has to end itself."""
 
 
-def torchrun(processes: int) -> list[str]:
-    """The words that start a Python script or module on ``processes`` processes here."""
+def torchrun(processes: int, restarts: int = 0) -> list[str]:
+    """The words that start a Python script or module on ``processes`` processes here.
+
+    Args:
+        restarts: times that all are started again when one dies.
+    """
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*run, "--nproc-per-node", str(processes)]
+    again = ["--max-restarts", str(restarts)] if restarts else []
+    return [*run, "--nproc-per-node", str(processes), *again]
 
 
-def share_cores(processes: int) -> dict[str, str]:
+def start_environment(processes: int) -> dict[str, str]:
     """The environment with this machine's cores shared out, unless the user said otherwise."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // processes)), **os.environ}
+    return {
+        "OMP_NUM_THREADS": str(max(1, (cores or 1) // processes)),
+        # Shared with torchrun's own, the store would keep addresses of processes that have died,
+        # and those that are started again could not connect.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **os.environ,
+    }
 
 
-def command(words: list[str], processes: int) -> list[str]:
+def command(words: list[str], processes: int, restarts: int = 0) -> list[str]:
     """`pretrain WORDS...` on so many processes, as words for the system."""
-    start = torchrun(processes) if processes > 1 else [sys.executable]
+    start = torchrun(processes, restarts) if processes > 1 or restarts else [sys.executable]
     return [*start, "-m", "pretrain", *words]
 
 
-def launch(processes: int, words: list[str]) -> int:
+def launch(processes: int, words: list[str], restarts: int = 0) -> int:
     """Run `pretrain WORDS...` on ``processes`` processes; returns the exit code."""
     return subprocess.run(
-        command(words, processes), env=share_cores(processes), check=False
+        command(words, processes, restarts), env=start_environment(processes), check=False
     ).returncode
 
 
@@ -67,7 +78,7 @@ class LocalExecutor:
             self._running[job.name] = (process, slot, log)
 
     def _environment(self, slot: int, processes: int) -> dict[str, str]:
-        environment = share_cores(self.slots * processes)
+        environment = start_environment(self.slots * processes)
         gpus = _gpus()
         if gpus:
             mine = [gpus[(slot * processes + index) % len(gpus)] for index in range(processes)]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launchers.local import LocalExecutor, command, default_slots, share_cores
+from launchers.local import LocalExecutor, command, default_slots, start_environment
 from pretrain.errors import UsageError
 from pretrain.jobs import Executor
 from pretrain.sweep import run_sweep, summary
@@ -42,7 +42,7 @@ def run(
     def start(words: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command(words, processes),
-            env=share_cores(processes * slots),
+            env=start_environment(processes * slots),
             capture_output=True,
             text=True,
             check=False,

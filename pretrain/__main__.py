@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pretrain.data_verbs import data_app
+from pretrain.errors import TRY_AGAIN
 from pretrain.paper_verbs import paper_app
 
 app = typer.Typer(
@@ -72,6 +73,12 @@ def train(
     processes: Annotated[
         int, typer.Option(min=1, help="Start so many processes on this machine (torchrun).")
     ] = 1,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            min=0, help="When a process dies or hangs, start all again so many times (torchrun)."
+        ),
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Train a recipe, or go on with it where it stopped.
@@ -81,10 +88,10 @@ def train(
     grid.tensor_parallel=2`. Data parallelism takes the processes that the grid leaves.
     Run again with the same words, an interrupted run goes on as if nothing had happened.
     """
-    if processes > 1 and "RANK" not in os.environ and not dry_run:
+    if (processes > 1 or restarts) and "RANK" not in os.environ and not dry_run:
         from launchers.local import launch
 
-        raise typer.Exit(launch(processes, sys.argv[1:]))
+        raise typer.Exit(launch(processes, sys.argv[1:], restarts))
     from pretrain.config import load_config
 
     config = load_config(recipe, overrides)
@@ -263,8 +270,8 @@ def ranks(
         raise typer.BadParameter(f"--denominator: {denominator} is neither head nor model")
     if not 0 < threshold <= 1:
         raise typer.BadParameter(f"--threshold: {threshold} is not above 0 and at most 1")
-    from pretrain.config import RanksConfig
     from pretrain.ranks import rank_command
+    from pretrain.run_config import RanksConfig
 
     settings = RanksConfig.model_validate(
         {"threshold": threshold, "denominator": denominator, "spectra": spectra}
@@ -381,14 +388,28 @@ def _exit_code(error: Exception) -> int | None:
     # Typer may carry its own copy of click: its mistakes of usage are known by name too.
     if names & {"UsageError", "ModelError", "ClickException"}:
         return 2
-    if "StopRequestedError" in names:
-        return 75  # EX_TEMPFAIL: start me again
+    if "StopRequestedError" in names or _is_lost_peer(error):
+        return TRY_AGAIN
     if names & {"RunError", "DataError"} or isinstance(error, OSError):
         return 1
     return None
 
 
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed since another process or the network is gone."""
+    if {part.__name__ for part in type(error).__mro__} & {"DistBackendError", "DistNetworkError"}:
+        return True
+    words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def _one_line(error: Exception) -> str:
+    if _is_lost_peer(error):
+        reason = " ".join(str(error).split())[:160]
+        return (
+            "another process of the job, or the network, is gone; started again, the run goes on "
+            f"from its last checkpoint ({reason})"
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if hasattr(error, "format_message"):

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.files import write_synced
 from models.factors import Factors
 from models.roles import ParameterInfo, Role, declared_parameters, info_of
 from pretrain.config import Config, parse_config
 from pretrain.engine import Engine
 from pretrain.errors import RunError
 from pretrain.grid import Grid
-from pretrain.masters import Fragment, is_replicated, local_shape, prepare_moments, write_back
+from pretrain.masters import local_shape, prepare_moments, write_back
 
 MANIFEST = "manifest.json"
+LATEST = "latest"
+"""File in ``RUN/checkpoints`` with the name of the newest whole one, for people and scripts."""
 VERSION = 1
+SEAL = "sha256"
 MASTER = "master"
 ATTENTION_PARTS = ("query", "key", "value", "output")
 
@@ -42,143 +41,41 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+class DamagedError(RunError):
+    """Files of a checkpoint are not as they were written."""
+
+
+def step_of(path: Path) -> int:
+    """Updates that a checkpoint's folder name stands for."""
+    return int(path.name.split("-")[1])
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in ``RUN/checkpoints``, oldest first."""
+    """Checkpoints in ``RUN/checkpoints``, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
 
 
-# --- writing --------------------------------------------------------------------------------
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last of `list_checkpoints`, if there is one."""
+    found = list_checkpoints(folder)
+    return found[-1] if found else None
 
 
-def save_checkpoint(
-    engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int = 0
-) -> Path:
-    """Write the checkpoint after ``step`` updates; a collective call.
-
-    Args:
-        folder: ``RUN/checkpoints``.
-        state: what else to remember (JSON), for example the data's identity.
-        keep: delete all but so many newest ones afterwards; 0: keep all.
-
-    Raises:
-        RunError: on every rank, if any rank could not write; earlier checkpoints are untouched.
-    """
-    grid = engine.grid
-    target = folder / checkpoint_name(step)
-    aside = folder / f".{target.name}.writing"
-    with _cleaned_up(aside, grid), grid.together(f"checkpoint at step {step} not written"):
-        aside.mkdir(parents=True, exist_ok=True)
-        entry = _write_rank(engine, aside)
-    entries = grid.gather(entry)
-    with _cleaned_up(aside, grid), grid.together(f"checkpoint at step {step} not written"):
-        if grid.is_main:
-            manifest = _manifest(engine, step, state, dict(filter(None, entries)))
-            write_synced(aside / MANIFEST, json.dumps(manifest).encode())
-            if target.exists():
-                shutil.rmtree(target)
-            os.rename(aside, target)
-            _sync_folder(folder)
-            for old in list_checkpoints(folder)[: -keep or None] if keep else []:
-                shutil.rmtree(old)
-    return target
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest as text, with the hash of what it says."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, SEAL: digest}).encode()
 
 
-@contextmanager
-def _cleaned_up(aside: Path, grid: Grid) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if grid.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        reason = str(error).strip().splitlines()[0]
-        raise RunError(
-            f"{reason}; free space or fix {aside.parent}, then start again: the run goes on from "
-            "its last checkpoint"
-        ) from None
-
-
-def _write_rank(engine: Engine, aside: Path) -> tuple[str, dict[str, Any]] | None:
-    """Write what this rank owns; returns (file name, its index), or None for nothing."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    grid = engine.grid
-    if is_replicated(engine.deepspeed) and grid.data_rank > 0:
-        return None
-    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-    index: dict[str, Any] = {}
-    for fragment in engine.fragments():
-        if not _writes(fragment, grid):
-            continue
-        values = {MASTER: fragment.master, **fragment.moments()}
-        for key, value in values.items():
-            tensors[f"{fragment.info.name}/{key}"] = value.detach().to("cpu", copy=True)
-        index[fragment.info.name] = [fragment.offset, fragment.master.numel(), sorted(values)]
-    name = f"rank-{grid.rank:05d}.safetensors"
-    try:
-        save_file(tensors, aside / name)
-    except SafetensorError as error:  # how it reports a full disk
-        raise RunError(str(error)) from None
-    with (aside / name).open("rb+") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    size = (aside / name).stat().st_size
-    return name, {
-        "size": size,
-        "sha256": digest,
-        "tensor_rank": grid.tensor_rank,
-        "fragments": index,
-    }
-
-
-def _writes(fragment: Fragment, grid: Grid) -> bool:
-    """Whether this rank's copy is the one that is kept, where several ranks hold the same."""
-    if getattr(fragment.parameter, "ds_pipe_replicated", False):
-        return False
-    return fragment.info.partition_dim is not None or grid.tensor_rank == 0
-
-
-def _manifest(
-    engine: Engine, step: int, state: dict[str, Any], files: dict[str, Any]
-) -> dict[str, Any]:
-    decays = engine.plan.by_name
-    infos = {info.name: info for group in engine.plan.groups for info in group.parameters}
-    return {
-        "version": VERSION,
-        "step": step,
-        "state": state,
-        "config": engine.config.model_dump(mode="json"),
-        "grid": {
-            "tensor": engine.grid.tensor,
-            "pipeline": engine.grid.pipeline,
-            "data": engine.grid.data,
-            "zero_stage": engine.config.grid.zero_stage,
-        },
-        "parameters": {
-            name: {
-                "role": info.role.value,
-                "layer": info.layer,
-                "shape": info.shape,
-                "partition_dim": info.partition_dim,
-                "decay": decays[name],
-            }
-            for name, info in infos.items()
-        },
-        "files": files,
-    }
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# --- reading --------------------------------------------------------------------------------
+def _unsealed(text: str) -> dict[str, Any]:
+    """The inverse of `sealed`; checkpoints of the first versions have no seal."""
+    manifest: dict[str, Any] = json.loads(text)
+    seal = manifest.pop(SEAL, None)
+    if seal not in (None, hashlib.sha256(json.dumps(manifest).encode()).hexdigest()):
+        raise ValueError("its checksum differs")
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -197,7 +94,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = _unsealed((path / MANIFEST).read_text(encoding="utf-8"))
             if manifest["version"] != VERSION:
                 raise RunError(
                     f"{path}: version {manifest['version']}, this program reads {VERSION}"
@@ -210,8 +107,8 @@ class Checkpoint:
             self._files: dict[str, Any] = manifest["files"]
         except OSError as error:
             raise RunError(f"{path}: no checkpoint here ({error.strerror})") from None
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise RunError(
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedError(
                 f"{path}/{MANIFEST}: damaged ({type(error).__name__}); delete this checkpoint to "
                 "go on from the one before"
             ) from None
@@ -222,6 +119,11 @@ class Checkpoint:
                     place = _Place(file, entry["tensor_rank"], offset, numel)
                     self._places[name, key].append(place)
         self._open: dict[str, Any] = {}
+        self._trusted = False
+
+    def trust(self) -> None:
+        """Do not hash files again: somebody just did (`problem`)."""
+        self._trusted = True
 
     @property
     def decays(self) -> dict[str, float]:
@@ -233,6 +135,20 @@ class Checkpoint:
         """Hash of all it holds: two runs that fork from equal ones begin equally."""
         sums = sorted(entry["sha256"] for entry in self._files.values())
         return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+    def problem(self, part: int = 0, parts: int = 1) -> str:
+        """What is wrong with the files, in one line; empty if each is as it was written.
+
+        Args:
+            part, parts: look at every ``parts``-th file from ``part`` on, so that ranks share the
+                reading of a large checkpoint.
+        """
+        for file in sorted(self._files)[part::parts]:
+            try:
+                self._file(file)
+            except DamagedError as error:
+                return str(error)
+        return ""
 
     def keys(self, name: str) -> list[str]:
         """What is stored for a parameter: the master and the optimizer's moments."""
@@ -298,12 +214,11 @@ class Checkpoint:
 
             path, entry = self.path / name, self._files[name]
             try:
-                with path.open("rb") as file:
-                    whole = hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+                whole = self._trusted or _sha256(path) == entry["sha256"]
             except OSError as error:
-                raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+                raise DamagedError(f"{path}: cannot be read ({error.strerror})") from None
             if not whole:
-                raise RunError(
+                raise DamagedError(
                     f"{path}: damaged (its checksum differs); delete {self.path.name} to go on "
                     "from the checkpoint before"
                 )
@@ -317,6 +232,11 @@ class Checkpoint:
             return None
         state: Tensor = self._file(name).get_tensor("rng")
         return state
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @torch.no_grad()

@@ -22,6 +22,14 @@ from pretrain.decay_config import (
     WeightDecayConfig,
 )
 from pretrain.errors import UsageError
+from pretrain.run_config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    FaultsConfig,
+    LoggingConfig,
+    RanksConfig,
+    ResumeConfig,
+)
 from pretrain.schedule import in_steps, learning_rate
 
 
@@ -102,51 +110,6 @@ class OptimizerConfig(Section):
     weight_decay: WeightDecayConfig = WeightDecayConfig()
 
 
-class CheckpointConfig(Section):
-    """When to save, and how many to keep."""
-
-    every: int = Field(0, ge=0, description="steps; 0: a tenth of the run")
-    keep: int = Field(2, ge=0, description="newest checkpoints kept; 0: all")
-
-
-class EvaluationConfig(Section):
-    """Held-out loss during training, on a fixed sample of documents."""
-
-    every: int = Field(0, ge=0, description="steps; 0: a tenth of the run")
-    split: str = "val"
-    documents: int = Field(100, ge=1, description="documents in the fixed sample")
-    batch: int = Field(8, ge=1, description="sequences per forward pass")
-    at_end: Literal["none", "sample", "all"] = Field(
-        "all", description="after the last step: nothing, the sample, or the whole test split"
-    )
-
-
-class RanksConfig(Section):
-    """Statistics of the attention products during training."""
-
-    every: int = Field(0, ge=0, description="steps; 0: a twentieth of the run")
-    threshold: float = Field(0.95, gt=0, le=1, description="share of Σσ that the rank covers")
-    denominator: Literal["head", "model"] = Field(
-        "head", description="pseudo-rank = k / head width, or k / model width"
-    )
-    spectra: bool = Field(False, description="store every singular value too")
-
-
-class LoggingConfig(Section):
-    """Where metrics go, besides RUN/metrics.jsonl."""
-
-    every: int = Field(1, ge=1, description="steps between lines of metrics")
-    wandb: str = Field("", description="W&B project; empty: off; offline without an account")
-    wandb_group: str = Field("", description="W&B group, for example the sweep's name")
-    tensorboard: bool = False
-
-
-class ResumeConfig(Section):
-    """What holds when a checkpoint and the recipe disagree."""
-
-    decay: Literal["error", "recipe", "checkpoint"] = "error"
-
-
 class Config(Section):
     """Everything that defines a run."""
 
@@ -165,6 +128,7 @@ class Config(Section):
     ranks: RanksConfig = RanksConfig()
     logging: LoggingConfig = LoggingConfig()
     resume: ResumeConfig = ResumeConfig()
+    faults: FaultsConfig = FaultsConfig()
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings, for experts")
 
     @field_validator("precision", mode="before")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from typing import Any
 
@@ -135,9 +136,18 @@ def record_plain_norm(engine: Any) -> None:
             mpu=engine.mpu,
         )
 
+    take = engine.optimizer.step
+
+    def step_if_finite(*arguments: Any, **more: Any) -> Any:
+        """As ZeRO does: a gradient that is not finite moves nothing."""
+        if not engine.gradient_clipping():  # the engine would not ask for the norm then
+            clip()
+        if math.isfinite(float(engine._global_grad_norm)):
+            return take(*arguments, **more)
+        return None
+
     engine.clip_fp32_gradients = clip
-    if not engine.gradient_clipping():  # it would not ask for the norm then
-        engine.optimizer.register_step_pre_hook(lambda *_: clip())
+    engine.optimizer.step = step_if_finite
 
 
 def norm_in_one_reduction(zero: Any) -> None:
@@ -157,6 +167,8 @@ def norm_in_one_reduction(zero: Any) -> None:
                 if parameter.tensor_model_parallel:
                     total += torch.linalg.vector_norm(gradient.detach().float()).double() ** 2
         dist.all_reduce(total)
+        # In bf16 it skips an update whose norm is not finite only where it checks for overflow.
+        zero.check_grad_overflow = not bool(total.isfinite())
         # -1 is DeepSpeed's sign for a norm that is not finite.
         return torch.where(total.isfinite(), total.sqrt(), -1.0).float()
 

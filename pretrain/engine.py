@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,6 +148,11 @@ class Engine:
         if norm is not None:
             self.gradient_norm = float(norm)
         return float(loss)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last update changed nothing, as its gradient was not finite."""
+        return not (math.isfinite(self.gradient_norm) and self.gradient_norm >= 0)
 
     def _accumulate(self, batches: Iterator[Batch]) -> torch.Tensor:
         total = torch.zeros((), device=self.grid.device)

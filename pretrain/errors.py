@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+TRY_AGAIN = 75
+"""Exit code (EX_TEMPFAIL) of a job that stopped for its machines, not for its recipe: start it
+again with the same words."""
+
 
 class RunError(RuntimeError):
     """Something in the run, its files or its machine is wrong (exit code 1)."""

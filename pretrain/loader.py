@@ -11,17 +11,19 @@ import torch
 from torch.utils.data import DataLoader
 
 from pretrain.engine import Batch
+from pretrain.faults import block_of
 from pretrain.grid import Grid
 from pretrain.tasks import Samples
 
 
-def sample_numbers(step: int, global_batch: int, grid: Grid, micro: int) -> list[list[int]]:
-    """Samples of this rank in update ``step``, one list per micro batch.
+def sample_numbers(block: int, global_batch: int, grid: Grid, micro: int) -> list[list[int]]:
+    """Samples of this rank in a block, one list per micro batch.
 
-    Update s takes samples s·B … (s+1)·B − 1 of the order that the seed fixes, whatever the grid.
+    Block s is samples s·B … (s+1)·B − 1 of the order that the seed fixes, whatever the grid; update
+    s takes block s, unless faults made the run jump over some (`pretrain.faults.block_of`).
     """
     share = global_batch // grid.data
-    first = step * global_batch + grid.data_rank * share
+    first = block * global_batch + grid.data_rank * share
     return [list(range(at, at + micro)) for at in range(first, first + share, micro)]
 
 
@@ -37,15 +39,17 @@ class Loader:
         first_step: int,
         prefetch: int,
         workers: int = 0,
+        jumped: tuple[int, ...] = (),
     ) -> None:
         """
         Args:
+            jumped: blocks of samples that are left out.
             prefetch: micro batches that a thread reads ahead; 0: none.
             workers: processes that read instead, for samples that are work to make.
         """
         self._data, self._grid, self._micro = data, grid, micro
         self._global_batch, self._step = global_batch, first_step
-        self._prefetch = prefetch
+        self._prefetch, self._jumped = prefetch, jumped
         self._pool = ThreadPoolExecutor(1) if prefetch and not workers else None
         self._read_by_workers: Iterator[Batch] | None = None
         if workers:
@@ -65,8 +69,8 @@ class Loader:
 
     def _order(self) -> Iterator[list[int]]:
         step = self._step
-        while (step + 1) * self._global_batch <= len(self._data):
-            yield from sample_numbers(step, self._global_batch, self._grid, self._micro)
+        while ((block := block_of(step, self._jumped)) + 1) * self._global_batch <= len(self._data):
+            yield from sample_numbers(block, self._global_batch, self._grid, self._micro)
             step += 1
 
     def _read(self, numbers: list[int]) -> Batch:

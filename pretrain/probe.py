@@ -19,11 +19,11 @@ from models.factors import AttentionShape, Factors
 from models.gpt import attention_layers
 from models.layers import Attention
 from models.roles import Role, info_of
-from pretrain.config import RanksConfig
 from pretrain.control import Book, Books, label
 from pretrain.engine import Engine
 from pretrain.grid import Grid
 from pretrain.masters import Fragment, is_replicated, local_shape
+from pretrain.run_config import RanksConfig
 from pretrain.spectra import pair_statistics, product_statistics
 
 Row = dict[str, Any]

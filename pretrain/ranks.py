@@ -20,11 +20,11 @@ from models.families import Family, read_family
 from models.hub import fetch, is_hub_name, revisions
 from models.huggingface import is_pretrained, open_pretrained
 from pretrain.checkpoint import MANIFEST, Checkpoint, list_checkpoints
-from pretrain.config import RanksConfig
 from pretrain.control import Book, Books
 from pretrain.errors import UsageError
 from pretrain.probe import Row, layer_rows
 from pretrain.run import CHECKPOINTS, CONFIG, resolve_checkpoint
+from pretrain.run_config import RanksConfig
 from pretrain.scatter import Scatter
 from pretrain.tracking import Progress, show_table, warn
 

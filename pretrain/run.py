@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_aside
-from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.checkpoint import Checkpoint, DamagedError, list_checkpoints, step_of
 from pretrain.config import Config, differences, dump_config, load_config
 from pretrain.decay import DecayDifference, DecayPlan, compare, plan_from
 from pretrain.errors import RunError, UsageError
@@ -87,9 +88,11 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
         UsageError: if the folder holds a run with another recipe.
     """
     if not (run / CONFIG).exists():
-        if run.exists() and {path.name for path in run.iterdir()} - {f"{CONFIG}.tmp", LOCK}:
+        # What a kill leaves, and what the mirror's checkpoint is fetched into.
+        known = {f"{CONFIG}.tmp", LOCK, CHECKPOINTS}
+        if run.exists() and {path.name for path in run.iterdir()} - known:
             raise UsageError(f"{run}: not empty and not a run folder; choose another --out")
-        return None
+        return _newest_readable(run)
     old = load_config(run / CONFIG)
     changed = {
         key: values
@@ -103,14 +106,20 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
             f"{run}: holds a run with {key}={before}, the recipe says {after}{more}; choose "
             f"another --out, or continue from it with --fork {run}@STEP"
         )
-    checkpoints = list_checkpoints(run / CHECKPOINTS)
-    return Checkpoint(checkpoints[-1]) if checkpoints else None
+    return _newest_readable(run)
+
+
+def _newest_readable(run: Path) -> Checkpoint | None:
+    for path in reversed(list_checkpoints(run / CHECKPOINTS)):
+        with contextlib.suppress(DamagedError):  # `find_whole` says so, once the run is ours
+            return Checkpoint(path)
+    return None
 
 
 def is_complete(run: Path, config: Config, until: int | None = None) -> bool:
     """Whether the run is there to its last step (or ``until``), evaluated if it should be."""
     found = list_checkpoints(run / CHECKPOINTS)
-    if not found or int(found[-1].name.split("-")[1]) < (until or config.train.steps):
+    if not found or step_of(found[-1]) < (until or config.train.steps):
         return False
     evaluated = (run / EVALUATION).exists()
     return until is not None or config.evaluation.at_end == "none" or evaluated
@@ -133,7 +142,7 @@ def resolve_checkpoint(text: str) -> Path:
         )
     if not wanted or wanted == "last":
         return found[-1]
-    steps = {int(one.name.split("-")[1]): one for one in found}
+    steps = {step_of(one): one for one in found}
     if not wanted.isdigit() or int(wanted) not in steps:
         raise UsageError(f"{text}: no such step; there are {', '.join(map(str, steps))}")
     return steps[int(wanted)]
@@ -213,8 +222,13 @@ def check_continues(checkpoint: Checkpoint, config: Config, task: Task) -> None:
 
 
 def rewind(run: Path, step: int) -> None:
-    """Forget what was measured after ``step``."""
+    """Forget what was logged and measured after ``step``."""
     rewind_metrics(run, step)
+    rewind_ranks(run, step)
+
+
+def rewind_ranks(run: Path, step: int) -> None:
+    """Forget what was measured after ``step``."""
     parts = run / _PARTS
     if parts.is_dir():
         for part in parts.glob("*.parquet"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -43,17 +44,31 @@ def rewind_metrics(run: Path, step: int) -> None:
     write_aside(path, "".join(json.dumps(row) + "\n" for row in kept).encode("utf-8"))
 
 
+def _append(path: Path, line: str) -> None:
+    """Add a line to a file, whole or not at all: a disk that fills up takes a part."""
+    data = line.encode("utf-8")
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if os.write(descriptor, data) < len(data):
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
+
+
 class Tracker:
     """Writes metrics on the main rank; silent on the others."""
 
     def __init__(self, run: Path, config: Config, active: bool) -> None:
         self.active = active
-        self._file: Any = None
         self._wandb: Any = None
         self._board: Any = None
         if not active:
             return
-        self._file = (run / METRICS).open("a", encoding="utf-8")
+        self._run = run
+        self._waiting: list[str] = []
+        self._refused = False
         if config.logging.wandb:
             self._wandb = _start_wandb(run, config)
         if config.logging.tensorboard:
@@ -63,8 +78,7 @@ class Tracker:
         """One line: ``kind``, ``step`` and ``values``."""
         if not self.active:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        self._write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {f"{kind}/{k}": v for k, v in _flatten(values).items()}
         if self._wandb is not None:
             try:
@@ -76,10 +90,27 @@ class Tracker:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
 
+    def _write(self, line: str) -> None:
+        """A line in the file; what a full or vanished disk refuses waits for the next one."""
+        self._waiting.append(line)
+        try:
+            while self._waiting:
+                _append(self._run / METRICS, self._waiting[0])
+                self._waiting.pop(0)
+        except OSError as error:
+            if not self._refused:
+                warn(f"{self._run / METRICS}: {error.strerror}; lines wait in memory")
+            self._refused = True
+        else:
+            self._refused = False
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after ``step``, as the run goes back there."""
+        if self.active:
+            rewind_metrics(self._run, step)
+
     def close(self) -> None:
         """Flush everything."""
-        if self._file is not None:
-            self._file.close()
         if self._wandb is not None:
             try:
                 self._wandb.finish(quiet=True)

@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pretrain.checkpoint
 import pretrain.engine
 import pretrain.evaluate
-import pretrain.train
+import pretrain.saver
 from pretrain.__main__ import main
 
 
@@ -39,7 +38,7 @@ def arm(moment: str, marker: Path) -> None:
 
         pretrain.engine.Engine.train_step = train_step
     elif moment == "checkpoint":
-        write = pretrain.checkpoint._write_rank
+        write = pretrain.saver._write_piece
         saves = 0
 
         def write_rank(*arguments: Any) -> Any:
@@ -50,7 +49,7 @@ def arm(moment: str, marker: Path) -> None:
                 pause(marker)
             return found
 
-        pretrain.checkpoint._write_rank = write_rank
+        pretrain.saver._write_piece = write_rank
     elif moment == "evaluation":
         forward = pretrain.evaluate._forward
         calls = 0

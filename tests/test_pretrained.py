@@ -13,8 +13,8 @@ import yaml
 from models.families import known_families
 from models.huggingface import open_pretrained
 from models.roles import ModelError
-from pretrain.config import RanksConfig
 from pretrain.ranks import find_weights, measure_weights
+from pretrain.run_config import RanksConfig
 from tests.tools import run
 from tests.transformers_models import FAMILIES, Products, build, dense_products, save
 

@@ -13,29 +13,41 @@ from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.roles import info_of
 from pretrain.checkpoint import Checkpoint, list_checkpoints
-from pretrain.config import RanksConfig
 from pretrain.ranks import find_weights, measure_weights
+from pretrain.run_config import RanksConfig
 from pretrain.spectra import product_statistics
 from pretrain.truncate import CutCheckpoint, RankChoice, cut_product, parse_rank
-from tests.tools import base_recipe, pretrain, run, write_recipe
+from tests.tools import base_recipe, pretrain, run, run_workers
 from tests.transformers_models import transformers
 
 NOPE = {"dialect": "llama", "position": "none", "hidden_size": 32, "num_attention_heads": 2}
 
 
-def train(folder: Path, data: Path, **model: object) -> Path:
-    recipe = deepcopy(base_recipe(data))
-    recipe["model"] |= model
-    recipe["optimizer"]["learning_rate"] = 1e-2
-    path = write_recipe(folder / "recipe.yaml", recipe)
-    done = pretrain("train", str(path), "--out", str(folder / "run"))
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+MODELS = {
+    "nope": NOPE,
+    "gpt_neox": {"dialect": "gpt_neox"},
+    "llama": {"dialect": "llama", "num_key_value_heads": 2},
+    "qwen3": {"dialect": "llama", "qk_norm": True, "head_dim": 16},
+}
 
 
 @pytest.fixture(scope="module")
-def without_positions(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("nope"), data, **NOPE)
+def models(data: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A trained run of every kind of model that can be exported."""
+    folder = tmp_path_factory.mktemp("models")
+    cases = []
+    for name, model in MODELS.items():
+        recipe = deepcopy(base_recipe(data))
+        recipe["model"] |= model
+        recipe["optimizer"]["learning_rate"] = 1e-2
+        cases.append({"recipe": recipe, "run": str(folder / name)})
+    run_workers(1, "train", cases, folder / "workers")
+    return {"gpt2": trained, **{name: folder / name for name in MODELS}}
+
+
+@pytest.fixture(scope="module")
+def without_positions(models: dict[str, Path]) -> Path:
+    return models["nope"]
 
 
 def newest(run: Path) -> Path:
@@ -159,19 +171,12 @@ def test_smaller_heads_in_transformers(
         assert theirs.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"dialect": "gpt2"},
-        {"dialect": "gpt_neox"},
-        {"dialect": "llama", "num_key_value_heads": 2},
-        {"dialect": "llama", "qk_norm": True, "head_dim": 16},
-    ],
-)
-def test_every_dialect_in_transformers(model: dict, data: Path, tmp_path: Path) -> None:
-    path = train(tmp_path, data, **model)
-    done = pretrain("export", str(path), "--out", str(tmp_path / "hf"))
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("model", ["gpt2", "gpt_neox", "llama", "qwen3"])
+def test_every_dialect_in_transformers(
+    model: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = models[model]
+    assert run(monkeypatch, "export", str(path), "--out", str(tmp_path / "hf")) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     ours = Checkpoint(newest(path))
     tokens = tokens_for(ours)
@@ -205,21 +210,20 @@ def test_mistakes(
     assert said in text and text.count("\n") == 1
 
 
-def test_rotary_products_are_refused(data: Path, tmp_path: Path) -> None:
-    path = train(tmp_path, data, dialect="llama")
-    done = pretrain("evaluate", str(path), "--attention-rank", "0.5")
-    assert done.returncode == 2 and "--attention-product vp" in done.stderr
-    done = pretrain("evaluate", str(path), "--attention-rank", "0.5", "--attention-product", "vp")
-    assert done.returncode == 0, done.stderr
+def test_rotary_products_are_refused(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(models["llama"]), "--attention-rank", "0.5"]
+    assert run(monkeypatch, *words) == 2
+    assert "--attention-product vp" in capsys.readouterr().err
+    assert run(monkeypatch, *words, "--attention-product", "vp") == 0
 
 
-def test_cut_on_a_grid(trained: Path, tmp_path: Path) -> None:
+def test_cut_on_a_grid(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same perplexity on two tensor-parallel processes."""
-    figures = []
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.json"
-        words = [str(trained), f"grid.tensor_parallel={processes}", "--out", str(out)]
-        done = pretrain("evaluate", *words, "--attention-rank", "0.5", processes=processes)
-        assert done.returncode == 0, done.stderr
-        figures.append(json.loads(out.read_text())["overall"]["loss"])
-    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+    words = ["evaluate", str(trained), "--attention-rank", "0.5", "--out"]
+    assert run(monkeypatch, *words, str(tmp_path / "1.json")) == 0
+    done = pretrain(*words, str(tmp_path / "2.json"), "grid.tensor_parallel=2", processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text())["overall"]["loss"] for n in (1, 2))
+    assert one == pytest.approx(two, rel=1e-5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from launchers.local import torchrun
+from launchers.local import start_environment, torchrun
 from pretrain.__main__ import main
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.run import read_ranks
@@ -64,7 +63,8 @@ def write_recipe(path: Path, values: dict) -> Path:
 
 def environment() -> dict[str, str]:
     """What child processes need: the repository on the path, one thread each."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return {**start_environment(1), **more}
 
 
 def launcher(processes: int) -> list[str]:

@@ -1,0 +1,91 @@
+"""The command line with a fault put in: ``faulty.py FAULT RANK UPDATES WORDS...``.
+
+On one rank, in the training updates of this process with the given numbers (``5`` or ``5,6,7``,
+counted as they happen), the fault strikes; everything else is `python -m pretrain WORDS...`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+import pretrain.engine
+from models.roles import declared_parameters
+from pretrain.__main__ import main
+
+
+def poison_loss(engine: Any) -> None:
+    """The loss of this update is NaN."""
+    loss = engine.loss
+    engine.loss = lambda logits, labels: loss(logits, labels) * float("nan")
+
+
+def poison_gradient(engine: Any) -> None:
+    """One element of one gradient is infinite, and the loss is not."""
+    parameter = next(iter(declared_parameters(engine.module)))
+
+    def strike(gradient: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        gradient = gradient.clone()
+        gradient.view(-1)[3] = float("inf")
+        return gradient
+
+    handle = parameter.register_hook(strike)
+
+
+def flip_weight(engine: Any) -> None:
+    """One bit of a working weight changes."""
+    *_, parameter = declared_parameters(engine.module)
+    parameter.data.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 20)
+
+
+def kill(engine: Any) -> None:
+    """The process dies; started again by its launcher, it lives."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop(engine: Any) -> None:
+    """The process stands still."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+FAULTS = {
+    "loss": poison_loss,
+    "gradient": poison_gradient,
+    "flip": flip_weight,
+    "kill": kill,
+    "stop": stop,
+}
+
+
+def arm(fault: str, rank: int, updates: set[int]) -> None:
+    """Put the fault where it is wanted."""
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+    original = pretrain.engine.Engine.train_step
+    count = 0
+
+    def train_step(self: Any, batches: Any) -> float:
+        nonlocal count
+        count += 1
+        struck = count in updates
+        if struck and fault != "flip":
+            FAULTS[fault](self)
+        found = original(self, batches)
+        vars(self).pop("loss", None)
+        if struck and fault == "flip":
+            FAULTS[fault](self)
+        return found
+
+    pretrain.engine.Engine.train_step = train_step
+
+
+if __name__ == "__main__":
+    arm(sys.argv[1], int(sys.argv[2]), set(map(int, sys.argv[3].split(","))))
+    sys.argv = ["pretrain", *sys.argv[4:]]
+    main()

@@ -36,6 +36,7 @@ from pretrain.run import (
 )
 from pretrain.saver import HELD_OUT_LOSS, Saver
 from pretrain.signals import StopRequestedError, StopSignals
+from pretrain.tasks import Samples
 from pretrain.tracking import Progress, Tracker, warn
 from pretrain.watchdog import Watchdog
 
@@ -54,6 +55,8 @@ class Job:
     saver: Saver
     watchdog: Watchdog
     judge: Judge
+    data: Samples
+    """Training samples of a run without jumps."""
     sample: Any
     """Held-out samples for evaluation during training."""
     until: int | None
@@ -95,12 +98,12 @@ class Job:
 
 def run_job(job: Job, first: int, fresh: bool, forked: bool) -> None:
     """From step ``first`` to the end, going back where faults ask for it."""
-    if fresh:
-        _measure_if_due(job, 0)
-        _evaluate(job, 0)
-    elif forked:
-        _save(job, first)  # a fork stands on its own feet from here on
     try:
+        if fresh:
+            _measure_if_due(job, 0)
+            _evaluate(job, 0)
+        elif forked:
+            _save(job, first)  # a fork stands on its own feet from here on
         with StopSignals() as signals:
             while True:
                 loader = _loader(job, first)
@@ -123,9 +126,11 @@ def run_job(job: Job, first: int, fresh: bool, forked: bool) -> None:
 def _loader(job: Job, first: int) -> Loader:
     config = job.config
     micro, _ = micro_batches(config, job.grid)
-    more = {"steps": config.train.steps + len(job.jumped)}
-    longer = config.model_copy(update={"train": config.train.model_copy(update=more)})
-    data = job.setup.task.training(longer)
+    data = job.data
+    if job.jumped:  # so many blocks more are wanted
+        more = {"steps": config.train.steps + len(job.jumped)}
+        longer = config.model_copy(update={"train": config.train.model_copy(update=more)})
+        data = job.setup.task.training(longer)
     prefetch, workers = config.data.prefetch, config.task.workers
     batch = config.train.global_batch
     return Loader(data, job.grid, batch, micro, first, prefetch, workers, tuple(job.jumped))

@@ -77,7 +77,8 @@ def train(
         prepared = prepare(config, grid.tensor)
         setup, _, _ = _begin(prepared, run, grid, fork, until)
         sample = setup.task.held_out(setup.config)
-        order = data_order(setup, setup.task.training(setup.config))
+        data = setup.task.training(setup.config)
+        order = data_order(setup, data)
     lock = RunLock(run)
     try:
         with grid.together(""):
@@ -117,7 +118,18 @@ def train(
         saver = Saver(engine, run / CHECKPOINTS, config.checkpoint)
         with Watchdog(grid, run, config.faults.watchdog) as watchdog:
             job = Job(
-                engine, setup, run, tracker, saver, watchdog, judge, sample, until, weights, jumped
+                engine,
+                setup,
+                run,
+                tracker,
+                saver,
+                watchdog,
+                judge,
+                data,
+                sample,
+                until,
+                weights,
+                jumped,
             )
             run_job(job, first, fresh=start is None, forked=start is not None and not checkpoint)
     finally:

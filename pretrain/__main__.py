@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from pretrain.cluster_verbs import doctor, launch
 from pretrain.data_verbs import data_app
-from pretrain.errors import TRY_AGAIN
+from pretrain.exits import exit_code, fail, one_line
 from pretrain.paper_verbs import paper_app
 
 app = typer.Typer(
@@ -89,9 +90,9 @@ def train(
     Run again with the same words, an interrupted run goes on as if nothing had happened.
     """
     if (processes > 1 or restarts) and "RANK" not in os.environ and not dry_run:
-        from launchers.local import launch
+        from launchers.local import launch as start
 
-        raise typer.Exit(launch(processes, sys.argv[1:], restarts))
+        raise typer.Exit(start(processes, sys.argv[1:], restarts))
     from pretrain.config import load_config
 
     config = load_config(recipe, overrides)
@@ -352,6 +353,10 @@ def report(
     print(f"report: {path}")
 
 
+app.command()(launch)
+app.command()(doctor)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("demo"),
@@ -374,61 +379,12 @@ def main() -> None:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; the same words go on from the last checkpoint", 130)
+        fail("interrupted; the same words go on from the last checkpoint", 130)
     except Exception as error:
-        kind = _exit_code(error)
+        kind = exit_code(error)
         if kind is None:
             raise
-        _fail(_one_line(error), kind)
-
-
-def _exit_code(error: Exception) -> int | None:
-    """2: mistakes of usage; 1: trouble with files and machines; 75: asked to stop; None: bugs."""
-    names = {part.__name__ for part in type(error).__mro__}
-    # Typer may carry its own copy of click: its mistakes of usage are known by name too.
-    if names & {"UsageError", "ModelError", "ClickException"}:
-        return 2
-    if "StopRequestedError" in names or _is_lost_peer(error):
-        return TRY_AGAIN
-    if names & {"RunError", "DataError"} or isinstance(error, OSError):
-        return 1
-    return None
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed since another process or the network is gone."""
-    if {part.__name__ for part in type(error).__mro__} & {"DistBackendError", "DistNetworkError"}:
-        return True
-    words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def _one_line(error: Exception) -> str:
-    if _is_lost_peer(error):
-        reason = " ".join(str(error).split())[:160]
-        return (
-            "another process of the job, or the network, is gone; started again, the run goes on "
-            f"from its last checkpoint ({reason})"
-        )
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if hasattr(error, "format_message"):
-        return " ".join(error.format_message().split())
-    return " ".join(str(error).split())
-
-
-def _fail(text: str, code: int) -> None:
-    # Ranks fail together with the same words: one of them says so.
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {text}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)  # do not wait for peers in interpreter shutdown
-    if "torch.distributed" in sys.modules:
-        from pretrain.grid import disconnect
-
-        disconnect()  # gloo's threads would abort an interpreter that shuts down
-    sys.exit(code)
+        fail(one_line(error), kind)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 RANKS = "ranks.parquet"
 EVALUATION = "evaluation.json"
+LAUNCHED = ("launch", "logs")
+"""Folders of `pretrain launch` in a run folder."""
 _PARTS = ".ranks"
 FREE = ("data.path", "data.prefetch", "train.micro_batch")
 """Keys inside the science sections that change no number (or are checked by content)."""
@@ -88,8 +90,8 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
         UsageError: if the folder holds a run with another recipe.
     """
     if not (run / CONFIG).exists():
-        # What a kill leaves, and what the mirror's checkpoint is fetched into.
-        known = {f"{CONFIG}.tmp", LOCK, CHECKPOINTS}
+        # What a kill leaves, what the mirror's checkpoint is fetched into, what a launcher writes.
+        known = {f"{CONFIG}.tmp", LOCK, CHECKPOINTS, *LAUNCHED}
         if run.exists() and {path.name for path in run.iterdir()} - known:
             raise UsageError(f"{run}: not empty and not a run folder; choose another --out")
         return _newest_readable(run)

@@ -7,7 +7,7 @@ folder, so that a checkpoint is whole or not there, whatever dies meanwhile.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import shutil
@@ -38,11 +38,14 @@ from pretrain.grid import Grid
 from pretrain.masters import Fragment, is_replicated
 from pretrain.mirror import Mirror
 from pretrain.run_config import CheckpointConfig
+from pretrain.tensor_file import write_tensors
 
 HELD_OUT_LOSS = "held_out_loss"
 """Key of a checkpoint's state: the loss by which the best one is kept."""
 _AT_EXIT = 120.0
 """Seconds that a run which fails waits for a checkpoint under way."""
+_NICE = 10
+"""A tenth of a core's time where training takes all of it: a save ends in seconds still."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Saver:
     _last: Outcome | None = None
     _thread: threading.Thread | None = None
     _group: Any = None
+    _buffers: dict[str, Tensor] = field(default_factory=dict)
+    """Host memory of the last copy, taken again: fresh pages cost more than the copying."""
 
     def __post_init__(self) -> None:
         if self._grid.world_size > 1:
@@ -97,7 +102,7 @@ class Saver:
             state: what else to remember (JSON), for example the data's identity.
         """
         self.wait()
-        piece = snapshot(self.engine)
+        piece = snapshot(self.engine, self._buffers)
         manifest = _manifest(self.engine, step, state)
         self._thread = threading.Thread(
             target=self._write, args=(step, piece, manifest), name="checkpoint", daemon=True
@@ -134,6 +139,8 @@ class Saver:
 
     def _write(self, step: int, piece: Piece | None, manifest: dict[str, Any]) -> None:
         began = time.monotonic()
+        if self.settings.asynchronous:
+            _give_way()
         aside = self.folder / f".{checkpoint_name(step)}.writing"
         note = ""
         try:
@@ -177,6 +184,12 @@ class Saver:
         return target
 
 
+def _give_way() -> None:
+    """Let the threads that train go first: Linux has a priority for each thread."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
 def _attempt(action: Any) -> tuple[Any, str]:
     """(what it returns, "") or (None, one line on what went wrong)."""
     try:
@@ -210,11 +223,16 @@ def _held_out_loss(path: Path) -> float | None:
         return None
 
 
-def snapshot(engine: Engine) -> Piece | None:
-    """A copy of what this rank writes, in host memory; None where another holds the same."""
+def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> Piece | None:
+    """A copy of what this rank writes, in host memory; None where another holds the same.
+
+    Args:
+        buffers: memory of an earlier copy, by name, which is overwritten, and added to.
+    """
     grid = engine.grid
     if is_replicated(engine.deepspeed) and grid.data_rank > 0:
         return None
+    buffers = {} if buffers is None else buffers
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     index: dict[str, Any] = {}
     for fragment in engine.fragments():
@@ -222,9 +240,22 @@ def snapshot(engine: Engine) -> Piece | None:
             continue
         values = {MASTER: fragment.master, **fragment.moments()}
         for key, value in values.items():
-            tensors[f"{fragment.info.name}/{key}"] = value.detach().to("cpu", copy=True)
+            name = f"{fragment.info.name}/{key}"
+            tensors[name] = _copied(value.detach(), buffers, name)
         index[fragment.info.name] = [fragment.offset, fragment.master.numel(), sorted(values)]
+    if grid.device.type == "cuda":
+        torch.cuda.synchronize(grid.device)
     return Piece(f"rank-{grid.rank:05d}.safetensors", grid.tensor_rank, tensors, index)
+
+
+def _copied(value: Tensor, buffers: dict[str, Tensor], name: str) -> Tensor:
+    """``value`` in host memory (on the way there, from a GPU), flat or not as it is."""
+    buffer = buffers.get(name)
+    if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+        pinned = value.device.type == "cuda"
+        buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+        buffers[name] = buffer
+    return buffer.copy_(value, non_blocking=True)
 
 
 def _writes(fragment: Fragment, grid: Grid) -> bool:
@@ -238,20 +269,11 @@ def _write_piece(piece: Piece | None, aside: Path) -> tuple[str, dict[str, Any]]
     """Bring a piece to disk; returns (file name, its entry in the manifest)."""
     if piece is None:
         return None
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     aside.mkdir(parents=True, exist_ok=True)
     path = aside / piece.name
-    try:
-        save_file(piece.tensors, path)
-    except SafetensorError as error:  # how it reports a full disk
-        raise RunError(str(error)) from None
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    size, digest = write_tensors(path, piece.tensors)
     return piece.name, {
-        "size": path.stat().st_size,
+        "size": size,
         "sha256": digest,
         "tensor_rank": piece.tensor_rank,
         "fragments": piece.index,

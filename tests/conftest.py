@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,15 @@ import torch
 torch.set_num_threads(1)
 
 from data_pipeline.prepare import tokenize_sources, train_from_sources
-from tests.tools import base_recipe, pretrain, sweep_words, write_recipe, write_sweep
+from tests.slurm import reason_to_skip, start_slurm, stop_slurm
+from tests.tools import (
+    base_recipe,
+    environment,
+    pretrain,
+    sweep_words,
+    write_recipe,
+    write_sweep,
+)
 
 WORDS = """
 rank decay attention weight matrix head layer query key value singular spectrum balance the of and
@@ -100,3 +109,18 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = pretrain(*sweep_words(write_sweep(folder, data), folder / "runs"), timeout=500)
     assert done.returncode == 0, done.stderr
     return folder / "runs"
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a real two-node Slurm; skipped where it cannot be started."""
+    reason = reason_to_skip()
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    try:
+        start_slurm(folder, int(worker.removeprefix("gw")))
+        yield {**environment(), "SLURM_CONF": str(folder / "slurm.conf")}
+    finally:
+        stop_slurm(folder)

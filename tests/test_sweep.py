@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -162,80 +161,6 @@ def test_ctrl_c_and_fork(data: Path, tmp_path: Path) -> None:
     assert first[0]["loss"] == second[0]["loss"] and first[-1]["loss"] != second[-1]["loss"]
     assert read_identity(arms[0]) == read_identity(arms[1])
     assert read_identity(arms[0]) != read_identity(out / "trunk,seed=1")
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A real two-node Slurm on this machine; skipped where it is not installed."""
-    missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not which(name)]
-    if missing:
-        pytest.skip(f"Slurm is not installed here ({', '.join(missing)})")
-    if os.geteuid() != 0:
-        pytest.skip("starting Slurm's daemons takes root")
-    if subprocess.run(["pgrep", "-x", "slurmctld"], capture_output=True, check=False).stdout:
-        pytest.skip("a Slurm runs here already")
-    folder = tmp_path_factory.mktemp("slurm")
-    started = start_slurm(folder)
-    yield {**environment(), "SLURM_CONF": str(folder / "slurm.conf")}
-    for name in ("slurmctld", "slurmd", "slurmstepd", *(["munged"] if started else [])):
-        subprocess.run(["pkill", "-x", name], check=False)
-
-
-def which(name: str) -> str | None:
-    """Daemons live outside a user's PATH."""
-    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin:/usr/local/sbin")
-
-
-def start_slurm(folder: Path) -> bool:
-    """One controller and two nodes of one CPU; returns whether munge was started too."""
-    host = os.uname().nodename.partition(".")[0]
-    for name in ("state", "spool.n1", "spool.n2"):
-        (folder / name).mkdir()
-    settings = {
-        "ClusterName": "test",
-        "SlurmctldHost": f"{host}(127.0.0.1)",
-        "SlurmctldPort": 16_917,
-        "SlurmUser": "root",
-        "MpiDefault": "none",
-        "ProctrackType": "proctrack/linuxproc",
-        "TaskPlugin": "task/none",
-        "ReturnToService": 2,
-        "StateSaveLocation": folder / "state",
-        "SlurmdSpoolDir": f"{folder}/spool.%n",
-        "SlurmctldPidFile": folder / "ctld.pid",
-        "SlurmdPidFile": f"{folder}/d.%n.pid",
-        "SlurmctldLogFile": folder / "ctld.log",
-        "SlurmdLogFile": f"{folder}/d.%n.log",
-        "SelectType": "select/cons_tres",
-        "SelectTypeParameters": "CR_Core",
-        "AccountingStorageType": "accounting_storage/none",
-        "JobCompType": "jobcomp/none",
-    }
-    lines = [f"{key}={value}" for key, value in settings.items()]
-    lines.append(
-        f"NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17101-17102] CPUs=1 "
-        "RealMemory=4000 State=UNKNOWN"
-    )
-    lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
-    (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
-    variables = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-    munge = not subprocess.run(["pgrep", "-x", "munged"], capture_output=True, check=False).stdout
-    if munge:
-        Path("/run/munge").mkdir(exist_ok=True)
-        subprocess.run(["chown", "munge", "/run/munge"], check=True)
-        subprocess.run(["runuser", "-u", "munge", "--", which("munged")], check=True)
-    subprocess.run([which("slurmctld")], env=variables, check=True)
-    time.sleep(2)
-    for node in ("n1", "n2"):
-        subprocess.run([which("slurmd"), "-N", node], env=variables, check=True)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        shown = subprocess.run(["sinfo", "-h", "-o", "%T"], env=variables, capture_output=True,
-                               text=True, check=False).stdout  # fmt: skip
-        if shown.strip() == "idle":
-            return munge
-        time.sleep(0.5)
-    raise AssertionError("Slurm's nodes did not come up")
 
 
 @pytest.mark.slow

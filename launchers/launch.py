@@ -1,0 +1,161 @@
+"""`pretrain launch`: a recipe and a site become a job, a manifest or a command."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from data_pipeline.files import write_aside
+from launchers import batch, cloud, hosts, local
+from launchers.site import Site, load_site
+from pretrain.config import Config, load_config
+from pretrain.errors import UsageError
+
+PLACES = ("local", "slurm", "hostfile", "mpi", "kubernetes", "skypilot")
+_ENVIRONMENT_FILE = "environment"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is to run, and where."""
+
+    recipe: Path
+    overrides: list[str]
+    run: Path
+    site: Site
+    fork: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where what was rendered is kept."""
+        return self.run / "launch"
+
+    def words(self, on_nodes: bool = True) -> list[str]:
+        """Of `pretrain`, after its name.
+
+        Args:
+            on_nodes: the nodes see this machine's paths (not so in an image).
+        """
+        run, recipe = (self.run, self.recipe)
+        if on_nodes:
+            run, recipe = run.absolute(), recipe.absolute()
+        fork = ["--fork", self.fork] if self.fork else []
+        return ["train", str(recipe), *self.overrides, "--out", str(run), *fork]
+
+
+def launch(
+    recipe: Path,
+    overrides: list[str],
+    on: str,
+    site_file: Path | None,
+    nodes: int | None,
+    processes: int | None,
+    run: Path | None,
+    fork: str | None,
+    show: bool,
+) -> int:
+    """Check a recipe against a site and start it there.
+
+    Args:
+        on: one of `PLACES`.
+        show: print what would be started, and start nothing.
+
+    Returns:
+        The exit code: of the run where it runs here, else 0 once it is handed over.
+
+    Raises:
+        UsageError: if the recipe, the site or their combination is wrong.
+        RunError: if the scheduler refuses.
+    """
+    if on not in PLACES:
+        raise UsageError(f"--on: {on!r} is none of {', '.join(PLACES)}")
+    site = load_site(site_file, {"nodes": nodes, "processes_per_node": processes})
+    job = Launch(recipe, overrides, run or Path("runs") / recipe.stem, site, fork)
+    config = load_config(recipe, overrides)
+    found = hosts.read_hosts(Path(site.hosts.file)) if site.hosts.file else {}
+    if on == "hostfile" and not found:
+        raise UsageError("hosts.file: missing in the site file, for --on hostfile")
+    sizes = [count * site.processes for count in site.sizes]
+    if on in ("hostfile", "mpi") and found:
+        sizes = [sum(found.values())]
+    for size in sizes:
+        _check_size(config, size)
+    if on in ("local", "hostfile", "mpi"):
+        return _start_here(job, on, found, show)
+    return _hand_over(job, on, show)
+
+
+def _check_size(config: Config, processes: int) -> None:
+    """The grid and the batch must divide, or the job would end where it begins."""
+    from pretrain.grid import check_grid
+
+    data = check_grid(config.grid, processes)
+    if config.train.global_batch % data:
+        raise UsageError(
+            f"train.global_batch: {config.train.global_batch} sequences cannot be shared by "
+            f"{data} data-parallel ranks ({processes} processes); change nodes, the grid or the "
+            "batch"
+        )
+
+
+def _start_here(job: Launch, on: str, found: dict[str, int], show: bool) -> int:
+    site = job.site
+    words = job.words()
+    variables = dict(site.variables)
+    if on == "local":
+        if site.nodes > 1:
+            raise UsageError(f"nodes: {site.nodes} are not --on local; take slurm or hostfile")
+        command = local.command(words, site.processes, site.restarts)
+        variables = {**local.start_environment(site.processes), **variables}
+    elif on == "mpi":
+        command = hosts.mpi_command(site, words, found)
+    else:
+        command = hosts.deepspeed_command(site, words, found)
+        file = job.folder.absolute() / _ENVIRONMENT_FILE
+        if variables and not show:
+            # DeepSpeed's launcher exports lines of NAME=VALUE of this file on every host.
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = (f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
+            write_aside(file, "".join(lines).encode())
+        variables["DS_ENV_FILE"] = str(file)
+    if show:
+        print(shlex.join(command))
+        return 0
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _hand_over(job: Launch, on: str, show: bool) -> int:
+    name = cloud.object_name(job.run.name)
+    if on == "slurm":
+        # Options of a batch script end at a blank; the log's folder must be there before the job.
+        if any(mark in str(job.run.absolute()) for mark in " %\\"):
+            raise UsageError(f"--out: {job.run}: Slurm takes no blank, % or \\ in a log's path")
+        text = batch.render(job.site, job.words(), job.run.absolute(), Path.cwd())
+        file = job.folder / "slurm.sh"
+    else:
+        make = cloud.kubernetes if on == "kubernetes" else cloud.skypilot
+        tree = make(job.site, job.words(on_nodes=False), name)
+        text = yaml.safe_dump(tree, sort_keys=False)
+        file = job.folder / f"{on}.yaml"
+    if show:
+        print(text, end="")
+        return 0
+    file.parent.mkdir(parents=True, exist_ok=True)
+    (job.run / "logs").mkdir(exist_ok=True)
+    write_aside(file, text.encode())
+    if on == "slurm":
+        number = batch.submit(file)
+        print(f"submitted: job {number}; logs: {job.run}/logs; squeue --job {number}")
+    elif on == "kubernetes":
+        print(f"written: {file}; start it: kubectl apply -f {file}")
+    else:
+        print(f"written: {file}; start it: sky jobs launch {file}")
+    sys.stdout.flush()
+    return 0

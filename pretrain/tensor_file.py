@@ -1,0 +1,73 @@
+"""Tensors in host memory to a safetensors file, hashed on the way, beside a thread that trains.
+
+`safetensors.torch.save_file` copies every tensor into Python bytes first, holding the interpreter's
+lock: a training thread beside it stands still. The format is a header and the bytes themselves
+(https://huggingface.co/docs/safetensors): here the bytes are written where they lie, in blocks,
+and each block is hashed, both without the lock. Files are read with the library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float64: "F64"}
+_BLOCK = 8 << 20
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
+    """Write contiguous CPU tensors and sync the file.
+
+    Returns:
+        Size in bytes, and SHA-256 of what was meant to be written.
+
+    Raises:
+        OSError: as the disk says.
+    """
+    header, offset = {}, 0
+    # Larger elements first, so that each tensor starts at a multiple of its element's size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for name, value in ordered:
+        end = offset + value.nbytes
+        header[name] = {
+            "dtype": _NAMES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    try:
+        with path.open("wb", buffering=0) as file:
+            for block in _blocks(text, [value for _, value in ordered]):
+                _write(file.fileno(), block)
+                digest.update(block)
+            os.fsync(file.fileno())
+    except OSError as error:  # of a descriptor: it does not know its file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return 8 + len(text) + offset, digest.hexdigest()
+
+
+def _blocks(header: bytes, tensors: list[Tensor]) -> Iterator[memoryview]:
+    """The file, piece by piece, where the bytes lie."""
+    yield memoryview(len(header).to_bytes(8, "little"))
+    yield memoryview(header)
+    for value in tensors:
+        flat: Any = value.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        whole = memoryview(flat).cast("B")
+        for start in range(0, len(whole), _BLOCK):
+            yield whole[start : start + _BLOCK]
+
+
+def _write(descriptor: int, block: memoryview) -> None:
+    """All of a block: the system may take a part of it."""
+    while block:
+        block = block[os.write(descriptor, block) :]

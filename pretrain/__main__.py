@@ -234,6 +234,29 @@ def export(
     print(f"written: {export_checkpoint(target, out, choice)}")
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="Folder of a Hugging Face model, or a name on the Hub.")
+    ],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; its `model` is replaced.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default runs/NAME-OF-RECIPE.")
+    ] = None,
+) -> None:
+    """A run that begins with a pretrained model: its weights are the checkpoint of step 0.
+
+    GPT-2, GPT-NeoX (Pythia), Llama, Qwen3 and SmolLM3 without positions. Data, decay, schedule
+    and grid are the recipe's; the data must be tokenised with the model's tokenizer.
+    """
+    from pretrain.importing import import_model, next_words
+
+    run = out or Path("runs") / recipe.stem
+    import_model(source, recipe, overrides or [], run)
+    print(f"written: {run}, at step 0; train it: {next_words(run)}")
+
+
 @app.command()
 def ranks(
     target: Annotated[

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models.factors import Factors
 from models.roles import ParameterInfo, Role, declared_parameters, info_of
 from pretrain.config import Config, parse_config
+from pretrain.decay import DecayPlan
 from pretrain.engine import Engine
 from pretrain.errors import RunError
 from pretrain.grid import Grid
@@ -67,6 +68,37 @@ def sealed(manifest: dict[str, Any]) -> bytes:
     """A manifest as text, with the hash of what it says."""
     digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps({**manifest, SEAL: digest}).encode()
+
+
+def manifest(
+    config: Config, plan: DecayPlan, step: int, state: dict[str, Any], grid: dict[str, int]
+) -> dict[str, Any]:
+    """What a checkpoint says of itself, but for its files (``files``: name -> entry).
+
+    Args:
+        state: what else to remember (JSON), for example the data's identity.
+        grid: sizes of the axes and the ZeRO stage that wrote it.
+    """
+    decays = plan.by_name
+    return {
+        "version": VERSION,
+        "step": step,
+        "state": state,
+        "config": config.model_dump(mode="json"),
+        "grid": grid,
+        "parameters": {
+            info.name: {
+                "role": info.role.value,
+                "layer": info.layer,
+                "shape": info.shape,
+                "partition_dim": info.partition_dim,
+                "decay": decays[info.name],
+            }
+            for group in plan.groups
+            for info in group.parameters
+        },
+        "files": {},
+    }
 
 
 def _unsealed(text: str) -> dict[str, Any]:
@@ -119,6 +151,7 @@ class Checkpoint:
                     place = _Place(file, entry["tensor_rank"], offset, numel)
                     self._places[name, key].append(place)
         self._open: dict[str, Any] = {}
+        self._checked: set[str] = set()
         self._trusted = False
 
     def trust(self) -> None:
@@ -214,7 +247,8 @@ class Checkpoint:
 
             path, entry = self.path / name, self._files[name]
             try:
-                whole = self._trusted or _sha256(path) == entry["sha256"]
+                known = self._trusted or name in self._checked
+                whole = known or _sha256(path) == entry["sha256"]
             except OSError as error:
                 raise DamagedError(f"{path}: cannot be read ({error.strerror})") from None
             if not whole:
@@ -222,8 +256,13 @@ class Checkpoint:
                     f"{path}: damaged (its checksum differs); delete {self.path.name} to go on "
                     "from the checkpoint before"
                 )
+            self._checked.add(name)
             self._open[name] = safe_open(path, framework="pt")
         return self._open[name]
+
+    def release(self) -> None:
+        """Let go of the pages that were read; files are opened again, unhashed, when wanted."""
+        self._open.clear()
 
     def rng_state(self, rank: int) -> Tensor | None:
         """The random state of a rank, if it wrote one."""

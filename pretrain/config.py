@@ -213,8 +213,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         UsageError: one line naming the file or key and the mend.
     """
     values = read_mapping(path, "recipe", "sections, such as `model:`")
-    for override in overrides or []:
-        _apply(values, override)
+    apply_value_overrides(values, overrides or [])
     return parse_config(values, str(path))
 
 
@@ -243,6 +242,16 @@ def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
     return values
 
 
+def apply_value_overrides(values: dict[str, Any], overrides: list[str]) -> None:
+    """Put ``key.path=value`` overrides into a plain mapping.
+
+    Raises:
+        UsageError: naming the override.
+    """
+    for override in overrides:
+        _apply(values, override)
+
+
 def apply_overrides(config: Config, overrides: list[str]) -> Config:
     """``config`` with ``key.path=value`` overrides.
 
@@ -250,8 +259,7 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
         UsageError: naming the override.
     """
     values = config.model_dump(mode="json")
-    for override in overrides:
-        _apply(values, override)
+    apply_value_overrides(values, overrides)
     return parse_config(values, "override")
 
 

@@ -6,11 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
-from data_pipeline.dataset import load_manifest
+from data_pipeline.dataset import Manifest, load_manifest
+from data_pipeline.sources import DataError
 from models.export import class_of, config_json, has_free_heads, shards
 from pretrain.checkpoint import Checkpoint
-from pretrain.errors import RunError, UsageError
+from pretrain.errors import UsageError
+from pretrain.model_card import name_of, write_card, write_tokenizer
 from pretrain.run import resolve_checkpoint, write_text
+from pretrain.tensor_file import write_tensors
 from pretrain.tracking import Progress
 from pretrain.truncate import CutCheckpoint, RankChoice
 
@@ -49,26 +52,30 @@ def export_checkpoint(target: str, out: Path, choice: RankChoice | None) -> str:
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    width = "" if head_size == model.head_size else f", heads {model.head_size} -> {head_size} wide"
+    manifest = _manifest(checkpoint)
     try:
-        _write(checkpoint, aside, head_size)
+        _write(checkpoint, aside, head_size, manifest.eod if manifest else _EOD)
+        write_card(aside, checkpoint, kind, name_of(checkpoint), width)
+        tokenizer = (
+            write_tokenizer(aside, manifest, model.context)
+            if manifest
+            else f"no tokenizer ({checkpoint.config.data.path} is not here)"
+        )
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     if out.exists():
         out.rmdir()
     aside.rename(out)
-    width = "" if head_size == model.head_size else f", heads {model.head_size} -> {head_size} wide"
-    return f"{out}: {kind}, step {checkpoint.step}{width}"
+    return f"{out}: {kind}, step {checkpoint.step}{width}, {tokenizer}"
 
 
-def _write(checkpoint: Checkpoint, folder: Path, head_size: int) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+def _write(checkpoint: Checkpoint, folder: Path, head_size: int, eod: int) -> None:
     model = checkpoint.config.model
     write_text(
         folder / "config.json",
-        json.dumps(config_json(model, head_size, _end_of_document(checkpoint)), indent=1),
+        json.dumps(config_json(model, head_size, eod), indent=1),
     )
     count = model.num_layers + 2
     progress = Progress(count, "export", True)
@@ -76,20 +83,20 @@ def _write(checkpoint: Checkpoint, folder: Path, head_size: int) -> None:
     size = 0
     for number, tensors in enumerate(shards(model, checkpoint.full, head_size)):
         name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        try:
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:  # how it reports a full disk
-            raise RunError(f"{folder / name}: {error}") from None
+        write_tensors(folder / name, tensors, {"format": "pt"})
         where |= dict.fromkeys(tensors, name)
         size += sum(one.nbytes for one in tensors.values())
+        tensors.clear()
+        checkpoint.release()
         progress.update(number + 1)
     progress.close()
     index = {"metadata": {"total_size": size}, "weight_map": where}
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
-def _end_of_document(checkpoint: Checkpoint) -> int:
+def _manifest(checkpoint: Checkpoint) -> Manifest | None:
+    """Of the run's data, if it is at hand."""
     try:
-        return load_manifest(Path(checkpoint.config.data.path)).eod
-    except (OSError, ValueError):
-        return _EOD
+        return load_manifest(Path(checkpoint.config.data.path))
+    except (OSError, ValueError, DataError):
+        return None

@@ -26,9 +26,9 @@ from pretrain.checkpoint import (
     LATEST,
     MANIFEST,
     MASTER,
-    VERSION,
     checkpoint_name,
     list_checkpoints,
+    manifest,
     sealed,
     step_of,
 )
@@ -103,9 +103,9 @@ class Saver:
         """
         self.wait()
         piece = snapshot(self.engine, self._buffers)
-        manifest = _manifest(self.engine, step, state)
+        described = _manifest(self.engine, step, state)
         self._thread = threading.Thread(
-            target=self._write, args=(step, piece, manifest), name="checkpoint", daemon=True
+            target=self._write, args=(step, piece, described), name="checkpoint", daemon=True
         )
         self._thread.start()
         if not self.settings.asynchronous:
@@ -137,7 +137,7 @@ class Saver:
 
     # --- in the thread --------------------------------------------------------------------------
 
-    def _write(self, step: int, piece: Piece | None, manifest: dict[str, Any]) -> None:
+    def _write(self, step: int, piece: Piece | None, described: dict[str, Any]) -> None:
         began = time.monotonic()
         if self.settings.asynchronous:
             _give_way()
@@ -148,8 +148,8 @@ class Saver:
             found = self._gather((entry, problem))
             problem = next((bad for _, bad in found if bad), "")
             if not problem and self._grid.is_main:
-                manifest["files"] = dict(filter(None, (entry for entry, _ in found)))
-                target, problem = _attempt(lambda: self._commit(aside, step, manifest))
+                described["files"] = dict(filter(None, (entry for entry, _ in found)))
+                target, problem = _attempt(lambda: self._commit(aside, step, described))
                 if target is not None and self._mirror is not None:
                     kept = [one.name for one in list_checkpoints(self.folder)]
                     _, note = _attempt(lambda: self._mirror.push(target, kept))
@@ -170,10 +170,10 @@ class Saver:
         dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def _commit(self, aside: Path, step: int, manifest: dict[str, Any]) -> Path:
+    def _commit(self, aside: Path, step: int, described: dict[str, Any]) -> Path:
         target = self.folder / checkpoint_name(step)
         aside.mkdir(parents=True, exist_ok=True)
-        write_synced(aside / MANIFEST, sealed(manifest))
+        write_synced(aside / MANIFEST, sealed(described))
         if target.exists():
             shutil.rmtree(target)
         os.rename(aside, target)
@@ -216,8 +216,8 @@ def superseded(found: list[Path], settings: CheckpointConfig) -> list[Path]:
 
 def _held_out_loss(path: Path) -> float | None:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        loss: float | None = manifest["state"].get(HELD_OUT_LOSS)
+        found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        loss: float | None = found["state"].get(HELD_OUT_LOSS)
         return loss
     except (OSError, ValueError, KeyError):
         return None
@@ -281,31 +281,14 @@ def _write_piece(piece: Piece | None, aside: Path) -> tuple[str, dict[str, Any]]
 
 
 def _manifest(engine: Engine, step: int, state: dict[str, Any]) -> dict[str, Any]:
-    decays = engine.plan.by_name
-    infos = {info.name: info for group in engine.plan.groups for info in group.parameters}
-    return {
-        "version": VERSION,
-        "step": step,
-        "state": state,
-        "config": engine.config.model_dump(mode="json"),
-        "grid": {
-            "tensor": engine.grid.tensor,
-            "pipeline": engine.grid.pipeline,
-            "data": engine.grid.data,
-            "zero_stage": engine.config.grid.zero_stage,
-        },
-        "parameters": {
-            name: {
-                "role": info.role.value,
-                "layer": info.layer,
-                "shape": info.shape,
-                "partition_dim": info.partition_dim,
-                "decay": decays[name],
-            }
-            for name, info in infos.items()
-        },
-        "files": {},
+    grid = engine.grid
+    shape = {
+        "tensor": grid.tensor,
+        "pipeline": grid.pipeline,
+        "data": grid.data,
+        "zero_stage": engine.config.grid.zero_stage,
     }
+    return manifest(engine.config, engine.plan, step, state, shape)
 
 
 def _sync_folder(path: Path) -> None:

@@ -22,7 +22,9 @@ _NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.bfloat16: "BF16", torch
 _BLOCK = 8 << 20
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> tuple[int, str]:
     """Write contiguous CPU tensors and sync the file.
 
     Returns:
@@ -31,7 +33,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
     Raises:
         OSError: as the disk says.
     """
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
     # Larger elements first, so that each tensor starts at a multiple of its element's size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     for name, value in ordered:

@@ -131,7 +131,9 @@ def train(
                 weights,
                 jumped,
             )
-            run_job(job, first, fresh=start is None, forked=start is not None and not checkpoint)
+            # An imported model is a run's own checkpoint, and nothing was measured yet.
+            fresh = start is None or (checkpoint is not None and first == 0)
+            run_job(job, first, fresh, forked=start is not None and not checkpoint)
     finally:
         lock.release()
 

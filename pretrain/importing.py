@@ -1,0 +1,165 @@
+"""`pretrain import`: a run whose step 0 is a model that was trained elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.files import write_synced
+from models.hub import fetch, is_hub_name
+from models.huggingface import TensorFiles, is_pretrained
+from models.importing import model_values, read_as_ours
+from models.roles import ModelError, ParameterInfo, Role
+from pretrain.checkpoint import MANIFEST, MASTER, checkpoint_name, manifest, sealed
+from pretrain.config import apply_value_overrides, parse_config, read_mapping
+from pretrain.control import DecayControl
+from pretrain.errors import UsageError
+from pretrain.run import CHECKPOINTS, CONFIG, create_run
+from pretrain.tasks import Text
+from pretrain.tensor_file import write_tensors
+from pretrain.tracking import Progress, warn
+from pretrain.train import Setup, prepare
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+def import_model(source: str, recipe: Path, overrides: list[str], run: Path) -> Setup:
+    """Make a run folder whose first checkpoint, at step 0, holds a pretrained model.
+
+    The recipe's ``model`` section is replaced by what ``config.json`` says (``model.context`` may
+    be set shorter with an override); everything else is the recipe's.
+
+    Args:
+        source: folder of a Hugging Face model, or a name on the Hub.
+
+    Raises:
+        UsageError, ModelError, RunError: one line.
+    """
+    folder = _folder(source)
+    if run.exists() and any(run.iterdir()):
+        raise UsageError(f"{run}: not empty; choose another --out")
+    theirs = _read_config(folder)
+    values = read_mapping(recipe, "recipe", "sections, such as `model:`")
+    values["model"] = model_values(theirs)
+    apply_value_overrides(values, overrides)
+    setup = prepare(parse_config(values, str(recipe)), 1)
+    if not isinstance(setup.task, Text):
+        raise UsageError(f"{recipe}: task.kind is not text")
+    _check_tokenizer(folder, setup.task)
+    create_run(run, setup.config, {"grid": "none", "imported": source})
+    target = run / CHECKPOINTS / checkpoint_name(0)
+    aside = target.with_name(f".{target.name}.writing")
+    try:
+        _write(setup, TensorFiles(folder, warn), str(theirs["model_type"]), aside)
+    except BaseException:
+        shutil.rmtree(run, ignore_errors=True)
+        raise
+    os.rename(aside, target)
+    return setup
+
+
+def _folder(source: str) -> Path:
+    path = Path(source)
+    if is_pretrained(path):
+        return path
+    if path.exists() or source.startswith(".") or not is_hub_name(source):
+        raise UsageError(f"{source}: no config.json with weights beside it")
+    name, _, revision = source.partition("@")
+    return fetch(name, revision)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _check_tokenizer(folder: Path, task: Text) -> None:
+    """Say so where the data seems to be of another tokenizer."""
+    there = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in there]
+    if there and task.tokenizer not in hashes:
+        warn(
+            f"{task.source} was tokenised with {task.manifest.tokenizer}, which is not the "
+            f"{there[0].name} of {folder}: its tokens must mean the same"
+        )
+
+
+def _write(setup: Setup, files: TensorFiles, kind: str, folder: Path) -> None:
+    """The checkpoint: a file for each part of the model, so that one part is in memory."""
+    parts: dict[str, list[ParameterInfo]] = {}
+    for info in setup.infos:
+        part = "ends" if info.layer is None else f"layer-{info.layer:05d}"
+        parts.setdefault(part, []).append(info)
+    folder.mkdir(parents=True)
+    progress = Progress(len(parts), "import", True)
+    entries: dict[str, Any] = {}
+    for number, (part, infos) in enumerate(parts.items()):
+        tensors, index = {}, {}
+        for info in infos:
+            values = _padded(_tensor(setup, files, kind, info), info)
+            tensors[f"{info.name}/{MASTER}"] = values.reshape(-1)
+            index[info.name] = [0, values.numel(), [MASTER]]
+        files.close()
+        name = f"{part}.safetensors"
+        size, digest = write_tensors(folder / name, tensors)
+        entries[name] = {"size": size, "sha256": digest, "tensor_rank": 0, "fragments": index}
+        progress.update(number + 1)
+    progress.close()
+    write_synced(folder / MANIFEST, sealed(_manifest(setup, entries)))
+
+
+def _tensor(setup: Setup, files: TensorFiles, kind: str, info: ParameterInfo) -> Tensor:
+    known = set(files.names)
+
+    def theirs(name: str) -> Tensor:
+        bare = name.partition(".")[2]  # base models are saved without the first word
+        return files.read(name if name in known or bare not in known else bare)
+
+    try:
+        return read_as_ours(kind, setup.config.model, theirs, info.name).float()
+    except KeyError as error:
+        raise ModelError(f"{files.folder}: has no {error.args[0]}") from None
+
+
+def _padded(values: Tensor, info: ParameterInfo) -> Tensor:
+    """With the rows that pad the vocabulary, which are zero.
+
+    Raises:
+        ModelError: if the shape is not what the configuration says.
+    """
+    if info.role in (Role.EMBEDDING, Role.HEAD) and values.shape[0] < info.shape[0]:
+        padding = torch.zeros(info.shape[0] - values.shape[0], *values.shape[1:])
+        values = torch.cat([values, padding])
+    if info.role is Role.POSITION and values.shape[0] > info.shape[0]:
+        values = values[: info.shape[0]]
+    if tuple(values.shape) != tuple(info.shape):
+        raise ModelError(f"{info.name}: {tuple(values.shape)}, config.json wants {info.shape}")
+    return values.contiguous()
+
+
+def _manifest(setup: Setup, files: dict[str, Any]) -> dict[str, Any]:
+    state = {
+        "samples": 0,
+        "tokenizer": setup.task.tokenizer,
+        "data": setup.task.identity,
+        "decay": DecayControl(setup.config, setup.plan).state(),
+        "initial_weights": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+        "jumped": [],
+    }
+    grid = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
+    return {**manifest(setup.config, setup.plan, 0, state, grid), "files": files}
+
+
+def next_words(run: Path) -> str:
+    """How to go on."""
+    return f"pretrain train {run / CONFIG} --out {run}"

@@ -1,0 +1,132 @@
+"""What goes beside exported weights: the tokenizer, and a card with recipe, decay and scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.dataset import Manifest, held_out
+from data_pipeline.fast_tokenizer import fast_tokenizer, special_names
+from data_pipeline.tokenizer import load_tokenizer
+from pretrain.checkpoint import Checkpoint
+from pretrain.config import dump_config
+from pretrain.run import CONFIG, EVALUATION, write_text
+
+_SAMPLE = 64
+"""Held-out documents on which a converted tokenizer must agree."""
+
+
+def write_tokenizer(folder: Path, manifest: Manifest, context: int) -> str:
+    """Put the data's tokenizer into the folder; returns what was put there, for people.
+
+    As ``tokenizer.json`` where that gives the same tokens; a SentencePiece model is copied beside
+    it, as it was trained.
+    """
+    source = manifest.tokenizer
+    if not source.is_file():
+        return f"no tokenizer ({source} is not here)"
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+        # Documents are text: what looks like a special token in them is letters.
+        "split_special_tokens": True,
+    }
+    names = special_names(source)
+    # Documents begin as they end, with this token.
+    settings |= {**names, "bos_token": names["eos_token"]}
+    if source.suffix == ".json":
+        shutil.copyfile(source, folder / "tokenizer.json")
+        told = "tokenizer.json"
+    else:
+        shutil.copyfile(source, folder / "tokenizer.model")
+        text = fast_tokenizer(source, _texts(manifest))
+        if text is None:
+            return "tokenizer.model alone (tokenizer.json would give other tokens)"
+        write_text(folder / "tokenizer.json", text)
+        told = "tokenizer.json and tokenizer.model"
+    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1))
+    return told
+
+
+def _texts(manifest: Manifest) -> list[str]:
+    splits = {entry.split for entry in manifest.entries}
+    split = next((name for name in ("test", "val", "train") if name in splits), None)
+    if split is None:
+        return []
+    loaded = load_tokenizer(manifest.tokenizer)
+    found = held_out(manifest, split, _SAMPLE)
+    return [loaded.decode([int(token) for token in one.tokens]) for one in found]
+
+
+def write_card(folder: Path, checkpoint: Checkpoint, kind: str, name: str, width: str) -> None:
+    """README.md: what this is, how it was trained, with which λ, and how it scores."""
+    config = checkpoint.config
+    decay = config.optimizer.weight_decay
+    count = sum(_numel(entry["shape"]) for entry in checkpoint.parameters.values())
+    tokens = checkpoint.step * config.train.global_batch * config.model.context
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation",
+        "tags: [rankdecay, attention-weight-decay]", "---", "",
+        f"# {name}", "",
+        f"A {kind} model of {count:,} parameters, trained from scratch by rankdecay for "
+        f"{checkpoint.step:,} updates ({tokens:,} tokens){width}.", "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
+        "```", "",
+        "## Weight decay", "",
+        "| role | λ |", "|---|---|",
+        *(f"| {role} | {value} |" for role, value in _decays(checkpoint).items()), "",
+    ]  # fmt: skip
+    if decay.policies:
+        lines += ["λ changed while it trained (`policies` in the recipe); these are the last.", ""]
+    lines += _scores(checkpoint)
+    lines += ["## Recipe", "", "```yaml", dump_config(config).strip(), "```", ""]
+    write_text(folder / "README.md", "\n".join(lines))
+
+
+def _numel(shape: list[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _decays(checkpoint: Checkpoint) -> dict[str, str]:
+    """λ by role; several where layers differ."""
+    found: dict[str, set[float]] = {}
+    for entry in checkpoint.parameters.values():
+        found.setdefault(entry["role"], set()).add(entry["decay"])
+    return {role: ", ".join(f"{one:g}" for one in sorted(values)) for role, values in found.items()}
+
+
+def _scores(checkpoint: Checkpoint) -> list[str]:
+    """The run's final evaluation, if it is of this checkpoint."""
+    path = checkpoint.path.parent.parent / EVALUATION
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if figures.get("step") != checkpoint.step or "bits_per_byte" not in figures["overall"]:
+        return []
+    rows = [*figures["subsets"].items(), ("all", figures["overall"])]
+    return [
+        f"## Evaluation ({figures['split']} split)", "",
+        "| subset | documents | perplexity | bits per byte |", "|---|---:|---:|---:|",
+        *(
+            f"| {name} | {row['documents']:,} | {row['perplexity']:.2f} | "
+            f"{row['bits_per_byte']:.4f} |"
+            for name, row in rows
+        ), "",
+    ]  # fmt: skip
+
+
+def name_of(checkpoint: Checkpoint) -> str:
+    """What people call it: the run's folder, or the checkpoint's."""
+    run = checkpoint.path.parent.parent
+    return run.name if (run / CONFIG).exists() else checkpoint.path.name

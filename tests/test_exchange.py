@@ -1,0 +1,244 @@
+"""To Hugging Face and back: weights, tokenizer, card; and what others compute of them."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.dataset import held_out, load_manifest
+from data_pipeline.fast_tokenizer import fast_tokenizer
+from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
+from models.gpt import GPT
+from models.layers import ParameterFactory
+from models.roles import info_of
+from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.tracking import read_metrics
+from tests.tools import DIALECTS, base_recipe, pretrain, run, run_workers, write_recipe
+from tests.transformers_models import transformers
+
+MODELS: dict[str, dict[str, Any]] = {
+    **DIALECTS,
+    "qwen3": {"dialect": "llama", "qk_norm": True, "head_dim": 16},
+    "nope": {"dialect": "llama", "position": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A trained run of every kind of model."""
+    folder = tmp_path_factory.mktemp("runs")
+    cases = []
+    for name, model in MODELS.items():
+        recipe = deepcopy(base_recipe(data))
+        recipe["model"] |= model
+        recipe["optimizer"]["learning_rate"] = 1e-2
+        cases.append({"recipe": recipe, "run": str(folder / name)})
+    run_workers(1, "train", cases, folder / "workers")
+    return {name: folder / name for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def exported(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exported")
+    monkeypatch = pytest.MonkeyPatch()
+    for name, path in runs.items():
+        assert run(monkeypatch, "export", str(path), "--out", str(folder / name)) == 0
+    monkeypatch.undo()
+    return {name: folder / name for name in runs}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+# --- tokenizers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_converted_tokenizer_gives_the_same_tokens(kind: str, data: Path, tmp_path: Path) -> None:
+    manifest = load_manifest(data)
+    decode = load_tokenizer(manifest.tokenizer).decode
+    texts = [decode([int(t) for t in one.tokens]) for one in held_out(manifest, "train")]
+    path = tmp_path / "some.model"
+    path.write_bytes(train_tokenizer(texts, 350, kind))
+    text = fast_tokenizer(path, texts)
+    assert text is not None
+    (tmp_path / "tokenizer.json").write_text(text)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    slow = load_tokenizer(path)
+    strange = ["a <unk> b </s>", "<0x41>", "tab\tand\n\n newline  🙂", "x" * 50, " \u2582 \u00a0"]
+    for one in [*texts[:50], *strange]:
+        ids = fast(one, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ids == slow.encode([one])[0], one
+        assert fast.decode(ids, clean_up_tokenization_spaces=False) == one
+
+
+def test_a_conversion_that_differs_is_not_written(tokenizer: Path) -> None:
+    """The check itself: a text on which both differ (a literal space mark cannot be told)."""
+    import data_pipeline.fast_tokenizer as module
+
+    original = module._merges
+    module._merges = lambda *words: original(*words)[::-1]
+    try:
+        assert fast_tokenizer(tokenizer, ["rank decay attention weight matrix"]) is None
+    finally:
+        module._merges = original
+    assert fast_tokenizer(tokenizer, ["rank decay attention weight matrix"]) is not None
+
+
+# --- the exported folder ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_transformers(name: str, exported: dict[str, Path], data: Path) -> None:
+    """Tokens as the pipeline's; the model writes text."""
+    folder = exported[name]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    manifest = load_manifest(data)
+    decode = load_tokenizer(manifest.tokenizer).decode
+    for one in held_out(manifest, "test"):
+        tokens = [int(token) for token in one.tokens]
+        assert tokenizer(decode(tokens), add_special_tokens=False)["input_ids"] == tokens
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == manifest.eod
+    assert model.config.eos_token_id == manifest.eod
+    prompt = tokenizer("The rank of", return_tensors="pt")
+    made = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert made.shape[1] > prompt["input_ids"].shape[1] and tokenizer.decode(made[0])
+
+
+def test_the_card(exported: dict[str, Path], runs: dict[str, Path]) -> None:
+    text = (exported["llama"] / "README.md").read_text()
+    scores = json.loads((runs["llama"] / "evaluation.json").read_text())["overall"]
+    for part in ("| query | 0.5 |", "| mlp_in | 0.1 |", "learning_rate: 0.01",
+                 f"{scores['bits_per_byte']:.4f}", "6 updates", "Weight decay"):  # fmt: skip
+        assert part in text, part
+
+
+# --- and back ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(
+    name: str, exported: dict[str, Path], runs: dict[str, Path], data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Bitwise: our tensors, and theirs when exported again."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
+    words = ["import", str(exported[name]), str(recipe), "--out", str(tmp_path / "run")]
+    assert run(monkeypatch, *words) == 0
+    assert "which is not the" not in capsys.readouterr().err  # the tokenizer is the same
+    (path,) = list_checkpoints(tmp_path / "run/checkpoints")
+    back = Checkpoint(path)
+    own = Checkpoint(list_checkpoints(runs[name] / "checkpoints")[-1])
+    assert back.step == 0 and back.parameters.keys() == own.parameters.keys()
+    rows = own.config.model.vocabulary_size
+    for one in own.parameters:
+        a, b = back.full(one), own.full(one)
+        if one in ("embedding.weight", "head.weight"):
+            a, b = a[:rows], b[:rows]
+        assert torch.equal(a, b), one
+    assert run(monkeypatch, "export", str(tmp_path / "run"), "--out", str(tmp_path / "hf")) == 0
+    again, first = tensors_of(tmp_path / "hf"), tensors_of(exported[name])
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[one], first[one]) for one in first)
+    mine, theirs = (json.loads((f / "config.json").read_text())
+                    for f in (tmp_path / "hf", exported[name]))  # fmt: skip
+    assert mine == theirs
+
+
+@pytest.mark.slow
+def test_an_imported_run_trains_on_any_grid(
+    exported: dict[str, Path], runs: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    values = base_recipe(data)
+    values["optimizer"]["learning_rate"] = 1e-3
+    recipe = write_recipe(tmp_path / "recipe.yaml", values)
+    losses = []
+    for processes in (1, 2):
+        out = tmp_path / f"run{processes}"
+        done = pretrain("import", str(exported["gpt_neox"]), str(recipe), "--out", str(out))
+        assert done.returncode == 0, done.stderr
+        more = [f"grid.tensor_parallel={processes}"]
+        done = pretrain(
+            "train", str(out / "config.yaml"), "--out", str(out), *more, processes=processes
+        )
+        assert done.returncode == 0, done.stderr
+        steps = [row["step"] for row in read_metrics(out, "ranks")]
+        assert steps[0] == 0 and len(read_metrics(out)) == 6
+        losses.append([row["loss"] for row in read_metrics(out)])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    last = read_metrics(runs["gpt_neox"])[-1]["loss"]
+    assert losses[0][0] < last + 0.2  # it goes on from what was learned, not from noise
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama"])
+def test_a_foreign_model(
+    kind: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that `transformers` made: our logits are its own to 1e-5."""
+    torch.manual_seed(0)
+    common = {"vocab_size": 500, "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, **common)
+    else:
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "intermediate_size": 64, "max_position_embeddings": 32}  # fmt: skip
+        make = transformers.GPTNeoXConfig if kind == "gpt_neox" else transformers.LlamaConfig
+        config = make(**shape, **common)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # biases and norms away from zero and one, so that a swap shows
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "hf")
+    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
+    words = ["import", str(tmp_path / "hf"), str(recipe), "--out", str(tmp_path / "run")]
+    assert run(monkeypatch, *words) == 0
+    checkpoint = Checkpoint(list_checkpoints(tmp_path / "run/checkpoints")[-1])
+    ours = GPT(checkpoint.config.model, ParameterFactory(0))
+    tokens = torch.randint(0, 500, (2, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.copy_(checkpoint.full(info_of(parameter).name))
+        found = ours(tokens).transpose(0, 1)[..., :500]
+        wanted = model(input_ids=tokens).logits
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' cannot be trained on"),
+        ({"hidden_act": "relu"}, "activation 'relu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rotary scaling"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"intermediate_size": 48}, "config.json wants"),
+        ({"vocab_size": 100}, "vocabulary_size: 100 is less"),
+        ({"num_hidden_layers": 3}, "has no model.layers.2"),
+    ],
+)
+def test_what_cannot_be_imported_is_one_line(
+    change: dict, culprit: str, exported: dict[str, Path], data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    config = json.loads((exported["llama"] / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    save_file(tensors_of(exported["llama"]), folder / "model.safetensors")
+    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
+    words = ["import", str(folder), str(recipe), "--out", str(tmp_path / "run")]
+    assert run(monkeypatch, *words) == 2
+    text = capsys.readouterr().err
+    assert culprit in text and "Traceback" not in text
+    assert not (tmp_path / "run").exists()

@@ -96,7 +96,7 @@ def test_a_conversion_that_differs_is_not_written(tokenizer: Path) -> None:
     assert fast_tokenizer(tokenizer, ["rank decay attention weight matrix"]) is not None
 
 
-# --- the exported folder ---------------------------------------------------------------------------
+# --- the exported folder ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -125,7 +125,7 @@ def test_the_card(exported: dict[str, Path], runs: dict[str, Path]) -> None:
         assert part in text, part
 
 
-# --- and back ---------------------------------------------------------------------------------------
+# --- and back ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -242,3 +242,61 @@ def test_what_cannot_be_imported_is_one_line(
     text = capsys.readouterr().err
     assert culprit in text and "Traceback" not in text
     assert not (tmp_path / "run").exists()
+
+
+# --- lm-eval ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama"])
+def test_lm_eval_gives_our_bits_per_byte(
+    name: str, exported: dict[str, Path], runs: dict[str, Path], data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The same documents, overall and per subset, through lm-evaluation-harness."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "ours.json"
+    words = ["evaluate", str(runs[name]), "--split", "test", "--documents", "20"]
+    assert run(monkeypatch, *words, "--out", str(out)) == 0
+    ours = json.loads(out.read_text())
+    manifest = load_manifest(data)
+    decode = load_tokenizer(manifest.tokenizer).decode
+    subsets: dict[str, list[str]] = {}
+    for one in held_out(manifest, "test", 20):
+        subsets.setdefault(one.subset, []).append(decode([int(t) for t in one.tokens]))
+    subsets["all"] = [text for texts in list(subsets.values()) for text in texts]
+    found = lm_eval_bits(exported[name], subsets, tmp_path)
+    for subset, bits in found.items():
+        mine = ours["overall"] if subset == "all" else ours["subsets"][subset]
+        assert mine["documents"] == len(subsets[subset])
+        assert bits == pytest.approx(mine["bits_per_byte"], abs=1e-4), subset
+
+
+def lm_eval_bits(folder: Path, subsets: dict[str, list[str]], tmp_path: Path) -> dict[str, float]:
+    """bits_per_byte of each list of documents, as a rolling perplexity task."""
+    from lm_eval import simple_evaluate
+    from lm_eval.api.task import ConfigurableTask
+
+    tasks = []
+    for number, (subset, texts) in enumerate(subsets.items()):
+        file = tmp_path / f"part{number}.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        config = {
+            "task": subset,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(file)}},
+            "output_type": "loglikelihood_rolling",
+            "test_split": "test",
+            "doc_to_text": "",
+            "doc_to_target": "text",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        }
+        tasks.append(ConfigurableTask(config=config))
+    arguments = {"pretrained": str(folder), "dtype": "float32", "device": "cpu"}
+    done = simple_evaluate(
+        model="hf", model_args=arguments, tasks=tasks, batch_size=4, bootstrap_iters=0,
+        verbosity="ERROR",
+    )  # fmt: skip
+    return {name: row["bits_per_byte,none"] for name, row in done["results"].items()}

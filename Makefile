@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTS := $(VENV)/.installed-tests
 
-.PHONY: setup demo test lint study clean
+.PHONY: setup demo test faults lint study clean
 
 setup: $(STAMP)
 
@@ -12,18 +13,27 @@ $(STAMP): pyproject.toml
 	  { echo "error: $(PYTHON) is older than 3.11: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,slurm,optimizers,vision,test]' || \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,slurm,optimizers,vision]' || \
 	  { echo "error: installation failed, see above; a package without a wheel for this machine" \
 	    "needs a C++ compiler and Python's headers (apt-get install g++ python3-dev)" >&2; exit 1; }
 	@touch $(STAMP)
 
+$(TESTS): $(STAMP)
+	@echo "installing what the tests need ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,slurm,optimizers,vision,test]'
+	@touch $(TESTS)
+
 demo: setup
 	$(BIN)/pretrain demo --out demo
 
-test: setup
+test: $(TESTS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-lint: setup
+# The long form of the fault suite: fifty kills, Slurm's own time limit; as root, everything in it.
+faults: $(TESTS)
+	$(BIN)/python -m pytest -q tests/faults tests/test_launch.py --long --faults faults.json
+
+lint: $(TESTS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

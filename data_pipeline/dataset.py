@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.checksums import CheckedReader, read_checksums
 from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.sources import DataError
 
@@ -66,6 +67,15 @@ class Entry:
     documents: int
     tokens: int
     bytes: int
+    first: int = 0
+    """Number of its first document in the file, which may hold other splits too."""
+    file_documents: int = 0
+    file_tokens: int = 0
+    """Of the whole file; 0: it holds this entry alone."""
+    packed: int = 0
+    """Tokens of every sequence, where each is a sample as it lies; 0: documents."""
+    index: str = ""
+    """File with the bytes and hashes of the documents; empty: beside the tokens."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +153,19 @@ def open_indexed(entry: Entry, dtype: str) -> Any:
         if not file.is_file():
             raise DataError(f"{file}: missing; tokenise again")
     head = index.open("rb").read(34)
-    width = {"uint16": 2, "int32": 4}[dtype]
-    expected = 34 + entry.documents * 12 + (entry.documents + 1) * 8
+    sequences = entry.file_documents or entry.documents
+    documents = int.from_bytes(head[26:34], "little") if entry.file_documents else sequences + 1
+    expected = 34 + sequences * 12 + documents * 8
     if head[:9] != b"MMIDIDX\x00\x00" or index.stat().st_size != expected:
         raise DataError(f"{index}: the index is damaged; tokenise again")
-    if data.stat().st_size != entry.tokens * width:
-        raise DataError(
-            f"{data}: {data.stat().st_size} bytes, expected {entry.tokens * width}; tokenise again"
-        )
-    return index_classes().IndexedDataset(str(entry.prefix), multimodal=False, mmap=True)
+    size = (entry.file_tokens or entry.tokens) * np.dtype(dtype).itemsize
+    if data.stat().st_size != size:
+        raise DataError(f"{data}: {data.stat().st_size} bytes, expected {size}; tokenise again")
+    found = index_classes().IndexedDataset(str(entry.prefix), multimodal=False, mmap=True)
+    checksums = read_checksums(data)
+    if checksums is not None:
+        found.bin_reader = CheckedReader(found.bin_reader, data, checksums)
+    return found
 
 
 # --- training -------------------------------------------------------------------------------
@@ -244,12 +258,38 @@ class EpochedSubset:
             eod_mask_loss=False,
             create_attention_mask=False,
         )
-        documents = np.arange(self._entry.documents, dtype=np.int32)
+        first = self._entry.first
+        documents = np.arange(first, first + self._entry.documents, dtype=np.int32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return megatron.GPTDataset(
                 self._indexed, None, documents, None, self.index_split, config
             )
+
+
+class PackedSubset:
+    """Sequences that are samples already, in their order, over and over."""
+
+    def __init__(self, entry: Entry, dtype: str, context: int) -> None:
+        self.index_split = index_classes().Split.train
+        self.unique_identifiers = OrderedDict(subset=entry.subset, packed=entry.packed)
+        if entry.packed != context + 1:
+            raise DataError(
+                f"{entry.prefix}: is packed in sequences of {entry.packed} tokens; set "
+                f"model.context to {entry.packed - 1}"
+            )
+        self._entry = entry
+        self._indexed = open_indexed(entry, dtype)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        tokens = self._indexed.get(self._entry.first + int(index) % self._entry.documents)
+        values = torch.from_numpy(tokens.astype(np.int64))
+        return {"tokens": values[:-1], "labels": values[1:]}
 
 
 class TrainingData:
@@ -266,7 +306,9 @@ class TrainingData:
         self.shares = blend_weights(manifest, weights)
         by_name = {entry.subset: entry for entry in manifest.split("train")}
         subsets = [
-            EpochedSubset(by_name[name], manifest.dtype, manifest.eod, context, seed)
+            PackedSubset(by_name[name], manifest.dtype, context)
+            if by_name[name].packed
+            else EpochedSubset(by_name[name], manifest.dtype, manifest.eod, context, seed)
             for name in self.shares
         ]
         self._blend = index_classes().BlendedDataset(
@@ -309,6 +351,8 @@ def held_out(manifest: Manifest, split: str, limit: int | None = None) -> list[H
     entries = manifest.split(split)
     for entry in entries:
         file = entry.prefix.with_name(entry.prefix.name + ".docs.npy")
+        if entry.index:
+            file = manifest.path / entry.index
         try:
             documents = np.load(file, allow_pickle=False)
         except (OSError, ValueError):
@@ -322,7 +366,10 @@ def held_out(manifest: Manifest, split: str, limit: int | None = None) -> list[H
     readers = {entry.subset: open_indexed(entry, manifest.dtype) for entry in entries}
     return [
         HeldOut(
-            entry.subset, _without_eod(readers[entry.subset].get(i), manifest.eod), size, digest
+            entry.subset,
+            _without_eod(readers[entry.subset].get(entry.first + i), manifest.eod),
+            size,
+            digest,
         )
         for digest, entry, i, size in sorted(chosen, key=lambda one: (one[1].subset, one[2]))
     ]

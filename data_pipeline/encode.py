@@ -84,14 +84,15 @@ def _encode_block(tokenizer: Tokenizer, block: Block, fields: Fields, split: str
         encoded[key] = Encoded(
             [np.concatenate([np.array([*ids[n], tokenizer.eod], dtype=dtype) for n in numbers])],
             [np.array([len(ids[n]) + 1 for n in numbers], dtype=np.int32)],
-            [np.array([(len(text), _hash(text)) for text in raw], dtype=DOCUMENT_TYPE)],
+            [np.array([(len(text), hash_text(text)) for text in raw], dtype=DOCUMENT_TYPE)],
         )
     total = sum(int(one.documents[0]["bytes"].sum()) for one in encoded.values())
     raw_bytes = sum(len(record) for record in block.records if isinstance(record, bytes)) or total
     return Result(encoded, parsed.problems, total, raw_bytes, len(texts))
 
 
-def _hash(text: bytes) -> int:
+def hash_text(text: bytes) -> int:
+    """What orders documents in samples: the same for every tokenizer."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 

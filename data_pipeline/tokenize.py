@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.checksums import write_checksums
 from data_pipeline.dataset import MANIFEST, MANIFEST_VERSION, index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, Encoded, Encoder, Job, Key, Result, token_type
 from data_pipeline.files import write_aside, write_synced
@@ -281,8 +282,10 @@ def _assemble_one(state: _State, key: Key, dtype: Any) -> dict[str, Any]:
     with writer(str(index), dtype) as idx:
         idx.write(all_lengths, None, np.arange(len(all_lengths) + 1))
     np.save(target.with_name(target.name + ".docs.npy"), all_documents)
-    os.replace(aside, target.with_name(target.name + ".bin"))
+    data = target.with_name(target.name + ".bin")
+    os.replace(aside, data)
     os.replace(index, target.with_name(target.name + ".idx"))
+    write_checksums(data)
     return {
         "split": split,
         "subset": subset,

@@ -163,18 +163,21 @@ def _scaled_qkv(read: Read, kind: str, scale: float) -> list[Tensor]:
 
 
 def _gpt2_layer(config: GPTConfig, read: Read, scale: float) -> dict[str, Tensor]:
+    def turned(name: str) -> Tensor:
+        return read(name).mT.contiguous()  # at once: the layer need not be there twice
+
     return {
         "ln_1.weight": read("attention_norm.weight"),
         "ln_1.bias": read("attention_norm.bias"),
-        "attn.c_attn.weight": torch.cat(_scaled_qkv(read, "weight", scale)).mT,
+        "attn.c_attn.weight": torch.cat(_scaled_qkv(read, "weight", scale)).mT.contiguous(),
         "attn.c_attn.bias": torch.cat(_scaled_qkv(read, "bias", scale)),
-        "attn.c_proj.weight": read("attention.output.weight").mT,
+        "attn.c_proj.weight": turned("attention.output.weight"),
         "attn.c_proj.bias": read("attention.output.bias"),
         "ln_2.weight": read("mlp_norm.weight"),
         "ln_2.bias": read("mlp_norm.bias"),
-        "mlp.c_fc.weight": read("mlp.in.weight").mT,
+        "mlp.c_fc.weight": turned("mlp.in.weight"),
         "mlp.c_fc.bias": read("mlp.in.bias"),
-        "mlp.c_proj.weight": read("mlp.out.weight").mT,
+        "mlp.c_proj.weight": turned("mlp.out.weight"),
         "mlp.c_proj.bias": read("mlp.out.bias"),
     }
 

@@ -77,7 +77,9 @@ def train(
     restarts: Annotated[
         int,
         typer.Option(
-            min=0, help="When a process dies or hangs, start all again so many times (torchrun)."
+            min=0,
+            help="When a process dies, hangs or loses its peers, start again so many times: by "
+            "torchrun here, or each process by itself under another launcher.",
         ),
     ] = 0,
     json: Json = False,
@@ -89,10 +91,8 @@ def train(
     grid.tensor_parallel=2`. Data parallelism takes the processes that the grid leaves.
     Run again with the same words, an interrupted run goes on as if nothing had happened.
     """
-    if (processes > 1 or restarts) and "RANK" not in os.environ and not dry_run:
-        from launchers.local import launch as start
-
-        raise typer.Exit(start(processes, sys.argv[1:], restarts))
+    if (processes > 1 or restarts) and not dry_run:
+        _start_again(processes, out or Path("runs") / recipe.stem, restarts)
     from pretrain.config import load_config
 
     config = load_config(recipe, overrides)
@@ -104,16 +104,31 @@ def train(
     from pretrain.grid import build_grid, check_grid, connect, disconnect, process_count
 
     check_grid(config.grid, process_count())
+    from pretrain.lean import load_libraries
     from pretrain.run import resolve_checkpoint
     from pretrain.train import train as run_training
 
     source = resolve_checkpoint(fork) if fork else None
     grid = build_grid(config.grid, connect())
+    load_libraries()
     run = out or Path("runs") / recipe.stem
     run_training(config, run, grid, source, until)
     if grid.is_main:
         _print_result(run, json)
     disconnect()
+
+
+def _start_again(processes: int, run: Path, restarts: int) -> None:
+    """Hand the words to torchrun, or to a supervisor where a launcher made this process."""
+    if "RANK" not in os.environ:
+        from launchers.local import launch as start
+
+        raise typer.Exit(start(processes, sys.argv[1:], restarts))
+    from launchers.supervise import is_supervised, supervise
+
+    # Under torchrun, which counts its own restarts, there is nothing to do.
+    if restarts and "TORCHELASTIC_RUN_ID" not in os.environ and not is_supervised():
+        raise typer.Exit(supervise(sys.argv[1:], run, restarts))
 
 
 def _print_result(run: Path, as_json: bool) -> None:

@@ -27,6 +27,7 @@ from pretrain.engine import Engine
 from pretrain.errors import RunError
 from pretrain.grid import Grid
 from pretrain.masters import local_shape, prepare_moments, write_back
+from pretrain.tensor_file import TensorFile
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -150,7 +151,7 @@ class Checkpoint:
                 for key in keys:
                     place = _Place(file, entry["tensor_rank"], offset, numel)
                     self._places[name, key].append(place)
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, TensorFile] = {}
         self._checked: set[str] = set()
         self._trusted = False
 
@@ -234,17 +235,15 @@ class Checkpoint:
         filled = 0
         for place in self._places[name, key]:
             if place.tensor_rank == tensor_rank:
-                values = self._file(place.file).get_tensor(f"{name}/{key}")
-                flat[place.offset : place.offset + place.numel] = values
+                part = flat[place.offset : place.offset + place.numel]
+                self._file(place.file).read_into(f"{name}/{key}", part)
                 filled += place.numel
         if filled != flat.numel():
             raise RunError(f"{self.path}: {name} ({key}) is incomplete: {filled}/{flat.numel()}")
         return flat.view(shape)
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> TensorFile:
         if name not in self._open:
-            from safetensors import safe_open
-
             path, entry = self.path / name, self._files[name]
             try:
                 known = self._trusted or name in self._checked
@@ -257,12 +256,8 @@ class Checkpoint:
                     "from the checkpoint before"
                 )
             self._checked.add(name)
-            self._open[name] = safe_open(path, framework="pt")
+            self._open[name] = TensorFile(path)
         return self._open[name]
-
-    def release(self) -> None:
-        """Let go of the pages that were read; files are opened again, unhashed, when wanted."""
-        self._open.clear()
 
     def rng_state(self, rank: int) -> Tensor | None:
         """The random state of a rank, if it wrote one."""

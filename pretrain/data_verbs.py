@@ -106,6 +106,78 @@ def tokenize(
 
 
 @data_app.command()
+def adopt(
+    prefixes: Annotated[
+        list[Path], typer.Argument(help="PREFIX of PREFIX.bin and PREFIX.idx; each a subset.")
+    ],
+    tokenizer: Annotated[
+        Path,
+        typer.Option(help="tokenizer.json, SentencePiece .model, or vocab.json beside merges.txt."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; the tokens stay where they are.")],
+    split: Annotated[
+        str, typer.Option(help="Shares of documents in train, val and test, in their order.")
+    ] = "98,1,1",
+    name: Annotated[
+        list[str] | None, typer.Option(help="Name of each subset; default the prefix's.")
+    ] = None,
+    eod_token: Annotated[str | None, typer.Option(help="End-of-document token.")] = None,
+    packed: Annotated[
+        bool | None,
+        typer.Option(
+            help="Sequences are samples as they lie (Pythia's preshuffled Pile); default: if all "
+            "have one length."
+        ),
+    ] = None,
+) -> None:
+    """Train on tokens that Megatron-LM or GPT-NeoX prepared, as they are.
+
+    Writes a manifest that points to them, with the tokenizer and the sizes of the held-out texts.
+    """
+    from data_pipeline.adopt import adopt as adopt_pairs
+    from pretrain.errors import UsageError
+    from pretrain.tracking import Progress
+
+    try:
+        train, val, test = (float(part) for part in split.split(","))
+    except ValueError:
+        raise UsageError(f"--split: {split!r} is not three numbers, such as 98,1,1") from None
+    progress = Progress(1, "adopt", True)
+    told = adopt_pairs(
+        prefixes, tokenizer, out, (train, val, test), name, eod_token, packed,
+        lambda done, total: progress.update(done, total=total),
+    )  # fmt: skip
+    progress.close()
+    for line in told:
+        print(line)
+    info(out)
+
+
+@data_app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Tokenised folder.")],
+) -> None:
+    """Read all tokens and compare them with their checksums; exit code 1 if a file is damaged.
+
+    Training does the same with each block of 64 KiB when it first reads it.
+    """
+    from data_pipeline.checksums import check_folder
+    from data_pipeline.dataset import load_manifest
+    from pretrain.tracking import Progress
+
+    load_manifest(folder)
+    progress = Progress(1, "check", True)
+    damaged, without = check_folder(folder, lambda done, total: progress.update(done, total=total))
+    progress.close()
+    for line in damaged:
+        print(line, file=sys.stderr)
+    if without:
+        print(f"{without} file(s) without checksums (made by others, or an earlier version)")
+    print(f"{folder}: {len(damaged)} damaged file(s)")
+    raise typer.Exit(1 if damaged else 0)
+
+
+@data_app.command()
 def info(
     folder: Annotated[Path, typer.Argument(help="Tokenised folder.")], json: Json = False
 ) -> None:

@@ -86,8 +86,7 @@ def _write(checkpoint: Checkpoint, folder: Path, head_size: int, eod: int) -> No
         write_tensors(folder / name, tensors, {"format": "pt"})
         where |= dict.fromkeys(tensors, name)
         size += sum(one.nbytes for one in tensors.values())
-        tensors.clear()
-        checkpoint.release()
+        tensors.clear()  # before the next part is read
         progress.update(number + 1)
     progress.close()
     index = {"metadata": {"total_size": size}, "weight_map": where}

@@ -14,6 +14,7 @@ from pretrain.engine import build_model
 from pretrain.errors import UsageError
 from pretrain.evaluate import score, summarize
 from pretrain.grid import build_grid, check_grid, connect, process_count
+from pretrain.lean import load_libraries
 from pretrain.run import resolve_checkpoint, write_text
 from pretrain.tasks import Task, Text, open_task
 from pretrain.tracking import Progress
@@ -47,8 +48,10 @@ def evaluate_checkpoint(
         raise UsageError(f"--stride: {stride} is more than the context, {config.model.context}")
     check_grid(config.grid, process_count())
     task = _task(checkpoint, config, data, stride)
+    device = connect()
+    load_libraries()
     prepare_deepspeed()
-    grid = build_grid(config.grid, connect())
+    grid = build_grid(config.grid, device)
     module = build_model(config, grid)
     load_into_module(checkpoint, module, grid)
     if resolve_precision(config.precision, grid.device, config.grid.zero_stage) == "bf16":

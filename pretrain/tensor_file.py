@@ -1,9 +1,10 @@
-"""Tensors in host memory to a safetensors file, hashed on the way, beside a thread that trains.
+"""Safetensors files as checkpoints want them: written beside a thread that trains, read in place.
 
 `safetensors.torch.save_file` copies every tensor into Python bytes first, holding the interpreter's
 lock: a training thread beside it stands still. The format is a header and the bytes themselves
 (https://huggingface.co/docs/safetensors): here the bytes are written where they lie, in blocks,
-and each block is hashed, both without the lock. Files are read with the library.
+and each block is hashed, both without the lock. Reading goes straight into the tensor that is
+wanted, with no mapped pages and no second copy, so that an export holds one layer and no more.
 """
 
 from __future__ import annotations
@@ -74,3 +75,46 @@ def _write(descriptor: int, block: memoryview) -> None:
     """All of a block: the system may take a part of it."""
     while block:
         block = block[os.write(descriptor, block) :]
+
+
+class TensorFile:
+    """A safetensors file, read tensor by tensor into memory that the caller has.
+
+    Raises:
+        ValueError: if the file is not one, or is cut.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        size = path.stat().st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"{path}: not a safetensors file")
+        self._header: dict[str, Any] = json.loads(self._file.read(length))
+        self._header.pop("__metadata__", None)
+        self._start = 8 + length
+        if any(entry["data_offsets"][1] > size - self._start for entry in self._header.values()):
+            raise ValueError(f"{path}: cut")
+
+    def read_into(self, name: str, flat: Tensor) -> None:
+        """Fill a flat contiguous CPU tensor with a stored one of as many elements and its type."""
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] != _NAMES[flat.dtype] or end - begin != flat.nbytes:
+            raise ValueError(f"{name}: {entry['dtype']} of {end - begin} bytes")
+        self._file.seek(self._start + begin)
+        bytes_of: Any = flat.view(torch.uint8).numpy()
+        view = memoryview(bytes_of).cast("B")
+        while view:
+            count = self._file.readinto(view)
+            if not count:
+                raise ValueError(f"{name}: cut")
+            view = view[count:]
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A stored tensor."""
+        entry = self._header[name]
+        dtype = next(dtype for dtype, known in _NAMES.items() if known == entry["dtype"])
+        found = torch.empty(entry["shape"], dtype=dtype)
+        self.read_into(name, found.view(-1))
+        return found

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -28,6 +29,34 @@ from tests.tools import (
     write_recipe,
     write_sweep,
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--long``: the long form of the fault suite; ``--faults FILE``: its table as JSON."""
+    parser.addoption("--long", action="store_true", help="fifty kills, Slurm's own time limit")
+    parser.addoption("--faults", default="", help="write the table of faults to this file (JSON)")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What was injected, in how much time it was seen and mended, and what was lost."""
+    rows = [
+        found
+        for report in terminalreporter.stats.get("passed", [])
+        for name, found in report.user_properties
+        if name == "fault"
+    ]
+    if not rows:
+        return
+    columns = list(rows[0])
+    widths = [max(len(str(row[name])) for row in [dict(zip(columns, columns)), *rows])
+              for name in columns]  # fmt: skip
+    terminalreporter.section("faults")
+    for row in [dict(zip(columns, columns)), *sorted(rows, key=lambda row: row["fault"])]:
+        cells = (str(row[name]).ljust(width) for name, width in zip(columns, widths))
+        terminalreporter.write_line("  ".join(cells).rstrip())
+    if config.getoption("--faults"):
+        Path(config.getoption("--faults")).write_text(json.dumps(rows, indent=1) + "\n")
+
 
 WORDS = """
 rank decay attention weight matrix head layer query key value singular spectrum balance the of and

@@ -18,6 +18,7 @@ from pretrain.checkpoint import Checkpoint, load_into_engine
 from pretrain.config import Config, parse_config
 from pretrain.engine import build_engine
 from pretrain.grid import Grid, build_grid, connect, disconnect
+from pretrain.lean import load_libraries
 from pretrain.loader import Loader
 from pretrain.train import prepare, train
 
@@ -96,17 +97,19 @@ def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:
     }
 
 
+TASKS = {"train": run_train, "decay": run_decay}
+
+
 def main() -> None:
     """Run every case and let rank 0 write the answers."""
     request = json.loads(Path(sys.argv[1]).read_text())
     device = connect()
+    load_libraries()
     answers = []
     for case in request["cases"]:
         config = parse_config(case["recipe"])
         grid = build_grid(config.grid, device)
-        answers.append(
-            {"train": run_train, "decay": run_decay}[request["task"]](case, grid, config)
-        )
+        answers.append(TASKS[case.get("task", request["task"])](case, grid, config))
         grid.barrier()
     if grid.is_main:
         Path(request["answer"]).write_text(json.dumps(answers))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 import torch
@@ -54,7 +55,20 @@ def stop(engine: Any) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def jump_clock(engine: Any) -> None:
+    """The machine's clock is set back by an hour, as after a wrong start of NTP."""
+    real = time.time
+    time.time = lambda: real() - 3600.0
+
+
+def linger(engine: Any) -> None:
+    """The process takes its time."""
+    time.sleep(3.0)
+
+
 FAULTS = {
+    "clock": jump_clock,
+    "linger": linger,
     "loss": poison_loss,
     "gradient": poison_gradient,
     "flip": flip_weight,

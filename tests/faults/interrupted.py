@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pretrain.engine
@@ -50,6 +51,20 @@ def arm(moment: str, marker: Path) -> None:
             return found
 
         pretrain.saver._write_piece = write_rank
+    elif moment in ("before rename", "after rename"):
+        rename = pretrain.saver.os.rename
+        renames = 0
+
+        def rename_slowly(*arguments: Any) -> None:
+            nonlocal renames
+            renames += 1
+            if renames == 2 and moment == "before rename":
+                pause(marker)
+            rename(*arguments)
+            if renames == 2:
+                pause(marker)
+
+        pretrain.saver.os = SimpleNamespace(**{**vars(pretrain.saver.os), "rename": rename_slowly})
     elif moment == "evaluation":
         forward = pretrain.evaluate._forward
         calls = 0

@@ -1,0 +1,114 @@
+"""Memory of an export: a checkpoint of a large model on disk, written as a Hugging Face model.
+
+    python benchmarks/export_memory.py --hidden 2048 --layers 24 --out results.json
+
+The checkpoint holds random masters, a file for each part of the model; the export runs in a process
+of its own, whose peak resident memory is compared with that of exporting a tiny model (imports,
+interpreter) and with the largest part: a layer, or the embedding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from data_pipeline.files import write_synced
+from models.roles import ParameterInfo
+from pretrain.checkpoint import MANIFEST, MASTER, checkpoint_name, manifest, sealed
+from pretrain.config import parse_config
+from pretrain.control import DecayControl
+from pretrain.decay import plan_decay
+from pretrain.engine import whole_model
+from pretrain.run import environment
+from pretrain.tensor_file import write_tensors
+
+
+def write_checkpoint(folder: Path, dialect: str, hidden: int, layers: int) -> tuple[int, int]:
+    """A checkpoint of random masters; returns (bytes in all, bytes of the largest part)."""
+    model = {"dialect": dialect, "num_layers": layers, "hidden_size": hidden, "context": 2048,
+             "num_attention_heads": max(1, hidden // 64), "vocabulary_size": 50_304}  # fmt: skip
+    config = parse_config({"model": model})
+    infos = whole_model(config.model, 1)
+    plan = plan_decay(infos, config.optimizer.weight_decay)
+    parts: dict[str, list[ParameterInfo]] = {}
+    for info in infos:
+        parts.setdefault("ends" if info.layer is None else f"{info.layer:03d}", []).append(info)
+    folder.mkdir(parents=True)
+    files, sizes = {}, []
+    for part, members in parts.items():
+        tensors = {f"{one.name}/{MASTER}": torch.rand(one.numel) for one in members}
+        index = {one.name: [0, one.numel, [MASTER]] for one in members}
+        size, digest = write_tensors(folder / f"{part}.safetensors", tensors)
+        files[f"{part}.safetensors"] = {"size": size, "sha256": digest, "tensor_rank": 0,
+                                        "fragments": index}  # fmt: skip
+        # Embedding and head are parts of their own in an export.
+        sizes.append(max(one.numel * 4 for one in members) if part == "ends" else size)
+    state = {"tokenizer": "", "data": "", "decay": DecayControl(config, plan).state()}
+    grid = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
+    text = sealed({**manifest(config, plan, 1, state, grid), "files": files})
+    write_synced(folder / MANIFEST, text)
+    return sum(entry["size"] for entry in files.values()), max(sizes)
+
+
+def export(checkpoint: Path, out: Path) -> tuple[int, float]:
+    """(peak resident bytes, seconds) of `pretrain export`."""
+    script = (
+        "import resource, sys; from pretrain.__main__ import main\n"
+        "try: main()\n"
+        "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script, "export", str(checkpoint), "--out", str(out)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr)
+    return int(done.stdout.split("peak ")[1]) * 1024, time.monotonic() - began
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dialect", default="gpt2")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folder = Path(name)
+        write_checkpoint(folder / "tiny" / checkpoint_name(1), options.dialect, 64, 1)
+        base, _ = export(folder / "tiny" / checkpoint_name(1), folder / "tiny-hf")
+        large = folder / "large" / checkpoint_name(1)
+        total, largest = write_checkpoint(large, options.dialect, options.hidden, options.layers)
+        peak, seconds = export(large, folder / "large-hf")
+        shutil.rmtree(folder / "large-hf")
+    result = {
+        "command": f"python {' '.join(sys.argv)}",
+        "dialect": options.dialect,
+        "checkpoint_bytes": total,
+        "largest_part_bytes": largest,
+        "peak_bytes": peak,
+        "peak_of_a_tiny_export_bytes": base,
+        "peak_over_largest_part": round((peak - base) / largest, 3),
+        "seconds": round(seconds, 1),
+        "environment": environment(),
+    }
+    print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Tokens that Megatron-LM or GPT-NeoX prepared, used where they lie: a manifest is all that is new.
+
+Their ``.bin/.idx`` pairs are the format of this pipeline. What they lack is what a manifest says:
+which tokenizer, which documents are held out, and how many bytes of text those are. Sequences of
+one length (the preshuffled Pile of Pythia) are taken for samples, in the order in which they lie.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.dataset import MANIFEST, MANIFEST_VERSION, index_classes
+from data_pipeline.encode import DOCUMENT_TYPE, hash_text
+from data_pipeline.files import write_aside
+from data_pipeline.sources import DataError
+from data_pipeline.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+
+_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_SPLITS = ("train", "val", "test")
+_LOOKED_AT = 200
+"""Documents whose tokens are looked at, spread over the file."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A ``.bin/.idx`` pair and what its index says."""
+
+    prefix: Path
+    dtype: str
+    lengths: np.ndarray
+
+    @property
+    def packed(self) -> int:
+        """Tokens of every sequence, if all have so many; else 0."""
+        first = int(self.lengths[0])
+        return first if len(self.lengths) > 1 and bool((self.lengths == first).all()) else 0
+
+
+def read_pair(prefix: Path) -> Pair:
+    """Read an index.
+
+    Raises:
+        DataError: naming the file, if it is none or does not fit its ``.bin``.
+    """
+    index, data = (prefix.with_name(prefix.name + end) for end in (".idx", ".bin"))
+    for file in (index, data):
+        if not file.is_file():
+            raise DataError(f"{file}: missing; give PREFIX of PREFIX.bin and PREFIX.idx")
+    with index.open("rb") as stream:
+        head = stream.read(34)
+        if len(head) < 34 or head[:9] != b"MMIDIDX\x00\x00":
+            raise DataError(f"{index}: not an index of Megatron-LM or GPT-NeoX")
+        _, code, sequences, _ = struct.unpack("<QBQQ", head[9:])
+        lengths = np.fromfile(stream, dtype=np.int32, count=sequences)
+    if code not in _CODES:
+        raise DataError(f"{index}: tokens of type {code}; whole numbers are wanted")
+    dtype = _CODES[code]
+    if len(lengths) != sequences or not sequences:
+        raise DataError(f"{index}: is cut, or holds no documents")
+    wanted = int(lengths.sum(dtype=np.int64)) * np.dtype(dtype).itemsize
+    if data.stat().st_size != wanted:
+        raise DataError(f"{data}: {data.stat().st_size} bytes, its index says {wanted}")
+    return Pair(prefix, dtype, lengths)
+
+
+def adopt(
+    prefixes: list[Path],
+    tokenizer_path: Path,
+    out: Path,
+    shares: tuple[float, float, float] = (98.0, 1.0, 1.0),
+    names: list[str] | None = None,
+    eod_token: str | None = None,
+    packed: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Write a manifest for pairs that stay where they are.
+
+    Args:
+        prefixes: each a subset.
+        tokenizer_path: ``tokenizer.json``, a SentencePiece model, or GPT-2's ``vocab.json`` with
+            ``merges.txt`` beside it.
+        shares: of documents in train, val and test, by their order (Megatron's ``--split``).
+        names: of the subsets; default the prefixes' names.
+        packed: sequences are samples as they lie; None: if all have the same length.
+
+    Returns:
+        What to know about the data, a line each.
+
+    Raises:
+        DataError: one line that names the culprit.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out}: not empty; choose another --out")
+    pairs = [read_pair(prefix.absolute()) for prefix in prefixes]
+    types = {pair.dtype for pair in pairs}
+    if len(types) > 1:
+        raise DataError(f"the pairs hold tokens of different types ({', '.join(sorted(types))})")
+    names = names or [pair.prefix.name.removesuffix("_text_document") for pair in pairs]
+    if len(set(names)) != len(pairs):
+        raise DataError(f"--name: {', '.join(names)} are not {len(pairs)} different names")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        file, tokenizer = _take_tokenizer(tokenizer_path, out, eod_token)
+        told: list[str] = []
+        entries: list[dict[str, Any]] = []
+        for name, pair in zip(names, pairs, strict=True):
+            as_samples = bool(pair.packed) if packed is None else packed
+            if as_samples and not pair.packed:
+                raise DataError(f"{pair.prefix}: --packed, but its sequences differ in length")
+            indexed = index_classes().IndexedDataset(str(pair.prefix), multimodal=False, mmap=True)
+            told += _look(pair, indexed, tokenizer, as_samples)
+            parts = _parts(len(pair.lengths), shares)
+            for split, (start, stop) in parts.items():
+                where = f"{split}/{name}"
+                entry = _entry(pair, split, name, where, start, stop, as_samples)
+                if split != "train":
+                    entry["bytes"] = _measure(
+                        indexed, tokenizer, out / f"{where}.docs.npy", start, stop, progress
+                    )
+                entries.append(entry)
+        manifest = _manifest(entries, file.name, tokenizer, pairs)
+        write_aside(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+        return told
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _parts(count: int, shares: tuple[float, float, float]) -> dict[str, tuple[int, int]]:
+    if min(shares) < 0 or shares[0] <= 0:
+        raise DataError(f"--split: {shares} are not shares, the first above 0")
+    total = sum(shares)
+    edges = [0]
+    for share in shares:
+        edges.append(edges[-1] + round(count * share / total))
+    edges[-1] = count
+    found = {split: (edges[i], edges[i + 1]) for i, split in enumerate(_SPLITS)}
+    return {split: part for split, part in found.items() if part[1] > part[0]}
+
+
+def _entry(
+    pair: Pair, split: str, name: str, where: str, start: int, stop: int, packed: bool
+) -> dict[str, Any]:
+    return {
+        "split": split,
+        "subset": name,
+        "prefix": str(pair.prefix),
+        "documents": stop - start,
+        "tokens": int(pair.lengths[start:stop].sum(dtype=np.int64)),
+        "bytes": 0,
+        "first": start,
+        "file_documents": len(pair.lengths),
+        "file_tokens": int(pair.lengths.sum(dtype=np.int64)),
+        "packed": pair.packed if packed else 0,
+        "index": f"{where}.docs.npy" if split != "train" else "",
+    }
+
+
+def _look(pair: Pair, indexed: Any, tokenizer: Tokenizer, packed: bool) -> list[str]:
+    """What a sample of the documents says about tokenizer and packing.
+
+    Raises:
+        DataError: if a token is none of the tokenizer's.
+    """
+    count = len(pair.lengths)
+    largest, ended, looked = 0, 0, 0
+    for number in np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)):
+        tokens = indexed.get(int(number))
+        if len(tokens):
+            largest = max(largest, int(tokens.max()))
+            ended += int(tokens[-1]) == tokenizer.eod
+            looked += 1
+    if largest >= tokenizer.vocabulary_size:
+        raise DataError(
+            f"{pair.prefix}.bin: has token {largest}, the tokenizer {tokenizer.vocabulary_size} "
+            "tokens; give the one that it was made with"
+        )
+    if packed:
+        return [
+            f"{pair.prefix.name}: {count:,} samples of {pair.packed} tokens, taken in their order: "
+            f"train with model.context {pair.packed - 1}"
+        ]
+    if not ended:
+        return [
+            f"{pair.prefix.name}: no document ends with token {tokenizer.eod}; if documents are "
+            "not separated, the model learns across them (name the token with --eod-token)"
+        ]
+    return [f"{pair.prefix.name}: {count:,} documents ({ended} of {looked} looked at end in eod)"]
+
+
+def _measure(
+    indexed: Any,
+    tokenizer: Tokenizer,
+    path: Path,
+    start: int,
+    stop: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """Write the bytes and hash of the text of held-out documents; returns the bytes."""
+    rows = np.zeros(stop - start, dtype=DOCUMENT_TYPE)
+    for number in range(start, stop):
+        tokens = [int(token) for token in indexed.get(number)]
+        if tokens and tokens[-1] == tokenizer.eod:
+            tokens.pop()
+        text = tokenizer.decode(tokens).encode()
+        rows[number - start]["bytes"] = len(text)
+        rows[number - start]["hash"] = hash_text(text)
+        if progress:
+            progress(number - start + 1, stop - start)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, rows)
+    return int(rows["bytes"].sum())
+
+
+def _take_tokenizer(path: Path, out: Path, eod_token: str | None) -> tuple[Path, Tokenizer]:
+    """A copy of the tokenizer in the folder; GPT-2's two files become one."""
+    merges = path.with_name(path.name.replace("vocab.json", "merges.txt"))
+    if path.name.endswith("vocab.json") and merges.is_file():
+        target = out / "tokenizer.json"
+        target.write_text(_byte_level(path, merges, eod_token), encoding="utf-8")
+        return target, HuggingFaceTokenizer(target, eod_token)
+    if path.is_dir():
+        path = next(iter(sorted(path.glob("tokenizer.[jm]*"))), path)
+    load_tokenizer(path, eod_token)  # says what is wrong before anything is copied
+    target = out / ("tokenizer.json" if path.suffix == ".json" else "tokenizer.model")
+    shutil.copyfile(path, target)
+    return target, load_tokenizer(target, eod_token)
+
+
+def _byte_level(vocabulary: Path, merges: Path, eod_token: str | None) -> str:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    try:
+        made = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{vocabulary}: not GPT-2's vocabulary ({error})") from None
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([eod_token or "<|endoftext|>"])
+    return str(made.to_str())
+
+
+def _manifest(
+    entries: list[dict[str, Any]], file: str, tokenizer: Tokenizer, pairs: list[Pair]
+) -> dict[str, Any]:
+    return {
+        "version": MANIFEST_VERSION,
+        "tokenizer": {
+            "file": file,
+            "sha256": tokenizer.sha256,
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "eod": tokenizer.eod,
+        },
+        "dtype": pairs[0].dtype,
+        "entries": entries,
+        "malformed": 0,
+        "sources": [{"name": str(pair.prefix), "size": 0, "sha256": None} for pair in pairs],
+        "identity": {"adopted": [str(pair.prefix) for pair in pairs]},
+    }

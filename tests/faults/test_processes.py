@@ -1,0 +1,202 @@
+"""Processes that die, stop, hang, or are asked to end."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launchers.local import torchrun
+from pretrain.errors import TRY_AGAIN
+from pretrain.tracking import read_metrics
+from tests.faults.tools import (
+    GRIDS,
+    HERE,
+    PROCESSES,
+    faulty,
+    same_run,
+    same_weights,
+    started_until,
+    wait_until,
+    words_of,
+)
+from tests.tools import environment, launcher, metrics_of, pretrain
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """kill -9 of a process and all that it started."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "grid"),
+    [("step", "one"), ("checkpoint", "one"), ("before rename", "one"), ("after rename", "one"),
+     ("evaluation", "one"), ("step", "stages"), ("checkpoint", "stages")],
+)  # fmt: skip
+def test_all_are_killed(
+    data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None],
+    moment: str, grid: str,
+) -> None:  # fmt: skip
+    words = words_of(tmp_path, data, *GRIDS[grid])
+    process = started_until(moment, tmp_path / "marker", words, PROCESSES[grid])
+    kill_all(process)
+    run = tmp_path / "run"
+    if moment in ("checkpoint", "before rename"):
+        assert list((run / "checkpoints").glob(".*.writing")), "was not killed while writing"
+    began = time.monotonic()
+    again = pretrain(*words, processes=PROCESSES[grid])
+    assert again.returncode == 0, again.stderr
+    same_run(run, undisturbed(grid))
+    where = {"step": "between updates", "evaluation": "in evaluation"}.get(moment, moment)
+    row(f"kill -9 of all ({grid}), {where}", "the next start", f"{time.monotonic() - began:.0f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", ["one", "stages"])
+def test_asked_to_stop(
+    data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None],
+    grid: str,
+) -> None:  # fmt: skip
+    """SIGTERM: one more checkpoint, exit code 75, and nothing is lost."""
+    words = words_of(tmp_path, data, *GRIDS[grid], "checkpoint.every=4")
+    run = tmp_path / "run"
+    process = started_until("slow", tmp_path / "marker", words, PROCESSES[grid])
+    began = time.monotonic()
+    process.terminate()  # torchrun hands it on to its workers
+    _, stderr = process.communicate(timeout=60)
+    lasted = time.monotonic() - began
+    if grid == "one":
+        assert process.returncode == TRY_AGAIN and "stopped by SIGTERM at step 6" in stderr
+        assert "Traceback" not in stderr
+    assert (run / "checkpoints" / "step-00000006").is_dir()
+    assert not (run / "checkpoints" / "step-00000008").exists()
+    again = pretrain(*words, processes=PROCESSES[grid])
+    assert again.returncode == 0, again.stderr
+    same_run(run, undisturbed(grid))
+    row(f"SIGTERM ({grid})", "the same update", f"checkpoint and end in {lasted:.0f} s")
+
+
+@pytest.mark.slow
+def test_the_launcher_is_killed(
+    data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None]
+) -> None:
+    """kill -9 of torchrun alone: its workers go on to the end."""
+    words = words_of(tmp_path, data, *GRIDS["data"])
+    process = started_until("slow", tmp_path / "marker", words, 2)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, living = psutil.wait_procs(workers, timeout=120)
+    assert not living
+    same_run(tmp_path / "run", undisturbed("data"))
+    row("kill -9 of the launcher", "-", "not disturbed")
+
+
+@pytest.mark.slow
+def test_a_dead_rank_is_started_again(
+    data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None]
+) -> None:
+    """kill -9 of one rank: torchrun starts all again, and nothing is lost."""
+    words = words_of(tmp_path, data, "grid.zero_stage=0")
+    script = [str(HERE / "faulty.py"), "kill", "1", "6"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*torchrun(2, restarts=1), *script, *words], env=environment(), capture_output=True,
+        text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    same_weights(tmp_path / "run", undisturbed("data"))
+    assert metrics_of(tmp_path / "run") == metrics_of(undisturbed("data"))
+    assert len(json.loads((tmp_path / "run/environment.json").read_text())) == 2
+    row("kill -9 of one rank of two", "torchrun's next look",
+        f"{time.monotonic() - began:.0f} s for both starts together")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still(
+    data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None]
+) -> None:
+    """SIGSTOP of one rank: the others say who it is and end; started again, the run goes on."""
+    words = words_of(tmp_path, data, "grid.zero_stage=0", "faults.watchdog=15")
+    began = time.monotonic()
+    done = faulty("stop", 1, "6", words, processes=2)
+    lasted = time.monotonic() - began
+    assert done.returncode != 0 and lasted < 200
+    summary = (tmp_path / "run/stacks/summary.txt").read_text()
+    assert "rank 1 (step" in summary and "gives no sign of life" in summary, summary
+    assert "rank 0 (step 5): waits in" in summary
+    assert "train_step" in (tmp_path / "run/stacks/rank-00000.txt").read_text()
+    again = pretrain(*words, processes=2)
+    assert again.returncode == 0, again.stderr
+    same_weights(tmp_path / "run", undisturbed("data"))
+    assert metrics_of(tmp_path / "run") == metrics_of(undisturbed("data"))
+    row("SIGSTOP of one rank of two", "its 15 s, and who it is", "the next start")
+
+
+def test_a_process_that_hangs_alone(data: Path, tmp_path: Path) -> None:
+    script = [sys.executable, str(HERE / "interrupted.py"), "step", str(tmp_path / "marker")]
+    words = words_of(tmp_path, data, "faults.watchdog=10")
+    done = subprocess.run(
+        [*script, *words], env=environment(), capture_output=True, text=True, timeout=150,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == TRY_AGAIN
+    assert "nothing was finished for 10 s (step 5, training)" in done.stderr
+    assert "waits in" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_random_kills(
+    data: Path, tmp_path: Path, row: Callable[..., None], request: pytest.FixtureRequest
+) -> None:
+    """kill -9 at random moments of one run, again and again: the weights of an undisturbed one."""
+    times = 50 if request.config.getoption("--long") else 3
+    steps = 60 * times
+    words = words_of(tmp_path, data, "evaluation.every=1000", "faults.watchdog=0", steps=steps)
+    whole = words_of(tmp_path / "whole", data, "evaluation.every=1000", steps=steps)
+    done = pretrain(*whole)
+    assert done.returncode == 0, done.stderr
+    rng = random.Random(7)
+    run = tmp_path / "run"
+    for number in range(times):
+        killed = start_and_kill(words, run, rng)
+        assert killed, f"ended by itself after {number} kills"
+    done = pretrain(*words)
+    assert done.returncode == 0, done.stderr
+    assert [one["step"] for one in read_metrics(run)] == list(range(1, steps + 1))
+    same_run(run, tmp_path / "whole/run")
+    row("kill -9 at random moments of one run", "the next start", "the last checkpoint", times)
+
+
+def start_and_kill(words: list[str], run: Path, rng: random.Random) -> bool:
+    """Start, wait for a moment by chance, kill -9; whether there was something to kill."""
+    process = subprocess.Popen(
+        [*launcher(1), "-m", "pretrain", *words], env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    if rng.random() < 0.8:  # while it trains; else while it starts
+        at = newest_step(run)
+        wait_until(lambda: newest_step(run) > at or process.poll() is not None, 120)
+        time.sleep(0.3 * rng.random())
+    else:
+        time.sleep(5.0 * rng.random())
+    alive = process.poll() is None
+    process.kill()
+    process.wait()
+    return alive
+
+
+def newest_step(run: Path) -> int:
+    """The last step that was logged."""
+    found = read_metrics(run)
+    return int(found[-1]["step"]) if found else 0

@@ -7,6 +7,7 @@ live write their stacks; the first of them says who waits where and who gives no
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,13 +72,27 @@ class Watchdog:
                  "host": socket.gethostname(), **more}  # fmt: skip
         self._try_store(lambda: self._store.set(str(self._grid.rank), json.dumps(known)))
 
-    def _try_store(self, action: Any) -> Any:
+    def _try_store(self, action: Callable[[], Any]) -> Any:
+        """What the store answers; None once it does not.
+
+        In a thread of its own: with the cable pulled, a call to the store may never return,
+        whatever its time-out, and this thread is the one that must end the process.
+        """
         if self._store is None:
             return None
-        try:
-            return action()
-        except Exception:  # the launcher or the network is gone; what is local can still be said
+        found: list[Any] = []
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):  # the launcher or the network is gone
+                found.append(action())
+
+        asking = threading.Thread(target=ask, name="watchdog-store", daemon=True)
+        asking.start()
+        asking.join(_STORE_TIMEOUT.total_seconds() + 1.0)
+        if not found:
+            self._store = None  # what is local can still be said
             return None
+        return found[0]
 
     def _read_all(self) -> list[dict[str, Any] | None]:
         """What each rank last told."""

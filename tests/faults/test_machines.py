@@ -19,13 +19,13 @@ from tests.tools import metrics_of, pretrain
 
 
 @pytest.fixture
-def hosts() -> Iterator[Hosts]:
-    """Two hosts with a cable between them."""
+def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    """Two hosts with a cable between them, which takes ``request.param`` milliseconds."""
     reason = reason_to_skip()
     if reason:
         pytest.skip(reason)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
-    with Hosts(int(worker.removeprefix("gw"))) as made:
+    with Hosts(int(worker.removeprefix("gw")), getattr(request, "param", 0)) as made:
         yield made
 
 
@@ -51,10 +51,10 @@ def test_the_cable_is_pulled(
     row: Callable[..., None],
 ) -> None:  # fmt: skip
     """The job ends within the watchdog's time, and goes on by itself when the cable is back."""
-    limit, steps = 10, 3000
+    limit, steps = 10, 600
     words = words_of(
         tmp_path, data, "grid.zero_stage=0", f"faults.watchdog={limit}", "checkpoint.every=50",
-        "checkpoint.keep=2", "ranks.every=1000", "evaluation.every=3000", "--restarts", "5",
+        "checkpoint.keep=2", "ranks.every=300", "evaluation.every=600", "--restarts", "5",
         steps=steps,
     )  # fmt: skip
     run = tmp_path / "run"
@@ -82,7 +82,7 @@ def test_the_cable_is_pulled(
     assert [one["step"] for one in read_metrics(run)] == list(range(1, steps + 1))
     whole = words_of(
         tmp_path / "whole", data, "grid.zero_stage=0", "checkpoint.every=50", "checkpoint.keep=2",
-        "ranks.every=1000", "evaluation.every=3000", steps=steps,
+        "ranks.every=300", "evaluation.every=600", steps=steps,
     )  # fmt: skip
     done = pretrain(*whole, processes=2)
     assert done.returncode == 0, done.stderr
@@ -92,12 +92,12 @@ def test_the_cable_is_pulled(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hosts", [200], indirect=True)
 def test_a_slow_network(
     data: Path, tmp_path: Path, hosts: Hosts, undisturbed: Callable[[str], Path],
     row: Callable[..., None],
 ) -> None:  # fmt: skip
-    """200 ms each way: slow, and the same numbers."""
-    hosts.slow(100)
+    """200 ms one way: slow, and the same numbers."""
     words = words_of(tmp_path, data, "grid.zero_stage=0", "--until", "4")
     began = time.monotonic()
     processes = train_on_both(hosts, words, tmp_path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -64,14 +65,17 @@ def write_checkpoint(folder: Path, dialect: str, hidden: int, layers: int) -> tu
 def export(checkpoint: Path, out: Path) -> tuple[int, float]:
     """(peak resident bytes, seconds) of `pretrain export`."""
     script = (
-        "import resource, sys; from pretrain.__main__ import main\n"
+        # VmHWM begins with the program; ru_maxrss would begin with what this process had.
+        "from pathlib import Path; from pretrain.__main__ import main\n"
         "try: main()\n"
-        "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "finally:\n"
+        "    text = Path('/proc/self/status').read_text()\n"
+        "    print('peak', text.split('VmHWM:')[1].split()[0])"
     )
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", script, "export", str(checkpoint), "--out", str(out)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         sys.exit(done.stderr)

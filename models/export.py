@@ -124,29 +124,50 @@ def shards(config: GPTConfig, read: Read, head_size: int) -> Iterator[dict[str, 
         head_size: of the attention tensors that ``read`` gives; where it is less than the
             model's, queries are scaled so that 1/√head_size stays what it was.
     """
-    kind = class_of(config)
-    prefix = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}.get(kind, "model.")
-    words = {
-        "gpt2": ("wte.weight", "h.{}.", "ln_f"),
-        "gpt_neox": ("embed_in.weight", "layers.{}.", "final_layer_norm"),
-    }.get(kind, ("embed_tokens.weight", "layers.{}.", "norm"))
-    first = {prefix + words[0]: read("embedding.weight")[: config.vocabulary_size]}
-    if kind == "gpt2":
-        first["transformer.wpe.weight"] = read("position.weight")
-    yield _whole(first)
+    # No name of this frame holds a part while the next one is made.
+    yield _first(config, read)
     scale = (head_size / config.head_size) ** 0.5
-    layer_of = {"gpt2": _gpt2_layer, "gpt_neox": _neox_layer}.get(kind, _llama_layer)
     for layer in range(config.num_layers):
-        found = layer_of(config, _of_layer(read, layer), scale)
-        start = prefix + words[1].format(layer)
-        yield _whole({start + name: values for name, values in found.items()})
-    last = {f"{prefix}{words[2]}.weight": read("final_norm.weight")}
+        yield _layer(config, read, layer, scale)
+    yield _last(config, read)
+
+
+def _words(kind: str) -> tuple[str, str, str, str]:
+    """Names of the class: its prefix, embedding, layers and final norm."""
+    known = {
+        "gpt2": ("transformer.", "wte.weight", "h.{}.", "ln_f"),
+        "gpt_neox": ("gpt_neox.", "embed_in.weight", "layers.{}.", "final_layer_norm"),
+    }
+    return known.get(kind, ("model.", "embed_tokens.weight", "layers.{}.", "norm"))
+
+
+def _first(config: GPTConfig, read: Read) -> dict[str, Tensor]:
+    kind = class_of(config)
+    prefix, embedding, _, _ = _words(kind)
+    found = {prefix + embedding: read("embedding.weight")[: config.vocabulary_size]}
+    if kind == "gpt2":
+        found["transformer.wpe.weight"] = read("position.weight")
+    return _whole(found)
+
+
+def _layer(config: GPTConfig, read: Read, layer: int, scale: float) -> dict[str, Tensor]:
+    kind = class_of(config)
+    prefix, _, layers, _ = _words(kind)
+    make = {"gpt2": _gpt2_layer, "gpt_neox": _neox_layer}.get(kind, _llama_layer)
+    found = make(config, _of_layer(read, layer), scale)
+    return _whole({prefix + layers.format(layer) + name: value for name, value in found.items()})
+
+
+def _last(config: GPTConfig, read: Read) -> dict[str, Tensor]:
+    kind = class_of(config)
+    prefix, _, _, norm = _words(kind)
+    found = {f"{prefix}{norm}.weight": read("final_norm.weight")}
     if config.norm == "layernorm":
-        last[f"{prefix}{words[2]}.bias"] = read("final_norm.bias")
+        found[f"{prefix}{norm}.bias"] = read("final_norm.bias")
     if not config.tied_head:
         head = "embed_out.weight" if kind == "gpt_neox" else "lm_head.weight"
-        last[head] = read("head.weight")[: config.vocabulary_size]
-    yield _whole(last)
+        found[head] = read("head.weight")[: config.vocabulary_size]
+    return _whole(found)
 
 
 def _of_layer(read: Read, layer: int) -> Read:

@@ -192,11 +192,12 @@ class Checkpoint:
         """The global tensor, float32, without regard to how it was split."""
         entry = self.parameters[name]
         shape, dim = list(entry["shape"]), entry["partition_dim"]
-        if dim is None:
+        if dim is None or self.tensor_parallel == 1:
             return self._shard(name, key, 0, shape)
-        shape[dim] //= self.tensor_parallel
-        parts = [self._shard(name, key, rank, shape) for rank in range(self.tensor_parallel)]
-        return torch.cat(parts, dim)
+        whole = torch.empty(shape)
+        for rank, part in enumerate(whole.chunk(self.tensor_parallel, dim)):
+            part.copy_(self._shard(name, key, rank, list(part.shape)))
+        return whole
 
     def attention(self, layer: int) -> Factors:
         """The attention matrices of a layer, by head."""

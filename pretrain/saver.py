@@ -44,8 +44,6 @@ HELD_OUT_LOSS = "held_out_loss"
 """Key of a checkpoint's state: the loss by which the best one is kept."""
 _AT_EXIT = 120.0
 """Seconds that a run which fails waits for a checkpoint under way."""
-_NICE = 10
-"""A tenth of a core's time where training takes all of it: a save ends in seconds still."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +112,7 @@ class Saver:
     def wait(self) -> None:
         """Until nothing is being written."""
         if self._thread is not None:
+            _schedule(self._thread.native_id, getattr(os, "SCHED_OTHER", None))
             self._thread.join()
             self._thread = None
 
@@ -185,9 +184,14 @@ class Saver:
 
 
 def _give_way() -> None:
-    """Let the threads that train go first: Linux has a priority for each thread."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+    """Take only what the threads that train leave: Linux schedules each thread by itself."""
+    _schedule(threading.get_native_id(), getattr(os, "SCHED_IDLE", None))
+
+
+def _schedule(thread: int | None, policy: int | None) -> None:
+    if thread is not None and policy is not None:
+        with contextlib.suppress(OSError):  # not allowed here: as it was, then
+            os.sched_setscheduler(thread, policy, os.sched_param(0))
 
 
 def _attempt(action: Any) -> tuple[Any, str]:

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,14 @@ class Watchdog:
             return None
         return found[0]
 
+    def _get(self, rank: int) -> Any:
+        return self._store.get(str(rank))
+
     def _read_all(self) -> list[dict[str, Any] | None]:
         """What each rank last told."""
         found: list[dict[str, Any] | None] = []
         for rank in range(self._grid.world_size):
-            text = self._try_store(lambda rank=rank: self._store.get(str(rank)))
+            text = self._try_store(partial(self._get, rank))
             found.append(json.loads(text) if text else None)
         return found
 

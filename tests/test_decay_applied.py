@@ -17,7 +17,7 @@ def decays(values: dict[str, float]) -> dict[str, float]:
     """λ by role, worked out by hand from the recipe's words."""
     found = {role.value: values["default"] for role in Role}
     found |= {role.value: values["attention"] for role in ATTENTION}
-    found |= {role.value: values["mlp"] for role in MLP}
+    found |= {role.value: values.get("mlp", values["default"]) for role in MLP}
     found |= {"norm": 0.0, "head": values.get("head", values["default"])}
     found |= {"bias": values.get("bias", 0.0)}
     return found

@@ -31,7 +31,8 @@ test: $(TESTS)
 
 # The long form of the fault suite: fifty kills, Slurm's own time limit; as root, everything in it.
 faults: $(TESTS)
-	$(BIN)/python -m pytest -q tests/faults tests/test_launch.py --long --faults faults.json
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/faults tests/test_launch.py \
+	  --long --faults faults.json
 
 lint: $(TESTS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'

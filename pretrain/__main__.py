@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pretrain.cluster_verbs import doctor, launch
+from pretrain.cluster_verbs import doctor, launch, plan
 from pretrain.data_verbs import data_app
 from pretrain.exits import exit_code, fail, one_line
 from pretrain.paper_verbs import paper_app
@@ -393,6 +393,7 @@ def report(
 
 app.command()(launch)
 app.command()(doctor)
+app.command()(plan)
 
 
 @app.command()

@@ -96,3 +96,24 @@ def doctor(
         sys.stdout.flush()
     disconnect()
     raise typer.Exit(1 if failed else 0)
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; see configs/.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="a100, a100-40, h100, h200, b200, l40s, mi300x.")
+    ] = "h100",
+    show: Annotated[int, typer.Option("--show", min=1, help="Grids in the table.")] = 8,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Which grid to ask for: memory by part, traffic, bubble, time and MFU of every grid, ranked.
+
+    Nothing is run and no data is needed: formulas of the recipe's shapes and the device's published
+    rates. Grids that do not fit stand at the end.
+    """
+    from pretrain.config import load_config
+    from pretrain.plan_table import plan as print_plan
+
+    print_plan(load_config(recipe, overrides), gpu, gpus, show, json)

@@ -1,0 +1,55 @@
+"""What every contender trains: a GPT-2 with tied head, random tokens, AdamW, clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One size of the benchmark."""
+
+    layers: int
+    hidden: int
+    heads: int
+    context: int
+    batch: int
+    vocabulary: int = 8192
+    rate: float = 3e-4
+    decay: float = 0.1
+    clipping: float = 1.0
+
+    @property
+    def parameters(self) -> int:
+        """Of matrices that multiply: blocks, and the head that is the embedding."""
+        return 12 * self.layers * self.hidden**2 + self.vocabulary * self.hidden
+
+    @property
+    def flops_per_token(self) -> float:
+        """6 N for the matrices, and 6 L d s for causal attention (half of its square).
+
+        Forward and backward are three products of 2 flops a parameter (Kaplan et al. 2020).
+        """
+        return 6.0 * self.parameters + 6.0 * self.layers * self.hidden * self.context
+
+    def plain(self) -> dict[str, float]:
+        """As JSON."""
+        return asdict(self)
+
+
+SHAPES = {
+    "tiny": Shape(layers=6, hidden=256, heads=4, context=256, batch=16),
+    "17m": Shape(layers=8, hidden=384, heads=6, context=256, batch=8),
+    "125m": Shape(layers=12, hidden=768, heads=12, context=512, batch=2, vocabulary=50_304),
+}
+
+
+def batches(shape: Shape) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and labels ``[batch, context]`` int64, the same for every contender."""
+    rng = np.random.default_rng(0)
+    while True:
+        tokens = rng.integers(0, shape.vocabulary, (shape.batch, shape.context + 1))
+        yield tokens[:, :-1], tokens[:, 1:]

@@ -1,0 +1,168 @@
+"""Training speed beside what one would use instead: the same model, by turns, in one run.
+
+    python benchmarks/training.py --shape 17m --out benchmarks/results/training-cpu.json
+
+Each contender is a process that keeps its model; by turns each makes some updates (A B C A B C ...)
+while the others wait. Told are medians of tokens a second with their quartiles, the share of the
+matrix-product rate measured in the same run (model flops, `shapes.Shape.flops_per_token`), and the
+peak of resident (or GPU) memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from benchmarks.contenders.shapes import SHAPES, Shape
+from pretrain.run import environment
+
+WORKER = ROOT / "benchmarks/contenders/worker.py"
+DEFAULT = ("rankdecay", "plain", "plain-eager", "litgpt", "trainer", "trainer-eager")
+
+
+class Contender:
+    """A worker process and what it answered."""
+
+    def __init__(self, name: str, shape: str) -> None:
+        self.name = name
+        self.rates: list[float] = []
+        self.peak, self.loss = 0, float("nan")
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER), name, shape],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert self._process.stdout is not None
+        self.alive = self._process.stdout.readline().strip() == "ready"
+
+    def run(self, steps: int, tokens: int, count: bool = True) -> None:
+        """Some updates; a contender that dies is left out from there on."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self.alive = False
+            return
+        answer = json.loads(line)
+        self.peak, self.loss = answer["peak"], answer["loss"]
+        if count:
+            self.rates.append(steps * tokens / answer["seconds"])
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+
+def product_rate(half: bool, seconds: float = 1.0) -> float:
+    """Flops a second of a square matrix product, on the device and in the type of the training."""
+    on_gpu = torch.cuda.is_available()
+    size = 8192 if on_gpu else 1536
+    dtype = torch.bfloat16 if half else torch.float32
+    a, b = (torch.randn(size, size, device="cuda" if on_gpu else "cpu", dtype=dtype) for _ in "ab")
+    best = 0.0
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        start = time.monotonic()
+        for _ in range(4):
+            a @ b
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = max(best, 4 * 2.0 * size**3 / (time.monotonic() - start))
+    return best
+
+
+def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[str, object]:
+    """Interleave the contenders on one shape."""
+    from benchmarks.contenders.worker import half
+
+    shape: Shape = SHAPES[shape_name]
+    tokens = shape.batch * shape.context
+    contenders = [Contender(name, shape_name) for name in names]
+    for one in contenders:  # compile and warm up
+        if one.alive:
+            one.run(3, tokens, count=False)
+    limits = []
+    for turn in range(turns):
+        limits.append(product_rate(half()))
+        for one in [contenders, contenders[::-1]][turn % 2]:
+            if one.alive:
+                one.run(steps, tokens)
+    limit = statistics.median(limits)
+    rows = {}
+    for one in contenders:
+        if not one.rates:
+            rows[one.name] = {"failed": True}
+            continue
+        quarters = statistics.quantiles(one.rates, n=4) if len(one.rates) > 1 else one.rates * 3
+        rows[one.name] = {
+            "tokens_per_second": round(statistics.median(one.rates), 1),
+            "quartiles": [round(quarters[0], 1), round(quarters[2], 1)],
+            "share_of_product_rate": round(
+                statistics.median(one.rates) * shape.flops_per_token / limit, 3
+            ),
+            "peak_bytes": one.peak,
+        }
+    for one in contenders:
+        one.close()
+    return {
+        "shape": {"name": shape_name, **shape.plain(), "parameters": shape.parameters},
+        "type": "bf16 with fp32 masters" if half() else "fp32",
+        "product_rate_gflops": round(limit / 1e9, 1),
+        "contenders": rows,
+    }
+
+
+def print_table(result: dict[str, object]) -> None:
+    """One table a shape."""
+    rows = result["contenders"]
+    assert isinstance(rows, dict)
+    print(
+        f"\n{result['shape']}\n{result['type']}, products {result['product_rate_gflops']} Gflop/s"
+    )
+    own = rows.get("rankdecay", {}).get("tokens_per_second", 0.0)
+    for name, row in rows.items():
+        if "failed" in row:
+            print(f"{name:14} does not run here")
+            continue
+        print(
+            f"{name:14} {row['tokens_per_second']:>10,.0f} tokens/s  "
+            f"{row['quartiles'][0]:,.0f}-{row['quartiles'][1]:,.0f}  "
+            f"{100 * row['share_of_product_rate']:5.1f} % of products  "
+            f"{row['peak_bytes'] / 2**20:7,.0f} MiB  x{own / row['tokens_per_second']:.2f}"
+        )
+
+
+def main() -> None:
+    """Measure and print; JSON with --out."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="+", default=["17m"], choices=sorted(SHAPES))
+    parser.add_argument("--contender", nargs="+", default=list(DEFAULT))
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    results = []
+    for shape in options.shape:
+        results.append(measure(shape, options.contender, options.turns, options.steps))
+        print_table(results[-1])
+    if options.out:
+        whole = {"command": f"python {' '.join(sys.argv)}", "results": results,
+                 "environment": environment()}  # fmt: skip
+        options.out.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The plan against what can be counted by hand, and against bytes that a real engine holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import Config, parse_config
+from pretrain.plan import DEVICES, choose, memory_of, rank, sizes_of
+from tests.tools import ROOT, run
+
+SHAPE = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 8, "context": 128,
+         "vocabulary_size": 1024}  # fmt: skip
+
+
+def config_of(batch: int = 16, **model: object) -> Config:
+    return parse_config({"model": {**SHAPE, **model}, "train": {"global_batch": batch}})
+
+
+def test_sizes_are_the_models() -> None:
+    sizes = sizes_of(config_of())
+    block = 12 * 256**2 + 13 * 256  # matrices; biases 9, norms 4
+    assert sizes.parameters == 4 * block
+    assert sizes.ends == (1024 + 128 + 2) * 256  # embedding, positions, final norm
+    tokens = 16 * 128
+    matrices = 4 * block + 1024 * 256
+    assert sizes.flops(tokens) == tokens * (6 * matrices + 6 * 4 * 256 * 128)
+
+
+def test_memory_of_weights_and_states() -> None:
+    """2 + 2 + 12 bytes a parameter in bf16; each ZeRO stage shards one more part."""
+    sizes = sizes_of(config_of())
+    count = sizes.parameters + sizes.ends
+    whole = memory_of(sizes, 2, 1, 1, 1, 1, 4, 4, False)
+    parts = ("weights", "gradients", "optimizer")
+    assert sum(whole[name] for name in parts) == 16 * count
+    for stage, expected in ((1, (2, 2, 12 / 4)), (2, (2, 0.5, 3)), (3, (0.5, 0.5, 3))):
+        found = memory_of(sizes, 2, 1, 1, 4, stage, 4, 1, False)
+        assert [found[name] for name in parts] == [count * one for one in expected]
+    halved = memory_of(sizes, 2, 2, 1, 1, 1, 4, 4, False)
+    assert halved["weights"] == whole["weights"] / 2 and halved["logits"] == whole["logits"] / 2
+    assert memory_of(sizes, 2, 1, 1, 1, 1, 4, 4, True)["activations"] < whole["activations"] / 10
+
+
+def test_grids_are_ranked() -> None:
+    config = config_of(batch=64)
+    found = rank(sizes_of(config), config, DEVICES["h100"], 16)
+    assert all(one.tensor * one.pipeline * one.data == 16 for one in found)
+    assert len({(one.tensor, one.pipeline) for one in found}) == len(found)
+    assert all(64 % (one.data * one.micro_batch) == 0 and 8 % one.tensor == 0 for one in found)
+    steps = [one.seconds["step"] for one in found if one.fits]
+    assert steps == sorted(steps) and all(0 < one.mfu < 0.7 for one in found)
+    small = choose(sizes_of(config), config, DEVICES["h100"], 1, 4, 4, 1, 4, False)
+    assert small.bubble == 3 / 7 and small.traffic["tensor"] == 0
+
+
+def test_a_model_that_needs_more_than_one_device() -> None:
+    """20 B parameters in bf16 with Adam are 320 GB: nothing fits on one, something on 16."""
+    big = config_of(num_layers=44, hidden_size=6144, num_attention_heads=64, context=2048,
+                    vocabulary_size=50_304)  # fmt: skip
+    sizes = sizes_of(big)
+    assert not any(one.fits for one in rank(sizes, big, DEVICES["h100"], 1))
+    best = rank(sizes, big, DEVICES["h100"], 16)[0]
+    assert best.fits and best.total < 80e9
+    assert best.tensor * best.pipeline > 1 or best.zero_stage == 3
+
+
+def test_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = str(ROOT / "configs/paper-125m.yaml")
+    words = ["plan", recipe, "--gpus", "8", "model.vocabulary_size=50304"]
+    assert run(monkeypatch, *words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["grids"][0]["fits"] and "published rates" in found["note"]
+    assert run(monkeypatch, *words) == 0
+    assert "train it: pretrain train RECIPE grid.tensor_parallel=1" in capsys.readouterr().out
+    for more, culprit in (
+        (["--gpu", "h1000"], "--gpu: 'h1000' is none of a100"),
+        (["--gpus", "13"], "cannot be shared by any grid of 13 devices"),
+    ):
+        assert run(monkeypatch, *words, *more) == 2
+        assert culprit in capsys.readouterr().err
+    assert run(monkeypatch, "plan", recipe) == 2
+    assert "model.vocabulary_size: not set" in capsys.readouterr().err

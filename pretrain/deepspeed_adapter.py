@@ -23,12 +23,17 @@ from pretrain.grid import Grid
 
 
 def resolve_precision(precision: str, device: torch.device, zero_stage: int) -> str:
-    """What ``auto`` means here: bf16 on GPUs and on CPUs with AMX, fp32 elsewhere."""
+    """What ``auto`` means here: bf16 on GPUs and on CPUs that multiply it, fp32 elsewhere."""
     if precision != "auto":
         return precision
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    fast = device.type == "cuda" or amx()
+    fast = device.type == "cuda" or multiplies_bf16()
     return "bf16" if fast and zero_stage > 0 else "fp32"
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products: AMX (6 x fp32) or AVX512-BF16 (2 x)."""
+    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in known)
 
 
 def deepspeed_settings(config: Config, grid: Grid, micro: int, count: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def demo_config(data: Path, steps: int) -> Config:
                 "context": 128,
             },
             "data": {"path": str(data)},
+            "precision": "fp32",  # the same figures on every machine
             "train": {"steps": steps, "global_batch": 16},
             "optimizer": {
                 "learning_rate": 4e-3,

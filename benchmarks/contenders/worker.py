@@ -28,9 +28,10 @@ def device() -> torch.device:
 
 
 def half() -> bool:
-    """bf16 where it is fast: GPUs, and CPUs with AMX."""
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return device().type == "cuda" or bool(amx())
+    """bf16 where it is fast, as `precision: auto` decides."""
+    from pretrain.deepspeed_adapter import multiplies_bf16
+
+    return device().type == "cuda" or multiplies_bf16()
 
 
 def peak_resident() -> int:

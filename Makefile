@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS := $(VENV)/.installed-tests
 
-.PHONY: setup demo test faults lint study clean
+.PHONY: setup demo test faults bench lint study clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,11 @@ test: $(TESTS)
 faults: $(TESTS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/faults tests/test_launch.py \
 	  --long --faults faults.json
+
+# Training beside its peers; quiet cores please.
+bench: $(TESTS)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python benchmarks/training.py --shape 17m
 
 lint: $(TESTS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'

@@ -89,7 +89,7 @@ class Watchdog:
 
         asking = threading.Thread(target=ask, name="watchdog-store", daemon=True)
         asking.start()
-        asking.join(_STORE_TIMEOUT.total_seconds() + 1.0)
+        asking.join(min(_STORE_TIMEOUT.total_seconds() + 1.0, max(1.0, self._limit / 8)))
         if not found:
             self._store = None  # what is local can still be said
             return None

@@ -20,6 +20,7 @@ import torch
 torch.set_num_threads(1)
 
 from data_pipeline.prepare import tokenize_sources, train_from_sources
+from pretrain.run import environment as environment_of_run
 from tests.slurm import reason_to_skip, start_slurm, stop_slurm
 from tests.tools import (
     base_recipe,
@@ -55,7 +56,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         cells = (str(row[name]).ljust(width) for name, width in zip(columns, widths))
         terminalreporter.write_line("  ".join(cells).rstrip())
     if config.getoption("--faults"):
-        Path(config.getoption("--faults")).write_text(json.dumps(rows, indent=1) + "\n")
+        whole = {
+            "command": "make faults",
+            "rows": sorted(rows, key=lambda row: row["fault"]),
+            "environment": environment_of_run(),
+        }
+        Path(config.getoption("--faults")).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 WORDS = """

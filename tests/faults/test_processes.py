@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -27,7 +29,7 @@ from tests.faults.tools import (
     wait_until,
     words_of,
 )
-from tests.tools import environment, launcher, metrics_of, pretrain
+from tests.tools import environment, launcher, losses_of, metrics_of, pretrain
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
@@ -154,6 +156,50 @@ def test_a_process_that_hangs_alone(data: Path, tmp_path: Path) -> None:
     assert done.returncode == TRY_AGAIN
     assert "nothing was finished for 10 s (step 5, training)" in done.stderr
     assert "waits in" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_machine_is_gone_and_the_job_goes_on_smaller(
+    data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None]
+) -> None:
+    """Two torchrun agents, one is killed with its worker: the other goes on with one process."""
+    words = words_of(tmp_path, data, "ranks.every=100", "evaluation.every=400", steps=400)
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+        "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "smaller",
+        "--rdzv-endpoint", f"127.0.0.1:{port}",
+        "--rdzv-conf", "last_call_timeout=5", "-m", "pretrain", *words,
+    ]  # fmt: skip
+    agents = []
+    for number in range(2):  # the first hosts the store
+        log = (tmp_path / f"agent{number}.log").open("wb")
+        agents.append(subprocess.Popen(meeting, env=environment(), stdout=log, stderr=log))
+        time.sleep(2.0)
+    try:
+        wait_until(lambda: newest_step(run) > 20, 120, "both to train")
+        kill_all(agents[1])
+        killed, at = time.monotonic(), newest_step(run)
+        wait_until(lambda: len(json.loads((run / "environment.json").read_text())) > 1, 120)
+        wait_until(lambda: newest_step(run) > at, 60, "the other to go on")
+        lasted = time.monotonic() - killed
+        assert agents[0].wait(timeout=120) == 0, (tmp_path / "agent0.log").read_text()[-3000:]
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                kill_all(agent)
+    starts = json.loads((run / "environment.json").read_text())
+    assert "data 2" in starts[0]["grid"] and "data 1" in starts[-1]["grid"]
+    assert [one["step"] for one in read_metrics(run)] == list(range(1, 401))
+    whole = words_of(tmp_path / "whole", data, "ranks.every=100", "evaluation.every=400", steps=400)
+    done = pretrain(*whole)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses_of(run), losses_of(tmp_path / "whole/run"), rtol=1e-3)
+    row("one machine of two is gone for good", "the next collective",
+        f"{lasted:.0f} s, with one data-parallel rank", weights="losses to 1e-3")  # fmt: skip
 
 
 def test_random_kills(

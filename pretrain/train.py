@@ -17,8 +17,9 @@ from pretrain.errors import UsageError
 from pretrain.faults import Judge, read_jumps, write_jumps
 from pretrain.grid import Grid
 from pretrain.identity import data_order, initial_weights, write_identity
+from pretrain.job import Job
 from pretrain.lock import RunLock
-from pretrain.loop import Job, restore, run_job
+from pretrain.loop import restore, run_job
 from pretrain.recover import find_whole
 from pretrain.run import (
     CHECKPOINTS,

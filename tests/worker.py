@@ -12,7 +12,7 @@ import torch
 
 torch.set_num_threads(1)
 
-import pretrain.loop
+import pretrain.between
 from data_pipeline.dataset import TrainingData
 from pretrain.checkpoint import Checkpoint, load_into_engine
 from pretrain.config import Config, parse_config
@@ -29,15 +29,15 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 def interrupt_after(step: int) -> None:
     """Stop the next training in this process once it has saved ``step``."""
-    save = pretrain.loop._save
+    save = pretrain.between.save
 
     def save_and_stop(job: Any, at: int) -> None:
         save(job, at)
         if at == step:
-            pretrain.loop._save = save
+            pretrain.between.save = save
             raise Interrupted
 
-    pretrain.loop._save = save_and_stop
+    pretrain.between.save = save_and_stop
 
 
 def run_train(case: dict, grid: Grid, config: Config) -> None:

@@ -1,0 +1,135 @@
+"""What happens between updates: measurements, evaluation, checkpoints, the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pretrain.job import Job
+from pretrain.probe import Row, measure, summary
+from pretrain.run import EVALUATION, add_ranks, merge_ranks, write_text
+from pretrain.saver import HELD_OUT_LOSS
+from pretrain.tracking import Progress
+
+
+def measure_if_due(job: Job, step: int) -> None:
+    """Measure for the table, for rank targets, or once for both."""
+    controllers = [one for one in job.engine.control.rank_controllers if step % one.every == 0]
+    rows: list[Row] = []
+    if job.is_due("ranks", step):
+        rows = _measure(job, step)
+    elif controllers:
+        rows = measure(job.engine, step, 0, job.config.ranks)
+    for controller in controllers:
+        for message in controller.observe(rows, step):
+            job.say(step, message)
+
+
+def refresh_exponents(job: Job, step: int) -> None:
+    """New exponents for AlphaDecay, before the update number ``step``, where one is due."""
+    for policy in job.engine.control.alpha:
+        if step % policy.config.refresh == 0 or policy.exponents is None:
+            figures = policy.observe(job.engine.shrinker.exponents(policy))
+            job.tracker.log("alpha", step, {**figures, "exponents": policy.exponents})
+
+
+def _measure(job: Job, step: int) -> list[Row]:
+    began = time.monotonic()
+    tokens = step * job.config.train.global_batch * job.config.model.context
+    rows = measure(job.engine, step, tokens, job.config.ranks)
+    if job.grid.is_main:
+        job.unwritten[step] = rows
+        _write_ranks(job, step)
+        job.tracker.log("ranks", step, {**summary(rows), "seconds": time.monotonic() - began})
+    job.watchdog.beat(step, "measuring ranks")
+    return rows
+
+
+def _write_ranks(job: Job, step: int) -> None:
+    """Bring measurements to disk; what it refuses is kept for the next time."""
+    try:
+        for at in list(job.unwritten):
+            add_ranks(job.run, at, job.unwritten[at])
+            del job.unwritten[at]
+    except OSError as error:
+        job.say(step, f"rank statistics wait in memory: {error.strerror or error}")
+
+
+def evaluate(job: Job, step: int) -> None:
+    began = time.monotonic()
+    figures = _figures(job, job.sample, step)
+    keys = ("loss", "perplexity", "bits_per_byte", "accuracy")
+    overall = {key: figures["overall"][key] for key in keys if key in figures["overall"]}
+    job.held_out_loss = (step, overall["loss"])
+    overall["seconds"] = time.monotonic() - began
+    job.tracker.log("evaluation", step, {"split": job.config.evaluation.split, **overall})
+
+
+def _figures(
+    job: Job, chosen: Any, step: int, show: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    def report(done: int, total: int) -> None:
+        job.watchdog.beat(step, "evaluating")
+        if show:
+            show(done, total)
+
+    module = job.engine.module
+    return job.setup.task.figures(module, job.grid, job.config, chosen, report)
+
+
+def save(job: Job, step: int) -> None:
+    state: dict[str, Any] = {
+        "samples": step * job.config.train.global_batch,
+        "tokenizer": job.setup.task.tokenizer,
+        "data": job.setup.task.identity,
+        "decay": job.engine.control.state(),
+        "initial_weights": job.initial_weights,
+        "faults": job.judge.state(),
+        "jumped": job.jumped,
+    }
+    at, loss = job.held_out_loss
+    if at == step:
+        state[HELD_OUT_LOSS] = loss
+    if job.grid.is_main:
+        try:
+            merge_ranks(job.run)
+        except OSError as error:
+            job.say(step, f"ranks.parquet waits: {error.strerror or error}")
+    job.saver.save(step, state)
+    if not job.judge.is_skipping:
+        job.went_back = 0
+
+
+def tell_saved(job: Job) -> None:
+    """Events of checkpoints that could not be written; the next is tried all the same."""
+    while job.saver.outcomes:
+        outcome = job.saver.outcomes.pop(0)
+        if outcome.problem:
+            more = "" if outcome.step == job.last else "; training goes on"
+            job.say(outcome.step, outcome.problem + more)
+        if outcome.note:
+            job.say(outcome.step, outcome.note)
+
+
+def finish(job: Job) -> None:
+    """The final evaluation, once."""
+    wanted = job.config.evaluation.at_end
+    path = job.run / EVALUATION
+    done = job.grid.broadcast(path.exists())
+    if wanted == "none" or done:
+        return
+    everything = wanted == "all"
+    chosen = job.setup.task.held_out(job.config, everything=True) if everything else job.sample
+    split = "test" if everything else job.config.evaluation.split
+    progress = Progress(1, f"evaluate {split}", job.grid.is_main)
+    figures = _figures(
+        job, chosen, job.last, lambda done, total: progress.update(done, total=total)
+    )
+    progress.close()
+    with job.grid.together(f"{path}"):
+        if job.grid.is_main:
+            source = job.setup.task.source
+            header = {"split": split, "step": job.config.train.steps, "data": source}
+            write_text(path, json.dumps({**header, **figures}, indent=1))

@@ -27,11 +27,11 @@ demo: setup
 	$(BIN)/pretrain demo --out demo
 
 test: $(TESTS)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The long form of the fault suite: fifty kills, Slurm's own time limit; as root, everything in it.
 faults: $(TESTS)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/faults tests/test_launch.py \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/test_launch.py \
 	  --long --faults faults.json
 
 # Training beside its peers; quiet cores please.

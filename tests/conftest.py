@@ -38,6 +38,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", default="", help="write the table of faults to this file (JSON)")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the long form are skipped in the short one, and counted."""
+    if config.getoption("--long"):
+        return
+    skip = pytest.mark.skip(reason="long form: make faults")
+    for item in items:
+        if "long" in item.keywords:
+            item.add_marker(skip)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """What was injected, in how much time it was seen and mended, and what was lost."""
     rows = [

@@ -145,8 +145,15 @@ def test_ctrl_c_and_fork(data: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     out = tmp_path / "runs"
     command = [sys.executable, "-m", "pretrain", *sweep_words(path, out)]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-    time.sleep(6)
+    process = subprocess.Popen(
+        command, env=environment(), stderr=subprocess.PIPE, text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (out / "trunk,seed=1" / "config.yaml").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in stderr

@@ -91,7 +91,7 @@ def test_the_cable_is_pulled(
         f"{back:.0f} s after the cable was back, by itself")  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("hosts", [200], indirect=True)
 def test_a_slow_network(
     data: Path, tmp_path: Path, hosts: Hosts, undisturbed: Callable[[str], Path],
@@ -125,7 +125,7 @@ def test_a_clock_that_jumps(
     row("clock set back by an hour", "-", "not disturbed")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_wandb_is_dead(
     data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,

@@ -46,7 +46,12 @@ def test_judge() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "processes", "stage"),
-    [("loss", 1, 0), ("loss", 2, 1), ("gradient", 2, 0), ("gradient", 2, 3)],
+    [
+        ("loss", 1, 0),
+        ("loss", 2, 1),
+        ("gradient", 2, 3),
+        pytest.param("gradient", 2, 0, marks=pytest.mark.long),
+    ],
 )
 def test_one_bad_update_is_skipped(
     data: Path, tmp_path: Path, row: Callable[..., None], fault: str, processes: int, stage: int

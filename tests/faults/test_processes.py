@@ -43,9 +43,16 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "grid"),
-    [("step", "one"), ("checkpoint", "one"), ("before rename", "one"), ("after rename", "one"),
-     ("evaluation", "one"), ("step", "stages"), ("checkpoint", "stages")],
-)  # fmt: skip
+    [
+        ("step", "one"),
+        ("checkpoint", "one"),
+        ("before rename", "one"),
+        ("step", "stages"),
+        pytest.param("after rename", "one", marks=pytest.mark.long),
+        pytest.param("evaluation", "one", marks=pytest.mark.long),
+        pytest.param("checkpoint", "stages", marks=pytest.mark.long),
+    ],
+)
 def test_all_are_killed(
     data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None],
     moment: str, grid: str,

@@ -9,7 +9,6 @@ compared with the usual one. A delay is the time of save and update together, le
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -18,11 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.results_file import finish
 from pretrain.config import parse_config
 from pretrain.engine import Engine, build_engine
 from pretrain.grid import build_grid, connect, disconnect
 from pretrain.loader import Loader
-from pretrain.run import environment
 from pretrain.run_config import CheckpointConfig
 from pretrain.saver import Saver
 from pretrain.train import prepare
@@ -80,17 +79,13 @@ def main() -> None:
     disconnect()
     medians = {name: statistics.median(found) for name, found in delays.items()}
     result = {
-        "command": f"python {' '.join(sys.argv)}",
         "parameters": sum(info.numel for info in setup.infos),
         "usual_update_seconds": round(statistics.median(usual), 3),
         "delay_seconds": {name: [round(one, 3) for one in found] for name, found in delays.items()},
         "median_delay_seconds": {name: round(one, 3) for name, one in medians.items()},
         "beside_over_waiting": round(medians["beside"] / medians["waiting"], 3),
-        "environment": environment(),
     }
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    finish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ interpreter) and with the largest part: a layer, or the embedding.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -24,15 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from data_pipeline.files import write_synced
-from models.roles import ParameterInfo
-from pretrain.checkpoint import MANIFEST, MASTER, checkpoint_name, manifest, sealed
+from benchmarks.results_file import finish
+from pretrain.checkpoint import checkpoint_name
 from pretrain.config import parse_config
 from pretrain.control import DecayControl
 from pretrain.decay import plan_decay
 from pretrain.engine import whole_model
-from pretrain.run import environment
-from pretrain.tensor_file import write_tensors
+from pretrain.importing import write_masters
 
 
 def write_checkpoint(folder: Path, dialect: str, hidden: int, layers: int) -> tuple[int, int]:
@@ -42,24 +39,13 @@ def write_checkpoint(folder: Path, dialect: str, hidden: int, layers: int) -> tu
     config = parse_config({"model": model})
     infos = whole_model(config.model, 1)
     plan = plan_decay(infos, config.optimizer.weight_decay)
-    parts: dict[str, list[ParameterInfo]] = {}
-    for info in infos:
-        parts.setdefault("ends" if info.layer is None else f"{info.layer:03d}", []).append(info)
-    folder.mkdir(parents=True)
-    files, sizes = {}, []
-    for part, members in parts.items():
-        tensors = {f"{one.name}/{MASTER}": torch.rand(one.numel) for one in members}
-        index = {one.name: [0, one.numel, [MASTER]] for one in members}
-        size, digest = write_tensors(folder / f"{part}.safetensors", tensors)
-        files[f"{part}.safetensors"] = {"size": size, "sha256": digest, "tensor_rank": 0,
-                                        "fragments": index}  # fmt: skip
-        # Embedding and head are parts of their own in an export.
-        sizes.append(max(one.numel * 4 for one in members) if part == "ends" else size)
     state = {"tokenizer": "", "data": "", "decay": DecayControl(config, plan).state()}
-    grid = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
-    text = sealed({**manifest(config, plan, 1, state, grid), "files": files})
-    write_synced(folder / MANIFEST, text)
-    return sum(entry["size"] for entry in files.values()), max(sizes)
+    files = write_masters(folder, config, plan, state, 1, lambda info: torch.rand(info.shape))
+    sizes = {name: entry["size"] for name, entry in files.items()}
+    # Embedding and head are parts of their own in an export.
+    ends = max(4 * info.numel for info in infos if info.layer is None)
+    blocks = [size for name, size in sizes.items() if not name.startswith("ends")]
+    return sum(sizes.values()), max(ends, *blocks)
 
 
 def export(checkpoint: Path, out: Path) -> tuple[int, float]:
@@ -99,7 +85,6 @@ def main() -> None:
         peak, seconds = export(large, folder / "large-hf")
         shutil.rmtree(folder / "large-hf")
     result = {
-        "command": f"python {' '.join(sys.argv)}",
         "dialect": options.dialect,
         "checkpoint_bytes": total,
         "largest_part_bytes": largest,
@@ -107,11 +92,8 @@ def main() -> None:
         "peak_of_a_tiny_export_bytes": base,
         "peak_over_largest_part": round((peak - base) / largest, 3),
         "seconds": round(seconds, 1),
-        "environment": environment(),
     }
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    finish(result, options.out)
 
 
 if __name__ == "__main__":

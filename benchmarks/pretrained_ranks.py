@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.run import environment
+from benchmarks.results_file import finish
 
 LAYERS, WIDTH, INNER, HEADS, VOCABULARY = 32, 4096, 11008, 32, 32000
 
@@ -91,17 +91,13 @@ def main() -> None:
         peak = max(peak, high_water(process.pid))
         time.sleep(0.05)
     result = {
-        "command": f"python {' '.join(sys.argv)}",
         "exit_code": process.returncode,
         "seconds": round(time.monotonic() - began, 1),
         "peak_resident_gb": round(peak * 1024 / 1e9, 2),
         "model_gb": round(size / 1e9, 2),
         "heads": 2 * LAYERS * HEADS,
-        "environment": environment(),
     }
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    finish(result, options.out)
 
 
 if __name__ == "__main__":

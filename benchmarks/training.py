@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.contenders.shapes import SHAPES, Shape
-from pretrain.run import environment
+from benchmarks.results_file import finish
 
 WORKER = ROOT / "benchmarks/contenders/worker.py"
 DEFAULT = ("rankdecay", "plain", "plain-eager", "litgpt", "trainer", "trainer-eager")
@@ -158,10 +158,7 @@ def main() -> None:
     for shape in options.shape:
         results.append(measure(shape, options.contender, options.turns, options.steps))
         print_table(results[-1])
-    if options.out:
-        whole = {"command": f"python {' '.join(sys.argv)}", "results": results,
-                 "environment": environment()}  # fmt: skip
-        options.out.write_text(json.dumps(whole, indent=1) + "\n")
+    finish({"results": results}, options.out, show=False)
 
 
 if __name__ == "__main__":

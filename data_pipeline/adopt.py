@@ -12,12 +12,13 @@ import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.dataset import MANIFEST, MANIFEST_VERSION, index_classes
+from data_pipeline.dataset import MANIFEST, index_classes, manifest_values
 from data_pipeline.encode import DOCUMENT_TYPE, hash_text
 from data_pipeline.files import write_aside
 from data_pipeline.sources import DataError
@@ -37,7 +38,12 @@ class Pair:
     dtype: str
     lengths: np.ndarray
 
-    @property
+    @cached_property
+    def tokens(self) -> int:
+        """In the whole file."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @cached_property
     def packed(self) -> int:
         """Tokens of every sequence, if all have so many; else 0."""
         first = int(self.lengths[0])
@@ -65,10 +71,11 @@ def read_pair(prefix: Path) -> Pair:
     dtype = _CODES[code]
     if len(lengths) != sequences or not sequences:
         raise DataError(f"{index}: is cut, or holds no documents")
-    wanted = int(lengths.sum(dtype=np.int64)) * np.dtype(dtype).itemsize
+    found = Pair(prefix, dtype, lengths)
+    wanted = found.tokens * np.dtype(dtype).itemsize
     if data.stat().st_size != wanted:
         raise DataError(f"{data}: {data.stat().st_size} bytes, its index says {wanted}")
-    return Pair(prefix, dtype, lengths)
+    return found
 
 
 def adopt(
@@ -126,7 +133,11 @@ def adopt(
                         indexed, tokenizer, out / f"{where}.docs.npy", start, stop, progress
                     )
                 entries.append(entry)
-        manifest = _manifest(entries, file.name, tokenizer, pairs)
+        lying = [str(pair.prefix) for pair in pairs]
+        sources = [{"name": name, "size": 0, "sha256": None} for name in lying]
+        manifest = manifest_values(
+            file.name, tokenizer, pairs[0].dtype, entries, 0, sources, {"adopted": lying}
+        )
         write_aside(out / MANIFEST, json.dumps(manifest, indent=1).encode())
         return told
     except BaseException:
@@ -158,7 +169,7 @@ def _entry(
         "bytes": 0,
         "first": start,
         "file_documents": len(pair.lengths),
-        "file_tokens": int(pair.lengths.sum(dtype=np.int64)),
+        "file_tokens": pair.tokens,
         "packed": pair.packed if packed else 0,
         "index": f"{where}.docs.npy" if split != "train" else "",
     }
@@ -247,22 +258,3 @@ def _byte_level(vocabulary: Path, merges: Path, eod_token: str | None) -> str:
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([eod_token or "<|endoftext|>"])
     return str(made.to_str())
-
-
-def _manifest(
-    entries: list[dict[str, Any]], file: str, tokenizer: Tokenizer, pairs: list[Pair]
-) -> dict[str, Any]:
-    return {
-        "version": MANIFEST_VERSION,
-        "tokenizer": {
-            "file": file,
-            "sha256": tokenizer.sha256,
-            "vocabulary_size": tokenizer.vocabulary_size,
-            "eod": tokenizer.eod,
-        },
-        "dtype": pairs[0].dtype,
-        "entries": entries,
-        "malformed": 0,
-        "sources": [{"name": str(pair.prefix), "size": 0, "sha256": None} for pair in pairs],
-        "identity": {"adopted": [str(pair.prefix) for pair in pairs]},
-    }

@@ -21,18 +21,42 @@ BLOCK = 1 << 16
 SUFFIX = ".crc"
 
 
+class Checksums:
+    """CRC-32 of each block of a stream, however it is cut on its way."""
+
+    def __init__(self) -> None:
+        self._found: list[int] = []
+        self._size = 0
+
+    def update(self, data: bytes) -> None:
+        """What comes next."""
+        view = memoryview(data)
+        while view:
+            inside = self._size % BLOCK
+            part = view[: BLOCK - inside]
+            if inside:
+                self._found[-1] = zlib.crc32(part, self._found[-1])
+            else:
+                self._found.append(zlib.crc32(part))
+            self._size += len(part)
+            view = view[len(part) :]
+
+    def values(self) -> np.ndarray:
+        """``[blocks]`` uint32."""
+        return np.array(self._found, dtype="<u4")
+
+    def write_beside(self, data: Path) -> None:
+        """Write them beside the ``.bin`` that they are of."""
+        write_aside(data.with_suffix(SUFFIX), self.values().tobytes())
+
+
 def checksums_of(data: Path) -> np.ndarray:
     """CRC-32 of each block of a file, ``[blocks]`` uint32."""
-    found = []
+    found = Checksums()
     with data.open("rb") as file:
-        while block := file.read(BLOCK):
-            found.append(zlib.crc32(block))
-    return np.array(found, dtype="<u4")
-
-
-def write_checksums(data: Path) -> None:
-    """Write the checksums of a ``.bin`` beside it."""
-    write_aside(data.with_suffix(SUFFIX), checksums_of(data).tobytes())
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.values()
 
 
 def read_checksums(data: Path) -> np.ndarray | None:

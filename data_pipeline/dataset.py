@@ -25,6 +25,7 @@ import numpy as np
 from data_pipeline.checksums import CheckedReader, read_checksums
 from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.sources import DataError
+from data_pipeline.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -102,6 +103,38 @@ class Manifest:
             known = sorted({entry.split for entry in self.entries})
             raise DataError(f"{self.path}: no split {name!r}; it has {', '.join(known)}")
         return found
+
+
+def manifest_values(
+    tokenizer_file: str,
+    tokenizer: Tokenizer,
+    dtype: str,
+    entries: list[dict[str, Any]],
+    malformed: int,
+    sources: list[dict[str, Any]],
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """What ``manifest.json`` says; the inverse of `load_manifest`.
+
+    Args:
+        tokenizer_file: its name in the folder.
+        entries: fields of `Entry`, the prefix relative to the folder.
+        identity: what the folder was made of, for whoever would go on with it.
+    """
+    return {
+        "version": MANIFEST_VERSION,
+        "tokenizer": {
+            "file": tokenizer_file,
+            "sha256": tokenizer.sha256,
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "eod": tokenizer.eod,
+        },
+        "dtype": dtype,
+        "entries": entries,
+        "malformed": malformed,
+        "sources": sources,
+        "identity": identity,
+    }
 
 
 def load_manifest(path: Path) -> Manifest:

@@ -11,11 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.sources import DataError
 from data_pipeline.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 _MARK = "\u2581"
 _BPE = 2
+"""``model_type`` of a model that merges; the other is unigram."""
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+"""Types of pieces (sentencepiece_model.proto)."""
 _TRIALS = (
     "The quick brown fox, 12345 times.\n\tdef f(x):\n        return x ** 2  # ok\r\n\n\n",
     "  leading and trailing  ", "", " ", "\n", "naïve café — 漢字かな交じり文 🙂🙃 \u200b\ufeff",
@@ -28,9 +30,9 @@ def special_names(path: Path) -> dict[str, str]:
     """Names of the end-of-document and unknown tokens, as ``tokenizer_config.json`` wants them."""
     loaded = load_tokenizer(path)
     if isinstance(loaded, SentencePieceTokenizer):
-        model = _processor(path)
-        names = {"eos_token": model.IdToPiece(model.eos_id())}
-        return names | {"unk_token": model.IdToPiece(model.unk_id())}
+        pieces = _description(path).pieces
+        unknown = next(one.piece for one in pieces if one.type == _UNKNOWN)
+        return {"eos_token": pieces[loaded.eod].piece, "unk_token": unknown}
     import tokenizers
 
     return {"eos_token": str(tokenizers.Tokenizer.from_file(str(path)).id_to_token(loaded.eod))}
@@ -47,14 +49,13 @@ def fast_tokenizer(path: Path, texts: list[str]) -> str | None:
     """
     import tokenizers
 
-    model = _processor(path)
+    slow = SentencePieceTokenizer(path)
     try:
-        text = json.dumps(_tree(model, path), ensure_ascii=False)
+        text = json.dumps(_tree(_description(path)), ensure_ascii=False)
         fast = tokenizers.Tokenizer.from_str(text)
     except Exception:  # the library raises plain Exception
         return None
     fast.encode_special_tokens = True  # words of a document, not commands
-    slow = SentencePieceTokenizer(path)
     # A literal space mark is the one thing that this form cannot tell from a space.
     trials = [one.replace(_MARK, " ") for one in [*_TRIALS, *texts]]
     for trial in trials:
@@ -63,32 +64,26 @@ def fast_tokenizer(path: Path, texts: list[str]) -> str | None:
     return text
 
 
-def _processor(path: Path) -> Any:
-    import sentencepiece
+def _description(path: Path) -> Any:
+    """The model as SentencePiece describes it (``ModelProto``): pieces, scores and their types."""
+    from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece.SentencePieceProcessor()
-    try:
-        model.LoadFromFile(str(path))
-    except (RuntimeError, OSError):
-        raise DataError(f"{path}: not a SentencePiece model") from None
-    return model
+    proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 (made at run time)
+    proto.ParseFromString(path.read_bytes())
+    return proto
 
 
-def _tree(model: Any, path: Path) -> dict[str, Any]:
-    pieces = [model.IdToPiece(number) for number in range(model.GetPieceSize())]
-    special = [
-        number
-        for number in range(len(pieces))
-        if model.IsControl(number) or model.IsUnknown(number)
-    ]
+def _tree(proto: Any) -> dict[str, Any]:
+    is_bpe = proto.trainer_spec.model_type == _BPE
+    special = [one.piece for one in proto.pieces if one.type in (_UNKNOWN, _CONTROL)]
     # User-defined symbols are cut out before anything else, in both libraries.
-    cut = [number for number in range(len(pieces)) if _is_user_defined(model, number)]
     added = [
         {
-            "id": number, "content": pieces[number], "special": number in special,
+            "id": number, "content": one.piece, "special": one.type != _USER_DEFINED,
             "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
         }
-        for number in sorted([*special, *cut])
+        for number, one in enumerate(proto.pieces)
+        if one.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]  # fmt: skip
     return {
         "version": "1.0",
@@ -96,7 +91,7 @@ def _tree(model: Any, path: Path) -> dict[str, Any]:
         "padding": None,
         "added_tokens": added,
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _MARK},
-        "pre_tokenizer": None if _kind(path) == _BPE else _names_apart(pieces, special),
+        "pre_tokenizer": None if is_bpe else _names_apart(special),
         "post_processor": None,
         "decoder": {
             "type": "Sequence",
@@ -106,70 +101,55 @@ def _tree(model: Any, path: Path) -> dict[str, Any]:
                 {"type": "Fuse"},
             ],
         },
-        "model": _model(model, pieces, path),
+        "model": _bpe(proto.pieces) if is_bpe else _unigram(proto.pieces),
     }
 
 
-def _names_apart(pieces: list[str], special: list[int]) -> dict[str, Any]:
+def _names_apart(special: list[str]) -> dict[str, Any]:
     """Cut after the first letter of what only looks like the name of a token, such as <0x0A>.
 
     `tokenizers` would take it for the token, SentencePiece reads letters.
     """
-    names = [re.escape(pieces[number][1:]) for number in special]
-    rest = "|".join([*names, "0x[0-9A-F]{2}>"])
+    rest = "|".join([*(re.escape(name[1:]) for name in special), "0x[0-9A-F]{2}>"])
     pattern = {"Regex": f"(?<=<)(?={rest})"}
     return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
 
 
-def _is_user_defined(model: Any, number: int) -> bool:
-    plain = model.IsControl(number) or model.IsUnknown(number) or model.IsByte(number)
-    # SentencePiece gives user-defined pieces a score of zero, and trained ones less.
-    return not plain and model.GetScore(number) == 0.0 and len(model.IdToPiece(number)) == 1
-
-
-def _model(model: Any, pieces: list[str], path: Path) -> dict[str, Any]:
-    scores = [float(model.GetScore(number)) for number in range(len(pieces))]
-    if _kind(path) == _BPE:
-        return {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": model.IdToPiece(model.unk_id()),
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {piece: number for number, piece in enumerate(pieces)},
-            "merges": _merges(model, pieces, scores),
-        }
+def _unigram(pieces: Any) -> dict[str, Any]:
     return {
         "type": "Unigram",
-        "unk_id": model.unk_id(),
-        "vocab": [[piece, score] for piece, score in zip(pieces, scores, strict=True)],
+        "unk_id": next(number for number, one in enumerate(pieces) if one.type == _UNKNOWN),
+        "vocab": [[one.piece, one.score] for one in pieces],
         "byte_fallback": True,
     }
 
 
-def _kind(path: Path) -> int:
-    """Unigram or BPE, as the model's own description says."""
-    from sentencepiece import sentencepiece_model_pb2
+def _bpe(pieces: Any) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": next(one.piece for one in pieces if one.type == _UNKNOWN),
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": {one.piece: number for number, one in enumerate(pieces)},
+        "merges": _merges(pieces),
+    }
 
-    proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 (made at run time)
-    proto.ParseFromString(path.read_bytes())
-    return int(proto.trainer_spec.model_type)
 
-
-def _merges(model: Any, pieces: list[str], scores: list[float]) -> list[list[str]]:
+def _merges(pieces: Any) -> list[list[str]]:
     """Every way that a piece comes from two others, best pieces first."""
     known = {
-        piece: number for number, piece in enumerate(pieces)
-        if not (model.IsControl(number) or model.IsUnknown(number) or model.IsByte(number))
+        one.piece: number for number, one in enumerate(pieces)
+        if one.type not in (_UNKNOWN, _CONTROL, _BYTE)
     }  # fmt: skip
     found = []
     for piece, number in known.items():
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in known and right in known:
-                found.append((-scores[number], known[left], known[right], [left, right]))
+                found.append((-pieces[number].score, known[left], known[right], [left, right]))
     found.sort(key=lambda one: one[:3])
     return [merge for *_, merge in found]

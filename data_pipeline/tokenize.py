@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.checksums import write_checksums
-from data_pipeline.dataset import MANIFEST, MANIFEST_VERSION, index_classes
+from data_pipeline.checksums import Checksums
+from data_pipeline.dataset import MANIFEST, index_classes, manifest_values
 from data_pipeline.encode import DOCUMENT_TYPE, Encoded, Encoder, Job, Key, Result, token_type
 from data_pipeline.files import write_aside, write_synced
 from data_pipeline.sources import (
@@ -232,27 +232,18 @@ def _assemble(
         tokenizer_file = source_file.name
     if source_file.resolve() != (out / tokenizer_file).resolve():
         shutil.copyfile(source_file, out / tokenizer_file)
-    manifest = {
-        "version": MANIFEST_VERSION,
-        "tokenizer": {
-            "file": tokenizer_file,
-            "sha256": tokenizer.sha256,
-            "vocabulary_size": tokenizer.vocabulary_size,
-            "eod": tokenizer.eod,
-        },
-        "dtype": dtype.__name__,
-        "entries": entries,
-        "malformed": state.problems,
-        "sources": [
-            {
-                "name": source.name,
-                "size": source.size,
-                "sha256": sha256_of(Path(source.name)) if source.size else None,
-            }
-            for source in sources
-        ],
-        "identity": state.identity,
-    }
+    described = [
+        {
+            "name": source.name,
+            "size": source.size,
+            "sha256": sha256_of(Path(source.name)) if source.size else None,
+        }
+        for source in sources
+    ]
+    manifest = manifest_values(
+        tokenizer_file, tokenizer, dtype.__name__, entries, state.problems, described,
+        state.identity,
+    )  # fmt: skip
     write_aside(out / MANIFEST, json.dumps(manifest, indent=1).encode())
     shutil.rmtree(state.folder)
     return manifest
@@ -265,6 +256,7 @@ def _assemble_one(state: _State, key: Key, dtype: Any) -> dict[str, Any]:
     target.parent.mkdir(parents=True, exist_ok=True)
     lengths: list[np.ndarray] = []
     documents: list[np.ndarray] = []
+    checksums = Checksums()
     aside = target.with_name(target.name + ".bin.tmp")
     with aside.open("wb") as file:
         for part in state.parts:
@@ -272,7 +264,9 @@ def _assemble_one(state: _State, key: Key, dtype: Any) -> dict[str, Any]:
                 if (one, other) == key:
                     stem = state.folder / part["folder"] / str(number)
                     with stem.with_suffix(".bin").open("rb") as source:
-                        shutil.copyfileobj(source, file, 1 << 20)
+                        while piece := source.read(1 << 20):
+                            file.write(piece)
+                            checksums.update(piece)
                     lengths.append(np.fromfile(stem.with_suffix(".len"), dtype=np.int32))
                     documents.append(np.fromfile(stem.with_suffix(".doc"), dtype=DOCUMENT_TYPE))
         _sync(file)
@@ -285,7 +279,7 @@ def _assemble_one(state: _State, key: Key, dtype: Any) -> dict[str, Any]:
     data = target.with_name(target.name + ".bin")
     os.replace(aside, data)
     os.replace(index, target.with_name(target.name + ".idx"))
-    write_checksums(data)
+    checksums.write_beside(data)
     return {
         "split": split,
         "subset": subset,

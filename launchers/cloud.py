@@ -6,6 +6,7 @@ import re
 import shlex
 from typing import Any
 
+from launchers.local import OWN_STORE
 from launchers.site import Site
 from pretrain.errors import TRY_AGAIN, UsageError
 
@@ -102,8 +103,7 @@ def _pod(site: Site, container: str, meeting: list[str], words: list[str], extra
         start = ["/bin/bash", "-euc", script, "setup", *start]
     variables = {
         "OMP_NUM_THREADS": str(site.cpus_per_process or 1),
-        # A start of torchrun is numbered; a shared store would keep what died (see local.py).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **OWN_STORE,
         **site.variables,
     }
     # Loaders and NCCL pass tensors through shared memory, of which a pod has 64 MB.
@@ -181,7 +181,7 @@ def skypilot(site: Site, words: list[str], name: str) -> Tree:
         "num_nodes": site.nodes,
         "resources": resources,
         "workdir": ".",
-        "envs": {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **site.variables},
+        "envs": {**OWN_STORE, **site.variables},
         "setup": "\n".join(settings.setup),
         "run": "\n".join([*site.setup, run]),
     }

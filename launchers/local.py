@@ -13,6 +13,9 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from pretrain.jobs import Job
 
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""For torchrun: shared with its own, the store of a job would keep addresses of processes that have
+died, and those that are started again could not connect."""
 _GRACE = 60.0
 """Seconds that a job has to end itself."""
 
@@ -33,9 +36,7 @@ def start_environment(processes: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "OMP_NUM_THREADS": str(max(1, (cores or 1) // processes)),
-        # Shared with torchrun's own, the store would keep addresses of processes that have died,
-        # and those that are started again could not connect.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **OWN_STORE,
         **os.environ,
     }
 

@@ -13,6 +13,7 @@ from pretrain.cluster_verbs import doctor, launch, plan
 from pretrain.data_verbs import data_app
 from pretrain.exits import exit_code, fail, one_line
 from pretrain.model_verbs import evaluate, export, import_, print_evaluation, ranks
+from pretrain.options import Json, Overrides
 from pretrain.paper_verbs import paper_app
 
 app = typer.Typer(
@@ -25,12 +26,6 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(paper_app, name="paper")
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="key.path=value, for example optimizer.weight_decay.attention=0.3"),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
 @app.callback()

@@ -9,10 +9,8 @@ from typing import Annotated
 
 import typer
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="key.path=value, for example optimizer.weight_decay.attention=0.3"),
-]
+from pretrain.options import Json, Overrides
+
 Run = Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/NAME-OF-RECIPE.")]
 
 
@@ -60,7 +58,7 @@ def doctor(
     processes: Annotated[
         int, typer.Option(min=1, help="Start so many processes on this machine (torchrun).")
     ] = 1,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    json: Json = False,
 ) -> None:
     """Check the machines before a long run: versions, devices, links, clocks, disk, data, code.
 
@@ -106,7 +104,7 @@ def plan(
         str, typer.Option(help="a100, a100-40, h100, h200, b200, l40s, mi300x.")
     ] = "h100",
     show: Annotated[int, typer.Option("--show", min=1, help="Grids in the table.")] = 8,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    json: Json = False,
 ) -> None:
     """Which grid to ask for: memory by part, traffic, bubble, time and MFU of every grid, ranked.
 

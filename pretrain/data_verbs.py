@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
+from pretrain.options import Json
+
 data_app = typer.Typer(help="Make training data: corpus, tokenizer, tokens.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Sources = Annotated[
     list[str],
     typer.Argument(

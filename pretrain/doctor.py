@@ -48,8 +48,9 @@ def examine(grid: Grid, config: Config | None, run: Path, size: int = _MESSAGE) 
         run: run folder, there or not; nothing is left in it.
         size: bytes of the messages whose bandwidth is measured.
     """
+    here = environment()
     findings = [
-        *_alike(grid, "versions", environment()["versions"] | {"python": environment()["python"]}),
+        *_alike(grid, "versions", here["versions"] | {"python": here["python"]}),
         *_requirements(grid),
         *_alike(grid, "code", code_hash()),
         *_devices(grid),

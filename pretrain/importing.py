@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from models.huggingface import TensorFiles, is_pretrained
 from models.importing import model_values, read_as_ours
 from models.roles import ModelError, ParameterInfo, Role
 from pretrain.checkpoint import MANIFEST, MASTER, checkpoint_name, manifest, sealed
-from pretrain.config import apply_value_overrides, parse_config, read_mapping
+from pretrain.config import Config, apply_value_overrides, parse_config, read_mapping
 from pretrain.control import DecayControl
+from pretrain.decay import DecayPlan
 from pretrain.errors import UsageError
 from pretrain.run import CHECKPOINTS, CONFIG, create_run
 from pretrain.tasks import Text
@@ -94,28 +96,61 @@ def _check_tokenizer(folder: Path, task: Text) -> None:
         )
 
 
-def _write(setup: Setup, files: TensorFiles, kind: str, folder: Path) -> None:
-    """The checkpoint: a file for each part of the model, so that one part is in memory."""
+def write_masters(
+    folder: Path,
+    config: Config,
+    plan: DecayPlan,
+    state: dict[str, Any],
+    step: int,
+    read: Callable[[ParameterInfo], Tensor],
+) -> dict[str, Any]:
+    """A checkpoint of weights alone: a file for each part of the model, one part in memory.
+
+    Args:
+        folder: of the checkpoint; made here.
+        state: what else to remember (see `manifest`).
+        read: a parameter's whole tensor, float32.
+
+    Returns:
+        The files' entries.
+    """
     parts: dict[str, list[ParameterInfo]] = {}
-    for info in setup.infos:
-        part = "ends" if info.layer is None else f"layer-{info.layer:05d}"
-        parts.setdefault(part, []).append(info)
+    for group in plan.groups:
+        for info in group.parameters:
+            part = "ends" if info.layer is None else f"layer-{info.layer:05d}"
+            parts.setdefault(part, []).append(info)
     folder.mkdir(parents=True)
     progress = Progress(len(parts), "import", True)
     entries: dict[str, Any] = {}
-    for number, (part, infos) in enumerate(parts.items()):
-        tensors, index = {}, {}
-        for info in infos:
-            values = _padded(_tensor(setup, files, kind, info), info)
-            tensors[f"{info.name}/{MASTER}"] = values.reshape(-1)
-            index[info.name] = [0, values.numel(), [MASTER]]
-        files.close()
-        name = f"{part}.safetensors"
-        size, digest = write_tensors(folder / name, tensors)
-        entries[name] = {"size": size, "sha256": digest, "tensor_rank": 0, "fragments": index}
+    for number, (part, infos) in enumerate(sorted(parts.items())):
+        tensors = {f"{info.name}/{MASTER}": read(info).reshape(-1) for info in infos}
+        size, digest = write_tensors(folder / f"{part}.safetensors", tensors)
+        index = {info.name: [0, info.numel, [MASTER]] for info in infos}
+        entry = {"size": size, "sha256": digest, "tensor_rank": 0, "fragments": index}
+        entries[f"{part}.safetensors"] = entry
         progress.update(number + 1)
     progress.close()
-    write_synced(folder / MANIFEST, sealed(_manifest(setup, entries)))
+    state = {"initial_weights": hashlib.sha256(json.dumps(entries).encode()).hexdigest(), **state}
+    grid = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
+    described = manifest(config, plan, step, state, grid)
+    write_synced(folder / MANIFEST, sealed({**described, "files": entries}))
+    return entries
+
+
+def _write(setup: Setup, files: TensorFiles, kind: str, folder: Path) -> None:
+    state = {
+        "samples": 0,
+        "tokenizer": setup.task.tokenizer,
+        "data": setup.task.identity,
+        "decay": DecayControl(setup.config, setup.plan).state(),
+        "jumped": [],
+    }
+
+    def read(info: ParameterInfo) -> Tensor:
+        return _padded(_tensor(setup, files, kind, info), info)
+
+    write_masters(folder, setup.config, setup.plan, state, 0, read)
+    files.close()
 
 
 def _tensor(setup: Setup, files: TensorFiles, kind: str, info: ParameterInfo) -> Tensor:
@@ -145,19 +180,6 @@ def _padded(values: Tensor, info: ParameterInfo) -> Tensor:
     if tuple(values.shape) != tuple(info.shape):
         raise ModelError(f"{info.name}: {tuple(values.shape)}, config.json wants {info.shape}")
     return values.contiguous()
-
-
-def _manifest(setup: Setup, files: dict[str, Any]) -> dict[str, Any]:
-    state = {
-        "samples": 0,
-        "tokenizer": setup.task.tokenizer,
-        "data": setup.task.identity,
-        "decay": DecayControl(setup.config, setup.plan).state(),
-        "initial_weights": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
-        "jumped": [],
-    }
-    grid = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
-    return {**manifest(setup.config, setup.plan, 0, state, grid), "files": files}
 
 
 def next_words(run: Path) -> str:

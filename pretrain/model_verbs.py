@@ -7,10 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="key.path=value, for example optimizer.weight_decay.attention=0.3"),
-]
+from pretrain.options import Json, Overrides
+
 AttentionRank = Annotated[
     str | None,
     typer.Option(
@@ -19,7 +17,6 @@ AttentionRank = Annotated[
     ),
 ]
 AttentionProduct = Annotated[str, typer.Option(help="Which product to cut: qk, vp or both.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
 def print_evaluation(figures: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from models.layers import ParameterFactory
 from models.roles import info_of
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.tracking import read_metrics
-from tests.tools import DIALECTS, base_recipe, pretrain, run, run_workers, write_recipe
+from tests.tools import DIALECTS, base_recipe, pretrain, run, train_models, write_recipe
 from tests.transformers_models import transformers
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -33,15 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A trained run of every kind of model."""
-    folder = tmp_path_factory.mktemp("runs")
-    cases = []
-    for name, model in MODELS.items():
-        recipe = deepcopy(base_recipe(data))
-        recipe["model"] |= model
-        recipe["optimizer"]["learning_rate"] = 1e-2
-        cases.append({"recipe": recipe, "run": str(folder / name)})
-    run_workers(1, "train", cases, folder / "workers")
-    return {name: folder / name for name in MODELS}
+    return train_models(tmp_path_factory.mktemp("runs"), data, MODELS)
 
 
 @pytest.fixture(scope="module")

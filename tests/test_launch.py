@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 
 from launchers import batch, cloud, hosts
 from launchers.site import Site, load_site
+from pretrain import doctor
 from pretrain.errors import UsageError
 from pretrain.tracking import read_metrics
 from tests.tools import ROOT, base_recipe, metrics_of, pretrain, run, weights_of, write_recipe
@@ -215,6 +217,43 @@ def test_doctor(data: Path, tmp_path: Path) -> None:
     assert all(one["state"] != "fail" for one in found.values())
     assert "the same on 2 rank(s)" in found["data"]["text"]
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".doctor*"))
+
+
+class Ranks:
+    """What the doctor asks of a grid, with the answers of several ranks put in."""
+
+    world_size, is_main = 3, True
+
+    def __init__(self, answers: list[Any]) -> None:
+        self._answers = answers
+
+    def gather(self, _: Any) -> list[Any]:
+        return self._answers
+
+
+def test_the_doctor_names_who_differs() -> None:
+    same = Ranks([("a", "1f"), ("a", "1f"), ("b", "1f")])
+    assert [one.state for one in doctor._alike(same, "code", "1f")] == ["ok"]
+    (found,) = doctor._alike(Ranks([("a", "1f"), ("a", "1f"), ("b", "2e")]), "code", "1f")
+    assert found.state == "fail" and "rank 2 on b has 2e" in found.text
+    old, new = {"python": "3.11", "torch": "2.12", "deepspeed": "1"}, {"torch": "2.13"}
+    (found,) = doctor._alike(Ranks([("a", old), ("b", {**old, **new})]), "versions", old)
+    assert found.state == "fail" and "rank 1 on b has torch 2.13" in found.text
+    lost = "unreadable (No such file or directory: x)"
+    (found,) = doctor._alike(Ranks([("a", lost)]), "data", lost)
+    assert found.state == "fail"
+
+
+def test_the_doctor_wants_room_for_the_checkpoints(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
+    words = ["doctor", str(recipe), "--out", str(tmp_path / "run")]
+    assert run(monkeypatch, *words) == 0
+    assert "fit for a run" in capsys.readouterr().out
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert run(monkeypatch, *words) == 1
+    assert "kept checkpoints take" in capsys.readouterr().out
 
 
 @pytest.mark.slow

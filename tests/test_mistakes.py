@@ -21,6 +21,7 @@ from tests.tools import (
     metrics_of,
     pretrain,
     run,
+    small_disk,
     write_recipe,
 )
 
@@ -346,15 +347,8 @@ def full_disk_words(folder: Path, data: Path) -> tuple[list[str], Path]:
 def test_full_disk_at_a_checkpoint(data: Path, tmp_path: Path) -> None:
     """A real file system with room for one checkpoint and not for two."""
     disk = tmp_path / "disk"
-    disk.mkdir()
     words, _ = full_disk_words(tmp_path, data)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)],
-        capture_output=True, check=False,
-    )  # fmt: skip
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(disk, "900k"):
         done = pretrain(*words, "--out", str(disk / "run"))
         assert done.returncode == 1, done.stderr
         assert "step 4: checkpoint at step 4 not written" in done.stderr
@@ -369,8 +363,6 @@ def test_full_disk_at_a_checkpoint(data: Path, tmp_path: Path) -> None:
         assert again.returncode == 0, again.stderr
         steps = [row["step"] for row in metrics_of(disk / "run") if row["kind"] == "train"]
         assert steps == [1, 2, 3, 4, 5, 6]
-    finally:
-        subprocess.run(["umount", str(disk)], check=False)
 
 
 def test_file_limit_at_a_checkpoint(data: Path, tmp_path: Path) -> None:

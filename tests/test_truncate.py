@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from pretrain.ranks import find_weights, measure_weights
 from pretrain.run_config import RanksConfig
 from pretrain.spectra import product_statistics
 from pretrain.truncate import CutCheckpoint, RankChoice, cut_product, parse_rank
-from tests.tools import base_recipe, pretrain, run, run_workers
+from tests.tools import pretrain, run, train_models
 from tests.transformers_models import transformers
 
 NOPE = {"dialect": "llama", "position": "none", "hidden_size": 32, "num_attention_heads": 2}
@@ -34,15 +33,7 @@ MODELS = {
 @pytest.fixture(scope="module")
 def models(data: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A trained run of every kind of model that can be exported."""
-    folder = tmp_path_factory.mktemp("models")
-    cases = []
-    for name, model in MODELS.items():
-        recipe = deepcopy(base_recipe(data))
-        recipe["model"] |= model
-        recipe["optimizer"]["learning_rate"] = 1e-2
-        cases.append({"recipe": recipe, "run": str(folder / name)})
-    run_workers(1, "train", cases, folder / "workers")
-    return {"gpt2": trained, **{name: folder / name for name in MODELS}}
+    return {"gpt2": trained, **train_models(tmp_path_factory.mktemp("models"), data, MODELS)}
 
 
 @pytest.fixture(scope="module")

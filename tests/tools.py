@@ -6,6 +6,8 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,34 @@ def run_workers(processes: int, task: str, cases: list[dict], folder: Path) -> l
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads(answer.read_text())
+
+
+def train_models(folder: Path, data: Path, models: dict[str, dict]) -> dict[str, Path]:
+    """A short run of each model, by name, trained in one process."""
+    cases = []
+    for name, model in models.items():
+        recipe = deepcopy(base_recipe(data))
+        recipe["model"] |= model
+        recipe["optimizer"]["learning_rate"] = 1e-2
+        cases.append({"recipe": recipe, "run": str(folder / name)})
+    run_workers(1, "train", cases, folder / "workers")
+    return {name: folder / name for name in models}
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own at ``folder`` (tmpfs); the test is skipped where that takes root."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
 def pretrain(*words: str, processes: int = 1, timeout: int = 240) -> subprocess.CompletedProcess:

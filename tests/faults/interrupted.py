@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,59 +26,44 @@ def pause(marker: Path, seconds: float = 600.0) -> None:
     time.sleep(seconds)
 
 
+def paused(
+    function: Callable[..., Any], number: int, before: Callable[[], None] | None = None,
+    after: Callable[[], None] | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """``function``, with something done before or after its call of that number."""
+    calls = 0
+
+    def call(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and before:
+            before()
+        found = function(*arguments)
+        if calls == number and after:
+            after()
+        return found
+
+    return call
+
+
 def arm(moment: str, marker: Path) -> None:
     """Put the pause where it is wanted."""
+    stop = partial(pause, marker)
     if moment in ("step", "slow"):  # slow: the sixth step takes a while, and then goes on
-        original = pretrain.engine.Engine.train_step
-        count = 0
-
-        def train_step(self: Any, batches: Any) -> float:
-            nonlocal count
-            count += 1
-            if count == 6:
-                pause(marker, 3.0 if moment == "slow" else 600.0)
-            return original(self, batches)
-
-        pretrain.engine.Engine.train_step = train_step
+        wait = partial(pause, marker, 3.0) if moment == "slow" else stop
+        engine = pretrain.engine.Engine
+        engine.train_step = paused(engine.train_step, 6, before=wait)
     elif moment == "checkpoint":
-        write = pretrain.saver._write_piece
-        saves = 0
-
-        def write_rank(*arguments: Any) -> Any:
-            nonlocal saves
-            saves += 1
-            found = write(*arguments)
-            if saves == 2:
-                pause(marker)
-            return found
-
-        pretrain.saver._write_piece = write_rank
+        saver = pretrain.saver
+        saver._write_piece = paused(saver._write_piece, 2, after=stop)
     elif moment in ("before rename", "after rename"):
-        rename = pretrain.saver.os.rename
-        renames = 0
-
-        def rename_slowly(*arguments: Any) -> None:
-            nonlocal renames
-            renames += 1
-            if renames == 2 and moment == "before rename":
-                pause(marker)
-            rename(*arguments)
-            if renames == 2:
-                pause(marker)
-
-        pretrain.saver.os = SimpleNamespace(**{**vars(pretrain.saver.os), "rename": rename_slowly})
+        when = {"before": stop} if moment == "before rename" else {"after": stop}
+        system = pretrain.saver.os
+        rename = paused(system.rename, 2, **when)
+        pretrain.saver.os = SimpleNamespace(**{**vars(system), "rename": rename})
     elif moment == "evaluation":
-        forward = pretrain.evaluate._forward
-        calls = 0
-
-        def slow_forward(*arguments: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 5:
-                pause(marker)
-            return forward(*arguments)
-
-        pretrain.evaluate._forward = slow_forward
+        evaluate = pretrain.evaluate
+        evaluate._forward = paused(evaluate._forward, 5, before=stop)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tests.faults.tools import (
     started_until,
     words_of,
 )
-from tests.tools import metrics_of, pretrain
+from tests.tools import metrics_of, pretrain, small_disk
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone", "manifest"])
@@ -138,15 +138,8 @@ def test_a_flipped_bit_in_the_tokens(
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small file system of its own."""
     folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)],
-        capture_output=True, check=False,
-    )  # fmt: skip
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=False)
+    with small_disk(folder, "24m"):
+        yield folder
 
 
 @pytest.mark.slow

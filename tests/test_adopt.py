@@ -79,6 +79,18 @@ def test_documents(gpt2_files: Path, tmp_path: Path, dtype: type) -> None:
     assert not seen & last
 
 
+def test_held_out_documents_are_not_trained_on(gpt2_files: Path, tmp_path: Path) -> None:
+    """Document i is made of token i alone: a whole epoch shows whose tokens were seen."""
+    eod = encoded(gpt2_files)[0][-1]
+    own = [token for token in range(121) if token != eod][:120]
+    write_pair(tmp_path / "pile", [[token] * 20 + [eod] for token in own])
+    adopt([tmp_path / "pile"], gpt2_files, tmp_path / "out", (90, 5, 5), packed=False)
+    count = 108 * 21 // 16
+    data = TrainingData(load_manifest(tmp_path / "out"), "proportional", 16, 1, count)
+    seen = {int(token) for number in range(count) for token in data[number][0]} - {eod}
+    assert len(seen) > 100 and not seen & set(own[108:])
+
+
 def test_trains_and_is_scored(gpt2_files: Path, tmp_path: Path) -> None:
     write_pair(tmp_path / "a_text_document", encoded(gpt2_files)[:70])
     write_pair(tmp_path / "b_text_document", encoded(gpt2_files)[70:])

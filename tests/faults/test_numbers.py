@@ -45,19 +45,23 @@ def test_judge() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "processes", "stage"),
+    ("fault", "processes", "stage", "precision"),
     [
-        ("loss", 1, 0),
-        ("loss", 2, 1),
-        ("gradient", 2, 3),
-        pytest.param("gradient", 2, 0, marks=pytest.mark.long),
+        ("loss", 1, 0, "fp32"),
+        ("loss", 2, 1, "fp32"),
+        ("gradient", 2, 3, "fp32"),
+        ("loss", 1, 1, "bf16"),
+        pytest.param("gradient", 2, 0, "fp32", marks=pytest.mark.long),
+        pytest.param("gradient", 2, 2, "bf16", marks=pytest.mark.long),
     ],
 )
 def test_one_bad_update_is_skipped(
-    data: Path, tmp_path: Path, row: Callable[..., None], fault: str, processes: int, stage: int
-) -> None:
+    data: Path, tmp_path: Path, row: Callable[..., None], fault: str, processes: int, stage: int,
+    precision: str,
+) -> None:  # fmt: skip
     """NaN on one rank: no rank takes the step, and the run goes on."""
-    words = words_of(tmp_path, data, "checkpoint.every=1", f"grid.zero_stage={stage}")
+    more = ["checkpoint.every=1", f"grid.zero_stage={stage}", f"precision={precision}"]
+    words = words_of(tmp_path, data, *more)
     done = faulty(fault, processes - 1, "5", words, processes)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -72,7 +76,7 @@ def test_one_bad_update_is_skipped(
         name for name in bad.parameters if not np.array_equal(bad.full(name), after.full(name))
     ]
     assert len(moved) > 10 and all(np.isfinite(after.full(name)).all() for name in moved)
-    where = f"rank {processes - 1} of {processes}, ZeRO {stage}"
+    where = f"rank {processes - 1} of {processes}, ZeRO {stage}, {precision}"
     what = {"loss": "NaN in the loss", "gradient": "Inf in a gradient"}[fault]
     row(f"{what}, {where}", "the same update", "the next update", samples="one update's, skipped",
         weights="bitwise untouched")  # fmt: skip

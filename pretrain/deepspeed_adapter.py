@@ -172,7 +172,8 @@ def norm_in_one_reduction(zero: Any) -> None:
                 if parameter.tensor_model_parallel:
                     total += torch.linalg.vector_norm(gradient.detach().float()).double() ** 2
         dist.all_reduce(total)
-        # In bf16 it skips an update whose norm is not finite only where it checks for overflow.
+        # In bf16 it skips an update whose norm is not finite only where it checks for overflow;
+        # left on, it would look through all gradients once more before the norm says the same.
         zero.check_grad_overflow = not bool(total.isfinite())
         # -1 is DeepSpeed's sign for a norm that is not finite.
         return torch.where(total.isfinite(), total.sqrt(), -1.0).float()

@@ -230,6 +230,7 @@ def _draw(pairs: dict[str, Pair], rows: list[dict[str, Any]], path: Path) -> Non
             axes.bar([x + shift for x in range(len(pairs))], heights, 0.4, label=label)
         axes.set_xticks(range(len(pairs)), list(pairs), rotation=30, ha="right", fontsize=8)
         axes.set(title=f"rank of {word}, all heads")
-    panels[0].legend(frameon=False)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.dataset import MANIFEST, index_classes, manifest_values
+from data_pipeline.dataset import index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, hash_text
 from data_pipeline.files import write_aside
+from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.sources import DataError
 from data_pipeline.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 

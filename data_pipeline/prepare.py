@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.dataset import load_manifest
 from data_pipeline.encode import Job
 from data_pipeline.files import write_aside
+from data_pipeline.manifest import load_manifest
 from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.sources import DataError, Fields, Source, find_sources, parse_block
 from data_pipeline.tokenize import Report, tokenize

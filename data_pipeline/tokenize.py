@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.checksums import Checksums
-from data_pipeline.dataset import MANIFEST, index_classes, manifest_values
+from data_pipeline.dataset import index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, Encoded, Encoder, Job, Key, Result, token_type
 from data_pipeline.files import write_aside, write_synced
+from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.sources import (
     Block,
     DataError,

@@ -163,7 +163,7 @@ def check(
     Training does the same with each block of 64 KiB when it first reads it.
     """
     from data_pipeline.checksums import check_folder
-    from data_pipeline.dataset import load_manifest
+    from data_pipeline.manifest import load_manifest
     from pretrain.tracking import Progress
 
     load_manifest(folder)

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from data_pipeline.dataset import Manifest, load_manifest
+from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.sources import DataError
 from models.export import class_of, config_json, has_free_heads, shards
 from pretrain.checkpoint import Checkpoint

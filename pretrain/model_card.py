@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.dataset import Manifest, held_out
+from data_pipeline.dataset import held_out
 from data_pipeline.fast_tokenizer import fast_tokenizer, special_names
+from data_pipeline.manifest import Manifest
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import dump_config

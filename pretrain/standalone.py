@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.dataset import held_out, load_manifest
+from data_pipeline.dataset import held_out
+from data_pipeline.manifest import load_manifest
 from pretrain.checkpoint import Checkpoint, load_into_module
 from pretrain.config import Config, apply_overrides
 from pretrain.deepspeed_adapter import prepare_deepspeed, resolve_precision

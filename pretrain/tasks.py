@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data_pipeline.dataset import HeldOut, Manifest, TrainingData, held_out, load_manifest
+from data_pipeline.dataset import HeldOut, TrainingData, held_out
 from data_pipeline.images import ImageSamples, open_images
+from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.recall import RecallSamples
 from models.config import GPTConfig
 from models.parallel import token_losses

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.dataset import TrainingData, load_manifest
+from data_pipeline.dataset import TrainingData
+from data_pipeline.manifest import load_manifest
 from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.parallel import TensorParallel

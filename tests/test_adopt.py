@@ -12,7 +12,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from data_pipeline.adopt import adopt
-from data_pipeline.dataset import TrainingData, held_out, load_manifest
+from data_pipeline.dataset import TrainingData, held_out
+from data_pipeline.manifest import load_manifest
 from data_pipeline.sources import DataError
 from data_pipeline.tokenizer import load_tokenizer
 from tests.conftest import make_text

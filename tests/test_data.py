@@ -20,8 +20,9 @@ import pytest
 import zstandard
 
 from data_pipeline.corpus import write_corpus
-from data_pipeline.dataset import TrainingData, blend_weights, held_out, load_manifest
+from data_pipeline.dataset import TrainingData, blend_weights, held_out
 from data_pipeline.encode import Job
+from data_pipeline.manifest import load_manifest
 from data_pipeline.prepare import tokenize_sources, train_from_sources
 from data_pipeline.sources import DataError, Fields, find_sources, parse_block
 from data_pipeline.tokenize import tokenize

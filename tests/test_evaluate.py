@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.dataset import held_out, load_manifest
+from data_pipeline.dataset import held_out
+from data_pipeline.manifest import load_manifest
 from models.config import GPTConfig
 from models.gpt import GPT
 from models.layers import ParameterFactory

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.dataset import held_out, load_manifest
+from data_pipeline.dataset import held_out
 from data_pipeline.fast_tokenizer import fast_tokenizer
+from data_pipeline.manifest import load_manifest
 from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 from models.gpt import GPT
 from models.layers import ParameterFactory

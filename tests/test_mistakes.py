@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -13,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.prepare import train_from_sources
-from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.checkpoint import list_checkpoints
 from pretrain.config import load_config
 from tests.tools import (
+    assert_one_line,
     base_recipe,
-    environment,
     metrics_of,
     pretrain,
     run,
-    small_disk,
     write_recipe,
 )
 
@@ -179,14 +175,6 @@ def test_recipe_mistakes(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def assert_one_line(text: str, culprits: tuple[str, ...]) -> None:
-    errors = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in text, text
-    assert text.rstrip().endswith(errors[0])
-    for culprit in culprits:
-        assert culprit in errors[0], (culprit, errors[0])
-
-
 COMMAND_MISTAKES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     "an unknown verb": (["trian"], 2, ("trian",)),
     "no recipe": (["train"], 2, ("recipe",)),
@@ -337,46 +325,6 @@ def test_damaged_data_is_named(
     assert run(monkeypatch, "train", str(recipe), "--out", str(tmp_path / "run")) == 1
     assert_one_line(capsys.readouterr().err, (str(file), "tokenise again"))
     assert not (tmp_path / "run").exists()
-
-
-def full_disk_words(folder: Path, data: Path) -> tuple[list[str], Path]:
-    recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
-    return ["train", str(recipe), "checkpoint.every=2", "ranks.spectra=false"], folder / "run"
-
-
-def test_full_disk_at_a_checkpoint(data: Path, tmp_path: Path) -> None:
-    """A real file system with room for one checkpoint and not for two."""
-    disk = tmp_path / "disk"
-    words, _ = full_disk_words(tmp_path, data)
-    with small_disk(disk, "900k"):
-        done = pretrain(*words, "--out", str(disk / "run"))
-        assert done.returncode == 1, done.stderr
-        assert "step 4: checkpoint at step 4 not written" in done.stderr
-        assert "training goes on" in done.stderr
-        culprits = ("checkpoint at step 6", "No space left", "free space")
-        assert_one_line(done.stderr, culprits)
-        left = list_checkpoints(disk / "run" / "checkpoints")
-        assert [path.name for path in left] == ["step-00000002"]
-        Checkpoint(left[0]).full("embedding.weight")  # verifies the checksum
-        subprocess.run(["mount", "-o", "remount,size=32m", str(disk)], check=True)
-        again = pretrain(*words, "--out", str(disk / "run"))
-        assert again.returncode == 0, again.stderr
-        steps = [row["step"] for row in metrics_of(disk / "run") if row["kind"] == "train"]
-        assert steps == [1, 2, 3, 4, 5, 6]
-
-
-def test_file_limit_at_a_checkpoint(data: Path, tmp_path: Path) -> None:
-    """The same where the system refuses large files; no root needed."""
-    words, out = full_disk_words(tmp_path, data)
-    done = subprocess.run(
-        [sys.executable, "-m", "pretrain", *words, "--out", str(out)],
-        env=environment(), capture_output=True, text=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.count("training goes on") == 2  # after steps 2 and 4
-    assert_one_line(done.stderr, ("checkpoint at step 6", "too large"))
-    assert not list((out / "checkpoints").iterdir())
 
 
 @pytest.mark.slow

@@ -91,6 +91,15 @@ def run_workers(processes: int, task: str, cases: list[dict], folder: Path) -> l
     return json.loads(answer.read_text())
 
 
+def assert_one_line(text: str, culprits: tuple[str, ...]) -> None:
+    """Standard error ends with one line of ours, which names the culprits."""
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in text, text
+    assert text.rstrip().endswith(errors[0])
+    for culprit in culprits:
+        assert culprit in errors[0], (culprit, errors[0])
+
+
 def train_models(folder: Path, data: Path, models: dict[str, dict]) -> dict[str, Path]:
     """A short run of each model, by name, trained in one process."""
     cases = []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import LATEST, list_checkpoints
+from pretrain.checkpoint import LATEST, Checkpoint, list_checkpoints
 from pretrain.run_config import CheckpointConfig
 from pretrain.saver import superseded
 from pretrain.tracking import read_metrics
@@ -23,7 +25,15 @@ from tests.faults.tools import (
     started_until,
     words_of,
 )
-from tests.tools import metrics_of, pretrain, small_disk
+from tests.tools import (
+    assert_one_line,
+    base_recipe,
+    environment,
+    metrics_of,
+    pretrain,
+    small_disk,
+    write_recipe,
+)
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone", "manifest"])
@@ -231,3 +241,43 @@ def test_two_jobs_on_one_folder(
     assert process.returncode == 0
     same_run(tmp_path / "run", undisturbed("one"))
     row("two jobs on one run folder", f"{lasted:.0f} s (the second refuses)", "not disturbed")
+
+
+def full_disk_words(folder: Path, data: Path) -> tuple[list[str], Path]:
+    recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
+    return ["train", str(recipe), "checkpoint.every=2", "ranks.spectra=false"], folder / "run"
+
+
+def test_full_disk_at_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    """A real file system with room for one checkpoint and not for two."""
+    disk = tmp_path / "disk"
+    words, _ = full_disk_words(tmp_path, data)
+    with small_disk(disk, "900k"):
+        done = pretrain(*words, "--out", str(disk / "run"))
+        assert done.returncode == 1, done.stderr
+        assert "step 4: checkpoint at step 4 not written" in done.stderr
+        assert "training goes on" in done.stderr
+        culprits = ("checkpoint at step 6", "No space left", "free space")
+        assert_one_line(done.stderr, culprits)
+        left = list_checkpoints(disk / "run" / "checkpoints")
+        assert [path.name for path in left] == ["step-00000002"]
+        Checkpoint(left[0]).full("embedding.weight")  # verifies the checksum
+        subprocess.run(["mount", "-o", "remount,size=32m", str(disk)], check=True)
+        again = pretrain(*words, "--out", str(disk / "run"))
+        assert again.returncode == 0, again.stderr
+        steps = [row["step"] for row in metrics_of(disk / "run") if row["kind"] == "train"]
+        assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_file_limit_at_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    """The same where the system refuses large files; no root needed."""
+    words, out = full_disk_words(tmp_path, data)
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *words, "--out", str(out)],
+        env=environment(), capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("training goes on") == 2  # after steps 2 and 4
+    assert_one_line(done.stderr, ("checkpoint at step 6", "too large"))
+    assert not list((out / "checkpoints").iterdir())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +17,21 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import GPTConfig
+from models.kernels import DEFAULT_KERNELS, Kernels
 from models.layers import MLP, Attention, Norm, ParameterFactory
-from models.parallel import embed, enter, replicated
+from models.loss import Projection
+from models.parallel import embed, replicated
 from models.roles import ModelError, Role
 
 
 class Embedding(nn.Module):
     """Token embedding; ``[batch, sequence]`` integers to ``[sequence, batch, hidden]``."""
 
-    def __init__(self, config: GPTConfig, factory: ParameterFactory) -> None:
+    def __init__(
+        self, config: GPTConfig, factory: ParameterFactory, kernels: Kernels = DEFAULT_KERNELS
+    ) -> None:
         super().__init__()
-        self.config, self.tp = config, factory.tp
+        self.config, self.tp, self.kernels = config, factory.tp, kernels
         self.weight = vocabulary_weight(config, factory, "embedding.weight", Role.EMBEDDING)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -74,22 +79,33 @@ class Block(nn.Module):
     """Pre-norm transformer block, sequential or parallel residual."""
 
     def __init__(
-        self, config: GPTConfig, layer: int, factory: ParameterFactory, recompute: bool = False
+        self,
+        config: GPTConfig,
+        layer: int,
+        factory: ParameterFactory,
+        kernels: Kernels = DEFAULT_KERNELS,
     ) -> None:
         super().__init__()
-        self.parallel_residual, self.recompute = config.parallel_residual, recompute
+        self.parallel_residual, self.recompute = config.parallel_residual, kernels.recompute
         self.attention_norm = Norm(config, factory, f"blocks.{layer}.attention_norm", layer)
-        self.attention = Attention(config, layer, factory)
+        self.attention = Attention(config, layer, factory, kernels)
         self.mlp = None
         if config.mlp:
             self.mlp_norm = Norm(config, factory, f"blocks.{layer}.mlp_norm", layer)
-            self.mlp = MLP(config, layer, factory)
+            self.mlp = MLP(config, layer, factory, kernels)
+        self._compiled = None
+        if kernels.compiled:
+            self._compiled = torch.compile(self._forward, dynamic=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
             # Reentrant: ZeRO-3 frees parameters between the two passes, which the
             # non-reentrant form takes for changed metadata.
             return checkpoint(self._forward, x, use_reentrant=True)
+        if self._compiled is not None and torch.is_grad_enabled():
+            # Batches of training have one shape; those of an evaluation would each be compiled.
+            found: torch.Tensor = self._compiled(x)
+            return found
         return self._forward(x)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,18 +120,21 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Untied output projection to this rank's part of the vocabulary."""
 
-    def __init__(self, config: GPTConfig, factory: ParameterFactory) -> None:
+    def __init__(
+        self, config: GPTConfig, factory: ParameterFactory, kernels: Kernels = DEFAULT_KERNELS
+    ) -> None:
         super().__init__()
-        self.config, self.tp = config, factory.tp
+        self.config, self.tp, self.kernels = config, factory.tp, kernels
         self.weight = vocabulary_weight(config, factory, "head.weight", Role.HEAD)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Projection:
         return project(self, x)
 
 
-def project(module: Embedding | Head, x: torch.Tensor) -> torch.Tensor:
-    """Logits ``[sequence, batch, vocabulary / tensor_parallel]`` from a head or tied embedding."""
-    return F.linear(enter(x, module.tp), module.weight, _padding_bias(module))
+def project(module: Embedding | Head, x: torch.Tensor) -> Projection:
+    """The logits of a head or tied embedding, not yet computed."""
+    bias, kernels = _padding_bias(module), module.kernels
+    return Projection(x, module.weight, bias, module.tp, kernels.loss_bytes, kernels.compiled)
 
 
 def vocabulary_weight(
@@ -148,13 +167,13 @@ class LayerPlan:
     arguments: tuple[Any, ...]
     tied: str | None = None
     """Layers with the same key share one module (the tied embedding)."""
-    forward: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    forward: Callable[[Any, torch.Tensor], Any] | None = None
 
 
 def layer_plans(
-    config: GPTConfig, factory: ParameterFactory, recompute: bool = False
+    config: GPTConfig, factory: ParameterFactory, kernels: Kernels = DEFAULT_KERNELS
 ) -> list[LayerPlan]:
-    """The model as a list of layers, from tokens ``[batch, sequence]`` to logits.
+    """The model as a list of layers, from tokens ``[batch, sequence]`` to a `Projection`.
 
     Raises:
         ModelError: if tensor parallelism does not divide the heads or the MLP.
@@ -165,20 +184,22 @@ def layer_plans(
             "grid.sequence_parallel: not for images, whose patches are few; leave it out"
         )
     tied = "embedding" if config.tied_head else None
-    first = PatchEmbedding if config.patch_dim else Embedding
-    plans = [LayerPlan(first, (config, factory), tied)]
+    if config.patch_dim:
+        plans = [LayerPlan(PatchEmbedding, (config, factory))]
+    else:
+        plans = [LayerPlan(Embedding, (config, factory, kernels), tied)]
     if config.position == "learned":
         plans.append(LayerPlan(LearnedPosition, (config, factory)))
     plans += [
-        LayerPlan(Block, (config, layer, factory, recompute)) for layer in range(config.num_layers)
+        LayerPlan(Block, (config, layer, factory, kernels)) for layer in range(config.num_layers)
     ]
     plans.append(LayerPlan(Norm, (config, factory, "final_norm", None)))
     if config.patch_dim:
         plans.append(LayerPlan(Pool, ()))
     if config.tied_head:
-        plans.append(LayerPlan(Embedding, (config, factory), tied, project))
+        plans.append(LayerPlan(Embedding, (config, factory, kernels), tied, project))
     else:
-        plans.append(LayerPlan(Head, (config, factory)))
+        plans.append(LayerPlan(Head, (config, factory, kernels), forward=project))
     return plans
 
 
@@ -201,40 +222,39 @@ class GPT(nn.Module):
     """The whole model in one process (of each tensor-parallel rank)."""
 
     def __init__(
-        self, config: GPTConfig, factory: ParameterFactory, recompute: bool = False
+        self, config: GPTConfig, factory: ParameterFactory, kernels: Kernels = DEFAULT_KERNELS
     ) -> None:
         super().__init__()
         self.config, self.tp = config, factory.tp
         self.layers = nn.ModuleList()
-        self.functions: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self.functions: list[Callable[[torch.Tensor], Any]] = []
         shared: dict[str, nn.Module] = {}
-        for plan in layer_plans(config, factory, recompute):
+        for plan in layer_plans(config, factory, kernels):
             module = shared.get(plan.tied or "")
             if module is None:
                 module = plan.build(*plan.arguments)
                 self.layers.append(module)
                 if plan.tied:
                     shared[plan.tied] = module
-            if plan.forward is None:
-                self.functions.append(module)
-            else:
-                self.functions.append(_bind(plan.forward, module))
+            function = module if plan.forward is None else partial(plan.forward, module)
+            self.functions.append(function)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``[batch, sequence]`` integers to ``[sequence, batch, vocabulary / tensor_parallel]``.
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        finish: Callable[[Projection], torch.Tensor] = Projection.logits,
+    ) -> torch.Tensor:
+        """What ``finish`` makes of the last layer, while its weight is at hand (ZeRO-3 frees it).
 
-        For images ``[batch, patches, values]`` to ``[1, batch, classes / tensor_parallel]``.
+        Args:
+            tokens: ``[batch, sequence]`` integers, or ``[batch, patches, values]`` of images.
+            finish: logits ``[sequence, batch, vocabulary / tensor_parallel]`` if nothing else is
+                asked for (of images ``[1, batch, classes / tensor_parallel]``).
         """
-        x = tokens
+        x: Any = tokens
         for function in self.functions:
             x = function(x)
-        return x
-
-
-def _bind(
-    forward: Callable[[Any, torch.Tensor], torch.Tensor], module: nn.Module
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: forward(module, x)
+        return finish(x)
 
 
 def attention_layers(module: nn.Module) -> list[Attention]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.config import GPTConfig
+from models.kernels import DEFAULT_KERNELS, Kernels
 from models.parallel import TensorParallel, enter, leave, replicated, sum_gradient
+from models.products import attention_by_products
 from models.roles import ParameterInfo, Role, declare, stamp
 
 
@@ -128,9 +131,15 @@ class Rotary:
 class Attention(nn.Module):
     """Multi-head or grouped-query attention with separate Q, K and V parameters."""
 
-    def __init__(self, config: GPTConfig, layer: int, factory: ParameterFactory) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        layer: int,
+        factory: ParameterFactory,
+        kernels: Kernels = DEFAULT_KERNELS,
+    ) -> None:
         super().__init__()
-        self.config, self.tp, self.layer = config, factory.tp, layer
+        self.config, self.tp, self.layer, self.kernels = config, factory.tp, layer, kernels
         width, head = config.hidden_size, config.head_size
         queries = config.num_attention_heads * head
         keys = config.key_value_heads * head
@@ -189,6 +198,8 @@ class Attention(nn.Module):
         """Values mixed by scores, all ``[batch, heads, sequence, head]``."""
         causal = self.config.causal
         if self.config.attention == "softmax":
+            if self.kernels.attention == "products":
+                return attention_by_products(q, k, v, causal)
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         scores = q @ k.mT * self.config.head_size**-0.5
         length = q.shape[-2]
@@ -214,9 +225,15 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two-layer perceptron, or SwiGLU."""
 
-    def __init__(self, config: GPTConfig, layer: int, factory: ParameterFactory) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        layer: int,
+        factory: ParameterFactory,
+        kernels: Kernels = DEFAULT_KERNELS,
+    ) -> None:
         super().__init__()
-        self.config, self.tp = config, factory.tp
+        self.config, self.tp, self.kernels = config, factory.tp, kernels
         width, inner = config.hidden_size, config.ffn_size
         std, output_std = config.init_stds
         prefix = f"blocks.{layer}.mlp"
@@ -244,8 +261,18 @@ class MLP(nn.Module):
         inner = F.linear(x, self.into, self.into_bias)
         if self.gate is not None:
             inner = F.silu(F.linear(x, self.gate)) * inner
+        elif self.config.activation == "gelu_tanh":
+            inner = _gelu_tanh(inner, self.kernels.compiled)
         else:
-            tanh = self.config.activation == "gelu_tanh"
-            inner = F.gelu(inner, approximate="tanh" if tanh else "none")
+            inner = F.gelu(inner)
         y = leave(F.linear(inner, self.out), self.tp)
         return y if self.out_bias is None else y + replicated(self.out_bias, self.tp)
+
+
+def _gelu_tanh(x: torch.Tensor, compiled: bool) -> torch.Tensor:
+    """GELU with Hendrycks & Gimpel's tanh; compiled by its other form, whose exp is faster."""
+    if not compiled:
+        return F.gelu(x, approximate="tanh")
+    wide = x.float()
+    inner = math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3)
+    return (wide * torch.sigmoid(inner)).to(x.dtype)  # ½(1 + tanh u) = sigmoid(2u)

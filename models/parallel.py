@@ -41,7 +41,7 @@ def answer_current_device_on_cpu() -> None:
 
 
 @cache
-def _megatron(module: str) -> Any:
+def megatron_module(module: str) -> Any:
     """A module of `megatron.core.tensor_parallel`, imported late (3 s) and without its warnings
     about optional GPU packages."""
     with warnings.catch_warnings():
@@ -53,7 +53,7 @@ def enter(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """Bring ``x`` to a column-parallel product: gather the sequence, or reduce the gradient."""
     if tp.size == 1:
         return x
-    mappings = _megatron("mappings")
+    mappings = megatron_module("mappings")
     if tp.sequence_parallel:
         return mappings.gather_from_sequence_parallel_region(x, group=tp.group)
     return mappings.copy_to_tensor_model_parallel_region(x, group=tp.group)
@@ -63,7 +63,7 @@ def leave(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """Sum the partial results of a row-parallel product over the group."""
     if tp.size == 1:
         return x
-    mappings = _megatron("mappings")
+    mappings = megatron_module("mappings")
     if tp.sequence_parallel:
         return mappings.reduce_scatter_to_sequence_parallel_region(x, group=tp.group)
     return mappings.reduce_from_tensor_model_parallel_region(x, group=tp.group)
@@ -77,7 +77,7 @@ def sum_gradient(weight: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """
     if tp.size == 1:
         return weight
-    mappings = _megatron("mappings")
+    mappings = megatron_module("mappings")
     return mappings.copy_to_tensor_model_parallel_region(weight, group=tp.group)
 
 
@@ -103,51 +103,3 @@ def embed(tokens: torch.Tensor, weight: torch.Tensor, tp: TensorParallel) -> tor
     outside = (local < 0) | (local >= weight.shape[0])
     found = F.embedding(local.masked_fill(outside, 0), weight)
     return leave(found.masked_fill(outside.unsqueeze(-1), 0.0), tp)
-
-
-class _VocabularyParallelCrossEntropy(torch.autograd.Function):
-    """Megatron's vocabulary-parallel cross-entropy with the group handed in, not global."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, tp):  # type: ignore[no-untyped-def]
-        steps = _megatron("cross_entropy").VocabParallelCrossEntropy
-
-        def reduce(tensor: torch.Tensor, op: torch.distributed.ReduceOp.RedOpType) -> None:
-            if tp.size > 1:
-                torch.distributed.all_reduce(tensor, op=op, group=tp.group)
-
-        logits, largest = steps.calculate_logits_max(logits)
-        reduce(largest, torch.distributed.ReduceOp.MAX)
-        width = logits.shape[-1]
-        mask, local_targets, predicted, total, exponentials = steps.calculate_predicted_logits(
-            logits, targets, largest, tp.rank * width, (tp.rank + 1) * width
-        )
-        reduce(predicted, torch.distributed.ReduceOp.SUM)
-        reduce(total, torch.distributed.ReduceOp.SUM)
-        softmax, loss = steps.calculate_cross_entropy_loss(exponentials, predicted, total)
-        ctx.save_for_backward(softmax, mask, local_targets)
-        return loss
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        steps = _megatron("cross_entropy").VocabParallelCrossEntropy
-        softmax, mask, local_targets = ctx.saved_tensors
-        flat, rows, update, result = steps.prepare_gradient_calculation_operands(softmax, mask)
-        return (
-            steps.calculate_gradients(flat, rows, local_targets, update, result, gradient),
-            None,
-            None,
-        )
-
-
-def token_losses(logits: torch.Tensor, targets: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
-    """Cross-entropy of every token, in nats.
-
-    Args:
-        logits: ``[sequence, batch, vocabulary / size]`` of this rank; overwritten if float32.
-        targets: ``[sequence, batch]`` integers, any valid token where the loss is not wanted.
-
-    Returns:
-        ``[sequence, batch]`` float32, equal on every rank of the group.
-    """
-    return _VocabularyParallelCrossEntropy.apply(logits, targets.contiguous(), tp)

@@ -94,10 +94,12 @@ def train(
     check_grid(config.grid, process_count())
     from pretrain.lean import load_libraries
     from pretrain.run import resolve_checkpoint
+    from pretrain.speed import keep_freed_memory
     from pretrain.train import train as run_training
 
     source = resolve_checkpoint(fork) if fork else None
     grid = build_grid(config.grid, connect())
+    keep_freed_memory(grid.device)
     load_libraries()
     run = out or Path("runs") / recipe.stem
     run_training(config, run, grid, source, until)

@@ -29,6 +29,7 @@ from pretrain.run_config import (
     LoggingConfig,
     RanksConfig,
     ResumeConfig,
+    SpeedConfig,
 )
 from pretrain.schedule import in_steps, learning_rate
 
@@ -119,6 +120,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     grid: GridConfig = GridConfig()
+    speed: SpeedConfig = SpeedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16 keeps fp32 master weights; auto: bf16 where it is fast"
@@ -153,6 +155,11 @@ class Config(Section):
             raise ValueError(
                 "grid.zero_stage: 0 in bf16 takes DeepSpeed's unfused optimizer, whose updates "
                 "differ from ZeRO 1-3's; use zero_stage 1 (or precision fp32)"
+            )
+        if self.speed.compile and grid.zero_stage == 3:
+            raise ValueError(
+                "speed.compile: not with grid.zero_stage 3, which gathers weights inside the "
+                "blocks that would be compiled; use zero_stage 1 or 2"
             )
         if grid.pipeline_parallel > self.model.num_layers:
             raise ValueError(

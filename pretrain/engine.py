@@ -18,7 +18,8 @@ from torch import nn
 from models.config import GPTConfig
 from models.gpt import GPT, LayerPlan, layer_plans
 from models.layers import ParameterFactory
-from models.parallel import TensorParallel, token_losses
+from models.loss import Projection, mean_loss
+from models.parallel import TensorParallel
 from models.roles import ParameterInfo, declared_parameters, info_of
 from pretrain.config import Config
 from pretrain.control import DecayControl
@@ -36,26 +37,10 @@ from pretrain.grid import Grid
 from pretrain.masters import Fragment, fragments
 from pretrain.optimizers import build_optimizer, is_muon_role
 from pretrain.shrink import Shrinker
+from pretrain.speed import choose_kernels
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and labels, each ``[micro batch, context]`` int64."""
-
-
-def mean_loss(
-    logits: torch.Tensor, labels: torch.Tensor, tp: TensorParallel, partial_labels: bool = False
-) -> torch.Tensor:
-    """Mean cross-entropy, in nats per token.
-
-    Args:
-        logits: ``[sequence, batch, vocabulary / tensor_parallel]``.
-        labels: ``[batch, sequence]``.
-        partial_labels: labels below 0 do not count; as many in every micro batch.
-    """
-    if not partial_labels:
-        return token_losses(logits, labels.t(), tp).mean()
-    asked = labels.t() >= 0
-    losses = token_losses(logits, labels.t().clamp_min(0), tp)
-    return (losses * asked).sum() / asked.sum()
 
 
 def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterInfo]:
@@ -73,11 +58,11 @@ def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterIn
 def build_model(config: Config, grid: Grid) -> nn.Module:
     """This process's part of the model: the whole, or a `PipelineModule` stage."""
     factory = ParameterFactory(config.seed, grid.tensor_parallel)
-    recompute = config.grid.activation_checkpointing
+    kernels = choose_kernels(config, grid)
     if grid.pipeline == 1:
-        return GPT(config.model, factory, recompute).to(grid.device)
-    loss = partial(mean_loss, tp=grid.tensor_parallel, partial_labels=config.task.kind != "text")
-    return _pipeline_module(layer_plans(config.model, factory, recompute), grid, loss)
+        return GPT(config.model, factory, kernels).to(grid.device)
+    loss = partial(mean_loss, partial_labels=config.task.kind != "text")
+    return _pipeline_module(layer_plans(config.model, factory, kernels), grid, loss)
 
 
 def _pipeline_module(plans: list[LayerPlan], grid: Grid, loss: Any) -> nn.Module:
@@ -158,8 +143,7 @@ class Engine:
         total = torch.zeros((), device=self.grid.device)
         for _ in range(self.micro_batches):
             inputs, labels = next(batches)
-            logits = self.deepspeed(inputs)
-            loss = self.loss(logits, labels)
+            loss = self.deepspeed(inputs, partial(self.loss, labels=labels))
             self.deepspeed.backward(loss)
             self.deepspeed.step()
             total += loss.detach()
@@ -169,9 +153,9 @@ class Engine:
             total /= self.grid.data
         return total
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(self, projection: Projection, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of a micro batch, in nats per token."""
-        return mean_loss(logits, labels, self.grid.tensor_parallel, self.config.task.kind != "text")
+        return mean_loss(projection, labels, self.config.task.kind != "text")
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

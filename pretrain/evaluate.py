@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import nn
 from data_pipeline.dataset import HeldOut
 from data_pipeline.pile import PILE_WEIGHTS
 from models.config import GPTConfig
-from models.parallel import token_losses
+from models.loss import Projection, token_losses
 from pretrain.grid import Grid
 
 _PAD_MULTIPLE = 64
@@ -129,23 +130,25 @@ def _forward(
         targets[row, stop - len(window.targets) : stop] = torch.from_numpy(
             window.targets.astype(np.int64)
         )
-    y = forward_pass(module, grid, model, inputs)
-    if y is None:
-        return None
-    losses = token_losses(y, targets.to(grid.device).t(), grid.tensor_parallel)
-    return losses.t().cpu() if grid.tensor_rank == 0 else None
+    wanted = partial(token_losses, targets=targets.to(grid.device).t())
+    losses = forward_pass(module, grid, model, inputs, wanted)
+    return None if losses is None or grid.tensor_rank else losses.t().cpu()
 
 
 def forward_pass(
-    module: nn.Module, grid: Grid, model: GPTConfig, inputs: torch.Tensor
+    module: nn.Module,
+    grid: Grid,
+    model: GPTConfig,
+    inputs: torch.Tensor,
+    finish: Callable[[Projection], torch.Tensor],
 ) -> torch.Tensor | None:
-    """Logits of a batch, through all pipeline stages; a collective call.
+    """A batch through all pipeline stages; a collective call.
 
     Args:
         inputs: tokens ``[batch, length]``, or patches ``[batch, patches, values]``.
 
     Returns:
-        ``[length, batch, vocabulary / tensor_parallel]`` on the last stage, else None.
+        What ``finish`` makes of the projection, on the last stage, else None.
     """
     x = inputs.to(grid.device)
     here = {"data": grid.data_rank, "tensor": grid.tensor_rank}
@@ -155,11 +158,14 @@ def forward_pass(
         dtype = next(module.parameters()).dtype
         x = torch.empty(rows, batch, model.hidden_size, dtype=dtype, device=grid.device)
         dist.recv(x, grid.global_rank(pipeline=grid.pipeline_rank - 1, **here))
-    y: torch.Tensor = module(x)
+    if grid.pipeline == 1:
+        found: torch.Tensor = module(x, finish)
+        return found
+    y = module(x)
     if not grid.is_last_stage:
         dist.send(y.contiguous(), grid.global_rank(pipeline=grid.pipeline_rank + 1, **here))
         return None
-    return y
+    return finish(y)
 
 
 def summarize(documents: list[HeldOut], nats: np.ndarray) -> dict[str, Any]:

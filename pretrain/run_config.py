@@ -93,3 +93,21 @@ class FaultsConfig(Section):
         description="seconds without progress after which stacks are written and the job ends "
         "with exit code 75; 0: off",
     )
+
+
+class SpeedConfig(Section):
+    """How the same numbers are computed: speed and memory, up to rounding."""
+
+    attention: Literal["auto", "sdpa", "products"] = Field(
+        "auto",
+        description="PyTorch's attention, or batched matrix products; auto: products in bf16 on a "
+        "CPU, where they are faster",
+    )
+    loss_mib: int = Field(
+        0, ge=0, description="MiB of float32 logits held at once; 0: 32 on a CPU, 512 on a GPU"
+    )
+    compile: bool = Field(
+        False,
+        description="fuse what lies between a block's matrix products (torch.compile): pays on "
+        "long runs, as the first step waits for the compiler",
+    )

@@ -17,6 +17,7 @@ from pretrain.evaluate import score, summarize
 from pretrain.grid import build_grid, check_grid, connect, process_count
 from pretrain.lean import load_libraries
 from pretrain.run import resolve_checkpoint, write_text
+from pretrain.speed import keep_freed_memory
 from pretrain.tasks import Task, Text, open_task
 from pretrain.tracking import Progress
 from pretrain.truncate import CutCheckpoint, RankChoice
@@ -50,6 +51,7 @@ def evaluate_checkpoint(
     check_grid(config.grid, process_count())
     task = _task(checkpoint, config, data, stride)
     device = connect()
+    keep_freed_memory(device)
     load_libraries()
     prepare_deepspeed()
     grid = build_grid(config.grid, device)

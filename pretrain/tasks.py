@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from data_pipeline.images import ImageSamples, open_images
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.recall import RecallSamples
 from models.config import GPTConfig
-from models.parallel import token_losses
+from models.loss import Projection, token_losses
 from pretrain.config import Config
 from pretrain.errors import UsageError
 from pretrain.evaluate import forward_pass, score, summarize
@@ -177,9 +178,10 @@ class _Labelled:
                 inputs, labels = (
                     torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True)
                 )
-                logits = forward_pass(module, grid, config.model, inputs)
-                if logits is not None and first < count:
-                    totals += _scored(logits, labels.to(grid.device), grid)
+                wanted = partial(_scored, labels=labels.to(grid.device), grid=grid)
+                sums = forward_pass(module, grid, config.model, inputs, wanted)
+                if sums is not None and first < count:
+                    totals += sums
                 if report:
                     report(turn + 1, rounds)
         module.train(was_training)
@@ -190,14 +192,13 @@ class _Labelled:
         return {"overall": {"samples": count, "loss": loss, "accuracy": right}, "subsets": {}}
 
 
-def _scored(logits: torch.Tensor, labels: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _scored(projection: Projection, labels: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Sums of (loss, right answers) over a batch, on one rank of the tensor-parallel group.
 
     Args:
-        logits: ``[sequence, batch, answers / tensor_parallel]``.
         labels: ``[batch, sequence]``, below 0 where nothing is asked.
     """
-    targets = labels.t()
+    targets, logits = labels.t(), projection.logits()
     best, answer = logits.float().max(-1)
     answer = answer + grid.tensor_rank * logits.shape[-1]
     if grid.tensor > 1:
@@ -207,7 +208,7 @@ def _scored(logits: torch.Tensor, labels: torch.Tensor, grid: Grid) -> torch.Ten
         every = torch.stack(parts)  # [ranks, 2, sequence, batch]
         winner = every[:, 0].argmax(0, keepdim=True)
         answer = every[:, 1].gather(0, winner)[0].long()
-    losses = token_losses(logits, targets.clamp_min(0), grid.tensor_parallel)
+    losses = token_losses(projection, targets.clamp_min(0))
     asked = targets >= 0
     sums = torch.stack([losses[asked].double().sum(), (answer == targets)[asked].double().sum()])
     return sums.cpu() if grid.tensor_rank == 0 else torch.zeros(2, dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from data_pipeline.dataset import TrainingData
 from data_pipeline.manifest import load_manifest
 from models.gpt import GPT
 from models.layers import ParameterFactory
-from models.parallel import TensorParallel
+from models.loss import mean_loss
 from models.roles import ATTENTION, MLP, Role, info_of
 from pretrain.config import Config, parse_config
-from pretrain.engine import mean_loss
 from pretrain.tasks import Text
 from tests.tools import DIALECTS, base_recipe
 
@@ -152,7 +152,7 @@ class Hand:
         pairs = [self.data[step * 8 + i] for i in range(8)]
         inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs))
         self.optimizer.zero_grad()
-        mean_loss(self.model(inputs), labels, TensorParallel()).backward()
+        self.model(inputs, partial(mean_loss, labels=labels)).backward()
 
     def move(self, step: int) -> None:
         self.optimizer.param_groups[0]["lr"] = self.rate[step]

@@ -8,10 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import models.loss
 from models.config import GPTConfig
 from models.gpt import GPT, check_tensor_parallel
 from models.layers import Attention, ParameterFactory, Rotary
-from models.parallel import TensorParallel, token_losses
+from models.loss import Projection, mean_loss, token_losses
+from models.parallel import TensorParallel
+from models.products import attention_by_products
 from models.roles import ModelError, declared_parameters, info_of
 from pretrain.config import load_config
 from pretrain.engine import whole_model
@@ -80,16 +83,41 @@ def test_causal_and_unpadded(dialect: str) -> None:
         assert torch.equal(wide(tokens), before[..., :300])
 
 
-def test_loss_is_cross_entropy() -> None:
-    logits = torch.randn(5, 3, 11, requires_grad=True)
-    targets = torch.randint(0, 11, (5, 3))
-    expected = F.cross_entropy(logits.reshape(-1, 11), targets.reshape(-1), reduction="none")
-    (gradient,) = torch.autograd.grad(expected.mean(), logits)
-    copy = logits.detach().clone().requires_grad_()
-    found = token_losses(copy + 0, targets, TensorParallel())
-    torch.testing.assert_close(found.flatten(), expected)
-    (other,) = torch.autograd.grad(found.mean(), copy)
-    torch.testing.assert_close(other, gradient)
+@pytest.mark.parametrize("kind", ["whole", "in parts", "compiled"])
+def test_loss_is_cross_entropy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and gradients as PyTorch's, over padding, all tokens at once or some at a time."""
+    monkeypatch.setattr(models.loss, "_LEAST_ROWS", 15 if kind == "whole" else 4)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 3, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(12, 8, generator=generator, requires_grad=True)
+    bias = torch.tensor([0.0] * 11 + [-torch.inf])  # one row of padding
+    labels = torch.randint(0, 11, (3, 5), generator=generator)
+    labels[0, 1] = -1  # not asked
+    logits = F.linear(hidden, weight, bias).transpose(0, 1).flatten(0, 1)
+    wanted = F.cross_entropy(logits, labels.flatten(), ignore_index=-1)
+    gradients = torch.autograd.grad(2 * wanted, (hidden, weight))
+    projection = Projection(hidden, weight, bias, at_once=0, compiled=kind == "compiled")
+    found = mean_loss(projection, labels, partial_labels=True)
+    torch.testing.assert_close(found, wanted)
+    others = torch.autograd.grad(2 * found, (hidden, weight))
+    for one, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(one, other)
+    each = F.cross_entropy(logits, labels.clamp_min(0).flatten(), reduction="none").view(3, 5)
+    torch.testing.assert_close(token_losses(projection, labels.t().clamp_min(0)).t(), each)
+
+
+@pytest.mark.parametrize(("length", "causal"), [(9, True), (300, True), (300, False)])
+def test_attention_by_products_is_softmax_attention(length: int, causal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(3, 2, length, 4, 8, generator=generator).transpose(2, 3)
+    factors.requires_grad_()
+    upstream = torch.randn(2, 4, length, 8, generator=generator)
+    wanted = F.scaled_dot_product_attention(*factors, is_causal=causal)
+    found = attention_by_products(*factors, causal)
+    torch.testing.assert_close(found, wanted)
+    (one,) = torch.autograd.grad(wanted, factors, upstream)
+    (other,) = torch.autograd.grad(found, factors, upstream)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_is_the_textbooks() -> None:

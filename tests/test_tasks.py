@@ -14,11 +14,10 @@ from data_pipeline.images import ImageSamples, open_images
 from data_pipeline.recall import IGNORED, RecallSamples
 from models.gpt import GPT
 from models.layers import ParameterFactory
-from models.parallel import TensorParallel
+from models.loss import Projection, mean_loss
 from models.roles import info_of
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config import parse_config
-from pretrain.engine import mean_loss
 from pretrain.loader import Loader
 from pretrain.run import read_ranks
 from pretrain.tasks import open_task
@@ -130,11 +129,11 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
 
 def test_only_asked_positions_count() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(13, 4, 16, generator=generator)  # [sequence, batch, answers]
+    hidden = torch.randn(13, 4, 16, generator=generator)  # [sequence, batch, hidden]
     labels = torch.full((4, 13), IGNORED)
     labels[:, -1] = torch.tensor([3, 1, 15, 0])
-    wanted = torch.nn.functional.cross_entropy(logits[-1], labels[:, -1])
-    found = mean_loss(logits.clone(), labels, TensorParallel(), partial_labels=True)
+    wanted = torch.nn.functional.cross_entropy(hidden[-1], labels[:, -1])
+    found = mean_loss(Projection(hidden, torch.eye(16)), labels, partial_labels=True)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 

@@ -62,10 +62,12 @@ def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:
             for moment in fragment.moments().values():
                 moment.zero_()  # what is left then is decay alone
     measured = engine.loss
-    engine.loss = lambda logits, labels: 0.0 * measured(logits, labels)
+    engine.loss = lambda projection, labels: 0.0 * measured(projection, labels)
     if grid.pipeline > 1:
         true_loss = engine.module.loss_fn
-        engine.deepspeed.module.loss_fn = lambda logits, labels: 0.0 * true_loss(logits, labels)
+        engine.deepspeed.module.loss_fn = lambda projection, labels: (
+            0.0 * true_loss(projection, labels)
+        )
         engine.deepspeed.loss_model = engine.deepspeed.module.loss_fn
     samples = config.train.steps * config.train.global_batch
     data = TrainingData(setup.task.manifest, "proportional", config.model.context, 1, samples)

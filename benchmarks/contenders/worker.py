@@ -78,14 +78,16 @@ def loop(model: torch.nn.Module, loss_of: Callable[..., torch.Tensor], shape: Sh
     return step
 
 
-def rankdecay(shape: Shape) -> Step:
-    """This program's engine, as `pretrain train` runs it."""
+def rankdecay(shape: Shape, compiled: bool = True) -> Step:
+    """This program's engine, as `pretrain train` runs it with `speed.compile`."""
     from pretrain.config import parse_config
     from pretrain.decay import plan_decay
     from pretrain.engine import build_engine, whole_model
     from pretrain.grid import build_grid, connect
     from pretrain.lean import load_libraries
+    from pretrain.speed import keep_freed_memory
 
+    keep_freed_memory(device())
     values = {
         "model": {"dialect": "gpt2", "num_layers": shape.layers, "hidden_size": shape.hidden,
                   "num_attention_heads": shape.heads, "context": shape.context,
@@ -93,6 +95,7 @@ def rankdecay(shape: Shape) -> Step:
         "train": {"steps": 10_000, "global_batch": shape.batch},
         "optimizer": {"learning_rate": shape.rate, "gradient_clipping": shape.clipping,
                       "weight_decay": {"default": shape.decay}},
+        "speed": {"compile": compiled},
     }  # fmt: skip
     config = parse_config(values)
     where = connect()
@@ -110,6 +113,11 @@ def rankdecay(shape: Shape) -> Step:
         return engine.train_step(data)
 
     return step
+
+
+def rankdecay_eager(shape: Shape) -> Step:
+    """The same without the compiler, its default."""
+    return rankdecay(shape, compiled=False)
 
 
 def plain(shape: Shape, compiled: bool = True) -> Step:
@@ -206,8 +214,9 @@ def trainer_eager(shape: Shape) -> Step:
 
 
 CONTENDERS: dict[str, Callable[[Shape], Step]] = {
-    "rankdecay": rankdecay, "plain": plain, "plain-eager": plain_eager, "litgpt": litgpt,
-    "trainer": trainer, "trainer-eager": trainer_eager,
+    "rankdecay": rankdecay, "rankdecay-eager": rankdecay_eager, "plain": plain,
+    "plain-eager": plain_eager, "litgpt": litgpt, "trainer": trainer,
+    "trainer-eager": trainer_eager,
 }  # fmt: skip
 
 

@@ -1,0 +1,208 @@
+"""From the last hidden states to the cross-entropy, without ever holding all logits.
+
+The logits of a batch are by far its largest tensor (tokens x vocabulary, in float32 for the
+softmax). They are made for some tokens at a time, turned into their own gradient in place, and
+multiplied back at once, so that nothing of them is kept for the backward pass. Over a
+vocabulary that tensor parallelism splits, the steps are those of Megatron-core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.parallel import TensorParallel, enter, megatron_module
+
+_LEAST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Logits that are not computed yet: hidden states, and the matrix that makes logits of them."""
+
+    hidden: Tensor
+    """``[sequence, batch, hidden]``; under sequence parallelism this rank's part."""
+    weight: Tensor
+    """``[padded vocabulary / tensor_parallel, hidden]``."""
+    bias: Tensor | None = None
+    """-inf on padding, where this rank has any."""
+    tp: TensorParallel = TensorParallel()
+    at_once: int = 32 << 20
+    """Bytes of float32 logits that the loss makes at once."""
+    compiled: bool = False
+    """Fuse the steps between its products (torch.compile)."""
+
+    def logits(self) -> Tensor:
+        """``[sequence, batch, padded vocabulary / tensor_parallel]``."""
+        return F.linear(enter(self.hidden, self.tp), self.weight, self.bias)
+
+    @property
+    def rows(self) -> int:
+        """Tokens whose logits the loss makes at once; few would waste the matrix products."""
+        return max(_LEAST_ROWS, self.at_once // (4 * self.weight.shape[0]))
+
+
+def mean_loss(projection: Projection, labels: Tensor, partial_labels: bool = False) -> Tensor:
+    """Mean cross-entropy, in nats per token; its gradient is made in the forward pass.
+
+    Args:
+        labels: ``[batch, sequence]`` integers.
+        partial_labels: labels below 0 do not count; as many in every micro batch.
+    """
+    targets = labels.t().flatten()
+    asked = targets >= 0 if partial_labels else None
+    hidden = enter(projection.hidden, projection.tp).flatten(0, 1)
+    found: Tensor = _MeanCrossEntropy.apply(
+        hidden, projection.weight, targets.clamp_min(0), asked, projection
+    )
+    return found
+
+
+@torch.no_grad()
+def token_losses(projection: Projection, targets: Tensor) -> Tensor:
+    """Cross-entropy of every token, in nats, without gradient.
+
+    Args:
+        targets: ``[sequence, batch]`` integers, any valid token where the loss is not wanted.
+
+    Returns:
+        ``[sequence, batch]`` float32, equal on every rank of the tensor-parallel group.
+    """
+    hidden = enter(projection.hidden, projection.tp).flatten(0, 1)
+    flat, rows = targets.flatten(), projection.rows
+    parts = []
+    for start in range(0, len(flat), rows):
+        part = slice(start, start + rows)
+        logits = F.linear(hidden[part], projection.weight, projection.bias)
+        parts.append(_CrossEntropy(logits, flat[part], projection.tp).losses)
+    return torch.cat(parts).view_as(targets)
+
+
+class _CrossEntropy:
+    """Cross-entropy of some tokens, from logits that it overwrites if they are float32."""
+
+    def __init__(self, logits: Tensor, targets: Tensor, tp: TensorParallel) -> None:
+        self._steps = megatron_module("cross_entropy").VocabParallelCrossEntropy
+
+        def reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+            if tp.size > 1:
+                dist.all_reduce(tensor, op=op, group=tp.group)
+
+        logits, largest = self._steps.calculate_logits_max(logits)
+        reduce(largest, dist.ReduceOp.MAX)
+        width = logits.shape[-1]
+        self._mask, self._targets, predicted, total, exponentials = (
+            self._steps.calculate_predicted_logits(
+                logits, targets, largest, tp.rank * width, (tp.rank + 1) * width
+            )
+        )
+        reduce(predicted, dist.ReduceOp.SUM)
+        reduce(total, dist.ReduceOp.SUM)
+        self._softmax, self.losses = self._steps.calculate_cross_entropy_loss(
+            exponentials, predicted, total
+        )
+
+    def gradient(self, upstream: Tensor) -> Tensor:
+        """Of the logits ``[tokens, vocabulary / size]``, given that of every token's loss."""
+        operands = self._steps.prepare_gradient_calculation_operands(self._softmax, self._mask)
+        flat, rows, update, result = operands
+        found: Tensor = self._steps.calculate_gradients(
+            flat, rows, self._targets, update, result, upstream
+        )
+        return found
+
+
+def _with_gradient(
+    logits: Tensor, targets: Tensor, upstream: Tensor, projection: Projection
+) -> tuple[Tensor, Tensor]:
+    """Losses of some tokens, and the gradient of their logits."""
+    if projection.compiled and projection.tp.size == 1:
+        fused: tuple[Tensor, Tensor] = _compiled_steps()(logits, targets, upstream)
+        return fused
+    found = _CrossEntropy(logits, targets, projection.tp)
+    return found.losses, found.gradient(upstream).to(logits.dtype)
+
+
+@cache
+def _compiled_steps() -> Any:
+    return torch.compile(_steps, dynamic=False)
+
+
+def _steps(logits: Tensor, targets: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_CrossEntropy` does, in one expression that a compiler turns into two passes."""
+    wide, index = logits.float(), targets[:, None]
+    largest = wide.amax(-1, keepdim=True)
+    exponentials = (wide - largest).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    losses = total.log() + largest - wide.gather(1, index)
+    hit = torch.arange(logits.shape[1], device=logits.device)[None, :] == index
+    gradient = (exponentials / total - hit.float()) * upstream[:, None]
+    return losses[:, 0], gradient.to(logits.dtype)
+
+
+class _MeanCrossEntropy(torch.autograd.Function):
+    """Mean loss of ``hidden @ weight.T``; keeps its two gradients instead of the logits."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        asked: Tensor | None,
+        projection: Projection,
+    ) -> Tensor:
+        upstream = torch.full_like(targets, 1, dtype=torch.float32) / len(targets)
+        if asked is not None:
+            upstream = asked / asked.sum()
+        wanted = any(ctx.needs_input_grad)
+        sums = _Gradients(hidden, weight, projection.rows) if wanted else None
+        losses = []
+        for start in range(0, len(targets), projection.rows):
+            part = slice(start, start + projection.rows)
+            logits = F.linear(hidden[part], weight, projection.bias)
+            if sums is None:
+                losses.append(_CrossEntropy(logits, targets[part], projection.tp).losses)
+                continue
+            found, of_logits = _with_gradient(logits, targets[part], upstream[part], projection)
+            losses.append(found)
+            sums.add(part, of_logits)
+        if sums is not None:
+            ctx.save_for_backward(*sums.finished())
+        every = torch.cat(losses)
+        return every.mean() if asked is None else (every * asked).sum() / asked.sum()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        of_hidden, of_weight = ctx.saved_tensors
+        # Kept for this one call: it may be overwritten.
+        return of_hidden.mul_(upstream), of_weight.mul_(upstream), None, None, None
+
+
+class _Gradients:
+    """Gradients of hidden states and weight, summed over parts of the tokens."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: int) -> None:
+        self._hidden, self._weight = hidden, weight
+        self._of_hidden = torch.empty_like(hidden)
+        # Sums of bf16 would lose digits with every part.
+        several = len(hidden) > rows
+        self._of_weight = torch.zeros_like(weight, dtype=torch.float32) if several else None
+
+    def add(self, part: slice, of_logits: Tensor) -> None:
+        torch.mm(of_logits, self._weight, out=self._of_hidden[part])
+        product = of_logits.t() @ self._hidden[part]
+        if self._of_weight is None:
+            self._of_weight = product
+        else:
+            self._of_weight += product
+
+    def finished(self) -> tuple[Tensor, Tensor]:
+        assert self._of_weight is not None
+        return self._of_hidden, self._of_weight.to(self._weight.dtype)

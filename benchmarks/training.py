@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.contenders.shapes import SHAPES, Shape
 from benchmarks.results_file import finish
+from launchers.local import torchrun
 
 WORKER = ROOT / "benchmarks/contenders/worker.py"
 DEFAULT = ("rankdecay", "plain", "plain-eager", "litgpt", "trainer", "trainer-eager")
@@ -38,10 +39,13 @@ class Contender:
         self.name = name
         self.rates: list[float] = []
         self.peak, self.loss = 0, float("nan")
+        processes = 2 if name.endswith("-2") else 1
+        start = [sys.executable] if processes == 1 else torchrun(processes)
+        threads = {} if processes == 1 else {"OMP_NUM_THREADS": str((os.cpu_count() or 2) // 2)}
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), name, shape],
+            [*start, str(WORKER), name, shape],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **threads},
         )  # fmt: skip
         assert self._process.stdout is not None
         self.alive = self._process.stdout.readline().strip() == "ready"

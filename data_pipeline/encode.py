@@ -73,6 +73,7 @@ def _encode_block(tokenizer: Tokenizer, block: Block, fields: Fields, split: str
     parsed = parse_block(block, fields)
     texts = [document.text for document in parsed.documents]
     ids = tokenizer.encode(texts)
+    end = np.array([tokenizer.eod])
     dtype = token_type(tokenizer.vocabulary_size)
     members: dict[Key, list[int]] = {}
     for number, document in enumerate(parsed.documents):
@@ -82,7 +83,11 @@ def _encode_block(tokenizer: Tokenizer, block: Block, fields: Fields, split: str
     for key, numbers in members.items():
         raw = [texts[number].encode("utf-8") for number in numbers]
         encoded[key] = Encoded(
-            [np.concatenate([np.array([*ids[n], tokenizer.eod], dtype=dtype) for n in numbers])],
+            [
+                np.concatenate(
+                    [part for n in numbers for part in (ids[n], end)], dtype=dtype, casting="unsafe"
+                )
+            ],
             [np.array([len(ids[n]) + 1 for n in numbers], dtype=np.int32)],
             [np.array([(len(text), hash_text(text)) for text in raw], dtype=DOCUMENT_TYPE)],
         )

@@ -59,7 +59,7 @@ def fast_tokenizer(path: Path, texts: list[str]) -> str | None:
     # A literal space mark is the one thing that this form cannot tell from a space.
     trials = [one.replace(_MARK, " ") for one in [*_TRIALS, *texts]]
     for trial in trials:
-        if fast.encode(trial, add_special_tokens=False).ids != slow.encode([trial])[0]:
+        if fast.encode(trial, add_special_tokens=False).ids != slow.encode([trial])[0].tolist():
             return None
     return text
 

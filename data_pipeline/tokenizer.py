@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+
 from data_pipeline.sources import DataError
 
 _SPACE_MARK = "\u2581"
@@ -32,8 +34,8 @@ class Tokenizer(Protocol):
     def sha256(self) -> str:
         """Hash of the model file."""
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32, without special tokens."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of some token ids."""
@@ -73,22 +75,25 @@ class SentencePieceTokenizer:
         """Hash of the model file."""
         return hashlib.sha256(self._data).hexdigest()
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text."""
-        encoded: list[list[int]] = self._processor.Encode(texts, out_type=int, num_threads=1)
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32."""
+        encoded = self._arrays(texts)
         if self._mark is not None:
             for index, text in enumerate(texts):
                 if _SPACE_MARK in text:
                     encoded[index] = self._encode_with_marks(text, self._mark)
         return encoded
 
-    def _encode_with_marks(self, text: str, mark: list[int]) -> list[int]:
+    def _arrays(self, texts: list[str]) -> list[np.ndarray]:
+        # As arrays from the start: lists of numbers take a quarter of the time to encode.
+        found: list[np.ndarray] = self._processor.Encode(texts, return_type="numpy", num_threads=1)
+        return found
+
+    def _encode_with_marks(self, text: str, mark: list[int]) -> np.ndarray:
         """Write a literal space mark as its bytes: as a piece it would decode to a space."""
-        parts = self._processor.Encode(text.split(_SPACE_MARK), out_type=int, num_threads=1)
-        ids = list(parts[0])
-        for part in parts[1:]:
-            ids += mark + part
-        return ids
+        between = np.array(mark, dtype=np.int32)
+        first, *others = self._arrays(text.split(_SPACE_MARK))
+        return np.concatenate([first, *(part for one in others for part in (between, one))])
 
     def decode(self, ids: list[int]) -> str:
         """Text of some token ids."""
@@ -133,10 +138,10 @@ class HuggingFaceTokenizer:
         """Hash of the file."""
         return hashlib.sha256(self._data).hexdigest()
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text."""
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32."""
         encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [one.ids for one in encoded]
+        return [np.array(one.ids, dtype=np.int32) for one in encoded]
 
     def decode(self, ids: list[int]) -> str:
         """Text of some token ids."""

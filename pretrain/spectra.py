@@ -1,9 +1,10 @@
 """Spectra of a product A·Bᵀ from its factors, without ever forming the product.
 
 The factors are tall (width x head), so everything happens in head x head matrices: the Gram
-matrices AᵀA and BᵀB in float64, their eigendecompositions, and the singular values of
-Λ_A^½ V_Aᵀ V_B Λ_B^½, which are those of A·Bᵀ. Where cancellation between the factors costs
-digits (ρ = σ₁(A)σ₁(B)/σ₁(ABᵀ) large) the QR decompositions are used instead.
+matrices AᵀA = L_A L_Aᵀ and BᵀB = L_B L_Bᵀ in float64, and the singular values of L_Aᵀ L_B, which
+are those of A·Bᵀ. L is Cholesky's factor, or V Λ^½ of the eigendecomposition where a matrix is
+singular to working precision. Where cancellation between the factors costs digits
+(ρ = σ₁(A)σ₁(B)/σ₁(ABᵀ) large) the QR decompositions are used instead.
 
 Pure functions of tensors: no distributed code, no model.
 """
@@ -11,14 +12,19 @@ Pure functions of tensors: no distributed code, no model.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from pretrain.threads import in_threads
 
 _RHO_LIMIT = 1e4
 """Above this the error of the Gram form, ~ε·ρ², may exceed 1e-8 σ₁."""
 _SLACK = 1e-6
 """Relative slack of the cumulative threshold, so that ties count as reached."""
+_AT_ONCE = 1 << 13
+"""Rows of factors that a thread works on together: their float64 copies stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -83,25 +89,35 @@ def product_statistics(a: Tensor, b: Tensor, threshold: float = 0.95) -> Product
             f"factors [..., d_out, r] and [..., d_in, r] expected, got {tuple(a.shape)} and "
             f"{tuple(b.shape)}"
         )
-    a, b = a.detach().double(), b.detach().double()
-    finite = a.isfinite().all(-1).all(-1) & b.isfinite().all(-1).all(-1)
+    batch, few = a.shape[:-2], _AT_ONCE // max(1, a.shape[-2])
+    flat = [factor.detach().reshape(-1, *factor.shape[-2:]) for factor in (a, b)]
+    parts = in_threads(partial(_measured, threshold=threshold), flat, max(1, few))
+    columns = {
+        field.name: torch.cat([getattr(part, field.name) for part in parts])
+        for field in fields(ProductStatistics)
+    }
+    return ProductStatistics(
+        **{name: x.reshape((*batch, *x.shape[1:])) for name, x in columns.items()}
+    )
+
+
+def _measured(a: Tensor, b: Tensor, threshold: float) -> ProductStatistics:
+    """Statistics of ``[heads, d, r]`` pairs."""
+    a, b = a.double(), b.double()
+    gram_a, gram_b = a.mT @ a, b.mT @ b
+    finite = _trace(gram_a).isfinite() & _trace(gram_b).isfinite()  # sums of all squares
     if not bool(finite.all()):
         # One bad head must not make LAPACK fail for the whole batch.
-        a = torch.where(finite[..., None, None], a, 0.0)
-        b = torch.where(finite[..., None, None], b, 0.0)
-    gram_a, gram_b = a.mT @ a, b.mT @ b
-    squares_a, vectors_a = _eigh(gram_a)
-    squares_b, vectors_b = _eigh(gram_b)
-    roots_a, roots_b = squares_a.sqrt(), squares_b.sqrt()
-    core = (vectors_a * roots_a[..., None, :]).mT @ (vectors_b * roots_b[..., None, :])
-    sigma = torch.linalg.svdvals(core)
+        gram_a, gram_b = (torch.where(finite[:, None, None], g, 0.0) for g in (gram_a, gram_b))
+    roots_a, roots_b = _roots(gram_a), _roots(gram_b)
+    sigma = torch.linalg.svdvals(_factor(gram_a).mT @ _factor(gram_b))
     sigma = _repair_cancellation(a, b, sigma, roots_a[..., -1] * roots_b[..., -1])
     sigma = sigma[..., : min(a.shape[-2], b.shape[-2], a.shape[-1])]
     difference = gram_a - gram_b
     spread = torch.linalg.eigvalsh(difference).abs().sum(-1)
     return _statistics(
         sigma,
-        bound=(squares_a.sum(-1) + squares_b.sum(-1)) / 2,
+        bound=(_trace(gram_a) + _trace(gram_b)) / 2,
         discrepancy=torch.linalg.matrix_norm(difference),
         ceiling=spread.sqrt() * (roots_a.sum(-1) + roots_b.sum(-1)) / 2,
         finite=finite,
@@ -109,9 +125,23 @@ def product_statistics(a: Tensor, b: Tensor, threshold: float = 0.95) -> Product
     )
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(gram)
-    return values.clamp_min(0.0), vectors
+def _trace(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _roots(gram: Tensor) -> Tensor:
+    """Singular values of the factor, ascending."""
+    return torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt()
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """L with L Lᵀ = gram."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    singular = failed != 0
+    if bool(singular.any()):
+        values, vectors = torch.linalg.eigh(gram[singular])
+        factor[singular] = vectors * values.clamp_min(0.0).sqrt()[..., None, :]
+    return factor
 
 
 def _repair_cancellation(a: Tensor, b: Tensor, sigma: Tensor, product: Tensor) -> Tensor:

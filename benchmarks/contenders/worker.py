@@ -7,6 +7,7 @@ peak memory so far. An empty line is the end.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -78,11 +79,15 @@ def loop(model: torch.nn.Module, loss_of: Callable[..., torch.Tensor], shape: Sh
     return step
 
 
-def rankdecay(shape: Shape, compiled: bool = True) -> Step:
-    """This program's engine, as `pretrain train` runs it with `speed.compile`."""
+def rankdecay(shape: Shape, compiled: bool = True, grid: dict[str, int] | None = None) -> Step:
+    """This program's engine, as `pretrain train` runs it with `speed.compile`.
+
+    Args:
+        grid: as in a recipe; the last pipeline stage works on micro batches of one sequence.
+    """
     from pretrain.config import parse_config
     from pretrain.decay import plan_decay
-    from pretrain.engine import build_engine, whole_model
+    from pretrain.engine import build_engine, micro_batches, whole_model
     from pretrain.grid import build_grid, connect
     from pretrain.lean import load_libraries
     from pretrain.speed import keep_freed_memory
@@ -92,19 +97,29 @@ def rankdecay(shape: Shape, compiled: bool = True) -> Step:
         "model": {"dialect": "gpt2", "num_layers": shape.layers, "hidden_size": shape.hidden,
                   "num_attention_heads": shape.heads, "context": shape.context,
                   "vocabulary_size": shape.vocabulary},
-        "train": {"steps": 10_000, "global_batch": shape.batch},
+        "train": {"steps": 10_000, "global_batch": shape.batch,
+                  "micro_batch": 1 if (grid or {}).get("pipeline_parallel") else 0},
         "optimizer": {"learning_rate": shape.rate, "gradient_clipping": shape.clipping,
                       "weight_decay": {"default": shape.decay}},
         "speed": {"compile": compiled},
+        "grid": grid or {},
     }  # fmt: skip
     config = parse_config(values)
     where = connect()
     load_libraries()
-    grid = build_grid(config.grid, where)
-    plan = plan_decay(whole_model(config.model, 1), config.optimizer.weight_decay)
-    engine = build_engine(config, grid, plan)
-    data = tensors(shape)
-    count = 0
+    made = build_grid(config.grid, where)
+    plan = plan_decay(whole_model(config.model, made.tensor), config.optimizer.weight_decay)
+    engine = build_engine(config, made, plan)
+    micro, _ = micro_batches(config, made)
+    share = shape.batch // made.data
+    first = share * made.data_rank
+
+    def mine() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for inputs, labels in tensors(shape):
+            for at in range(first, first + share, micro):
+                yield inputs[at : at + micro], labels[at : at + micro]
+
+    data, count = mine(), 0
 
     def step() -> float:
         nonlocal count
@@ -118,6 +133,21 @@ def rankdecay(shape: Shape, compiled: bool = True) -> Step:
 def rankdecay_eager(shape: Shape) -> Step:
     """The same without the compiler, its default."""
     return rankdecay(shape, compiled=False)
+
+
+def tensor_parallel(shape: Shape) -> Step:
+    """On two processes, each with half of every layer."""
+    return rankdecay(shape, compiled=False, grid={"tensor_parallel": 2})
+
+
+def pipeline_parallel(shape: Shape) -> Step:
+    """On two processes, each with half of the layers."""
+    return rankdecay(shape, compiled=False, grid={"pipeline_parallel": 2})
+
+
+def data_parallel(shape: Shape) -> Step:
+    """On two processes, each with half of the batch."""
+    return rankdecay(shape, compiled=False, grid={"zero_stage": 1})
 
 
 def plain(shape: Shape, compiled: bool = True) -> Step:
@@ -216,8 +246,36 @@ def trainer_eager(shape: Shape) -> Step:
 CONTENDERS: dict[str, Callable[[Shape], Step]] = {
     "rankdecay": rankdecay, "rankdecay-eager": rankdecay_eager, "plain": plain,
     "plain-eager": plain_eager, "litgpt": litgpt, "trainer": trainer,
-    "trainer-eager": trainer_eager,
+    "trainer-eager": trainer_eager, "tensor-2": tensor_parallel, "pipeline-2": pipeline_parallel,
+    "data-2": data_parallel,
 }  # fmt: skip
+
+
+def requests() -> Iterator[int]:
+    """Step counts from standard input, told to every process of the contender."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield from (int(line) for line in sys.stdin if line.strip())
+        return
+    while True:
+        said = [sys.stdin.readline().strip() if dist.get_rank() == 0 else ""]
+        dist.broadcast_object_list(said, 0)
+        if not said[0]:
+            return
+        yield int(said[0])
+
+
+def peak_of_all() -> int:
+    """Peak memory of the process; of the fullest of several."""
+    import torch.distributed as dist
+
+    mine = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return mine
+    found: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return max(found)
 
 
 def main() -> None:
@@ -225,19 +283,19 @@ def main() -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # libraries may print
     step = CONTENDERS[sys.argv[1]](SHAPES[sys.argv[2]])
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        if not line.strip():
-            break
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        print("ready", file=answers, flush=True)
+    for count in requests():
         began, loss = time.monotonic(), float("nan")
-        for _ in range(int(line)):
+        for _ in range(count):
             loss = step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.monotonic() - began
-        on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        answer = {"seconds": seconds, "loss": loss, "peak": on_gpu or peak_resident()}
-        print(json.dumps(answer), file=answers, flush=True)
+        answer = {"seconds": seconds, "loss": loss, "peak": peak_of_all()}
+        if first:
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

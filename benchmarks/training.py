@@ -1,6 +1,6 @@
 """Training speed beside what one would use instead: the same model, by turns, in one run.
 
-    python benchmarks/training.py --shape 17m --out benchmarks/results/training-cpu.json
+    python benchmarks/training.py --out benchmarks/results/training-cpu.json
 
 Each contender is a process that keeps its model; by turns each makes some updates (A B C A B C ...)
 while the others wait. Told are medians of tokens a second with their quartiles, the share of the
@@ -29,7 +29,16 @@ from benchmarks.results_file import finish
 from launchers.local import torchrun
 
 WORKER = ROOT / "benchmarks/contenders/worker.py"
-DEFAULT = ("rankdecay", "plain", "plain-eager", "litgpt", "trainer", "trainer-eager")
+PEERS = ("plain", "litgpt", "trainer")
+EAGER = ("rankdecay-eager", "plain-eager", "trainer-eager")
+GRIDS = ("tensor-2", "pipeline-2", "data-2")
+MATCHES = {
+    "tiny": ("rankdecay", *PEERS, *EAGER),
+    "17m": ("rankdecay", *PEERS, *EAGER, *GRIDS),
+    "125m": ("rankdecay", *PEERS),  # their memory is held at the same time
+}
+STEPS = {"tiny": 4, "17m": 4, "125m": 1}
+"""Updates of a turn."""
 
 
 class Contender:
@@ -139,10 +148,10 @@ def print_table(result: dict[str, object]) -> None:
     own = rows.get("rankdecay", {}).get("tokens_per_second", 0.0)
     for name, row in rows.items():
         if "failed" in row:
-            print(f"{name:14} does not run here")
+            print(f"{name:15} does not run here")
             continue
         print(
-            f"{name:14} {row['tokens_per_second']:>10,.0f} tokens/s  "
+            f"{name:15} {row['tokens_per_second']:>10,.0f} tokens/s  "
             f"{row['quartiles'][0]:,.0f}-{row['quartiles'][1]:,.0f}  "
             f"{100 * row['share_of_product_rate']:5.1f} % of products  "
             f"{row['peak_bytes'] / 2**20:7,.0f} MiB  x{own / row['tokens_per_second']:.2f}"
@@ -152,15 +161,16 @@ def print_table(result: dict[str, object]) -> None:
 def main() -> None:
     """Measure and print; JSON with --out."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", nargs="+", default=["17m"], choices=sorted(SHAPES))
-    parser.add_argument("--contender", nargs="+", default=list(DEFAULT))
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--shape", nargs="+", default=list(MATCHES), choices=sorted(SHAPES))
+    parser.add_argument("--contender", nargs="+", help="default: those that fit the shape")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=0, help="updates of a turn")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results = []
     for shape in options.shape:
-        results.append(measure(shape, options.contender, options.turns, options.steps))
+        names = options.contender or list(MATCHES[shape])
+        results.append(measure(shape, names, options.turns, options.steps or STEPS[shape]))
         print_table(results[-1])
     finish({"results": results}, options.out, show=False)
 

@@ -8,8 +8,6 @@ the order does not depend on how many samples a run asks for.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import logging
 import sys
 import warnings
 from collections import OrderedDict
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.checksums import CheckedReader, read_checksums
+from data_pipeline.lean import import_lean
 from data_pipeline.manifest import Entry, Manifest
 from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.sources import DataError
@@ -28,21 +27,19 @@ from data_pipeline.sources import DataError
 
 @cache
 def index_classes() -> Any:
-    """Megatron's dataset classes, imported late (3 s) and without their warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        indexed = importlib.import_module("megatron.core.datasets.indexed_dataset")
-        gpt = importlib.import_module("megatron.core.datasets.gpt_dataset")
-        blended = importlib.import_module("megatron.core.datasets.blended_dataset")
-        utils = importlib.import_module("megatron.core.datasets.utils")
-        try:
-            importlib.import_module("megatron.core.datasets.helpers_cpp")
-        except ImportError:
-            raise DataError(
-                "megatron-core is installed without its compiled dataset helpers: install a C++ "
-                "compiler, then pip install --force-reinstall --no-deps megatron-core"
-            ) from None
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    """Megatron's dataset classes, imported late (1 s) and without their warnings."""
+    parts = ("indexed_dataset", "gpt_dataset", "blended_dataset", "utils", "helpers_cpp")
+    try:
+        indexed, gpt, blended, utils, _ = import_lean(
+            *(f"megatron.core.datasets.{part}" for part in parts)
+        )
+    except ModuleNotFoundError as error:
+        if error.name != "megatron.core.datasets.helpers_cpp":
+            raise
+        raise DataError(
+            "megatron-core is installed without its compiled dataset helpers: install a C++ "
+            "compiler, then pip install --force-reinstall --no-deps megatron-core"
+        ) from None
     return SimpleNamespace(
         writer=indexed._IndexWriter,
         IndexedDataset=indexed.IndexedDataset,

@@ -92,7 +92,7 @@ def train(
     from pretrain.grid import build_grid, check_grid, connect, disconnect, process_count
 
     check_grid(config.grid, process_count())
-    from pretrain.lean import load_libraries
+    from pretrain.libraries import load_libraries
     from pretrain.run import resolve_checkpoint
     from pretrain.speed import keep_freed_memory
     from pretrain.train import train as run_training

@@ -22,6 +22,10 @@ from pretrain.errors import UsageError
 from pretrain.grid import Grid
 
 
+_BUCKET = 500_000_000
+"""DeepSpeed's own default of the elements that it reduces at once."""
+
+
 def resolve_precision(precision: str, device: torch.device, zero_stage: int) -> str:
     """What ``auto`` means here: bf16 on GPUs and on CPUs that multiply it, fp32 elsewhere."""
     if precision != "auto":
@@ -36,8 +40,14 @@ def multiplies_bf16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in known)
 
 
-def deepspeed_settings(config: Config, grid: Grid, micro: int, count: int) -> dict[str, Any]:
+def deepspeed_settings(
+    config: Config, grid: Grid, micro: int, count: int, parameters: int
+) -> dict[str, Any]:
     """The DeepSpeed configuration that the recipe implies, with the raw block merged in.
+
+    Args:
+        micro, count: sequences of a micro batch, and micro batches of an update, of a rank.
+        parameters: how many this rank holds.
 
     Raises:
         UsageError: if a raw key contradicts the recipe.
@@ -54,6 +64,9 @@ def deepspeed_settings(config: Config, grid: Grid, micro: int, count: int) -> di
         "steps_per_print": 10**12,
     }
     raw = config.deepspeed
+    if "reduce_bucket_size" not in (raw.get("zero_optimization") or {}):
+        # It sets aside so many elements, its default 1 GB, however small the model is.
+        implied["zero_optimization"]["reduce_bucket_size"] = min(parameters, _BUCKET)
     for key in ("optimizer", "scheduler", "fp16", "amp", "curriculum_learning"):
         if key in raw:
             raise UsageError(

@@ -213,11 +213,12 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
         UsageError: if the batch cannot be divided or a raw DeepSpeed key contradicts the recipe.
     """
     micro, count = micro_batches(config, grid)
-    settings = deepspeed_settings(config, grid, micro, count)
     prepare_deepspeed()
     import deepspeed
 
     module = build_model(config, grid)
+    held = sum(parameter.numel() for parameter in module.parameters())
+    settings = deepspeed_settings(config, grid, micro, count, held)
     mark_for_norms(module, grid)
     control = DecayControl(config, plan)
     optimizer = build_optimizer(config.optimizer, optimizer_groups(module, plan))

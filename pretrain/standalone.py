@@ -15,7 +15,7 @@ from pretrain.engine import build_model
 from pretrain.errors import UsageError
 from pretrain.evaluate import score, summarize
 from pretrain.grid import build_grid, check_grid, connect, process_count
-from pretrain.lean import load_libraries
+from pretrain.libraries import load_libraries
 from pretrain.run import resolve_checkpoint, write_text
 from pretrain.speed import keep_freed_memory
 from pretrain.tasks import Task, Text, open_task

@@ -18,7 +18,7 @@ from pretrain.checkpoint import Checkpoint, load_into_engine
 from pretrain.config import Config, parse_config
 from pretrain.engine import build_engine
 from pretrain.grid import Grid, build_grid, connect, disconnect
-from pretrain.lean import load_libraries
+from pretrain.libraries import load_libraries
 from pretrain.loader import Loader
 from pretrain.train import prepare, train
 

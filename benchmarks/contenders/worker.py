@@ -89,7 +89,7 @@ def rankdecay(shape: Shape, compiled: bool = True, grid: dict[str, int] | None =
     from pretrain.decay import plan_decay
     from pretrain.engine import build_engine, micro_batches, whole_model
     from pretrain.grid import build_grid, connect
-    from pretrain.lean import load_libraries
+    from pretrain.libraries import load_libraries
     from pretrain.speed import keep_freed_memory
 
     keep_freed_memory(device())

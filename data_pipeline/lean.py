@@ -1,4 +1,9 @@
-"""Megatron-core and DeepSpeed without what is never asked of them: seconds less at each start."""
+"""Megatron-core and DeepSpeed without what is never asked of them: seconds less at each start.
+
+Both decorate kernels of theirs with ``torch.compile`` while they are imported, which loads the
+whole compiler, and Megatron's inference engine looks for W&B; none of these is used here. For the
+time of the import the decorator does nothing, and W&B seems not to be installed.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_PARTS = (
-    "megatron.core.tensor_parallel",
-    "megatron.core.datasets.gpt_dataset",
-    "deepspeed.runtime.zero.muon.original_muon",
-)
 
+def import_lean(*names: str) -> list[Any]:
+    """The modules of these names; the process must have chosen its device.
 
-def load_libraries() -> None:
-    """Import the parts that are used here, once, after the process has a device.
-
-    Both decorate kernels of theirs with ``torch.compile`` while they are imported, which loads the
-    whole compiler, and Megatron's inference engine looks for W&B; none of these is used here. For
-    the time of the import the decorator does nothing, and W&B seems not to be installed.
+    Raises:
+        ModuleNotFoundError: if there is none of a name.
     """
-    if "megatron.core" in sys.modules:
-        return
+    if all(name in sys.modules for name in names):
+        return [sys.modules[name] for name in names]
     for name in ("DeepSpeed", "deepspeed", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with (
@@ -37,9 +35,7 @@ def load_libraries() -> None:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        for part in _PARTS:
-            with contextlib.suppress(ModuleNotFoundError):  # of another version: as it is, then
-                importlib.import_module(part)
+        return [importlib.import_module(name) for name in names]
 
 
 @contextmanager

@@ -1,0 +1,20 @@
+"""The parts of Megatron-core and DeepSpeed that a run uses, loaded once."""
+
+from __future__ import annotations
+
+import contextlib
+
+from data_pipeline.lean import import_lean
+
+_PARTS = (
+    "megatron.core.tensor_parallel",
+    "megatron.core.datasets.gpt_dataset",
+    "deepspeed.runtime.zero.muon.original_muon",
+)
+
+
+def load_libraries() -> None:
+    """Import them, once the process has a device; those of another version come when needed."""
+    for part in _PARTS:
+        with contextlib.suppress(ModuleNotFoundError):
+            import_lean(part)

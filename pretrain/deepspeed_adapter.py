@@ -21,7 +21,6 @@ from pretrain.config import Config
 from pretrain.errors import UsageError
 from pretrain.grid import Grid
 
-
 _BUCKET = 500_000_000
 """DeepSpeed's own default of the elements that it reduces at once."""
 

@@ -1,32 +1,41 @@
 """How long one full measurement of a model's attention takes, and what the naive way costs.
 
-    python benchmarks/rank_statistics.py [--shape 125m] [--naive-heads 2] [--out FILE.json]
+    python benchmarks/rank_statistics.py [--shape 125m] [--out FILE.json]
 
-Contenders, on the same random matrices, interleaved A B A B: `product_statistics` (head x head
-matrices, float64) over every head; and the singular values of the dense width x width product,
-over a few heads, scaled up to all of them (it would take minutes to hours).
+Contenders, on random matrices of the same shape, interleaved A B C A B C: `product_statistics`
+(head x head matrices, float64) over every head; the singular values of the dense width x width
+product; and WeightWatcher's singular values of it, where that is installed. The last two on one
+head, scaled up to all of them (they would take minutes to hours). Then, in a training engine of
+125 M parameters: a measurement beside an update, and on two ranks of ZeRO-1 the bytes that it
+sends beside those of gathering the weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
-import os
-import platform
+import math
 import statistics
+import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
+from benchmarks.results_file import finish
+from launchers.local import start_environment, torchrun
 from pretrain.spectra import product_statistics
 
 SHAPES = {"125m": (12, 12, 768, 64), "1.3b": (24, 16, 2048, 128), "7b": (32, 32, 4096, 128)}
 """layers, heads, width, head width"""
+ROUNDS = {"125m": 5, "1.3b": 3, "7b": 2}
 
 
 def factor_space(layers: int, heads: int, width: int, head: int) -> float:
@@ -50,54 +59,99 @@ def generation(layers: int, heads: int, width: int, head: int) -> float:
     return time.perf_counter() - began
 
 
-def naive(width: int, head: int, count: int) -> float:
-    """Seconds per product by a dense SVD in float32."""
+def product(width: int, head: int) -> torch.Tensor:
+    """One dense product."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(count, width, head, generator=generator) for _ in range(2))
+    a, b = (torch.randn(width, head, generator=generator) for _ in range(2))
+    return a @ b.T
+
+
+def naive(width: int, head: int) -> float:
+    """Seconds per product by a dense SVD in float32."""
+    dense = product(width, head)
     began = time.perf_counter()
-    for left, right in zip(a, b, strict=True):
-        torch.linalg.svdvals(left @ right.T)
-    return (time.perf_counter() - began) / count
+    torch.linalg.svdvals(dense)
+    return time.perf_counter() - began
+
+
+def weightwatcher(width: int, head: int) -> float:
+    """Seconds per product by WeightWatcher's default SVD; NaN where it is not installed."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it says what it looks for
+            from weightwatcher.RMT_Util import svd_vals
+    except ImportError:
+        return math.nan
+    dense = product(width, head).numpy()
+    began = time.perf_counter()
+    svd_vals(dense)
+    return time.perf_counter() - began
+
+
+def measured(shape: str) -> dict[str, Any]:
+    """Medians per model and their ratios."""
+    layers, heads, width, head = SHAPES[shape]
+    products = 2 * layers * heads
+    ours, theirs, watched = [], [], []
+    for turn in range(ROUNDS[shape]):
+        total = factor_space(layers, heads, width, head)
+        ours.append(total - generation(layers, heads, width, head))
+        if turn == 0 or shape != "7b":  # ten seconds a product there
+            theirs.append(naive(width, head) * products)
+            watched.append(weightwatcher(width, head) * products)
+    mine = statistics.median(ours)
+    ratios = {name: statistics.median(found) / mine
+              for name, found in (("dense SVD", theirs), ("WeightWatcher", watched))}  # fmt: skip
+    print(
+        f"{shape}: {products} products in {mine:.2f} s ({min(ours):.2f}-{max(ours):.2f}); "
+        f"dense SVD {statistics.median(theirs):,.0f} s, x{ratios['dense SVD']:.0f}; "
+        f"WeightWatcher's {statistics.median(watched):,.0f} s, x{ratios['WeightWatcher']:.0f}"
+    )
+    return {
+        "products": products,
+        "seconds": ours,
+        "dense_svd_seconds_scaled": theirs,
+        "weightwatcher_seconds_scaled": watched,
+        "ratios": ratios,
+    }
+
+
+def in_training(shape: str) -> dict[str, Any]:
+    """Share of training time at every 100 steps, and bytes on two ranks."""
+    worker = str(ROOT / "benchmarks/contenders/probe_worker.py")
+    found = []
+    for processes in (1, 2):
+        start = [sys.executable] if processes == 1 else torchrun(processes)
+        done = subprocess.run(
+            [*start, worker, shape], env=start_environment(processes), capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    alone, spread = found
+    update, measurement = (
+        statistics.median(alone[f"{what}_seconds"]) for what in ("update", "measurement")
+    )
+    share = measurement / (100 * update + measurement)
+    moved = spread["bytes_sent_of_factors"] + spread["bytes_sent_of_results"]
+    print(
+        f"in training, {shape}: {measurement:.2f} s beside updates of {update:.2f} s: "
+        f"{100 * share:.2f} % at every 100; two ranks send {moved / 1e6:.2f} MB, "
+        f"{100 * moved / spread['gather_of_weights']:.2f} % of gathering the weights, "
+        f"{100 * moved / spread['gather_of_attention']:.2f} % of gathering attention's"
+    )
+    return {"shape": shape, "share_at_every_100": share, "alone": alone, "two_ranks": spread}
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, action="append")
-    parser.add_argument("--naive-heads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    results = {}
-    for name in options.shape or ["125m"]:
-        layers, heads, width, head = SHAPES[name]
-        ours, theirs = [], []
-        for _ in range(options.rounds):
-            total = factor_space(layers, heads, width, head)
-            ours.append(total - generation(layers, heads, width, head))
-            theirs.append(naive(width, head, options.naive_heads) * 2 * layers * heads)
-        ratio = [b / a for a, b in zip(ours, theirs, strict=True)]
-        results[name] = {
-            "products": 2 * layers * heads,
-            "seconds": ours,
-            "naive_seconds_scaled": theirs,
-            "ratio_median": statistics.median(ratio),
-        }
-        print(
-            f"{name}: {2 * layers * heads} products in {statistics.median(ours):.2f} s "
-            f"({min(ours):.2f}-{max(ours):.2f}); naive {statistics.median(theirs):.0f} s; "
-            f"{statistics.median(ratio):.0f}x"
-        )
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "results": results,
-    }
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    results = {name: measured(name) for name in options.shape}
+    training = in_training("125m")
+    finish({"results": results, "in_training": training}, options.out, show=False)
 
 
 if __name__ == "__main__":

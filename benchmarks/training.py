@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,8 +26,12 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.contenders.shapes import SHAPES, Shape
+from benchmarks.contenders.worker import recipe_values
 from benchmarks.results_file import finish
 from launchers.local import torchrun
+from pretrain.config import parse_config
+from pretrain.here import measure_here
+from pretrain.plan import choose, sizes_of
 
 WORKER = ROOT / "benchmarks/contenders/worker.py"
 PEERS = ("plain", "litgpt", "trainer")
@@ -35,7 +40,7 @@ GRIDS = ("tensor-2", "pipeline-2", "data-2")
 MATCHES = {
     "tiny": ("rankdecay", *PEERS, *EAGER),
     "17m": ("rankdecay", *PEERS, *EAGER, *GRIDS),
-    "125m": ("rankdecay", *PEERS),  # their memory is held at the same time
+    "125m": ("rankdecay", "rankdecay-eager", *PEERS),  # their memory is held at the same time
 }
 STEPS = {"tiny": 4, "17m": 4, "125m": 1}
 """Updates of a turn."""
@@ -130,12 +135,35 @@ def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[s
         }
     for one in contenders:
         one.close()
+    for name in set(rows) & set(GRID_OF):
+        rows[name]["plan"] = planned(shape, name, limit)
     return {
         "shape": {"name": shape_name, **shape.plain(), "parameters": shape.parameters},
         "type": "bf16 with fp32 masters" if half() else "fp32",
         "product_rate_gflops": round(limit / 1e9, 1),
         "contenders": rows,
     }
+
+
+GRID_OF = {  # tensor, pipeline, data
+    "rankdecay-eager": (1, 1, 1), "tensor-2": (2, 1, 1), "pipeline-2": (1, 2, 1),
+    "data-2": (1, 1, 2),
+}  # fmt: skip
+
+
+def planned(shape: Shape, name: str, rate: float) -> dict[str, float]:
+    """What `pretrain plan --gpu here` says of a contender of ours, with this run's product rate."""
+    tensor, pipeline, data = GRID_OF[name]
+    count = tensor * pipeline * data
+    config = parse_config(recipe_values(shape))
+    device = measure_here(count)
+    shared = 1 if torch.cuda.is_available() else count
+    device = replace(device, tflops=rate / shared / 1e12)
+    micro = 1 if pipeline > 1 else shape.batch // data
+    choice = choose(sizes_of(config), config, device, tensor, pipeline, data, 1, micro, False)
+    tokens = shape.batch * shape.context
+    return {"tokens_per_second": tokens / choice.seconds["step"], "peak_bytes": choice.total,
+            "parts": choice.memory, "seconds": choice.seconds}  # type: ignore[dict-item]  # fmt: skip
 
 
 def print_table(result: dict[str, object]) -> None:
@@ -156,6 +184,15 @@ def print_table(result: dict[str, object]) -> None:
             f"{100 * row['share_of_product_rate']:5.1f} % of products  "
             f"{row['peak_bytes'] / 2**20:7,.0f} MiB  x{own / row['tokens_per_second']:.2f}"
         )
+    for name, row in rows.items():
+        plan = row.get("plan")
+        if plan:
+            print(
+                f"plan of {name:15} {plan['tokens_per_second']:8,.0f} tokens/s "
+                f"({plan['tokens_per_second'] / row['tokens_per_second'] - 1:+.0%}), "
+                f"{plan['peak_bytes'] / 2**20:6,.0f} MiB "
+                f"({plan['peak_bytes'] / row['peak_bytes'] - 1:+.0%})"
+            )
 
 
 def main() -> None:

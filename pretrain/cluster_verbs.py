@@ -101,7 +101,7 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many.")] = 8,
     gpu: Annotated[
-        str, typer.Option(help="a100, a100-40, h100, h200, b200, l40s, mi300x.")
+        str, typer.Option(help="a100, a100-40, h100, h200, b200, l40s, mi300x; here: measured.")
     ] = "h100",
     show: Annotated[int, typer.Option("--show", min=1, help="Grids in the table.")] = 8,
     json: Json = False,

@@ -13,6 +13,8 @@ from pretrain.decay import DecayGroup
 from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.errors import UsageError
 from pretrain.grid import process_count
+from pretrain.plan import Layout, memory_of, sizes_of
+from pretrain.speed import loss_mib
 from pretrain.tracking import show_table
 from pretrain.train import Setup, prepare
 
@@ -93,7 +95,7 @@ def describe(setup: Setup) -> dict[str, Any]:
             "zero_stage": grid.zero_stage,
         },
         "precision": precision,
-        "memory_gib": memory(setup, data, precision),
+        "memory_gib": memory(setup, data, precision, device),
         "steps": config.train.steps,
         "tokens_per_step": tokens,
         "tokens": tokens * config.train.steps,
@@ -111,31 +113,21 @@ def _exposure(control: DecayControl, group: DecayGroup, config: Config) -> float
     return total
 
 
-def memory(setup: Setup, data: int, precision: str) -> dict[str, float]:
-    """GiB per rank by part, estimated.
-
-    Weights, gradients and Adam's state by their sizes and what ZeRO shards; activations after
-    Korthikanti et al. 2022: s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bit without the attention
-    matrix that SDPA does not store; logits and their gradient in fp32.
-    """
+def memory(setup: Setup, data: int, precision: str, device: torch.device) -> dict[str, float]:
+    """GiB per rank by part, estimated as `pretrain plan` does."""
     config, grid = setup.config, setup.config.grid
-    model = config.model
-    ranks = grid.tensor_parallel * grid.pipeline_parallel
-    count = sum(group.numel for group in setup.plan.groups) / ranks
-    width = 2 if precision == "bf16" else 4
-    masters = 4 if (precision == "bf16" or grid.zero_stage > 0) else 0
-    micro = config.train.micro_batch or config.train.global_batch // data
-    flight = min(grid.pipeline_parallel, max(1, config.train.global_batch // data // micro))
-    area = model.context * micro * model.hidden_size * width / 2
-    per_layer = area * (2 if grid.activation_checkpointing else 34)
-    share = grid.tensor_parallel
-    vocabulary = model.padded_vocabulary(grid.tensor_parallel) / grid.tensor_parallel
-    parts = {
-        "weights": count * width / (data if grid.zero_stage == 3 else 1),
-        "gradients": count * width / (data if grid.zero_stage >= 2 else 1),
-        "optimizer": count * (8 + masters) / (data if grid.zero_stage >= 1 else 1),
-        "activations": per_layer * model.num_layers / grid.pipeline_parallel / share * flight,
-        "logits": 2 * 4 * model.context * micro * vocabulary,
-    }
-    parts = {name: value / 2**30 for name, value in parts.items()}
+    share = config.train.global_batch // data
+    micro = config.train.micro_batch or share
+    on = Layout(
+        width=2 if precision == "bf16" else 4,
+        tensor=grid.tensor_parallel,
+        pipeline=grid.pipeline_parallel,
+        data=data,
+        stage=grid.zero_stage,
+        micro=micro,
+        count=max(1, share // micro),
+        recompute=grid.activation_checkpointing,
+        loss_bytes=loss_mib(config, device) << 20,
+    )
+    parts = {name: value / 2**30 for name, value in memory_of(sizes_of(config), on).items()}
     return {**parts, "total": sum(parts.values())}

@@ -1,9 +1,9 @@
 """`pretrain plan`: which grid to ask for, before any machine is: memory, traffic, bubble, time.
 
-Every number is a formula of the recipe's shapes and the machine's published rates; none is fitted
-to a run. Sources: activations, Korthikanti et al. 2022, for what these layers keep; traffic of
-ZeRO, Rajbhandari et al. 2020; the bubble, (p - 1)/m, Narayanan et al. 2021; rings, Thakur et al.
-2005.
+Every number is a formula of the recipe's shapes and the machine's rates: published ones, or those
+that `pretrain.here` measures of the machine at hand; none is fitted to a run. Sources:
+activations, Korthikanti et al. 2022, for what these layers keep; traffic of ZeRO, Rajbhandari et
+al. 2020; the bubble, (p - 1)/m, Narayanan et al. 2021; rings, Thakur et al. 2005.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ class Device:
     per_node: int = 8
     width: int = 2
     """Bytes of a number in products: bf16."""
+    efficiency: float = 0.70
+    """Share of the rate that the products of a step reach."""
+    base: float = 0.0
+    """Bytes that a process takes before it has a model."""
+    loss_mib: int = 512
+    """Float32 logits at once, where the recipe leaves it open."""
+    cores: int = 0
+    """1: a CPU, where every pass over memory is work too, and reductions are not hidden."""
 
 
 DEVICES = {
@@ -45,8 +53,6 @@ DEVICES = {
     "l40s": Device("l40s", 362, 48, 864, 32, 12.5),
     "mi300x": Device("mi300x", 1307, 192, 5300, 448, 50),
 }
-_EFFICIENCY = 0.70
-"""Share of the published rate that large products reach."""
 _LINK = 0.80
 """Share of a link's rate that a ring of large messages reaches."""
 _OVERLAP = 0.5
@@ -219,7 +225,12 @@ def choose(
 ) -> Choice:  # fmt: skip
     """What one grid costs."""
     count = config.train.global_batch // data // micro
-    memory = memory_of(sizes, device.width, tensor, pipeline, data, stage, micro, count, recompute)
+    loss_mib = config.speed.loss_mib or device.loss_mib
+    memory = memory_of(
+        sizes,
+        Layout(device.width, tensor, pipeline, data, stage, micro, count, recompute,
+               loss_mib << 20, device.base),
+    )  # fmt: skip
     bubble = (pipeline - 1) / (count + pipeline - 1)
     traffic = _traffic(sizes, device.width, tensor, pipeline, data, stage, micro, count, recompute)
     seconds = _seconds(
@@ -234,36 +245,63 @@ def choose(
     )
 
 
-def memory_of(
-    sizes: Sizes, width: int, tensor: int, pipeline: int, data: int, stage: int, micro: int,
-    count: int, recompute: bool,
-) -> dict[str, float]:  # fmt: skip
-    """Bytes on the fullest rank, by part.
+@dataclass(frozen=True)
+class Layout:
+    """How a model lies on a rank."""
 
-    Args:
-        width: bytes of a number in products; masters and moments are float32.
-        count: micro batches of a rank in a step.
+    width: int
+    """Bytes of a number in products; masters and moments are float32."""
+    tensor: int
+    pipeline: int
+    data: int
+    stage: int
+    micro: int
+    count: int
+    """Micro batches of a rank in a step."""
+    recompute: bool
+    loss_bytes: float = 512 << 20
+    """Of float32 logits at once."""
+    base: float = 0.0
+
+
+def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
+    """Bytes on the fullest rank, by part, at the moment when they are most.
+
+    That is either the end of a forward pass, with what it keeps and the loss, or the update, with
+    DeepSpeed's copies of the gradient: as they come, in its bucket, and in float32.
     """
     # The first stage has the embedding, the last the head; a tied one is on both.
-    ends = sizes.ends if pipeline == 1 or sizes.tied else sizes.ends / 2
-    local = (sizes.block() * sizes.stage(pipeline) + ends) / tensor
-    masters = 4 if width == 2 or stage else 0
-    flight = min(pipeline, count)
-    layers = sizes.stage(pipeline)
-    tokens = sizes.context * micro
-    vocabulary = sizes.vocabulary / tensor
-    kept = tokens * sizes.hidden * width if recompute else _kept(sizes, width, tensor, tokens)
-    return {
-        "weights": local * width / (data if stage == 3 else 1),
-        "gradients": local * width / (data if stage >= 2 else 1),
-        "optimizer": local * (8 + masters) / (data if stage else 1),
-        "activations": kept * layers * flight,
-        # One layer's at work: its own, and the gradients that flow through it.
-        "work": 1.5 * _kept(sizes, width, tensor, tokens),
-        # Logits, their exponentials in float32, and the gradient.
-        "logits": tokens * vocabulary * (width + 4 + 4) if sizes.vocabulary else 0.0,
-        "buffers": 2 * 4 * min(local, 5e8 / 4) if data > 1 else 0.0,
+    ends = sizes.ends if on.pipeline == 1 or sizes.tied else sizes.ends / 2
+    local = (sizes.block() * sizes.stage(on.pipeline) + ends) / on.tensor
+    masters = 4 if on.width == 2 or on.stage else 0
+    tokens, vocabulary = sizes.context * on.micro, sizes.vocabulary / on.tensor
+    rows = min(tokens, max(256, on.loss_bytes / 4 / max(1.0, vocabulary)))
+    kept = _kept(sizes, on.width, on.tensor, tokens)
+    held = tokens * sizes.hidden * on.width if on.recompute else kept
+    flight = min(on.pipeline, on.count)
+    gradients = local * on.width / (on.data if on.stage >= 2 else 1)
+    several = on.count > 1  # they wait for the next micro batch
+    # Some logits as they come, in float32 and as their gradient; the gradient of the head.
+    loss = rows * vocabulary * (2 * on.width + 4) if sizes.vocabulary else 0.0
+    loss += vocabulary * sizes.hidden * (on.width + (4 if rows < tokens else 0))
+    always = {
+        "libraries": on.base,
+        "weights": local * on.width / (on.data if on.stage == 3 else 1),
+        "optimizer": local * (8 + masters) / (on.data if on.stage else 1),
     }
+    forward = {
+        "gradients": gradients if several else 0.0,
+        "activations": held * sizes.stage(on.pipeline) * flight,
+        # One layer's at work: its own, and the gradients that flow through it.
+        "work": 1.5 * kept,
+        "loss": loss,
+    }
+    update = {
+        "gradients": gradients,
+        "bucket": min(local, 5e8) * on.width if on.stage else 0.0,
+        "float32 gradients": 4 * local / on.data if on.stage and on.width == 2 else 0.0,
+    }
+    return always | max(forward, update, key=lambda parts: sum(parts.values()))
 
 
 def _kept(sizes: Sizes, width: int, tensor: int, tokens: float) -> float:
@@ -300,7 +338,7 @@ def _seconds(
     tokens = config.train.global_batch * sizes.context
     again = 4 / 3 if recompute else 1.0
     uneven = sizes.stage(pipeline) * pipeline / sizes.layers  # the fullest stage sets the pace
-    rate = world * device.tflops * 1e12 * _EFFICIENCY
+    rate = world * device.tflops * 1e12 * device.efficiency
     products = again * uneven * sizes.flops(tokens) / rate
     local = (sizes.block() * sizes.stage(pipeline) + sizes.ends) / tensor
     # What is not a product is bound by memory: norms, activations and residuals are read and

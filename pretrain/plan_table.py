@@ -12,6 +12,10 @@ _CAUTION = (
     "from published rates (70 % of the peak in products, 80 % of the links), not from a measured "
     "run on this device: time a few steps before you order a week"
 )
+_HERE = (
+    "from the rates of this machine, measured now; more processes than it has seen are "
+    "extrapolated as if they shared its links"
+)
 
 
 def plan(config: Config, device: str, count: int, limit: int, as_json: bool) -> None:
@@ -20,15 +24,22 @@ def plan(config: Config, device: str, count: int, limit: int, as_json: bool) -> 
     Raises:
         UsageError: for an unknown device, or a batch that no grid can share.
     """
-    if device not in DEVICES:
-        raise UsageError(f"--gpu: {device!r} is none of {', '.join(DEVICES)}")
-    sizes, machine = sizes_of(config), DEVICES[device]
+    if device not in DEVICES and device != "here":
+        raise UsageError(f"--gpu: {device!r} is none of {', '.join(DEVICES)}, here")
+    sizes = sizes_of(config)
+    if device == "here":
+        from pretrain.here import measure_here
+
+        machine, note = measure_here(count), _HERE
+    else:
+        machine, note = DEVICES[device], _CAUTION
     found = rank(sizes, config, machine, count, limit)
     if as_json:
-        print(json.dumps({"device": device, "gpus": count, "note": _CAUTION,
+        print(json.dumps({"device": device, "gpus": count, "note": note,
                           "grids": [one.plain() for one in found]}))  # fmt: skip
         return
     _print(config, sizes, machine, count, found)
+    print(f"note: {note}")
 
 
 def _print(config: Config, sizes: Sizes, device: Device, count: int, found: list[Choice]) -> None:
@@ -67,4 +78,3 @@ def _print(config: Config, sizes: Sizes, device: Device, count: int, found: list
     if best.recompute:
         words.append("grid.activation_checkpointing=true")
     print(f"train it: pretrain train RECIPE {' '.join(words)}")
-    print(f"note: {_CAUTION}")

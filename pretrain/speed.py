@@ -31,9 +31,14 @@ def choose_kernels(config: Config, grid: Grid) -> Kernels:
     return Kernels(
         recompute=config.grid.activation_checkpointing,
         attention=attention,
-        loss_bytes=(speed.loss_mib or _LOSS_MIB[grid.device.type]) << 20,
+        loss_bytes=loss_mib(config, grid.device) << 20,
         compiled=speed.compile,
     )
+
+
+def loss_mib(config: Config, device: torch.device) -> int:
+    """MiB of float32 logits that the loss holds at once."""
+    return config.speed.loss_mib or _LOSS_MIB[device.type]
 
 
 def keep_freed_memory(device: torch.device) -> None:

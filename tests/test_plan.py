@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import Config, parse_config
-from pretrain.plan import DEVICES, choose, memory_of, rank, sizes_of
+from pretrain.plan import DEVICES, Layout, choose, memory_of, rank, sizes_of
 from tests.tools import ROOT, run
 
 SHAPE = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 8, "context": 128,
@@ -29,19 +29,29 @@ def test_sizes_are_the_models() -> None:
     assert sizes.flops(tokens) == tokens * (6 * matrices + 6 * 4 * 256 * 128)
 
 
+def layout(**more: float) -> Layout:
+    values = {"width": 2, "tensor": 1, "pipeline": 1, "data": 1, "stage": 1, "micro": 4,
+              "count": 1, "recompute": False}  # fmt: skip
+    return Layout(**(values | more))  # type: ignore[arg-type]
+
+
 def test_memory_of_weights_and_states() -> None:
     """2 + 2 + 12 bytes a parameter in bf16; each ZeRO stage shards one more part."""
     sizes = sizes_of(config_of())
     count = sizes.parameters + sizes.ends
-    whole = memory_of(sizes, 2, 1, 1, 1, 1, 4, 4, False)
     parts = ("weights", "gradients", "optimizer")
+    whole = memory_of(sizes, layout(count=4))  # gradients wait for the other micro batches
     assert sum(whole[name] for name in parts) == 16 * count
     for stage, expected in ((1, (2, 2, 12 / 4)), (2, (2, 0.5, 3)), (3, (0.5, 0.5, 3))):
-        found = memory_of(sizes, 2, 1, 1, 4, stage, 4, 1, False)
+        found = memory_of(sizes, layout(data=4, stage=stage, count=4))
         assert [found[name] for name in parts] == [count * one for one in expected]
-    halved = memory_of(sizes, 2, 2, 1, 1, 1, 4, 4, False)
-    assert halved["weights"] == whole["weights"] / 2 and halved["logits"] == whole["logits"] / 2
-    assert memory_of(sizes, 2, 1, 1, 1, 1, 4, 4, True)["activations"] < whole["activations"] / 10
+    halved = memory_of(sizes, layout(tensor=2, count=4))
+    assert halved["weights"] == whole["weights"] / 2 and halved["loss"] < whole["loss"]
+    again = memory_of(sizes, layout(count=4, recompute=True))
+    assert again["activations"] < whole["activations"] / 10
+    # With hardly an activation the update is the fullest moment: bucket and float32 gradients.
+    update = memory_of(sizes, layout(micro=1, recompute=True))
+    assert sum(update.values()) == (14 + 2 + 2 + 4) * count
 
 
 def test_grids_are_ranked() -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -79,8 +80,32 @@ def loop(model: torch.nn.Module, loss_of: Callable[..., torch.Tensor], shape: Sh
     return step
 
 
+def recipe_values(
+    shape: Shape, compiled: bool = False, grid: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """The recipe of a shape."""
+    return {
+        "model": {"dialect": "gpt2", "num_layers": shape.layers, "hidden_size": shape.hidden,
+                  "num_attention_heads": shape.heads, "context": shape.context,
+                  "vocabulary_size": shape.vocabulary},
+        "train": {"steps": 10_000, "global_batch": shape.batch,
+                  "micro_batch": 1 if (grid or {}).get("pipeline_parallel") else 0},
+        "optimizer": {"learning_rate": shape.rate, "gradient_clipping": shape.clipping,
+                      "weight_decay": {"default": shape.decay}},
+        "speed": {"compile": compiled},
+        "grid": grid or {},
+    }  # fmt: skip
+
+
 def rankdecay(shape: Shape, compiled: bool = True, grid: dict[str, int] | None = None) -> Step:
-    """This program's engine, as `pretrain train` runs it with `speed.compile`.
+    """This program, as `pretrain train` runs it with `speed.compile`."""
+    return rankdecay_engine(shape, compiled, grid)[1]
+
+
+def rankdecay_engine(
+    shape: Shape, compiled: bool = True, grid: dict[str, int] | None = None
+) -> tuple[Any, Step]:
+    """Its engine, and what makes an update.
 
     Args:
         grid: as in a recipe; the last pipeline stage works on micro batches of one sequence.
@@ -93,17 +118,7 @@ def rankdecay(shape: Shape, compiled: bool = True, grid: dict[str, int] | None =
     from pretrain.speed import keep_freed_memory
 
     keep_freed_memory(device())
-    values = {
-        "model": {"dialect": "gpt2", "num_layers": shape.layers, "hidden_size": shape.hidden,
-                  "num_attention_heads": shape.heads, "context": shape.context,
-                  "vocabulary_size": shape.vocabulary},
-        "train": {"steps": 10_000, "global_batch": shape.batch,
-                  "micro_batch": 1 if (grid or {}).get("pipeline_parallel") else 0},
-        "optimizer": {"learning_rate": shape.rate, "gradient_clipping": shape.clipping,
-                      "weight_decay": {"default": shape.decay}},
-        "speed": {"compile": compiled},
-        "grid": grid or {},
-    }  # fmt: skip
+    values = recipe_values(shape, compiled, grid)
     config = parse_config(values)
     where = connect()
     load_libraries()
@@ -127,7 +142,7 @@ def rankdecay(shape: Shape, compiled: bool = True, grid: dict[str, int] | None =
         count += 1
         return engine.train_step(data)
 
-    return step
+    return engine, step
 
 
 def rankdecay_eager(shape: Shape) -> Step:

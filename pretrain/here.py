@@ -1,0 +1,132 @@
+"""This machine as a device of `pretrain plan`: its rates measured, in seconds.
+
+A process of a run has a share of the CPU's cores, or a GPU of its own. Measured are a matrix
+product, an elementwise pass over more than a cache holds, and, for several processes, a ring
+reduction between two of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from pretrain.deepspeed_adapter import multiplies_bf16
+from pretrain.plan import Device
+
+_SECONDS = 0.5
+"""Of each measurement; the best of as many tries as fit."""
+_LIBRARIES = 0.32e9
+"""Bytes of a process of ours on a CPU before its model: Python, PyTorch, DeepSpeed, Megatron."""
+
+
+def measure_here(processes: int) -> Device:
+    """What one of ``processes`` processes has of this machine."""
+    on_gpu = torch.cuda.is_available()
+    shared = 1 if on_gpu else processes
+    width = 2 if on_gpu or multiplies_bf16() else 4
+    rate, bandwidth = product_rate(width), elementwise_rate(width)
+    link = link_rate() if processes > 1 else 1e12
+    return Device(
+        name="here",
+        tflops=rate / shared / 1e12,
+        memory=_memory() / shared / 1e9,
+        bandwidth=bandwidth / shared / 1e9,
+        node_link=link / 1e9,
+        network=link / 1e9,
+        per_node=torch.cuda.device_count() if on_gpu else processes,
+        width=width,
+        efficiency=0.9,
+        base=0.0 if on_gpu else _LIBRARIES,
+        loss_mib=512 if on_gpu else 32,
+        cores=0 if on_gpu else 1,
+    )
+
+
+def product_rate(width: int) -> float:
+    """Flops a second of a square matrix product, in bf16 (2 bytes) or float32 (4)."""
+    size = 8192 if torch.cuda.is_available() else 1536
+    a, b = _values(size, size, width=width), _values(size, size, width=width)
+    return 2.0 * size**3 / _best(lambda: a @ b)
+
+
+def elementwise_rate(width: int) -> float:
+    """Bytes a second that a GELU reads and writes."""
+    size = 8192 if torch.cuda.is_available() else 1536
+    x = _values(4 * size, size, width=width)
+    seconds = _best(lambda: torch.nn.functional.gelu(x, approximate="tanh"))
+    return 2.0 * x.numel() * width / seconds
+
+
+def link_rate() -> float:
+    """Bytes a second that each of two processes here sends in a reduction of 4 MB."""
+    from launchers.local import start_environment, torchrun
+
+    words = [*torchrun(2), "-m", "pretrain.here"]
+    done = subprocess.run(
+        words, env=start_environment(2), capture_output=True, text=True, timeout=120, check=True
+    )
+    return float(done.stdout.split()[-1])
+
+
+def _values(*shape: int, width: int) -> torch.Tensor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.randn(*shape, device=device, dtype=torch.bfloat16 if width == 2 else torch.float32)
+
+
+def _best(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of many tries."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    once()
+    found, stop = [once()], time.perf_counter() + _SECONDS
+    while time.perf_counter() < stop:
+        found.append(once())
+    return min(found)
+
+
+def _memory() -> int:
+    """Bytes of the GPU, or of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _reduce() -> None:
+    """What each of two processes does for `link_rate`; the first prints the rate."""
+    import torch.distributed as dist
+
+    from pretrain.grid import connect
+
+    device = connect()
+    values = torch.ones(1 << 20, device=device)
+
+    def together() -> float:
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(4):
+            dist.all_reduce(values)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / 4
+
+    together()
+    seconds = min(together() for _ in range(8))
+    if dist.get_rank() == 0:
+        print(values.numel() * values.element_size() / seconds)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _reduce()
+    sys.exit(0)

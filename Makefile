@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS := $(VENV)/.installed-tests
+PEERS := .venv-bench/.installed
 
 .PHONY: setup demo test faults bench lint study clean
 
@@ -34,10 +35,21 @@ faults: $(TESTS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/test_launch.py \
 	  --long --faults faults.json
 
-# Training beside its peers; quiet cores please.
-bench: $(TESTS)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
-	$(BIN)/python benchmarks/training.py --shape 17m
+# Training, statistics, data and waiting times beside the peers; half an hour, quiet cores please.
+# In an environment of its own: the peers want other versions of what the product uses.
+RESULTS ?= bench
+bench: $(PEERS)
+	@mkdir -p $(RESULTS)
+	.venv-bench/bin/python benchmarks/training.py --out $(RESULTS)/training.json
+	.venv-bench/bin/python benchmarks/rank_statistics.py --out $(RESULTS)/rank_statistics.json
+	.venv-bench/bin/python benchmarks/data.py --out $(RESULTS)/data.json
+	.venv-bench/bin/python benchmarks/latency.py --out $(RESULTS)/latency.json
+
+$(PEERS): pyproject.toml
+	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@echo "installing the peers into .venv-bench ..."
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@touch $(PEERS)
 
 lint: $(TESTS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'

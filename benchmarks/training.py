@@ -49,13 +49,19 @@ STEPS = {"tiny": 4, "17m": 4, "125m": 1}
 class Contender:
     """A worker process and what it answered."""
 
-    def __init__(self, name: str, shape: str) -> None:
+    def __init__(self, name: str, shape: str, cores: int = 0) -> None:
+        """
+        Args:
+            cores: threads of each process; 0: all, or shared out among several processes.
+        """
         self.name = name
         self.rates: list[float] = []
         self.peak, self.loss = 0, float("nan")
         processes = 2 if name.endswith("-2") else 1
         start = [sys.executable] if processes == 1 else torchrun(processes)
-        threads = {} if processes == 1 else {"OMP_NUM_THREADS": str((os.cpu_count() or 2) // 2)}
+        if processes > 1:
+            cores = (os.cpu_count() or 2) // processes
+        threads = {"OMP_NUM_THREADS": str(cores)} if cores else {}
         self._process = subprocess.Popen(
             [*start, str(WORKER), name, shape],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,

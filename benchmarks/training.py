@@ -215,7 +215,7 @@ def main() -> None:
         names = options.contender or list(MATCHES[shape])
         results.append(measure(shape, names, options.turns, options.steps or STEPS[shape]))
         print_table(results[-1])
-    finish({"results": results}, options.out, show=False)
+        finish({"results": results}, options.out, show=False)  # what there is, should it be stopped
 
 
 if __name__ == "__main__":

@@ -20,8 +20,12 @@ from pretrain.plan import Device
 
 _SECONDS = 0.5
 """Of each measurement; the best of as many tries as fit."""
-_LIBRARIES = 0.32e9
-"""Bytes of a process of ours on a CPU before its model: Python, PyTorch, DeepSpeed, Megatron."""
+_LIBRARIES = 0.42e9
+"""Bytes of a process of ours on a CPU beside its model: Python, PyTorch, DeepSpeed, Megatron, and
+what their first update adds."""
+_SLACK = 0.25
+"""What glibc's allocator keeps beside what is used, as a share of it. These two are the numbers of
+the plan that were chosen to fit runs: six, of 7 to 125 M parameters (docs/performance.md)."""
 
 
 def measure_here(processes: int) -> Device:
@@ -43,7 +47,7 @@ def measure_here(processes: int) -> Device:
         efficiency=0.9,
         base=0.0 if on_gpu else _LIBRARIES,
         loss_mib=512 if on_gpu else 32,
-        cores=0 if on_gpu else 1,
+        slack=0.0 if on_gpu else _SLACK,
     )
 
 
@@ -55,11 +59,16 @@ def product_rate(width: int) -> float:
 
 
 def elementwise_rate(width: int) -> float:
-    """Bytes a second that a GELU reads and writes."""
+    """Bytes a second that what lies between products reads and writes: GELU, norm and sum."""
     size = 8192 if torch.cuda.is_available() else 1536
     x = _values(4 * size, size, width=width)
-    seconds = _best(lambda: torch.nn.functional.gelu(x, approximate="tanh"))
-    return 2.0 * x.numel() * width / seconds
+
+    def passes() -> None:
+        torch.nn.functional.gelu(x, approximate="tanh")
+        torch.nn.functional.layer_norm(x, x.shape[1:])
+        x + x
+
+    return 6.0 * x.numel() * width / _best(passes)
 
 
 def link_rate() -> float:

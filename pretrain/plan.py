@@ -1,7 +1,8 @@
 """`pretrain plan`: which grid to ask for, before any machine is: memory, traffic, bubble, time.
 
 Every number is a formula of the recipe's shapes and the machine's rates: published ones, or those
-that `pretrain.here` measures of the machine at hand; none is fitted to a run. Sources:
+that `pretrain.here` measures of the machine at hand (only the allocator of a CPU is fitted to
+runs). Sources:
 activations, Korthikanti et al. 2022, for what these layers keep; traffic of ZeRO, Rajbhandari et
 al. 2020; the bubble, (p - 1)/m, Narayanan et al. 2021; rings, Thakur et al. 2005.
 """
@@ -40,8 +41,8 @@ class Device:
     """Bytes that a process takes before it has a model."""
     loss_mib: int = 512
     """Float32 logits at once, where the recipe leaves it open."""
-    cores: int = 0
-    """1: a CPU, where every pass over memory is work too, and reductions are not hidden."""
+    slack: float = 0.0
+    """What the allocator keeps beside what is used, as a share of it."""
 
 
 DEVICES = {
@@ -229,7 +230,7 @@ def choose(
     memory = memory_of(
         sizes,
         Layout(device.width, tensor, pipeline, data, stage, micro, count, recompute,
-               loss_mib << 20, device.base),
+               loss_mib << 20, device.base, device.slack),
     )  # fmt: skip
     bubble = (pipeline - 1) / (count + pipeline - 1)
     traffic = _traffic(sizes, device.width, tensor, pipeline, data, stage, micro, count, recompute)
@@ -262,6 +263,8 @@ class Layout:
     loss_bytes: float = 512 << 20
     """Of float32 logits at once."""
     base: float = 0.0
+    slack: float = 0.0
+    """As of a `Device`."""
 
 
 def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
@@ -301,7 +304,8 @@ def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
         "bucket": min(local, 5e8) * on.width if on.stage else 0.0,
         "float32 gradients": 4 * local / on.data if on.stage and on.width == 2 else 0.0,
     }
-    return always | max(forward, update, key=lambda parts: sum(parts.values()))
+    found = always | max(forward, update, key=lambda parts: sum(parts.values()))
+    return found | {"allocator": on.slack * (sum(found.values()) - on.base)}
 
 
 def _kept(sizes: Sizes, width: int, tensor: int, tokens: float) -> float:
@@ -337,7 +341,9 @@ def _seconds(
     world = tensor * pipeline * data
     tokens = config.train.global_batch * sizes.context
     again = 4 / 3 if recompute else 1.0
-    uneven = sizes.stage(pipeline) * pipeline / sizes.layers  # the fullest stage sets the pace
+    # The fullest stage sets the pace: the last one has the head, too.
+    fullest = sizes.block() * sizes.stage(pipeline) + sizes.vocabulary * sizes.hidden
+    uneven = fullest * pipeline / sizes.matrices if pipeline > 1 else 1.0
     rate = world * device.tflops * 1e12 * device.efficiency
     products = again * uneven * sizes.flops(tokens) / rate
     local = (sizes.block() * sizes.stage(pipeline) + sizes.ends) / tensor

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pretrain.config import Config, parse_config
+from pretrain.here import measure_here
 from pretrain.plan import DEVICES, Layout, choose, memory_of, rank, sizes_of
 from tests.tools import ROOT, run
 
@@ -45,10 +47,11 @@ def test_memory_of_weights_and_states() -> None:
     for stage, expected in ((1, (2, 2, 12 / 4)), (2, (2, 0.5, 3)), (3, (0.5, 0.5, 3))):
         found = memory_of(sizes, layout(data=4, stage=stage, count=4))
         assert [found[name] for name in parts] == [count * one for one in expected]
-    halved = memory_of(sizes, layout(tensor=2, count=4))
-    assert halved["weights"] == whole["weights"] / 2 and halved["loss"] < whole["loss"]
-    again = memory_of(sizes, layout(count=4, recompute=True))
-    assert again["activations"] < whole["activations"] / 10
+    large = memory_of(sizes, layout(micro=512))  # activations are the most then
+    halved = memory_of(sizes, layout(micro=512, tensor=2))
+    assert halved["weights"] == large["weights"] / 2 and halved["loss"] < large["loss"]
+    again = memory_of(sizes, layout(micro=512, recompute=True))
+    assert again["activations"] < large["activations"] / 10
     # With hardly an activation the update is the fullest moment: bucket and float32 gradients.
     update = memory_of(sizes, layout(micro=1, recompute=True))
     assert sum(update.values()) == (14 + 2 + 2 + 4) * count
@@ -75,6 +78,25 @@ def test_a_model_that_needs_more_than_one_device() -> None:
     best = rank(sizes, big, DEVICES["h100"], 16)[0]
     assert best.fits and best.total < 80e9
     assert best.tensor * best.pipeline > 1 or best.zero_stage == 3
+
+
+@pytest.mark.slow
+def test_this_machine_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes share what one has; a slower machine is planned to be slower."""
+    alone, one_of_two = measure_here(1), measure_here(2)
+    assert 0 < one_of_two.tflops < alone.tflops and 0 < one_of_two.node_link < 1000
+    assert alone.base > 1e8 and alone.memory > 1
+    config = config_of()
+    fast = choose(sizes_of(config), config, alone, 1, 1, 1, 1, 16, False)
+    slow = choose(sizes_of(config), config, replace(alone, tflops=alone.tflops / 4),
+                  1, 1, 1, 1, 16, False)  # fmt: skip
+    assert slow.seconds["products"] == pytest.approx(4 * fast.seconds["products"])
+    recipe = str(ROOT / "configs/gpt-tiny.yaml")
+    words = ["plan", recipe, "--gpus", "1", "--gpu", "here", "model.vocabulary_size=4096"]
+    assert run(monkeypatch, *words) == 0
+    assert "rates of this machine, measured now" in capsys.readouterr().out
 
 
 def test_the_command(

@@ -26,17 +26,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
 from benchmarks.results_file import finish
 from data_pipeline.corpus import write_corpus
-from data_pipeline.encode import Job
+from data_pipeline.index_file import write_index
 from data_pipeline.manifest import load_manifest
 from data_pipeline.prepare import train_from_sources
-from data_pipeline.sources import find_sources
-from data_pipeline.tokenize import tokenize
 
 CORES = len(os.sched_getaffinity(0))
 HUGE = 100 * 10**9
@@ -91,11 +90,15 @@ def sentencepiece_alone(kind: Any, folder: Path, lines: list[bytes]) -> float:
 
 
 def rankdecay(folder: Path, lines: list[bytes]) -> float:
-    """From the compressed file to a finished folder, the start of the processes included."""
+    """The command, from the compressed file to a finished folder, its own start included."""
     out = folder / "tokens"
     shutil.rmtree(out, ignore_errors=True)
+    words = [
+        sys.executable, "-m", "pretrain", "data", "tokenize", str(folder / "source"),
+        "--tokenizer", str(folder / "tokenizer.model"), "--out", str(out), "--workers", str(CORES),
+    ]  # fmt: skip
     began = time.monotonic()
-    tokenize(find_sources([str(folder / "source")]), Job(folder / "tokenizer.model"), out, CORES)
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
     return time.monotonic() - began
 
 
@@ -213,7 +216,6 @@ def write_sparse(folder: Path) -> None:
     import zlib
 
     from data_pipeline.checksums import BLOCK
-    from data_pipeline.dataset import index_classes
 
     tokens = HUGE // 2
     documents = tokens // 1000
@@ -221,8 +223,7 @@ def write_sparse(folder: Path) -> None:
     prefix = folder / "train/all"
     with prefix.with_suffix(".bin").open("wb") as file:
         file.truncate(HUGE)
-    with index_classes().writer(str(prefix.with_suffix(".idx")), np.uint16) as index:
-        index.write(np.full(documents, 1000, dtype=np.int32), None, np.arange(documents + 1))
+    write_index(prefix.with_suffix(".idx"), np.full(documents, 1000, dtype=np.int32), np.uint16)
     blocks = np.full(-(-HUGE // BLOCK), zlib.crc32(bytes(BLOCK)), dtype="<u4")
     blocks[-1] = zlib.crc32(bytes(HUGE % BLOCK or BLOCK))
     prefix.with_suffix(".crc").write_bytes(blocks.tobytes())
@@ -255,8 +256,7 @@ def huge_start(folder: Path) -> dict[str, Any]:
     """Seconds and memory from nothing to the first sample of 100 GB, in a process of its own."""
     write_sparse(folder / "huge")
     words = [sys.executable, "-c", _START, str(folder / "huge")]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     seconds, peak = (float(word) for word in done.stdout.split()[-2:])
     print(f"start of 100 GB, 50 million documents: {seconds:.1f} s, {peak / 1e9:.2f} GB")
     return {"seconds": round(seconds, 2), "peak_gb": round(peak / 1e9, 3)}
@@ -265,7 +265,7 @@ def huge_start(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Measure and print; JSON with --out."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=64)
+    parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

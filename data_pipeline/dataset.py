@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.checksums import CheckedReader, read_checksums
+from data_pipeline.index_file import HEADER, MAGIC, index_size
 from data_pipeline.lean import import_lean
 from data_pipeline.manifest import Entry, Manifest
 from data_pipeline.pile import PILE_WEIGHTS
@@ -41,7 +42,6 @@ def index_classes() -> Any:
             "compiler, then pip install --force-reinstall --no-deps megatron-core"
         ) from None
     return SimpleNamespace(
-        writer=indexed._IndexWriter,
         IndexedDataset=indexed.IndexedDataset,
         GPTDataset=gpt.GPTDataset,
         GPTDatasetConfig=gpt.GPTDatasetConfig,
@@ -60,11 +60,11 @@ def open_indexed(entry: Entry, dtype: str) -> Any:
     for file in (index, data):
         if not file.is_file():
             raise DataError(f"{file}: missing; tokenise again")
-    head = index.open("rb").read(34)
+    head = index.open("rb").read(HEADER)
     sequences = entry.file_documents or entry.documents
     documents = int.from_bytes(head[26:34], "little") if entry.file_documents else sequences + 1
-    expected = 34 + sequences * 12 + documents * 8
-    if head[:9] != b"MMIDIDX\x00\x00" or index.stat().st_size != expected:
+    expected = index_size(sequences, documents)
+    if not head.startswith(MAGIC) or index.stat().st_size != expected:
         raise DataError(f"{index}: the index is damaged; tokenise again")
     size = (entry.file_tokens or entry.tokens) * np.dtype(dtype).itemsize
     if data.stat().st_size != size:

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.checksums import Checksums
-from data_pipeline.dataset import index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, Encoded, Encoder, Job, Key, Result, token_type
 from data_pipeline.files import write_aside, write_synced
+from data_pipeline.index_file import write_index
 from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.sources import (
     Block,
@@ -272,10 +272,8 @@ def _assemble_one(state: _State, key: Key, dtype: Any) -> dict[str, Any]:
                     documents.append(np.fromfile(stem.with_suffix(".doc"), dtype=DOCUMENT_TYPE))
         _sync(file)
     all_lengths, all_documents = np.concatenate(lengths), np.concatenate(documents)
-    writer = index_classes().writer
     index = target.with_name(target.name + ".idx.tmp")
-    with writer(str(index), dtype) as idx:
-        idx.write(all_lengths, None, np.arange(len(all_lengths) + 1))
+    write_index(index, all_lengths, dtype)
     np.save(target.with_name(target.name + ".docs.npy"), all_documents)
     data = target.with_name(target.name + ".bin")
     os.replace(aside, data)

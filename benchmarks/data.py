@@ -34,6 +34,7 @@ import numpy as np
 from benchmarks.results_file import finish
 from data_pipeline.corpus import write_corpus
 from data_pipeline.index_file import write_index
+from data_pipeline.lean import import_lean
 from data_pipeline.manifest import load_manifest
 from data_pipeline.prepare import train_from_sources
 
@@ -141,13 +142,13 @@ def _encode_line(given: tuple[bytes, str]) -> list[int]:
 def pool_over_lines(folder: Path, lines: list[bytes]) -> float:
     """Lines to a pool, tokens back, one document after the other into Megatron's builder."""
     import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+    (indexed,) = import_lean("megatron.core.datasets.indexed_dataset")
     out = folder / "megatron"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     began = time.monotonic()
-    builder = IndexedDatasetBuilder(str(out / "train.bin"), dtype=np.uint16)
+    builder = indexed.IndexedDatasetBuilder(str(out / "train.bin"), dtype=np.uint16)
     model = str(folder / "tokenizer.model")
     with multiprocessing.get_context("fork").Pool(CORES) as pool:
         for ids in pool.imap(_encode_line, ((line, model) for line in lines), 32):

@@ -77,7 +77,7 @@ def test_killed_twice_then_a_point_more(data: Path, tmp_path: Path, swept: Path)
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
-        time.sleep(rng.uniform(8, 20))
+        time.sleep(rng.uniform(4, 9))
         assert process.poll() is None, "over before it could be killed"
         family = [process, *psutil.Process(process.pid).children(recursive=True)]
         for one in family:

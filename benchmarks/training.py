@@ -206,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", nargs="+", default=list(MATCHES), choices=sorted(SHAPES))
     parser.add_argument("--contender", nargs="+", help="default: those that fit the shape")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--steps", type=int, default=0, help="updates of a turn")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -70,20 +70,27 @@ def test_killed_twice_then_a_point_more(data: Path, tmp_path: Path, swept: Path)
     """kill -9 of the sweep and all its children, twice; then a ninth run, alone."""
     path, out = write_sweep(tmp_path, data), tmp_path / "runs"
     rng = random.Random(3)
+
+    def logged() -> int:
+        return sum(len(read_metrics(run)) for run in runs_of(out).values()) if out.exists() else 0
+
     for _ in range(2):
+        before_it = logged()
         process = subprocess.Popen(
             [sys.executable, "-m", "pretrain", *sweep_words(path, out)],
             env=environment(),
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
-        time.sleep(rng.uniform(4, 9))
+        while logged() == before_it and process.poll() is None:
+            time.sleep(0.2)
+        time.sleep(rng.uniform(0, 3))
         assert process.poll() is None, "over before it could be killed"
         family = [process, *psutil.Process(process.pid).children(recursive=True)]
         for one in family:
             one.kill()
         process.wait()
-    assert sum(len(read_metrics(run)) for run in runs_of(out).values()) > 0
+    assert 0 < logged() < 8 * 50
     done = pretrain(*sweep_words(path, out, "--json"), timeout=500)
     assert done.returncode == 0, done.stderr
     states = json.loads(done.stdout)

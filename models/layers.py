@@ -262,14 +262,14 @@ class MLP(nn.Module):
         if self.gate is not None:
             inner = F.silu(F.linear(x, self.gate)) * inner
         elif self.config.activation == "gelu_tanh":
-            inner = _gelu_tanh(inner, self.kernels.compiled)
+            inner = gelu_tanh(inner, self.kernels.compiled)
         else:
             inner = F.gelu(inner)
         y = leave(F.linear(inner, self.out), self.tp)
         return y if self.out_bias is None else y + replicated(self.out_bias, self.tp)
 
 
-def _gelu_tanh(x: torch.Tensor, compiled: bool) -> torch.Tensor:
+def gelu_tanh(x: torch.Tensor, compiled: bool) -> torch.Tensor:
     """GELU with Hendrycks & Gimpel's tanh; compiled by its other form, whose exp is faster."""
     if not compiled:
         return F.gelu(x, approximate="tanh")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import models.loss
 from models.config import GPTConfig
 from models.gpt import GPT, check_tensor_parallel
-from models.layers import Attention, ParameterFactory, Rotary
+from models.layers import Attention, ParameterFactory, Rotary, gelu_tanh
 from models.loss import Projection, mean_loss, token_losses
 from models.parallel import TensorParallel
 from models.products import attention_by_products
@@ -104,6 +104,13 @@ def test_loss_is_cross_entropy(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(one, other)
     each = F.cross_entropy(logits, labels.clamp_min(0).flatten(), reduction="none").view(3, 5)
     torch.testing.assert_close(token_losses(projection, labels.t().clamp_min(0)).t(), each)
+
+
+def test_gelu_for_the_compiler_is_gelu() -> None:
+    """Its other form, over a range that a small model's activations never reach."""
+    x = torch.linspace(-8, 8, 1001)
+    torch.testing.assert_close(gelu_tanh(x, True), F.gelu(x, approximate="tanh"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(gelu_tanh(x, False), F.gelu(x, approximate="tanh"))
 
 
 @pytest.mark.parametrize(("length", "causal"), [(9, True), (300, True), (300, False)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +20,11 @@ import numpy as np
 from data_pipeline.dataset import index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, hash_text
 from data_pipeline.files import write_aside
+from data_pipeline.index_file import TYPES, read_header
 from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.sources import DataError
 from data_pipeline.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
-_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _SPLITS = ("train", "val", "test")
 _LOOKED_AT = 200
 """Documents whose tokens are looked at, spread over the file."""
@@ -62,15 +61,14 @@ def read_pair(prefix: Path) -> Pair:
         if not file.is_file():
             raise DataError(f"{file}: missing; give PREFIX of PREFIX.bin and PREFIX.idx")
     with index.open("rb") as stream:
-        head = stream.read(34)
-        if len(head) < 34 or head[:9] != b"MMIDIDX\x00\x00":
+        header = read_header(stream)
+        if header is None:
             raise DataError(f"{index}: not an index of Megatron-LM or GPT-NeoX")
-        _, code, sequences, _ = struct.unpack("<QBQQ", head[9:])
-        lengths = np.fromfile(stream, dtype=np.int32, count=sequences)
-    if code not in _CODES:
-        raise DataError(f"{index}: tokens of type {code}; whole numbers are wanted")
-    dtype = _CODES[code]
-    if len(lengths) != sequences or not sequences:
+        lengths = np.fromfile(stream, dtype=np.int32, count=header.sequences)
+    if header.code not in TYPES:
+        raise DataError(f"{index}: tokens of type {header.code}; whole numbers are wanted")
+    dtype = TYPES[header.code]
+    if len(lengths) != header.sequences or not header.sequences:
         raise DataError(f"{index}: is cut, or holds no documents")
     found = Pair(prefix, dtype, lengths)
     wanted = found.tokens * np.dtype(dtype).itemsize

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.checksums import CheckedReader, read_checksums
-from data_pipeline.index_file import HEADER, MAGIC, index_size
+from data_pipeline.index_file import Header, read_header
 from data_pipeline.lean import import_lean
 from data_pipeline.manifest import Entry, Manifest
 from data_pipeline.pile import PILE_WEIGHTS
@@ -60,11 +60,9 @@ def open_indexed(entry: Entry, dtype: str) -> Any:
     for file in (index, data):
         if not file.is_file():
             raise DataError(f"{file}: missing; tokenise again")
-    head = index.open("rb").read(HEADER)
-    sequences = entry.file_documents or entry.documents
-    documents = int.from_bytes(head[26:34], "little") if entry.file_documents else sequences + 1
-    expected = index_size(sequences, documents)
-    if not head.startswith(MAGIC) or index.stat().st_size != expected:
+    with index.open("rb") as stream:
+        header = read_header(stream)
+    if header is None or not _fits(header, entry) or index.stat().st_size != header.file_size:
         raise DataError(f"{index}: the index is damaged; tokenise again")
     size = (entry.file_tokens or entry.tokens) * np.dtype(dtype).itemsize
     if data.stat().st_size != size:
@@ -74,6 +72,13 @@ def open_indexed(entry: Entry, dtype: str) -> Any:
     if checksums is not None:
         found.bin_reader = CheckedReader(found.bin_reader, data, checksums)
     return found
+
+
+def _fits(header: Header, entry: Entry) -> bool:
+    """Whether an index counts what the manifest does; others' documents may be many sequences."""
+    if entry.file_documents:
+        return header.sequences == entry.file_documents
+    return header.sequences == entry.documents == header.documents - 1
 
 
 # --- training -------------------------------------------------------------------------------

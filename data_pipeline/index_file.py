@@ -1,27 +1,48 @@
 """Megatron's ``.idx``: where each document begins in the ``.bin`` beside it.
 
 Written here, though Megatron has a writer, since loading that takes longer than tokenising 50 MB;
-it is read by Megatron's own classes (`data_pipeline.dataset`).
+samples are read by Megatron's own classes (`data_pipeline.dataset`).
 """
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = 34
-"""Bytes before the arrays: magic, version, type, and the counts of sequences and documents."""
-_VERSION = 1
-_CODES = {"int32": 4, "uint16": 8}
+_MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
+_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, type, and the counts of sequences and documents."""
+TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+"""Whole numbers that tokens may be, by Megatron's code."""
 
 
-def index_size(sequences: int, documents: int) -> int:
-    """Bytes of an index file."""
-    return HEADER + sequences * 12 + documents * 8
+@dataclass(frozen=True)
+class Header:
+    """What an index says of itself."""
+
+    code: int
+    """Of the tokens' type, in `TYPES` if they are whole numbers."""
+    sequences: int
+    documents: int
+    """Their bounds, one more than documents."""
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the whole index."""
+        return _HEADER.size + self.sequences * 12 + self.documents * 8
+
+
+def read_header(file: BinaryIO) -> Header | None:
+    """The beginning of an index, or None if it is none; the lengths follow, int32."""
+    head = file.read(_HEADER.size)
+    if len(head) < _HEADER.size:
+        return None
+    magic, _, *found = _HEADER.unpack(head)
+    return Header(*found) if magic == _MAGIC else None
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: Any) -> None:
@@ -32,12 +53,12 @@ def write_index(path: Path, lengths: np.ndarray, dtype: Any) -> None:
         dtype: of the tokens, uint16 or int32.
     """
     kind = np.dtype(dtype)
+    code = next(code for code, name in TYPES.items() if name == kind.name)
     counts = lengths.astype("<i4")
     ends = np.cumsum(counts, dtype="<i8") * kind.itemsize
     starts = np.concatenate([np.zeros(1, dtype="<i8"), ends[:-1]])
     bounds = np.arange(len(counts) + 1, dtype="<i8")
     with path.open("wb") as file:
-        file.write(MAGIC)
-        file.write(struct.pack("<QBQQ", _VERSION, _CODES[kind.name], len(counts), len(bounds)))
+        file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(counts), len(bounds)))
         for part in (counts, starts, bounds):
             file.write(part.tobytes())

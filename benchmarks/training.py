@@ -16,9 +16,9 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,24 +26,28 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.contenders.shapes import SHAPES, Shape
-from benchmarks.contenders.worker import recipe_values
+from benchmarks.contenders.worker import GRIDS, half, recipe_values
 from benchmarks.results_file import finish
 from launchers.local import torchrun
 from pretrain.config import parse_config
-from pretrain.here import measure_here
+from pretrain.here import measure_here, product_rate
 from pretrain.plan import choose, sizes_of
 
 WORKER = ROOT / "benchmarks/contenders/worker.py"
 PEERS = ("plain", "litgpt", "trainer")
 EAGER = ("rankdecay-eager", "plain-eager", "trainer-eager")
-GRIDS = ("tensor-2", "pipeline-2", "data-2")
 MATCHES = {
     "tiny": ("rankdecay", *PEERS, *EAGER),
-    "17m": ("rankdecay", *PEERS, *EAGER, *GRIDS),
+    "17m": ("rankdecay", *PEERS, *EAGER, "tensor-2", "pipeline-2", "data-2"),
     "125m": ("rankdecay", "rankdecay-eager", *PEERS),  # their memory is held at the same time
 }
 STEPS = {"tiny": 4, "17m": 4, "125m": 1}
 """Updates of a turn."""
+
+
+def processes_of(name: str) -> int:
+    """How many a contender has."""
+    return 2 if name.endswith("-2") else 1
 
 
 class Contender:
@@ -57,7 +61,7 @@ class Contender:
         self.name = name
         self.rates: list[float] = []
         self.peak, self.loss = 0, float("nan")
-        processes = 2 if name.endswith("-2") else 1
+        processes = processes_of(name)
         start = [sys.executable] if processes == 1 else torchrun(processes)
         if processes > 1:
             cores = (os.cpu_count() or 2) // processes
@@ -90,28 +94,8 @@ class Contender:
         self._process.wait()
 
 
-def product_rate(half: bool, seconds: float = 1.0) -> float:
-    """Flops a second of a square matrix product, on the device and in the type of the training."""
-    on_gpu = torch.cuda.is_available()
-    size = 8192 if on_gpu else 1536
-    dtype = torch.bfloat16 if half else torch.float32
-    a, b = (torch.randn(size, size, device="cuda" if on_gpu else "cpu", dtype=dtype) for _ in "ab")
-    best = 0.0
-    began = time.monotonic()
-    while time.monotonic() - began < seconds:
-        start = time.monotonic()
-        for _ in range(4):
-            a @ b
-        if on_gpu:
-            torch.cuda.synchronize()
-        best = max(best, 4 * 2.0 * size**3 / (time.monotonic() - start))
-    return best
-
-
 def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[str, object]:
     """Interleave the contenders on one shape."""
-    from benchmarks.contenders.worker import half
-
     shape: Shape = SHAPES[shape_name]
     tokens = shape.batch * shape.context
     contenders = [Contender(name, shape_name) for name in names]
@@ -120,7 +104,7 @@ def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[s
             one.run(3, tokens, count=False)
     limits = []
     for turn in range(turns):
-        limits.append(product_rate(half()))
+        limits.append(product_rate(2 if half() else 4))
         for one in [contenders, contenders[::-1]][turn % 2]:
             if one.alive:
                 one.run(steps, tokens)
@@ -141,7 +125,7 @@ def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[s
         }
     for one in contenders:
         one.close()
-    for name in set(rows) & set(GRID_OF):
+    for name in set(rows) & set(GRIDS):
         rows[name]["plan"] = planned(shape, name, limit)
     return {
         "shape": {"name": shape_name, **shape.plain(), "parameters": shape.parameters},
@@ -151,25 +135,21 @@ def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[s
     }
 
 
-GRID_OF = {  # tensor, pipeline, data
-    "rankdecay-eager": (1, 1, 1), "tensor-2": (2, 1, 1), "pipeline-2": (1, 2, 1),
-    "data-2": (1, 1, 2),
-}  # fmt: skip
-
-
-def planned(shape: Shape, name: str, rate: float) -> dict[str, float]:
+def planned(shape: Shape, name: str, rate: float) -> dict[str, Any]:
     """What `pretrain plan --gpu here` says of a contender of ours, with this run's product rate."""
-    tensor, pipeline, data = GRID_OF[name]
-    count = tensor * pipeline * data
-    config = parse_config(recipe_values(shape))
+    config = parse_config(recipe_values(shape, grid=GRIDS[name]))
+    grid, count = config.grid, processes_of(name)
+    data = count // grid.tensor_parallel // grid.pipeline_parallel
     device = measure_here(count)
     shared = 1 if torch.cuda.is_available() else count
-    device = replace(device, tflops=rate / shared / 1e12)
-    micro = 1 if pipeline > 1 else shape.batch // data
-    choice = choose(sizes_of(config), config, device, tensor, pipeline, data, 1, micro, False)
+    choice = choose(
+        sizes_of(config), config, replace(device, tflops=rate / shared / 1e12),
+        grid.tensor_parallel, grid.pipeline_parallel, data, grid.zero_stage,
+        config.train.micro_batch or shape.batch // data, grid.activation_checkpointing,
+    )  # fmt: skip
     tokens = shape.batch * shape.context
     return {"tokens_per_second": tokens / choice.seconds["step"], "peak_bytes": choice.total,
-            "parts": choice.memory, "seconds": choice.seconds}  # type: ignore[dict-item]  # fmt: skip
+            "parts": choice.memory, "seconds": choice.seconds}  # fmt: skip
 
 
 def print_table(result: dict[str, object]) -> None:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def rankdecay_engine(
     """Its engine, and what makes an update.
 
     Args:
-        grid: as in a recipe; the last pipeline stage works on micro batches of one sequence.
+        grid: as in a recipe; pipeline stages work on micro batches of one sequence.
     """
     from pretrain.config import parse_config
     from pretrain.decay import plan_decay
@@ -143,26 +144,6 @@ def rankdecay_engine(
         return engine.train_step(data)
 
     return engine, step
-
-
-def rankdecay_eager(shape: Shape) -> Step:
-    """The same without the compiler, its default."""
-    return rankdecay(shape, compiled=False)
-
-
-def tensor_parallel(shape: Shape) -> Step:
-    """On two processes, each with half of every layer."""
-    return rankdecay(shape, compiled=False, grid={"tensor_parallel": 2})
-
-
-def pipeline_parallel(shape: Shape) -> Step:
-    """On two processes, each with half of the layers."""
-    return rankdecay(shape, compiled=False, grid={"pipeline_parallel": 2})
-
-
-def data_parallel(shape: Shape) -> Step:
-    """On two processes, each with half of the batch."""
-    return rankdecay(shape, compiled=False, grid={"zero_stage": 1})
 
 
 def plain(shape: Shape, compiled: bool = True) -> Step:
@@ -258,11 +239,15 @@ def trainer_eager(shape: Shape) -> Step:
     return trainer(shape, compiled=False)
 
 
+GRIDS: dict[str, dict[str, int]] = {
+    "rankdecay-eager": {}, "tensor-2": {"tensor_parallel": 2},
+    "pipeline-2": {"pipeline_parallel": 2}, "data-2": {},
+}  # fmt: skip
+"""This program as it comes, without the compiler: on one process, or on two (``-2``)."""
 CONTENDERS: dict[str, Callable[[Shape], Step]] = {
-    "rankdecay": rankdecay, "rankdecay-eager": rankdecay_eager, "plain": plain,
-    "plain-eager": plain_eager, "litgpt": litgpt, "trainer": trainer,
-    "trainer-eager": trainer_eager, "tensor-2": tensor_parallel, "pipeline-2": pipeline_parallel,
-    "data-2": data_parallel,
+    "rankdecay": rankdecay, "plain": plain, "plain-eager": plain_eager, "litgpt": litgpt,
+    "trainer": trainer, "trainer-eager": trainer_eager,
+    **{name: partial(rankdecay, compiled=False, grid=grid) for name, grid in GRIDS.items()},
 }  # fmt: skip
 
 

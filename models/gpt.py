@@ -27,9 +27,7 @@ from models.roles import ModelError, Role
 class Embedding(nn.Module):
     """Token embedding; ``[batch, sequence]`` integers to ``[sequence, batch, hidden]``."""
 
-    def __init__(
-        self, config: GPTConfig, factory: ParameterFactory, kernels: Kernels = DEFAULT_KERNELS
-    ) -> None:
+    def __init__(self, config: GPTConfig, factory: ParameterFactory, kernels: Kernels) -> None:
         super().__init__()
         self.config, self.tp, self.kernels = config, factory.tp, kernels
         self.weight = vocabulary_weight(config, factory, "embedding.weight", Role.EMBEDDING)
@@ -79,11 +77,7 @@ class Block(nn.Module):
     """Pre-norm transformer block, sequential or parallel residual."""
 
     def __init__(
-        self,
-        config: GPTConfig,
-        layer: int,
-        factory: ParameterFactory,
-        kernels: Kernels = DEFAULT_KERNELS,
+        self, config: GPTConfig, layer: int, factory: ParameterFactory, kernels: Kernels
     ) -> None:
         super().__init__()
         self.parallel_residual, self.recompute = config.parallel_residual, kernels.recompute
@@ -120,9 +114,7 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Untied output projection to this rank's part of the vocabulary."""
 
-    def __init__(
-        self, config: GPTConfig, factory: ParameterFactory, kernels: Kernels = DEFAULT_KERNELS
-    ) -> None:
+    def __init__(self, config: GPTConfig, factory: ParameterFactory, kernels: Kernels) -> None:
         super().__init__()
         self.config, self.tp, self.kernels = config, factory.tp, kernels
         self.weight = vocabulary_weight(config, factory, "head.weight", Role.HEAD)
@@ -133,8 +125,7 @@ class Head(nn.Module):
 
 def project(module: Embedding | Head, x: torch.Tensor) -> Projection:
     """The logits of a head or tied embedding, not yet computed."""
-    bias, kernels = _padding_bias(module), module.kernels
-    return Projection(x, module.weight, bias, module.tp, kernels.loss_bytes, kernels.compiled)
+    return Projection(x, module.weight, _padding_bias(module), module.tp, module.kernels)
 
 
 def vocabulary_weight(
@@ -170,9 +161,7 @@ class LayerPlan:
     forward: Callable[[Any, torch.Tensor], Any] | None = None
 
 
-def layer_plans(
-    config: GPTConfig, factory: ParameterFactory, kernels: Kernels = DEFAULT_KERNELS
-) -> list[LayerPlan]:
+def layer_plans(config: GPTConfig, factory: ParameterFactory, kernels: Kernels) -> list[LayerPlan]:
     """The model as a list of layers, from tokens ``[batch, sequence]`` to a `Projection`.
 
     Raises:

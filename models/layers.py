@@ -226,11 +226,7 @@ class MLP(nn.Module):
     """Two-layer perceptron, or SwiGLU."""
 
     def __init__(
-        self,
-        config: GPTConfig,
-        layer: int,
-        factory: ParameterFactory,
-        kernels: Kernels = DEFAULT_KERNELS,
+        self, config: GPTConfig, layer: int, factory: ParameterFactory, kernels: Kernels
     ) -> None:
         super().__init__()
         self.config, self.tp, self.kernels = config, factory.tp, kernels

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels import DEFAULT_KERNELS, Kernels
 from models.parallel import TensorParallel, enter, megatron_module
 
 _LEAST_ROWS = 256
@@ -33,10 +34,7 @@ class Projection:
     bias: Tensor | None = None
     """-inf on padding, where this rank has any."""
     tp: TensorParallel = TensorParallel()
-    at_once: int = 32 << 20
-    """Bytes of float32 logits that the loss makes at once."""
-    compiled: bool = False
-    """Fuse the steps between its products (torch.compile)."""
+    kernels: Kernels = DEFAULT_KERNELS
 
     def logits(self) -> Tensor:
         """``[sequence, batch, padded vocabulary / tensor_parallel]``."""
@@ -45,7 +43,7 @@ class Projection:
     @property
     def rows(self) -> int:
         """Tokens whose logits the loss makes at once; few would waste the matrix products."""
-        return max(_LEAST_ROWS, self.at_once // (4 * self.weight.shape[0]))
+        return max(_LEAST_ROWS, self.kernels.loss_bytes // (4 * self.weight.shape[0]))
 
 
 def mean_loss(projection: Projection, labels: Tensor, partial_labels: bool = False) -> Tensor:
@@ -122,7 +120,7 @@ def _with_gradient(
     logits: Tensor, targets: Tensor, upstream: Tensor, projection: Projection
 ) -> tuple[Tensor, Tensor]:
     """Losses of some tokens, and the gradient of their logits."""
-    if projection.compiled and projection.tp.size == 1:
+    if projection.kernels.compiled and projection.tp.size == 1:
         fused: tuple[Tensor, Tensor] = _compiled_steps()(logits, targets, upstream)
         return fused
     found = _CrossEntropy(logits, targets, projection.tp)

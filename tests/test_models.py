@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import models.loss
 from models.config import GPTConfig
 from models.gpt import GPT, check_tensor_parallel
+from models.kernels import Kernels
 from models.layers import Attention, ParameterFactory, Rotary, gelu_tanh
 from models.loss import Projection, mean_loss, token_losses
 from models.parallel import TensorParallel
@@ -96,7 +97,8 @@ def test_loss_is_cross_entropy(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     logits = F.linear(hidden, weight, bias).transpose(0, 1).flatten(0, 1)
     wanted = F.cross_entropy(logits, labels.flatten(), ignore_index=-1)
     gradients = torch.autograd.grad(2 * wanted, (hidden, weight))
-    projection = Projection(hidden, weight, bias, at_once=0, compiled=kind == "compiled")
+    kernels = Kernels(loss_bytes=0, compiled=kind == "compiled")
+    projection = Projection(hidden, weight, bias, kernels=kernels)
     found = mean_loss(projection, labels, partial_labels=True)
     torch.testing.assert_close(found, wanted)
     others = torch.autograd.grad(2 * found, (hidden, weight))

@@ -89,9 +89,10 @@ def product_statistics(a: Tensor, b: Tensor, threshold: float = 0.95) -> Product
             f"factors [..., d_out, r] and [..., d_in, r] expected, got {tuple(a.shape)} and "
             f"{tuple(b.shape)}"
         )
-    batch, few = a.shape[:-2], _AT_ONCE // max(1, a.shape[-2])
+    batch = a.shape[:-2]
     flat = [factor.detach().reshape(-1, *factor.shape[-2:]) for factor in (a, b)]
-    parts = in_threads(partial(_measured, threshold=threshold), flat, max(1, few))
+    few = _AT_ONCE // max(1, a.shape[-2])
+    parts = in_threads(partial(_measured, threshold=threshold), flat, few)
     columns = {
         field.name: torch.cat([getattr(part, field.name) for part in parts])
         for field in fields(ProductStatistics)

@@ -18,6 +18,7 @@ def in_threads(work: Callable[..., T], batches: list[Tensor], few: int) -> list[
     Args:
         batches: CPU tensors with the same first dimension; on a GPU, which has its own ways to
             share work, everything is done at once.
+        few: at least 1 is taken, and no more than leaves work for every thread.
     """
     threads = torch.get_num_threads()
     count = len(batches[0])

@@ -14,7 +14,6 @@ from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.errors import UsageError
 from pretrain.grid import process_count
 from pretrain.plan import Layout, memory_of, sizes_of
-from pretrain.speed import loss_mib
 from pretrain.tracking import show_table
 from pretrain.train import Setup, prepare
 
@@ -127,7 +126,7 @@ def memory(setup: Setup, data: int, precision: str, device: torch.device) -> dic
         micro=micro,
         count=max(1, share // micro),
         recompute=grid.activation_checkpointing,
-        loss_bytes=loss_mib(config, device) << 20,
+        loss_bytes=config.speed.loss_bytes(device.type),
     )
     parts = {name: value / 2**30 for name, value in memory_of(sizes_of(config), on).items()}
     return {**parts, "total": sum(parts.values())}

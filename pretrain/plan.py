@@ -39,8 +39,8 @@ class Device:
     """Share of the rate that the products of a step reach."""
     base: float = 0.0
     """Bytes that a process takes before it has a model."""
-    loss_mib: int = 512
-    """Float32 logits at once, where the recipe leaves it open."""
+    type: str = "cuda"
+    """As PyTorch calls it."""
     slack: float = 0.0
     """What the allocator keeps beside what is used, as a share of it."""
 
@@ -226,20 +226,14 @@ def choose(
 ) -> Choice:  # fmt: skip
     """What one grid costs."""
     count = config.train.global_batch // data // micro
-    loss_mib = config.speed.loss_mib or device.loss_mib
-    memory = memory_of(
-        sizes,
-        Layout(device.width, tensor, pipeline, data, stage, micro, count, recompute,
-               loss_mib << 20, device.base, device.slack),
-    )  # fmt: skip
+    on = Layout(device.width, tensor, pipeline, data, stage, micro, count, recompute,
+                config.speed.loss_bytes(device.type), device.base, device.slack)  # fmt: skip
+    memory = memory_of(sizes, on)
     bubble = (pipeline - 1) / (count + pipeline - 1)
-    traffic = _traffic(sizes, device.width, tensor, pipeline, data, stage, micro, count, recompute)
-    seconds = _seconds(
-        sizes, config, device, tensor, pipeline, data, count, traffic, bubble, recompute
-    )
+    traffic = _traffic(sizes, on)
+    seconds = _seconds(sizes, device, on, traffic, bubble)
     tokens = config.train.global_batch * sizes.context
-    world = tensor * pipeline * data
-    mfu = sizes.flops(tokens) / (seconds["step"] * world * device.tflops * 1e12)
+    mfu = sizes.flops(tokens) / (seconds["step"] * on.world * device.tflops * 1e12)
     fits = sum(memory.values()) <= device.memory * 1e9 * (1 - _RESERVE)
     return Choice(
         tensor, pipeline, data, stage, micro, recompute, memory, traffic, bubble, seconds, mfu, fits
@@ -265,6 +259,11 @@ class Layout:
     base: float = 0.0
     slack: float = 0.0
     """As of a `Device`."""
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.tensor * self.pipeline * self.data
 
 
 def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
@@ -316,53 +315,53 @@ def _kept(sizes: Sizes, width: int, tensor: int, tokens: float) -> float:
     return tokens * width * (whole + (shared + inner) / tensor)
 
 
-def _traffic(
-    sizes: Sizes, width: int, tensor: int, pipeline: int, data: int, stage: int, micro: int,
-    count: int, recompute: bool,
-) -> dict[str, float]:  # fmt: skip
+def _traffic(sizes: Sizes, on: Layout) -> dict[str, float]:
     """Bytes that a rank sends in a step; a ring of n sends 2 (n - 1)/n of what it reduces."""
-    message = sizes.context * micro * sizes.hidden * width
-    layers = sizes.stage(pipeline)
-    times = 6 if recompute else 4  # all-reduces of a layer: two forward, two backward
-    local = (sizes.block() * sizes.stage(pipeline) + sizes.ends) / tensor
+    message = sizes.context * on.micro * sizes.hidden * on.width
+    layers = sizes.stage(on.pipeline)
+    times = 6 if on.recompute else 4  # all-reduces of a layer: two forward, two backward
     # Gradients reduced and weights gathered; ZeRO-3 gathers them for each pass.
-    passes = 3 if stage == 3 else 2
+    passes = 3 if on.stage == 3 else 2
     return {
-        "tensor": 2 * (tensor - 1) / tensor * message * times * layers * count,
-        "pipeline": 2 * message * count if pipeline > 1 else 0.0,
-        "data": passes * (data - 1) / data * local * width,
+        "tensor": 2 * (on.tensor - 1) / on.tensor * message * times * layers * on.count,
+        "pipeline": 2 * message * on.count if on.pipeline > 1 else 0.0,
+        "data": passes * (on.data - 1) / on.data * _parameters(sizes, on) * on.width,
     }
 
 
+def _parameters(sizes: Sizes, on: Layout) -> float:
+    """Of a rank that has both ends of the model."""
+    return (sizes.block() * sizes.stage(on.pipeline) + sizes.ends) / on.tensor
+
+
 def _seconds(
-    sizes: Sizes, config: Config, device: Device, tensor: int, pipeline: int, data: int,
-    count: int, traffic: dict[str, float], bubble: float, recompute: bool,
-) -> dict[str, float]:  # fmt: skip
-    world = tensor * pipeline * data
-    tokens = config.train.global_batch * sizes.context
-    again = 4 / 3 if recompute else 1.0
+    sizes: Sizes, device: Device, on: Layout, traffic: dict[str, float], bubble: float
+) -> dict[str, float]:
+    tokens = sizes.context * on.micro * on.count  # of a rank
+    again = 4 / 3 if on.recompute else 1.0
+    layers = sizes.stage(on.pipeline)
     # The fullest stage sets the pace: the last one has the head, too.
-    fullest = sizes.block() * sizes.stage(pipeline) + sizes.vocabulary * sizes.hidden
-    uneven = fullest * pipeline / sizes.matrices if pipeline > 1 else 1.0
-    rate = world * device.tflops * 1e12 * device.efficiency
-    products = again * uneven * sizes.flops(tokens) / rate
-    local = (sizes.block() * sizes.stage(pipeline) + sizes.ends) / tensor
+    fullest = sizes.block() * layers + sizes.vocabulary * sizes.hidden
+    uneven = fullest * on.pipeline / sizes.matrices if on.pipeline > 1 else 1.0
+    rate = on.world * device.tflops * 1e12 * device.efficiency
+    products = again * uneven * sizes.flops(tokens * on.data) / rate
     # What is not a product is bound by memory: norms, activations and residuals are read and
     # written about six times what is kept; the optimizer reads and writes 28 bytes a parameter.
-    moved = 6 * _kept(sizes, device.width, tensor, tokens / data) * sizes.stage(pipeline)
-    logits = 6 * 4 * tokens / data * sizes.vocabulary / tensor / pipeline
-    memory = (again * moved + logits + 28 * local / data) / (device.bandwidth * 1e9)
+    moved = 6 * _kept(sizes, on.width, on.tensor, tokens) * layers
+    logits = 6 * 4 * tokens * sizes.vocabulary / on.tensor / on.pipeline
+    optimizer = 28 * _parameters(sizes, on) / on.data
+    memory = (again * moved + logits + optimizer) / (device.bandwidth * 1e9)
     inside = device.node_link * 1e9 * _LINK
     outside = device.network * 1e9 * _LINK
     # Data-parallel neighbours share a node only where tensor ranks leave room.
-    reach = inside if tensor * data <= device.per_node else outside
+    reach = inside if on.tensor * on.data <= device.per_node else outside
     parts = {
         "products": products,
         "memory": memory,
         "tensor": traffic["tensor"] / inside,
         "data": traffic["data"] / reach * (1 - _OVERLAP),
-        "pipeline": traffic["pipeline"] / (inside if world <= device.per_node else outside),
-        "launches": again * _LAUNCHES * _LAUNCH * sizes.stage(pipeline) * count,
+        "pipeline": traffic["pipeline"] / (inside if on.world <= device.per_node else outside),
+        "launches": again * _LAUNCHES * _LAUNCH * layers * on.count,
     }
     busy = max(parts["products"] + parts["memory"], parts["launches"])
     working = busy + parts["tensor"] + parts["pipeline"]

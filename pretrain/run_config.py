@@ -95,6 +95,10 @@ class FaultsConfig(Section):
     )
 
 
+_LOSS_MIB = {"cpu": 32, "cuda": 512}
+"""About a CPU's last cache; what keeps a GPU busy."""
+
+
 class SpeedConfig(Section):
     """How the same numbers are computed: speed and memory, up to rounding."""
 
@@ -111,3 +115,7 @@ class SpeedConfig(Section):
         description="fuse what lies between a block's matrix products (torch.compile): pays on "
         "long runs, as the first step waits for the compiler",
     )
+
+    def loss_bytes(self, device: str) -> int:
+        """Float32 logits that the loss holds at once on a device of that type (cpu, cuda)."""
+        return (self.loss_mib or _LOSS_MIB[device]) << 20

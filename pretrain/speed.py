@@ -12,8 +12,6 @@ from pretrain.config import Config
 from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.grid import Grid
 
-_LOSS_MIB = {"cpu": 32, "cuda": 512}
-"""Float32 logits at once: about a CPU's last cache; what keeps a GPU busy."""
 _PRODUCTS_UP_TO = 2048
 """Tokens of context up to which products were seen to be faster (benchmarks/attention.py)."""
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
@@ -31,14 +29,9 @@ def choose_kernels(config: Config, grid: Grid) -> Kernels:
     return Kernels(
         recompute=config.grid.activation_checkpointing,
         attention=attention,
-        loss_bytes=loss_mib(config, grid.device) << 20,
+        loss_bytes=speed.loss_bytes(grid.device.type),
         compiled=speed.compile,
     )
-
-
-def loss_mib(config: Config, device: torch.device) -> int:
-    """MiB of float32 logits that the loss holds at once."""
-    return config.speed.loss_mib or _LOSS_MIB[device.type]
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -354,5 +355,20 @@ def test_damaged_index(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
     entry = load_manifest(tmp_path).split("train")[0]
     index = Path(f"{entry.prefix}.idx")
     index.write_bytes(index.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"\.idx: the index is damaged"):
+        samples(tmp_path)
+
+
+@pytest.mark.parametrize(("lengths", "documents"), [(-1, -1), (0, -1)])
+def test_whole_index_of_other_documents(
+    corpus: Path, tokenizer: Path, tmp_path: Path, lengths: int, documents: int
+) -> None:
+    """An index that is whole in itself, but counts other sequences or documents than there are."""
+    tokenize_sources([str(corpus)], tokenizer, tmp_path)
+    entry = load_manifest(tmp_path).split("train")[0]
+    index = Path(f"{entry.prefix}.idx")
+    sequences, bounds = entry.documents + lengths, entry.documents + 1 + documents
+    head = index.read_bytes()[:18] + struct.pack("<QQ", sequences, bounds)
+    index.write_bytes(head + bytes(sequences * 12 + bounds * 8))
     with pytest.raises(DataError, match=r"\.idx: the index is damaged"):
         samples(tmp_path)

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tests.tools import DIALECTS, base_recipe, check_theory, losses_of, run_workers
+from models.kernels import Kernels
+from pretrain.config import parse_config
+from pretrain.deepspeed_adapter import deepspeed_settings
+from pretrain.errors import UsageError
+from pretrain.run_config import SpeedConfig
+from pretrain.speed import choose_kernels
+from tests.tools import (
+    DIALECTS,
+    base_recipe,
+    check_theory,
+    environment,
+    losses_of,
+    run_workers,
+)
 
 FAST = {"attention": "products", "compile": True}
 PLAIN = {"attention": "sdpa", "compile": False}
@@ -68,3 +87,58 @@ def test_fast_paths_change_no_number(runs: dict[tuple, Path], dialect: str) -> N
         found = losses_of(run)
         np.testing.assert_allclose(found, wanted, rtol=rounding, err_msg=f"{kind} {name}")
         check_theory(run)
+
+
+def kernels_of(**values: object) -> Kernels:
+    recipe = {"model": {"context": 256}, "precision": "bf16"} | values
+    return choose_kernels(parse_config(recipe), SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+
+
+def test_what_is_left_open_is_decided_by_device_and_precision() -> None:
+    assert kernels_of().attention == "products" and not kernels_of().compiled
+    assert kernels_of(precision="fp32").attention == "sdpa"
+    assert kernels_of(model={"context": 4096}).attention == "sdpa"
+    assert kernels_of(speed={"attention": "sdpa"}).attention == "sdpa"
+    assert kernels_of(speed={"loss_mib": 5}).loss_bytes == 5 << 20
+    assert kernels_of().loss_bytes == SpeedConfig().loss_bytes("cpu") == 32 << 20
+    assert SpeedConfig().loss_bytes("cuda") == 512 << 20
+    assert kernels_of(grid={"activation_checkpointing": True}).recompute
+    with pytest.raises(UsageError, match=r"speed\.compile: not with grid\.zero_stage 3"):
+        parse_config({"speed": {"compile": True}, "grid": {"zero_stage": 3}})
+
+
+def test_the_bucket_is_no_larger_than_the_model() -> None:
+    grid: Any = SimpleNamespace(device=torch.device("cpu"))
+
+    def bucket(parameters: int, **zero: int) -> int:
+        config = parse_config({"deepspeed": {"zero_optimization": zero}})
+        settings = deepspeed_settings(config, grid, 8, 1, parameters)
+        return settings["zero_optimization"]["reduce_bucket_size"]
+
+    assert bucket(1000) == 1000 and bucket(10**10) == 500_000_000
+    assert bucket(1000, reduce_bucket_size=77) == 77
+
+
+RESIDENT = """
+import sys, torch
+from pretrain.speed import keep_freed_memory
+def resident():
+    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) * 1024
+if sys.argv[1] == "keep":
+    keep_freed_memory(torch.device("cpu"))
+before = resident()
+values = torch.ones(50 << 20, dtype=torch.float32)
+del values
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept() -> None:
+    """200 MB that a tensor freed stay with the process, where glibc would give them back."""
+    kept, given = (
+        int(subprocess.run([sys.executable, "-c", RESIDENT, how], env=environment(),
+                           capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "leave")
+    )  # fmt: skip
+    assert given < 50 << 20 < 150 << 20 < kept

@@ -26,6 +26,7 @@ from tests.tools import (
     base_recipe,
     environment,
     pretrain,
+    pretrain_cold,
     sweep_words,
     write_recipe,
     write_sweep,
@@ -142,7 +143,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; tests must leave it as it is."""
     folder = tmp_path_factory.mktemp("cli")
     recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
-    done = pretrain("train", str(recipe), "--out", str(folder / "run"))
+    done = pretrain_cold("train", str(recipe), "--out", str(folder / "run"))
     assert done.returncode == 0, done.stderr
     return folder / "run"
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,6 +22,7 @@ from pretrain.__main__ import main
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.run import read_ranks
 from pretrain.tracking import read_metrics
+from tests.warm import run_warm
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = ("seconds", "tokens_per_second")
@@ -83,9 +85,8 @@ def run_workers(processes: int, task: str, cases: list[dict], folder: Path) -> l
     folder.mkdir(parents=True, exist_ok=True)
     request, answer = folder / "cases.json", folder / "answer.json"
     request.write_text(json.dumps({"task": task, "cases": cases, "answer": str(answer)}))
-    command = [*launcher(processes), str(ROOT / "tests" / "worker.py"), str(request)]
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=560, check=False
+    done = run_processes(
+        [str(request)], processes, timeout=560, script=ROOT / "tests" / "worker.py"
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads(answer.read_text())
@@ -129,11 +130,28 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 
 def pretrain(*words: str, processes: int = 1, timeout: int = 240) -> subprocess.CompletedProcess:
-    """The command line in real processes."""
+    """The command line in processes of its own, forked with everything imported."""
+    return run_processes(list(words), processes, timeout)
+
+
+def pretrain_cold(
+    *words: str, processes: int = 1, timeout: int = 240
+) -> subprocess.CompletedProcess:
+    """The command line as a user starts it: new interpreters, torchrun for several."""
     command = [*launcher(processes), "-m", "pretrain", *words]
     return subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def run_processes(
+    words: list[str], processes: int, timeout: float, script: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The command line, or a script, on forked processes of a warm server."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run_warm(
+            words, environment(), Path(folder), script=script, processes=processes, timeout=timeout
+        )
 
 
 def metrics_of(run: Path) -> list[dict]:

@@ -18,6 +18,7 @@ from tests.tools import (
     environment,
     launcher,
     metrics_of,
+    run_processes,
     weights_of,
     write_recipe,
 )
@@ -44,11 +45,9 @@ def faulty(
     fault: str, rank: int, updates: str, words: list[str], processes: int = 1, timeout: int = 240
 ) -> subprocess.CompletedProcess[str]:
     """The command line with a fault of ``faulty.py``."""
-    script = [str(HERE / "faulty.py"), fault, str(rank), updates]
-    return subprocess.run(
-        [*launcher(processes), *script, *words], env=environment(), capture_output=True, text=True,
-        timeout=timeout, check=False,
-    )  # fmt: skip
+    return run_processes(
+        [fault, str(rank), updates, *words], processes, timeout, HERE / "faulty.py"
+    )
 
 
 def started_until(

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import write_aside
-from data_pipeline.sources import DataError
+from data_pipeline.index_file import read_header
+from data_pipeline.manifest import Entry, Manifest, load_manifest
+from data_pipeline.records import DataError
+from data_pipeline.sources import sha256_of, stamp_of
 
 BLOCK = 1 << 16
 SUFFIX = ".crc"
@@ -44,10 +48,6 @@ class Checksums:
     def values(self) -> np.ndarray:
         """``[blocks]`` uint32."""
         return np.array(self._found, dtype="<u4")
-
-    def write_beside(self, data: Path) -> None:
-        """Write them beside the ``.bin`` that they are of."""
-        write_aside(data.with_suffix(SUFFIX), self.values().tobytes())
 
 
 def checksums_of(data: Path) -> np.ndarray:
@@ -119,27 +119,122 @@ def _damage(data: Path, block: int) -> str:
     )
 
 
+def verify(path: Path, files: dict[Path, str]) -> None:
+    """See that a file of a folder is as it was written; each state of a file is read once.
+
+    Args:
+        files: hashes of the folder's files; what has none passes.
+
+    Raises:
+        DataError: naming the file, if it is missing or differs.
+    """
+    if path in files:
+        if not path.is_file():
+            raise DataError(f"{path}: missing; bring it back from a copy or tokenise again")
+        if _hash(path, stamp_of(path)) != files[path]:
+            raise DataError(
+                f"{path}: damaged (its checksum differs); bring it back from a copy or tokenise "
+                "again"
+            )
+
+
+@lru_cache(maxsize=4096)
+def _hash(path: Path, stamp: tuple[int, int, int]) -> str:
+    return sha256_of(path)
+
+
 def check_folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[list[str], int]:
-    """Check every ``.bin`` of a tokenised folder, whole.
+    """Compare every file of a tokenised folder with what the manifest says of it.
 
     Args:
         progress: told (bytes done, bytes in all).
 
     Returns:
-        (one line for each damaged file, number of files without checksums).
+        (one line for each thing that is wrong, number of files of tokens without checksums).
+
+    Raises:
+        DataError: if the manifest itself cannot be used.
     """
-    files = sorted(folder.rglob("*.bin"))
-    total, done, without = sum(one.stat().st_size for one in files), 0, 0
-    damaged = []
+    manifest = load_manifest(folder)
+    wrong = _overlaps(manifest.entries)
+    data = sorted({entry.path(".bin") for entry in manifest.entries})
+    files = sorted({*manifest.files, *data})
+    sizes = {one: one.stat().st_size if one.is_file() else 0 for one in files}
+    done, without = 0, 0
     for file in files:
-        wanted = read_checksums(file)
-        if wanted is None:
-            without += 1
-        else:
-            wrong = np.flatnonzero(checksums_of(file) != wanted)
-            if len(wrong):
-                more = f" (and {len(wrong) - 1} more blocks)" if len(wrong) > 1 else ""
-                damaged.append(_damage(file, int(wrong[0])) + more)
-        done += file.stat().st_size
-        progress(done, total)
-    return damaged, without
+        try:
+            if file in data:
+                without += not _check_blocks(file)
+            verify(file, manifest.files)
+        except DataError as error:
+            wrong.append(str(error))
+        done += sizes[file]
+        progress(done, sum(sizes.values()))
+    for entry in manifest.entries:
+        wrong += _check_counts(entry, manifest)
+    return wrong, without
+
+
+def _check_blocks(data: Path) -> bool:
+    """Read a ``.bin`` whole; returns whether there are checksums to compare it with."""
+    if not data.is_file():
+        raise DataError(f"{data}: missing; bring it back from a copy or tokenise again")
+    wanted = read_checksums(data)
+    if wanted is None:
+        return False
+    wrong = np.flatnonzero(checksums_of(data) != wanted)
+    if len(wrong):
+        more = f" (and {len(wrong) - 1} more blocks)" if len(wrong) > 1 else ""
+        raise DataError(_damage(data, int(wrong[0])) + more)
+    return True
+
+
+def _overlaps(entries: Iterable[Entry]) -> list[str]:
+    """Entries that hold the same documents of one file: one of them is not its own."""
+    wrong = []
+    by_file: dict[Path, list[Entry]] = {}
+    for entry in entries:
+        by_file.setdefault(entry.prefix, []).append(entry)
+    for prefix, found in by_file.items():
+        ordered = sorted(found, key=lambda one: one.first)
+        for before, after in pairwise(ordered):
+            if after.first < before.first + before.documents:
+                wrong.append(
+                    f"{prefix}: {before.split} {before.subset!r} and {after.split} "
+                    f"{after.subset!r} lie in the same file; tokenise again"
+                )
+    return wrong
+
+
+def _check_counts(entry: Entry, manifest: Manifest) -> list[str]:
+    """Whether index, sizes and documents count what the manifest does."""
+    index, data, documents = (entry.path(end) for end in (".idx", ".bin", ".docs.npy"))
+    if entry.index:
+        documents = manifest.path / entry.index
+    wrong = []
+    if not index.is_file():
+        wrong.append(f"{index}: missing")
+    else:
+        with index.open("rb") as file:
+            header = read_header(file)
+        if header is None or header.file_size != index.stat().st_size:
+            wrong.append(f"{index}: the index is damaged")
+        elif header.sequences != (entry.file_documents or entry.documents):
+            wrong.append(f"{index}: counts {header.sequences} documents, not {entry.documents}")
+    size = (entry.file_tokens or entry.tokens) * np.dtype(manifest.dtype).itemsize
+    if data.is_file() and data.stat().st_size != size:
+        wrong.append(f"{data}: {data.stat().st_size} bytes, not {size}")
+    if entry.index or not entry.file_documents:
+        wrong += _check_documents(documents, entry)
+    return [f"{line}; bring it back from a copy or tokenise again" for line in wrong]
+
+
+def _check_documents(path: Path, entry: Entry) -> list[str]:
+    try:
+        found = np.load(path, allow_pickle=False, mmap_mode="r")
+        counted = (len(found), int(found["bytes"].sum()))
+    except (OSError, ValueError, IndexError):
+        return [f"{path}: missing or damaged"]
+    if counted != (entry.documents, entry.bytes):
+        return [f"{path}: counts {counted[0]} documents of {counted[1]} bytes"]
+    return []

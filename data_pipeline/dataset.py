@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.checksums import CheckedReader, read_checksums
+from data_pipeline.checksums import SUFFIX, CheckedReader, read_checksums, verify
 from data_pipeline.index_file import Header, read_header
 from data_pipeline.lean import import_lean
 from data_pipeline.manifest import Entry, Manifest
@@ -68,6 +68,8 @@ def open_indexed(entry: Entry, dtype: str) -> Any:
     if data.stat().st_size != size:
         raise DataError(f"{data}: {data.stat().st_size} bytes, expected {size}; tokenise again")
     found = index_classes().IndexedDataset(str(entry.prefix), multimodal=False, mmap=True)
+    for file in (index, data.with_suffix(SUFFIX)):
+        verify(file, entry.files)
     checksums = read_checksums(data)
     if checksums is not None:
         found.bin_reader = CheckedReader(found.bin_reader, data, checksums)
@@ -263,9 +265,10 @@ def held_out(manifest: Manifest, split: str, limit: int | None = None) -> list[H
     chosen: list[tuple[int, Entry, int, int]] = []
     entries = manifest.split(split)
     for entry in entries:
-        file = entry.prefix.with_name(entry.prefix.name + ".docs.npy")
+        file = entry.path(".docs.npy")
         if entry.index:
             file = manifest.path / entry.index
+        verify(file, entry.files)
         try:
             documents = np.load(file, allow_pickle=False)
         except (OSError, ValueError):

@@ -11,21 +11,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data_pipeline.sources import Block, Fields, parse_block, split_by_document
+from data_pipeline.records import Block, DataError, Fields, parse_block, split_by_document
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 DOCUMENT_TYPE = np.dtype([("bytes", "<u8"), ("hash", "<u8")])
 """Beside each pair, one entry per document: UTF-8 bytes and a hash of the text."""
 Key = tuple[str, str]
 """(split, subset)"""
+_WAIT = 5.0
+"""Seconds between two looks at a worker."""
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Result:
     bytes: int
     raw_bytes: int
     count: int
+    """Documents."""
 
 
 def token_type(vocabulary_size: int) -> type[np.uint16] | type[np.int32]:
@@ -102,10 +105,16 @@ def hash_text(text: bytes) -> int:
 
 
 class Encoder:
-    """Encodes blocks in order, in this process or in a pool with bounded read-ahead."""
+    """Encodes blocks in order, in this process or in a pool with bounded read-ahead.
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, workers: int) -> None:
-        self.job, self.tokenizer, self.workers = job, tokenizer, workers
+    Args:
+        wait: called every few seconds while a worker has not finished.
+    """
+
+    def __init__(
+        self, job: Job, tokenizer: Tokenizer, workers: int, wait: Callable[[], None]
+    ) -> None:
+        self.job, self.tokenizer, self.workers, self.wait = job, tokenizer, workers, wait
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Callable[[Iterator[tuple[Block, str | None]]], Iterator[Result]]:
@@ -129,13 +138,28 @@ class Encoder:
 
     def _parallel(self, blocks: Iterator[tuple[Block, str | None]]) -> Iterator[Result]:
         assert self.pool is not None
-        waiting: deque[Any] = deque()
-        for block, split in blocks:
-            waiting.append(self.pool.submit(_work, block, self.job.fields, split))
-            if len(waiting) > 2 * self.workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for block, split in blocks:
+                waiting.append(self.pool.submit(_work, block, self.job.fields, split))
+                if len(waiting) > 2 * self.workers:
+                    yield self._result(waiting.popleft())
+            while waiting:
+                yield self._result(waiting.popleft())
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process was killed, as the system does when memory runs out; repeat the "
+                f"command with fewer than {self.workers} --workers: what was finished is kept"
+            ) from None
+
+    def _result(self, future: Future[Result]) -> Result:
+        while True:
+            try:
+                return future.result(timeout=_WAIT)
+            except TimeoutError:
+                if future.done():
+                    raise
+                self.wait()
 
 
 _worker: dict[str, Tokenizer] = {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.sources import DataError
+from data_pipeline.records import DataError
 from data_pipeline.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -33,6 +34,12 @@ class Entry:
     """Tokens of every sequence, where each is a sample as it lies; 0: documents."""
     index: str = ""
     """File with the bytes and hashes of the documents; empty: beside the tokens."""
+    files: dict[Path, str] = field(default_factory=dict, compare=False)
+    """SHA-256 of files of the folder, as far as they were recorded."""
+
+    def path(self, ending: str) -> Path:
+        """A file of this entry, such as ``.bin``."""
+        return self.prefix.with_name(self.prefix.name + ending)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,10 @@ class Manifest:
     tokenizer_sha256: str
     dtype: str
     malformed: int
+    left_out: tuple[str, ...] = ()
+    """Files that were no sources, a line for each reason."""
+    files: dict[Path, str] = field(default_factory=dict)
+    """SHA-256 of the folder's files; empty: made by others, or an earlier version."""
 
     def split(self, name: str) -> list[Entry]:
         """The subsets of a split.
@@ -69,6 +80,8 @@ def manifest_values(
     malformed: int,
     sources: list[dict[str, Any]],
     identity: dict[str, Any],
+    files: dict[str, str] | None = None,
+    left_out: list[str] | None = None,
 ) -> dict[str, Any]:
     """What ``manifest.json`` says; the inverse of `load_manifest`.
 
@@ -76,8 +89,10 @@ def manifest_values(
         tokenizer_file: its name in the folder.
         entries: fields of `Entry`, the prefix relative to the folder.
         identity: what the folder was made of, for whoever would go on with it.
+        files: SHA-256 of each file, by its name in the folder.
+        left_out: files that were no sources, a line for each reason.
     """
-    return {
+    values = {
         "version": MANIFEST_VERSION,
         "tokenizer": {
             "file": tokenizer_file,
@@ -90,7 +105,16 @@ def manifest_values(
         "malformed": malformed,
         "sources": sources,
         "identity": identity,
+        "files": files or {},
+        "left_out": left_out or [],
     }
+    return values | {"checksum": _checksum(values)}
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """Hash of a manifest without this entry itself."""
+    rest = {key: value for key, value in values.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -113,8 +137,15 @@ def load_manifest(path: Path) -> Manifest:
                 f"{file}: version {values['version']}, this program reads {MANIFEST_VERSION}; "
                 "tokenise again"
             )
+        if values.get("checksum") not in (None, _checksum(values)):
+            raise DataError(
+                f"{file}: does not fit its own checksum; bring it back from a copy or tokenise "
+                "again (whoever edits it takes the line `checksum` out)"
+            )
+        files = {path / name: digest for name, digest in values.get("files", {}).items()}
         entries = tuple(
-            Entry(**{**entry, "prefix": path / entry["prefix"]}) for entry in values["entries"]
+            Entry(**{**entry, "prefix": path / entry["prefix"]}, files=files)
+            for entry in values["entries"]
         )
         tokenizer = values["tokenizer"]
         return Manifest(
@@ -126,6 +157,10 @@ def load_manifest(path: Path) -> Manifest:
             tokenizer["sha256"],
             values["dtype"],
             values["malformed"],
+            tuple(values.get("left_out", ())),
+            files,
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{file}: not a manifest ({error!r}); tokenise again") from None

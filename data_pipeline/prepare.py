@@ -13,7 +13,10 @@ from data_pipeline.encode import Job
 from data_pipeline.files import write_aside
 from data_pipeline.manifest import load_manifest
 from data_pipeline.pile import PILE_WEIGHTS
-from data_pipeline.sources import DataError, Fields, Source, find_sources, parse_block
+from data_pipeline.readers import WINDOW_MB
+from data_pipeline.records import DataError, Fields, parse_block, split_by_document
+from data_pipeline.sources import Source, find_sources
+from data_pipeline.splits import SPLITS
 from data_pipeline.tokenize import Report, tokenize
 from data_pipeline.tokenizer import train_tokenizer
 
@@ -26,32 +29,67 @@ def train_from_sources(
     max_bytes: int = 256 << 20,
     text_field: str = "text",
     subset_field: str = "meta.pile_set_name",
+    split: str | None = None,
+    window_mb: int = WINDOW_MB,
 ) -> int:
-    """Train a tokenizer on the training split of some sources and write it to ``out``.
+    """Train a tokenizer on the training documents of some sources and write it to ``out``.
+
+    Args:
+        split: takes every source for this split, whatever its name.
 
     Returns:
         The size of the vocabulary.
+
+    Raises:
+        DataError: if the sources hold no training documents.
     """
-    sources = find_sources(names)
-    chosen = [one for one in sources if one.split == "train"] or sources
+    _check_split(split)
+    found, _ = _find(names, window_mb, split)
+    held_out = [one for one in found if (split or one.split) in ("val", "test")]
+    chosen = [one for one in found if one not in held_out]
+    if not chosen:
+        raise DataError(
+            f"{held_out[0].name}: is held out ({split or held_out[0].split}), and so is all that "
+            "was given; a tokenizer learns from training text (--split train takes it for that)"
+        )
+    if held_out:
+        _say(f"{len(held_out)} held-out source(s) not read: {held_out[0].name} …")
     fields = Fields(text_field, subset_field, "unknown")
     which: Literal["unigram", "bpe"] = "bpe" if kind == "bpe" else "unigram"
-    print(
+    _say(
         f"tokenizer: learning {vocabulary_size:,} pieces from up to {max_bytes >> 20} MB; a minute "
-        "for every 50 MB or so",
-        file=sys.stderr,
-        flush=True,
+        "for every 50 MB or so"
     )
-    model = train_tokenizer(_texts(chosen, fields), vocabulary_size, which, max_bytes)
+    texts = _TrainingTexts(chosen, fields, split)
+    model = train_tokenizer(texts, vocabulary_size, which, max_bytes)
+    texts.say_problems()
     write_aside(out, model)
     return vocabulary_size
 
 
-def _texts(sources: list[Source], fields: Fields) -> Iterator[str]:
-    for source in sources:
-        for block in source.open_blocks():
-            for document in parse_block(block, fields).documents:
-                yield document.text
+class _TrainingTexts:
+    """Texts of training documents, those of sources without a split as they will be dealt."""
+
+    def __init__(self, sources: list[Source], fields: Fields, split: str | None) -> None:
+        self._sources, self._fields, self._split = sources, fields, split
+        self._problems: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        for source in self._sources:
+            split = self._split or source.split
+            for block in source.open_blocks(self._fields):
+                parsed = parse_block(block, self._fields)
+                self._problems += parsed.problems
+                for document in parsed.documents:
+                    if (split or split_by_document(document.text)) == "train":
+                        yield document.text
+
+    def say_problems(self) -> None:
+        """Name what was malformed, up to the end of what was read."""
+        for line in self._problems[:20]:
+            _say(f"skipped {line}")
+        if len(self._problems) > 20:
+            _say(f"skipped {len(self._problems) - 20:,} more")
 
 
 def tokenize_sources(
@@ -65,14 +103,54 @@ def tokenize_sources(
     default_subset: str | None = None,
     eod_token: str | None = None,
     strict: bool = False,
+    window_mb: int = WINDOW_MB,
 ) -> Report:
     """Tokenise named sources, with progress on standard error."""
-    if split not in (None, "train", "val", "test"):
-        raise DataError(f"--split: {split!r} is not train, val or test")
-    sources = find_sources(names)
+    _check_split(split)
+    sources, left_out = _find(names, window_mb, split)
     fields = Fields(text_field, subset_field, default_subset)
     job = Job(tokenizer, eod_token, fields, split, strict)
-    return tokenize(sources, job, out, workers, _Meter())
+    try:
+        return tokenize(
+            sources, job, out, workers, _Meter(), tell=_say, left_out=left_out
+        )  # fmt: skip
+    except MemoryError:
+        raise DataError(
+            f"{out}: memory ran out; repeat the command with fewer --workers than {workers}, or "
+            "on a larger machine: what was finished is kept"
+        ) from None
+
+
+def _check_split(split: str | None) -> None:
+    if split not in (None, *SPLITS):
+        raise DataError(f"--split: {split!r} is not train, val or test")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _find(names: list[str], window_mb: int, split: str | None) -> tuple[list[Source], list[str]]:
+    """The sources, and lines about files that are none; people are told of both."""
+    left_out: list[str] = []
+    tell = _say if split is None else None
+    sources = find_sources(names, window_mb=window_mb, tell=tell, left_out=left_out)
+    for line in left_out:
+        _say(line)
+    if split is None:
+        _say_splits(sources)
+    return sources, left_out
+
+
+def _say_splits(sources: list[Source]) -> None:
+    """One line: which sources are a split by their names, and how many are dealt."""
+    parts = []
+    for split in (*SPLITS, None):
+        found = [one.name for one in sources if one.split == split]
+        if found:
+            what = f"{split} by name" if split else "dealt 98 : 1 : 1 by document"
+            parts.append(f"{len(found)} {what} ({found[0]}{' …' if len(found) > 1 else ''})")
+    _say(f"sources: {', '.join(parts)}")
 
 
 class _Meter:
@@ -104,9 +182,10 @@ def print_info(folder: Path, as_json: bool = False) -> None:
         print((folder / "manifest.json").read_text(encoding="utf-8"))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=str(folder))
+    table = Table(title=escape(str(folder)))
     for column in ("split", "subset", "documents", "tokens", "bytes", "bytes/token", "share"):
         table.add_column(column, justify="left" if column in ("split", "subset") else "right")
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
@@ -117,7 +196,7 @@ def print_info(folder: Path, as_json: bool = False) -> None:
     def row(split: str, subset: str, documents: int, tokens: int, size: int) -> None:
         table.add_row(
             split,
-            subset,
+            escape(subset if subset.isprintable() else ascii(subset)),
             f"{documents:,}",
             f"{tokens:,}",
             f"{size:,}",
@@ -136,3 +215,5 @@ def print_info(folder: Path, as_json: bool = False) -> None:
         f"tokens stored as {manifest.dtype}; {len(present)} of the Pile's 22 subsets; "
         f"{manifest.malformed} malformed records skipped"
     )
+    for line in manifest.left_out:
+        print(line)

@@ -6,61 +6,27 @@ and taken up again; parsing a block is a pure function that runs in any process.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-BLOCK_BYTES = 4 << 20
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
-SPLITS = ("train", "val", "test")
-_SPLIT_WORDS = {"valid": "val", "validation": "val", "dev": "val"}
-_SPLIT_PATTERN = re.compile(r"(?<![a-z])(train|val|valid|validation|dev|test)(?![a-z])")
+from data_pipeline.folders import SUFFIXES, list_folder, suffix_of
+from data_pipeline.hub import hub_blocks
+from data_pipeline.parquet_rows import parquet_blocks
+from data_pipeline.readers import WINDOW_MB, line_blocks, text_blocks
+from data_pipeline.records import Block, DataError, Document, Fields, Parsed, parse_block
+from data_pipeline.splits import SPLITS, Place, splits_of
 
+__all__ = [
+    "SPLITS", "Block", "DataError", "Document", "Fields", "Parsed", "Source", "find_sources",
+    "parse_block", "sha256_of",
+]  # fmt: skip
 
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file and the mend."""
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Where a record keeps its text and subset; dots lead into objects."""
-
-    text: str = "text"
-    subset: str = "meta.pile_set_name"
-    default_subset: str | None = None
-    """Subset of records without one; None: such records are malformed."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and where it belongs."""
-
-    text: str
-    subset: str
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some consecutive records of one source, not parsed yet."""
-
-    name: str
-    first: int
-    """Number of the first record, counted from 1 (the line, in line-based files)."""
-    records: list[Any]
-    """Lines as bytes, or rows as mappings."""
-
-
-@dataclass
-class Parsed:
-    """The documents of a block, and what was wrong with the others."""
-
-    documents: list[Document] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+Tell = Callable[[str], None]
+"""Called with a line for people."""
 
 
 @dataclass(frozen=True)
@@ -70,71 +36,132 @@ class Source:
     name: str
     split: str | None
     """train, val or test where the name says so; None: split by document."""
-    size: int
-    fingerprint: str
-    """Cheap identity: hash of the size, the first and the last MiB (or the Hub name)."""
-    open_blocks: Callable[[], Iterator[Block]] = field(compare=False, repr=False)
+    path: Path | None
+    """None: of the Hub."""
+    stamp: tuple[int, int, int]
+    """Size, and the times of the last change of contents and of anything, in nanoseconds."""
+    blocks: Callable[[Fields], Iterator[Block]] = field(compare=False, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file; 0: of the Hub."""
+        return self.stamp[0]
+
+    def open_blocks(self, fields: Fields | None = None) -> Iterator[Block]:
+        """The records, in blocks.
+
+        Args:
+            fields: what is wanted of them; parquet reads nothing else.
+        """
+        return self.blocks(fields or Fields())
 
 
-def find_sources(names: Iterable[str], hub_splits: tuple[str, ...] = SPLITS) -> list[Source]:
+def find_sources(
+    names: Iterable[str],
+    hub_splits: tuple[str, ...] = SPLITS,
+    window_mb: int = WINDOW_MB,
+    tell: Tell | None = None,
+    left_out: list[str] | None = None,
+) -> list[Source]:
     """Sources for paths and Hub dataset names, in a fixed order.
 
     Args:
         names: files, folders, or ``owner/name`` of a Hub dataset.
+        window_mb: memory that a zstd archive may ask for.
+        tell: told about names that may mean a split.
+        left_out: gets a line for each kind of files that are left out.
 
     Raises:
         DataError: if a name is neither, or a folder has no usable file.
     """
-    found: list[Source] = []
+    say: Tell = tell or (lambda line: None)
+    others = left_out if left_out is not None else []
+    files: list[tuple[Path, Place]] = []
+    hubs: list[Source] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if _suffix(file))
-            if not files:
-                raise DataError(f"{name}: no {', '.join(SUFFIXES)} file in this folder")
-            found += [_file_source(file, str(file.relative_to(path))) for file in files]
+            files += _files_of_folder(path, others)
         elif path.is_file():
-            if not _suffix(path):
+            if not suffix_of(path):
                 raise DataError(f"{name}: unknown kind of file; known: {', '.join(SUFFIXES)}")
-            found.append(_file_source(path, path.name))
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix:
-            found += [_hub_source(name, split) for split in hub_splits]
+            files.append((path, _place(path, len(_parts(path)) - 1)))
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix and not _exists(path):
+            hubs += [_hub_source(name, split) for split in hub_splits]
+        elif path.exists():
+            raise DataError(f"{name}: not a regular file or folder")
         else:
             raise DataError(f"{name}: no such file or folder, nor a Hub dataset (owner/name)")
-    if not found:
+    found = _file_sources(files, window_mb, say, others)
+    if not found and not hubs:
         raise DataError("no sources given")
-    return found
+    return [*found, *hubs]
 
 
-def split_of(name: str) -> str | None:
-    """The split that a relative path names, for example ``train/00.jsonl.zst``."""
-    match = _SPLIT_PATTERN.search(name.lower())
-    return _SPLIT_WORDS.get(match[1], match[1]) if match else None
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)
 
 
-def _suffix(path: Path) -> str | None:
-    return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+def _files_of_folder(folder: Path, left_out: list[str]) -> list[tuple[Path, Place]]:
+    listing = list_folder(folder)
+    left_out += [f"left out of {folder}: {line}" for line in listing.lines()]
+    if not listing.files:
+        raise DataError(f"{folder}: no {', '.join(SUFFIXES)} file with contents in this folder")
+    given = len(_parts(folder)) - 1
+    return [(file, _place(file, given)) for file in listing.files]
 
 
-def _file_source(path: Path, relative: str) -> Source:
-    readers: dict[str, Callable[[Path], Iterator[Block]]] = {
-        ".parquet": _parquet_blocks,
-        ".txt": _text_blocks,
-    }
-    reader = readers.get(_suffix(path) or "", _line_blocks)
-    size = path.stat().st_size
-    return Source(
-        str(path), split_of(relative), size, _fingerprint(path, size), lambda: reader(path)
-    )
+def _file_sources(
+    files: list[tuple[Path, Place]], window_mb: int, say: Tell, left_out: list[str]
+) -> list[Source]:
+    """Each file once, whatever the names and links that lead to it, with its split."""
+    splits, passed = splits_of([place for _, place in files])
+    found: dict[str, Source] = {}
+    for (path, _), split in zip(files, splits, strict=True):
+        source = _file_source(path, split, window_mb)
+        real = os.path.realpath(path)
+        if real not in found:
+            found[real] = source
+            continue
+        first = found[real]
+        if None not in (split, first.split) and split != first.split:
+            raise DataError(f"{path}: is {first.name}, once in {first.split}, once in {split}")
+        left_out.append(f"left out: {path}, which is {first.name} again")
+        found[real] = replace(first, split=first.split or split)
+    if passed:
+        some = ", ".join(str(files[number][0]) for number in passed[:3])
+        say(
+            f"{len(passed)} file(s) with the word of a split inside a name that means none: {some};"
+            " dealt 98 : 1 : 1 by document (--split says otherwise)"
+        )
+    return list(found.values())
 
 
-def _fingerprint(path: Path, size: int) -> str:
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(1 << 20))
-        file.seek(max(0, size - (1 << 20)))
-        digest.update(file.read())
-    return digest.hexdigest()
+def _parts(path: Path) -> tuple[str, ...]:
+    return Path(os.path.abspath(path)).parts  # noqa: PTH100  (a link keeps the name it was given)
+
+
+def _place(path: Path, given: int) -> Place:
+    parts = _parts(path)
+    name = parts[-1][: -len(suffix_of(path) or "") or None]
+    return Place((*parts[:-1], name), given)
+
+
+def _file_source(path: Path, split: str | None, window_mb: int) -> Source:
+    suffix = suffix_of(path)
+
+    def blocks(fields: Fields) -> Iterator[Block]:
+        if suffix == ".parquet":
+            return parquet_blocks(path, fields)
+        return text_blocks(path) if suffix == ".txt" else line_blocks(path, window_mb)
+
+    return Source(str(path), split, path, stamp_of(path), blocks)
+
+
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    """What tells whether a file may have changed: size and times."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def sha256_of(path: Path) -> str:
@@ -143,192 +170,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- readers --------------------------------------------------------------------------------
-
-
-def _line_blocks(path: Path) -> Iterator[Block]:
-    lines: list[bytes] = []
-    size, first, number = 0, 1, 0
-    for line in _lines(path):
-        number += 1
-        lines.append(line)
-        size += len(line)
-        if size >= BLOCK_BYTES:
-            yield Block(str(path), first, lines)
-            lines, size, first = [], 0, number + 1
-    if lines:
-        yield Block(str(path), first, lines)
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    rest = b""
-    for chunk in _chunks(path):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    """Decompressed bytes; a truncated or damaged archive is an error that names it."""
-    if path.name.endswith(".zst"):
-        yield from _zst_chunks(path)
-        return
-    opener: Any = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                yield chunk
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise _damaged(path, error) from None
-
-
-def _zst_chunks(path: Path) -> Iterator[bytes]:
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor()
-    frame = decompressor.decompressobj()
-    started = False
-    with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            while data:
-                try:
-                    output = frame.decompress(data)
-                except zstandard.ZstdError as error:
-                    raise _damaged(path, error) from None
-                started = True
-                if output:
-                    yield output
-                data = b""
-                if frame.eof:  # an archive may be several frames, one after the other
-                    data, started = frame.unused_data, False
-                    frame = decompressor.decompressobj()
-    if started:
-        raise _damaged(path, "it ends inside a frame")
-
-
-def _damaged(path: Path, reason: object) -> DataError:
-    return DataError(
-        f"{path}: the archive is truncated or damaged ({reason}); fetch it again, then repeat the "
-        "command: finished files are kept"
-    )
-
-
-def _text_blocks(path: Path) -> Iterator[Block]:
-    yield Block(str(path), 1, [{"text": path.read_bytes(), "subset": path.parent.name or "text"}])
-
-
-def _parquet_blocks(path: Path) -> Iterator[Block]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        number = 1
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                rows = batch.to_pylist()
-                yield Block(str(path), number, rows)
-                number += len(rows)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(path, str(error).splitlines()[0]) from None
-
-
 def _hub_source(name: str, split: str) -> Source:
-    identity = hashlib.sha256(f"hub:{name}:{split}".encode()).hexdigest()
-    return Source(f"{name}[{split}]", split, 0, identity, lambda: _hub_blocks(name, split))
-
-
-def _hub_blocks(name: str, split: str) -> Iterator[Block]:
-    import datasets
-
-    try:
-        available = datasets.get_dataset_split_names(name)
-        matching = [one for one in available if _SPLIT_WORDS.get(one, one) == split]
-        if not matching:
-            return
-        stream = datasets.load_dataset(name, split=matching[0], streaming=True)
-    except Exception as error:  # the Hub client raises many kinds
-        raise DataError(
-            f"{name}: cannot reach this Hub dataset ({type(error).__name__}); check the name and "
-            "the network, or give local files"
-        ) from None
-    rows: list[Any] = []
-    number = 1
-    for row in stream:
-        rows.append(row)
-        if len(rows) == 1024:
-            yield Block(f"{name}[{split}]", number, rows)
-            number += len(rows)
-            rows = []
-    if rows:
-        yield Block(f"{name}[{split}]", number, rows)
-
-
-# --- parsing --------------------------------------------------------------------------------
-
-
-def parse_block(block: Block, fields: Fields) -> Parsed:
-    """Documents of a block; what is malformed is named ``file:line: reason`` and skipped."""
-    parsed = Parsed()
-    for number, record in enumerate(block.records, block.first):
-        if isinstance(record, bytes) and not record.strip():
-            continue
-        try:
-            parsed.documents.append(_document(record, fields))
-        except ValueError as error:
-            parsed.problems.append(f"{block.name}:{number}: {error}")
-    return parsed
-
-
-def _document(record: Any, fields: Fields) -> Document:
-    if isinstance(record, bytes):
-        try:
-            record = json.loads(record.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not valid UTF-8 at byte {error.start}") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not valid JSON ({error.msg})") from None
-        if not isinstance(record, dict):
-            raise ValueError("not a JSON object")
-    elif isinstance(record.get("text"), bytes):  # a .txt file, whole
-        try:
-            text = record["text"].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not valid UTF-8 at byte {error.start}") from None
-        return Document(text, fields.default_subset or record["subset"])
-    text = _lookup(record, fields.text)
-    if not isinstance(text, str):
-        raise ValueError(f"no text in field {fields.text!r}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("the text has a lone surrogate, which is not valid UTF-8") from None
-    subset = _lookup(record, fields.subset)
-    if subset is None:
-        subset = fields.default_subset
-    if not isinstance(subset, str) or not subset:
-        raise ValueError(f"no subset in field {fields.subset!r} (or give --default-subset)")
-    if not text:
-        raise ValueError("the text is empty")
-    return Document(text, subset)
-
-
-def _lookup(record: Any, path: str) -> Any:
-    """``meta.pile_set_name`` in nested objects; an object may also be a JSON string."""
-    value = record
-    for part in path.split("."):
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError:
-                return None
-        if not isinstance(value, dict):
-            return None
-        value = value.get(part)
-    return value
-
-
-def split_by_document(text: str) -> str:
-    """train, val or test (98 : 1 : 1), decided by the text alone."""
-    draw = hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=b"split").digest()[0] % 100
-    return "test" if draw == 0 else "val" if draw == 1 else "train"
+    return Source(
+        f"{name}[{split}]", split, None, (0, 0, 0), lambda fields: hub_blocks(name, split)
+    )

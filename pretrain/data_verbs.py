@@ -25,6 +25,9 @@ SubsetField = Annotated[str, typer.Option(help="Field of the subset's name.")]
 DefaultSubset = Annotated[
     str | None, typer.Option(help="Subset of records that name none (else they are malformed).")
 ]
+ZstWindow = Annotated[
+    int, typer.Option(min=1, help="Memory in MB that a .zst written with --long may ask for.")
+]
 
 
 @data_app.command()
@@ -45,10 +48,14 @@ def tokenizer(
     max_mb: Annotated[int, typer.Option(min=1, help="Learn from so many MB of text.")] = 256,
     text_field: TextField = "text",
     subset_field: SubsetField = "meta.pile_set_name",
+    split: Annotated[
+        str | None, typer.Option(help="Take everything for this split; default by file name.")
+    ] = None,
+    zst_window_mb: ZstWindow = 512,
 ) -> None:
     """Train a SentencePiece tokenizer that keeps every byte of every text.
 
-    Learns from the training split where sources name splits.
+    Learns from training documents alone, as `data tokenize` deals the same sources.
     """
     from data_pipeline.prepare import train_from_sources
     from pretrain.errors import UsageError
@@ -56,8 +63,9 @@ def tokenizer(
     if kind not in ("unigram", "bpe"):
         raise UsageError(f"--type: {kind!r} is neither unigram nor bpe")
     size = train_from_sources(
-        sources, out, vocab_size, kind, max_mb << 20, text_field, subset_field
-    )
+        sources, out, vocab_size, kind, max_mb << 20, text_field, subset_field, split,
+        zst_window_mb,
+    )  # fmt: skip
     print(f"{out}: {size:,} tokens")
 
 
@@ -79,6 +87,7 @@ def tokenize(
         str | None, typer.Option(help="End-of-document token of a tokenizer.json.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a malformed record.")] = False,
+    zst_window_mb: ZstWindow = 512,
     json: Json = False,
 ) -> None:
     """Tokenise into Megatron .bin/.idx pairs, one per split and subset, with a manifest.
@@ -90,7 +99,7 @@ def tokenize(
 
     report = tokenize_sources(
         sources, tokenizer, out, workers, split, text_field, subset_field, default_subset,
-        eod_token, strict,
+        eod_token, strict, zst_window_mb,
     )  # fmt: skip
     for line in report.shown:
         print(f"skipped {line}", file=sys.stderr)
@@ -158,15 +167,13 @@ def adopt(
 def check(
     folder: Annotated[Path, typer.Argument(help="Tokenised folder.")],
 ) -> None:
-    """Read all tokens and compare them with their checksums; exit code 1 if a file is damaged.
+    """Compare every file with its checksum and its counts; exit code 1 if one is damaged.
 
-    Training does the same with each block of 64 KiB when it first reads it.
+    Training does the same with what it reads, when it first reads it.
     """
     from data_pipeline.checksums import check_folder
-    from data_pipeline.manifest import load_manifest
     from pretrain.tracking import Progress
 
-    load_manifest(folder)
     progress = Progress(1, "check", True)
     damaged, without = check_folder(folder, lambda done, total: progress.update(done, total=total))
     progress.close()
@@ -174,7 +181,7 @@ def check(
         print(line, file=sys.stderr)
     if without:
         print(f"{without} file(s) without checksums (made by others, or an earlier version)")
-    print(f"{folder}: {len(damaged)} damaged file(s)")
+    print(f"{folder}: {len(damaged)} thing(s) wrong")
     raise typer.Exit(1 if damaged else 0)
 
 

@@ -241,12 +241,12 @@ def test_finished_refuses_others(corpus: Path, tokenizer: Path, data: Path, tmp_
 SLOW = """
 import sys, time
 from pathlib import Path
-import data_pipeline.tokenize as t, data_pipeline.sources as s
+import data_pipeline.parts as t, data_pipeline.readers as s
 s.BLOCK_BYTES = 4000
-commit = t._State.commit
+commit = t.Parts.commit
 def slow(self, *a):
     commit(self, *a); time.sleep(0.15)
-t._State.commit = slow
+t.Parts.commit = slow
 from data_pipeline.encode import Job
 from data_pipeline.tokenize import tokenize
 from data_pipeline.sources import find_sources
@@ -270,7 +270,7 @@ def test_killed_tokenisation_goes_on(
         process.wait()
         with pytest.raises(DataError, match="not finished"):
             load_manifest(out)
-    monkeypatch.setattr("data_pipeline.sources.BLOCK_BYTES", 4000)
+    monkeypatch.setattr("data_pipeline.readers.BLOCK_BYTES", 4000)
     report = tokenize(find_sources([str(corpus)]), Job(tokenizer), out, part_bytes=4000)
     assert report.resumed
     assert tree(out) == tree(data)

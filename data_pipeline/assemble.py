@@ -1,0 +1,169 @@
+"""The finished folder: parts joined into one pair per split and subset, and the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.checksums import Checksums
+from data_pipeline.encode import DOCUMENT_TYPE, Job, Key, token_type
+from data_pipeline.files import write_aside, write_synced
+from data_pipeline.index_file import write_index
+from data_pipeline.manifest import MANIFEST, manifest_values
+from data_pipeline.parts import WHOLE, Parts
+from data_pipeline.records import DataError
+from data_pipeline.sources import sha256_of
+from data_pipeline.splits import SPLITS
+from data_pipeline.tokenizer import Tokenizer
+
+_ENDINGS = (".bin", ".idx", ".docs.npy", ".crc")
+_RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d")
+"""Names that Windows keeps for devices, in any case."""
+_LONGEST = 80
+
+
+def check_free(out: Path, job: Job) -> None:
+    """See before the work that nothing of others lies where the results will.
+
+    Raises:
+        DataError: naming what lies there.
+    """
+    name, source = tokenizer_file(job)
+    mine = out / name
+    taken = [mine] if mine.exists() and sha256_of(mine) != sha256_of(source) else []
+    taken += [out / split for split in SPLITS if _holds_something(out / split)]
+    if taken:
+        raise DataError(
+            f"{taken[0]}: is there already and was not made here; choose another --out or move it"
+        )
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+
+
+def tokenizer_file(job: Job) -> tuple[str, Path]:
+    """Name of the tokenizer in the folder, and the file that it is copied from."""
+    source = job.tokenizer_path
+    if source.is_dir():
+        source = next(source.glob("tokenizer.*"))
+        return source.name, source
+    return f"tokenizer{'.json' if source.suffix == '.json' else '.model'}", source
+
+
+def assemble(state: Parts, job: Job, tokenizer: Tokenizer, left_out: list[str]) -> dict[str, Any]:
+    """Join the parts and write the manifest, the last file of all.
+
+    Raises:
+        DataError: if there is no document, or a file of others lies in the way.
+    """
+    where: dict[Key, list[Path]] = {}
+    for part in state.in_order():
+        for split, subset, number in part["entries"]:
+            stem = state.folder / part["folder"] / str(number)
+            where.setdefault((split, subset), []).append(stem)
+    if not where:
+        raise DataError(
+            f"no usable document in {len(state.sources)} source(s)"
+            + (f"; the first problem: {state.shown[0]}" if state.shown else "")
+        )
+    names = file_names({subset for _, subset in where})
+    prefixes = {key: f"{key[0]}/{names[key[1]]}" for key in sorted(where)}
+    state.will_make([prefix + end for prefix in prefixes.values() for end in _ENDINGS])
+    (state.folder / WHOLE).mkdir(exist_ok=True)
+    dtype = token_type(tokenizer.vocabulary_size)
+    entries: list[dict[str, Any]] = []
+    files: dict[str, str] = {}
+    for key, prefix in prefixes.items():
+        entries.append(_join(state, key, prefix, where[key], dtype, files))
+    name, source = tokenizer_file(job)
+    if not (state.out / name).exists():
+        write_aside(state.out / name, source.read_bytes())
+    files[name] = sha256_of(state.out / name)
+    described = [
+        {
+            "name": one.name,
+            "size": one.stamp[0],
+            "sha256": one.sha256,
+            "split": one.split,
+            "stamp": one.stamp,
+            "documents": one.documents,
+            "malformed": one.malformed,
+        }
+        for one in state.sources
+    ]
+    manifest = manifest_values(
+        name, tokenizer, dtype.__name__, entries, state.malformed, described, state.identity,
+        files, left_out,
+    )  # fmt: skip
+    write_aside(state.out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    shutil.rmtree(state.folder)
+    return manifest
+
+
+def _join(
+    state: Parts, key: Key, prefix: str, stems: list[Path], dtype: Any, files: dict[str, str]
+) -> dict[str, Any]:
+    """Join one pair and what lies beside it; ``files`` gets their hashes. Returns its entry."""
+    aside = state.folder / WHOLE
+    checksums, digest = Checksums(), hashlib.sha256()
+    with (aside / "x.bin").open("wb") as file:
+        for stem in stems:
+            with stem.with_suffix(".bin").open("rb") as part:
+                while piece := part.read(1 << 20):
+                    file.write(piece)
+                    checksums.update(piece)
+                    digest.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    lengths = [np.fromfile(stem.with_suffix(".len"), dtype=np.int32) for stem in stems]
+    documents = [np.fromfile(stem.with_suffix(".doc"), dtype=DOCUMENT_TYPE) for stem in stems]
+    all_lengths, all_documents = np.concatenate(lengths), np.concatenate(documents)
+    write_index(aside / "x.idx", all_lengths, dtype)
+    np.save(aside / "x.docs.npy", all_documents)
+    write_synced(aside / "x.crc", checksums.values().tobytes())
+    (state.out / prefix).parent.mkdir(parents=True, exist_ok=True)
+    for end in _ENDINGS:
+        made = aside / f"x{end}"
+        files[prefix + end] = digest.hexdigest() if end == ".bin" else sha256_of(made)
+        os.replace(made, state.out / (prefix + end))
+    return {
+        "split": key[0],
+        "subset": key[1],
+        "prefix": prefix,
+        "documents": len(all_documents),
+        "tokens": int(all_lengths.sum(dtype=np.int64)),
+        "bytes": int(all_documents["bytes"].sum()),
+    }
+
+
+def file_names(subsets: Iterable[str]) -> dict[str, str]:
+    """A file name for each subset, different in more than the case of its letters."""
+    hashed = dict.fromkeys(sorted(subsets), 0)
+    while True:
+        names = {subset: _file_name(subset, length) for subset, length in hashed.items()}
+        count = Counter(name.lower() for name in names.values())
+        same = [subset for subset, name in names.items() if count[name.lower()] > 1]
+        if not same:
+            return names
+        for subset in same:
+            hashed[subset] += 12
+
+
+def _file_name(subset: str, hash_length: int) -> str:
+    slug = re.sub(r"[^A-Za-z0-9]+", "_", subset).strip("_")
+    as_it_is = slug == subset.replace(" ", "_").replace("-", "_")
+    if not as_it_is or not slug or len(slug) > _LONGEST or _RESERVED.fullmatch(slug.lower()):
+        hash_length = max(12, hash_length)
+    if hash_length:
+        slug = f"{slug[:_LONGEST]}_{hashlib.sha256(subset.encode()).hexdigest()[:hash_length]}"
+    return slug

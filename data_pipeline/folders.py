@@ -1,0 +1,82 @@
+"""Files of a folder of sources: links are followed, and what is left out is named."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+
+_NAMES = 16
+"""Links that are followed to one folder."""
+
+
+def suffix_of(path: Path) -> str | None:
+    """The suffix of a file that can be read, in any case of its letters."""
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+@dataclass
+class Listing:
+    """The files of a folder that are sources, and the others by the reason they are none."""
+
+    files: list[Path] = field(default_factory=list)
+    left_out: dict[str, list[Path]] = field(default_factory=dict)
+
+    def leave_out(self, path: Path, reason: str) -> None:
+        """Name a file or folder that is not read."""
+        self.left_out.setdefault(reason, []).append(path)
+
+    def lines(self) -> Iterator[str]:
+        """One line for each reason, with some of the names."""
+        for reason, paths in sorted(self.left_out.items()):
+            some = ", ".join(str(path) for path in sorted(paths)[:3])
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            yield f"{len(paths)} {reason}: {some}{more}"
+
+
+def list_folder(folder: Path) -> Listing:
+    """Every file below a folder, those behind links too, in the order of their names.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    found = Listing()
+    # Each folder with the real folders that lead to it: a link to one of them is a loop.
+    waiting: list[tuple[Path, tuple[str, ...]]] = [(folder, (os.path.realpath(folder),))]
+    seen: Counter[str] = Counter()
+    while waiting:
+        here, above = waiting.pop()
+        for entry in os.scandir(here):
+            path = Path(entry.path)
+            if entry.name.startswith((".", "_")):
+                found.leave_out(path, "hidden (a name that begins with . or _)")
+            elif entry.is_dir():
+                real = os.path.realpath(path)
+                seen[real] += 1
+                if real in above:
+                    found.leave_out(path, "link(s) back to a folder above")
+                elif seen[real] > _NAMES:  # links to links multiply
+                    found.leave_out(path, f"link(s) to a folder that has {_NAMES} names already")
+                else:
+                    waiting.append((path, (*above, real)))
+            else:
+                _sort_in(found, path, entry)
+    found.files.sort()
+    return found
+
+
+def _sort_in(found: Listing, path: Path, entry: os.DirEntry[str]) -> None:
+    if not entry.is_file():
+        dangling = entry.is_symlink() and not path.exists()
+        found.leave_out(path, "dangling link(s)" if dangling else "not a regular file")
+    elif not suffix_of(path):
+        found.leave_out(path, f"of another kind than {', '.join(SUFFIXES)}")
+    elif not entry.stat().st_size:
+        found.leave_out(path, "empty")
+    else:
+        found.files.append(path)

@@ -1,0 +1,44 @@
+"""Rows of a dataset of the Hugging Face Hub, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from data_pipeline.records import Block, DataError
+from data_pipeline.splits import SPLIT_WORDS
+
+_ROWS = 1024
+
+
+def hub_blocks(name: str, split: str) -> Iterator[Block]:
+    """Blocks of the rows of one split; none if the dataset has no such split.
+
+    Raises:
+        DataError: if the Hub cannot be reached, at the start or on the way.
+    """
+    rows: list[Any] = []
+    number = 1
+    for row in _stream(name, split):
+        rows.append(row)
+        if len(rows) == _ROWS:
+            yield Block(f"{name}[{split}]", number, rows)
+            number += len(rows)
+            rows = []
+    if rows:
+        yield Block(f"{name}[{split}]", number, rows)
+
+
+def _stream(name: str, split: str) -> Iterator[Any]:
+    import datasets
+
+    try:
+        available = datasets.get_dataset_split_names(name)
+        matching = [one for one in available if SPLIT_WORDS.get(one, one) == split]
+        if matching:
+            yield from datasets.load_dataset(name, split=matching[0], streaming=True)
+    except Exception as error:  # the Hub client raises many kinds
+        raise DataError(
+            f"{name}: cannot reach this Hub dataset ({type(error).__name__}); check the name and "
+            "the network, or give local files"
+        ) from None

@@ -1,0 +1,203 @@
+"""Progress of a tokenisation on disk: parts, and which blocks of which source are in them.
+
+It lies in a hidden folder beside the results. Each part holds documents of one source, so that a
+source which has changed is read again without the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.encode import Encoded, Key
+from data_pipeline.files import write_aside, write_synced
+from data_pipeline.records import DataError
+from data_pipeline.sources import Source, Tell, sha256_of
+
+FOLDER = ".parts"
+WHOLE = "whole"
+"""Folder in it of files that are being joined."""
+_SHOWN_PROBLEMS = 20
+
+
+@dataclass
+class SourceState:
+    """How far a source is done."""
+
+    name: str
+    split: str | None
+    stamp: list[int]
+    blocks: int = 0
+    done: bool = False
+    sha256: str | None = None
+    """Of the file as it was read, once it is done."""
+    documents: int = 0
+    malformed: int = 0
+    shown: list[str] = field(default_factory=list)
+    """The first of the malformed records, with their reasons."""
+
+    def record_problems(self, problems: list[str]) -> None:
+        """Count malformed records and keep some."""
+        self.malformed += len(problems)
+        self.shown += problems[: max(0, _SHOWN_PROBLEMS - len(self.shown))]
+
+    def is_of(self, source: Source) -> bool:
+        """Whether the source is as it was when this was recorded; its bytes decide.
+
+        Equal size and times are taken for equal bytes: a content that changes sets the time of
+        its last change, which no program can set back.
+        """
+        if self.split != source.split or self.stamp[0] != source.size:
+            return False
+        if source.path is None:
+            return self.name == source.name
+        if self.stamp == list(source.stamp):
+            return True
+        return self.sha256 is not None and sha256_of(source.path) == self.sha256
+
+
+def recorded_sources(manifest: dict[str, Any]) -> list[SourceState]:
+    """The sources of a finished folder, of this version or an earlier one."""
+    splits = [one[2] for one in manifest["identity"].get("sources", [])]  # earlier versions
+    return [
+        SourceState(
+            one["name"],
+            one.get("split", splits[i] if i < len(splits) else None),
+            one.get("stamp", [one["size"], 0, 0]),
+            sha256=one["sha256"],
+        )
+        for i, one in enumerate(manifest["sources"])
+    ]
+
+
+def why_others(identity: dict[str, Any], found: Any) -> str:
+    """What differs between the identities of two folders, in words; empty: nothing."""
+    before = found if isinstance(found, dict) else {}
+    keys = [key for key in identity if before.get(key) != identity[key]]
+    words = {
+        "tokenizer": "another tokenizer",
+        "fields": "other fields",
+        "dealing": "an earlier rule for dealing documents to splits",
+    }
+    return " and ".join(words.get(key, f"another {key}") for key in keys)
+
+
+class Parts:
+    """What is finished, and where it lies."""
+
+    def __init__(self, out: Path, identity: dict[str, Any], sources: list[Source]) -> None:
+        self.out, self.identity = out, identity
+        self.folder = out / FOLDER
+        self.parts: list[dict[str, Any]] = []
+        self.sources = [SourceState(one.name, one.split, list(one.stamp)) for one in sources]
+        self.made: list[str] = []
+        """Files of the finished folder that are being written."""
+        self._next = 0
+
+    @property
+    def malformed(self) -> int:
+        """Records that were named and skipped."""
+        return sum(one.malformed for one in self.sources)
+
+    @property
+    def shown(self) -> list[str]:
+        """Some of the malformed records, with their reasons."""
+        return [line for one in self.sources for line in one.shown][:_SHOWN_PROBLEMS]
+
+    def load(self, sources: list[Source], tell: Tell) -> bool:
+        """Read what an interrupted run left; remove what it had not recorded.
+
+        Returns:
+            Whether there was something.
+
+        Raises:
+            DataError: if it was made of other sources or in another way.
+        """
+        path = self.folder / "state.json"
+        resumed = path.exists()
+        if resumed:
+            self._read(path, sources, tell)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known = {part["folder"] for part in self.parts}
+        for one in sorted(self.folder.iterdir()):
+            ours = one.name.isdigit() or one.name == WHOLE
+            if not ours and not one.name.startswith("state.json"):
+                raise DataError(f"{one}: was not made here; choose another --out or move it")
+            if ours and one.name not in known:
+                shutil.rmtree(one)
+        self._save()
+        return resumed
+
+    def _read(self, path: Path, sources: list[Source], tell: Tell) -> None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            reason = why_others(self.identity, found["identity"])
+            before = [SourceState(**one) for one in found["sources"]]
+            self.parts, self.made, self._next = found["parts"], found["made"], found["next"]
+        except (KeyError, TypeError, ValueError):
+            raise DataError(
+                f"{path}: not of this version; delete {self.folder} to begin again"
+            ) from None
+        names = [os.path.abspath(one.name) for one in before]  # noqa: PTH100
+        if not reason and names != [os.path.abspath(one.name) for one in sources]:  # noqa: PTH100
+            reason = "other sources"
+        if reason:
+            raise DataError(f"{self.out}: was begun with {reason}; choose another --out")
+        for index, (old, source) in enumerate(zip(before, sources, strict=True)):
+            if (not old.blocks and not old.done) or old.is_of(source):
+                old.stamp, old.split = list(source.stamp), source.split
+                self.sources[index] = old
+            else:
+                tell(f"{source.name}: has changed since it was read; it is read again")
+                self.parts = [part for part in self.parts if part["source"] != index]
+
+    def commit(self, index: int, results: dict[Key, Encoded]) -> None:
+        """Make finished blocks safe: write their files, then name them in the state."""
+        if results:
+            name = f"{self._next:06d}"
+            folder = self.folder / name
+            folder.mkdir()
+            entries = []
+            for number, ((split, subset), encoded) in enumerate(sorted(results.items())):
+                write_synced(folder / f"{number}.bin", np.concatenate(encoded.tokens).tobytes())
+                write_synced(folder / f"{number}.len", np.concatenate(encoded.lengths).tobytes())
+                write_synced(folder / f"{number}.doc", np.concatenate(encoded.documents).tobytes())
+                entries.append([split, subset, number])
+            self.parts.append({"folder": name, "source": index, "entries": entries})
+            self._next += 1
+        self._save()
+
+    def in_order(self) -> list[dict[str, Any]]:
+        """Parts in the order of their sources, those that were read again among them."""
+        return sorted(self.parts, key=lambda part: (part["source"], part["folder"]))
+
+    def will_make(self, names: list[str]) -> None:
+        """Note that these files of the finished folder are ours from now on.
+
+        Raises:
+            DataError: if one is there that we did not make.
+        """
+        for name in names:
+            if name not in self.made and os.path.lexists(self.out / name):
+                raise DataError(
+                    f"{self.out / name}: is there already and was not made here; choose another "
+                    "--out or move it"
+                )
+        self.made = sorted({*self.made, *names})
+        self._save()
+
+    def _save(self) -> None:
+        state = {
+            "identity": self.identity,
+            "parts": self.parts,
+            "sources": [vars(one) for one in self.sources],
+            "made": self.made,
+            "next": self._next,
+        }
+        write_aside(self.folder / "state.json", json.dumps(state).encode())

@@ -1,0 +1,152 @@
+"""Files in blocks of records: lines, plain or packed, and whole texts; parquet has its own module.
+
+Memory is bounded whatever a file unpacks to: archives are unpacked in small pieces, and a record
+that is longer than `RECORD_BYTES` is named and passed over.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.records import RECORD_BYTES, Block, DataError, Unreadable, WholeText
+
+BLOCK_BYTES = 4 << 20
+_PIECE = 1 << 20
+_ZST_PIECE = 1 << 12
+"""Four bytes of zstd may stand for 128 KiB: so many may become 128 MiB."""
+WINDOW_MB = 512
+"""Memory that a zstd frame may ask for, unless more is allowed."""
+
+
+def line_blocks(path: Path, window_mb: int = WINDOW_MB) -> Iterator[Block]:
+    """Blocks of the lines of a file, packed or not.
+
+    Raises:
+        DataError: naming an archive that is damaged, truncated, or needs more memory.
+    """
+    lines: list[Any] = []
+    size, first, number = 0, 1, 0
+    for line in split_lines(_chunks(path, window_mb)):
+        number += 1
+        lines.append(line)
+        size += 1 + (len(line) if isinstance(line, bytes) else 0)
+        if size >= BLOCK_BYTES:
+            yield Block(str(path), first, lines)
+            lines, size, first = [], 0, number + 1
+    if lines:
+        yield Block(str(path), first, lines)
+
+
+def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes | Unreadable]:
+    """Lines without their ends, in time that is linear in their length."""
+    pieces: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        for start in [first, *others[:-1]] if others else []:
+            yield _joined(pieces, start, size)
+            pieces, size = [], 0
+        last = others[-1] if others else first
+        size += len(last)
+        if size <= RECORD_BYTES:
+            pieces.append(last)
+        else:
+            pieces = []  # too long: only its length is kept
+    if size:
+        yield _joined(pieces, b"", size)
+
+
+def _joined(pieces: list[bytes], end: bytes, size: int) -> bytes | Unreadable:
+    if size + len(end) > RECORD_BYTES:
+        return too_long(size + len(end))
+    return b"".join([*pieces, end]) if pieces else end
+
+
+def too_long(size: int) -> Unreadable:
+    """What stands for a record that is longer than is read."""
+    return Unreadable(
+        f"{size >> 20:,} MB in one record; the most is {RECORD_BYTES >> 20} MB, cut it into several"
+    )
+
+
+def text_blocks(path: Path) -> Iterator[Block]:
+    """A ``.txt`` file, whole; its folder is its subset."""
+    with path.open("rb") as file:
+        data = file.read(RECORD_BYTES + 1)
+    if len(data) > RECORD_BYTES:
+        yield Block(str(path), 1, [too_long(path.stat().st_size)])
+    elif data:
+        yield Block(str(path), 1, [WholeText(data, path.parent.name or "text")])
+
+
+# --- archives -------------------------------------------------------------------------------
+
+
+def _chunks(path: Path, window_mb: int) -> Iterator[bytes]:
+    """Unpacked bytes; a truncated or damaged archive is an error that names it."""
+    name = path.name.lower()
+    if name.endswith(".zst"):
+        for output in _zst_chunks(path, window_mb):
+            for start in range(0, len(output), _PIECE):
+                yield output[start : start + _PIECE]
+        return
+    opener: Any = gzip.open if name.endswith(".gz") else open
+    try:
+        with opener(path, "rb") as file:
+            while chunk := file.read(_PIECE):
+                yield chunk
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise damaged(path, error) from None
+
+
+def _zst_chunks(path: Path, window_mb: int) -> Iterator[bytes]:
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=max(1, window_mb) << 20)
+    frame = decompressor.decompressobj()
+    head = b""
+    """The frame's first bytes, as far as they are read: its header."""
+    with path.open("rb") as file:
+        while data := file.read(_ZST_PIECE):
+            while data:
+                head = (head + data)[:18]
+                try:
+                    output = frame.decompress(data)
+                except (zstandard.ZstdError, MemoryError) as error:
+                    raise _zst_error(path, error, head, window_mb) from None
+                if output:
+                    yield output
+                data = b""
+                if frame.eof:  # an archive may be several frames, one after the other
+                    data, head = frame.unused_data, b""
+                    frame = decompressor.decompressobj()
+    if head:
+        raise damaged(path, "it ends inside a frame")
+
+
+def _zst_error(path: Path, error: Exception, head: bytes, window_mb: int) -> DataError:
+    import zstandard
+
+    try:
+        wanted = -(-zstandard.get_frame_parameters(head).window_size // (1 << 20))
+    except zstandard.ZstdError:
+        wanted = 0
+    if wanted > window_mb:
+        return DataError(
+            f"{path}: was packed with a window of {wanted:,} MB, and {window_mb:,} MB are allowed; "
+            f"give --zst-window-mb {wanted} if the machine has that memory to spare"
+        )
+    return damaged(path, error)
+
+
+def damaged(path: Path, reason: object) -> DataError:
+    """A file whose bytes are not what its format says."""
+    text = " ".join(str(reason).split())[:200] or type(reason).__name__
+    return DataError(
+        f"{path}: the file is truncated or damaged ({text}); fetch it again, then repeat the "
+        "command: finished files are kept"
+    )

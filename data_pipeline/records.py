@@ -1,0 +1,199 @@
+"""Records of sources: where text and subset stand in them, and what is wrong with some."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+RECORD_BYTES = 300 << 20
+"""The longest record that is read: memory must not depend on where a line happens to end."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file and the mend."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where a record keeps its text and subset; dots lead into objects."""
+
+    text: str = "text"
+    subset: str = "meta.pile_set_name"
+    default_subset: str | None = None
+    """Subset of records without one; None: such records are malformed."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it belongs."""
+
+    text: str
+    subset: str
+
+
+@dataclass(frozen=True)
+class WholeText:
+    """A ``.txt`` file: one document."""
+
+    data: bytes
+    subset: str
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A record that its reader could not take out of the file."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive records of one source, not parsed yet."""
+
+    name: str
+    first: int
+    """Number of the first record, counted from 1 (the line, in line-based files)."""
+    records: list[Any]
+    """Lines as bytes, rows as mappings, `WholeText`, or `Unreadable`."""
+
+
+@dataclass
+class Parsed:
+    """The documents of a block, and what was wrong with the others."""
+
+    documents: list[Document] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def parse_block(block: Block, fields: Fields) -> Parsed:
+    """Documents of a block; what is malformed is named ``file:line: reason`` and skipped."""
+    parsed = Parsed()
+    for number, record in enumerate(block.records, block.first):
+        if isinstance(record, bytes) and not record.strip():
+            continue
+        try:
+            parsed.documents.append(_document(record, fields))
+        except ValueError as error:
+            parsed.problems.append(f"{block.name}:{number}: {error}")
+    return parsed
+
+
+def _document(record: Any, fields: Fields) -> Document:
+    if isinstance(record, Unreadable):
+        raise ValueError(record.reason)
+    if isinstance(record, WholeText):
+        text, subset = _utf8(record.data), fields.default_subset or record.subset
+    else:
+        text, subset = _text_and_subset(record, fields)
+    if not text:
+        raise ValueError("the text is empty")
+    for what, value in (("text", text), ("subset's name", subset)):
+        if not _is_utf8(value):
+            raise ValueError(f"the {what} has a lone surrogate, which is not valid UTF-8")
+    return Document(text, subset)
+
+
+def _text_and_subset(record: Any, fields: Fields) -> tuple[str, str]:
+    values = _parse_line(record) if isinstance(record, bytes) else record
+    text, subset = _string(values, fields.text), _string(values, fields.subset)
+    if text is None:
+        held = ", ".join(repr(key)[:40] for key in list(values)[:5]) or "nothing"
+        raise ValueError(f"no text in field {fields.text!r} (the record has {held})")
+    if subset is None:
+        subset = fields.default_subset
+    if not subset:
+        raise ValueError(f"no subset in field {fields.subset!r} (or give --default-subset)")
+    return text, subset
+
+
+# --- JSON -----------------------------------------------------------------------------------
+
+_TWICE = object()
+"""Value of a key that stands twice in an object, with different values."""
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    text = _utf8(line).removeprefix("\ufeff")
+    try:
+        record = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError("its JSON is nested too deep") from None
+    if not isinstance(record, dict):
+        hint = "; write the array's objects a line each" if isinstance(record, list) else ""
+        raise ValueError(f"not a JSON object{hint}")
+    return record
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] is not _TWICE and found[key] != value:
+                found[key] = _TWICE
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_int=len)
+"""Numbers are never text: Python refuses those of more than 4,300 digits, their length will do."""
+
+
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        hint = " (UTF-16? convert it with iconv)" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise ValueError(f"not valid UTF-8 at byte {error.start}{hint}") from None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _string(record: Any, path: str) -> str | None:
+    """The string at ``meta.pile_set_name``: in nested objects, or under that very name.
+
+    An object may also be a JSON string, bytes of one, or a list of pairs (a parquet map).
+    """
+    value = record
+    if isinstance(record, dict) and path in record:
+        value = record[path]
+    else:
+        for part in path.split("."):
+            if value is not _TWICE:
+                value = _object(value).get(part)
+    if value is _TWICE:
+        raise ValueError(f"{path!r} stands twice in it, with different values")
+    if isinstance(value, bytes):
+        value = _utf8(value)
+    return value if isinstance(value, str) else None
+
+
+def _object(value: Any) -> dict[Any, Any]:
+    if isinstance(value, bytes):
+        value = _utf8(value)
+    if isinstance(value, str):
+        try:
+            return _object(_DECODER.decode(value)) if value.lstrip()[:1] == "{" else {}
+        except (json.JSONDecodeError, RecursionError):
+            return {}
+    if isinstance(value, list) and all(isinstance(x, tuple) and len(x) == 2 for x in value):
+        return {_utf8(k) if isinstance(k, bytes) else k: v for k, v in value}
+    return value if isinstance(value, dict) else {}
+
+
+# --- splits ---------------------------------------------------------------------------------
+
+
+def split_by_document(text: str) -> str:
+    """train, val or test (98 : 1 : 1), decided by the text alone."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=b"split").digest()
+    draw = int.from_bytes(digest, "little") % 100
+    return "test" if draw == 0 else "val" if draw == 1 else "train"

@@ -1,0 +1,98 @@
+"""Which split the name of a source means.
+
+A name means a split if it is the split's word, alone or with numbers of shards (``train``,
+``test-00000-of-00007``), or ends with it (``wiki-test``). A word elsewhere in a name
+(``unit-test-code``) means one only where another source has the same name with another split's
+word in that place. The innermost part of a path decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
+    "valid": "val", "validation": "val", "dev": "val",
+}  # fmt: skip
+_NEUTRAL = re.compile(
+    r"\d+|of|part|parts|shard|chunk|file|set|split|data|[a-z]?\d+|(?=.*\d)[0-9a-f]{4,}"
+)
+"""Words beside a split's that say nothing: numbers of shards, hashes of their writers."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a source lies."""
+
+    parts: tuple[str, ...]
+    """Of its absolute path; the last is its name without the suffix."""
+    given: int
+    """The first part that counts by itself: the last one of what was given."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    index: int
+    split: str
+    kind: str
+    """whole, last, or the other words of the name, with a gap."""
+
+
+def splits_of(places: list[Place]) -> tuple[list[str | None], list[int]]:
+    """The split that each source's place means, or None.
+
+    Returns:
+        (split of each, numbers of the sources with a split's word that was not taken for one).
+    """
+    found = [list(_candidates(place)) for place in places]
+    known: dict[tuple[object, ...], set[str]] = {}
+    for place, candidates in zip(places, found, strict=True):
+        for one in candidates:
+            known.setdefault(_key(place, one), set()).add(one.split)
+    splits: list[str | None] = []
+    passed = []
+    for number, (place, candidates) in enumerate(zip(places, found, strict=True)):
+        taken = next(
+            (
+                one.split
+                for one in candidates
+                if len(known[_key(place, one)]) > 1 or _counts_alone(place, one)
+            ),
+            None,
+        )
+        splits.append(taken)
+        if taken is None and any(one.index >= place.given for one in candidates):
+            passed.append(number)
+    return splits, passed
+
+
+def _candidates(place: Place) -> Iterator[_Candidate]:
+    """Words of splits in a path, the innermost part first."""
+    for index in range(len(place.parts) - 1, -1, -1):
+        words = [w for w in re.split(r"[^a-z0-9]+", place.parts[index].lower()) if w]
+        telling = [w.rstrip("0123456789") for w in words if not _NEUTRAL.fullmatch(w)]
+        where = [i for i, word in enumerate(telling) if word in SPLIT_WORDS]
+        if len({SPLIT_WORDS[telling[i]] for i in where}) != 1:
+            continue  # none, or several: a name such as train-test means neither
+        last = where[-1]
+        if len(telling) == 1:
+            kind = "whole"
+        elif last == len(telling) - 1:
+            kind = "last"
+        else:
+            kind = "-".join(["", *telling[:last], "*", *telling[last + 1 :]])
+        yield _Candidate(index, SPLIT_WORDS[telling[last]], kind)
+
+
+def _counts_alone(place: Place, one: _Candidate) -> bool:
+    if one.kind == "whole":  # the folder of a file that was given counts too
+        return one.index >= min(place.given, len(place.parts) - 2)
+    return one.kind == "last" and one.index >= place.given
+
+
+def _key(place: Place, one: _Candidate) -> tuple[object, ...]:
+    """Sources with one key differ in the split's word alone, as far as this part."""
+    return (one.index, place.parts[: one.index], one.kind)

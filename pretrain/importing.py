@@ -18,11 +18,12 @@ from models.hub import fetch, is_hub_name
 from models.huggingface import is_pretrained
 from models.importing import ForeignModel
 from models.roles import ParameterInfo, Role
-from pretrain.checkpoint import MANIFEST, MASTER, checkpoint_name, manifest, sealed
+from pretrain.checkpoint import checkpoint_name
 from pretrain.config import Config, apply_value_overrides, parse_config, read_mapping
 from pretrain.control import DecayControl
 from pretrain.decay import DecayPlan
 from pretrain.errors import UsageError
+from pretrain.manifest import MANIFEST, MASTER, describe, sealed
 from pretrain.run import CHECKPOINTS, CONFIG, create_run
 from pretrain.tasks import Text
 from pretrain.tensor_file import write_tensors
@@ -105,7 +106,7 @@ def write_masters(
 
     Args:
         folder: of the checkpoint; made here.
-        state: what else to remember (see `manifest`).
+        state: what else to remember (see `describe`).
         read: a parameter's whole tensor, float32.
 
     Returns:
@@ -129,7 +130,7 @@ def write_masters(
     progress.close()
     state = {"initial_weights": hashlib.sha256(json.dumps(entries).encode()).hexdigest(), **state}
     grid = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
-    described = manifest(config, plan, step, state, grid)
+    described = describe(config, plan, step, state, grid)
     write_synced(folder / MANIFEST, sealed({**described, "files": entries}))
     return entries
 

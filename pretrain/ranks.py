@@ -19,9 +19,10 @@ from models.factors import AttentionShape, Factors
 from models.families import Family, read_family
 from models.hub import fetch, is_hub_name, revisions
 from models.huggingface import is_pretrained, open_pretrained
-from pretrain.checkpoint import MANIFEST, Checkpoint, list_checkpoints
+from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.control import Book, Books
 from pretrain.errors import UsageError
+from pretrain.manifest import MANIFEST
 from pretrain.probe import Row, layer_rows
 from pretrain.run import CHECKPOINTS, CONFIG, resolve_checkpoint
 from pretrain.run_config import RanksConfig

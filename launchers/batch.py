@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
+from launchers import local
 from launchers.site import Site
 from pretrain.errors import TRY_AGAIN, RunError, UsageError
 
@@ -14,11 +16,19 @@ _LOOP = """
 run={run}
 mkdir -p "$run/logs"
 node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(getent hosts "$node" | awk '{{print $1; exit}}')
-if [ -z "$address" ]; then
-  address=$(scontrol --oneliner show node "$node" | tr ' ' '\\n' | sed -n 's/^NodeAddr=//p')
-fi
-export MASTER_ADDR="$address" MASTER_PORT=$((20000 + SLURM_JOB_ID * 7 % 20000))
+# This is the first node. Its name may lead back to itself (127.0.1.1 on Debian), where no other
+# node comes; so the first address that leads here from elsewhere, if there is one.
+addresses() {{
+  getent ahosts "$node" | awk '{{print $1}}'
+  given=$(scontrol --oneliner show node "$node" | tr ' ' '\\n' | sed -n 's/^NodeAddr=//p')
+  getent ahosts "$given" | awk '{{print $1}}'
+  hostname -I | tr ' ' '\\n'
+  echo 127.0.0.1
+}}
+known=$(addresses 2>/dev/null | grep .)
+address=$(echo "$known" | grep -v -e '^127[.]' -e '^::1$' -e '^fe80:' | head -n 1)
+export MASTER_ADDR="${{address:-$(echo "$known" | head -n 1)}}"
+export MASTER_PORT=$((20000 + SLURM_JOB_ID * 7 % 20000))
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}"
 
 step() {{
@@ -26,6 +36,8 @@ step() {{
 }}
 newest() {{ cat "$run/checkpoints/latest" 2>/dev/null || echo none; }}
 say() {{ echo "launch $(date +%FT%T): $*"; }}
+# Seconds to the job's limit; many where Slurm does not say.
+left() {{ echo $((${{SLURM_JOB_END_TIME:-9999999999}} - $(date +%s))); }}
 {doctor}
 # Ranks die by themselves (a signal: started again here) or ask for another start (exit code
 # {again}: warned, hung, or a peer is gone; in a fresh allocation, perhaps without a bad node).
@@ -38,6 +50,8 @@ while :; do
   code=$?
   [ "$code" -eq 0 ] && {{ say "complete"; exit 0; }}
   if [ "$code" -eq {again} ]; then break; fi
+  # A rank that the end of the allocation has killed: another start would die with it.
+  if [ "$code" -ge 128 ] && [ "$(left)" -le {warning} ]; then break; fi
   starts=$((starts + 1))
   if [ "$code" -lt 128 ] || [ "$starts" -gt {restarts} ]; then
     say "ended with exit code $code; see $run/logs"
@@ -59,13 +73,14 @@ scontrol requeue "$SLURM_JOB_ID" || exit {again}
 """
 
 
-def render(site: Site, words: list[str], run: Path, folder: Path) -> str:
+def render(site: Site, words: list[str], run: Path, folder: Path, environment: Path) -> str:
     """The batch script of a run.
 
     Args:
         words: of `pretrain`, after its name.
         run: the run folder; logs of the ranks go to ``run/logs``.
         folder: where the job starts.
+        environment: file with the site's variables (`shell_file`), if it has any.
     """
     settings = site.slurm
     nodes = f"{site.min_nodes}-{site.nodes}" if site.min_nodes else str(site.nodes)
@@ -86,26 +101,55 @@ def render(site: Site, words: list[str], run: Path, folder: Path) -> str:
         "open-mode": "append",
         **settings.options,
     }
-    head = [f"#SBATCH --{name}={value}" for name, value in options.items() if value]
-    for line in head:
-        if "\n" in line:
-            raise UsageError(f"slurm.{line[10:].partition('=')[0]}: more than one line")
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in site.variables.items()]
-    program = [site.interpreter(_in_image(site)), "-m", "pretrain", *words]
+    head = [f"#SBATCH --{name}={_quoted(name, str(value))}" for name, value in options.items()
+            if value]  # fmt: skip
+    # The values may be secrets: they stand in a file of their own, which only the user may read.
+    values = [f". {shlex.quote(str(environment))}"] if site.variables else []
+    program = [*local.program(site.interpreter(_in_image(site))), *words]
     srun = _srun_options(site)
     what = words[1 : words.index("--out") + 2]
-    checked = [program[0], "-m", "pretrain", "doctor", *what]
+    checked = [*local.program(program[0]), "doctor", *what]
     doctor = f"step {shlex.join([*srun, *_contained(site, checked)])} || exit\n"
     body = _LOOP.format(
         run=shlex.quote(str(run)),
         again=TRY_AGAIN,
         restarts=site.restarts,
+        warning=settings.warning,
         doctor=doctor if site.doctor else "",
         words=shlex.join([*srun, *_contained(site, program)]),
     )
     return "\n".join(
-        ["#!/bin/bash", *head, "#SBATCH --requeue", "set -u", *site.setup, *exports, body]
+        [
+            "#!/bin/bash",
+            *head,
+            "#SBATCH --requeue",
+            "set -u",
+            "export PYTHONSAFEPATH=1",
+            *site.setup,
+            *values,
+            body,
+        ]
     )
+
+
+def shell_file(variables: dict[str, str]) -> str:
+    """Lines that export the variables in a shell."""
+    lines = (f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+    return "".join(lines)
+
+
+def _quoted(name: str, value: str) -> str:
+    """A value as sbatch reads it from a batch script: up to a blank, unless it is quoted.
+
+    Raises:
+        UsageError: for what no option can hold.
+    """
+    if any(mark in value for mark in "\n\r\0"):
+        raise UsageError(f"slurm: --{name}={value!r}: an option is one line")
+    if re.fullmatch(r"[\w.,:/@=+%^-]+", value, re.ASCII):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _in_image(site: Site) -> bool:

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
+from launchers.elastic import GRACE
 from launchers.local import OWN_STORE
 from launchers.site import Site
 from pretrain.errors import TRY_AGAIN, UsageError
 
 Tree = dict[str, Any]
 
+_OF_ELASTIC = {**OWN_STORE, "PYTHONSAFEPATH": "1"}
+"""Variables of processes that torchrun starts; the second keeps modules of the folder out."""
+_SKY_GRACE = 100
+"""Seconds that clouds leave between their notice and the end: 120 for most."""
 
-def object_name(text: str) -> str:
-    """A name that Kubernetes and SkyPilot allow (RFC 1123 label)."""
-    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
-    return name if name[:1].isalpha() else f"run-{name}".strip("-")
+
+_SHOWN, _DIGEST = 31, 8
+"""Characters of a name that are the run's, and that tell it from others. With what is added for
+a pod's host name, 40 stay within the 63 of a label."""
+
+
+def object_name(run: Path) -> str:
+    """A name that Kubernetes and SkyPilot allow (RFC 1123 label), another one for every run folder.
+
+    Runs of a sweep begin alike, and runs of two sweeps may be named alike: the digest is of the
+    whole path.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")
+    name = name if name[:1].isalpha() else f"run-{name}"
+    digest = hashlib.sha256(os.fsencode(run.absolute())).hexdigest()[:_DIGEST]
+    return f"{name[:_SHOWN].strip('-')}-{digest}"
 
 
 def kubernetes(site: Site, words: list[str], name: str) -> Tree:
@@ -97,13 +117,15 @@ def _pod(site: Site, container: str, meeting: list[str], words: list[str], extra
         amounts["memory"] = settings.memory
     if site.gpus_per_node:
         amounts[settings.gpu_resource] = str(site.gpus_per_node)
-    start = [site.interpreter(in_image=True), "-m", "torch.distributed.run", *meeting]
+    start = [site.interpreter(in_image=True), "-P", "-m", "launchers.elastic", *meeting]
     if site.setup:
         script = "\n".join([*site.setup, 'exec "$@"'])
         start = ["/bin/bash", "-euc", script, "setup", *start]
     variables = {
         "OMP_NUM_THREADS": str(site.cpus_per_process or 1),
-        **OWN_STORE,
+        **_OF_ELASTIC,
+        # A few seconds before Kubernetes kills the pod, so that the processes' code is still told.
+        GRACE: str(max(1, settings.grace - 5)),
         **site.variables,
     }
     # Loaders and NCCL pass tensors through shared memory, of which a pod has 64 MB.
@@ -167,7 +189,7 @@ def skypilot(site: Site, words: list[str], name: str) -> Tree:
         resources["infra"] = settings.infra
     if site.container.image:
         resources["image_id"] = f"docker:{site.container.image}"
-    start = f"{shlex.quote(site.interpreter(in_image=True))} -m torch.distributed.run"
+    start = f"{shlex.quote(site.interpreter(in_image=True))} -P -m launchers.elastic"
     run = _SKY_RUN.format(
         start=start,
         nodes=site.nodes,
@@ -181,7 +203,7 @@ def skypilot(site: Site, words: list[str], name: str) -> Tree:
         "num_nodes": site.nodes,
         "resources": resources,
         "workdir": ".",
-        "envs": {**OWN_STORE, **site.variables},
+        "envs": {**_OF_ELASTIC, GRACE: str(_SKY_GRACE), **site.variables},
         "setup": "\n".join(settings.setup),
         "run": "\n".join([*site.setup, run]),
     }

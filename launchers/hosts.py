@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from launchers.local import program
 from launchers.site import Site
 from pretrain.errors import UsageError
 
@@ -29,6 +31,12 @@ def read_hosts(path: Path) -> dict[str, int]:
         hosts[words[0]] = int(slots)
     if not hosts:
         raise UsageError(f"{path}: names no host; a line is `HOST slots=N`")
+    first = next(iter(hosts))
+    if len(hosts) > 1 and (first in ("localhost", "::1") or first.startswith("127.")):
+        raise UsageError(
+            f"{path}: the ranks meet at the first host, and {first} is another one on each; give "
+            "it the name that the others reach it by"
+        )
     return hosts
 
 
@@ -39,7 +47,7 @@ def deepspeed_command(site: Site, words: list[str], hosts: dict[str, int]) -> li
     ``DS_ENV_FILE`` names; the site's are written there by `pretrain launch`.
     """
     return [
-        site.interpreter(in_image=False), "-m", "deepspeed.launcher.runner",
+        site.interpreter(in_image=False), "-P", "-m", "deepspeed.launcher.runner",
         "--hostfile", site.hosts.file, "--launcher", site.hosts.launcher,
         "--master_addr", next(iter(hosts)), "--master_port", str(site.port),
         "--module", "pretrain", *words,
@@ -48,13 +56,17 @@ def deepspeed_command(site: Site, words: list[str], hosts: dict[str, int]) -> li
 
 def mpi_command(site: Site, words: list[str], hosts: dict[str, int]) -> list[str]:
     """`mpirun …` (Open MPI), as words for the system."""
-    variables = {
-        "MASTER_ADDR": next(iter(hosts)) if hosts else "127.0.0.1",
-        "MASTER_PORT": str(site.port),
-        **site.variables,
-    }
-    passed = [word for name, value in variables.items() for word in ("-x", f"{name}={value}")]
+    if site.nodes > 1 and not hosts and "MASTER_ADDR" not in os.environ:
+        raise UsageError(
+            "hosts.file: missing in the site file: with --on mpi on several nodes, the ranks meet "
+            "at its first host (or export MASTER_ADDR)"
+        )
+    first = next(iter(hosts)) if hosts else os.environ.get("MASTER_ADDR", "127.0.0.1")
+    meeting = {"MASTER_ADDR": first, "MASTER_PORT": str(site.port), "PYTHONSAFEPATH": "1"}
+    passed = [word for name, value in meeting.items() for word in ("-x", f"{name}={value}")]
+    # By name alone: mpirun takes the values from its own environment, and `ps` shows none.
+    passed += [word for name in site.variables for word in ("-x", name)]
     spread = ["--hostfile", site.hosts.file] if hosts else []
     count = sum(hosts.values()) or site.nodes * site.processes
-    python = [site.interpreter(in_image=False), "-m", "pretrain", *words]
+    python = [*program(site.interpreter(in_image=False)), *words]
     return [*site.hosts.mpirun, "-np", str(count), *spread, *passed, *python]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import yaml
 
-from data_pipeline.files import write_aside
 from launchers import batch, cloud, hosts, local
 from launchers.site import Site, load_site
 from pretrain.config import Config, load_config
@@ -120,24 +119,36 @@ def _start_here(job: Launch, on: str, found: dict[str, int], show: bool) -> int:
         file = job.folder.absolute() / _ENVIRONMENT_FILE
         if variables and not show:
             # DeepSpeed's launcher exports lines of NAME=VALUE of this file on every host.
-            file.parent.mkdir(parents=True, exist_ok=True)
             lines = (f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
-            write_aside(file, "".join(lines).encode())
+            _write_secret(file, "".join(lines))
         variables["DS_ENV_FILE"] = str(file)
     if show:
         print(shlex.join(command))
         return 0
-    environment = {**os.environ, **variables}
+    environment = {**local.child_environment(), **variables}
     return subprocess.run(command, env=environment, check=False).returncode
 
 
+def _write_secret(path: Path, text: str) -> None:
+    """Write what may hold secrets: the user alone may read it, from its first byte on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    aside.replace(path)
+
+
 def _hand_over(job: Launch, on: str, show: bool) -> int:
-    name = cloud.object_name(job.run.name)
+    name = cloud.object_name(job.run)
     if on == "slurm":
         # Options of a batch script end at a blank; the log's folder must be there before the job.
-        if any(mark in str(job.run.absolute()) for mark in " %\\"):
-            raise UsageError(f"--out: {job.run}: Slurm takes no blank, % or \\ in a log's path")
-        text = batch.render(job.site, job.words(), job.run.absolute(), Path.cwd())
+        if any(mark in str(job.run.absolute()) for mark in "%\\\n\r"):
+            raise UsageError(
+                f"--out: {str(job.run)!r}: Slurm takes no %, \\ or new line in a log's path"
+            )
+        variables = job.folder.absolute() / _ENVIRONMENT_FILE
+        text = batch.render(job.site, job.words(), job.run.absolute(), Path.cwd(), variables)
         file = job.folder / "slurm.sh"
     else:
         make = cloud.kubernetes if on == "kubernetes" else cloud.skypilot
@@ -149,7 +160,9 @@ def _hand_over(job: Launch, on: str, show: bool) -> int:
         return 0
     file.parent.mkdir(parents=True, exist_ok=True)
     (job.run / "logs").mkdir(exist_ok=True)
-    write_aside(file, text.encode())
+    if on == "slurm" and job.site.variables:
+        _write_secret(job.folder / _ENVIRONMENT_FILE, batch.shell_file(job.site.variables))
+    _write_secret(file, text)
     if on == "slurm":
         number = batch.submit(file)
         print(f"submitted: job {number}; logs: {job.run}/logs; squeue --job {number}")

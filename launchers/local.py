@@ -8,7 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
+
+from pretrain.cores import usable_cores
 
 if TYPE_CHECKING:
     from pretrain.jobs import Job
@@ -18,6 +22,7 @@ OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 died, and those that are started again could not connect."""
 _GRACE = 60.0
 """Seconds that a job has to end itself."""
+_ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 def torchrun(processes: int, restarts: int = 0) -> list[str]:
@@ -33,25 +38,44 @@ def torchrun(processes: int, restarts: int = 0) -> list[str]:
 
 def start_environment(processes: int) -> dict[str, str]:
     """The environment with this machine's cores shared out, unless the user said otherwise."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "OMP_NUM_THREADS": str(max(1, (cores or 1) // processes)),
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // processes)),
         **OWN_STORE,
-        **os.environ,
+        **child_environment(),
     }
+
+
+def child_environment() -> dict[str, str]:
+    """The environment in which a child finds this program, and none of the current folder's files.
+
+    A ``yaml.py`` or ``models/`` that lies where a job starts would be run otherwise.
+    """
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    paths = environment.get("PYTHONPATH", "").split(os.pathsep)
+    if not is_installed() and _ROOT not in paths:
+        environment["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), _ROOT])
+    return environment
+
+
+def is_installed() -> bool:
+    """Whether Python finds this program in any folder, by its package's metadata."""
+    try:
+        metadata.distribution("rankdecay")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def program(python: str = sys.executable) -> list[str]:
+    """`pretrain`, as words for the system; -P: the current folder is no place for modules."""
+    return [python, "-P", "-m", "pretrain"]
 
 
 def command(words: list[str], processes: int, restarts: int = 0) -> list[str]:
     """`pretrain WORDS...` on so many processes, as words for the system."""
-    start = torchrun(processes, restarts) if processes > 1 or restarts else [sys.executable]
-    return [*start, "-m", "pretrain", *words]
-
-
-def launch(processes: int, words: list[str], restarts: int = 0) -> int:
-    """Run `pretrain WORDS...` on ``processes`` processes; returns the exit code."""
-    return subprocess.run(
-        command(words, processes, restarts), env=start_environment(processes), check=False
-    ).returncode
+    many = ["--processes", str(processes)] if processes > 1 else []
+    again = ["--restarts", str(restarts)] if restarts else []
+    return [*program(), *words, *many, *again]
 
 
 class LocalExecutor:

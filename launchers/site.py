@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,14 @@ class SlurmSite(Section):
     options: dict[str, str | int] = Field(
         {}, description="further long options of sbatch, such as constraint: h100"
     )
+
+    @field_validator("options")
+    @classmethod
+    def _are_options(cls, value: dict[str, str | int]) -> dict[str, str | int]:
+        for name in value:
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", name, re.ASCII):
+                raise ValueError(f"slurm.options: {name!r} is no long option of sbatch")
+        return value
 
     @field_validator("time", mode="before")
     @classmethod
@@ -108,6 +117,16 @@ class Site(Section):
     hosts: HostsSite = HostsSite()
     kubernetes: KubernetesSite = KubernetesSite()
     skypilot: SkyPilotSite = SkyPilotSite()
+
+    @field_validator("environment")
+    @classmethod
+    def _are_names(cls, value: dict[str, str | int]) -> dict[str, str | int]:
+        for name, text in value.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII):
+                raise ValueError(f"environment: {name!r} is no name of a variable")
+            if "\0" in str(text) or "\n" in str(text):
+                raise ValueError(f"environment.{name}: must be one line")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Site:

@@ -6,12 +6,12 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import RunError, UsageError
+from launchers.local import child_environment, program
+from pretrain.errors import TRY_AGAIN, RunError, UsageError
 
 if TYPE_CHECKING:
     from pretrain.jobs import Job
@@ -46,22 +46,31 @@ def run_job(words: list[str], log: str) -> int:
         path = path.with_suffix(f".rank{task.global_rank}.log")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        command = [sys.executable, "-m", "pretrain", *words]
+        command = [*program(), *words]
         return subprocess.run(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+            command,
+            env={**child_environment(), **environment},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
         ).returncode
 
 
 def _address(node: str) -> str:
-    """Where a node is reached: by its name where that resolves, else as Slurm does."""
+    """Where a node is reached: by its name where that resolves, else as Slurm does.
+
+    A name may lead back to the node itself there (127.0.1.1 on Debian), and only there.
+    """
     try:
-        socket.getaddrinfo(node, None)
-        return node
+        found = {str(one[4][0]) for one in socket.getaddrinfo(node, None)}
     except OSError:
-        command = ["scontrol", "--oneliner", "show", "node", node]
-        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        words = dict(word.partition("=")[::2] for word in found.split())
-        return words.get("NodeAddr", node)
+        found = set()
+    if any(not (one.startswith("127.") or one == "::1") for one in found):
+        return node
+    command = ["scontrol", "--oneliner", "show", "node", node]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    words = dict(word.partition("=")[::2] for word in shown.split())
+    return words.get("NodeAddr", node)
 
 
 class SlurmExecutor:
@@ -155,7 +164,8 @@ class SlurmExecutor:
         ended = [name for name, number in self._jobs.items() if number not in queued]
         for name in ended:
             del self._jobs[name]
-        return dict.fromkeys(ended, 1)
+        # Why is not known here: whether a run got further tells a lost node from a failure.
+        return dict.fromkeys(ended, TRY_AGAIN)
 
     def stop(self) -> None:
         """Cancel what was submitted or adopted."""

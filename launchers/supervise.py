@@ -1,7 +1,8 @@
-"""A process of a job that is started again when it dies or loses its peers.
+"""A job that is started again when it dies or loses its peers.
 
-For jobs whose launcher does not do it (mpirun, DeepSpeed's, one shell a host): each process has a
-supervisor of its own, and they meet again as they met first. On one machine torchrun does it.
+On one machine all processes of the job are started again together. For jobs over several machines
+whose launcher does not do it (mpirun, DeepSpeed's, one shell a host), each process has a supervisor
+of its own, and they meet again as they met first.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
+from launchers.local import child_environment, program, start_environment
+from launchers.team import run_team
 from pretrain.errors import TRY_AGAIN
+from pretrain.signals import SIGNALS
 
 SUPERVISED = "RANKDECAY_SUPERVISED"
 _FINAL = (0, 1, 2)
@@ -27,33 +31,58 @@ def is_supervised() -> bool:
     return SUPERVISED in os.environ
 
 
-def supervise(words: list[str], run: Path, restarts: int) -> int:
-    """Run `pretrain WORDS...` until it is complete, or got no further for ``restarts`` starts.
+def run_here(processes: int, words: list[str], run: Path | None = None, restarts: int = 0) -> int:
+    """Run `pretrain WORDS...` on so many processes of this machine.
 
-    A SIGTERM or SIGUSR1 is handed on, and is the end: the scheduler will start the job again.
+    Args:
+        run: folder whose checkpoints say whether a start got further.
+
+    Returns:
+        The exit code.
+    """
+    environment = {**start_environment(processes), SUPERVISED: "1"}
+    command = [*program(), *words]
+
+    def start() -> int:
+        return run_team(command, processes, environment)
+
+    return _again_and_again(start, run, restarts) if run and restarts else start()
+
+
+def supervise(words: list[str], run: Path, restarts: int) -> int:
+    """Run `pretrain WORDS...` as this rank of a job that another launcher started.
 
     Returns:
         The exit code of the last start.
     """
-    child: subprocess.Popen[bytes] | None = None
-    asked = False
+    environment = {**child_environment(), SUPERVISED: "1"}
 
-    def hand_on(number: int, _: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        if child is not None:
+    def start() -> int:
+        child = subprocess.Popen([*program(), *words], env=environment)
+
+        def hand_on(number: signal.Signals) -> None:
             child.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, hand_on)
-    environment = {**os.environ, SUPERVISED: "1"}
+        with SIGNALS.handed_to(hand_on):
+            if SIGNALS.asked:
+                child.terminate()
+            code = child.wait()
+        return code if code >= 0 else 128 - code
+
+    return _again_and_again(start, run, restarts)
+
+
+def _again_and_again(start: Callable[[], int], run: Path, restarts: int) -> int:
+    """Start until it is complete, or got no further for ``restarts`` starts.
+
+    A signal is handed on, and is the end: the scheduler will start the job again.
+    """
     failures = 0
     while True:
         before = _newest(run)
-        child = subprocess.Popen([sys.executable, "-m", "pretrain", *words], env=environment)
-        code = child.wait()
-        if asked or code in _FINAL:
-            return code if code >= 0 else 128 - code
+        code = start()
+        if SIGNALS.asked or code in _FINAL:
+            return code
         failures = 0 if _newest(run) != before else failures + 1
         if failures > restarts:
             return TRY_AGAIN

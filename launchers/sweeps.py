@@ -37,7 +37,8 @@ def run(
     out = out or Path("runs") / file.stem
     sweep = load_sweep(file, out)
     processes = sweep.config.processes
-    slots = parallel or default_slots(processes)
+    # Cores are shared out among the runs that there are, not among those that there could be.
+    slots = min(parallel or default_slots(processes), max(1, len(sweep.tasks)))
 
     def start(words: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -11,10 +11,11 @@ import typer
 
 from pretrain.cluster_verbs import doctor, launch, plan
 from pretrain.data_verbs import data_app
-from pretrain.exits import exit_code, fail, one_line
+from pretrain.exits import fail, leave, report_failure, stopped
 from pretrain.model_verbs import evaluate, export, import_, print_evaluation, ranks
 from pretrain.options import Json, Overrides
 from pretrain.paper_verbs import paper_app
+from pretrain.signals import SIGNALS
 
 app = typer.Typer(
     help="Pretrain transformers on the Pile with decoupled attention decay, and measure the rank "
@@ -60,14 +61,14 @@ def train(
         typer.Option("--dry-run", help="Print parameter groups, grid and memory; train nothing."),
     ] = False,
     processes: Annotated[
-        int, typer.Option(min=1, help="Start so many processes on this machine (torchrun).")
+        int, typer.Option(min=1, help="Start so many processes on this machine.")
     ] = 1,
     restarts: Annotated[
         int,
         typer.Option(
             min=0,
-            help="When a process dies, hangs or loses its peers, start again so many times: by "
-            "torchrun here, or each process by itself under another launcher.",
+            help="When a process dies, hangs or loses its peers, start again, this often without "
+            "a new checkpoint: all processes here, or each by itself under another launcher.",
         ),
     ] = 0,
     json: Json = False,
@@ -109,12 +110,11 @@ def train(
 
 
 def _start_again(processes: int, run: Path, restarts: int) -> None:
-    """Hand the words to torchrun, or to a supervisor where a launcher made this process."""
-    if "RANK" not in os.environ:
-        from launchers.local import launch as start
+    """Start processes here, or a supervisor where a launcher made this process."""
+    from launchers.supervise import is_supervised, run_here, supervise
 
-        raise typer.Exit(start(processes, sys.argv[1:], restarts))
-    from launchers.supervise import is_supervised, supervise
+    if "RANK" not in os.environ:
+        raise typer.Exit(run_here(processes, sys.argv[1:], run, restarts))
 
     # Under torchrun, which counts its own restarts, there is nothing to do.
     if restarts and "TORCHELASTIC_RUN_ID" not in os.environ and not is_supervised():
@@ -235,19 +235,26 @@ def demo(
     run_demo(out, steps)
 
 
-def main() -> None:
-    """Run a command; mistakes are one line on standard error, exit code 2 (usage) or 1."""
+def run_command() -> int:
+    """Run the command that ``sys.argv`` holds; what goes wrong is said on standard error.
+
+    Returns:
+        The exit code: 2 for mistakes of usage, 1 for trouble, 75 for "try again", 130 for Ctrl-C.
+    """
+    SIGNALS.listen()
     try:
         # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.
         code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
     except (typer.Abort, KeyboardInterrupt):
-        fail("interrupted; the same words go on from the last checkpoint", 130)
+        return fail(stopped(), SIGNALS.code)
     except Exception as error:
-        kind = exit_code(error)
-        if kind is None:
-            raise
-        fail(one_line(error), kind)
+        return report_failure(error)
+
+
+def main() -> None:
+    """The program: run a command and end the process with its exit code."""
+    leave(run_command())
 
 
 if __name__ == "__main__":

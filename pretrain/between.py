@@ -9,9 +9,13 @@ from typing import Any
 
 from pretrain.job import Job
 from pretrain.probe import Row, measure, summary
-from pretrain.retention import HELD_OUT_LOSS
 from pretrain.run import EVALUATION, add_ranks, merge_ranks, write_text
+from pretrain.saver import HELD_OUT_LOSS
+from pretrain.signals import SIGNALS, StopRequestedError
 from pretrain.tracking import Progress
+
+OWES_EVALUATION = "owes_evaluation"
+"""Key of a checkpoint's state: its evaluation was cut short by a signal."""
 
 
 def measure_if_due(job: Job, step: int) -> None:
@@ -57,14 +61,25 @@ def _write_ranks(job: Job, step: int) -> None:
         job.say(step, f"rank statistics wait in memory: {error.strerror or error}")
 
 
-def evaluate(job: Job, step: int) -> None:
+def evaluate(job: Job, step: int) -> bool:
+    """Score the held-out sample; False if a signal, to any rank, cut it short."""
     began = time.monotonic()
-    figures = _figures(job, job.sample, step)
+    try:
+        figures = _figures(job, job.sample, step)
+    except _CutShortError:
+        job.owes_evaluation = True
+        return False
+    job.owes_evaluation = False
     keys = ("loss", "perplexity", "bits_per_byte", "accuracy")
     overall = {key: figures["overall"][key] for key in keys if key in figures["overall"]}
     job.held_out_loss = (step, overall["loss"])
     overall["seconds"] = time.monotonic() - began
     job.tracker.log("evaluation", step, {"split": job.config.evaluation.split, **overall})
+    return True
+
+
+class _CutShortError(Exception):
+    """A signal came during an evaluation."""
 
 
 def _figures(
@@ -74,6 +89,9 @@ def _figures(
         job.watchdog.beat(step, "evaluating")
         if show:
             show(done, total)
+        # Every rank passes here equally often.
+        if done < total and SIGNALS.agreed(job.grid):
+            raise _CutShortError
 
     module = job.engine.module
     return job.setup.task.figures(module, job.grid, job.config, chosen, report)
@@ -92,6 +110,8 @@ def save(job: Job, step: int) -> None:
     at, loss = job.held_out_loss
     if at == step:
         state[HELD_OUT_LOSS] = loss
+    if job.owes_evaluation:
+        state[OWES_EVALUATION] = True
     if job.grid.is_main:
         try:
             merge_ranks(job.run)
@@ -124,10 +144,17 @@ def finish(job: Job) -> None:
     chosen = job.setup.task.held_out(job.config, everything=True) if everything else job.sample
     split = "test" if everything else job.config.evaluation.split
     progress = Progress(1, f"evaluate {split}", job.grid.is_main)
-    figures = _figures(
-        job, chosen, job.last, lambda done, total: progress.update(done, total=total)
-    )
-    progress.close()
+    try:
+        figures = _figures(
+            job, chosen, job.last, lambda done, total: progress.update(done, total=total)
+        )
+    except _CutShortError:
+        raise StopRequestedError(
+            f"{job.run}: stopped by {SIGNALS.name} in its last evaluation, with a checkpoint; the "
+            "same words go on"
+        ) from None
+    finally:
+        progress.close()
     with job.grid.together(f"{path}"):
         if job.grid.is_main:
             source = job.setup.task.source

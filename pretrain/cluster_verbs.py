@@ -56,7 +56,7 @@ def doctor(
     overrides: Overrides = None,
     out: Run = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Start so many processes on this machine (torchrun).")
+        int, typer.Option(min=1, help="Start so many processes on this machine.")
     ] = 1,
     json: Json = False,
 ) -> None:
@@ -67,9 +67,9 @@ def doctor(
     all see the run folder. Exit code 1 if something would make the run fail.
     """
     if processes > 1 and "RANK" not in os.environ:
-        from launchers.local import launch as start
+        from launchers.supervise import run_here
 
-        raise typer.Exit(start(processes, sys.argv[1:]))
+        raise typer.Exit(run_here(processes, sys.argv[1:]))
     from pretrain.config import Config, load_config
     from pretrain.grid import build_grid, check_grid, connect, disconnect, process_count
 

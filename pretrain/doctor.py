@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -16,9 +17,11 @@ import torch
 import torch.distributed as dist
 
 from pretrain.config import Config
+from pretrain.cores import usable_cores
 from pretrain.grid import Grid, Group
 from pretrain.run import environment
 
+_TOP = Path(__file__).resolve().parent.parent
 _CODE = ("pretrain", "models", "data_pipeline", "launchers")
 _SKEW = 1.0
 """Seconds that clocks may differ: logs are compared by them, and file systems are."""
@@ -73,12 +76,11 @@ def as_json(findings: list[Finding]) -> list[dict[str, str]]:
 
 def code_hash() -> str:
     """Of this program's source files, names and contents."""
-    top = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for package in _CODE:
-        for path in sorted((top / package).rglob("*")):
+        for path in sorted((_TOP / package).rglob("*")):
             if path.suffix in (".py", ".yaml"):
-                digest.update(str(path.relative_to(top)).encode() + b"\0" + path.read_bytes())
+                digest.update(str(path.relative_to(_TOP)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -130,8 +132,12 @@ def _requirements(grid: Grid) -> list[Finding]:
 
     from packaging.requirements import Requirement
 
+    lines = _required()
+    if lines is None:
+        text = "not known here: the program is neither installed nor beside its pyproject.toml"
+        return [Finding("requirements", "warn", text)]
     wrong = []
-    for line in metadata.requires("rankdecay") or []:
+    for line in lines:
         wanted = Requirement(line)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
@@ -147,12 +153,30 @@ def _requirements(grid: Grid) -> list[Finding]:
     return [Finding("requirements", "ok", "installed versions are in the tested ranges")]
 
 
+def _required() -> list[str] | None:
+    """Requirements as the installed package has them, else the pyproject.toml beside it."""
+    import tomllib
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.requires("rankdecay") or []
+    try:
+        text = (_TOP / "pyproject.toml").read_text(encoding="utf-8")
+        found: list[str] = tomllib.loads(text)["project"]["dependencies"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError):
+        return None
+    return found
+
+
 # --- machines -------------------------------------------------------------------------------------
 
 
 def _devices(grid: Grid) -> list[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = {"host": socket.gethostname(), "cores": cores, "threads": torch.get_num_threads()}
+    device: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+    }
     if grid.device.type == "cuda":
         properties = torch.cuda.get_device_properties(grid.device)
         device |= {"name": properties.name, "memory": properties.total_memory}

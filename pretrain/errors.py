@@ -5,10 +5,16 @@ from __future__ import annotations
 TRY_AGAIN = 75
 """Exit code (EX_TEMPFAIL) of a job that stopped for its machines, not for its recipe: start it
 again with the same words."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 class RunError(RuntimeError):
     """Something in the run, its files or its machine is wrong (exit code 1)."""
+
+
+class MachineError(RunError):
+    """A machine failed; on another one the same words would go on (exit code 75)."""
 
 
 class UsageError(ValueError):

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from models.parallel import TensorParallel
 from models.roles import ModelError
 from pretrain.config import GridConfig
-from pretrain.errors import RunError, UsageError
+from pretrain.errors import MachineError, RunError, UsageError
+from pretrain.exits import exit_code, is_of_machine
+from pretrain.meeting import open_store
 
 Group = Any
 """A torch process group (the stubs know several classes)."""
@@ -120,14 +122,18 @@ class Grid:
         if not problems:
             return
         kind, text = problems[0]
-        if failure is not None and not isinstance(failure, OSError | RunError | ValueError):
+        if failure is not None and exit_code(failure) is None:
             raise failure  # a bug: keep its traceback
-        shared = (UsageError if kind == "usage" else RunError)(text)
-        raise shared from failure
+        raise _KINDS[kind](text) from failure
+
+
+_KINDS = {"usage": UsageError, "machine": MachineError, "run": RunError}
 
 
 def _kind(error: Exception) -> str:
-    return "usage" if isinstance(error, UsageError | ModelError) else "run"
+    if isinstance(error, UsageError | ModelError):
+        return "usage"
+    return "machine" if is_of_machine(error) else "run"
 
 
 def _line(error: Exception, what: str) -> str:
@@ -186,16 +192,10 @@ def connect() -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if gpus else "gloo"
         timeout = timedelta(minutes=30)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(
-                backend,
-                store=dist.HashStore(),  # type: ignore[attr-defined]
-                rank=0,
-                world_size=1,
-                timeout=timeout,
-            )
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        rank = int(os.environ["RANK"]) if size > 1 else 0
+        store = open_store(rank, size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return device
 
 

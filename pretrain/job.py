@@ -43,6 +43,8 @@ class Job:
     """Times since the last checkpoint that was reached."""
     held_out_loss: tuple[int, float] = (-1, 0.0)
     """(step, loss) of the last evaluation."""
+    owes_evaluation: bool = False
+    """Whether a signal cut the evaluation after the last update short: the next start makes it."""
     unwritten: dict[int, list[Row]] = field(default_factory=dict)
     """Measurements that the disk did not take, by step."""
 

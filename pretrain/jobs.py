@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+MEETING = "RANKDECAY_MEETING"
+"""Variable with the folder where the processes of one start meet on one machine."""
+
 
 @dataclass(frozen=True)
 class Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 
 from pretrain import between
@@ -23,8 +24,7 @@ from pretrain.run import (
     CHECKPOINTS,
     rewind_ranks,
 )
-from pretrain.signals import StopRequestedError, StopSignals
-from pretrain.storage import hide, remove
+from pretrain.signals import SIGNALS, StopRequestedError
 from pretrain.tracking import Progress
 
 
@@ -36,22 +36,23 @@ def run_job(job: Job, first: int, fresh: bool, forked: bool) -> None:
             between.evaluate(job, 0)
         elif forked:
             between.save(job, first)  # a fork stands on its own feet from here on
-        with StopSignals() as signals:
+        elif job.owes_evaluation:
+            between.evaluate(job, first)
+        with SIGNALS.remembered():
             while True:
                 loader = _loader(job, first)
                 try:
-                    _loop(job, loader, first, signals)
+                    _loop(job, loader, first)
                     break
                 except GoBackError as fault:
                     first = _go_back(job, fault)
                 finally:
                     loader.close()
-        job.saver.wait()
-        between.tell_saved(job)
-        job.saver.finish()
+            job.saver.wait()
+            between.tell_saved(job)
+            job.saver.finish()
     finally:
         job.saver.close()
-        between.tell_saved(job)
         job.tracker.close()
         job.engine.close()
 
@@ -69,7 +70,7 @@ def _loader(job: Job, first: int) -> Loader:
     return Loader(data, job.grid, batch, micro, first, prefetch, workers, tuple(job.jumped))
 
 
-def _loop(job: Job, loader: Loader, first: int, signals: StopSignals) -> None:
+def _loop(job: Job, loader: Loader, first: int) -> None:
     config, engine = job.config, job.engine
     steps, tokens_per_step = job.last, config.train.global_batch * config.model.context
     progress = Progress(steps, job.run.name, engine.grid.is_main, first)
@@ -101,7 +102,7 @@ def _loop(job: Job, loader: Loader, first: int, signals: StopSignals) -> None:
             )
             progress.update(step, f"loss {loss:.3f} {speed:,.0f} tokens/s")
             began, logged = now, step
-        stopping = signals.agreed(engine.grid)
+        stopping = SIGNALS.agreed(engine.grid)
         saving = stopping or job.is_due("checkpoint", step)
         _compare_if_due(job, step, saving)
         if saving:
@@ -109,18 +110,18 @@ def _loop(job: Job, loader: Loader, first: int, signals: StopSignals) -> None:
                 engine.audit_decay()
         paused = time.monotonic()
         between.measure_if_due(job, step)
-        if job.is_due("evaluation", step):
-            between.evaluate(job, step)
+        if job.is_due("evaluation", step) and not between.evaluate(job, step):
+            stopping = saving = True  # the next start makes up for it
         if saving:
             between.save(job, step)
         between.tell_saved(job)
         job.watchdog.beat(step)
-        if stopping and step < steps:
+        if stopping and (step < steps or job.owes_evaluation):
             progress.close()
-            job.say(step, f"stopped by {signals.name}", warning=False)
+            job.say(step, f"stopped by {SIGNALS.name}", warning=False)
             job.saver.finish()
             raise StopRequestedError(
-                f"{job.run}: stopped by {signals.name} at step {step}, with a checkpoint; the same "
+                f"{job.run}: stopped by {SIGNALS.name} at step {step}, with a checkpoint; the same "
                 "words go on"
             )
         began += time.monotonic() - paused  # the speed is of training alone
@@ -152,8 +153,8 @@ def _go_back(job: Job, fault: GoBackError) -> int:
         if job.grid.is_main:
             for one in list_checkpoints(folder):
                 if step_of(one) >= fault.step:  # of the time between the fault and its discovery
-                    remove(hide(one))
-    find_whole(folder, job.grid)
+                    shutil.rmtree(one)
+    find_whole(folder, job.grid, "")
     newest = newest_checkpoint(folder)
     name = job.grid.broadcast(newest.name if newest else "")
     samples = _samples(job, fault.jump)

@@ -7,7 +7,6 @@ what is missing through an executor, and looks again; killed at any moment, it c
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_aside
+from pretrain.checkpoint import newest_checkpoint
 from pretrain.config import dump_config
+from pretrain.errors import TRY_AGAIN
 from pretrain.jobs import Executor, Job
 from pretrain.lock import is_busy
-from pretrain.run import is_complete
+from pretrain.run import CHECKPOINTS, is_complete
 from pretrain.sweep_config import Sweep, Task
 from pretrain.sweep_table import Table
 from pretrain.tracking import METRICS
@@ -40,6 +41,8 @@ class Status:
     note: str = ""
     started: float | None = None
     first_step: int = 0
+    checkpoint: str = ""
+    """The newest one when this start began."""
 
     @property
     def left(self) -> float | None:
@@ -72,7 +75,6 @@ def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list
         write_aside(recipe, dump_config(task.config).encode())
     statuses = [Status(task) for task in sweep.tasks]
     table = Table(sweep.name)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         while not _settled(statuses):
             _round(statuses, out, executor, sweep.config.processes, retries)
@@ -82,7 +84,6 @@ def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list
         executor.stop()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
         table.close(statuses)
     return statuses
 
@@ -122,6 +123,7 @@ def _round(
         status.state, status.tries = "running", status.tries + 1
         status.step, _ = _progress(status.task.run)
         status.first_step, status.started = status.step, time.monotonic()
+        status.checkpoint = _newest(status.task.run)
     if chosen:
         executor.submit([_job(status.task, out, processes) for status in chosen])
 
@@ -131,11 +133,19 @@ def _ended(status: Status, code: int, out: Path, retries: int) -> None:
         status.state = "done"
     elif is_busy(status.task.run):  # another sweep was quicker
         status.state, status.tries = "elsewhere", status.tries - 1
+    elif code == TRY_AGAIN and _newest(status.task.run) != status.checkpoint:
+        # Preempted, or its machine failed, but it got further: no failure of its own.
+        status.state, status.tries, status.note = "waiting", status.tries - 1, "goes on"
     elif status.tries > retries:
         status.state = "failed"
         status.note = _last_line(_log(out, status.task)) or f"exit code {code}"
     else:
         status.state, status.note = "waiting", f"try {status.tries + 1}"
+
+
+def _newest(run: Path) -> str:
+    found = newest_checkpoint(run / CHECKPOINTS)
+    return found.name if found else ""
 
 
 def _look(status: Status, by_name: dict[str, Status]) -> None:

@@ -113,7 +113,7 @@ class Tracker:
         """Flush everything."""
         if self._wandb is not None:
             try:
-                self._wandb.finish(quiet=True)
+                self._wandb.finish()  # its settings are silent
             except Exception as error:
                 warn(f"W&B did not finish ({error})")
         if self._board is not None:

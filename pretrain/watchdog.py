@@ -3,7 +3,6 @@
 A thread of every rank watches the main thread's progress and tells the others, through the
 launcher's store, that its process lives. When no step was finished for too long, the ranks that
 live write their stacks; the first of them says who waits where and who gives no sign of life.
-While any rank's checkpoint is on its way to a disk or a mirror and moves, waiting is no hang.
 """
 
 from __future__ import annotations
@@ -23,11 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from pretrain.errors import TRY_AGAIN
 from pretrain.grid import Grid
-from pretrain.storage import moved
+from pretrain.meeting import open_board
 
 STACKS = "stacks"
 """Folder of a run: one file a rank, and summary.txt."""
@@ -45,16 +42,18 @@ class Watchdog:
         self._main = threading.get_ident()
         self._store: Any = None
         self._count = 0
-        self._traffic: tuple[float, list[Any]] = (0.0, [])
-        """When bytes of checkpoints were last seen to move, and how many had, by rank."""
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
         if self._limit:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
+        if self._thread is not None:
+            self._thread.join(_STORE_TIMEOUT.total_seconds())
 
     def beat(self, step: int, phase: str = "training") -> None:
         """Something was finished; cheap enough for every batch."""
@@ -63,31 +62,18 @@ class Watchdog:
     # --- in the thread --------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        self._store = _connect(self._grid)
+        self._store = open_board(self._grid.world_size, _STORE_TIMEOUT)
         self._tell({})
         while not self._done.wait(self._turn):
             self._tell({})
-            if self._hangs():
+            if time.monotonic() - self._beat[0] > self._limit:
                 self._end()
-
-    def _hangs(self) -> bool:
-        """Whether nothing was finished, and no checkpoint moved on any rank, for too long."""
-        beat, now = self._beat[0], time.monotonic()
-        if now - beat <= self._limit / 2:
-            self._traffic = (beat, [])
-            return False
-        counts = [moved(), *(told and told["moved"] for told in self._read_all())]
-        seen, before = self._traffic  # the first look is but what later ones are compared with
-        if any(None not in (old, new) and old != new for old, new in zip(before, counts)):
-            seen = now
-        self._traffic = (seen, counts)
-        return now - max(beat, seen) > self._limit
 
     def _tell(self, more: dict[str, Any]) -> None:
         _, step, phase = self._beat
         self._count += 1
-        known = {"count": self._count, "step": step, "phase": phase, "moved": moved(),
-                 "pid": os.getpid(), "host": socket.gethostname(), **more}  # fmt: skip
+        known = {"count": self._count, "step": step, "phase": phase, "pid": os.getpid(),
+                 "host": socket.gethostname(), **more}  # fmt: skip
         self._try_store(lambda: self._store.set(str(self._grid.rank), json.dumps(known)))
 
     def _try_store(self, action: Callable[[], Any]) -> Any:
@@ -191,23 +177,6 @@ class Watchdog:
             (self._folder / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         except OSError:
             return
-
-
-def _connect(grid: Grid) -> Any:
-    """A connection of the thread's own to the store that the job met at; None for one process."""
-    if grid.world_size == 1:
-        return None
-    try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=_STORE_TIMEOUT,
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"watchdog/{attempt}", store)  # type: ignore[attr-defined]
-    except (KeyError, RuntimeError):
-        return None
 
 
 def _where(thread: int) -> str:

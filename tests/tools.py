@@ -18,9 +18,10 @@ import pytest
 import yaml
 
 from launchers.local import start_environment, torchrun
-from pretrain.__main__ import main
+from pretrain.__main__ import run_command
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.run import read_ranks
+from pretrain.signals import SIGNALS
 from pretrain.tracking import read_metrics
 from tests.warm import run_warm
 
@@ -198,9 +199,10 @@ def check_theory(run: Path) -> int:
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """The command in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["pretrain", *words])
-    with pytest.raises(SystemExit) as done:
-        main()
-    return int(done.value.code or 0)
+    try:
+        return run_command()
+    finally:
+        SIGNALS.restore()
 
 
 ATTENTION = "optimizer.weight_decay.attention"

@@ -1,0 +1,101 @@
+"""The processes of one job on this machine: started together, watched, ended together.
+
+What torchrun does, but for its store (open to the network), its thirty seconds between SIGTERM and
+SIGKILL (a checkpoint may take longer) and its own exit code 1 for whatever its processes said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from pretrain.errors import INTERRUPTED, TRY_AGAIN
+from pretrain.jobs import MEETING
+from pretrain.signals import SIGNALS
+
+_FINAL = (2, 1)
+"""A mistake, trouble with files: what counts, of several codes."""
+_PATIENCE = 30.0
+"""Seconds that processes have to end by themselves once one of them has failed."""
+_PATIENCE_ASKED = 180.0
+"""The same after a signal: others may be writing what they have."""
+_PAUSE = 0.05
+
+
+def run_team(command: list[str], processes: int, environment: dict[str, str]) -> int:
+    """Run ``command`` as so many ranks; every signal that comes is handed on to them.
+
+    Returns:
+        0 if all ended well; else the code that says most: of a mistake, of trouble, or "try again".
+    """
+    # Others of this machine must not come in: what lies there is taken for a rank's word.
+    folder = tempfile.mkdtemp(prefix="rankdecay-")  # mode 0700
+    team: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(number: signal.Signals) -> None:
+        for process in team:
+            _send(process, number)
+
+    try:
+        with SIGNALS.handed_to(hand_on):
+            for rank in range(processes):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                       "LOCAL_WORLD_SIZE": str(processes), MEETING: folder}  # fmt: skip
+                team.append(subprocess.Popen(command, env={**environment, **own}))
+                if SIGNALS.asked:  # it may have come before this one was there
+                    _send(team[-1], signal.SIGTERM)
+            return _watch(team)
+    finally:
+        for process in team:
+            if process.poll() is None:  # starting the others failed
+                process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _watch(team: list[subprocess.Popen[bytes]]) -> int:
+    failed_at: float | None = None
+    while any(process.poll() is None for process in team):
+        time.sleep(_PAUSE)
+        if failed_at is None and any(process.poll() for process in team):
+            failed_at = time.monotonic()
+        patience = _PATIENCE_ASKED if SIGNALS.asked else _PATIENCE
+        if failed_at is not None and time.monotonic() - failed_at > patience:
+            for process in team:
+                _send(process, signal.SIGKILL)
+    _say_who_died(team, failed_at)
+    return _verdict([process.returncode for process in team])
+
+
+def _say_who_died(team: list[subprocess.Popen[bytes]], failed_at: float | None) -> None:
+    """A process that a signal ended could not say so itself."""
+    if failed_at is None or SIGNALS.asked:
+        return
+    for rank, process in enumerate(team):
+        if process.returncode < 0:
+            name = signal.Signals(-process.returncode).name
+            text = f"rank {rank} (pid {process.pid}) was ended by {name}"
+            print(f"launcher: {text}", file=sys.stderr, flush=True)
+
+
+def _verdict(codes: list[int]) -> int:
+    if not any(codes):
+        return 0
+    for code in _FINAL:
+        if code in codes:
+            return code
+    if SIGNALS.asked:
+        return SIGNALS.code
+    if TRY_AGAIN in codes or INTERRUPTED in codes:
+        return TRY_AGAIN if TRY_AGAIN in codes else INTERRUPTED
+    worst = min(codes)
+    return 128 - worst if worst < 0 else max(codes)
+
+
+def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)

@@ -1,0 +1,57 @@
+"""How many cores this process may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def usable_cores(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores by affinity, or fewer where the container or job has a quota of their time.
+
+    A quota of less than a core counts as one. With more threads than the quota the kernel stops all
+    of them for a part of every period.
+
+    Args:
+        cgroups: where the control groups are mounted.
+        own: the file that says which of them this process is in.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quotas = [found for folder in _folders(cgroups, own) if (found := _quota(folder))]
+    return max(1, min([cores, *(int(quota) for quota in quotas)]))
+
+
+def _folders(cgroups: Path, own: Path) -> list[Path]:
+    """This process's control groups and those above them, of either version."""
+    tops = {cgroups: "/"}
+    try:
+        for line in own.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                tops[cgroups] = path
+            elif "cpu" in controllers.split(","):
+                tops |= {cgroups / "cpu": path, cgroups / "cpu,cpuacct": path}
+    except (OSError, ValueError):
+        pass
+    found = []
+    for top, path in tops.items():
+        # In a container the path may be the host's: its own group is then mounted at the top.
+        inner = top / path.lstrip("/")
+        found += [one for one in (inner, *inner.parents) if one == top or top in one.parents]
+    return found
+
+
+def _quota(folder: Path) -> float | None:
+    """Cores' worth of time in each period; None without a limit."""
+    try:
+        if (folder / "cpu.max").exists():
+            limit, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            limit = (folder / "cpu.cfs_quota_us").read_text(encoding="utf-8").strip()
+            period = (folder / "cpu.cfs_period_us").read_text(encoding="utf-8").strip()
+        return int(limit) / int(period) if int(limit) > 0 else None
+    except (OSError, ValueError):  # "max", or no such file
+        return None

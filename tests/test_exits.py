@@ -1,0 +1,201 @@
+"""How commands end: whose fault an error is, its code, and a process that ends as it should."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pretrain.engine
+from pretrain import exits
+from pretrain.cores import usable_cores
+from pretrain.errors import TRY_AGAIN, MachineError, RunError, UsageError
+from pretrain.grid import Grid
+from tests.tools import ROOT, assert_one_line, base_recipe, environment, run, write_recipe
+
+
+class AcceleratorError(RuntimeError):
+    """As torch names errors of a GPU."""
+
+
+def _os(number: int, path: str | None = None) -> OSError:
+    return OSError(number, os.strerror(number), path)
+
+
+OF_USERS = [UsageError("a: no"), UsageError("b")]
+OF_FILES = [
+    RunError("x"), _os(errno.ENOSPC, "/x"), _os(errno.EIO, "/x"), _os(errno.EMFILE), MemoryError(),
+    _os(errno.ESTALE, "/x"), ConnectionRefusedError(errno.ECONNREFUSED, "no"), TimeoutError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+    RuntimeError("CUDA driver version is insufficient for CUDA runtime version"),
+]  # fmt: skip
+OF_MACHINES = [
+    MachineError("x"),
+    AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+    AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be"),
+    RuntimeError("CUDA error: the launch timed out and was terminated"),
+    RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"),
+    RuntimeError("CUDA driver error: unknown error"),
+    RuntimeError("CUDA error: Invalid access of peer GPU memory over nvlink or a hardware error"),
+    RuntimeError("CUDA error: uncorrectable NVLink error detected during the execution"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:1, unhandled system error"),
+    RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3"),
+    torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1"),
+    torch.distributed.DistNetworkError("failed to connect"),
+]
+BUGS = [
+    ValueError("x"), KeyError("x"), RuntimeError("shapes do not match"), AssertionError(),
+    _os(errno.ENOENT, "/no/such/place"), _os(errno.EBADF), _os(errno.EINVAL, "/x"),
+    _os(errno.EACCES, "/elsewhere"), _os(errno.EEXIST, "/elsewhere"), OSError("words alone"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA error: invalid argument"), UnicodeDecodeError("utf-8", b"", 0, 1, "x"),
+]  # fmt: skip
+KINDS = [*((e, 2) for e in OF_USERS), *((e, 1) for e in OF_FILES),
+         *((e, TRY_AGAIN) for e in OF_MACHINES), *((e, None) for e in BUGS)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "code"), KINDS, ids=lambda one: str(one)[:40].replace("/", "."))
+def test_whose_fault_it_is(error: Exception, code: int | None) -> None:
+    assert exits.exit_code(error) == code
+    assert len(exits.one_line(error).splitlines()) == 1
+
+
+def test_a_path_is_the_users_where_he_gave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "evaluate",
+        "given/run@4",
+        "--out",
+        "there.json",
+        "data.path=tokens",
+        f"--x={tmp_path}/y",
+    ]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *words])
+    for path in ("given/run", "given/run/config.yaml", "there.json", "tokens/a", "y/z", "runs/a"):
+        for number in (errno.ENOENT, errno.EACCES, errno.EISDIR):
+            assert exits.exit_code(_os(number, path)) == 1, path
+            assert exits.exit_code(_os(number, str(tmp_path / path))) == 1, path
+    for path in ("given/ru", "other", "/etc/passwd", "tokens2"):
+        assert exits.exit_code(_os(errno.ENOENT, path)) is None, path
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (_os(errno.ENOENT, "/no/such/place"), None),
+        (_os(errno.ENOSPC, "/full/disk"), 1),
+        (AcceleratorError("CUDA error: uncorrectable ECC error encountered"), TRY_AGAIN),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1),
+        (KeyError("a bug"), None),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_injected_into_a_run(
+    error: Exception, code: int | None, together: bool, data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In an update, and in a block that all ranks leave with one error."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    name = "audit_decay" if together else "train_step"
+    monkeypatch.setattr(pretrain.engine.Engine, name, fail)
+    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
+    assert run(monkeypatch, "train", str(recipe), "--out", str(tmp_path / "run")) == (code or 1)
+    text = capfd.readouterr().err
+    if code is None:
+        assert "Traceback (most recent call last)" in text and "in fail" in text
+    else:
+        assert_one_line(text, ((error.args[1] if isinstance(error, OSError) else str(error))[:30],))
+
+
+def test_all_ranks_say_the_same_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose peer's GPU failed asks for another start, too."""
+    grid = Grid(1, 1, 1, 0, torch.device("cpu"), None, None, None)
+    found = [None, ("machine", "GPU of rank 1")]
+    monkeypatch.setattr(Grid, "gather", lambda _, value: found)
+    with pytest.raises(MachineError, match="GPU of rank 1") as raised, grid.together(""):
+        pass
+    assert exits.exit_code(raised.value) == TRY_AGAIN
+
+
+def test_what_a_terminal_would_obey_is_written_out() -> None:
+    assert exits.printable("a\x1b[31mb\x07 c\u202ed é日\t") == "a\\x1b[31mb\\x07 c\\u202ed é日\t"
+
+
+LEAVING = """
+import atexit, sys, threading, tempfile, weakref
+sys.path.insert(0, {root!r})
+from pretrain.exits import leave
+import torch.distributed as dist
+from pretrain.grid import connect, build_grid
+from pretrain.config import GridConfig
+held = build_grid(GridConfig(), connect())  # groups that live on
+atexit.register(print, "at exit")
+folder = tempfile.TemporaryDirectory()
+def busy():
+    while True:
+        held.gather(1)  # inside C++, again and again
+threading.Thread(target=busy, daemon=True).start()
+print(folder.name)
+sys.stdout.write("last words")
+{leave}
+"""
+
+
+def _ends(leave: str) -> tuple[int, str]:
+    code = LEAVING.format(root=str(ROOT), leave=leave)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def test_a_thread_inside_a_library_does_not_make_the_end_an_abort() -> None:
+    """What was printed is there, exit functions ran, the code is the command's."""
+    for _ in range(3):
+        code, text = _ends("leave(75)")
+        assert code == 75
+        folder, rest = text.split("\n", 1)
+        assert "last words" in rest and "at exit" in rest and not Path(folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"cpu.max": "100000 100000"}, 1),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "250000 100000"}, 2),
+        ({"cpu.max": "max 100000"}, None),
+        ({"a/cpu.max": "max 100000", "cpu.max": "300000 100000"}, 3),
+        ({"a/b/cpu.max": "100000 100000", "cpu.max": "max 100000"}, 1),
+        ({"cpu/a/b/cpu.cfs_quota_us": "200000", "cpu/a/b/cpu.cfs_period_us": "100000"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+)
+def test_a_quota_of_cores_is_seen(
+    files: dict[str, str], quota: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text + "\n")
+    (tmp_path / "own").write_text("0::/a/b\n4:cpu,cpuacct:/a/b\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert usable_cores(tmp_path / "fs", tmp_path / "own") == (quota or 16)

@@ -15,6 +15,7 @@ from models.kernels import DEFAULT_KERNELS, Kernels
 from models.parallel import TensorParallel, enter, leave, replicated, sum_gradient
 from models.products import attention_by_products
 from models.roles import ParameterInfo, Role, declare, stamp
+from models.wide_sums import layer_norm
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Norm(nn.Module):
         if self.bias is None:
             return F.rms_norm(x, weight.shape, weight, self.config.norm_epsilon)
         bias = replicated(self.bias, self.tp)
-        return F.layer_norm(x, weight.shape, weight, bias, self.config.norm_epsilon)
+        return layer_norm(x, weight, bias, self.config.norm_epsilon)
 
 
 class Rotary:
@@ -203,12 +204,16 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         scores = q @ k.mT * self.config.head_size**-0.5
         length = q.shape[-2]
-        seen = torch.full((length, 1), length, device=q.device, dtype=q.dtype)
+        # The numbers seen in float32: bf16 has no integers between 256 and 258.
+        counts = torch.promote_types(q.dtype, torch.float32)
+        seen = torch.full((length, 1), length, device=q.device, dtype=counts)
         if causal:
-            seen = torch.arange(1, length + 1, device=q.device, dtype=q.dtype).unsqueeze(1)
-        weights = scores / seen
+            seen = torch.arange(1, length + 1, device=q.device, dtype=counts).unsqueeze(1)
         if self.config.attention == "sigmoid":
             weights = torch.sigmoid(scores - seen.log())
+        else:
+            weights = scores / seen
+        weights = weights.to(q.dtype)
         return (weights.tril() if causal else weights) @ v
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
+
+from models.wide_sums import embedding
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -97,9 +98,9 @@ def embed(tokens: torch.Tensor, weight: torch.Tensor, tp: TensorParallel) -> tor
         ``[sequence, batch, hidden]``, or this rank's part of the sequence.
     """
     if tp.size == 1:
-        return F.embedding(tokens, weight)
+        return embedding(tokens, weight)
     start = tp.rank * weight.shape[0]
     local = tokens - start
     outside = (local < 0) | (local >= weight.shape[0])
-    found = F.embedding(local.masked_fill(outside, 0), weight)
+    found = embedding(local.masked_fill(outside, 0), weight)
     return leave(found.masked_fill(outside.unsqueeze(-1), 0.0), tp)

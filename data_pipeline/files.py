@@ -1,38 +1,78 @@
-"""Files that are whole or not there, and folders that one process writes."""
+"""Files that are whole or not there."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import re
+import secrets
 import socket
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.records import DataError
 
 LOCK = ".lock"
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.tmp")
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with path.open("wb") as file:
+    """Write a file and wait until the disk has it; a link in its place is refused."""
+    with os.fdopen(os.open(path, _NEW | os.O_TRUNC, 0o666), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file beside ``path``, which takes its place when the block ends well.
+
+    Its name is nobody else's, and it has the mode of the file that it replaces. A block that fails
+    leaves nothing; a kill leaves a file that `is_leftover` knows.
+
+    Raises:
+        OSError: that names ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
+    try:
+        os.close(os.open(aside, _NEW | os.O_EXCL, 0o666))
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                before = os.lstat(path)
+                if stat.S_ISREG(before.st_mode):
+                    aside.chmod(stat.S_IMODE(before.st_mode))
+            yield aside
+            os.replace(aside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
+    except OSError as error:
+        if error.filename not in (None, str(aside)):
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
 def write_aside(path: Path, data: bytes) -> None:
     """Write a file beside ``path`` and rename it, so that a kill leaves the old one or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    write_synced(aside, data)
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        write_synced(aside, data)
 
 
-@contextmanager
+def is_leftover(name: str, *of: str) -> bool:
+    """Whether a file name is what a kill during `replacing` leaves, of a file named in ``of``."""
+    found = _ASIDE.fullmatch(name)
+    return found is not None and found["name"] in of
+
+
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone; the system frees the lock of a dead one.
 

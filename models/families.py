@@ -6,6 +6,7 @@ another in the same words.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.factors import AttentionShape
 from models.roles import ModelError
 
-Keys = str | list[str]
-"""A key of config.json, or alternatives, the first that is there being taken."""
+Keys = str | int | list[str | int]
+"""A key of config.json, a number, or alternatives, the first that is there being taken."""
 
 EXAMPLE = (
     "model_types: [mine] / layer: 'blocks.{layer}.attn.' / query: q.weight / key: k.weight / "
@@ -32,7 +33,7 @@ class Tower(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    config: str = Field("", description="section of config.json; empty: the whole")
+    config: str | list[str] = Field("", description="section of config.json; empty: the whole")
     layer: str = Field(description="common head of a layer's tensor names, with {layer}")
     query: str = ""
     key: str = ""
@@ -51,7 +52,11 @@ class Tower(BaseModel):
     rotary: float | str | list[float | str] = Field(
         0.0, description="share of a head that rotates, as pairs (j, j + half); or keys"
     )
+    rotary_layers: str = Field("", description="key of a list with 1 where a layer rotates, or 0")
     qk_norm: str = Field("", description="a tensor that is there where queries are normalised")
+    beside: list[str] = Field(
+        [], description="other tensors of the layer that change no product, such as 'sinks'"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Tower:
@@ -67,9 +72,7 @@ class Tower(BaseModel):
         Raises:
             ModelError: naming the key that is missing.
         """
-        section = _lookup(config, self.config) if self.config else config
-        if not isinstance(section, dict):
-            raise ModelError(f"config.json: has no section {self.config}")
+        section = self._section(config)
         heads, width = self._count(section, self.heads), self._count(section, self.width)
         head = self._count(section, self.head_dim, width // heads)
         shape = AttentionShape(
@@ -79,7 +82,7 @@ class Tower(BaseModel):
             head_size=head,
             hidden_size=width,
             rotary_dim=int(head * self._rotary(section)) // 2 * 2,
-            qk_norm=qk_norm,
+            qk_norm=qk_norm or _says_qk_norm(section),
         )
         if heads % shape.key_value_heads:
             raise ModelError(
@@ -88,14 +91,49 @@ class Tower(BaseModel):
             )
         return shape
 
-    def _count(self, section: dict[str, Any], keys: Keys, default: int | None = None) -> int:
-        names = [keys] if isinstance(keys, str) else keys
+    def rotates(self, config: dict[str, Any], layer: int) -> bool:
+        """Whether positions rotate in a layer.
+
+        Raises:
+            ModelError: if config.json does not say so of every layer.
+        """
+        if not self.rotary_layers:
+            return True
+        found = _lookup(self._section(config), self.rotary_layers)
+        if not isinstance(found, list) or layer >= len(found) or found[layer] not in (0, 1):
+            raise ModelError(
+                f"config.json: {self.rotary_layers} does not say 0 or 1 of layer {layer}; add it"
+            )
+        return bool(found[layer])
+
+    def _section(self, config: dict[str, Any]) -> dict[str, Any]:
+        names = [self.config] if isinstance(self.config, str) else self.config
         for name in names:
-            value = _lookup(section, name) if name else None
-            if isinstance(value, int) and value > 0:
-                return value
+            section = _lookup(config, name) if name else config
+            if isinstance(section, dict):
+                return section
+        raise ModelError(f"config.json: has no section {' or '.join(names)}; add it")
+
+    def _count(self, section: dict[str, Any], keys: Keys, default: int | None = None) -> int:
+        names = keys if isinstance(keys, list) else [keys]
+        found: dict[str | int, int] = {}
+        for name in names:
+            value = _lookup(section, name) if isinstance(name, str) and name else name or None
+            if value is None or (found and isinstance(name, int)):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ModelError(f"config.json: {name} is {value!r}, not a number above 0")
+            found[name] = value
+        if len(set(found.values())) > 1:
+            said = ", ".join(f"{name}={value}" for name, value in found.items())
+            raise ModelError(f"config.json: {said} contradict each other; keep the one that is so")
+        if found:
+            return next(iter(found.values()))
         if default is None:
-            raise ModelError(f"config.json: has no {' or '.join(names)}; describe it with --family")
+            raise ModelError(
+                f"config.json: has no {' or '.join(map(str, names))}; add it there (a file without "
+                "it relies on the default of its class in transformers)"
+            )
         return default
 
     def _rotary(self, section: dict[str, Any]) -> float:
@@ -114,6 +152,18 @@ class Family(BaseModel):
     model_types: list[str] = []
     towers: dict[str, Tower]
     """By name; the name of an only tower is empty."""
+    elsewhere: list[str] = Field(
+        [],
+        description="heads of names whose attention is of no tower, such as 'vision_model.head.'",
+    )
+
+
+_QK_NORM_KEY = re.compile(r"(use_)?(qk|query_key)_?(l2_?)?(norm|layer_?norm)")
+
+
+def _says_qk_norm(section: dict[str, Any]) -> bool:
+    """Whether config.json asks for normalised queries, which may take no tensor (Llama 4's)."""
+    return any(bool(value) and _QK_NORM_KEY.fullmatch(key) for key, value in section.items())
 
 
 def _lookup(section: dict[str, Any], key: str) -> Any:
@@ -154,8 +204,11 @@ def read_family(path: Path) -> Family:
 
 def _parse(values: dict[str, Any], source: str) -> Family:
     if "towers" not in values:
-        tower = {key: value for key, value in values.items() if key != "model_types"}
-        values = {"model_types": values.get("model_types", []), "towers": {"": tower}}
+        common: dict[str, Any] = {
+            key: values[key] for key in ("model_types", "elsewhere") if key in values
+        }
+        tower = {key: value for key, value in values.items() if key not in common}
+        values = {**common, "towers": {"": tower}}
     try:
         return Family.model_validate(values)
     except ValidationError as error:

@@ -7,116 +7,28 @@ hands over one tensor at a time.
 
 from __future__ import annotations
 
-import json
-import pickle
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.factors import AttentionShape, Factors
 from models.families import EXAMPLE, Family, Tower, known_families
+from models.quantised import refuse_quantised
 from models.roles import ModelError
+from models.tensor_files import TensorFiles, read_json
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLES = ("model.safetensors", "pytorch_model.bin")
-
-
-class TensorFiles:
-    """The tensors of a folder of weights, by name, read on demand."""
-
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self.folder, self._say = folder, say
-        self._name, self._legacy = "", False
-        self._handle: Any = None
-        self._where = self._list()
-
-    @property
-    def names(self) -> list[str]:
-        """Every tensor's name."""
-        return sorted(self._where)
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, in the file's dtype; only its file is open, and only until the next one's.
-
-        Raises:
-            ModelError: naming a file that is missing or damaged.
-        """
-        file = self._where[name]
-        try:
-            handle = self._open(file)
-            found = handle.get_tensor(name) if hasattr(handle, "get_tensor") else handle[name]
-        except Exception as error:
-            raise ModelError(f"{self.folder / file}: {_first_line(error)}") from None
-        if not isinstance(found, Tensor):
-            raise ModelError(f"{self.folder / file}: {name} is not a tensor")
-        return found
-
-    def close(self) -> None:
-        """Let go of the open file, and of the memory that its pages take."""
-        self._name, self._handle = "", None
-
-    def _list(self) -> dict[str, str]:
-        for name in _INDEXES:
-            if (self.folder / name).is_file():
-                where = _read_json(self.folder / name).get("weight_map")
-                if not isinstance(where, dict):
-                    raise ModelError(f"{self.folder / name}: damaged (no weight_map)")
-                outside = [file for file in where.values() if Path(str(file)).name != file]
-                if outside:
-                    raise ModelError(f"{self.folder / name}: {outside[0]} is not in the folder")
-                return where
-        singles = [name for name in _SINGLES if (self.folder / name).is_file()]
-        singles = singles[:1] or sorted(one.name for one in self.folder.glob("*.safetensors"))
-        if not singles:
-            raise ModelError(
-                f"{self.folder}: no weights (model.safetensors, pytorch_model.bin, or an index of "
-                "shards)"
-            )
-        where = {}
-        for file in singles:
-            try:
-                where |= dict.fromkeys(self._open(file).keys(), file)
-            except Exception as error:
-                raise ModelError(f"{self.folder / file}: {_first_line(error)}") from None
-        return where
-
-    def _open(self, file: str) -> Any:
-        if self._name != file:
-            self._name = ""
-            self._handle = None  # before the next is opened: two shards need not fit
-            path = self.folder / file
-            if file.endswith(".safetensors"):
-                from safetensors import safe_open
-
-                self._handle = safe_open(path, framework="pt")
-            else:
-                self._handle = self._load(path)
-            self._name = file
-        return self._handle
-
-    def _load(self, path: Path) -> Any:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            if not self._legacy:
-                self._say(f"{path}: written before torch 1.6, so it is read whole into memory")
-                self._legacy = True
-            return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        return "holds more than tensors, which is not loaded from foreign files"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).strip().splitlines()
-    return f"damaged ({text[0] if text else type(error).__name__})"
+_QK_NORM = re.compile(
+    r"(^|\.)((q|k|qk|query|key)_?(norm|ln|layer_?norm|rms_?norm)|(norm|ln|layer_?norm)_?(q|k|qk))"
+    r"(\.|$)",
+    re.IGNORECASE,
+)
+_BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq)$|^bias$")
+"""Causal masks and frequencies, which old versions of transformers saved."""
+_ATTENTION = re.compile(r"(^|\.|_)(self_?)?att(e?n|ention)s?(\.|_|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -128,17 +40,25 @@ class AttentionTower:
     shape: AttentionShape
     files: TensorFiles
     tower: Tower
+    rotates: tuple[bool, ...] = ()
+    """By layer; empty: every layer, where any does."""
 
     def layers(self) -> Iterator[Factors]:
         """The factors of every layer, in order; at most one layer's weights are held."""
         for layer in range(self.shape.num_layers):
             yield self.layer(layer)
 
+    def shape_of(self, layer: int) -> AttentionShape:
+        """The shape of one layer, which may have no rotary positions where others have."""
+        if self.rotates and not self.rotates[layer]:
+            return replace(self.shape, rotary_dim=0)
+        return self.shape
+
     def layer(self, layer: int) -> Factors:
         """The factors of one layer, in the file's dtype.
 
         Raises:
-            ModelError: naming a tensor that is missing or of another shape than expected.
+            ModelError: naming a tensor that is missing, of another shape than expected, or NaN.
         """
         shape, tower = self.shape, self.tower
         rows = shape.num_attention_heads * shape.head_size
@@ -175,6 +95,8 @@ class AttentionTower:
                 f"{self.files.folder}: {name} is {tuple(values.shape)}, the heads and widths of "
                 f"config.json want {expected}; describe the family with --family"
             )
+        if not torch.isfinite(values).all():
+            raise ModelError(f"{self.files.folder}: {name} holds NaN or infinity")
         return values.clone()  # not a view of a mapped file
 
 
@@ -188,16 +110,20 @@ def find_tensor(files: TensorFiles, name: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ModelError(
-            f"{files.folder}: {name} could be {' or '.join(found[:3])}; say more in `layer` of a "
-            "--family file"
-        )
+        raise _ambiguous(files, name, found)
     raise ModelError(f"{files.folder}: has no {name}; {_how_to_describe(files)}")
+
+
+def _ambiguous(files: TensorFiles, name: str, found: list[str]) -> ModelError:
+    return ModelError(
+        f"{files.folder}: {name} could be {' or '.join(found[:3])}; say more in `layer` of a "
+        "--family file"
+    )
 
 
 def _how_to_describe(files: TensorFiles) -> str:
     attention = [one for one in files.names if "att" in one.lower()] or files.names
-    shown = ", ".join(attention[:6])
+    shown = ", ".join(attention[:6]) or "(none)"
     return (
         f"its tensors are such as {shown}; describe the family in a YAML file for --family, line "
         f"by line such as: {EXAMPLE}"
@@ -210,19 +136,24 @@ def is_pretrained(folder: Path) -> bool:
 
 
 def open_pretrained(
-    folder: Path, family: Family | None = None, say: Callable[[str], None] = print
+    folder: Path,
+    family: Family | None = None,
+    say: Callable[[str], None] = print,
+    allow_unused: bool = False,
 ) -> list[AttentionTower]:
     """The attention towers of a model on disk; reads no weights yet.
 
     Args:
         family: where its attention lies; default: by ``model_type``.
         say: told once of what is done worse than usual.
+        allow_unused: go on where the model has attention that is of no tower.
 
     Raises:
         ModelError: one line naming the file, and for an unknown family how to describe it.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     files = TensorFiles(folder, say)
+    refuse_quantised(folder, config, files)
     if family is None:
         kind = str(config.get("model_type", "(none)"))
         family = known_families().get(kind)
@@ -230,21 +161,90 @@ def open_pretrained(
             raise ModelError(
                 f"{folder}: model_type {kind} is of no family known here; {_how_to_describe(files)}"
             )
+    clipped = bool(config.get("clip_qkv"))
+    if clipped:
+        say(f"{folder}: clip_qkv limits queries, keys and values, whose sizes then follow no law")
+    parts = {name: _parts(files, tower) for name, tower in family.towers.items()}
+    used = {one for tower in parts.values() for layer in tower.values() for one in layer.values()}
+    normed = clipped or any(_QK_NORM.search(one) for one in files.names if one not in used)
     towers = []
     for name, tower in family.towers.items():
-        gain = "." + tower.layer.format(layer=0) + tower.qk_norm
-        normed = bool(tower.qk_norm) and any(f".{one}".endswith(gain) for one in files.names)
-        towers.append(AttentionTower(name, tower.shape(config, normed), files, tower))
+        shape = tower.shape(config, normed or _has_qk_norm(parts[name], tower))
+        _check_layers(files, parts[name], tower, shape)
+        _check_parts(folder, parts[name], tower)
+        rotates: tuple[bool, ...] = ()
+        if tower.rotary_layers:
+            rotates = tuple(tower.rotates(config, layer) for layer in range(shape.num_layers))
+        towers.append(AttentionTower(name, shape, files, tower, rotates))
+    if not allow_unused:
+        _check_elsewhere(files, family, used)
     return towers
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise ModelError(f"{path}: damaged (not JSON)") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: damaged (not a mapping)")
+Parts = dict[int, dict[str, str]]
+"""Names of the tensors of a tower's attention by layer, and by their part of the name in it."""
+
+
+def _parts(files: TensorFiles, tower: Tower) -> Parts:
+    head = re.escape(tower.layer).replace(re.escape("{layer}"), r"(\d+)")
+    pattern = re.compile(rf"(?:^|.*\.){head}(.+)")
+    found: Parts = {}
+    for name in files.names:
+        match = pattern.fullmatch(name)
+        if match is None:
+            continue
+        layer = found.setdefault(int(match[1]), {})
+        if match[2] in layer:
+            raise _ambiguous(files, match[2], [layer[match[2]], name])
+        layer[match[2]] = name
     return found
+
+
+def _has_qk_norm(parts: Parts, tower: Tower) -> bool:
+    return any(
+        _QK_NORM.search(part) or (tower.qk_norm and part == tower.qk_norm)
+        for layer in parts.values()
+        for part in layer
+    )
+
+
+def _check_layers(files: TensorFiles, parts: Parts, tower: Tower, shape: AttentionShape) -> None:
+    """The layers of the files are those of config.json."""
+    missing = next((layer for layer in range(shape.num_layers) if layer not in parts), None)
+    if missing is not None:
+        find_tensor(files, tower.layer.format(layer=missing) + (tower.qkv or tower.query))
+    beyond = [layer for layer in parts if layer >= shape.num_layers]
+    if beyond:
+        name = next(iter(parts[min(beyond)].values()))
+        raise ModelError(
+            f"{files.folder}: holds {name}, and config.json says that there are "
+            f"{shape.num_layers} layers; mend the number there"
+        )
+
+
+def _check_parts(folder: Path, parts: Parts, tower: Tower) -> None:
+    """Every tensor of a layer's attention is read, or is known to change no product."""
+    read = {one for one in (tower.query, tower.key, tower.value, tower.qkv, tower.output) if one}
+    biases = {one.removesuffix("weight") + "bias" for one in read if one.endswith("weight")}
+    known = read | biases | {tower.qk_norm, *tower.beside}
+    for layer in parts.values():
+        for part, name in layer.items():
+            if part not in known and not _QK_NORM.search(part) and not _BUFFERS.search(part):
+                raise ModelError(
+                    f"{folder}: {name} is in the attention and nothing here reads it, so the "
+                    "products may not be what the model computes; if it changes none, list "
+                    f"{part} under `beside` of a --family file"
+                )
+
+
+def _check_elsewhere(files: TensorFiles, family: Family, used: set[str]) -> None:
+    """No matrix of an attention is left out without a word."""
+    for name in files.names:
+        if name in used or any(f".{one}" in f".{name}" for one in family.elsewhere):
+            continue
+        module = name.rpartition(".")[0]
+        if _ATTENTION.search(module) and len(files.shape(name)) > 1:
+            raise ModelError(
+                f"{files.folder}: {name} is of an attention that is not measured; --allow-unused "
+                "leaves it out, a --family file can describe it"
+            )

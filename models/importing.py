@@ -1,4 +1,4 @@
-"""The way back from Hugging Face's classes: a configuration, and tensors under our names.
+"""The way back from Hugging Face's classes: their tensors under our names, and none left over.
 
 The inverse of `models.export`, tensor by tensor, for the classes that our switches describe:
 GPT-2, GPT-NeoX (Pythia), Llama, Qwen3 and SmolLM3 without positions.
@@ -6,104 +6,160 @@ GPT-2, GPT-NeoX (Pythia), Llama, Qwen3 and SmolLM3 without positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.config import GPTConfig
-from models.roles import ModelError
+from models.foreign_config import model_values
+from models.quantised import refuse_quantised
+from models.roles import ModelError, ParameterInfo, Role
+from models.tensor_files import TensorFiles, read_json
 
 ReadTheirs = Callable[[str], Tensor]
 """A tensor by its name in the class."""
-
-_ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "swiglu",
-}  # fmt: skip
-_KINDS = ("gpt2", "gpt_neox", "llama", "qwen3", "smollm3")
-
-
-def model_values(config: dict[str, Any]) -> dict[str, Any]:
-    """Values of `GPTConfig` that describe the model of a ``config.json``.
-
-    Raises:
-        ModelError: naming what our models do not have.
-    """
-    kind = config.get("model_type")
-    if kind not in _KINDS:
-        raise ModelError(f"model_type {kind!r} cannot be trained on; known: {', '.join(_KINDS)}")
-    try:
-        values = _gpt2(config) if kind == "gpt2" else _others(kind, config)
-    except KeyError as error:
-        raise ModelError(f"config.json has no {error.args[0]}") from None
-    return {**values, "vocabulary_size": config["vocab_size"]}
+_PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}
+_DERIVED = re.compile(
+    r"(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.attention\.(bias|masked_bias))"
+)
+"""Causal masks, which old versions of transformers saved; the class makes its own."""
+_FREQUENCIES = re.compile(r"(layers\.\d+\.(attention|self_attn)\.)?rotary_emb\.inv_freq")
+_OWN = {
+    "gpt2": ("wte", "wpe", "h", "ln_f", "lm_head"),
+    "gpt_neox": ("embed_in", "layers", "final_layer_norm", "embed_out", "lm_head"),
+}
+"""Modules of the language model itself, of which no tensor can be left out."""
+_OWN_LLAMA = ("embed_tokens", "layers", "norm", "lm_head")
 
 
-def _activation(name: str) -> str:
-    if name not in _ACTIVATIONS:
-        raise ModelError(f"config.json: activation {name!r}; known: {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+class ForeignModel:
+    """The tensors of a model in the class that its config.json names, under our names."""
 
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        """
+        Args:
+            say: told once of what is not read.
 
-def _refuse(config: dict[str, Any], key: str, usual: Any) -> None:
-    if config.get(key, usual) not in (usual, None):
-        raise ModelError(f"config.json: {key} {config[key]!r}; our models have {usual!r} alone")
+        Raises:
+            ModelError: naming a key of config.json or a file that is not understood.
+        """
+        self.folder = folder
+        self._json = read_json(folder / "config.json")
+        self.files = TensorFiles(folder, say)
+        refuse_quantised(folder, self._json, self.files)
+        self.values = model_values(self._json)
+        """Of `GPTConfig`."""
+        self.kind = str(self._json["model_type"])
+        layers = self.values["num_layers"]
+        if layers > len(self.files.names):
+            raise ModelError(
+                f"{folder}: config.json says that there are {layers} layers, and the files hold "
+                f"{len(self.files.names)} tensors"
+            )
 
+    def tensor(self, config: GPTConfig, name: str) -> Tensor:
+        """A tensor by our name, float32, with its whole vocabulary and no padding.
 
-def _gpt2(config: dict[str, Any]) -> dict[str, Any]:
-    _refuse(config, "scale_attn_by_inverse_layer_idx", False)
-    _refuse(config, "scale_attn_weights", True)
-    return {
-        "dialect": "gpt2",
-        "num_layers": config["n_layer"],
-        "hidden_size": config["n_embd"],
-        "num_attention_heads": config["n_head"],
-        "ffn_hidden_size": config.get("n_inner") or 4 * config["n_embd"],
-        "context": config["n_positions"],
-        "activation": _activation(config.get("activation_function", "gelu_new")),
-        "norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
-        "tied_head": config.get("tie_word_embeddings", True),
-    }
+        Raises:
+            ModelError: if it is not there, or not finite.
+        """
+        found = self._as_ours(config, name, self.files.read).float()
+        if not torch.isfinite(found).all():
+            raise ModelError(f"{self.folder}: {name} holds NaN or infinity")
+        return found
 
+    def check(self, config: GPTConfig, infos: Iterable[ParameterInfo], allow_unused: bool) -> None:
+        """Account for every tensor of the files, by names and shapes alone.
 
-def _others(kind: str, config: dict[str, Any]) -> dict[str, Any]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) not in ("default", None):
-        raise ModelError(f"config.json: rotary scaling {rope!r}; our models have none")
-    values = {
-        "dialect": "gpt_neox" if kind == "gpt_neox" else "llama",
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "num_attention_heads": config["num_attention_heads"],
-        "ffn_hidden_size": config["intermediate_size"],
-        "context": config["max_position_embeddings"],
-        "activation": _activation(config["hidden_act"]),
-        "tied_head": config.get("tie_word_embeddings", False),
-    }
-    if kind == "gpt_neox":
-        fraction = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-        base = rope.get("rope_theta", config.get("rotary_emb_base", 10_000.0))
-        return values | {
-            "rotary_fraction": fraction,
-            "rotary_base": base,
-            "norm_epsilon": config.get("layer_norm_eps", 1e-5),
-            "parallel_residual": config.get("use_parallel_residual", True),
-        }
-    _refuse(config, "attention_bias", False)
-    _refuse(config, "mlp_bias", False)
-    _refuse(config, "use_sliding_window", False)
-    if kind == "smollm3" and any(config.get("no_rope_layers") or [1]):
-        raise ModelError("config.json: no_rope_layers; our models rotate all layers or none")
-    heads = config["num_attention_heads"]
-    return values | {
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "rotary_base": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "qk_norm": kind == "qwen3",
-        "position": "none" if kind == "smollm3" else "rotary",
-    }
+        Args:
+            config: of our model, which may have a shorter context than theirs.
+            infos: its parameters.
+            allow_unused: leave out tensors that are not of the language model.
+
+        Raises:
+            ModelError: naming a tensor that is missing, of another shape, or read by nothing.
+        """
+        read: set[str] = set()
+
+        def shaped(name: str) -> Tensor:
+            read.add(name)
+            return torch.empty(self.files.shape(name), device="meta")
+
+        for info in infos:
+            found = tuple(self._as_ours(config, info.name, shaped).shape)
+            wanted = self._shape(config, info)
+            if found != wanted:
+                raise ModelError(f"{info.name}: {found}, config.json wants {wanted}")
+        for name in self.files.names:
+            if name not in read and not self._is_derived(config, name):
+                self._refuse(name, allow_unused)
+
+    def _shape(self, config: GPTConfig, info: ParameterInfo) -> tuple[int, ...]:
+        if info.role in (Role.EMBEDDING, Role.HEAD):
+            return (config.vocabulary_size, config.hidden_size)
+        if info.role is Role.POSITION and config.context <= self.values["context"]:
+            return (self.values["context"], config.hidden_size)
+        return tuple(info.shape)
+
+    def _as_ours(self, config: GPTConfig, name: str, read: ReadTheirs) -> Tensor:
+        def theirs(name: str) -> Tensor:
+            bare = name.partition(".")[2]  # base models are saved without the first word
+            found = [one for one in (name, bare) if one in self.files]
+            if not found:
+                raise ModelError(f"{self.folder}: has no {name}")
+            return read(found[0])
+
+        return read_as_ours(self.kind, config, theirs, name)
+
+    def _bare(self, name: str) -> str:
+        return name.removeprefix(_PREFIXES.get(self.kind, "model."))
+
+    def _is_derived(self, config: GPTConfig, name: str) -> bool:
+        """Whether a tensor says again what the model is without it.
+
+        Raises:
+            ModelError: if it says something else.
+        """
+        bare = self._bare(name)
+        if _DERIVED.fullmatch(bare):
+            return True
+        if _FREQUENCIES.fullmatch(bare) and config.position == "rotary":
+            steps = torch.arange(0, config.rotary_dim, 2) / config.rotary_dim
+            found, wanted = self.files.read(name).float(), config.rotary_base**-steps
+            if found.shape != wanted.shape or not torch.allclose(
+                found, wanted, rtol=0.02, atol=1e-6
+            ):
+                raise ModelError(
+                    f"{self.folder}: {name} holds other frequencies than config.json's rope_theta "
+                    f"{config.rotary_base:g}; write the base that the model was trained with"
+                )
+            return True
+        if config.tied_head and bare in ("lm_head.weight", "embed_out.weight"):
+            if not torch.equal(
+                self.files.read(name).float(), self.tensor(config, "embedding.weight")
+            ):
+                raise ModelError(
+                    f"{self.folder}: tie_word_embeddings is true, and {name} is not the embedding; "
+                    "write false into config.json"
+                )
+            return True
+        return False
+
+    def _refuse(self, name: str, allow_unused: bool) -> None:
+        own = _OWN.get(self.kind, _OWN_LLAMA)
+        if self._bare(name).partition(".")[0] in own:
+            raise ModelError(
+                f"{self.folder}: holds {name}, which a {self.kind} with this config.json does not "
+                "have, and our models could not use; it is not the model that config.json describes"
+            )
+        if not allow_unused:
+            raise ModelError(
+                f"{self.folder}: holds {name}, which is not of the language model; --allow-unused "
+                "leaves such tensors out"
+            )
 
 
 def read_as_ours(kind: str, config: GPTConfig, theirs: ReadTheirs, name: str) -> Tensor:

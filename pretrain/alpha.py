@@ -22,10 +22,13 @@ def eigenvalues(weight: Tensor) -> Tensor:
         weight: ``[rows, columns]``.
 
     Returns:
-        ``[min(rows, columns)]`` float64, none below 1e-12 of the largest.
+        ``[min(rows, columns)]`` float64, none below 1e-12 of the largest; NaN for a matrix that is
+        not finite.
     """
     weight = weight.detach().double()
     gram = weight @ weight.mT if weight.shape[0] <= weight.shape[1] else weight.mT @ weight
+    if not bool(gram.isfinite().all()):  # LAPACK would raise
+        return gram.new_full(gram.shape[:1], math.nan)
     values = torch.linalg.eigvalsh(gram)
     return values.clamp_min(float(values[-1].clamp_min(0.0)) * _FLOOR)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from pretrain.job import Job
 from pretrain.probe import Row, measure, summary
+from pretrain.retention import HELD_OUT_LOSS
 from pretrain.run import EVALUATION, add_ranks, merge_ranks, write_text
-from pretrain.saver import HELD_OUT_LOSS
 from pretrain.signals import SIGNALS, StopRequestedError
 from pretrain.tracking import Progress
 

@@ -8,13 +8,17 @@ pickled. The folder is written aside and renamed: it is whole or it is not there
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
+import os
+import re
+import stat
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +26,31 @@ from torch import Tensor, nn
 from models.factors import Factors
 from models.roles import ParameterInfo, Role, declared_parameters, info_of
 from pretrain.config import Config, parse_config
-from pretrain.decay import DecayPlan
 from pretrain.engine import Engine
-from pretrain.errors import RunError
+from pretrain.errors import RunError, UsageError
 from pretrain.grid import Grid
+from pretrain.manifest import (
+    MANIFEST,
+    MASTER,
+    DamagedError,
+    UnreadableError,
+    damaged,
+    head_of,
+    read_manifest,
+    unreadable,
+)
 from pretrain.masters import local_shape, prepare_moments, write_back
+from pretrain.storage import NO_SUCH, count, open_regular, patiently
 from pretrain.tensor_file import TensorFile
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
 """File in ``RUN/checkpoints`` with the name of the newest whole one, for people and scripts."""
-VERSION = 1
-SEAL = "sha256"
-MASTER = "master"
+RUN_ID = "run-id"
+"""File of a run folder with the id that its checkpoints carry."""
 ATTENTION_PARTS = ("query", "key", "value", "output")
+_NAME = re.compile(r"step-([0-9]{8,18})")
+_BLOCK = 8 << 20
+Found = TypeVar("Found")
 
 
 def checkpoint_name(step: int) -> str:
@@ -43,8 +58,9 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-class DamagedError(RunError):
-    """Files of a checkpoint are not as they were written."""
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a name is one that a checkpoint has: a copy's, such as ``step-8.bak``, is not."""
+    return _NAME.fullmatch(name) is not None
 
 
 def step_of(path: Path) -> int:
@@ -53,62 +69,82 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in ``RUN/checkpoints``, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+    """Checkpoints of the run in ``RUN/checkpoints``, oldest first; what else lies there is not.
+
+    Raises:
+        UnreadableError: if the disk does not answer.
+    """
+    run = run_id_of(folder.parent)
+    return [path for path in named_so(folder) if not stranger(path, run)]
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of what a folder holds, sorted; none where there is no folder.
+
+    Raises:
+        UnreadableError: if the disk does not answer.
+    """
+    try:
+        return sorted(patiently(lambda: [path.name for path in folder.iterdir()]))
+    except OSError as error:
+        if error.errno in NO_SUCH:
+            return []
+        raise unreadable(folder, error) from None
+
+
+def named_so(folder: Path) -> list[Path]:
+    """What has a checkpoint's name, by its step."""
+    found = [folder / name for name in names_in(folder) if is_checkpoint_name(name)]
+    return sorted(found, key=lambda path: (step_of(path), path.name))
+
+
+def run_id_of(run: Path) -> str:
+    """The id of a run folder; empty if it has none yet."""
+    try:
+        with patiently(lambda: open_regular(run / RUN_ID)) as file:
+            return file.read(100).decode(errors="replace").strip()
+    except ValueError:
+        return ""
+    except OSError as error:
+        if error.errno in NO_SUCH:
+            return ""
+        raise unreadable(run / RUN_ID, error) from None
+
+
+def stranger(path: Path, run: str) -> str:
+    """Why a path with a checkpoint's name is none of this run; empty if it is one.
+
+    Args:
+        run: id of the run; empty: not known.
+
+    Raises:
+        UnreadableError: if the disk does not answer.
+    """
+    try:
+        kind = patiently(lambda: os.lstat(path)).st_mode
+        if stat.S_ISLNK(kind):
+            return "is a link"
+        if not stat.S_ISDIR(kind):
+            return "is no folder"
+        kind = patiently((path / MANIFEST).stat).st_mode
+    except OSError as error:
+        if error.errno in NO_SUCH:
+            return f"has no {MANIFEST}"
+        raise unreadable(path, error) from None
+    if not stat.S_ISREG(kind):
+        return f"has no {MANIFEST}"
+    step, its_run = head_of(path / MANIFEST)
+    if step not in (None, step_of(path)):
+        return f"is of step {step}"
+    if run and its_run and its_run != run:
+        return "is of another run (--fork goes on from it)"
+    return ""
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last of `list_checkpoints`, if there is one."""
     found = list_checkpoints(folder)
     return found[-1] if found else None
-
-
-def sealed(manifest: dict[str, Any]) -> bytes:
-    """A manifest as text, with the hash of what it says."""
-    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps({**manifest, SEAL: digest}).encode()
-
-
-def manifest(
-    config: Config, plan: DecayPlan, step: int, state: dict[str, Any], grid: dict[str, int]
-) -> dict[str, Any]:
-    """What a checkpoint says of itself, but for its files (``files``: name -> entry).
-
-    Args:
-        state: what else to remember (JSON), for example the data's identity.
-        grid: sizes of the axes and the ZeRO stage that wrote it.
-    """
-    decays = plan.by_name
-    return {
-        "version": VERSION,
-        "step": step,
-        "state": state,
-        "config": config.model_dump(mode="json"),
-        "grid": grid,
-        "parameters": {
-            info.name: {
-                "role": info.role.value,
-                "layer": info.layer,
-                "shape": info.shape,
-                "partition_dim": info.partition_dim,
-                "decay": decays[info.name],
-            }
-            for group in plan.groups
-            for info in group.parameters
-        },
-        "files": {},
-    }
-
-
-def _unsealed(text: str) -> dict[str, Any]:
-    """The inverse of `sealed`; checkpoints of the first versions have no seal."""
-    manifest: dict[str, Any] = json.loads(text)
-    seal = manifest.pop(SEAL, None)
-    if seal not in (None, hashlib.sha256(json.dumps(manifest).encode()).hexdigest()):
-        raise ValueError("its checksum differs")
-    return manifest
 
 
 @dataclass(frozen=True)
@@ -122,42 +158,43 @@ class _Place:
 
 
 class Checkpoint:
-    """A checkpoint on disk, read element-wise, whatever grid wrote it."""
+    """A checkpoint on disk, read element-wise, whatever grid wrote it.
+
+    Raises:
+        DamagedError: if its bytes are not those that were written.
+        UnreadableError: if they cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        manifest, written = read_manifest(path)
+        self.step: int = manifest.step
+        self.run: str = manifest.run
+        self.state: dict[str, Any] = written["state"]
         try:
-            manifest = _unsealed((path / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["version"] != VERSION:
-                raise RunError(
-                    f"{path}: version {manifest['version']}, this program reads {VERSION}"
-                )
-            self.step: int = manifest["step"]
-            self.state: dict[str, Any] = manifest["state"]
-            self.config: Config = parse_config(manifest["config"], f"{path}/{MANIFEST}")
-            self.tensor_parallel: int = manifest["grid"]["tensor"]
-            self.parameters: dict[str, dict[str, Any]] = manifest["parameters"]
-            self._files: dict[str, Any] = manifest["files"]
-        except OSError as error:
-            raise RunError(f"{path}: no checkpoint here ({error.strerror})") from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedError(
-                f"{path}/{MANIFEST}: damaged ({type(error).__name__}); delete this checkpoint to "
-                "go on from the one before"
-            ) from None
+            self.config: Config = parse_config(manifest.config, f"{path}/{MANIFEST}")
+        except UsageError as error:
+            raise UnreadableError(f"{error}; another version of this program wrote it") from None
+        self.tensor_parallel: int = manifest.grid.tensor
+        self.parameters: dict[str, dict[str, Any]] = written["parameters"]
+        self._files: dict[str, Any] = written["files"]
         self._places: dict[tuple[str, str], list[_Place]] = defaultdict(list)
         for file, entry in self._files.items():
             for name, (offset, numel, keys) in entry["fragments"].items():
                 for key in keys:
                     place = _Place(file, entry["tensor_rank"], offset, numel)
                     self._places[name, key].append(place)
-        self._open: dict[str, TensorFile] = {}
-        self._checked: set[str] = set()
+        self._known: dict[str, TensorFile] = {}
         self._trusted = False
 
     def trust(self) -> None:
         """Do not hash files again: somebody just did (`problem`)."""
         self._trusted = True
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Its files, but for the manifest, and their sizes in bytes."""
+        return {name: self._files[name]["size"] for name in sorted(self._files)}
 
     @property
     def decays(self) -> dict[str, float]:
@@ -194,6 +231,8 @@ class Checkpoint:
         shape, dim = list(entry["shape"]), entry["partition_dim"]
         if dim is None or self.tensor_parallel == 1:
             return self._shard(name, key, 0, shape)
+        for place in self._places[name, key]:
+            self._file(place.file)  # of the right size, before memory is taken
         whole = torch.empty(shape)
         for rank, part in enumerate(whole.chunk(self.tensor_parallel, dim)):
             part.copy_(self._shard(name, key, rank, list(part.shape)))
@@ -232,46 +271,66 @@ class Checkpoint:
         return fresh
 
     def _shard(self, name: str, key: str, tensor_rank: int, shape: list[int]) -> Tensor:
+        places = [one for one in self._places[name, key] if one.tensor_rank == tensor_rank]
+        files = [self._file(place.file) for place in places]  # likewise
         flat = torch.empty(int(torch.Size(shape).numel()))
         filled = 0
-        for place in self._places[name, key]:
-            if place.tensor_rank == tensor_rank:
-                part = flat[place.offset : place.offset + place.numel]
-                self._file(place.file).read_into(f"{name}/{key}", part)
-                filled += place.numel
+        for place, file in zip(places, files, strict=True):
+            part = flat[place.offset : place.offset + place.numel]
+            self._read(place.file, partial(file.read_into, f"{name}/{key}", part))
+            filled += place.numel
         if filled != flat.numel():
             raise RunError(f"{self.path}: {name} ({key}) is incomplete: {filled}/{flat.numel()}")
         return flat.view(shape)
 
     def _file(self, name: str) -> TensorFile:
-        if name not in self._open:
-            path, entry = self.path / name, self._files[name]
-            try:
-                known = self._trusted or name in self._checked
-                whole = known or _sha256(path) == entry["sha256"]
-            except OSError as error:
-                raise DamagedError(f"{path}: cannot be read ({error.strerror})") from None
-            if not whole:
-                raise DamagedError(
-                    f"{path}: damaged (its checksum differs); delete {self.path.name} to go on "
-                    "from the checkpoint before"
-                )
-            self._checked.add(name)
-            self._open[name] = TensorFile(path)
-        return self._open[name]
+        """A file that is as it was written."""
+        if name not in self._known:
+            self._known[name] = self._read(name, lambda: self._checked(name))
+        return self._known[name]
+
+    def _checked(self, name: str) -> TensorFile:
+        path, entry = self.path / name, self._files[name]
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size != entry["size"]:
+                raise ValueError("its size differs")
+            if not self._trusted and _sha256(file) != entry["sha256"]:
+                raise ValueError("its checksum differs")
+        return TensorFile(path)
+
+    def _read(self, name: str, action: Callable[[], Found]) -> Found:
+        """What an action returns that reads a file.
+
+        Raises:
+            DamagedError: if the file is gone or wrong, beside a manifest that is there.
+            UnreadableError: if the disk does not answer, or has lost the whole folder.
+        """
+        path = self.path / name
+        try:
+            return patiently(action, NO_SUCH - {errno.ENOENT})
+        except OSError as error:
+            if error.errno in NO_SUCH and (self.path / MANIFEST).is_file():
+                raise damaged(path, str(error.strerror)) from None
+            raise unreadable(path, error) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged(path, str(error).splitlines()[0] or type(error).__name__) from None
 
     def rng_state(self, rank: int) -> Tensor | None:
         """The random state of a rank, if it wrote one."""
         name = f"rank-{rank:05d}.safetensors"
         if name not in self._files:
             return None
-        state: Tensor = self._file(name).get_tensor("rng")
+        file = self._file(name)
+        state: Tensor = self._read(name, lambda: file.get_tensor("rng"))
         return state
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+        count(len(block))
+    return digest.hexdigest()
 
 
 @torch.no_grad()

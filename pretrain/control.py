@@ -8,6 +8,7 @@ weights is `pretrain.shrink`'s.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,15 +58,33 @@ def label(site: Site) -> str:
 
 @dataclass(frozen=True)
 class Applied:
-    """What one update does at a site: w ← w − rate·λ·direction."""
+    """What one update does at a site: w ← w − times·rate·λ·direction."""
 
     decay: float
     rate: float
+    times: int = 1
+    """Updates that this one stands for: with ``nuclear_every`` n it is n in every n-th update,
+    else 0."""
 
     @property
     def shrink(self) -> float:
-        """rate·λ."""
-        return self.decay * self.rate
+        """times·rate·λ: what is taken."""
+        return self.times * (self.decay * self.rate)
+
+
+def coupled_rate(coupling: str, rate: float, peak: float) -> float:
+    """The rate that λ is multiplied by in an update.
+
+    Args:
+        coupling: ``lr``: η; ``lr2``: η²/η_peak; ``none``: 1.
+        rate: η of the update.
+        peak: the largest η of the recipe.
+    """
+    if coupling == "none":
+        return 1.0
+    if coupling == "lr2":
+        return rate * rate / peak if peak else 0.0
+    return rate
 
 
 class Policy(Protocol):
@@ -152,19 +171,26 @@ class Adaptive:
     def __init__(self, config: AdaptiveDecay, roles: frozenset[Role]) -> None:
         self.config, self.roles = config, roles
         self.mean = 0.0
+        self._began = False
 
     def observe(self, ratio: float) -> None:
-        """Take ‖∇‖₂/‖w‖₂ of this update: the unscaled gradient, before clipping."""
-        self.mean = self.config.memory * self.mean + (1.0 - self.config.memory) * ratio
+        """Take ‖∇‖₂/‖w‖₂ of this update: the unscaled gradient, before clipping.
+
+        A ratio that is not finite would stay in the mean for ever and is not taken.
+        """
+        if math.isfinite(ratio):
+            self.mean = self.config.memory * self.mean + (1.0 - self.config.memory) * ratio
+            self._began = True
 
     def move(self, site: Site, decay: float, step: int) -> float:
-        return decay * self.mean
+        return decay * self.mean if self._began else decay
 
     def state(self) -> dict[str, Any]:
         return {"mean": self.mean}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.mean = state["mean"]
+        self._began = self.mean > 0
 
 
 class DecayControl:
@@ -202,8 +228,10 @@ class DecayControl:
                 self.form |= dict.fromkeys(roles, one.form)
             else:
                 sites = [site for site in self.base if site[0] in roles]
-                self.policies.append(RankController(one, roles, sites, self.base, config))
+                rates = self._rates(config, roles)
+                self.policies.append(RankController(one, roles, sites, self.base, rates, config))
         self._check(decay.nuclear_every)
+        self._nuclear_every = decay.nuclear_every
         self.used: dict[Site, Applied] = {}
         self.exposure = dict.fromkeys(self.base, 0.0)
         self.retention = dict.fromkeys(self.base, 1.0)
@@ -229,6 +257,20 @@ class DecayControl:
         for word in sorted(words, key=lambda word: -len(ALIASES.get(word, ()))):
             found |= dict.fromkeys(self._named([word], key), setting[word])
         return found
+
+    def _rates(self, config: Config, roles: frozenset[Role]) -> list[float]:
+        """The rate of every update of the run, which some roles share."""
+        couplings = {self.coupling[role] for role in roles}
+        if len(couplings) > 1:
+            raise UsageError(
+                f"{KEY}.coupling: rank_target needs one coupling for its roles, not "
+                f"{' and '.join(sorted(couplings))}"
+            )
+        (coupling,) = couplings
+        return [
+            coupled_rate(coupling, config.learning_rate(step), self._peak)
+            for step in range(config.train.steps)
+        ]
 
     def _check(self, nuclear_every: int) -> None:
         adaptive: dict[Role, Policy] = {}
@@ -314,12 +356,9 @@ class DecayControl:
         for policy in self.policies:
             if site[0] in policy.roles:
                 decay = policy.move(site, decay, self._step)
-        coupling, rate = self.coupling[site[0]], self._rate
-        if coupling == "none":
-            rate = 1.0
-        elif coupling == "lr2":
-            rate = rate * rate / self._peak if self._peak else 0.0
-        return Applied(decay, rate)
+        rate = coupled_rate(self.coupling[site[0]], self._rate, self._peak)
+        every = self._nuclear_every if self.form[site[0]] == "nuclear" else 1
+        return Applied(decay, rate, 0 if self._step % every else every)
 
     def commit(self, ratio: float | None = None) -> dict[Site, Applied]:
         """Settle what the update takes, and enter it in the books; once an update.

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from data_pipeline.files import write_synced
 from models.hub import fetch, is_hub_name
-from models.huggingface import TensorFiles, is_pretrained
-from models.importing import model_values, read_as_ours
-from models.roles import ModelError, ParameterInfo, Role
-from pretrain.checkpoint import MANIFEST, MASTER, checkpoint_name, manifest, sealed
+from models.huggingface import is_pretrained
+from models.importing import ForeignModel
+from models.roles import ParameterInfo, Role
+from pretrain.checkpoint import checkpoint_name
 from pretrain.config import Config, apply_value_overrides, parse_config, read_mapping
 from pretrain.control import DecayControl
 from pretrain.decay import DecayPlan
 from pretrain.errors import UsageError
+from pretrain.manifest import MANIFEST, MASTER, describe, sealed
 from pretrain.run import CHECKPOINTS, CONFIG, create_run
 from pretrain.tasks import Text
 from pretrain.tensor_file import write_tensors
@@ -32,7 +33,9 @@ from pretrain.train import Setup, prepare
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
-def import_model(source: str, recipe: Path, overrides: list[str], run: Path) -> Setup:
+def import_model(
+    source: str, recipe: Path, overrides: list[str], run: Path, allow_unused: bool = False
+) -> Setup:
     """Make a run folder whose first checkpoint, at step 0, holds a pretrained model.
 
     The recipe's ``model`` section is replaced by what ``config.json`` says (``model.context`` may
@@ -40,6 +43,7 @@ def import_model(source: str, recipe: Path, overrides: list[str], run: Path) -> 
 
     Args:
         source: folder of a Hugging Face model, or a name on the Hub.
+        allow_unused: leave out tensors that are not of the language model.
 
     Raises:
         UsageError, ModelError, RunError: one line.
@@ -47,19 +51,21 @@ def import_model(source: str, recipe: Path, overrides: list[str], run: Path) -> 
     folder = _folder(source)
     if run.exists() and any(run.iterdir()):
         raise UsageError(f"{run}: not empty; choose another --out")
-    theirs = _read_config(folder)
+    theirs = ForeignModel(folder, warn)
     values = read_mapping(recipe, "recipe", "sections, such as `model:`")
-    values["model"] = model_values(theirs)
+    values["model"] = theirs.values
     apply_value_overrides(values, overrides)
     setup = prepare(parse_config(values, str(recipe)), 1)
     if not isinstance(setup.task, Text):
         raise UsageError(f"{recipe}: task.kind is not text")
+    infos = [info for group in setup.plan.groups for info in group.parameters]
+    theirs.check(setup.config.model, infos, allow_unused)
     _check_tokenizer(folder, setup.task)
     create_run(run, setup.config, {"grid": "none", "imported": source})
     target = run / CHECKPOINTS / checkpoint_name(0)
     aside = target.with_name(f".{target.name}.writing")
     try:
-        _write(setup, TensorFiles(folder, warn), str(theirs["model_type"]), aside)
+        _write(setup, theirs, aside)
     except BaseException:
         shutil.rmtree(run, ignore_errors=True)
         raise
@@ -75,14 +81,6 @@ def _folder(source: str) -> Path:
         raise UsageError(f"{source}: no config.json with weights beside it")
     name, _, revision = source.partition("@")
     return fetch(name, revision)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / 'config.json'}: {error}") from None
 
 
 def _check_tokenizer(folder: Path, task: Text) -> None:
@@ -108,7 +106,7 @@ def write_masters(
 
     Args:
         folder: of the checkpoint; made here.
-        state: what else to remember (see `manifest`).
+        state: what else to remember (see `describe`).
         read: a parameter's whole tensor, float32.
 
     Returns:
@@ -132,12 +130,12 @@ def write_masters(
     progress.close()
     state = {"initial_weights": hashlib.sha256(json.dumps(entries).encode()).hexdigest(), **state}
     grid = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
-    described = manifest(config, plan, step, state, grid)
+    described = describe(config, plan, step, state, grid)
     write_synced(folder / MANIFEST, sealed({**described, "files": entries}))
     return entries
 
 
-def _write(setup: Setup, files: TensorFiles, kind: str, folder: Path) -> None:
+def _write(setup: Setup, theirs: ForeignModel, folder: Path) -> None:
     state = {
         "samples": 0,
         "tokenizer": setup.task.tokenizer,
@@ -146,39 +144,21 @@ def _write(setup: Setup, files: TensorFiles, kind: str, folder: Path) -> None:
         "jumped": [],
     }
 
+    model = setup.config.model
+
     def read(info: ParameterInfo) -> Tensor:
-        return _padded(_tensor(setup, files, kind, info), info)
+        return _fitted(theirs.tensor(model, info.name), info)
 
     write_masters(folder, setup.config, setup.plan, state, 0, read)
-    files.close()
+    theirs.files.close()
 
 
-def _tensor(setup: Setup, files: TensorFiles, kind: str, info: ParameterInfo) -> Tensor:
-    known = set(files.names)
-
-    def theirs(name: str) -> Tensor:
-        bare = name.partition(".")[2]  # base models are saved without the first word
-        return files.read(name if name in known or bare not in known else bare)
-
-    try:
-        return read_as_ours(kind, setup.config.model, theirs, info.name).float()
-    except KeyError as error:
-        raise ModelError(f"{files.folder}: has no {error.args[0]}") from None
-
-
-def _padded(values: Tensor, info: ParameterInfo) -> Tensor:
-    """With the rows that pad the vocabulary, which are zero.
-
-    Raises:
-        ModelError: if the shape is not what the configuration says.
-    """
-    if info.role in (Role.EMBEDDING, Role.HEAD) and values.shape[0] < info.shape[0]:
-        padding = torch.zeros(info.shape[0] - values.shape[0], *values.shape[1:])
-        values = torch.cat([values, padding])
-    if info.role is Role.POSITION and values.shape[0] > info.shape[0]:
+def _fitted(values: Tensor, info: ParameterInfo) -> Tensor:
+    """With the zero rows that pad the vocabulary; positions beyond the context are left out."""
+    if info.role in (Role.EMBEDDING, Role.HEAD):
+        values = torch.nn.functional.pad(values, (0, 0, 0, info.shape[0] - values.shape[0]))
+    if info.role is Role.POSITION:
         values = values[: info.shape[0]]
-    if tuple(values.shape) != tuple(info.shape):
-        raise ModelError(f"{info.name}: {tuple(values.shape)}, config.json wants {info.shape}")
     return values.contiguous()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import IO
 
 from pretrain.errors import RunError
+from pretrain.tracking import warn
 
 LOCK = ".lock"
+_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
+"""What a file system answers that has locks: somebody else has this one."""
 
 
 class BusyError(RunError):
@@ -26,17 +30,25 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def acquire(self) -> None:
-        """Take the lock.
+        """Take the lock; where the file system has none, say so and go on without.
 
         Raises:
             BusyError: if another process has it.
         """
         self._run.mkdir(parents=True, exist_ok=True)
-        file = (self._run / LOCK).open("a+", encoding="utf-8")
-        # `is_busy` holds a lock for a moment, in any number of other processes.
-        if not any(_try(file, fcntl.LOCK_EX, pause) for pause in (0.0, 0.05, 0.1, 0.2, 0.4)):
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.fdopen(os.open(self._run / LOCK, flags, 0o666), "r+", encoding="utf-8")
+        try:
+            # `is_busy` holds a lock for a moment, in any number of other processes.
+            free = any(_try(file, fcntl.LOCK_EX, pause) for pause in (0.0, 0.05, 0.1, 0.2, 0.4))
+        except OSError as error:
+            warn(
+                f"{self._run}: its file system has no locks ({error.strerror}); another job in "
+                "this folder would not be noticed"
+            )
+            free = True
+        if not free:
+            holder = file.read(200).strip() or "unknown"
             file.close()
             raise BusyError(
                 f"{self._run}: another process is training here ({holder}); wait for it or stop it"
@@ -54,19 +66,30 @@ class RunLock:
 
 
 def is_busy(run: Path) -> bool:
-    """Whether a process trains in the folder now."""
+    """Whether a process trains in the folder now; where there are no locks, nobody is known to."""
     try:
         with (run / LOCK).open(encoding="utf-8") as file:
             return not _try(file, fcntl.LOCK_SH)
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, *_NO_LOCKS):
+            return False
+        raise
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 def _try(file: IO[str], kind: int, pause: float = 0.0) -> bool:
-    """Take a lock if it is free after a pause; it goes when the file is closed."""
+    """Take a lock if it is free after a pause; it goes when the file is closed.
+
+    Raises:
+        OSError: if the file system does not lock.
+    """
     time.sleep(pause)
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        raise
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 
 from pretrain import between
@@ -25,6 +24,7 @@ from pretrain.run import (
     rewind_ranks,
 )
 from pretrain.signals import SIGNALS, StopRequestedError
+from pretrain.storage import hide, remove
 from pretrain.tracking import Progress
 
 
@@ -53,6 +53,7 @@ def run_job(job: Job, first: int, fresh: bool, forked: bool) -> None:
             job.saver.finish()
     finally:
         job.saver.close()
+        between.tell_saved(job)
         job.tracker.close()
         job.engine.close()
 
@@ -153,8 +154,8 @@ def _go_back(job: Job, fault: GoBackError) -> int:
         if job.grid.is_main:
             for one in list_checkpoints(folder):
                 if step_of(one) >= fault.step:  # of the time between the fault and its discovery
-                    shutil.rmtree(one)
-    find_whole(folder, job.grid, "")
+                    remove(hide(one))
+    find_whole(folder, job.grid)
     newest = newest_checkpoint(folder)
     name = job.grid.broadcast(newest.name if newest else "")
     samples = _samples(job, fault.jump)

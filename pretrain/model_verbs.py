@@ -129,6 +129,10 @@ def import_(
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/NAME-OF-RECIPE.")
     ] = None,
+    allow_unused: Annotated[
+        bool,
+        typer.Option("--allow-unused", help="Leave out tensors outside the language model."),
+    ] = False,
 ) -> None:
     """A run that begins with a pretrained model: its weights are the checkpoint of step 0.
 
@@ -138,7 +142,7 @@ def import_(
     from pretrain.importing import import_model, next_words
 
     run = out or Path("runs") / recipe.stem
-    import_model(source, recipe, overrides or [], run)
+    import_model(source, recipe, overrides or [], run, allow_unused)
     print(f"written: {run}, at step 0; train it: {next_words(run)}")
 
 
@@ -165,6 +169,10 @@ def ranks(
     batch_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens per step of a pretrained model, for the table.")
     ] = 0,
+    allow_unused: Annotated[
+        bool,
+        typer.Option("--allow-unused", help="Leave out attention that is of no measured stack."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Rank statistics of attention at rest: a run's, or any pretrained model's.
@@ -184,4 +192,4 @@ def ranks(
     settings = RanksConfig.model_validate(
         {"threshold": threshold, "denominator": denominator, "spectra": spectra}
     )
-    rank_command(target, settings, family, batch_tokens, out, figures, json)
+    rank_command(target, settings, family, batch_tokens, out, figures, json, allow_unused)

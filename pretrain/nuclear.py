@@ -22,11 +22,19 @@ def nuclear_subgradient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         b: ``[..., d_in, r]``.
 
     Returns:
-        Both gradients, in the shapes and dtypes of ``a`` and ``b``.
+        Both gradients, in the shapes and dtypes of ``a`` and ``b``; 0 for a pair that is not
+        finite, which would make the decomposition fail for all.
     """
     left, upper_a = torch.linalg.qr(a.float())
     right, upper_b = torch.linalg.qr(b.float())
-    u, sigma, vh = torch.linalg.svd(upper_a @ upper_b.mT, full_matrices=False)
+    core = upper_a @ upper_b.mT
+    finite = core.isfinite().all(-1).all(-1)[..., None, None]
+    u, sigma, vh = torch.linalg.svd(torch.where(finite, core, 0.0), full_matrices=False)
     alive = sigma > _TOLERANCE * sigma[..., :1].clamp_min(torch.finfo(torch.float32).tiny)
     polar = (u * alive[..., None, :].to(u.dtype)) @ vh
-    return (left @ (polar @ upper_b)).to(a.dtype), (right @ (polar.mT @ upper_a)).to(b.dtype)
+    for_a, for_b = left @ (polar @ upper_b), right @ (polar.mT @ upper_a)
+    zero = for_a.new_zeros(())
+    return (
+        torch.where(finite, for_a, zero).to(a.dtype),
+        torch.where(finite, for_b, zero).to(b.dtype),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,9 +32,9 @@ class _State:
     """What a loop remembers."""
 
     base: float
-    """The recipe's λ, until the control begins."""
+    """The recipe's λ, mean of both factors: what moves the rank until the control begins."""
     decay: float = math.nan
-    """λ now."""
+    """λ now; NaN until the control begins."""
     time: float = math.nan
     place: float = math.nan
     drift: float = math.nan
@@ -68,10 +69,26 @@ class RankController:
         roles: frozenset[Role],
         sites: Iterable[tuple[Role, int | None]],
         base: Mapping[tuple[Role, int | None], float],
+        rates: Iterable[float],
         run: Config,
     ) -> None:
+        """
+        Args:
+            sites: what is controlled.
+            base: λ of the recipe at every site.
+            rates: what λ is multiplied by, update by update (η, but for another coupling).
+
+        Raises:
+            UsageError: if the settings exclude each other or the roles are not both factors of a
+                product.
+        """
         _check_roles(roles)
-        rates = [run.learning_rate(step) for step in range(run.train.steps)]
+        if run.ranks.threshold >= 1:
+            raise UsageError(
+                f"ranks.threshold: at {run.ranks.threshold:g} the pseudo-rank counts every "
+                "singular value and decay does not move it: rank_target has nothing to control; "
+                "use 0.95"
+            )
         self._spent = [0.0, *itertools.accumulate(rates)]
         self.maximum = config.maximum or _EXPOSURE / max(self._spent[-1], 1e-12)
         self.minimum = config.minimum or self.maximum / _SPAN
@@ -94,15 +111,20 @@ class RankController:
         self._goal = self._place(config.target + config.margin * self._unit)
         self.every = config.every or max(1, run.train.steps // 100)
         self._loops: dict[Loop, _State] = {}
+        self._blind: set[Loop] = set()
+        factors: dict[Loop, list[float]] = defaultdict(list)
         for role, layer in sites:
             if layer is not None:
-                self._loops[layer, _PRODUCTS[role]] = _State(base[role, layer])
+                factors[layer, _PRODUCTS[role]].append(base[role, layer])
+        for loop, decays in factors.items():
+            self._loops[loop] = _State(sum(decays) / len(decays))
 
     def observe(self, rows: list[dict[str, Any]], step: int) -> list[str]:
         """Take the measurement after ``step`` updates (rows of `pretrain.probe.measure`).
 
         Returns:
-            What a person should know: loops that are stuck at a bound.
+            What a person should know: loops that are stuck at a bound, or that could not be
+            measured (once each).
         """
         time = self._spent[step] / max(self._spent[-1], 1e-12)
         messages = []
@@ -113,14 +135,19 @@ class RankController:
                 if (row["layer"], row["product"]) == loop and row["level"] == "head"
             ]
             rank = sum(ranks) / len(ranks) if ranks else math.nan
-            if math.isfinite(rank):
-                bound = self._update(state, rank, time)
-                if bound:
-                    messages.append(
-                        f"rank target {self.config.target:g}: layer {loop[0]} {loop[1]} is at "
-                        f"{rank:.3f} with λ at its {bound} "
-                        f"{getattr(self, bound):.3g}; the target may be out of reach"
-                    )
+            head = f"rank target {self.config.target:g}: layer {loop[0]} {loop[1]}"
+            if not math.isfinite(rank):
+                if loop not in self._blind:
+                    messages.append(f"{head} has no finite rank; its λ stays as it is")
+                self._blind.add(loop)
+                continue
+            self._blind.discard(loop)
+            bound = self._update(state, rank, time)
+            if bound:
+                messages.append(
+                    f"{head} is at {rank:.3f} with λ at its {bound} "
+                    f"{getattr(self, bound):.3g}; the target may be out of reach"
+                )
         return messages
 
     def _place(self, rank: float) -> float:
@@ -154,12 +181,12 @@ class RankController:
         return "minimum" if wanted <= self.minimum else "maximum"
 
     def move(self, site: tuple[Role, int | None], decay: float, step: int) -> float:
-        """λ of the site's loop."""
+        """λ of the site's loop; until its control begins, λ as it comes (the recipe's)."""
         role, layer = site
         if layer is None:
             return decay
         state = self._loops[layer, _PRODUCTS[role]]
-        return state.base if math.isnan(state.decay) else state.decay
+        return decay if math.isnan(state.decay) else state.decay
 
     def state(self) -> dict[str, Any]:
         """What the loops remember."""
@@ -171,11 +198,12 @@ class RankController:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Take up a saved state; the recipe's λ stays this recipe's."""
         for key, saved in state.items():
             layer, _, product = key.partition("/")
+            loop = int(layer), product
             values: dict[str, Any] = {k: math.nan if v is None else v for k, v in saved.items()}
-            self._loops[int(layer), product] = _State(**values)
+            self._loops[loop] = _State(**{**values, "base": self._loops[loop].base})
 
 
 def _check_roles(roles: frozenset[Role]) -> None:

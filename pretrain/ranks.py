@@ -19,9 +19,10 @@ from models.factors import AttentionShape, Factors
 from models.families import Family, read_family
 from models.hub import fetch, is_hub_name, revisions
 from models.huggingface import is_pretrained, open_pretrained
-from pretrain.checkpoint import MANIFEST, Checkpoint, list_checkpoints
+from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.control import Book, Books
 from pretrain.errors import UsageError
+from pretrain.manifest import MANIFEST
 from pretrain.probe import Row, layer_rows
 from pretrain.run import CHECKPOINTS, CONFIG, resolve_checkpoint
 from pretrain.run_config import RanksConfig
@@ -40,6 +41,8 @@ class Stack:
     """Empty, or which of several in one model."""
     shape: AttentionShape
     layer: Callable[[int], Factors]
+    shape_of: Callable[[int], AttentionShape]
+    """Of one layer."""
     books: Books | None
 
 
@@ -53,7 +56,9 @@ class Weights:
     open: Callable[[], list[Stack]]
 
 
-def find_weights(target: str, family: Path | None = None, batch_tokens: int = 0) -> list[Weights]:
+def find_weights(
+    target: str, family: Path | None = None, batch_tokens: int = 0, allow_unused: bool = False
+) -> list[Weights]:
     """What ``target`` names, in order of steps.
 
     Args:
@@ -62,26 +67,30 @@ def find_weights(target: str, family: Path | None = None, batch_tokens: int = 0)
             @REVISION, which may have a ``*``.
         family: describes a model's files, where its family is not known.
         batch_tokens: tokens per step of pretrained models, for the table; 0: not known.
+        allow_unused: go on where a pretrained model has attention that is not measured.
 
     Raises:
         UsageError, ModelError: one line naming what was not found.
     """
     described = read_family(family) if family else None
+
+    def pretrained(folder: Path, name: str) -> Weights:
+        return _pretrained(folder, name, described, batch_tokens, allow_unused)
+
     base, _, wanted = target.rpartition("@") if "@" in target else (target, "", "")
     path = Path(base)
     if not path.exists() and is_hub_name(target) and not target.startswith("."):
         chosen = revisions(base, wanted)
-        return [_pretrained(fetch(base, one), one or base, described, batch_tokens)
-                for one in chosen]  # fmt: skip
+        return [pretrained(fetch(base, one), one or base) for one in chosen]
     if is_pretrained(path):
-        return [_pretrained(path, path.name, described, batch_tokens)]
+        return [pretrained(path, path.name)]
     if wanted == "*":
         return [_checkpoint(one) for one in list_checkpoints(path / CHECKPOINTS)]
     if path.is_dir() and not wanted and not (path / CONFIG).exists():
         parts = sorted((one for one in path.iterdir() if one.is_dir()), key=_number)
         if any(is_pretrained(one) for one in parts):
             parts = [one for one in parts if is_pretrained(one)]
-            return [_pretrained(one, one.name, described, batch_tokens) for one in parts]
+            return [pretrained(one, one.name) for one in parts]
         if not (path / MANIFEST).is_file() and list_checkpoints(path):
             return [_checkpoint(one) for one in list_checkpoints(path)]
     if not path.exists():
@@ -94,14 +103,16 @@ def _number(path: Path) -> tuple[int, str]:
     return (int(digits[-1]) if digits else -1, path.name)
 
 
-def _pretrained(folder: Path, name: str, family: Family | None, batch_tokens: int) -> Weights:
+def _pretrained(
+    folder: Path, name: str, family: Family | None, batch_tokens: int, allow_unused: bool
+) -> Weights:
     match = re.search(r"(?:step|checkpoint)[-_]?(\d+)", name)
     step = int(match.group(1)) if match else 0
 
     def stacks() -> list[Stack]:
         return [
-            Stack(tower.name, tower.shape, tower.layer, None)
-            for tower in open_pretrained(folder, family, warn)
+            Stack(tower.name, tower.shape, tower.layer, tower.shape_of, None)
+            for tower in open_pretrained(folder, family, warn, allow_unused)
         ]
 
     return Weights(name, step, step * batch_tokens if batch_tokens else None, stacks)
@@ -115,7 +126,8 @@ def _checkpoint(path: Path) -> Weights:
     def stacks() -> list[Stack]:
         saved = checkpoint.state["decay"]["books"]
         books = {name: Book(*figures) for name, figures in saved.items()}
-        return [Stack("", model.attention_shape, checkpoint.attention, books)]
+        shape = model.attention_shape
+        return [Stack("", shape, checkpoint.attention, lambda layer: shape, books)]
 
     return Weights(path.name, checkpoint.step, checkpoint.step * batch, stacks)
 
@@ -152,7 +164,7 @@ def measure_weights(found: list[Weights], config: RanksConfig) -> tuple[list[Row
 
 
 def _layer(factors: Factors, layer: int, stack: Stack, config: RanksConfig) -> list[Row]:
-    shape = stack.shape
+    shape = stack.shape_of(layer)
     each = shape.group * shape.head_size * shape.hidden_size
     at_once = max(1, _CHUNK // each)
     rows: list[Row] = []
@@ -252,9 +264,11 @@ def rank_command(
     out: Path | None,
     figures: Path | None,
     as_json: bool,
+    allow_unused: bool,
 ) -> None:
     """`pretrain ranks`."""
-    rows, scatter = measure_weights(find_weights(target, family, batch_tokens), config)
+    found = find_weights(target, family, batch_tokens, allow_unused)
+    rows, scatter = measure_weights(found, config)
     print_ranks(rows, as_json)
     if out:
         write_table(rows, out)

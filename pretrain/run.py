@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import platform
+import re
+import secrets
 import shutil
 from datetime import UTC, datetime
 from importlib import metadata
@@ -16,25 +18,40 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import write_aside
-from pretrain.checkpoint import Checkpoint, DamagedError, list_checkpoints, step_of
+from data_pipeline.files import is_leftover, replacing, write_aside
+from pretrain.checkpoint import (
+    LATEST,
+    RUN_ID,
+    Checkpoint,
+    list_checkpoints,
+    names_in,
+    newest_checkpoint,
+    run_id_of,
+    step_of,
+)
 from pretrain.config import Config, differences, dump_config, load_config
 from pretrain.decay import DecayDifference, DecayPlan, compare, plan_from
 from pretrain.errors import RunError, UsageError
 from pretrain.lock import LOCK
+from pretrain.manifest import DamagedError
 from pretrain.probe import Row
+from pretrain.storage import hide, remove, remove_hidden
 from pretrain.tasks import Task
-from pretrain.tracking import rewind_metrics
+from pretrain.tracking import METRICS, rewind_metrics
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 RANKS = "ranks.parquet"
+ENVIRONMENT = "environment.json"
 EVALUATION = "evaluation.json"
 LAUNCHED = ("launch", "logs")
 """Folders of `pretrain launch` in a run folder."""
 _PARTS = ".ranks"
 FREE = ("data.path", "data.prefetch", "train.micro_batch")
 """Keys inside the science sections that change no number (or are checked by content)."""
+_OWN = (CONFIG, RUN_ID, RANKS, METRICS, ENVIRONMENT)
+"""Files that training alone writes aside: what a kill leaves of them is deleted."""
+_WRITING = re.compile(r"\.step-[0-9]{8,18}\.writing")
 _DYNAMIC = ("policies", "form", "coupling", "adadecay_slope", "nuclear_every")
 """Keys of ``optimizer.weight_decay`` that act on λ while a run goes on."""
 
@@ -52,12 +69,37 @@ def create_run(run: Path, config: Config, setting: dict[str, str]) -> None:
     """
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, dump_config(config))  # first: it makes the folder a run
-    (run / CHECKPOINTS).mkdir(exist_ok=True)
-    for leftover in (run / CHECKPOINTS).glob(".*.writing"):
-        shutil.rmtree(leftover)
-    path = run / "environment.json"
+    _clear_leftovers(run)
+    if not run_id_of(run):
+        write_text(run / RUN_ID, _id_of_checkpoints(run) or new_run_id())
+    path = run / ENVIRONMENT
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     write_text(path, json.dumps([*starts, {**environment(), **setting}], indent=1))
+
+
+def new_run_id() -> str:
+    """An id for a run folder that has none."""
+    return secrets.token_hex(4)
+
+
+def _id_of_checkpoints(run: Path) -> str:
+    """The id that the newest checkpoint carries."""
+    newest = newest_checkpoint(run / CHECKPOINTS)
+    return Checkpoint(newest).run if newest else ""
+
+
+def _clear_leftovers(run: Path) -> None:
+    """Delete what a kill during a write left; the folder is locked."""
+    (run / CHECKPOINTS).mkdir(exist_ok=True)
+    for name in names_in(run / CHECKPOINTS):
+        if _WRITING.fullmatch(name):
+            remove(hide(run / CHECKPOINTS / name))
+        elif is_leftover(name, LATEST):
+            (run / CHECKPOINTS / name).unlink()
+    remove_hidden(run / CHECKPOINTS)
+    for name in names_in(run):
+        if is_leftover(name, *_OWN):
+            (run / name).unlink()
 
 
 def environment() -> dict[str, Any]:
@@ -91,8 +133,9 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
     """
     if not (run / CONFIG).exists():
         # What a kill leaves, what the mirror's checkpoint is fetched into, what a launcher writes.
-        known = {f"{CONFIG}.tmp", LOCK, CHECKPOINTS, *LAUNCHED}
-        if run.exists() and {path.name for path in run.iterdir()} - known:
+        known = {f"{CONFIG}.tmp", LOCK, CHECKPOINTS, RUN_ID, *LAUNCHED}
+        unknown = {name for name in names_in(run) if not is_leftover(name, *_OWN)} - known
+        if unknown:
             raise UsageError(f"{run}: not empty and not a run folder; choose another --out")
         return _newest_readable(run)
     old = load_config(run / CONFIG)
@@ -109,6 +152,16 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
             f"another --out, or continue from it with --fork {run}@STEP"
         )
     return _newest_readable(run)
+
+
+def misfit(checkpoint: Checkpoint, config: Config, task: Task) -> str:
+    """Why a checkpoint is not one of this recipe and its data; empty if it is."""
+    for key, (before, after) in differences(checkpoint.config, config).items():
+        if key not in FREE:
+            return f"{key} {before}, here {after}"
+    if (checkpoint.state["tokenizer"], checkpoint.state["data"]) != (task.tokenizer, task.identity):
+        return "other data"
+    return ""
 
 
 def _newest_readable(run: Path) -> Checkpoint | None:
@@ -282,6 +335,5 @@ def _write_parquet(path: Path, rows: list[Row]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    aside = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.Table.from_pylist(rows), aside)
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        pq.write_table(pa.Table.from_pylist(rows), aside)

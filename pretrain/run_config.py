@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_serializer
 
 from pretrain.decay_config import Section
+
+_PASSWORD = re.compile(r"(?<=://)([^/?#:]*):(?!\$\{\w+\}@|[0-9]+/)[^?#]*@")
+_QUERY = re.compile(r"([?&][^=&#]*=)(?!\$\{\w+\}(?:[&#]|$))[^&#]+")
+
+
+def without_secrets(url: str) -> str:
+    """A URL as it may be shown: without its password, and the values of its query."""
+    return _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))
 
 
 class CheckpointConfig(Section):
@@ -19,9 +28,15 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(True, description="training goes on while the disk works")
     mirror: str = Field(
         "",
-        description="a folder or fsspec URL (s3://…, gs://…) that gets a copy of each, and from "
-        "which a run without checkpoints of its own goes on",
+        description="a folder or fsspec URL (s3://…, gs://…) for any number of runs that gets a "
+        "copy of each, and from which a run of this name and recipe whose folder is lost goes on; "
+        "${NAME} in it is read from the environment",
     )
+
+    @field_serializer("mirror")
+    def _shown(self, url: str) -> str:
+        """What goes into run folders, manifests and services."""
+        return without_secrets(url)
 
 
 class EvaluationConfig(Section):

@@ -8,12 +8,12 @@ folder, so that a checkpoint is whole or not there, whatever dies meanwhile.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import threading
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.files import write_aside, write_synced
-from pretrain.checkpoint import (
-    LATEST,
-    MANIFEST,
-    MASTER,
-    checkpoint_name,
-    list_checkpoints,
-    manifest,
-    sealed,
-    step_of,
-)
+from pretrain.checkpoint import LATEST, checkpoint_name, list_checkpoints, run_id_of, step_of
 from pretrain.engine import Engine
 from pretrain.errors import RunError
 from pretrain.grid import Grid
+from pretrain.manifest import MANIFEST, MASTER, describe, sealed
 from pretrain.masters import Fragment, is_replicated
-from pretrain.mirror import Mirror
+from pretrain.mirror import Mirror, Pusher
+from pretrain.retention import superseded
 from pretrain.run_config import CheckpointConfig
+from pretrain.storage import hide, remove, remove_hidden, sync_folder
 from pretrain.tensor_file import write_tensors
 
-HELD_OUT_LOSS = "held_out_loss"
-"""Key of a checkpoint's state: the loss by which the best one is kept."""
 _AT_EXIT = 120.0
 """Seconds that a run which fails waits for a checkpoint under way."""
+_PATIENCE = timedelta(days=1)
+"""For a rank whose disk is slower than the others': the watchdog sees whether it works."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +75,17 @@ class Saver:
     _last: Outcome | None = None
     _thread: threading.Thread | None = None
     _group: Any = None
+    _pusher: Pusher | None = None
     _buffers: dict[str, Tensor] = field(default_factory=dict)
     """Host memory of the last copy, taken again: fresh pages cost more than the copying."""
 
     def __post_init__(self) -> None:
         if self._grid.world_size > 1:
-            self._group = dist.new_group(backend="gloo")
-        self._mirror = Mirror(self.settings.mirror) if self.settings.mirror else None
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        if self.settings.mirror:
+            mirror = Mirror(self.settings.mirror, self.folder.parent)
+            if self._grid.is_main:
+                self._pusher = Pusher(mirror, self.settings, self._tell_copied)
 
     @property
     def _grid(self) -> Grid:
@@ -117,12 +115,16 @@ class Saver:
             self._thread = None
 
     def finish(self) -> None:
-        """Wait for the last checkpoint.
+        """Wait for the last checkpoint, and for its copy at the mirror, on every rank.
 
         Raises:
             RunError: on every rank, if it could not be written; earlier ones are untouched.
         """
         self.wait()
+        if self.settings.mirror:  # a launcher ends a job whose first ranks end much later
+            self._thread = threading.Thread(target=self._drain, name="checkpoint", daemon=True)
+            self._thread.start()
+            self.wait()
         if self._last is not None and self._last.problem:
             raise RunError(
                 f"{self._last.problem}; free space or fix {self.folder}, then start again: the run "
@@ -130,9 +132,12 @@ class Saver:
             )
 
     def close(self) -> None:
-        """Give a checkpoint under way a chance, where the run has failed already."""
+        """Give a checkpoint under way, and its copy, a chance where the run has failed already."""
+        until = time.monotonic() + _AT_EXIT
         if self._thread is not None:
             self._thread.join(_AT_EXIT)
+        if self._pusher is not None:
+            self._pusher.join(max(0.0, until - time.monotonic()))
 
     # --- in the thread --------------------------------------------------------------------------
 
@@ -141,7 +146,7 @@ class Saver:
         if self.settings.asynchronous:
             _give_way()
         aside = self.folder / f".{checkpoint_name(step)}.writing"
-        note = ""
+        notes: list[str] = []
         try:
             entry, problem = _attempt(lambda: _write_piece(piece, aside))
             found = self._gather((entry, problem))
@@ -149,9 +154,8 @@ class Saver:
             if not problem and self._grid.is_main:
                 described["files"] = dict(filter(None, (entry for entry, _ in found)))
                 target, problem = _attempt(lambda: self._commit(aside, step, described))
-                if target is not None and self._mirror is not None:
-                    kept = [one.name for one in list_checkpoints(self.folder)]
-                    _, note = _attempt(lambda: self._mirror.push(target, kept))
+                if target is not None:
+                    notes = self._follow_up(target, step)
             problem = self._gather(problem)[0]
         except Exception as error:  # another rank is gone
             problem = f"the other ranks do not answer ({type(error).__name__})"
@@ -159,8 +163,19 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
         if problem:
             problem = f"checkpoint at step {step} not written: {problem}"
-        self._last = Outcome(step, time.monotonic() - began, problem, note)
+        self._last = Outcome(step, time.monotonic() - began, problem, "; ".join(notes))
         self.outcomes.append(self._last)
+
+    def _drain(self) -> None:
+        if self._pusher is not None:
+            self._pusher.join()
+        with contextlib.suppress(Exception):  # another rank is gone
+            self._gather(None)
+
+    def _tell_copied(self, target: Path, seconds: float, problem: str) -> None:
+        """In the mirror's thread."""
+        if problem:
+            self.outcomes.append(Outcome(step_of(target), seconds, "", problem))
 
     def _gather(self, value: Any) -> list[Any]:
         if self._group is None:
@@ -170,17 +185,67 @@ class Saver:
         return found
 
     def _commit(self, aside: Path, step: int, described: dict[str, Any]) -> Path:
-        target = self.folder / checkpoint_name(step)
-        aside.mkdir(parents=True, exist_ok=True)
+        """Make what was written a checkpoint: the rename is the moment from which it is there."""
+        _make_own(aside)
+        described["run"] = run_id_of(self.folder.parent)
         write_synced(aside / MANIFEST, sealed(described))
-        if target.exists():
-            shutil.rmtree(target)
+        target = _free_name(self.folder, step)
+        before = hide(target) if target.exists() else None
         os.rename(aside, target)
-        _sync_folder(self.folder)
-        write_aside(self.folder / LATEST, target.name.encode())
-        for old in superseded(list_checkpoints(self.folder), self.settings):
-            shutil.rmtree(old)
+        sync_folder(self.folder)
+        if before is not None:
+            remove(before)
         return target
+
+    def _follow_up(self, target: Path, step: int) -> list[str]:
+        """What is done once a checkpoint is there, and no fault of which undoes it.
+
+        Returns:
+            What went wrong, one line each.
+        """
+        notes: list[str] = []
+        if target.name != checkpoint_name(step):
+            notes.append(
+                f"{checkpoint_name(step)} is in the way and no checkpoint of this run: left alone, "
+                f"this one is {target.name}"
+            )
+        _, problem = _attempt(lambda: write_aside(self.folder / LATEST, target.name.encode()))
+        notes.append(problem)
+        if self._pusher is not None:
+            self._pusher.add(target)
+        _, problem = _attempt(self._retain)
+        notes.append(problem and f"older checkpoints not deleted: {problem}")
+        return [note for note in notes if note]
+
+    def _retain(self) -> None:
+        remove_hidden(self.folder)
+        for old in superseded(list_checkpoints(self.folder), self.settings):
+            with self._pusher.lock if self._pusher is not None else contextlib.nullcontext():
+                if self._pusher is not None and old == self._pusher.current:
+                    continue  # after the next checkpoint, then
+                hidden = hide(old)
+            remove(hidden)
+
+
+def _make_own(folder: Path) -> None:
+    """A folder of this program's own: a link in its place is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise RunError(f"{folder}: is a link; remove it")
+
+
+def _free_name(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step goes: in the place of the run's own of that step, if any.
+
+    What else has that name is left alone: a zero more gives a name that is read all the same.
+    """
+    own = list_checkpoints(folder)
+    digits = 8
+    while True:
+        path = folder / f"step-{step:0{digits}d}"
+        if path in own or not os.path.lexists(path):
+            return path
+        digits += 1
 
 
 def _give_way() -> None:
@@ -202,29 +267,6 @@ def _attempt(action: Any) -> tuple[Any, str]:
         if isinstance(error, OSError) and error.strerror:
             return None, f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
         return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def superseded(found: list[Path], settings: CheckpointConfig) -> list[Path]:
-    """Checkpoints that the retention rules do not keep, of all whole ones, oldest first."""
-    if not settings.keep:
-        return []
-    kept = set(found[-settings.keep :])
-    if settings.keep_every:
-        kept |= {one for one in found if step_of(one) % settings.keep_every == 0}
-    if settings.keep_best:
-        losses = [(loss, one) for one in found if (loss := _held_out_loss(one)) is not None]
-        if losses:
-            kept.add(min(losses)[1])
-    return [one for one in found if one not in kept]
-
-
-def _held_out_loss(path: Path) -> float | None:
-    try:
-        found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        loss: float | None = found["state"].get(HELD_OUT_LOSS)
-        return loss
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> Piece | None:
@@ -273,7 +315,7 @@ def _write_piece(piece: Piece | None, aside: Path) -> tuple[str, dict[str, Any]]
     """Bring a piece to disk; returns (file name, its entry in the manifest)."""
     if piece is None:
         return None
-    aside.mkdir(parents=True, exist_ok=True)
+    _make_own(aside)
     path = aside / piece.name
     size, digest = write_tensors(path, piece.tensors)
     return piece.name, {
@@ -292,12 +334,4 @@ def _manifest(engine: Engine, step: int, state: dict[str, Any]) -> dict[str, Any
         "data": grid.data,
         "zero_stage": engine.config.grid.zero_stage,
     }
-    return manifest(engine.config, engine.plan, step, state, shape)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return describe(engine.config, engine.plan, step, state, shape)

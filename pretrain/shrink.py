@@ -211,7 +211,7 @@ class Shrinker:
                 for parameter, direction in zip((left, right), found, strict=True):
                     for fragment in self._by_name[info_of(parameter).name]:
                         part = direction[fragment.offset :][: fragment.master.numel()]
-                        fragment.master.sub_(part, alpha=every * self._shrink(fragment))
+                        fragment.master.sub_(part, alpha=self._shrink(fragment))
 
     def _qk_directions(self, query: nn.Parameter, key: nn.Parameter) -> tuple[Tensor, Tensor]:
         head, width = self._model.head_size, self._model.hidden_size

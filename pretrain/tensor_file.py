@@ -19,8 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.storage import count, open_regular
+
 _NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float64: "F64"}
 _BLOCK = 8 << 20
+_SYNC_EVERY = 32
+"""Blocks after which the disk is waited for: what it has taken is progress that can be seen."""
 
 
 def write_tensors(
@@ -50,10 +54,14 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     try:
-        with path.open("wb", buffering=0) as file:
-            for block in _blocks(text, [value for _, value in ordered]):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o666), "wb", buffering=0) as file:
+            for number, block in enumerate(_blocks(text, [value for _, value in ordered]), 1):
                 _write(file.fileno(), block)
                 digest.update(block)
+                if number % _SYNC_EVERY == 0:
+                    os.fdatasync(file.fileno())
+                count(len(block))
             os.fsync(file.fileno())
     except OSError as error:  # of a descriptor: it does not know its file
         raise OSError(error.errno, error.strerror, str(path)) from None
@@ -80,17 +88,21 @@ def _write(descriptor: int, block: memoryview) -> None:
 class TensorFile:
     """A safetensors file, read tensor by tensor into memory that the caller has.
 
+    The file is open only while something is read: a checkpoint may have more files than a process
+    may open.
+
     Raises:
         ValueError: if the file is not one, or is cut.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        size = path.stat().st_size
-        length = int.from_bytes(self._file.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"{path}: not a safetensors file")
-        self._header: dict[str, Any] = json.loads(self._file.read(length))
+        self._path = path
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError(f"{path}: not a safetensors file")
+            self._header: dict[str, Any] = json.loads(file.read(length))
         self._header.pop("__metadata__", None)
         self._start = 8 + length
         if any(entry["data_offsets"][1] > size - self._start for entry in self._header.values()):
@@ -102,14 +114,16 @@ class TensorFile:
         begin, end = entry["data_offsets"]
         if entry["dtype"] != _NAMES[flat.dtype] or end - begin != flat.nbytes:
             raise ValueError(f"{name}: {entry['dtype']} of {end - begin} bytes")
-        self._file.seek(self._start + begin)
         bytes_of: Any = flat.view(torch.uint8).numpy()
         view = memoryview(bytes_of).cast("B")
-        while view:
-            count = self._file.readinto(view)
-            if not count:
-                raise ValueError(f"{name}: cut")
-            view = view[count:]
+        with open_regular(self._path) as file:
+            file.seek(self._start + begin)
+            while view:
+                length = file.readinto(view[:_BLOCK])  # type: ignore[attr-defined]
+                if not length:
+                    raise ValueError(f"{name}: cut")
+                count(length)
+                view = view[length:]
 
     def get_tensor(self, name: str) -> Tensor:
         """A stored tensor."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from models.roles import ParameterInfo
@@ -21,12 +22,14 @@ from pretrain.identity import data_order, initial_weights, write_identity
 from pretrain.job import Job
 from pretrain.lock import RunLock
 from pretrain.loop import restore, run_job
+from pretrain.mirror import Mirror
 from pretrain.recover import find_whole
 from pretrain.run import (
     CHECKPOINTS,
     check_continues,
     create_run,
     is_complete,
+    misfit,
     plan_for_resume,
     resume_point,
     rewind,
@@ -77,6 +80,8 @@ def train(
     with grid.together(""):
         # Everything that can be refused is, before the folder is touched.
         prepared = prepare(config, grid.tensor)
+        if config.checkpoint.mirror:
+            Mirror(config.checkpoint.mirror, run)
         setup, _, _ = _begin(prepared, run, grid, fork, until)
         sample = setup.task.held_out(setup.config)
         data = setup.task.training(setup.config)
@@ -87,7 +92,8 @@ def train(
             if grid.is_main:
                 lock.acquire()
         # Again: another process may have trained here until now.
-        damaged = find_whole(run / CHECKPOINTS, grid, config.checkpoint.mirror)
+        fits = partial(misfit, config=setup.config, task=setup.task)
+        damaged = find_whole(run / CHECKPOINTS, grid, config.checkpoint.mirror, fits)
         with grid.together(""):
             setup, checkpoint, start = _begin(prepared, run, grid, fork, until)
             if checkpoint is not None:
@@ -109,7 +115,11 @@ def train(
                 restore(start, engine, judge)
             # A fork begins with its trunk's weights.
             weights = start.state["initial_weights"] if checkpoint else start.digest
-        jumped = grid.broadcast(_jumped(run, checkpoint, start))
+        jumped: list[int] = []
+        with grid.together(f"{run}"):
+            if grid.is_main:  # it alone writes
+                jumped = _jumped(run, checkpoint, start)
+        jumped = grid.broadcast(jumped)
         with grid.together(f"{run}"):
             if grid.is_main:
                 write_identity(run, weights, order, setup.task)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from models.factors import AttentionShape, Factors
 from models.roles import ParameterInfo
-from pretrain.checkpoint import ATTENTION_PARTS, MASTER, Checkpoint
+from pretrain.checkpoint import ATTENTION_PARTS, Checkpoint
 from pretrain.errors import UsageError
+from pretrain.manifest import MASTER
 from pretrain.spectra import product_statistics, pseudo_rank
 
 

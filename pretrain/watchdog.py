@@ -3,6 +3,7 @@
 A thread of every rank watches the main thread's progress and tells the others, through the
 launcher's store, that its process lives. When no step was finished for too long, the ranks that
 live write their stacks; the first of them says who waits where and who gives no sign of life.
+While any rank's checkpoint is on its way to a disk or a mirror and moves, waiting is no hang.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 from pretrain.errors import TRY_AGAIN
 from pretrain.grid import Grid
 from pretrain.meeting import open_board
+from pretrain.storage import moved
 
 STACKS = "stacks"
 """Folder of a run: one file a rank, and summary.txt."""
@@ -42,6 +44,8 @@ class Watchdog:
         self._main = threading.get_ident()
         self._store: Any = None
         self._count = 0
+        self._traffic: tuple[float, list[Any]] = (0.0, [])
+        """When bytes of checkpoints were last seen to move, and how many had, by rank."""
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
@@ -66,14 +70,27 @@ class Watchdog:
         self._tell({})
         while not self._done.wait(self._turn):
             self._tell({})
-            if time.monotonic() - self._beat[0] > self._limit:
+            if self._hangs():
                 self._end()
+
+    def _hangs(self) -> bool:
+        """Whether nothing was finished, and no checkpoint moved on any rank, for too long."""
+        beat, now = self._beat[0], time.monotonic()
+        if now - beat <= self._limit / 2:
+            self._traffic = (beat, [])
+            return False
+        counts = [moved(), *(told and told["moved"] for told in self._read_all())]
+        seen, before = self._traffic  # the first look is but what later ones are compared with
+        if any(None not in (old, new) and old != new for old, new in zip(before, counts)):
+            seen = now
+        self._traffic = (seen, counts)
+        return now - max(beat, seen) > self._limit
 
     def _tell(self, more: dict[str, Any]) -> None:
         _, step, phase = self._beat
         self._count += 1
-        known = {"count": self._count, "step": step, "phase": phase, "pid": os.getpid(),
-                 "host": socket.gethostname(), **more}  # fmt: skip
+        known = {"count": self._count, "step": step, "phase": phase, "moved": moved(),
+                 "pid": os.getpid(), "host": socket.gethostname(), **more}  # fmt: skip
         self._try_store(lambda: self._store.set(str(self._grid.rank), json.dumps(known)))
 
     def _try_store(self, action: Callable[[], Any]) -> Any:

@@ -11,10 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import MANIFEST, list_checkpoints
+from pretrain.checkpoint import list_checkpoints
 from pretrain.config import SCIENCE, Config, differences, load_config, value_at
 from pretrain.errors import RunError, UsageError
 from pretrain.identity import read_identity
+from pretrain.manifest import MANIFEST
 from pretrain.probe import Row
 from pretrain.run import CHECKPOINTS, CONFIG, FREE, read_ranks
 from pretrain.sweep import SWEEP
@@ -49,9 +50,13 @@ class RunData:
     @property
     def is_finished(self) -> bool:
         """Whether it trained to its last step and was evaluated, if it should be."""
-        last = self.metrics[-1]["step"] if self.metrics else 0
         scored = self.evaluation is not None or self.config.evaluation.at_end == "none"
-        return last >= self.config.train.steps and scored
+        return self.last_step >= self.config.train.steps and scored
+
+    @property
+    def last_step(self) -> int:
+        """The last step in the metrics: a skipped update has none, but its evaluation has."""
+        return max((int(row["step"]) for row in [*self.metrics, *self.held_out]), default=0)
 
     @cached_property
     def heads(self) -> list[Row]:
@@ -166,9 +171,9 @@ def load_study(
             if run.is_finished or unfinished:
                 runs.append(run)
             else:
-                step = run.metrics[-1]["step"] if run.metrics else 0
                 notes.append(
-                    f"left out: {folder}: not finished ({step} of {run.config.train.steps} steps)"
+                    f"left out: {folder}: not finished ({run.last_step} of "
+                    f"{run.config.train.steps} steps)"
                 )
     if not runs:
         many = f"; {notes[0]}" if notes else ""

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import LATEST, Checkpoint, list_checkpoints
+from pretrain.checkpoint import LATEST, RUN_ID, Checkpoint, list_checkpoints
+from pretrain.retention import superseded
 from pretrain.run_config import CheckpointConfig
-from pretrain.saver import superseded
 from pretrain.tracking import read_metrics
 from tests.faults.tools import (
     events_of,
@@ -82,12 +82,16 @@ def test_what_is_kept_and_mirrored(
     run = tmp_path / "run"
     names = ["step-00000004", "step-00000006"]
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == names
-    assert sorted(path.name for path in mirror.iterdir()) == names
+    identity = (run / RUN_ID).read_text()
+    copies = mirror / f"run-{identity}"
+    assert [path.name for path in mirror.iterdir()] == [copies.name]
+    assert sorted(path.name for path in copies.glob("step-*")) == names
     assert (run / "checkpoints" / LATEST).read_text() == names[-1]
     shutil.rmtree(run)
     done = pretrain(*words_of(tmp_path, data, *more))
     assert done.returncode == 0, done.stderr
     assert any("was fetched from" in text for text in events_of(run))
+    assert (run / RUN_ID).read_text() == identity
     assert [one["step"] for one in read_metrics(run)] == [7, 8, 9, 10]
     same_weights(run, undisturbed("one"))
     row("run folder lost, with a mirror", "the next start", "the mirror's newest checkpoint")

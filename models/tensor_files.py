@@ -1,0 +1,259 @@
+"""The tensors in the files of a model that others wrote: which there are, and each by its name.
+
+Nothing in these files is run: safetensors and ``pytorch_model.bin`` (weights only) hand over
+tensors and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.roles import ModelError
+
+# In the order in which transformers looks for them: a single file before an index of shards.
+_FORMS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_LARGEST_JSON = 1 << 28
+"""Bytes; the index of a model of a trillion parameters takes some 10 MB."""
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Types in which weights are numbers; any other holds codes of a quantiser."""
+
+
+class TensorFiles:
+    """The tensors of a folder of weights, by name, read on demand."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        """
+        Args:
+            say: told once of files that are not read, or read in a worse way.
+
+        Raises:
+            ModelError: naming the file that is missing, damaged, or at odds with another.
+        """
+        self.folder, self._say = folder, say
+        self._name, self._legacy = "", False
+        self._handle: Any = None
+        self._where = self._list()
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return sorted(self._where)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without its values."""
+        found = self._look(name)
+        return tuple(found.shape if isinstance(found, Tensor) else found.get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The type of a tensor's values as safetensors names it, such as BF16, I8 or F8_E4M3."""
+        found = self._look(name)
+        if not isinstance(found, Tensor):
+            return str(found.get_dtype())
+        return _NAMES.get(found.dtype, str(found.dtype).removeprefix("torch."))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the file's dtype; only its file is open, and only until the next one's.
+
+        Raises:
+            ModelError: naming a file that is missing or damaged, or a tensor that holds no numbers
+                of 16 bits or more.
+        """
+        where, kind = self.folder / self._where[name], self.dtype(name)
+        if kind not in _NAMES.values():
+            raise ModelError(
+                f"{where}: {name} is stored as {kind}, as quantised weights are; give the model in "
+                "bfloat16, float16 or float32"
+            )
+        found = self._look(name, whole=True)
+        if found.numel() * found.element_size() > found.untyped_storage().nbytes():
+            raise ModelError(f"{where}: {name} is larger than what the file holds of it")
+        return found
+
+    def close(self) -> None:
+        """Let go of the open file, and of the memory that its pages take."""
+        self._name, self._handle = "", None
+
+    def _look(self, name: str, whole: bool = False) -> Any:
+        """A tensor, or what knows its shape and type."""
+        file = self._where[name]
+        try:
+            handle = self._open(file)
+            if isinstance(handle, dict):
+                return handle[name]
+            return handle.get_tensor(name) if whole else handle.get_slice(name)
+        except Exception as error:
+            raise ModelError(f"{self.folder / file}: {first_line(error)}") from None
+
+    def _list(self) -> dict[str, str]:
+        there = [name for name in _FORMS if (self.folder / name).is_file()]
+        if there:
+            chosen = there[0]
+            if chosen == "model.safetensors" and "model.safetensors.index.json" in there:
+                self._say(
+                    f"{self.folder}: holds model.safetensors and an index of shards; the single "
+                    "file is read, as transformers reads it"
+                )
+            return self._indexed(chosen) if chosen.endswith(".json") else self._names([chosen])
+        shards = sorted(one.name for one in self.folder.glob("*.safetensors") if one.is_file())
+        if not shards:
+            raise ModelError(f"{self.folder}: {_without_weights(self.folder)}")
+        _check_count(self.folder, shards)
+        return self._names(shards)
+
+    def _names(self, files: list[str]) -> dict[str, str]:
+        """The names in the headers of some files."""
+        where: dict[str, str] = {}
+        for file in files:
+            try:
+                names = list(self._open(file).keys())
+            except Exception as error:
+                raise ModelError(f"{self.folder / file}: {first_line(error)}") from None
+            for name in names:
+                if name in where:
+                    raise ModelError(
+                        f"{self.folder}: {name} is in {where[name]} and in {file}; remove the file "
+                        "that is not of this model"
+                    )
+                where[name] = file
+        return where
+
+    def _indexed(self, index: str) -> dict[str, str]:
+        """What an index says, held to the headers of its shards."""
+        path = self.folder / index
+        said = read_json(path).get("weight_map")
+        if not isinstance(said, dict) or not all(isinstance(one, str) for one in said.values()):
+            raise ModelError(f"{path}: damaged (no weight_map)")
+        outside = [file for file in said.values() if Path(file).name != file]
+        if outside:
+            raise ModelError(f"{path}: {outside[0]} is not in the folder")
+        files = sorted(set(said.values()))
+        missing = [file for file in files if not (self.folder / file).exists()]
+        if missing:
+            raise ModelError(
+                f"{self.folder / missing[0]}: No such file; {index} names it ({len(missing)} of "
+                f"{len(files)} shards are missing)"
+            )
+        found = self._names(files)
+        wrong = [name for name in {**said, **found} if said.get(name) != found.get(name)]
+        if wrong:
+            name = wrong[0]
+            places = said.get(name, "no shard"), found.get(name, "no shard")
+            raise ModelError(
+                f"{path}: says that {name} is in {places[0]}, and it is in {places[1]}; the index "
+                "is not of these shards, fetch or save the model again"
+            )
+        return found
+
+    def _open(self, file: str) -> Any:
+        if self._name != file:
+            self._name = ""
+            self._handle = None  # before the next is opened: two shards need not fit
+            path = self.folder / file
+            if not path.is_file():
+                raise FileNotFoundError(2, "No such file")
+            if file.endswith(".safetensors"):
+                from safetensors import safe_open
+
+                self._handle = safe_open(path, framework="pt")
+            else:
+                self._handle = self._load(path)
+            self._name = file
+        return self._handle
+
+    def _load(self, path: Path) -> Any:
+        _check_archive(path)
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            if not self._legacy:
+                self._say(f"{path}: written before torch 1.6, so it is read whole into memory")
+                self._legacy = True
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError("not a mapping of names to tensors")
+        others = [name for name, one in found.items() if not isinstance(one, Tensor)]
+        if others:
+            raise ValueError(f"{others[0]} in it is not a tensor")
+        return found
+
+
+def _check_count(folder: Path, shards: list[str]) -> None:
+    """Shards that say how many they are, without an index, are all there."""
+    for one in shards:
+        match = _NUMBERED.fullmatch(one)
+        if match is None:
+            continue
+        stem, _, count, kind = match.groups()
+        for number in range(1, min(int(count), len(shards) + 1) + 1):
+            wanted = f"{stem}-{number:05d}-of-{count}.{kind}"
+            if wanted not in shards:
+                raise ModelError(f"{folder / wanted}: No such file; {one} lies there without it")
+
+
+def _check_archive(path: Path) -> None:
+    """A zip as torch writes it: nothing in it is packed, so that it cannot grow in memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            packed = [one for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise ValueError(f"{packed[0].filename} in it is compressed, as torch never writes it")
+
+
+def _without_weights(folder: Path) -> str:
+    if any(folder.glob("*.gguf")):
+        return (
+            "holds GGUF, which is quantised or for llama.cpp alone; give the model that it was "
+            "made from, as safetensors"
+        )
+    if (folder / "qmodel.pt").exists():
+        return "holds an HQQ model, which is quantised; give the model that it was made from"
+    return "no weights (model.safetensors, pytorch_model.bin, or an index of shards)"
+
+
+def first_line(error: Exception) -> str:
+    """What is wrong with a file, for people."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "holds more than tensors, which is not loaded from foreign files"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip().splitlines()
+    return f"damaged ({text[0] if text else type(error).__name__})"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping in a JSON file.
+
+    Raises:
+        ModelError: one line naming the file.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ModelError(f"{path}: larger than {_LARGEST_JSON >> 20} MB, so it is not read")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ModelError(f"{path}: damaged (not JSON)") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: damaged (not a mapping)")
+    return found

@@ -1,0 +1,94 @@
+"""Small checkpoints without a training run, and a grid of this process alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import RUN_ID, checkpoint_name
+from pretrain.config import Config, parse_config
+from pretrain.decay import DecayPlan, plan_decay
+from pretrain.engine import whole_model
+from pretrain.manifest import MANIFEST, MASTER, describe, sealed
+from pretrain.run import CHECKPOINTS
+from pretrain.tensor_file import write_tensors
+from tests.tools import base_recipe
+
+
+class Alone:
+    """What `Grid` is to its users, for one process that knows no process group."""
+
+    rank, world_size, is_main = 0, 1, True
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        yield
+
+
+@cache
+def small_plan() -> tuple[Config, DecayPlan]:
+    values = base_recipe(Path("data"))
+    values["model"] |= {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "context": 8}
+    values["model"]["vocabulary_size"] = 16
+    config = parse_config(values)
+    return config, plan_decay(whole_model(config.model, 1), config.optimizer.weight_decay)
+
+
+def values_of(name: str, numel: int, step: int) -> Tensor:
+    """What the checkpoint of a step holds of a parameter."""
+    seed = step * 1000 + sum(map(ord, name))
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+
+
+def small_config(rate: float = 3e-3) -> Config:
+    """The recipe of `write_checkpoint`."""
+    config, _ = small_plan()
+    changed = config.optimizer.model_copy(update={"learning_rate": rate})
+    return config.model_copy(update={"optimizer": changed})
+
+
+def write_checkpoint(
+    run: Path, step: int, parts: int = 2, run_id: str = "", rate: float = 3e-3
+) -> Path:
+    """A whole checkpoint of a small model whose masters are spread over some files."""
+    config, plan = small_config(rate), small_plan()[1]
+    folder = run / CHECKPOINTS / checkpoint_name(step)
+    folder.mkdir(parents=True)
+    state = {"tokenizer": "t", "data": "d", "decay": {"books": {}}, "held_out_loss": 1.0 / step}
+    grid = {"tensor": 1, "pipeline": 1, "data": parts, "zero_stage": 1}
+    described = {**describe(config, plan, step, state, grid), "run": run_id}
+    infos = [info for group in plan.groups for info in group.parameters]
+    for part in range(parts):
+        tensors, index = {}, {}
+        for info in infos:
+            start, stop = (info.numel * n // parts for n in (part, part + 1))
+            if stop > start:
+                values = values_of(info.name, info.numel, step)[start:stop].clone()
+                tensors[f"{info.name}/{MASTER}"] = values
+                index[info.name] = [start, stop - start, [MASTER]]
+        name = f"rank-{part:05d}.safetensors"
+        size, digest = write_tensors(folder / name, tensors)
+        entry = {"size": size, "sha256": digest, "tensor_rank": 0, "fragments": index}
+        described["files"][name] = entry
+    (folder / MANIFEST).write_bytes(sealed(described))
+    return folder
+
+
+def write_run(run: Path, steps: tuple[int, ...], parts: int = 2, run_id: str = "0000aaaa") -> Path:
+    """A run folder with checkpoints of one run; returns its ``checkpoints``."""
+    for step in steps:
+        write_checkpoint(run, step, parts, run_id)
+    (run / RUN_ID).write_text(run_id)
+    return run / CHECKPOINTS

@@ -1,0 +1,292 @@
+"""One mirror for many runs: each finds its own copies, and touches nobody else's."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from pretrain.checkpoint import RUN_ID, Checkpoint, list_checkpoints, run_id_of
+from pretrain.errors import RunError, UsageError
+from pretrain.manifest import MANIFEST
+from pretrain.mirror import Mirror, Pusher
+from pretrain.recover import find_whole
+from pretrain.run import misfit
+from pretrain.run_config import CheckpointConfig, without_secrets
+from tests.checkpoints import Alone, small_config, write_checkpoint, write_run
+
+TASK: Any = SimpleNamespace(tokenizer="t", identity="d")
+ALL = CheckpointConfig(keep=0)
+
+
+def fits(rate: float = 3e-3, task: Any = TASK) -> Any:
+    return partial(misfit, config=small_config(rate), task=task)
+
+
+def make_run(run: Path, steps: tuple[int, ...], run_id: str, rate: float = 3e-3) -> Path:
+    for step in steps:
+        write_checkpoint(run, step, run_id=run_id, rate=rate)
+    (run / RUN_ID).write_text(run_id)
+    return run
+
+
+def push_all(run: Path, root: Path, settings: CheckpointConfig = ALL) -> Mirror:
+    mirror = Mirror(f"file://{root}", run)
+    for path in list_checkpoints(run / "checkpoints"):
+        mirror.push(path, settings)
+    return mirror
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "run.json")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pull(run: Path, root: Path, rate: float = 3e-3, task: Any = TASK) -> list[str]:
+    return find_whole(run / "checkpoints", Alone(), f"file://{root}", fits(rate, task))
+
+
+def test_a_run_of_another_recipe_is_not_taken(tmp_path: Path) -> None:
+    """Another rate, other data, under the same name: the run begins anew, and says why."""
+    push_all(make_run(tmp_path / "a/run", (2, 4), "0000aaaa"), tmp_path / "mirror")
+    told = pull(tmp_path / "b/run", tmp_path / "mirror", rate=1e-4)
+    assert (
+        len(told) == 1 and "learning_rate 0.003, here 0.0001" in told[0] and "left alone" in told[0]
+    )
+    other = SimpleNamespace(tokenizer="t", identity="e")
+    assert "other data" in pull(tmp_path / "b/run", tmp_path / "mirror", task=other)[0]
+    assert pull(tmp_path / "b/other-name", tmp_path / "mirror") == []
+    assert not list_checkpoints(tmp_path / "b/run/checkpoints")
+
+
+def test_a_lost_folder_finds_its_own(tmp_path: Path) -> None:
+    """With its id; what it pushes then prunes by its own rules, and with keep=0 nothing."""
+    run, root = tmp_path / "run", tmp_path / "mirror"
+    before = tree(make_run(run, (2, 4, 6), "0000aaaa"))
+    push_all(run, root)
+    shutil.rmtree(run)
+    assert pull(run, root)[-1].startswith("step-00000006 was fetched from")
+    assert run_id_of(run) == "0000aaaa"
+    (path,) = list_checkpoints(run / "checkpoints")
+    assert all(before[str(file)] == file.read_bytes() for file in path.iterdir())
+    mirror = push_all(make_run(run, (8,), "0000aaaa"), root)
+    place = root / "run-0000aaaa"
+    assert names(place) == [f"step-{n:08d}" for n in (2, 4, 6, 8)]
+    mirror.push(run / "checkpoints/step-00000008", CheckpointConfig(keep=1, keep_every=4))
+    assert names(place) == ["step-00000004", "step-00000008"]
+
+
+def test_a_copy_for_another_folder_is_another_run(tmp_path: Path) -> None:
+    """Two folders of one name and recipe never write to one place."""
+    push_all(make_run(tmp_path / "a/run", (2,), "0000aaaa"), tmp_path / "mirror")
+    assert "fetched" in pull(tmp_path / "b/run", tmp_path / "mirror")[-1]
+    mine = run_id_of(tmp_path / "b/run")
+    (path,) = list_checkpoints(tmp_path / "b/run/checkpoints")
+    assert mine not in ("", "0000aaaa") and Checkpoint(path).run == mine
+
+
+def test_what_others_put_at_the_mirror_stays(tmp_path: Path) -> None:
+    """Notes, copies, another run's checkpoints, and those of the first versions."""
+    root = tmp_path / "mirror"
+    for place in (root, root / "run-0000aaaa", root / "run-0000bbbb"):
+        for name in ("step-by-step-notes", "step-00000002-good", "step-8", "step-00000001"):
+            (place / name).mkdir(parents=True)
+            (place / name / "notes.txt").write_text(name)
+        (place / "step-00000099").write_text("a file")
+    shutil.copytree(write_checkpoint(tmp_path / "old", 3), root / "step-00000003")
+    before = tree(root)
+    run = make_run(tmp_path / "run", (2, 4, 6), "0000aaaa")
+    push_all(run, root, CheckpointConfig(keep=1))
+    after = tree(root)
+    assert before.items() <= after.items()
+    new = {Path(path).parent.name for path in after.keys() - before.keys()}
+    assert new == {"run-0000aaaa", "step-00000006"}
+
+
+def test_copies_of_the_first_versions_are_read(tmp_path: Path) -> None:
+    root = tmp_path / "mirror"
+    for step, rate in ((2, 3e-3), (4, 3e-3), (6, 1e-4)):
+        path = write_checkpoint(tmp_path / f"old{step}", step, rate=rate)
+        shutil.copytree(path, root / path.name)
+    before = tree(root)
+    told = pull(tmp_path / "run", root)
+    assert "another recipe" in told[0] and "step-00000004 was fetched" in told[-1]
+    push_all(make_run(tmp_path / "run", (8,), run_id_of(tmp_path / "run")), root)
+    assert before.items() <= tree(root).items()
+
+
+def test_damage_at_the_mirror(tmp_path: Path) -> None:
+    run, root = make_run(tmp_path / "run", (2, 4, 6, 8), "0000aaaa"), tmp_path / "mirror"
+    push_all(run, root)
+    place = root / "run-0000aaaa"
+    file = place / "step-00000008/rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"xxxx")
+    (place / "step-00000006/rank-00001.safetensors").unlink()
+    (place / "step-00000004" / MANIFEST).write_text("{")
+    shutil.rmtree(run)
+    told = pull(run, root)
+    assert sum("damaged there" in line for line in told) == 3 and "step-00000002 was" in told[-1]
+    assert names(place) == [f"step-{n:08d}" for n in (2, 4, 6, 8)]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "zero", "folder", "dangling"])
+@pytest.mark.parametrize("name", ["rank-00001.safetensors", MANIFEST])
+def test_what_is_no_file_at_the_mirror(tmp_path: Path, kind: str, name: str) -> None:
+    """Pipes and devices are not read: neither time nor the disk goes to them."""
+    run, root = make_run(tmp_path / "run", (2, 4), "0000aaaa"), tmp_path / "mirror"
+    push_all(run, root)
+    file = root / "run-0000aaaa/step-00000004" / name
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("/dev/zero" if kind == "zero" else "/nowhere")
+    shutil.rmtree(run)
+    assert pull(run, root)[-1].startswith("step-00000002 was fetched")
+
+
+def test_secrets_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any URL: what is written and said has no password; references stay, and are followed."""
+    urls = (
+        "sftp://me:hunter2@host/a",
+        "s3://KEY:hu/nter2@x?token=hunter2&a=hunter2",
+        "simplecache::sftp://me:hu@nter2@host/a",
+        "https://:hunter2@h/?k=hunter2",
+    )
+    for url in urls:
+        config = CheckpointConfig(mirror=url)
+        shown = config.model_dump()["mirror"] + config.model_dump_json()
+        assert config.mirror == url and "hunter2" not in shown and "nter2@" not in shown, shown
+    kept = "sftp://me:${WORD}@host/a?k=${WORD}"
+    assert CheckpointConfig(mirror=kept).model_dump()["mirror"] == kept
+    for url in ("file:///a/b@c:d", "sftp://host:22/a@b", "abfs://box@account.host/a", "/a:b@c"):
+        assert without_secrets(url) == url
+    with pytest.raises(UsageError, match="WORD is not set"):
+        Mirror(kept, tmp_path)
+    with pytest.raises(UsageError, match="left out"):
+        Mirror("sftp://me:***@host/a", tmp_path)
+    monkeypatch.setenv("WORD", "mirror-hunter2")
+    mirror = Mirror(f"file://{tmp_path}/${{WORD}}", tmp_path / "run")
+    run = make_run(tmp_path / "run", (2,), "0000aaaa")
+    mirror.push(run / "checkpoints/step-00000002", ALL)
+    assert (tmp_path / "mirror-hunter2/run-0000aaaa/step-00000002").is_dir()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(f"sftp://me:mirror-hunter2@host: cannot open {tmp_path}/mirror-hunter2")
+
+    monkeypatch.setattr(LocalFileSystem, "makedirs", fail)
+    with pytest.raises(RunError) as error:
+        mirror.push(run / "checkpoints/step-00000002", ALL)
+    assert "hunter2" not in str(error.value) and "not copied" in str(error.value)
+
+
+def test_a_run_that_went_back_replaces_its_future(tmp_path: Path) -> None:
+    run, root = make_run(tmp_path / "run", (2, 4, 6, 8), "0000aaaa"), tmp_path / "mirror"
+    mirror = push_all(run, root)
+    mirror.push(run / "checkpoints/step-00000006", ALL)
+    assert names(root / "run-0000aaaa") == [f"step-{n:08d}" for n in (2, 4, 6)]
+
+
+def test_a_mirror_that_fails_is_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_all(make_run(tmp_path / "run", (2,), "0000aaaa"), tmp_path / "mirror")
+    shutil.rmtree(tmp_path / "run")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(LocalFileSystem, "ls", fail)
+    with pytest.raises(RunError, match="cannot be read"):
+        pull(tmp_path / "run", tmp_path / "mirror")
+
+
+def test_many_runs_at_one_mirror(tmp_path: Path) -> None:
+    """Any names, recipes and losses of folders: each takes its own newest, or nothing."""
+    rng, root = random.Random(0), tmp_path / "mirror"
+    runs: dict[Path, tuple[float, int]] = {}
+    for number in range(12):
+        run = (
+            tmp_path / f"{number % 5}" / rng.choice(("run", "run-2", "a b", "a_b", "run-0000aaaa"))
+        )
+        if run not in runs:
+            runs[run] = (rng.choice((1e-3, 2e-3)), rng.choice((2, 4, 6)))
+            make_run(run, (runs[run][1],), f"{number:08x}", runs[run][0])
+            push_all(run, root)
+    for run, (rate, step) in runs.items():
+        mine = run_id_of(run)
+        shutil.rmtree(run / "checkpoints")
+        assert pull(run, root, rate)[-1].startswith(f"step-{step:08d} was fetched"), run
+        shutil.rmtree(run)
+        pull(run, root, rate)
+        (path,) = list_checkpoints(run / "checkpoints")
+        found = Checkpoint(path)
+        assert misfit(found, small_config(rate), TASK) == ""
+        others = [r for r, (other, _) in runs.items() if r.name == run.name and other == rate]
+        assert len(others) > 1 or (found.step, found.run) == (step, mine)
+
+
+# --- beside training ----------------------------------------------------------------------------
+
+
+class Gate(LocalFileSystem):
+    """A mirror that takes what is written to it when it is opened."""
+
+    protocol = "gate"
+    cachable = False
+    opened = threading.Event()
+
+    def open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        if "w" in mode:
+            assert self.opened.wait(20)
+        return super().open(path, mode, **more)
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    fsspec.register_implementation("gate", Gate, clobber=True)
+    Gate.opened.clear()
+    yield Gate.opened
+    Gate.opened.set()
+
+
+def test_the_mirror_is_nobodys_wait(tmp_path: Path, gate: threading.Event) -> None:
+    """Copies go on beside training; one that retention has deleted meanwhile is not missed."""
+    run = make_run(tmp_path / "run", (2, 4, 6), "0000aaaa")
+    done: list[tuple[str, str]] = []
+    pusher = Pusher(
+        Mirror(f"gate://{tmp_path}/mirror", run), ALL,
+        lambda path, _, problem: done.append((path.name, problem)),
+    )  # fmt: skip
+    began = time.monotonic()
+    for path in list_checkpoints(run / "checkpoints"):
+        pusher.add(path)
+    assert time.monotonic() - began < 5 and not done
+    while pusher.current is None:
+        time.sleep(0.01)
+    shutil.rmtree(run / "checkpoints/step-00000004")
+    gate.set()
+    pusher.join(20)
+    assert done == [("step-00000002", ""), ("step-00000006", "")]
+    assert names(tmp_path / "mirror/run-0000aaaa") == ["step-00000002", "step-00000006"]
+
+
+def test_write_run_is_a_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", (2,))
+    assert find_whole(folder, Alone()) == [] and run_id_of(tmp_path / "run") == "0000aaaa"

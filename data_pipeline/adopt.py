@@ -21,9 +21,10 @@ from data_pipeline.dataset import index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, hash_text
 from data_pipeline.files import write_aside
 from data_pipeline.index_file import TYPES, read_header
+from data_pipeline.json_tokenizer import HuggingFaceTokenizer
 from data_pipeline.manifest import MANIFEST, manifest_values
-from data_pipeline.sources import DataError
-from data_pipeline.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from data_pipeline.records import DataError
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 _SPLITS = ("train", "val", "test")
 _LOOKED_AT = 200

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from data_pipeline.parts import WHOLE, Parts
 from data_pipeline.records import DataError
 from data_pipeline.sources import sha256_of
 from data_pipeline.splits import SPLITS
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Tokenizer, find_tokenizer
 
 _ENDINGS = (".bin", ".idx", ".docs.npy", ".crc")
 _RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d")
@@ -53,10 +54,7 @@ def _holds_something(path: Path) -> bool:
 
 def tokenizer_file(job: Job) -> tuple[str, Path]:
     """Name of the tokenizer in the folder, and the file that it is copied from."""
-    source = job.tokenizer_path
-    if source.is_dir():
-        source = next(source.glob("tokenizer.*"))
-        return source.name, source
+    source = find_tokenizer(job.tokenizer_path)
     return f"tokenizer{'.json' if source.suffix == '.json' else '.model'}", source
 
 
@@ -103,7 +101,7 @@ def assemble(state: Parts, job: Job, tokenizer: Tokenizer, left_out: list[str]) 
     ]
     manifest = manifest_values(
         name, tokenizer, dtype.__name__, entries, state.malformed, described, state.identity,
-        files, left_out,
+        files, left_out, asdict(job.special), state.account.values(),
     )  # fmt: skip
     write_aside(state.out / MANIFEST, json.dumps(manifest, indent=1).encode())
     shutil.rmtree(state.folder)

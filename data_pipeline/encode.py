@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.account import Account, account_of
+from data_pipeline.json_tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
 from data_pipeline.records import Block, DataError, Fields, parse_block, split_by_document
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
@@ -55,6 +57,13 @@ class Job:
     split: str | None = None
     """Put everything in this split; None: by name, else 98 : 1 : 1 by document."""
     strict: bool = False
+    special: SpecialTokens = NO_SPECIAL_TOKENS
+    lossless: bool = False
+    """Stop at a document that the tokenizer does not give back."""
+
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer, set as asked."""
+        return load_tokenizer(self.tokenizer_path, self.eod_token, self.special)
 
 
 @dataclass
@@ -65,10 +74,11 @@ class Result:
     raw_bytes: int
     count: int
     """Documents."""
+    account: Account
 
 
 def token_type(vocabulary_size: int) -> type[np.uint16] | type[np.int32]:
-    """Megatron's choice: 16 bits where the vocabulary allows."""
+    """Megatron's choice: 16 bits where the largest id allows."""
     return np.uint16 if vocabulary_size < 65_500 else np.int32
 
 
@@ -77,7 +87,6 @@ def _encode_block(tokenizer: Tokenizer, block: Block, fields: Fields, split: str
     texts = [document.text for document in parsed.documents]
     ids = tokenizer.encode(texts)
     end = np.array([tokenizer.eod])
-    dtype = token_type(tokenizer.vocabulary_size)
     members: dict[Key, list[int]] = {}
     for number, document in enumerate(parsed.documents):
         key = (split or split_by_document(document.text), document.subset)
@@ -86,17 +95,27 @@ def _encode_block(tokenizer: Tokenizer, block: Block, fields: Fields, split: str
     for key, numbers in members.items():
         raw = [texts[number].encode("utf-8") for number in numbers]
         encoded[key] = Encoded(
-            [
-                np.concatenate(
-                    [part for n in numbers for part in (ids[n], end)], dtype=dtype, casting="unsafe"
-                )
-            ],
+            [_stored([part for n in numbers for part in (ids[n], end)], tokenizer)],
             [np.array([len(ids[n]) + 1 for n in numbers], dtype=np.int32)],
             [np.array([(len(text), hash_text(text)) for text in raw], dtype=DOCUMENT_TYPE)],
         )
     total = sum(int(one.documents[0]["bytes"].sum()) for one in encoded.values())
     raw_bytes = sum(len(record) for record in block.records if isinstance(record, bytes)) or total
-    return Result(encoded, parsed.problems, total, raw_bytes, len(texts))
+    account = account_of(tokenizer, texts, ids)
+    return Result(encoded, parsed.problems, total, raw_bytes, len(texts), account)
+
+
+def _stored(parts: list[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
+    """Ids in the type in which they are written, none of them wrapped.
+
+    Raises:
+        DataError: for an id that the tokenizer should not have.
+    """
+    joined, size = np.concatenate(parts), tokenizer.vocabulary_size
+    if joined.min() < 0 or joined.max() >= size:
+        culprit = joined.min() if joined.min() < 0 else joined.max()
+        raise DataError(f"the tokenizer made token {culprit}, its ids end at {size - 1}")
+    return joined.astype(token_type(size))
 
 
 def hash_text(text: bytes) -> int:
@@ -124,7 +143,7 @@ class Encoder:
             self.workers,
             mp_context=get_context("spawn"),
             initializer=_start_worker,
-            initargs=(self.job.tokenizer_path, self.job.eod_token, os.getpid()),
+            initargs=(self.job, os.getpid()),
         )
         return self._parallel
 
@@ -165,8 +184,8 @@ class Encoder:
 _worker: dict[str, Tokenizer] = {}
 
 
-def _start_worker(path: Path, eod_token: str | None, parent: int) -> None:
-    _worker["tokenizer"] = load_tokenizer(path, eod_token)
+def _start_worker(job: Job, parent: int) -> None:
+    _worker["tokenizer"] = job.open_tokenizer()
 
     def die_with_parent() -> None:
         while os.getppid() == parent:

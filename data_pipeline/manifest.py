@@ -82,6 +82,8 @@ def manifest_values(
     identity: dict[str, Any],
     files: dict[str, str] | None = None,
     left_out: list[str] | None = None,
+    special: dict[str, bool] | None = None,
+    round_trip: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What ``manifest.json`` says; the inverse of `load_manifest`.
 
@@ -91,6 +93,8 @@ def manifest_values(
         identity: what the folder was made of, for whoever would go on with it.
         files: SHA-256 of each file, by its name in the folder.
         left_out: files that were no sources, a line for each reason.
+        special: what becomes of special tokens, as values of `SpecialTokens`.
+        round_trip: what came back of the documents, as values of `Account`.
     """
     values = {
         "version": MANIFEST_VERSION,
@@ -99,6 +103,7 @@ def manifest_values(
             "sha256": tokenizer.sha256,
             "vocabulary_size": tokenizer.vocabulary_size,
             "eod": tokenizer.eod,
+            "special": special or {},
         },
         "dtype": dtype,
         "entries": entries,
@@ -107,6 +112,7 @@ def manifest_values(
         "identity": identity,
         "files": files or {},
         "left_out": left_out or [],
+        "round_trip": round_trip or {},
     }
     return values | {"checksum": _checksum(values)}
 

@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.account import Account
 from data_pipeline.encode import Encoded, Key
 from data_pipeline.files import write_aside, write_synced
 from data_pipeline.records import DataError
 from data_pipeline.sources import Source, Tell, sha256_of
 
 FOLDER = ".parts"
+SPECIAL = "use of special tokens"
+"""Key of an identity, where it is not the default."""
 WHOLE = "whole"
 """Folder in it of files that are being joined."""
 _SHOWN_PROBLEMS = 20
@@ -41,6 +44,14 @@ class SourceState:
     malformed: int = 0
     shown: list[str] = field(default_factory=list)
     """The first of the malformed records, with their reasons."""
+    account: dict[str, Any] = field(default_factory=dict)
+    """What the tokenizer made of its documents, as values of `Account`."""
+
+    def count(self, account: Account) -> None:
+        """Add what the tokenizer made of some documents."""
+        whole = Account(**self.account)
+        whole.add(account)
+        self.account = whole.values()
 
     def record_problems(self, problems: list[str]) -> None:
         """Count malformed records and keep some."""
@@ -80,6 +91,7 @@ def why_others(identity: dict[str, Any], found: Any) -> str:
     """What differs between the identities of two folders, in words; empty: nothing."""
     before = found if isinstance(found, dict) else {}
     keys = [key for key in identity if before.get(key) != identity[key]]
+    keys += [key for key in (SPECIAL,) if key in before and key not in identity]
     words = {
         "tokenizer": "another tokenizer",
         "fields": "other fields",
@@ -104,6 +116,14 @@ class Parts:
     def malformed(self) -> int:
         """Records that were named and skipped."""
         return sum(one.malformed for one in self.sources)
+
+    @property
+    def account(self) -> Account:
+        """What the tokenizer made of all documents so far."""
+        whole = Account()
+        for one in self.sources:
+            whole.add(Account(**one.account))
+        return whole
 
     @property
     def shown(self) -> list[str]:

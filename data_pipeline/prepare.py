@@ -11,6 +11,7 @@ from typing import Literal
 
 from data_pipeline.encode import Job
 from data_pipeline.files import write_aside
+from data_pipeline.json_tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
 from data_pipeline.manifest import load_manifest
 from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.readers import WINDOW_MB
@@ -104,12 +105,14 @@ def tokenize_sources(
     eod_token: str | None = None,
     strict: bool = False,
     window_mb: int = WINDOW_MB,
+    special: SpecialTokens = NO_SPECIAL_TOKENS,
+    lossless: bool = False,
 ) -> Report:
     """Tokenise named sources, with progress on standard error."""
     _check_split(split)
     sources, left_out = _find(names, window_mb, split)
     fields = Fields(text_field, subset_field, default_subset)
-    job = Job(tokenizer, eod_token, fields, split, strict)
+    job = Job(tokenizer, eod_token, fields, split, strict, special, lossless)
     try:
         return tokenize(
             sources, job, out, workers, _Meter(), tell=_say, left_out=left_out

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from data_pipeline.assemble import assemble, check_free
 from data_pipeline.encode import Encoded, Encoder, Job, Key, Result
 from data_pipeline.files import locked
 from data_pipeline.manifest import MANIFEST
-from data_pipeline.parts import Parts, recorded_sources, why_others
+from data_pipeline.parts import SPECIAL, Parts, recorded_sources, why_others
 from data_pipeline.records import Block, DataError
 from data_pipeline.sources import Source, Tell, sha256_of, stamp_of
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.watch import Watch
 
 _LARGE_RECORD = 32 << 20
 
@@ -64,12 +65,13 @@ def tokenize(
     Raises:
         DataError: for a damaged source, for a folder made from other sources or with another
             tokenizer, for one that another process writes, and with ``strict`` for the first
-            malformed record.
+            malformed record, with ``lossless`` for the first document that the tokenizer does not
+            give back.
     """
     started = time.monotonic()
     say: Tell = tell or (lambda line: None)
     move: Progress = progress or (lambda size, documents: None)
-    tokenizer = load_tokenizer(job.tokenizer_path, job.eod_token)
+    tokenizer = job.open_tokenizer()
     identity = _identity(sources, job, tokenizer)
     finished = _finished(out, identity, sources)
     if finished is not None:
@@ -83,10 +85,16 @@ def tokenize(
         resumed = state.load(sources, say)
         if not resumed:
             check_free(out, job)
+        for note in tokenizer.notes:
+            say(f"tokenizer: {note}")
+        watch = Watch(state.account, tokenizer, job, say)
         with Encoder(job, tokenizer, workers, lambda: move(0, 0)) as encode:
             for index, source in enumerate(sources):
                 if not state.sources[index].done:
-                    _tokenize_source(source, index, encode, job, state, part_bytes, move, say)
+                    _tokenize_source(
+                        source, index, encode, job, state, part_bytes, move, say, watch
+                    )
+        watch.finish()
         manifest = assemble(state, job, tokenizer, left_out or [])
     return Report(
         manifest, False, resumed, time.monotonic() - started, state.malformed, state.shown
@@ -96,8 +104,11 @@ def tokenize(
 def _identity(sources: list[Source], job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a folder is made with, apart from the sources."""
     dealt = job.split is None and any(one.split is None for one in sources)
+    # The default is not named, so that folders of earlier versions are known again.
+    asked = [name for name, value in asdict(job.special).items() if value]
     return {
         "tokenizer": tokenizer.sha256,
+        **({SPECIAL: asked} if asked else {}),
         "eod": tokenizer.eod,
         "fields": [job.fields.text, job.fields.subset, job.fields.default_subset],
         "split": job.split,
@@ -141,6 +152,7 @@ def _tokenize_source(
     part_bytes: int,
     move: Progress,
     say: Tell,
+    watch: Watch,
 ) -> None:
     mine = state.sources[index]
     skip = mine.blocks
@@ -157,6 +169,8 @@ def _tokenize_source(
     for result in encode(blocks()):
         if result.problems and job.strict:
             raise DataError(result.problems[0])
+        watch.see(result.account)
+        mine.count(result.account)
         mine.record_problems(result.problems)
         mine.documents += result.count
         mine.blocks += 1

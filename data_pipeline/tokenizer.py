@@ -7,44 +7,68 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from data_pipeline.sources import DataError
+from data_pipeline.json_tokenizer import (
+    NO_SPECIAL_TOKENS,
+    HuggingFaceTokenizer,
+    SpecialTokens,
+)
+from data_pipeline.records import DataError
 
 _SPACE_MARK = "\u2581"
 """SentencePiece writes spaces as this character, so that a real one needs a detour."""
-_EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 _MAX_SENTENCE = 4000
 
 
 class Tokenizer(Protocol):
     """What the pipeline asks of a tokenizer."""
 
+    notes: list[str]
+    """What of the file is not used as it stands, a line each."""
+
     @property
     def vocabulary_size(self) -> int:
-        """Number of tokens."""
+        """Largest id of a token, plus 1."""
 
     @property
     def eod(self) -> int:
         """The end-of-document token."""
 
     @property
+    def eod_name(self) -> str:
+        """Its text."""
+
+    @property
+    def unknown(self) -> int | None:
+        """The token of what the vocabulary lacks, if there is one."""
+
+    @property
     def sha256(self) -> str:
         """Hash of the model file."""
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32, without special tokens."""
+        """Token ids of each text, int32, without the end-of-document token."""
 
-    def decode(self, ids: list[int]) -> str:
+    def inside(self, ids: np.ndarray) -> np.ndarray:
+        """The tokens of a document's text, without those that are put around it."""
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of some token ids."""
+
+    def special_texts(self, text: str) -> int:
+        """How often the text of a special token stands in a text."""
+
+    def causes(self) -> list[str]:
+        """Parts of the file that may change a text."""
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model; decode(encode(x)) == x where the model keeps every byte."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, eod_token: str | None = None) -> None:
         import sentencepiece
 
         self._data = path.read_bytes()
@@ -53,22 +77,48 @@ class SentencePieceTokenizer:
             self._processor.LoadFromSerializedProto(self._data)
         except RuntimeError:
             raise DataError(f"{path}: not a SentencePiece model") from None
-        eod = self._processor.eos_id()
-        if eod < 0:
-            raise DataError(f"{path}: this model has no end-of-sentence token to end documents")
-        self._eod = int(eod)
+        self._eod = self._find_eod(path, eod_token)
+        self.notes: list[str] = []
         mark = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._mark = None if self._processor.unk_id() in mark else mark
+        if self._mark is not None and self.decode(self._encode_with_marks("a\u2581b", mark)) != (
+            "a\u2581b"
+        ):
+            self._mark = None  # such as a model that begins every part with a space
+
+    def _find_eod(self, path: Path, eod_token: str | None) -> int:
+        if eod_token is not None:
+            found = int(self._processor.PieceToId(eod_token))
+            if self._processor.IdToPiece(found) != eod_token:
+                raise DataError(f"{path}: has no piece {eod_token!r}; name another --eod-token")
+            return found
+        eod = int(self._processor.eos_id())
+        if eod < 0:
+            raise DataError(
+                f"{path}: this model has no end-of-sentence token to end documents; name one of "
+                "its pieces with --eod-token"
+            )
+        return eod
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of tokens."""
+        """Number of tokens; SentencePiece numbers them without holes."""
         return int(self._processor.GetPieceSize())
 
     @property
     def eod(self) -> int:
         """The end-of-document token."""
         return self._eod
+
+    @property
+    def eod_name(self) -> str:
+        """Its text."""
+        return str(self._processor.IdToPiece(self._eod))
+
+    @property
+    def unknown(self) -> int | None:
+        """The token of what the vocabulary lacks."""
+        return int(self._processor.unk_id())
 
     @property
     def sha256(self) -> str:
@@ -95,73 +145,63 @@ class SentencePieceTokenizer:
         first, *others = self._arrays(text.split(_SPACE_MARK))
         return np.concatenate([first, *(part for one in others for part in (between, one))])
 
-    def decode(self, ids: list[int]) -> str:
+    def inside(self, ids: np.ndarray) -> np.ndarray:
+        """The tokens of a document's text: all."""
+        return ids
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of some token ids."""
-        return str(self._processor.Decode(ids))
+        return str(self._processor.Decode(np.asarray(ids, dtype=np.int64).tolist()))
+
+    def special_texts(self, text: str) -> int:
+        """None: names of control tokens are letters to SentencePiece."""
+        return 0
+
+    def causes(self) -> list[str]:
+        """Parts of the model that may change a text."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 (made at run time)
+        proto.ParseFromString(self._data)
+        norm = proto.normalizer_spec
+        changes = {
+            f"normalisation {norm.name}": norm.name != "identity",
+            "a space before the text": norm.add_dummy_prefix,
+            "extra spaces removed": norm.remove_extra_whitespaces,
+            "no byte fallback": not proto.trainer_spec.byte_fallback,
+        }
+        return [name for name, does in changes.items() if does]
 
 
-class HuggingFaceTokenizer:
-    """A ``tokenizer.json``."""
-
-    def __init__(self, path: Path, eod_token: str | None = None) -> None:
-        # Parallelism is over processes here; the library's own threads would oversubscribe.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        import tokenizers
-
-        self._data = path.read_bytes()
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(self._data.decode("utf-8"))
-        except Exception:  # the library raises plain Exception
-            raise DataError(f"{path}: not a Hugging Face tokenizer.json") from None
-        names = (eod_token,) if eod_token else _EOD_NAMES
-        found = [self._tokenizer.token_to_id(name) for name in names]
-        eods = [token for token in found if token is not None]
-        if not eods:
-            raise DataError(
-                f"{path}: no end-of-document token among {', '.join(names)}; name it with "
-                "--eod-token"
-            )
-        self._eod = int(eods[0])
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of tokens, added ones included."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
-
-    @property
-    def eod(self) -> int:
-        """The end-of-document token."""
-        return self._eod
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the file."""
-        return hashlib.sha256(self._data).hexdigest()
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32."""
-        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [np.array(one.ids, dtype=np.int32) for one in encoded]
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of some token ids."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
-
-
-def load_tokenizer(path: Path, eod_token: str | None = None) -> Tokenizer:
-    """A SentencePiece ``.model`` or a ``tokenizer.json`` (or a folder that holds one).
+def find_tokenizer(path: Path) -> Path:
+    """The file of a tokenizer, given it or the folder that holds it.
 
     Raises:
-        DataError: if the file is missing or neither.
+        DataError: if there is none.
     """
     if path.is_dir():
         inside = [path / name for name in ("tokenizer.model", "tokenizer.json")]
         path = next((file for file in inside if file.is_file()), path)
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer; train one with `pretrain data tokenizer`")
+    return path
+
+
+def load_tokenizer(
+    path: Path, eod_token: str | None = None, special: SpecialTokens = NO_SPECIAL_TOKENS
+) -> Tokenizer:
+    """A SentencePiece ``.model`` or a ``tokenizer.json`` (or a folder that holds one).
+
+    Args:
+        special: concerns a ``tokenizer.json`` alone.
+
+    Raises:
+        DataError: if the file is missing or neither.
+    """
+    path = find_tokenizer(path)
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path, eod_token)
-    return SentencePieceTokenizer(path)
+        return HuggingFaceTokenizer(path, eod_token, special)
+    return SentencePieceTokenizer(path, eod_token)
 
 
 def train_tokenizer(

@@ -84,9 +84,32 @@ def tokenize(
     subset_field: SubsetField = "meta.pile_set_name",
     default_subset: DefaultSubset = None,
     eod_token: Annotated[
-        str | None, typer.Option(help="End-of-document token of a tokenizer.json.")
+        str | None,
+        typer.Option(help="End-of-document token of a tokenizer.json, or piece of a .model."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a malformed record.")] = False,
+    lossless: Annotated[
+        bool,
+        typer.Option(
+            "--lossless", help="Stop at a document that the tokenizer does not give back exactly."
+        ),
+    ] = False,
+    add_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--add-special-tokens",
+            help="Put around every document what a tokenizer.json puts around a text (such as a "
+            "beginning-of-sequence token).",
+        ),
+    ] = False,
+    parse_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special-tokens",
+            help="Text such as <|endoftext|> inside a document becomes that token; default: it "
+            "stays text.",
+        ),
+    ] = False,
     zst_window_mb: ZstWindow = 512,
     json: Json = False,
 ) -> None:
@@ -95,11 +118,13 @@ def tokenize(
     The split is what the file's name says (train, val, test), else 98:1:1 by document.
     Interrupted, the same words go on; finished, they do nothing.
     """
+    from data_pipeline.json_tokenizer import SpecialTokens
     from data_pipeline.prepare import tokenize_sources
 
     report = tokenize_sources(
         sources, tokenizer, out, workers, split, text_field, subset_field, default_subset,
         eod_token, strict, zst_window_mb,
+        SpecialTokens(add_special_tokens, parse_special_tokens), lossless,
     )  # fmt: skip
     for line in report.shown:
         print(f"skipped {line}", file=sys.stderr)

@@ -1,0 +1,152 @@
+"""What a tokenizer makes of the documents: what comes back of them, and what does not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.records import DataError
+from data_pipeline.tokenizer import Tokenizer
+
+_EXAMPLES = 3
+_SHOWN = 30
+"""Characters of an example, before and after the first difference."""
+
+
+@dataclass
+class Account:
+    """Counts over documents that were encoded, and decoded again to compare."""
+
+    documents: int = 0
+    exact: int = 0
+    """Documents whose text comes back as it was."""
+    bytes: int = 0
+    """UTF-8 bytes of their texts."""
+    bytes_back: int = 0
+    """Bytes of the characters that come back, wherever in the text."""
+    tokens: int = 0
+    """Of the texts alone."""
+    unknown: int = 0
+    unknown_documents: int = 0
+    eod_inside: int = 0
+    """End-of-document tokens inside texts."""
+    eod_documents: int = 0
+    special_texts: int = 0
+    """Texts of special tokens that stand in documents."""
+    special_documents: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, other: Account) -> None:
+        """Count another's documents too."""
+        for name, value in vars(other).items():
+            if name != "examples":
+                setattr(self, name, getattr(self, name) + value)
+        self.examples = (self.examples + other.examples)[:_EXAMPLES]
+
+    def values(self) -> dict[str, Any]:
+        """For a manifest."""
+        return asdict(self)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every text comes back."""
+        return self.exact == self.documents
+
+
+def account_of(tokenizer: Tokenizer, texts: list[str], ids: list[np.ndarray]) -> Account:
+    """Decode documents and compare.
+
+    Args:
+        ids: what the tokenizer made of each text.
+    """
+    found = Account(documents=len(texts))
+    for text, whole in zip(texts, ids, strict=True):
+        inside = tokenizer.inside(whole)
+        size = len(text.encode("utf-8"))
+        found.bytes += size
+        found.tokens += len(inside)
+        _count(found, "eod_inside", "eod_documents", int((inside == tokenizer.eod).sum()))
+        if tokenizer.unknown is not None:
+            unknown = int((inside == tokenizer.unknown).sum())
+            _count(found, "unknown", "unknown_documents", unknown)
+        _count(found, "special_texts", "special_documents", tokenizer.special_texts(text))
+        _compare(found, text, size, tokenizer, inside)
+    return found
+
+
+def _count(found: Account, total: str, documents: str, count: int) -> None:
+    setattr(found, total, getattr(found, total) + count)
+    setattr(found, documents, getattr(found, documents) + (count > 0))
+
+
+def _decoded(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    try:
+        return tokenizer.decode(ids)
+    except DataError:  # a decoder that cannot
+        return ""
+
+
+def _compare(found: Account, text: str, size: int, tokenizer: Tokenizer, ids: np.ndarray) -> None:
+    back = _decoded(tokenizer, ids)
+    if back == text:
+        found.exact += 1
+        found.bytes_back += size
+        return
+    # The name of the unknown token is no text that came back.
+    known = ids if tokenizer.unknown is None else ids[ids != tokenizer.unknown]
+    common = Counter(text) & Counter(back if known is ids else _decoded(tokenizer, known))
+    found.bytes_back += sum(len(one.encode("utf-8")) * count for one, count in common.items())
+    if len(found.examples) < _EXAMPLES:
+        found.examples.append(_example(text, back))
+
+
+def _example(text: str, back: str) -> str:
+    """Both texts around their first difference."""
+    same = next(
+        (at for at, (one, other) in enumerate(zip(text, back, strict=False)) if one != other),
+        min(len(text), len(back)),
+    )
+    start = max(0, same - _SHOWN)
+    return f"{text[start : same + _SHOWN]!r} comes back as {back[start : same + _SHOWN]!r}"
+
+
+def share(part: int, whole: int) -> str:
+    """A share in per cent, never rounded up to 100."""
+    if part == whole:
+        return "100 %"
+    return f"{int(1e6 * part / whole) / 1e4:.4f} %"
+
+
+def described(account: Account, tokenizer: Tokenizer, parses_special: bool) -> list[str]:
+    """What to know of documents as this tokenizer reads them, a line each."""
+    one = account
+    lines = [
+        f"round trip: {one.exact:,} of {one.documents:,} documents come back exactly, "
+        f"{share(one.bytes_back, one.bytes)} of their bytes"
+    ]
+    if not one.is_exact:
+        causes = ", ".join(tokenizer.causes()) or "its vocabulary"
+        lines[0] += f"; {one.examples[0]} ({causes}); --lossless refuses such a tokenizer"
+    if one.unknown:
+        lines.append(
+            f"unknown tokens: {one.unknown:,} of {one.tokens:,} "
+            f"({share(one.unknown, one.tokens)}), in {one.unknown_documents:,} documents: the "
+            "vocabulary is not of this text"
+        )
+    if one.special_texts:
+        taken = (
+            "taken for the tokens" if parses_special else "kept as text (--parse-special-tokens)"
+        )
+        lines.append(
+            f"text of special tokens: {one.special_texts:,} times, in "
+            f"{one.special_documents:,} documents: {taken}"
+        )
+    if one.eod_inside:
+        lines.append(
+            f"{tokenizer.eod_name} inside texts: {one.eod_inside:,} times, in "
+            f"{one.eod_documents:,} documents: the model will take it for an end of document"
+        )
+    return lines

@@ -1,0 +1,253 @@
+"""A ``tokenizer.json`` of Hugging Face's library, used for whole documents.
+
+Such a file may hold settings that suit a model's inputs and not its training text: truncation,
+padding, dropout of merges, tokens put around every text. What is switched off is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from data_pipeline.records import DataError
+
+_EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+_LARGEST = 2**31 - 2
+"""Largest id: ids are stored as int32 at most, and the vocabulary has one more."""
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What becomes of special tokens beside the end of a document."""
+
+    add: bool = False
+    """Put around every document what the file's post-processor puts around a text."""
+    parse: bool = False
+    """Take the text of a special token inside a document for that token."""
+
+
+NO_SPECIAL_TOKENS = SpecialTokens()
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json``."""
+
+    def __init__(
+        self, path: Path, eod_token: str | None = None, special: SpecialTokens = NO_SPECIAL_TOKENS
+    ) -> None:
+        # Parallelism is over processes here; the library's own threads would oversubscribe.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        import tokenizers
+
+        self._path, self._special = path, special
+        self._data = path.read_bytes()
+        wrong = f"{path}: not a Hugging Face tokenizer.json"
+        self._tree: dict[str, Any] = _ask(lambda: json.loads(self._data), wrong)
+        if not _merges_fit(self._tree):
+            raise DataError(f"{wrong} (its merges do not begin with continuing_subword_prefix)")
+        self._tokenizer = _ask(lambda: tokenizers.Tokenizer.from_str(self._data.decode()), wrong)
+        names = (eod_token,) if eod_token else _EOD_NAMES
+        found = [self._tokenizer.token_to_id(name) for name in names]
+        eods = [token for token in found if token is not None]
+        if not eods:
+            raise DataError(
+                f"{path}: no end-of-document token among {', '.join(names)}; name it with "
+                "--eod-token"
+            )
+        self._eod = int(eods[0])
+        largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        if largest > _LARGEST:
+            raise DataError(f"{path}: has token {largest}; ids up to {_LARGEST} can be stored")
+        self._size = int(largest) + 1
+        self.notes = self._switch_off()
+        self._before, self._after = self._around()
+        self._tokenizer.encode_special_tokens = not special.parse
+
+    def _switch_off(self) -> list[str]:
+        """Drop what would cut, lengthen or change documents; returns what that was."""
+        off = []
+        if self._tokenizer.truncation is not None:
+            off.append(f"truncation to {self._tokenizer.truncation['max_length']} tokens")
+            self._tokenizer.no_truncation()
+        if self._tokenizer.padding is not None:
+            off.append("padding")
+            self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):
+            off.append(f"dropout of merges ({self._tokenizer.model.dropout:g})")
+            self._tokenizer.model.dropout = None
+        return [f"switched off: {', '.join(off)}; documents are encoded whole"] if off else []
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """Tokens that are put before and after every document."""
+        if not self._tokenizer.num_special_tokens_to_add(False):
+            return [], []
+        before, after = self._template()
+        names = " … ".join(" ".join(self._name(one) for one in part) for part in (before, after))
+        kept = "added to every document" if self._special.add else "left out (--add-special-tokens)"
+        self.notes.append(f"the post-processor puts {names.strip()} around a text: {kept}")
+        return (before, after) if self._special.add else ([], [])
+
+    def _template(self) -> tuple[list[int], list[int]]:
+        for probe in ("a", "0", " ", self.eod_name):
+            try:
+                bare, whole = (
+                    self._tokenizer.encode(probe, add_special_tokens=add).ids
+                    for add in (False, True)
+                )
+            except Exception:  # the library raises plain Exception for what a vocabulary lacks
+                continue
+            starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
+            if bare and starts:
+                return whole[: starts[0]], whole[starts[0] + len(bare) :]
+        raise DataError(f"{self._path}: cannot tell what its post-processor puts around a text")
+
+    def _name(self, token: int) -> str:
+        return str(self._tokenizer.id_to_token(token))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Largest id of a token, added ones included, plus 1: some ids may be no token."""
+        return self._size
+
+    @property
+    def eod(self) -> int:
+        """The end-of-document token."""
+        return self._eod
+
+    @property
+    def eod_name(self) -> str:
+        """Its text."""
+        return self._name(self._eod)
+
+    @cached_property
+    def unknown(self) -> int | None:
+        """The token of what the vocabulary lacks, if there is one."""
+        model = self._tree.get("model") or {}
+        if model.get("unk_id") is not None:
+            return int(model["unk_id"])
+        found = self._tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else None
+        return None if found is None else int(found)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file."""
+        return hashlib.sha256(self._data).hexdigest()
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32.
+
+        Raises:
+            DataError: with the text that the tokenizer cannot encode.
+        """
+        add = self._special.add
+        try:
+            encoded = self._tokenizer.encode_batch(texts, add_special_tokens=add)
+        except BaseException as error:
+            _reraise_if_ours(error)
+            self._name_culprit(texts)
+            raise DataError(f"{self._path}: {_reason(error)}") from None
+        ids = [np.array(one.ids, dtype=np.int32) for one in encoded]
+        if self._after[-1:] == [self._eod]:
+            return [one[:-1] for one in ids]  # whoever ends documents adds it
+        return ids
+
+    def _name_culprit(self, texts: list[str]) -> None:
+        for text in texts:
+            _ask(lambda: self._tokenizer.encode(text), f"{self._path}: cannot encode {text[:60]!r}")  # noqa: B023
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
+        """Text of some token ids."""
+        listed = np.asarray(ids, dtype=np.int64).tolist()
+        wrong = f"{self._path}: cannot decode"
+        return str(_ask(lambda: self._tokenizer.decode(listed, skip_special_tokens=False), wrong))
+
+    def inside(self, ids: np.ndarray) -> np.ndarray:
+        """The tokens of a document's text alone."""
+        after = len(self._after) - (self._after[-1:] == [self._eod])
+        return ids[len(self._before) : len(ids) - after]
+
+    def special_texts(self, text: str) -> int:
+        """How often the text of a special token stands in a text."""
+        starts, pattern = self._special_pattern
+        if not any(start in text for start in starts):
+            return 0
+        return len(pattern.findall(text))
+
+    @cached_property
+    def _special_pattern(self) -> tuple[set[str], re.Pattern[str]]:
+        added = self._tree.get("added_tokens") or []
+        names = [one["content"] for one in added if one.get("special") and one["content"]]
+        longest_first = sorted(names, key=len, reverse=True)
+        # Without a name, a pattern that is found nowhere.
+        pattern = "|".join(re.escape(name) for name in longest_first) or r"(?!)"
+        return {name[:2] for name in names}, re.compile(pattern)
+
+    def causes(self) -> list[str]:
+        """Parts of the file that may change a text."""
+        found = [f"normalizer {one}" for one in _kinds(self._tree.get("normalizer"))]
+        found += [f"pre_tokenizer {one}" for one in _kinds(self._tree.get("pre_tokenizer"))]
+        model, decoder = self._tree.get("model") or {}, _kinds(self._tree.get("decoder"))
+        found += [f"decoder {one}" for one in decoder] or ["no decoder"]
+        if "ByteLevel" not in decoder and not model.get("byte_fallback"):
+            found.append("no byte fallback")
+        return found
+
+
+def _merges_fit(tree: Any) -> bool:
+    """Whether second halves of merges have the prefix of continued words.
+
+    The library ends the process where they are shorter than it.
+    """
+    model = tree.get("model") if isinstance(tree, dict) else None
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    merges = model.get("merges") if isinstance(model, dict) else None
+    if not isinstance(prefix, str) or not isinstance(merges, list):
+        return True
+    pairs = [one.split(" ") if isinstance(one, str) else one for one in merges]
+    return all(one and str(one[-1]).startswith(prefix) for one in pairs)
+
+
+def _kinds(part: Any) -> list[str]:
+    """Types of a part of the file, sequences unfolded."""
+    if not isinstance(part, dict):
+        return []
+    inner = next(
+        (part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None
+    )
+    if isinstance(inner, list):
+        return [kind for one in inner for kind in _kinds(one)]
+    return [str(part.get("type"))]
+
+
+def _ask(call: Callable[[], _Result], wrong: str) -> _Result:
+    """An answer of the library, or one line.
+
+    Raises:
+        DataError: ``wrong`` and the library's reason.
+    """
+    try:
+        return call()
+    except BaseException as error:
+        _reraise_if_ours(error)
+        raise DataError(f"{wrong} ({_reason(error)})") from None
+
+
+def _reraise_if_ours(error: BaseException) -> None:
+    """The library raises plain Exception, and where it panics an exception that is not one."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

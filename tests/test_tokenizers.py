@@ -1,0 +1,504 @@
+"""Foreign tokenizers: every text comes back, or what is lost is said and counted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from data_pipeline.account import account_of, described
+from data_pipeline.dataset import held_out
+from data_pipeline.encode import Job
+from data_pipeline.json_tokenizer import SpecialTokens
+from data_pipeline.manifest import load_manifest
+from data_pipeline.prepare import tokenize_sources
+from data_pipeline.records import DataError
+from data_pipeline.tokenizer import SentencePieceTokenizer, load_tokenizer
+from tests.conftest import make_text, write_jsonl
+from tests.tools import assert_one_line, run
+
+EOD = "<|endoftext|>"
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "  two  spaces\tand a tab\n\n\nlines  ",
+    "Café naïve Ångström ﬁ ½ ＡＢＣ",
+    "🙂 漢字かな Привет",
+    f"a text that speaks of {EOD} in its middle",
+    "",
+    "[CLS] [SEP] [UNK] <s> </s> <unk> ##ing",
+    "\u2581 a mark and a \0 byte \u200b",
+]
+
+FILLED = [text for text in TEXTS if text]
+"""Empty documents are no documents."""
+
+
+def write_texts(folder: Path, texts: list[str] = FILLED) -> Path:
+    records = [{"text": text, "meta": {"pile_set_name": "Web"}} for text in texts]
+    write_jsonl(folder / "train.jsonl", records)
+    return folder
+
+
+def byte_level(path: Path, texts: list[str] = TEXTS) -> tokenizers.Tokenizer:
+    """A tokenizer that loses nothing, as the GPT-2 family has; also written to ``path``."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[EOD, "<|padding|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    made.train_from_iterator(texts, trainer)
+    made.save(str(path))
+    return made
+
+
+def ids_of(folder: Path) -> list[list[int]]:
+    return [one.tokens.tolist() for one in held_out(load_manifest(folder), "train")]
+
+
+# --- settings of a file that are not for documents ------------------------------------------
+
+
+def test_settings_for_inputs_do_not_change_documents(tmp_path: Path) -> None:
+    """Truncation, padding, dropout and tokens put around a text, in every combination."""
+    made = byte_level(tmp_path / "plain.json")
+    plain = [load_tokenizer(tmp_path / "plain.json").encode(TEXTS)]
+    around = [
+        processors.BertProcessing((EOD, 0), ("<|padding|>", 1)),
+        processors.RobertaProcessing((EOD, 0), ("<|padding|>", 1)),
+        processors.TemplateProcessing(
+            single=f"<|padding|> $A {EOD}", special_tokens=[(EOD, 0), ("<|padding|>", 1)]
+        ),
+        None,
+    ]
+    for cut, pad, dropout, post in itertools.product((0, 8), (0, 1), (None, 0.5), around):
+        one = tokenizers.Tokenizer.from_str(made.to_str())
+        if cut:
+            one.enable_truncation(cut)
+        if pad:
+            one.enable_padding(pad_id=1, pad_token="<|padding|>", length=64)
+        if post is not None:
+            one.post_processor = post
+        tree = json.loads(one.to_str())
+        tree["model"]["dropout"] = dropout
+        path = tmp_path / "other.json"
+        path.write_text(json.dumps(tree))
+        found = load_tokenizer(path)
+        assert [ids.tolist() for ids in found.encode(TEXTS)] == [one.tolist() for one in plain[0]]
+        off = next((one for one in found.notes if one.startswith("switched off")), "")
+        assert ("truncation to 8" in off, "padding" in off) == (bool(cut), bool(pad))
+        assert ("dropout" in off) == bool(dropout)
+        assert ("post-processor" in " ".join(found.notes)) == (post is not None)
+
+
+def test_tokens_around_a_text_on_request(tmp_path: Path) -> None:
+    """They are added once, and are no part of the text that comes back; the end stays one token."""
+    made = byte_level(tmp_path / "plain.json")
+    begin, end = ("<|padding|>", 1), (EOD, 0)
+    for template, before in ((f"<|padding|> $A {EOD}", 1), ("<|padding|> $A", 1), (f"$A {EOD}", 0)):
+        made.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[begin, end]
+        )
+        made.save(str(tmp_path / "template.json"))
+        out = tmp_path / f"out-{before}-{len(template)}"
+        report = tokenize_sources(
+            [str(write_texts(tmp_path / "in"))], tmp_path / "template.json", out,
+            special=SpecialTokens(add=True),
+        )  # fmt: skip
+        plain = load_tokenizer(tmp_path / "plain.json").encode(FILLED)
+        wanted = sorted([1] * before + one.tolist() for one in plain)
+        assert sorted(ids_of(out)) == wanted
+        assert report.manifest["round_trip"]["exact"] == len(FILLED)
+        assert report.manifest["tokenizer"]["special"] == {"add": True, "parse": False}
+
+
+@pytest.mark.parametrize("parse", [False, True])
+def test_a_special_token_in_a_text(
+    parse: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stays text, or becomes the token on request; either way it is said and counted."""
+    byte_level(tmp_path / "plain.json")
+    source = write_texts(tmp_path / "in", [*FILLED, f"{EOD}{EOD}<|padding|>"])
+    report = tokenize_sources(
+        [str(source)], tmp_path / "plain.json", tmp_path / "out",
+        special=SpecialTokens(parse=parse),
+    )  # fmt: skip
+    account = report.manifest["round_trip"]
+    assert (account["special_texts"], account["special_documents"]) == (4, 2)
+    assert (account["eod_inside"], account["eod_documents"]) == ((3, 2) if parse else (0, 0))
+    assert account["exact"] == len(FILLED) + 1
+    said = capsys.readouterr().err
+    assert "text of special tokens: 4 times, in 2 documents" in said
+    assert (f"{EOD} inside texts: 3 times" in said) == parse
+    with pytest.raises(DataError, match="special tokens"):
+        tokenize_sources(
+            [str(source)], tmp_path / "plain.json", tmp_path / "out",
+            special=SpecialTokens(parse=not parse),
+        )  # fmt: skip
+
+
+def test_a_lossy_tokenizer_is_said_and_can_be_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = byte_level(tmp_path / "plain.json")
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    made.save(str(tmp_path / "lossy.json"))
+    words = ["data", "tokenize", str(write_texts(tmp_path / "in")), "--workers", "1",
+             "--tokenizer", str(tmp_path / "lossy.json"), "--out"]  # fmt: skip
+    assert run(monkeypatch, *words, str(tmp_path / "out")) == 0
+    said = capsys.readouterr().err
+    assert "round trip: 3 of 7 documents come back exactly" in said, said
+    assert "comes back as 'the quick" in said and "NFKC, normalizer Lowercase" in said
+    assert run(monkeypatch, *words, str(tmp_path / "none"), "--lossless") == 1
+    assert_one_line(capsys.readouterr().err, ("--lossless", "lossy.json", "comes back as"))
+    assert not (tmp_path / "none/manifest.json").exists()
+    assert load_manifest(tmp_path / "out").entries[0].bytes == sum(len(t.encode()) for t in FILLED)
+
+
+def test_unknown_tokens_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A SentencePiece model of another language, without byte fallback."""
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    rng = random.Random(0)
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([make_text(rng, 3).replace("🙂", "") for _ in range(80)]),
+        model_writer=model, vocab_size=120, model_type="bpe", minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "foreign.model").write_bytes(model.getvalue())
+    texts = ["rank decay of the matrix", "Привет, мир", "漢 字"]
+    tokenize_sources(
+        [str(write_texts(tmp_path / "in", texts))], tmp_path / "foreign.model", tmp_path / "out"
+    )
+    flat = [token for one in ids_of(tmp_path / "out") for token in one]
+    account = json.loads((tmp_path / "out/manifest.json").read_text())["round_trip"]
+    assert account["unknown"] == flat.count(0) > 0 and account["tokens"] == len(flat)
+    assert (account["unknown_documents"], account["exact"]) == (2, 1)
+    said = capsys.readouterr().err
+    assert f"unknown tokens: {account['unknown']} of {len(flat)}" in said
+    assert "normalisation nmt_nfkc" in said and "no byte fallback" in said
+
+
+def test_the_account_does_not_depend_on_workers_or_kills(tmp_path: Path) -> None:
+    from data_pipeline.sources import find_sources
+    from data_pipeline.tokenize import tokenize
+
+    made = byte_level(tmp_path / "plain.json")
+    made.normalizer = normalizers.Lowercase()
+    made.save(str(tmp_path / "lossy.json"))
+    for name in ("a", "b", "c"):
+        write_jsonl(
+            tmp_path / "in" / f"{name}.jsonl",
+            [{"text": f"{name} {text}", "meta": {"pile_set_name": "Web"}} for text in FILLED],
+        )
+    sources = find_sources([str(tmp_path / "in")])
+    job = Job(tmp_path / "lossy.json", split="train")
+    whole = tokenize(sources, job, tmp_path / "whole").manifest["round_trip"]
+
+    class KilledError(Exception):
+        pass
+
+    calls = []
+
+    def kill(_: int, __: int) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        tokenize(sources, job, tmp_path / "parts", progress=kill, part_bytes=1)
+    resumed = tokenize(sources, job, tmp_path / "parts", part_bytes=1)
+    assert resumed.resumed and resumed.manifest["round_trip"] == whole
+    assert whole["documents"] == 21 and 0 < whole["exact"] < 21
+
+
+# --- every combination of parts -------------------------------------------------------------
+
+NORMALIZERS = {
+    "none": None,
+    "lower": normalizers.Lowercase(),
+    "nfd-strip": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    "nfkc": normalizers.NFKC(),
+    "bert": normalizers.BertNormalizer(),
+    "strip": normalizers.Strip(),
+    "prepend": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    "nmt": normalizers.Nmt(),
+    "bytes": normalizers.ByteLevel(),
+}
+PRE_TOKENIZERS = {
+    "none": None,
+    "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "bytes-prefix": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "space": pre_tokenizers.Whitespace(),
+    "space-split": pre_tokenizers.WhitespaceSplit(),
+    "metaspace": pre_tokenizers.Metaspace(),
+    "bert": pre_tokenizers.BertPreTokenizer(),
+    "digits": pre_tokenizers.Digits(individual_digits=True),
+}
+DECODERS = {
+    "none": None,
+    "bytes": decoders.ByteLevel(),
+    "wordpiece": decoders.WordPiece(),
+    "metaspace": decoders.Metaspace(),
+    "fallback": decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),
+    "bpe": decoders.BPEDecoder(),
+    "ctc": decoders.CTC(),
+}
+POSTS = ("none", "bert", "roberta", "template", "bytes")
+KINDS = ("bpe", "bpe-unk", "bpe-fallback", "wordpiece", "wordlevel", "wordlevel-none", "unigram")
+
+
+def make_model(kind: str) -> models.Model:
+    letters = sorted(set("".join(TEXTS[:2])) | set("ĠĊĉ"))
+    names = [EOD, "[UNK]", "<s>", "</s>"]
+    names += [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = [*names, *letters, *(f"##{one}" for one in letters), "the", "quick", "fox"]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    if kind == "wordpiece":
+        return models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=12)
+    if kind == "wordlevel":
+        return models.WordLevel(vocabulary, unk_token="[UNK]")
+    if kind == "wordlevel-none":
+        return models.WordLevel(vocabulary, unk_token="missing")
+    if kind == "unigram":
+        return models.Unigram([(piece, -1.0) for piece in vocabulary], 1, byte_fallback=False)
+    return models.BPE(
+        vocabulary, [], unk_token="[UNK]" if kind == "bpe-unk" else None,
+        byte_fallback=kind == "bpe-fallback",
+    )  # fmt: skip
+
+
+def make_post(name: str) -> processors.PostProcessor | None:
+    if name == "bert":
+        return processors.BertProcessing(("</s>", 3), ("<s>", 2))
+    if name == "roberta":
+        return processors.RobertaProcessing(("</s>", 3), ("<s>", 2))
+    if name == "template":
+        return processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 2)])
+    return processors.ByteLevel() if name == "bytes" else None
+
+
+def check_combination(names: tuple[str, ...], path: Path) -> str:
+    """Encode all texts with a tokenizer of these parts; returns what happened.
+
+    Whether a text comes back is found out here with the library alone.
+    """
+    kind, normal, pre, decoder, post = names
+    made = tokenizers.Tokenizer(make_model(kind))
+    parts = {
+        "normalizer": NORMALIZERS[normal],
+        "pre_tokenizer": PRE_TOKENIZERS[pre],
+        "decoder": DECODERS[decoder],
+        "post_processor": make_post(post),
+    }
+    for part, value in parts.items():
+        if value is not None:
+            setattr(made, part, value)
+    made.add_special_tokens([EOD])
+    made.save(str(path))
+    made.encode_special_tokens = True
+    tokenizer = load_tokenizer(path)
+    try:
+        wanted = [made.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    except Exception:
+        with pytest.raises(DataError, match="cannot encode"):
+            tokenizer.encode(TEXTS)
+        return "refused"
+    found = tokenizer.encode(TEXTS)
+    assert [one.tolist() for one in found] == wanted
+    exact = [made.decode(ids, skip_special_tokens=False) == text
+             for ids, text in zip(wanted, TEXTS, strict=True)]  # fmt: skip
+    account = account_of(tokenizer, TEXTS, found)
+    assert account.exact == sum(exact) and account.is_exact == all(exact)
+    unknown = tokenizer.unknown
+    assert account.unknown == sum(one.count(unknown) for one in wanted)
+    assert account.eod_inside == sum(one.count(tokenizer.eod) for one in wanted)
+    said = " ".join(described(account, tokenizer, False))
+    assert ("comes back as" in said) == (not all(exact)) and ("100 %" in said or not all(exact))
+    assert account.bytes == sum(len(text.encode()) for text in TEXTS) >= account.bytes_back
+    return "exact" if all(exact) else "said"
+
+
+def combinations() -> list[tuple[str, ...]]:
+    return list(itertools.product(KINDS, NORMALIZERS, PRE_TOKENIZERS, DECODERS, POSTS))
+
+
+def test_a_sample_of_all_combinations(tmp_path: Path) -> None:
+    """Each is exact, or says what is lost, or is refused in one line."""
+    chosen = random.Random(5).sample(combinations(), 400)
+    found = {check_combination(names, tmp_path / "t.json") for names in chosen}
+    lossless = ("bpe-fallback", "none", "none", "fallback", "bert")
+    assert check_combination(lossless, tmp_path / "t.json") == "exact"
+    assert {"said", "refused"} <= found
+
+
+@pytest.mark.long
+def test_all_combinations(tmp_path: Path) -> None:
+    """17,640 tokenizers."""
+    outcomes = [check_combination(names, tmp_path / "t.json") for names in combinations()]
+    assert len(outcomes) == 17_640 and {"exact", "said", "refused"} == set(outcomes)
+
+
+# --- vocabularies with holes ----------------------------------------------------------------
+
+
+def holed(path: Path, sizes: tuple[int, int], rng: random.Random) -> list[str]:
+    """A WordLevel tokenizer with so many tokens and so large a largest id; returns its words."""
+    count, largest = sizes
+    ids = {0, largest, *rng.sample(range(1, largest), count - 2)}
+    vocabulary = {EOD if one == 0 else f"w{one}": one for one in ids}
+    made = tokenizers.Tokenizer(models.WordLevel({EOD: 0}, unk_token=EOD))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    values = json.loads(made.to_str())  # the library itself would walk through the holes
+    values["model"]["vocab"] = vocabulary
+    path.write_text(json.dumps(values))
+    return [name for name in vocabulary if name != EOD]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(50, 60), (300, 300), (400, 65_498), (400, 65_499), (400, 65_500), (400, 65_535),
+     (400, 65_536), (30_000, 70_000), (65_536, 65_536), (65_000, 131_072), (10, 2**31 - 2)],
+)  # fmt: skip
+def test_ids_come_back_as_they_were(sizes: tuple[int, int], tmp_path: Path) -> None:
+    """Around 2^16, with holes, the largest id in use."""
+    rng = random.Random(str(sizes))
+    words = holed(tmp_path / "tokenizer.json", sizes, rng)
+    texts = [" ".join(rng.choices(words, k=20)) for _ in range(30)] + [f"w{sizes[1]}"]
+    tokenize_sources(
+        [str(write_texts(tmp_path / "in", texts))], tmp_path / "tokenizer.json", tmp_path / "out"
+    )
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.vocabulary_size == sizes[1] + 1
+    assert np.iinfo(manifest.dtype).max >= sizes[1]
+    wanted = sorted([int(word[1:]) for word in text.split()] for text in texts)
+    assert sorted(ids_of(tmp_path / "out")) == wanted
+
+
+def test_an_id_that_cannot_be_stored_is_refused(tmp_path: Path) -> None:
+    holed(tmp_path / "tokenizer.json", (10, 2**31 - 1), random.Random(0))
+    with pytest.raises(DataError, match="has token 2147483647; ids up to 2147483646"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_an_id_beyond_the_vocabulary_is_never_written(tmp_path: Path) -> None:
+    byte_level(tmp_path / "plain.json")
+
+    class Wrong:
+        """A tokenizer with a bug."""
+
+        def __init__(self, token: int) -> None:
+            self._inner, self._token = load_tokenizer(tmp_path / "plain.json"), token
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._inner, name)
+
+        def encode(self, texts: list[str]) -> list[np.ndarray]:
+            return [np.array([self._token], dtype=np.int64) for _ in texts]
+
+    from data_pipeline.encode import _stored
+
+    for token in (-1, 300, 2**16 + 5, 2**32 + 5):
+        wrong = Wrong(token)
+        with pytest.raises(DataError, match=f"made token {token}"):
+            _stored(wrong.encode(["x"]), wrong)  # type: ignore[arg-type]
+
+
+# --- files that are damaged or something else -----------------------------------------------
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(data)
+    what = rng.choice(("cut", "flip", "join", "zero"))
+    if what == "cut":
+        return data[: rng.randrange(len(data))]
+    if what == "join":
+        return data + data[rng.randrange(len(data)) :]
+    for _ in range(rng.choice((1, 4, 40))):
+        at = rng.randrange(len(data))
+        changed[at] = 0 if what == "zero" else changed[at] ^ (1 << rng.randrange(8))
+    return bytes(changed)
+
+
+def changed(data: bytes, rng: random.Random) -> bytes:
+    """The same JSON but for one value, of any depth."""
+    tree = json.loads(data)
+    node, places = tree, []
+    while isinstance(node, dict | list) and node:
+        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        places.append((node, key))
+        node = node[key]
+    holder, key = rng.choice(places)
+    if rng.random() < 0.2:
+        del holder[key]
+    else:
+        holder[key] = rng.choice([None, -1, 0, 7, 2**31, 2**40, 1.5, "x", "", [], {}, True])
+    return json.dumps(tree).encode()
+
+
+def use(path: Path) -> str:
+    """Load a tokenizer and account for all texts: it works and says what is lost, or one line."""
+    try:
+        tokenizer = load_tokenizer(path)
+        ids = tokenizer.encode(TEXTS)
+        account = account_of(tokenizer, TEXTS, ids)
+        exact = [tokenizer.decode(one) == text for one, text in zip(ids, TEXTS, strict=True)]
+    except DataError as error:
+        assert "\n" not in str(error)
+        return "refused"
+    assert account.exact <= sum(exact) and described(account, tokenizer, False)
+    assert all(one.max(initial=0) < tokenizer.vocabulary_size for one in ids)
+    return "used"
+
+
+def fuzz(path: Path, count: int) -> dict[str, int]:
+    data, rng = path.read_bytes(), random.Random(11)
+    outcomes = {"refused": 0, "used": 0}
+    for _ in range(count):
+        target = path.with_name("fuzzed" + path.suffix)
+        damage = changed if path.suffix == ".json" and rng.random() < 0.7 else damaged
+        target.write_bytes(damage(data, rng))
+        outcomes[use(target)] += 1
+    return outcomes
+
+
+def test_damaged_tokenizers(tokenizer: Path, tmp_path: Path) -> None:
+    byte_level(tmp_path / "plain.json")
+    (tmp_path / "small.model").write_bytes(tokenizer.read_bytes())
+    for name in ("plain.json", "small.model"):
+        outcomes = fuzz(tmp_path / name, 60)
+        assert outcomes["refused"] and outcomes["used"], (name, outcomes)
+
+
+@pytest.mark.long
+def test_damaged_tokenizers_long(tokenizer: Path, tmp_path: Path) -> None:
+    byte_level(tmp_path / "plain.json")
+    (tmp_path / "small.model").write_bytes(tokenizer.read_bytes())
+    for name in ("plain.json", "small.model"):
+        assert sum(fuzz(tmp_path / name, 3000).values()) == 3000
+
+
+def test_the_piece_that_ends_documents_can_be_named(tokenizer: Path) -> None:
+    found = SentencePieceTokenizer(tokenizer, "\n")
+    assert found.eod_name == "\n" and found.eod != SentencePieceTokenizer(tokenizer).eod
+    with pytest.raises(DataError, match="has no piece '<nothing>'"):
+        load_tokenizer(tokenizer, "<nothing>")
+
+
+def test_a_folder_with_both_files_copies_the_one_that_is_used(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "both").mkdir()
+    byte_level(tmp_path / "both/tokenizer.json")
+    (tmp_path / "both/tokenizer.model").write_bytes(tokenizer.read_bytes())
+    tokenize_sources([str(write_texts(tmp_path / "in"))], tmp_path / "both", tmp_path / "out")
+    assert load_manifest(tmp_path / "out").tokenizer.read_bytes() == tokenizer.read_bytes()

@@ -10,6 +10,8 @@ import io
 import logging
 import math
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,6 +61,12 @@ def deepspeed_settings(
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_optimization": {"stage": config.grid.zero_stage},
         "bf16": {"enabled": precision == "bf16"},
+        # Sums of bf16 would lose digits with every micro batch and every rank.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        # By default a tensor-parallel rank sends its share of an activation and gathers the rest,
+        # as if all held the same; under sequence parallelism each holds other positions.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**12,
     }
@@ -165,6 +173,51 @@ def record_plain_norm(engine: Any) -> None:
 
     engine.clip_fp32_gradients = clip
     engine.optimizer.step = step_if_finite
+
+
+@contextlib.contextmanager
+def one_optimizer_for_every_stage() -> Iterator[None]:
+    """Let ZeRO 1 in bf16 with float32 sums have the optimizer class of ZeRO 2.
+
+    DeepSpeed would take `BF16_Optimizer` there, which keeps masters elsewhere, and which skips no
+    update whose gradient is not finite.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def check(engine: Any, optimizer: Any) -> Any:
+        chosen = choose(engine, optimizer)
+        return ZERO_OPTIMIZATION if engine.zero_optimization() else chosen
+
+    DeepSpeedEngine._do_optimizer_sanity_check = check
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
+def sum_tied_gradients_in_float32(engine: Any) -> None:
+    """Show the pipeline the gradients of tied weights where ZeRO 1 sums them.
+
+    It would look for `.grad`, which is empty there, and leave each stage with its own half.
+    """
+    module = engine.module
+    found = module.get_tied_weights_and_groups
+
+    def tied() -> list[tuple[Any, Any]]:
+        return [
+            (weight if weight.grad_accum is None else _Gradient(weight.grad_accum), group)
+            for weight, group in found()
+        ]
+
+    module.get_tied_weights_and_groups = tied
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    grad: torch.Tensor
 
 
 def norm_in_one_reduction(zero: Any) -> None:

@@ -29,8 +29,10 @@ from pretrain.deepspeed_adapter import (
     deepspeed_settings,
     mark_for_norms,
     norm_in_one_reduction,
+    one_optimizer_for_every_stage,
     prepare_deepspeed,
     record_plain_norm,
+    sum_tied_gradients_in_float32,
 )
 from pretrain.errors import RunError, UsageError
 from pretrain.grid import Grid
@@ -223,7 +225,11 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
     control = DecayControl(config, plan)
     optimizer = build_optimizer(config.optimizer, optimizer_groups(module, plan))
     pipeline = grid.pipeline > 1
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+        one_optimizer_for_every_stage(),
+    ):
         warnings.simplefilter("ignore")
         wrapped, *_ = deepspeed.initialize(
             model=module,
@@ -235,6 +241,8 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
         record_plain_norm(wrapped)
     elif hasattr(wrapped.optimizer, "averaged_gradients") and config.grid.zero_stage < 3:
         norm_in_one_reduction(wrapped.optimizer)
+        if pipeline and getattr(wrapped.optimizer, "use_grad_accum_attribute", False):
+            sum_tied_gradients_in_float32(wrapped)
     decay = config.optimizer.weight_decay
     shrinker = Shrinker(
         wrapped,

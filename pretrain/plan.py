@@ -281,7 +281,8 @@ def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
     kept = _kept(sizes, on.width, on.tensor, tokens)
     held = tokens * sizes.hidden * on.width if on.recompute else kept
     flight = min(on.pipeline, on.count)
-    gradients = local * on.width / (on.data if on.stage >= 2 else 1)
+    # Summed in float32, in every precision.
+    gradients = local * 4 / (on.data if on.stage >= 2 else 1)
     several = on.count > 1  # they wait for the next micro batch
     # Some logits as they come, in float32 and as their gradient; the gradient of the head.
     loss = rows * vocabulary * (2 * on.width + 4) if sizes.vocabulary else 0.0
@@ -300,7 +301,7 @@ def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
     }
     update = {
         "gradients": gradients,
-        "bucket": min(local, 5e8) * on.width if on.stage else 0.0,
+        "bucket": min(local, 5e8) * 4 if on.stage else 0.0,
         "float32 gradients": 4 * local / on.data if on.stage and on.width == 2 else 0.0,
     }
     found = always | max(forward, update, key=lambda parts: sum(parts.values()))

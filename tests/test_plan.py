@@ -38,13 +38,13 @@ def layout(**more: float) -> Layout:
 
 
 def test_memory_of_weights_and_states() -> None:
-    """2 + 2 + 12 bytes a parameter in bf16; each ZeRO stage shards one more part."""
+    """2 + 4 + 12 bytes a parameter in bf16; each ZeRO stage shards one more part."""
     sizes = sizes_of(config_of())
     count = sizes.parameters + sizes.ends
     parts = ("weights", "gradients", "optimizer")
     whole = memory_of(sizes, layout(count=4))  # gradients wait for the other micro batches
-    assert sum(whole[name] for name in parts) == 16 * count
-    for stage, expected in ((1, (2, 2, 12 / 4)), (2, (2, 0.5, 3)), (3, (0.5, 0.5, 3))):
+    assert sum(whole[name] for name in parts) == 18 * count
+    for stage, expected in ((1, (2, 4, 12 / 4)), (2, (2, 1, 3)), (3, (0.5, 1, 3))):
         found = memory_of(sizes, layout(data=4, stage=stage, count=4))
         assert [found[name] for name in parts] == [count * one for one in expected]
     large = memory_of(sizes, layout(micro=512))  # activations are the most then
@@ -54,7 +54,7 @@ def test_memory_of_weights_and_states() -> None:
     assert again["activations"] < large["activations"] / 10
     # With hardly an activation the update is the fullest moment: bucket and float32 gradients.
     update = memory_of(sizes, layout(micro=1, recompute=True))
-    assert sum(update.values()) == (14 + 2 + 2 + 4) * count
+    assert sum(update.values()) == (14 + 4 + 4 + 4) * count
 
 
 def test_grids_are_ranked() -> None:

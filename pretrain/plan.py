@@ -321,12 +321,12 @@ def _traffic(sizes: Sizes, on: Layout) -> dict[str, float]:
     message = sizes.context * on.micro * sizes.hidden * on.width
     layers = sizes.stage(on.pipeline)
     times = 6 if on.recompute else 4  # all-reduces of a layer: two forward, two backward
-    # Gradients reduced and weights gathered; ZeRO-3 gathers them for each pass.
-    passes = 3 if on.stage == 3 else 2
+    # Gradients reduced in float32, and weights gathered; ZeRO-3 gathers them for each pass.
+    numbers = 4 + on.width * (2 if on.stage == 3 else 1)
     return {
         "tensor": 2 * (on.tensor - 1) / on.tensor * message * times * layers * on.count,
         "pipeline": 2 * message * on.count if on.pipeline > 1 else 0.0,
-        "data": passes * (on.data - 1) / on.data * _parameters(sizes, on) * on.width,
+        "data": numbers * (on.data - 1) / on.data * _parameters(sizes, on),
     }
 
 

@@ -30,9 +30,9 @@ demo: setup
 test: $(TESTS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# The long form of the fault suite: fifty kills, Slurm's own time limit; as root, everything in it.
+# The long form of the fault suite: fifty kills, Slurm's own time limit, every grid; as root, all of it.
 faults: $(TESTS)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/test_launch.py \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/test_launch.py tests/test_grid.py \
 	  --long --faults faults.json
 
 # Training, statistics, data and waiting times beside the peers; half an hour, quiet cores please.

@@ -46,7 +46,7 @@ AXES = {
 }
 BOUNDS = {
     # relative: loss, gradient norm, singular values by the largest, evaluation
-    "fp32": (1e-5, 1e-4, 1e-4, 1e-5),
+    "fp32": (5e-6, 2e-5, 2e-5, 5e-6),
     "bf16": (1e-3, 5e-2, 3e-2, 1e-3),
 }
 FIGURES = ("loss", "gradient norm", "singular values", "evaluation")

@@ -15,7 +15,7 @@ from pretrain.exits import fail, leave, report_failure, stopped
 from pretrain.model_verbs import evaluate, export, import_, print_evaluation, ranks
 from pretrain.options import Json, Overrides
 from pretrain.paper_verbs import paper_app
-from pretrain.signals import SIGNALS
+from pretrain.signals import SIGNALS, Stopped
 
 app = typer.Typer(
     help="Pretrain transformers on the Pile with decoupled attention decay, and measure the rank "
@@ -246,7 +246,7 @@ def run_command() -> int:
         # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.
         code = app(standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt, Stopped):
         return fail(stopped(), SIGNALS.code)
     except Exception as error:
         return report_failure(error)

@@ -34,8 +34,12 @@ class StopRequestedError(RunError):
     """The run stopped because it was asked to; the same words go on with it."""
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal asks the process to end; raised between two instructions of the main thread."""
+class Stopped(BaseException):
+    """A signal asks the process to end; raised between two instructions of the main thread.
+
+    No `Exception`, which code on the way up may swallow, and no `KeyboardInterrupt`, which Typer
+    turns into an exit code of its own.
+    """
 
 
 class StopSignals:

@@ -20,6 +20,7 @@ from pretrain.errors import TRY_AGAIN
 from pretrain.jobs import Executor, Job
 from pretrain.lock import is_busy
 from pretrain.run import CHECKPOINTS, is_complete
+from pretrain.signals import Stopped
 from pretrain.sweep_config import Sweep, Task
 from pretrain.sweep_table import Table
 from pretrain.tracking import METRICS
@@ -65,7 +66,7 @@ def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list
         The state of every task; those that failed have the last line of their log as note.
 
     Raises:
-        KeyboardInterrupt: after a clean stop.
+        Stopped: by a signal, after a clean stop.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_aside(out / SWEEP, json.dumps(describe(sweep), indent=1).encode())
@@ -80,7 +81,7 @@ def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list
             _round(statuses, out, executor, sweep.config.processes, retries)
             table.show(statuses)
             time.sleep(_PAUSE)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         executor.stop()
         raise
     finally:

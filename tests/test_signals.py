@@ -1,0 +1,208 @@
+"""Every verb at every moment: a signal ends it with one checkpoint at most, and no orphan."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.errors import INTERRUPTED, TRY_AGAIN
+from pretrain.lock import is_busy
+from tests.signalled import MOMENTS
+from tests.tools import (
+    ROOT,
+    base_recipe,
+    environment,
+    metrics_of,
+    run,
+    sweep_words,
+    weights_of,
+    write_recipe,
+    write_sweep,
+)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ALL = list(product(MOMENTS, SIGNALS, (1, 2)))
+SAMPLE = [
+    ("recipe", signal.SIGTERM, 1),
+    ("first update", signal.SIGINT, 2),
+    ("update", signal.SIGTERM, 2),
+    ("evaluation", signal.SIGUSR1, 1),
+    ("last evaluation", signal.SIGTERM, 1),
+]
+GRID = {1: ["grid.zero_stage=0"], 2: ["grid.zero_stage=0", "--processes", "2"]}
+
+
+def code_of(number: signal.Signals) -> int:
+    return INTERRUPTED if number == signal.SIGINT else TRY_AGAIN
+
+
+def begin(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment(), cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def signalled(
+    process: subprocess.Popen[str], numbers: list[signal.Signals], gap: float = 0.3
+) -> tuple[int, str]:
+    """Send signals to the one process; its code and standard error, once nobody is left."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(gap)
+    _, errors = process.communicate(timeout=120)
+    _, left = psutil.wait_procs(family, timeout=5)
+    for one in left:
+        one.kill()
+    assert not left, f"orphans: {left}"
+    return process.returncode, errors
+
+
+def check_ending(code: int, errors: str, wanted: set[int]) -> None:
+    assert code in wanted, (code, errors)
+    assert "Traceback" not in errors and "terminate called" not in errors, errors
+    assert errors.count("error: ") <= 1, errors
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["train", str(recipe), "--out", str(folder / "run"), GRID[1][0]]
+        assert run(patch, *words) == 0
+    return folder / "run"
+
+
+def trial(
+    moment: str, number: signal.Signals, processes: int, data: Path, folder: Path,
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """One signal (twice) at one moment; the next start goes on as if there had been none."""
+    recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
+    out, marker = folder / "run", folder / "marker"
+    words = ["train", str(recipe), "--out", str(out), *GRID[processes]]
+    process = begin([str(ROOT / "tests/signalled.py"), moment, str(marker), *words])
+    deadline = time.monotonic() + 120
+    while not marker.exists():
+        assert process.poll() is None and time.monotonic() < deadline, "never came to the moment"
+        time.sleep(0.02)
+    code, errors = signalled(process, [number, number])
+    # Where the run was over but for its goodbye, either is true.
+    late = moment in ("engine's end", "checkpoint") and {0}
+    check_ending(code, errors, {code_of(number)} | (late or set()))
+    found = list_checkpoints(out / "checkpoints")
+    for one in found:
+        Checkpoint(one)
+    assert not list((out / "checkpoints").glob(".*.writing"))
+    names = [one.name for one in found]
+    if number != signal.SIGINT and moment == "update":
+        assert names == ["step-00000003", "step-00000004"]
+    if moment.startswith("first") or moment in ("recipe", "data", "folder", "engine"):
+        assert not names
+    assert not is_busy(out)
+    assert run(monkeypatch, *[word for word in words if word not in ("--processes", "2")]) == 0
+    one_process = processes == 1
+    assert len(metrics_of(out)) == len(metrics_of(undisturbed))
+    if one_process:
+        assert metrics_of(out) == metrics_of(undisturbed)
+        weights = weights_of(undisturbed)
+        assert all((weights[name] == value).all() for name, value in weights_of(out).items())
+
+
+@pytest.mark.parametrize(("moment", "number", "processes"), SAMPLE)
+def test_a_signal(
+    moment: str, number: signal.Signals, processes: int, data: Path, tmp_path: Path,
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    trial(moment, number, processes, data, tmp_path, undisturbed, monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("moment", "number", "processes"), ALL)
+def test_every_signal_at_every_moment(
+    moment: str, number: signal.Signals, processes: int, data: Path, tmp_path: Path,
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    trial(moment, number, processes, data, tmp_path, undisturbed, monkeypatch)
+
+
+# --- every verb ------------------------------------------------------------------------------
+
+
+def verbs(folder: Path, data: Path, corpus: Path, trained: Path) -> dict[str, list[str]]:
+    recipe = str(write_recipe(folder / "recipe.yaml", base_recipe(data)))
+    site = str(write_recipe(folder / "site.yaml", {"processes_per_node": 2}))
+    tokenizer = str(data / "tokenizer.model")
+    return {
+        "sweep": sweep_words(write_sweep(folder, data), folder / "runs"),
+        "launch": ["launch", recipe, "--site", site, "--out", str(folder / "launched")],
+        "evaluate": ["evaluate", str(trained), "--out", str(folder / "e.json")],
+        "ranks": ["ranks", str(trained), "--out", str(folder / "r.parquet")],
+        "export": ["export", str(trained), "--out", str(folder / "model")],
+        "doctor": ["doctor", recipe, "--out", str(folder / "x"), "--processes", "2"],
+        "report": ["report", str(trained), "--out", str(folder / "report.html")],
+        "data tokenize": ["data", "tokenize", str(corpus), "--tokenizer", tokenizer,
+                          "--out", str(folder / "tokens"), "--workers", "2"],
+        "data check": ["data", "check", str(data)],
+        "data tokenizer": ["data", "tokenizer", str(corpus), "--vocab-size", "300", "--out",
+                           str(folder / "t.model")],
+        "data corpus": ["data", "corpus", "--out", str(folder / "corpus")],
+        "demo": ["demo", "--out", str(folder / "demo"), "--steps", "10"],
+        "plan": ["plan", recipe, "--gpus", "8"],
+    }  # fmt: skip
+
+
+def listens(process: subprocess.Popen[str]) -> bool:
+    """Whether the process has a handler for SIGTERM."""
+    try:
+        text = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    mask = int(text.split("SigCgt:")[1].split()[0], 16)
+    return bool(mask >> (signal.SIGTERM - 1) & 1)
+
+
+def disturb(words: list[str], number: signal.Signals, delay: float) -> None:
+    process = begin(["-m", "pretrain", *words])
+    while not listens(process) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(delay)
+    if process.poll() is None:
+        code, errors = signalled(process, [number])
+        check_ending(code, errors, {0, code_of(number)})
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("verb", ["sweep", "data tokenize"])
+def test_a_verb(verb: str, data: Path, corpus: Path, trained: Path, tmp_path: Path) -> None:
+    words = verbs(tmp_path, data, corpus, trained)[verb]
+    disturb(words, signal.SIGTERM, 3.0 if verb == "sweep" else 0.8)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("verb", [
+    "sweep", "launch", "evaluate", "ranks", "export", "doctor", "report", "data tokenize",
+    "data check", "data tokenizer", "data corpus", "demo", "plan"])  # fmt: skip
+def test_every_verb_at_ten_moments(
+    verb: str, number: signal.Signals, data: Path, corpus: Path, trained: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(f"{verb} {number}")
+    for turn in range(10):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        words = verbs(folder, data, corpus, trained)[verb]
+        disturb(words, number, rng.uniform(0.0, 6.0))
+        shutil.rmtree(folder)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.job import Job
 from pretrain.probe import Row, measure, summary
 from pretrain.retention import HELD_OUT_LOSS
@@ -137,7 +140,7 @@ def finish(job: Job) -> None:
     """The final evaluation, once."""
     wanted = job.config.evaluation.at_end
     path = job.run / EVALUATION
-    done = job.grid.broadcast(path.exists())
+    done = job.grid.broadcast(job.grid.is_main and _is_there(path, job.config.train.steps))
     if wanted == "none" or done:
         return
     everything = wanted == "all"
@@ -158,5 +161,26 @@ def finish(job: Job) -> None:
     with job.grid.together(f"{path}"):
         if job.grid.is_main:
             source = job.setup.task.source
-            header = {"split": split, "step": job.config.train.steps, "data": source}
+            config = job.config
+            header = {
+                "split": split,
+                "step": config.train.steps,
+                "data": source,
+                "precision": resolve_precision(
+                    config.precision, job.grid.device, config.grid.zero_stage
+                ),
+                "context": config.model.context,
+            }
             write_text(path, json.dumps({**header, **figures}, indent=1))
+
+
+def _is_there(path: Path, step: int) -> bool:
+    """Whether the evaluation of the last step is there; one of another step is moved aside."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("step", step)
+    except (OSError, ValueError, AttributeError):
+        return path.exists()  # damaged: those who read it say so
+    if found != step:
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(f"{path.stem}-step={found}.json"))
+    return bool(found == step)

@@ -202,9 +202,14 @@ def _figures(documents: list[HeldOut], nats: np.ndarray) -> dict[str, float]:
         "tokens": tokens,
         "bytes": size,
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": _perplexity(loss),
         "bits_per_byte": total / (max(1, size) * math.log(2)),
     }
+
+
+def _perplexity(loss: float) -> float:
+    """exp(loss); infinity where that is beyond a float, NaN for NaN."""
+    return math.exp(loss) if not loss > 709 else math.inf
 
 
 def _weighted(
@@ -221,7 +226,7 @@ def _weighted(
     loss = mean("loss")
     return {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": _perplexity(loss),
         "bits_per_byte": mean("bits_per_byte"),
         "share_of_pile": total / sum(PILE_WEIGHTS.values()),
     }

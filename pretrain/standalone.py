@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.dataset import held_out
 from data_pipeline.manifest import load_manifest
 from pretrain.checkpoint import Checkpoint, load_into_module
-from pretrain.config import Config, apply_overrides
+from pretrain.config import Config, apply_overrides, differences
 from pretrain.deepspeed_adapter import prepare_deepspeed, resolve_precision
 from pretrain.engine import build_model
 from pretrain.errors import UsageError
@@ -57,7 +59,8 @@ def evaluate_checkpoint(
     grid = build_grid(config.grid, device)
     module = build_model(config, grid)
     load_into_module(checkpoint, module, grid)
-    if resolve_precision(config.precision, grid.device, config.grid.zero_stage) == "bf16":
+    precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
+    if precision == "bf16":
         module.bfloat16()
     progress = Progress(1, "evaluate", grid.is_main)
     header = {
@@ -65,6 +68,8 @@ def evaluate_checkpoint(
         "step": checkpoint.step,
         "checkpoint": str(checkpoint.path),
         "data": task.source,
+        "precision": precision,
+        "context": config.model.context,
     }
     if choice is not None:
         share = "measured" if choice.share is None else choice.share
@@ -82,7 +87,9 @@ def evaluate_checkpoint(
         body = task.figures(module, grid, config, task.held_out(config, everything=True), report)
     progress.close()
     figures = {**header, **body}
-    path = out or _result_path(target, checkpoint, split, choice)
+    path = out or grid.broadcast(
+        result_path(target, checkpoint, figures, _words(checkpoint, config, task, documents))
+    )
     if grid.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(figures, indent=1))
@@ -111,13 +118,73 @@ def _one_process(config: Config) -> Config:
     return config.model_copy(update={"grid": grid})
 
 
-def _result_path(
-    target: str, checkpoint: Checkpoint, split: str, choice: RankChoice | None
+def _words(checkpoint: Checkpoint, config: Config, task: Task, documents: int | None) -> list[str]:
+    """What was asked for besides the run's own data, model and task, for the file's name."""
+    words = [] if documents is None else [f"documents={documents}"]
+    if task.identity != checkpoint.state["data"]:
+        name = re.sub(r"[^\w.+-]", "_", Path(task.source).name)
+        words.append(f"data={name}-{task.identity[:4]}")
+    for key, (_, value) in differences(checkpoint.config, config, ("model", "task")).items():
+        words.append(f"{key.rpartition('.')[2]}={re.sub(r'[^a-zA-Z0-9_.+-]', '_', str(value))}")
+    return words
+
+
+_SETTINGS = ("split", "step", "stride", "context", "precision", "documents_sha256",
+             "attention_rank", "attention_products")  # fmt: skip
+"""Keys of an evaluation that tell its settings."""
+
+
+def result_path(
+    target: str, checkpoint: Checkpoint, figures: dict[str, Any], words: list[str]
 ) -> Path:
-    name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
-    if choice is not None:
-        share = "measured" if choice.share is None else f"{choice.share:g}"
-        name = f"{Path(name).stem}-{'+'.join(choice.products)}-rank-{share}.json"
+    """Where figures go by default: a file of their settings, so that none replaces another's.
+
+    ``evaluation.json`` is for the settings of the run itself: its last step, all documents of the
+    test split, in windows without overlap, in the precision that it trained in.
+
+    Args:
+        target: what was evaluated; the run's newest checkpoint if it is the run folder.
+        figures: the body of the file.
+        words: further settings, for the name.
+    """
     run = checkpoint.path.parent.parent
-    newest = Path(target) == run
-    return run / name if newest else checkpoint.path / name
+    parts = [] if figures["split"] == "test" else [figures["split"]]
+    if Path(target) == run and checkpoint.step != checkpoint.config.train.steps:
+        parts.append(f"step={checkpoint.step}")
+    parts += words
+    if figures.get("stride", figures["context"]) != figures["context"]:
+        parts.append(f"stride={figures['stride']}")
+    if figures["precision"] != (_trained_in(run) or figures["precision"]):
+        parts.append(figures["precision"])
+    if "attention_rank" in figures:
+        share = figures["attention_rank"]
+        share = share if isinstance(share, str) else f"{share:g}"
+        parts.append(f"{'+'.join(figures['attention_products'])}-rank-{share}")
+    folder = run if Path(target) == run else checkpoint.path
+    path = folder / f"{'-'.join(['evaluation', *parts])}.json"
+    if _is_of_others(path, figures):  # as the run's own may be of a sample of another split
+        settings = json.dumps([figures.get(key) for key in _SETTINGS])
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+        path = path.with_name(f"{path.stem}-{figures['split']}-{digest}.json")
+    return path
+
+
+def _trained_in(run: Path) -> str | None:
+    """The precision of the run's last start; None where it is not known."""
+    try:
+        starts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        return str(starts[-1]["precision"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+def _is_of_others(path: Path, figures: dict[str, Any]) -> bool:
+    """Whether a file holds figures of other settings (what it does not say counts as the same)."""
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    told = isinstance(there, dict) and all(
+        there.get(key, figures.get(key)) == figures.get(key) for key in _SETTINGS
+    )
+    return not told

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pretrain.cluster_verbs import doctor, launch, plan
+from pretrain.console import plain, write_any_text
 from pretrain.data_verbs import data_app
 from pretrain.exits import fail, leave, report_failure, stopped
 from pretrain.model_verbs import evaluate, export, import_, print_evaluation, ranks
@@ -126,14 +127,14 @@ def _print_result(run: Path, as_json: bool) -> None:
 
     path = run / "evaluation.json"
     if not path.exists():
-        print(f"done: {run}")
+        print(f"done: {plain(str(run))}")
         return
     figures = json_module.loads(path.read_text(encoding="utf-8"))
     if as_json:
         print(json_module.dumps({"run": str(run), **figures}))
         return
     print_evaluation(figures)
-    print(f"done: {run}")
+    print(f"done: {plain(str(run))}")
 
 
 app.command()(evaluate)
@@ -212,7 +213,7 @@ def report(
     ending = endings.get(form, form)
     path = out or Path(f"report.{ending}" if ending else "report")
     print_summary(write_report(runs, path, form, baseline, unfinished))
-    print(f"report: {path}")
+    print(f"report: {plain(str(path))}")
 
 
 app.command()(launch)
@@ -241,6 +242,7 @@ def run_command() -> int:
     Returns:
         The exit code: 2 for mistakes of usage, 1 for trouble, 75 for "try again", 130 for Ctrl-C.
     """
+    write_any_text()
     SIGNALS.listen()
     try:
         # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.

@@ -318,11 +318,21 @@ def _set(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def value_at(config: Config, key: str) -> Any:
-    """The value at a dotted key, as plain data; None where there is none."""
-    found: Any = config.model_dump(mode="json")
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
+    """The value at a dotted key, as plain data; None where there is none.
+
+    Names with dots of their own (``data.weights.my.corpus``) are found too.
+    """
+    return _value_in(config.model_dump(mode="json"), key)
+
+
+def _value_in(tree: Any, key: str) -> Any:
+    if not isinstance(tree, dict):
+        return None
+    if key in tree:
+        return tree[key]
+    parts = (part for part in tree if key.startswith(f"{part}."))
+    found = (_value_in(tree[part], key[len(part) + 1 :]) for part in parts)
+    return next((value for value in found if value is not None), None)
 
 
 def number(value: Any) -> Any:

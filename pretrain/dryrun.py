@@ -8,9 +8,12 @@ from typing import Any
 import torch
 
 from pretrain.config import Config
+from pretrain.console import plain
 from pretrain.control import DecayControl, site_of
 from pretrain.decay import DecayGroup
 from pretrain.deepspeed_adapter import resolve_precision
+from pretrain.epochs import Uses, in_words
+from pretrain.epochs import describe as describe_data
 from pretrain.errors import UsageError
 from pretrain.grid import process_count
 from pretrain.plan import Layout, memory_of, sizes_of
@@ -55,6 +58,23 @@ def dry_run(config: Config, as_json: bool) -> None:
         f"{summary['steps']:,} steps of {summary['tokens_per_step']:,} tokens: "
         f"{summary['tokens']:,} tokens"
     )
+    data = summary["data"]
+    if data["subsets"]:
+        print(plain(f"data: {in_words(data['subsets'], data['unit'])}"))
+        _print_subsets(data["subsets"], data["unit"])
+
+
+def _print_subsets(uses: Uses, unit: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{unit} by subset")
+    for column in ("subset", "in the data", "seen", "epochs"):
+        table.add_column(column, justify="left" if column == "subset" else "right")
+    for name, use in uses.items():
+        table.add_row(
+            name, f"{int(use['corpus']):,}", f"{int(use['seen']):,}", f"{use['epochs']:.3g}"
+        )
+    show_table(table, 120)
 
 
 def describe(setup: Setup) -> dict[str, Any]:
@@ -98,6 +118,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "steps": config.train.steps,
         "tokens_per_step": tokens,
         "tokens": tokens * config.train.steps,
+        "data": describe_data(setup.task, config),
     }
 
 

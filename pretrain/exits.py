@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from pretrain.console import plain as printable
 from pretrain.errors import TRY_AGAIN
 from pretrain.signals import SIGNALS
 
@@ -188,14 +189,6 @@ def fail(text: str, code: int) -> int:
 
         disconnect()
     return code
-
-
-def printable(text: str) -> str:
-    """The text with what a terminal would take for a command written out (``\\x1b``)."""
-    return "".join(
-        mark if mark.isprintable() or mark in "\n\t" else mark.encode("unicode_escape").decode()
-        for mark in text
-    )
 
 
 def leave(code: int) -> NoReturn:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pretrain.console import plain
 from pretrain.options import Json, Overrides
 
 AttentionRank = Annotated[
@@ -74,7 +75,10 @@ def evaluate(
     ] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="Default: evaluation.json (or evaluation-SPLIT.json) of RUN."),
+        typer.Option(
+            help="Default: evaluation.json of RUN; other settings than the run's own get a file "
+            "named by them (evaluation-stride=8.json)."
+        ),
     ] = None,
     attention_rank: AttentionRank = None,
     attention_product: AttentionProduct = "both",
@@ -95,7 +99,7 @@ def evaluate(
             print(json_module.dumps(figures))
         else:
             print_evaluation(figures)
-            print(f"written: {path}")
+            print(f"written: {plain(str(path))}")
 
 
 def export(

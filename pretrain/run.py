@@ -61,11 +61,11 @@ def write_text(path: Path, text: str) -> None:
     write_aside(path, text.encode("utf-8"))
 
 
-def create_run(run: Path, config: Config, setting: dict[str, str]) -> None:
+def create_run(run: Path, config: Config, setting: dict[str, Any]) -> None:
     """Make the folder and say in it what runs, where and with which versions.
 
     Args:
-        setting: what the machine decided (grid, precision), for the record.
+        setting: what the machine decided (grid, precision) and the data gives, for the record.
     """
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, dump_config(config))  # first: it makes the folder a run
@@ -323,7 +323,9 @@ def read_ranks(run: Path) -> list[Row]:
     rows: dict[tuple[Any, ...], Row] = {}
     for file in files:
         try:
-            for row in pq.read_table(file).to_pylist():
+            with file.open("rb") as opened:  # Arrow takes no path that is not UTF-8
+                found = pq.read_table(opened).to_pylist()
+            for row in found:
                 key = tuple(row[name] for name in ("step", "layer", "product", "level", "head"))
                 rows[key] = row
         except (OSError, ValueError) as error:
@@ -335,5 +337,5 @@ def _write_parquet(path: Path, rows: list[Row]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with replacing(path) as aside:
-        pq.write_table(pa.Table.from_pylist(rows), aside)
+    with replacing(path) as aside, aside.open("wb") as opened:  # Arrow takes UTF-8 paths alone
+        pq.write_table(pa.Table.from_pylist(rows), opened)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pretrain.console import console, on_one_line
 from pretrain.tracking import clock
 
 if TYPE_CHECKING:
@@ -19,10 +20,9 @@ class Table:
         self._live: Any = None
         self._told: dict[str, str] = {}
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(stderr=True), refresh_per_second=2)
+            self._live = Live(console=console(stderr=True), refresh_per_second=2)
             self._live.start()
 
     def show(self, statuses: list[Status]) -> None:
@@ -36,8 +36,10 @@ class Table:
                 done = sum(one.state == "done" for one in statuses)
                 note = f": {status.note}" if status.note else ""
                 print(
-                    f"{self._title} {done}/{len(statuses)} done; {status.task.name} "
-                    f"{status.state}{note}",
+                    on_one_line(
+                        f"{self._title} {done}/{len(statuses)} done; {status.task.name} "
+                        f"{status.state}{note}"
+                    ),
                     file=sys.stderr,
                     flush=True,
                 )

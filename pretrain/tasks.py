@@ -249,6 +249,7 @@ class ImageClasses(_Labelled):
         self._held = open_images(task.source, task.path, "test")
         self.source = task.path or task.source
         self.answers = self._train.classes
+        self.images = len(self._train.labels)
         self.identity = _digest(["images", self._train.identity, task.augment])
 
     def training(self, config: Config) -> Samples:

@@ -13,6 +13,7 @@ from typing import Any
 
 from data_pipeline.files import write_aside
 from pretrain.config import Config
+from pretrain.console import console, on_one_line
 
 METRICS = "metrics.jsonl"
 
@@ -60,7 +61,12 @@ def _append(path: Path, line: str) -> None:
 class Tracker:
     """Writes metrics on the main rank; silent on the others."""
 
-    def __init__(self, run: Path, config: Config, active: bool) -> None:
+    def __init__(self, run: Path, config: Config, active: bool, first: int = 0) -> None:
+        """
+        Args:
+            active: whether this process writes.
+            first: the step that training goes on from; TensorBoard hides what is after it.
+        """
         self.active = active
         self._wandb: Any = None
         self._board: Any = None
@@ -72,7 +78,7 @@ class Tracker:
         if config.logging.wandb:
             self._wandb = _start_wandb(run, config)
         if config.logging.tensorboard:
-            self._board = _start_tensorboard(run)
+            self._board = _start_tensorboard(run, first)
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line: ``kind``, ``step`` and ``values``."""
@@ -108,6 +114,9 @@ class Tracker:
         """Drop what was logged after ``step``, as the run goes back there."""
         if self.active:
             rewind_metrics(self._run, step)
+        if self._board is not None:
+            self._board.close()
+            self._board = _start_tensorboard(self._run, step)
 
     def close(self) -> None:
         """Flush everything."""
@@ -156,11 +165,13 @@ def _start_wandb(run: Path, config: Config) -> Any:
         return None
 
 
-def _start_tensorboard(run: Path) -> Any:
+def _start_tensorboard(run: Path, step: int) -> Any:
+    """A writer for what comes after ``step``: what was written of later steps is hidden."""
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(run / "tensorboard"))
+        # A start from the beginning hides whatever an earlier one left.
+        return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else 0)
     except ImportError:
         warn("TensorBoard is not installed: pip install 'rankdecay[tensorboard]'")
         return None
@@ -168,38 +179,35 @@ def _start_tensorboard(run: Path) -> Any:
 
 def show_table(table: Any, width: int) -> None:
     """Print a rich table on standard output: as wide as the terminal, or ``width`` elsewhere."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else width).print(table)
+    console(width=None if sys.stdout.isatty() else width).print(table)
 
 
 def warn(text: str) -> None:
     """A line on standard error that does not stop anything."""
-    print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(f"warning: {on_one_line(text)}", file=sys.stderr, flush=True)
 
 
 class Progress:
     """A bar on a terminal, a plain line every few seconds elsewhere; silent if not active."""
 
     def __init__(self, total: int, what: str, active: bool, start: int = 0) -> None:
-        self._total, self._active, self._what = total, active, what
+        self._total, self._active, self._what = total, active, on_one_line(what)
         self._start, self._began, self._shown = start, time.monotonic(), 0.0
         self._bar: Any = None
         if active and sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn(what),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(what, total=total, completed=start, note="")
+            self._task = self._bar.add_task(self._what, total=total, completed=start, note="")
 
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
         """Show that ``done`` of the total is done."""

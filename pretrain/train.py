@@ -11,10 +11,12 @@ from models.roles import ParameterInfo
 from pretrain import between
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import Config
+from pretrain.console import plain
 from pretrain.control import DecayControl
 from pretrain.decay import DecayPlan, plan_decay
 from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.engine import build_engine, micro_batches, whole_model
+from pretrain.epochs import describe, in_words, unit_of, uses_of
 from pretrain.errors import UsageError
 from pretrain.faults import Judge, read_jumps, write_jumps
 from pretrain.grid import Grid
@@ -104,7 +106,12 @@ def train(
         with grid.together(f"{run}"):
             if grid.is_main:
                 _announce(setup, run, grid, precision)
-                create_run(run, setup.config, {"grid": grid.describe(), "precision": precision})
+                setting = {
+                    "grid": grid.describe(),
+                    "precision": precision,
+                    "data": describe(setup.task, setup.config),
+                }
+                create_run(run, setup.config, setting)
                 rewind(run, start.step if start else -1)
         with grid.together(""):
             engine = build_engine(setup.config, grid, setup.plan)
@@ -123,8 +130,8 @@ def train(
         with grid.together(f"{run}"):
             if grid.is_main:
                 write_identity(run, weights, order, setup.task)
-        tracker = Tracker(run, setup.config, grid.is_main)
         first = start.step if start else 0
+        tracker = Tracker(run, setup.config, grid.is_main, first)
         for message in damaged:
             tracker.log("event", first, {"message": message})
         saver = Saver(engine, run / CHECKPOINTS, config.checkpoint)
@@ -198,5 +205,9 @@ def _announce(setup: Setup, run: Path, grid: Grid, precision: str) -> None:
     stage = setup.config.grid.zero_stage
     text = f"{run}: {count:,} parameters, {grid.describe()}, ZeRO {stage}, {precision}"
     print(text, file=sys.stderr, flush=True)
+    uses = uses_of(setup.task, setup.config)
+    if uses:
+        words = in_words(uses, unit_of(setup.config))
+        print(f"{run}: {plain(words)}", file=sys.stderr, flush=True)
     if precision == "fp32" and resolve_precision(setup.config.precision, grid.device, 1) == "bf16":
         warn("precision auto takes fp32 with grid.zero_stage 0; bf16 needs zero_stage 1 or more")

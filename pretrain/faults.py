@@ -20,6 +20,8 @@ from data_pipeline.files import write_aside
 from pretrain.errors import RunError
 from pretrain.run_config import FaultsConfig
 
+SKIPPED = "the update is skipped"
+"""How the message of a skipped update ends; the report looks for it."""
 JUMPS = "jumps.json"
 """File of a run folder: blocks of samples that no update takes any more."""
 
@@ -90,7 +92,7 @@ class Judge:
                 raise GoBackError(
                     self._row[0], f"{what}, {len(self._row)} updates in a row", tuple(self._row)
                 )
-            return f"{what}: the update is skipped"
+            return f"{what}: {SKIPPED}"
         self._row.clear()
         if self._is_spike(loss):
             raise GoBackError(

@@ -292,7 +292,7 @@ def _rows(
     if product == "qk" and shape.qk_norm:
         columns |= {name: [float("nan")] * len(heads) for name in _NOT_UNDER_QK_NORM}
     if config.spectra:
-        columns["singular_values"] = statistics.singular_values.float().tolist()
+        columns["singular_values"] = statistics.singular_values.tolist()
     shared: Row = {"layer": layer, "product": product, "level": level}
     for side, role in zip("ab", _FACTOR_ROLES[product], strict=True):
         book = books[label((role, layer))] if books else Book(*[float("nan")] * 3)
@@ -306,12 +306,19 @@ def _rows(
 _PAIR_COLUMNS = ("rope_pair_balance", "rope_pair_discrepancy", "rope_pairs_alive")
 
 
+def lawful(rows: list[Row]) -> list[Row]:
+    """The rows that the balance law is about: of groups where heads share keys, else of heads."""
+    return [row for row in rows if row["level"] == "group"] or [
+        row for row in rows if row["level"] == "head"
+    ]
+
+
 def summary(rows: list[Row]) -> dict[str, float]:
-    """Means over the heads of all layers, for the log."""
+    """Means over all layers, for the log: pseudo-rank of heads, balance of `lawful` rows."""
     means = {}
     for product in ("qk", "vp"):
-        heads = [row for row in rows if row["product"] == product and row["level"] == "head"]
-        for column in ("pseudo_rank", "balance"):
-            values = [row[column] for row in heads]
-            means[f"{column}_{product}"] = sum(values) / max(1, len(values))
+        chosen = [row for row in rows if row["product"] == product]
+        heads = [row for row in chosen if row["level"] == "head"]
+        for column, part in (("pseudo_rank", heads), ("balance", lawful(chosen))):
+            means[f"{column}_{product}"] = sum(row[column] for row in part) / max(1, len(part))
     return means

@@ -24,6 +24,7 @@ from pretrain.control import Book, Books
 from pretrain.errors import UsageError
 from pretrain.manifest import MANIFEST
 from pretrain.probe import Row, layer_rows
+from pretrain.probe import lawful as lawful_rows
 from pretrain.run import CHECKPOINTS, CONFIG, resolve_checkpoint
 from pretrain.run_config import RanksConfig
 from pretrain.scatter import Scatter
@@ -207,7 +208,7 @@ def means(rows: list[Row]) -> dict[str, float]:
     for product in ("qk", "vp"):
         chosen = [row for row in rows if row["product"] == product]
         heads = [row for row in chosen if row["level"] == "head"]
-        lawful = [row for row in chosen if row["level"] == "group"] or heads
+        lawful = lawful_rows(chosen)
         found[f"pseudo_rank_{product}"] = _mean([row["pseudo_rank"] for row in heads])
         found[f"balance_{product}"] = _mean([row["balance"] for row in lawful])
         found[f"discrepancy_{product}"] = _mean(
@@ -248,8 +249,24 @@ def print_ranks(rows: list[Row], as_json: bool) -> None:
         cells = ["n/a" if math.isnan(line[key]) else f"{line[key]:.4f}" for key in _COLUMNS]
         table.add_row(name, *cells)
     show_table(table, 110)
-    if any(math.isnan(line["balance_qk"]) for line in lines.values()):
-        print("n/a: queries and keys are normalised, so the sizes of their factors say nothing")
+    for why in _why_missing(rows):
+        print(f"n/a: {why}")
+
+
+def _why_missing(rows: list[Row]) -> list[str]:
+    """What the table's gaps come from."""
+    reasons = []
+    heads = [row for row in rows if row["level"] == "head"]
+    lost = [row for row in heads if row["nonfinite"]]
+    if lost:
+        one = lost[0]
+        reasons.append(
+            f"{len(lost)} of {len(heads)} products have weights that are not finite, the first in "
+            f"layer {one['layer']}, {one['product']}, head {one['head']}"
+        )
+    if any(math.isnan(row["balance"]) and not row["nonfinite"] for row in heads):
+        reasons.append("queries and keys are normalised, so the sizes of their factors say nothing")
+    return reasons
 
 
 def _finite(line: dict[str, float]) -> dict[str, float | None]:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from data_pipeline.files import write_aside
 from pretrain.errors import UsageError
-from pretrain.report.compare import unpaired
+from pretrain.report.cells import DataTable
+from pretrain.report.compare import uncounted, unpaired
+from pretrain.report.context_tables import notes_table
 from pretrain.report.figures import figures_of
 from pretrain.report.load import Study, load_study
 from pretrain.report.spec import Figure, to_csv
-from pretrain.report.tables import DataTable, summary, tables_of
+from pretrain.report.tables import summary, tables_of
 from pretrain.tracking import show_table, warn
 
 FORMATS = ("html", "md", "latex", "csv", "png", "pdf")
@@ -38,7 +40,7 @@ def write_report(
         raise UsageError(f"--format: {form!r} is none of {', '.join(FORMATS)}")
     study = load_study(paths, baseline, unfinished)
     tables, figures = tables_of(study), figures_of(study)
-    notes = [*study.notes, *unpaired(study)]
+    notes = [*study.notes, *unpaired(study), *uncounted(study)]
     for note in notes:
         warn(note)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ def _html(
 ) -> None:
     from pretrain.report.page import page
 
-    write_aside(out, page(study, tables, figures, notes).encode())
+    write_aside(out, page(study, tables, figures, notes).encode("utf-8", "backslashreplace"))
 
 
 def _md(
@@ -60,7 +62,7 @@ def _md(
     from pretrain.report.text import markdown
 
     images = _images(figures, out, "png")
-    write_aside(out, markdown(study, tables, images, notes).encode())
+    write_aside(out, markdown(study, tables, images, notes).encode("utf-8", "backslashreplace"))
 
 
 def _latex(
@@ -69,7 +71,7 @@ def _latex(
     from pretrain.report.text import latex
 
     images = _images(figures, out, "pdf")
-    write_aside(out, latex(study, tables, images, notes).encode())
+    write_aside(out, latex(study, tables, images, notes).encode("utf-8", "backslashreplace"))
 
 
 def _images(figures: list[Figure], out: Path, kind: str) -> list[tuple[Figure, str]]:
@@ -90,10 +92,10 @@ def _csv(
     from pretrain.report.text import table_csv
 
     out.mkdir(parents=True, exist_ok=True)
-    for table in tables:
-        write_aside(out / f"{table.key}.csv", table_csv(table).encode())
+    for table in (*tables, notes_table(notes)):
+        write_aside(out / f"{table.key}.csv", table_csv(table).encode("utf-8", "backslashreplace"))
     for figure in figures:
-        write_aside(out / f"{figure.key}.csv", to_csv(figure).encode())
+        write_aside(out / f"{figure.key}.csv", to_csv(figure).encode("utf-8", "backslashreplace"))
 
 
 def _png(

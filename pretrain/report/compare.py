@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pretrain.report.comparable import differences_of_pair
 from pretrain.report.load import Condition, RunData, Study
 
+LEVEL = 0.05
+"""A difference is clear where its corrected p is below this."""
+_ROUNDING = 1e-12
+"""A spread below this share of the figures themselves is rounding, not variance."""
+FEW = 3
+"""Pairs below which a test says little."""
 Measure = Callable[[RunData], float | None]
 
 MEASURES: dict[str, tuple[str, Measure]] = {
@@ -37,14 +45,18 @@ def mean_of(values: Sequence[float]) -> Mean:
     value = sum(values) / n
     if n == 1:
         return Mean(value, math.nan, 1)
-    variance = sum((x - value) ** 2 for x in values) / (n - 1)
-    return Mean(value, math.sqrt(variance / n), n)
+    # hypot neither overflows nor underflows where squares would.
+    return Mean(value, math.hypot(*(x - value for x in values)) / math.sqrt((n - 1) * n), n)
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def condition_mean(condition: Condition, measure: Measure) -> Mean:
-    """Over the seeds of a condition that have the figure."""
+    """Over the seeds of a condition whose figure is finite."""
     found = [measure(run) for run in condition.runs]
-    return mean_of([value for value in found if value is not None])
+    return mean_of([value for value in found if value is not None and math.isfinite(value)])
 
 
 @dataclass(frozen=True)
@@ -54,78 +66,150 @@ class Difference:
     condition: Condition
     mean: float
     low: float
-    """95 % interval by Student's t over the pairs; NaN for fewer than two."""
+    """95 % interval by Student's t over the pairs; NaN for fewer than two, or equal ones."""
     high: float
     n: int
     p: float
     corrected: float
-    """p after Holm's correction for the comparisons with this baseline."""
+    """p after Holm's correction for the comparisons made together."""
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the corrected p is below `LEVEL`: what a star and a colour mean."""
+        return self.corrected < LEVEL
+
+    @property
+    def why_untested(self) -> str:
+        """Why there is no p; empty where there is one."""
+        if not math.isnan(self.p):
+            return ""
+        return "no two pairs" if self.n < 2 else f"{self.n} equal differences, without a variance"
 
 
 def pairs_of(condition: Condition, baseline: Condition) -> list[tuple[RunData, RunData]]:
-    """Runs of one seed that began with the same weights and saw the same samples in order."""
+    """Runs of one seed that differ by their recipe alone (`differences_of_pair`)."""
     others = {run.seed: run for run in baseline.runs}
+    only = differing(condition, baseline)
     return [
         (run, others[run.seed])
         for run in condition.runs
-        if run.seed in others and run.identity and run.identity == others[run.seed].identity
+        if run.seed in others and not differences_of_pair(run, others[run.seed], only)
     ]
 
 
+def differing(condition: Condition, baseline: Condition) -> set[str]:
+    """Keys of the recipe in which two conditions differ."""
+    return {key for key, value in condition.values.items() if value != baseline.values[key]}
+
+
 def unpaired(study: Study) -> list[str]:
-    """Why runs of one seed were not paired."""
+    """Runs that are in no pair, and why."""
     notes = []
+    others = {run.seed: run for run in study.baseline.runs}
     for condition in study.conditions:
-        others = {run.seed: run for run in study.baseline.runs}
+        if condition is study.baseline:
+            continue
+        only = differing(condition, study.baseline)
         for run in condition.runs:
             other = others.get(run.seed)
-            if condition is study.baseline or other is None:
+            if other is None:
+                notes.append(f"not paired: {run.path}: the baseline has no run of seed {run.seed}")
                 continue
-            if not run.identity or not other.identity:
-                lacking = run if not run.identity else other
-                notes.append(f"not paired: {lacking.path} has no hashes of its start")
-                continue
-            for key in ("initial_weights", "data_order"):
-                if run.identity[key] != other.identity[key]:
-                    words = key.replace("_", " ")
-                    notes.append(f"not paired: {run.path} and {other.path} differ in {words}")
+            for reason in differences_of_pair(run, other, only):
+                notes.append(f"not paired: {run.path} and {other.path}: {reason}")
+    return notes
+
+
+def uncounted(study: Study) -> list[str]:
+    """Figures that are not finite, comparisons without a test, and tests of few pairs."""
+    notes: list[str] = []
+    few: dict[str, int] = {}
+    for title, measure in MEASURES.values():
+        for run in study.runs:
+            value = measure(run)
+            if value is not None and not math.isfinite(value):
+                why = f" ({run.nonfinite[0]}: weights are not finite)" if run.nonfinite else ""
+                notes.append(f"left out of {title}: {run.path}: it is {value}{why}")
+        found = differences_from(study, measure)
+        if not any(_finite(measure(run)) for run in study.runs):
+            continue
+        few |= {one.condition.name: one.n for one in found if one.n < FEW}
+        untested = [one for one in found if one.why_untested]
+        if untested and (len(untested) < len(found) or any(one.n > 1 for one in untested)):
+            words = "; ".join(f"{one.condition.name} ({one.why_untested})" for one in untested)
+            notes.append(
+                f"{title}: no p for {words}; Holm's correction counts the other "
+                f"{len(found) - len(untested)} of {len(found)} comparisons"
+            )
+    if few:
+        words = ", ".join(f"{name} ({n})" for name, n in few.items())
+        notes.append(
+            f"fewer than {FEW} pairs, of which intervals and p say little: {words}; use {FEW} "
+            "seeds or more"
+        )
     return notes
 
 
 def differences_from(study: Study, measure: Measure) -> list[Difference]:
     """Every other condition against the baseline, in the study's order."""
-    raw: list[tuple[Condition, list[float]]] = []
-    for condition in study.conditions:
-        if condition is not study.baseline:
-            values = [(measure(a), measure(b)) for a, b in pairs_of(condition, study.baseline)]
-            raw.append((condition, [a - b for a, b in values if a is not None and b is not None]))
-    tests = [_t_test(values) for _, values in raw]
-    corrected = holm([p for _, _, _, p in tests])
+    return differences_of([measure], study)[0]
+
+
+def differences_of(measures: Sequence[Measure], study: Study) -> list[list[Difference]]:
+    """As `differences_from` for several figures, corrected for all comparisons together."""
+    others = [one for one in study.conditions if one is not study.baseline]
+    pairs = [pairs_of(condition, study.baseline) for condition in others]
+    tests = [[t_test(_values(measure, part)) for part in pairs] for measure in measures]
+    corrected = iter(holm([one.p for line in tests for one in line]))
     return [
-        Difference(condition, mean, low, high, len(values), p, fixed)
-        for (condition, values), (mean, low, high, p), fixed in zip(
-            raw, tests, corrected, strict=True
-        )
+        [
+            Difference(condition, one.mean, one.low, one.high, one.n, one.p, next(corrected))
+            for condition, one in zip(others, line, strict=True)
+        ]
+        for line in tests
     ]
 
 
-def _t_test(values: list[float]) -> tuple[float, float, float, float]:
-    """Mean, 95 % interval and two-sided p of differences, by Student's t."""
-    found = mean_of(values)
+def _values(measure: Measure, pairs: list[tuple[RunData, RunData]]) -> list[tuple[float, float]]:
+    """Both figures of every pair that has them, finite."""
+    found = [(measure(run), measure(other)) for run, other in pairs]
+    return [
+        (a, b)
+        for a, b in found
+        if a is not None and b is not None and math.isfinite(a) and math.isfinite(b)
+    ]
+
+
+@dataclass(frozen=True)
+class Test:
+    """A t test of paired differences."""
+
+    n: int
+    mean: float
+    low: float = math.nan
+    high: float = math.nan
+    p: float = math.nan
+
+
+def t_test(pairs: Sequence[tuple[float, float]]) -> Test:
+    """Mean of a − b, its 95 % interval and two-sided p, by Student's t.
+
+    Returns:
+        Interval and p are NaN for fewer than two pairs, and for differences that are equal up to
+        rounding: without a variance there is no test.
+    """
+    found = mean_of([a - b for a, b in pairs])
     if found.n < 2:
-        return found.value, math.nan, math.nan, math.nan
+        return Test(found.n, found.value)
+    scale = max(max(abs(a), abs(b)) for a, b in pairs)
+    if found.error * math.sqrt(found.n) <= _ROUNDING * scale:
+        return Test(found.n, found.value)
     from scipy.stats import t
 
-    if found.error == 0:  # equal in every seed
-        return found.value, found.value, found.value, 1.0 if found.value == 0 else 0.0
     half = float(t.ppf(0.975, found.n - 1)) * found.error
     p = 2 * float(t.sf(abs(found.value) / found.error, found.n - 1))
-    return found.value, found.value - half, found.value + half, p
+    p = max(p, sys.float_info.min)  # the tail underflows, but is not 0
+    return Test(found.n, found.value, found.value - half, found.value + half, p)
 
 
 def holm(values: Sequence[float]) -> list[float]:

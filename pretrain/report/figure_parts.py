@@ -32,8 +32,15 @@ def pick(rows: Iterable[Row], product: str, layer: int | None) -> list[Row]:
 
 
 def mean_over(values: list[float]) -> float:
+    """Mean of what is finite; NaN of nothing. The report's notes name what is not."""
     finite = [value for value in values if not math.isnan(value)]
     return sum(finite) / len(finite) if finite else math.nan
+
+
+def ends(values: list[float]) -> tuple[float, float]:
+    """Least and greatest of what is finite; NaN of nothing."""
+    finite = [value for value in values if not math.isnan(value)] or [math.nan]
+    return min(finite), max(finite)
 
 
 def about(study: Study) -> str:

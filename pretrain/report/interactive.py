@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any
 
+from pretrain.console import plain
 from pretrain.report.spec import Figure, Panel, Series
 
 _GRID, _INK = "#e3e3e3", "#222"
@@ -18,42 +19,51 @@ def figure_html(figure: Figure) -> str:
     views = {"-".join(map(str, choice)): _view(figure.view(choice)) for choice in figure.choices()}
     controls = ""
     for index, control in enumerate(figure.controls):
-        name = html.escape(control.name)
+        name = escape(control.name)
         if control.kind == "slider":
             controls += (
                 f'<label>{name} <output></output><input type="range" min="0" '
                 f'max="{len(control.options) - 1}" value="{control.default}" data-index="{index}" '
-                f"data-options='{html.escape(json.dumps(control.options))}'></label>"
+                f"data-options='{escape(json.dumps(control.options))}'></label>"
             )
         else:
             options = "".join(
-                f'<option value="{i}"{" selected" * (i == control.default)}>{html.escape(o)}'
-                "</option>"
+                f'<option value="{i}"{" selected" * (i == control.default)}>{escape(o)}</option>'
                 for i, o in enumerate(control.options)
             )
             controls += f'<label>{name} <select data-index="{index}">{options}</select></label>'
     return (
-        f'<figure id="{figure.key}"><h2>{html.escape(figure.title)}</h2>'
+        f'<figure id="{figure.key}"><h2>{escape(figure.title)}</h2>'
         f'<div class="controls">{controls}</div>'
-        f'<div class="plot" role="img" aria-label="{html.escape(figure.title)}"></div>'
+        f'<div class="plot" role="img" aria-label="{escape(figure.title)}"></div>'
         f'<script type="application/json">{_json(views)}</script>'
-        f"<figcaption>{html.escape(figure.caption)} "
+        f"<figcaption>{escape(figure.caption)} "
         f'<a class="data" download="{figure.key}.csv" href="#{figure.key}">data</a>'
         "</figcaption></figure>"
     )
+
+
+def escape(text: str) -> str:
+    """Text for HTML, also in attributes."""
+    return html.escape(plain(text))
+
+
+def _for_plotly(text: str) -> str:
+    """A name for plotly, which reads some HTML and fills in what stands in ``%{...}``."""
+    return escape(text).replace("%{", "%&#123;")
 
 
 def data_link(name: str, text: str) -> str:
     """A link that saves a table's CSV, which the page carries; the script makes its address."""
     return (
         f'<a class="data" download="{name}.csv" href="#{name}">data</a>'
-        f'<script type="text/csv">{html.escape(text, quote=False)}</script>'
+        f'<script type="text/csv">{html.escape(plain(text), quote=False)}</script>'
     )
 
 
 def _json(value: Any) -> str:
-    # "</" would end the script element that carries it.
-    return json.dumps(_clean(value), separators=(",", ":")).replace("</", "<\\/")
+    # "</" would end the script element that carries it, "<!--" keep it open.
+    return json.dumps(_clean(value), separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _clean(value: Any) -> Any:
@@ -92,7 +102,7 @@ def _view(panels: list[Panel]) -> dict[str, Any]:
         layout[f"yaxis{suffix}"] = _axis(panel, "y", y_domain, f"x{suffix}")
         layout["annotations"].append(
             {
-                "text": f"<b>{html.escape(panel.title)}</b>",
+                "text": f"<b>{_for_plotly(panel.title)}</b>",
                 "x": sum(x_domain) / 2,
                 "y": y_domain[1] + 0.01,
                 "xref": "paper",
@@ -162,7 +172,7 @@ def _traces(
 ) -> list[dict[str, Any]]:
     colour = colour_of(series.colour)
     shared = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "legendgroup": series.name}
-    name = html.escape(series.name)
+    name = _for_plotly(series.name)
     traces: list[dict[str, Any]] = []
     if series.low and series.high:
         traces.append(

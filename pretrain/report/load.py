@@ -1,4 +1,4 @@
-"""Run folders -> what a report needs, and what may be compared with what."""
+"""Run folders -> conditions, a baseline, and what is left out with its reason."""
 
 from __future__ import annotations
 
@@ -7,100 +7,22 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import list_checkpoints
-from pretrain.config import SCIENCE, Config, differences, load_config, value_at
+from pretrain.config import SCIENCE, differences, value_at
 from pretrain.errors import RunError, UsageError
-from pretrain.identity import read_identity
-from pretrain.manifest import MANIFEST
-from pretrain.probe import Row
-from pretrain.run import CHECKPOINTS, CONFIG, FREE, read_ranks
+from pretrain.report.comparable import check_same, mixed, with_comparable_scores
+from pretrain.report.runs import RunData, load_run
+from pretrain.run import CONFIG, FREE
 from pretrain.sweep import SWEEP
 from pretrain.sweep_config import kinds_of, short_names
-from pretrain.tracking import METRICS, read_metrics
+from pretrain.tracking import METRICS
+
+__all__ = ["Condition", "RunData", "Study", "load_run", "load_study"]
 
 _SETTINGS = tuple(section for section in SCIENCE if section != "seed")
 """Sections whose differences make two runs different conditions (the seed makes replicates)."""
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What the report needs of one run folder."""
-
-    path: Path
-    config: Config
-    ranks: list[Row]
-    metrics: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
-    evaluation: dict[str, Any] | None
-    identity: dict[str, str] | None
-    """Hashes of first weights and order of data."""
-    source: tuple[str, str] | None
-    """Hashes of the data and of its tokenizer."""
-    environment: dict[str, Any]
-
-    @property
-    def seed(self) -> int:
-        """The seed: what tells replicates apart."""
-        return self.config.seed
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether it trained to its last step and was evaluated, if it should be."""
-        scored = self.evaluation is not None or self.config.evaluation.at_end == "none"
-        return self.last_step >= self.config.train.steps and scored
-
-    @property
-    def last_step(self) -> int:
-        """The last step in the metrics: a skipped update has none, but its evaluation has."""
-        return max((int(row["step"]) for row in [*self.metrics, *self.held_out]), default=0)
-
-    @cached_property
-    def heads(self) -> list[Row]:
-        """Rows of single heads."""
-        return [row for row in self.ranks if row["level"] == "head"]
-
-    @cached_property
-    def final(self) -> list[Row]:
-        """Rows of the last measurement, heads only."""
-        last = max(row["step"] for row in self.ranks)
-        return [row for row in self.heads if row["step"] == last]
-
-    @property
-    def decay(self) -> float:
-        """λ of the attention matrices at the last measurement; their mean, should they differ."""
-        values = [(row["decay_a"] + row["decay_b"]) / 2 for row in self.final]
-        return round(sum(values) / max(1, len(values)), 12)
-
-    @property
-    def exposure(self) -> float:
-        """Σ rate·λ of the attention matrices over the run, their mean."""
-        values = [(row["exposure_a"] + row["exposure_b"]) / 2 for row in self.final]
-        return sum(values) / max(1, len(values))
-
-    @property
-    def mlp_decay(self) -> float:
-        """λ of the MLP at the last logged step, its mean."""
-        used = self.metrics[-1]["weight_decay"] if self.metrics else {}
-        values = [value for name, value in used.items() if name.startswith("mlp_")]
-        return round(math.fsum(values) / max(1, len(values)), 12)
-
-    def mean(self, product: str, column: str) -> float:
-        """Mean over the heads of all layers at the last measurement."""
-        values = [row[column] for row in self.final if row["product"] == product]
-        return sum(values) / max(1, len(values))
-
-    def score(self, key: str, subset: str | None = None) -> float | None:
-        """``perplexity``, ``bits_per_byte`` or ``loss`` on the held-out split, or None."""
-        if self.evaluation is None:
-            return None
-        part = self.evaluation["overall"]
-        if subset is not None:
-            part = self.evaluation["subsets"].get(subset, {})
-        return part.get(key)
 
 
 @dataclass(frozen=True)
@@ -118,7 +40,7 @@ class Condition:
 
     @property
     def decay(self) -> float:
-        """λ of attention."""
+        """λ of attention, as applied."""
         return self.mean_of(lambda run: run.decay)
 
     @property
@@ -149,7 +71,8 @@ def load_study(
     """Read run folders, or folders of them, and sort them into conditions.
 
     Args:
-        baseline: name of a condition; default: the sweep's, else that of least attention decay.
+        baseline: name of a condition; default: the sweep's, else that of the least exposure of
+            attention to decay.
         unfinished: take runs that are not finished too.
 
     Raises:
@@ -160,8 +83,9 @@ def load_study(
     runs: list[RunData] = []
     named: str | None = None
     for path in paths:
-        folders, sweep = _folders(path)
+        folders, sweep, missing = _folders(path)
         named = named or (sweep or {}).get("baseline")
+        notes += missing
         for folder in folders:
             try:
                 run = load_run(folder)
@@ -170,115 +94,61 @@ def load_study(
                 continue
             if run.is_finished or unfinished:
                 runs.append(run)
-            else:
-                notes.append(
-                    f"left out: {folder}: not finished ({run.last_step} of "
-                    f"{run.config.train.steps} steps)"
-                )
+            if not run.is_finished:
+                taken = "taken all the same" if unfinished else "left out"
+                notes.append(f"{taken}: {folder}: {run.why_unfinished}")
     if not runs:
         many = f"; {notes[0]}" if notes else ""
         raise UsageError(
             f"{', '.join(map(str, paths))}: no finished run to report{many} (--unfinished takes "
             "those under way)"
         )
-    _check_data(runs)
+    check_same(runs)
+    runs, odd = with_comparable_scores(runs)
     conditions = _conditions(runs)
     title = paths[0].name if len(paths) == 1 else f"{len(runs)} runs"
-    return Study(title, conditions, _choose(conditions, baseline, named), notes)
+    chosen, replaced = _choose(conditions, baseline, named)
+    notes += [*odd, *replaced]
+    for condition in conditions:
+        notes += mixed(condition.name, condition.runs)
+    return Study(title, conditions, chosen, notes)
 
 
-def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
-    """The run folders that a path stands for."""
+def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:
+    """The run folders that a path stands for, its sweep, and what is missing or not of it."""
     if (path / CONFIG).is_file() or not path.is_dir():
-        return [path], None
+        return [path], None, []
     sweep = None
     if (path / SWEEP).is_file():
         try:
             sweep = json.loads((path / SWEEP).read_text(encoding="utf-8"))
         except ValueError:
             raise RunError(f"{path / SWEEP}: damaged; run the sweep again to write it") from None
-    wanted = set(sweep["runs"]) if sweep else None
     found = sorted(
         one
         for one in path.iterdir()
         if one.is_dir() and ((one / CONFIG).exists() or (one / METRICS).exists())
     )
-    found = [one for one in found if wanted is None or one.name in wanted]
+    notes: list[str] = []
+    if sweep:
+        wanted, there = set(sweep["runs"]), {one.name for one in found}
+        notes += [
+            f"left out: {path / name}: planned by {SWEEP}, but no run is there"
+            for name in sorted(wanted - there)
+        ]
+        notes += [
+            f"left out: {path / name}: no run of {SWEEP}"
+            for name in sorted(there - wanted)
+            if not name.startswith("trunk,")
+        ]
+        found = [one for one in found if one.name in wanted]
     if not found:
         raise UsageError(f"{path}: no run folder in it; let its runs start")
-    return found, sweep
-
-
-def load_run(path: Path) -> RunData:
-    """Read a run folder.
-
-    Raises:
-        UsageError, RunError: naming what is missing or damaged.
-    """
-    if not (path / CONFIG).is_file():
-        raise UsageError(f"{path}: not a run folder (no {CONFIG})")
-    config = load_config(path / CONFIG)
-    ranks = read_ranks(path)
-    if not ranks:
-        raise UsageError(f"{path}: nothing measured yet; let it train")
-    if "exposure_a" not in ranks[0]:
-        raise RunError(f"{path}: its table of ranks is of an older version; train it again")
-    environment = _json(path / "environment.json")
-    return RunData(
-        path,
-        config,
-        ranks,
-        read_metrics(path),
-        read_metrics(path, "evaluation"),
-        _json(path / "evaluation.json"),
-        read_identity(path),
-        _source(path),
-        environment[-1] if environment else {},
-    )
-
-
-def _json(path: Path) -> Any:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise RunError(f"{path}: damaged (not JSON); delete it and start the run again") from None
-
-
-def _source(path: Path) -> tuple[str, str] | None:
-    """Hashes of data and tokenizer, also from the newest checkpoint."""
-    identity = read_identity(path, ("data", "tokenizer"))
-    if identity:
-        return identity["data"], identity["tokenizer"]
-    checkpoints = list_checkpoints(path / CHECKPOINTS)
-    if not checkpoints:
-        return None
-    state = _json(checkpoints[-1] / MANIFEST)["state"]
-    return state["data"], state["tokenizer"]
-
-
-def _check_data(runs: list[RunData]) -> None:
-    known = [run for run in runs if run.source]
-    for run in known[1:]:
-        for index, what in ((1, "tokenizer"), (0, "data")):
-            if run.source[index] != known[0].source[index]:  # type: ignore[index]
-                raise UsageError(
-                    f"{run.path}: is of another {what} than {known[0].path}; their figures do not "
-                    "compare: report them apart"
-                )
-    scored = [run for run in runs if run.evaluation]
-    for run in scored[1:]:
-        for key in ("documents_sha256", "split"):
-            if run.evaluation[key] != scored[0].evaluation[key]:  # type: ignore[index]
-                raise UsageError(
-                    f"{run.path}: was evaluated on other documents than {scored[0].path}; evaluate "
-                    "both on one split"
-                )
+    return found, sweep, notes
 
 
 def _conditions(runs: list[RunData]) -> list[Condition]:
-    """Runs by what varies between their recipes, least decay of attention first."""
+    """Runs by what varies between their recipes, least exposure of attention first."""
     keys: dict[str, None] = {}
     for run in runs[1:]:
         for key in differences(runs[0].config, run.config, _SETTINGS):
@@ -301,7 +171,9 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
                 f"{run.path}: has the recipe and the seed of {other.path}; report one of them"
             )
         group.runs.append(run)
-    return sorted(groups.values(), key=lambda one: (one.decay, one.exposure, one.name))
+    return sorted(
+        groups.values(), key=lambda one: (float(f"{one.exposure:.9g}"), one.decay, one.name)
+    )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, int]:
@@ -320,14 +192,22 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _choose(conditions: list[Condition], wanted: str | None, named: str | None) -> Condition:
+def _choose(
+    conditions: list[Condition], wanted: str | None, named: str | None
+) -> tuple[Condition, list[str]]:
+    """The baseline, and a note where it is not the one that the sweep names."""
     if wanted is not None:
         for condition in conditions:
             if wanted.replace(" ", "") == condition.name.replace(" ", ""):
-                return condition
+                return condition, []
         names = "; ".join(condition.name for condition in conditions)
         raise UsageError(f"--baseline: {wanted!r} is none of the conditions: {names}")
+    if named is None:
+        return conditions[0], []
     for condition in conditions:
-        if named and any(run.path.name.startswith(f"{named},seed=") for run in condition.runs):
-            return condition
-    return conditions[0]
+        if any(run.path.name.startswith(f"{named},seed=") for run in condition.runs):
+            return condition, []
+    return conditions[0], [
+        f"baseline: the sweep's is {named}, of which no run is reported; compared with "
+        f"{conditions[0].name}, of the least exposure (--baseline names another)"
+    ]

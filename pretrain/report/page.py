@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import html
-
-from pretrain.report.interactive import SCRIPT, data_link, figure_html, plotly_script
+from pretrain.report.cells import Cell, DataTable
+from pretrain.report.interactive import SCRIPT, data_link, escape, figure_html, plotly_script
 from pretrain.report.load import Study
 from pretrain.report.spec import Figure
-from pretrain.report.tables import Cell, DataTable
 from pretrain.report.text import table_csv
 
 _STYLE = """
@@ -31,9 +29,9 @@ figcaption,.caption{color:#555;font-size:.85rem}
 
 def page(study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str]) -> str:
     """The whole report as HTML that needs nothing else."""
-    warnings = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+    warnings = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     places = [(one.key, one.title) for one in tables] + [(one.key, one.title) for one in figures]
-    links = "".join(f'<a href="#{key}">{html.escape(title)}</a>' for key, title in places)
+    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title in places)
     lead, rest = tables[:4], tables[4:]
     body = "".join(map(table_html, lead)) + "".join(map(figure_html, figures))
     body += "".join(map(table_html, rest))
@@ -42,8 +40,8 @@ def page(study: Study, tables: list[DataTable], figures: list[Figure], notes: li
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<link rel="icon" href="data:,">'
-        f"<title>{html.escape(study.title)}: decay and rank</title><style>{_STYLE}</style></head>"
-        f"<body><h1>{html.escape(study.title)}</h1><p>Weight decay of attention and the rank of "
+        f"<title>{escape(study.title)}: decay and rank</title><style>{_STYLE}</style></head>"
+        f"<body><h1>{escape(study.title)}</h1><p>Weight decay of attention and the rank of "
         f"its products: {count} run{'s' * (count > 1)} in {len(study.conditions)} conditions.</p>"
         f"<nav>{links}</nav>{warnings}{body}"
         f"<script>{plotly_script()}</script><script>{SCRIPT}</script></body></html>"
@@ -52,12 +50,12 @@ def page(study: Study, tables: list[DataTable], figures: list[Figure], notes: li
 
 def table_html(table: DataTable) -> str:
     """A table with its caption and its data."""
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in table.head)
+    head = "".join(f"<th>{escape(title)}</th>" for title in table.head)
     rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
     return (
-        f'<section id="{table.key}"><h2>{html.escape(table.title)}</h2><div class="wide"><table>'
+        f'<section id="{table.key}"><h2>{escape(table.title)}</h2><div class="wide"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        f'<p class="caption">{html.escape(table.caption)} '
+        f'<p class="caption">{escape(table.caption)} '
         f"{data_link(table.key, table_csv(table))}</p></section>"
     )
 
@@ -65,9 +63,8 @@ def table_html(table: DataTable) -> str:
 def _cell(cell: Cell) -> str:
     mark = "*" if cell.mark else ""
     if not cell.shade:
-        return f"<td>{html.escape(cell.text)}{mark}</td>"
+        return f"<td>{escape(cell.text)}{mark}</td>"
     kind = "more" if cell.shade > 0 else "less"
     return (
-        f'<td class="{kind}" style="--shade:{abs(cell.shade):.2f}">{html.escape(cell.text)}{mark}'
-        "</td>"
+        f'<td class="{kind}" style="--shade:{abs(cell.shade):.2f}">{escape(cell.text)}{mark}</td>'
     )

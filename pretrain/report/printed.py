@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from pretrain.console import plain
 from pretrain.report.spec import Figure, Panel, Series
 
 _MARKERS = "osD^PX*v"
@@ -60,7 +61,12 @@ def _pyplot() -> Any:
 def _wrapped(text: str) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(text, 150))
+    return "\n".join(textwrap.wrap(_plain(text), 150))
+
+
+def _plain(text: str) -> str:
+    """Text for matplotlib, which reads what stands between two dollars as a formula."""
+    return plain(text).replace("$", r"\$")
 
 
 def _page(plt: Any, figure: Figure) -> Any:
@@ -72,14 +78,15 @@ def _page(plt: Any, figure: Figure) -> Any:
     for one, panel in zip(axes, panels, strict=False):
         _panel(page, one, panel)
     choice = [c.options[i] for c, i in zip(figure.controls, figure.default, strict=True)]
-    page.suptitle(": ".join([figure.title, ", ".join(choice)]) if choice else figure.title)
+    title = ": ".join([figure.title, ", ".join(choice)]) if choice else figure.title
+    page.suptitle(_plain(title))
     return page
 
 
 def _panel(page: Any, axes: Any, panel: Panel) -> None:
     import matplotlib
 
-    axes.set_title(panel.title)
+    axes.set_title(_plain(panel.title))
     if panel.heat:
         heat = panel.heat
         image = axes.imshow(heat.values, vmin=heat.low, vmax=heat.high, cmap="viridis",
@@ -95,7 +102,7 @@ def _panel(page: Any, axes: Any, panel: Panel) -> None:
         label = _label(series, named)
         colour, marker = colours(series.colour), _MARKERS[index % len(_MARKERS)]
         if series.points:
-            axes.scatter(series.x, series.y, s=8, color=colour, marker=marker, label=series.name,
+            axes.scatter(series.x, series.y, s=8, color=colour, marker=marker, label=label,
                          alpha=0.7)  # fmt: skip
             continue
         few = len(series.x) <= 30 and not series.dash
@@ -117,11 +124,18 @@ def _label(series: Series, named: set[str]) -> str | None:
     if what in named:
         return None
     named.add(what)
-    return what
+    text = _plain(what)
+    return f" {text}" if text.startswith("_") else text  # it hides names that begin so
 
 
 def _scales(axes: Any, panel: Panel) -> None:
-    values = sorted({x for series in panel.series for x in series.x})
+    points = [
+        (x, y)
+        for series in panel.series
+        for x, y in zip(series.x, series.y, strict=True)
+        if math.isfinite(x) and math.isfinite(y)  # matplotlib draws no other
+    ]
+    values = sorted({x for x, _ in points})
     if panel.log_x and any(x > 0 for x in values):
         positive = [value for value in values if value > 0]
         if values[0] <= 0:
@@ -131,13 +145,13 @@ def _scales(axes: Any, panel: Panel) -> None:
             axes.set_xticks([], minor=True)
         else:
             axes.set_xscale("log")
-    heights = [y for series in panel.series for y in series.y]
+    heights = [y for _, y in points]
     if panel.log_y and any(y > 0 for y in heights):  # it refuses an empty panel
         axes.set_yscale("log")
     if panel.y_range:
         axes.set_ylim(*panel.y_range)
     if panel.diagonal:
-        found = [v for series in panel.series for v in (*series.x, *series.y) if v > 0]
+        found = [value for point in points for value in point if value > 0]
         if found:
             axes.plot([min(found), max(found)], [min(found), max(found)], "--", color="grey",
                       linewidth=1)  # fmt: skip

@@ -9,6 +9,7 @@ from functools import cache
 from pretrain.report.figure_parts import (
     PRODUCTS,
     about,
+    ends,
     layers_of,
     mean_over,
     pick,
@@ -35,7 +36,7 @@ def over_decay(study: Study) -> Figure:
                 for condition in study.conditions:
                     ranks = _by_head(condition, product, layer)
                     place = condition.exposure if by_exposure else condition.decay
-                    points.append((place, mean_over(ranks), min(ranks), max(ranks)))
+                    points.append((place, mean_over(ranks), *ends(ranks)))
                 points.sort()
                 x, y, low, high = (list(part) for part in zip(*points, strict=True))
                 whole = layer is None
@@ -62,7 +63,8 @@ def over_decay(study: Study) -> Figure:
         f"Pseudo-rank at the end of training (the paper's figures 3 and 7). {about(study)} Line: "
         "mean over heads and seeds; band: from the least to the greatest head (mean over seeds). "
         "Theory: decay acts as a nuclear norm on each product, so rank falls as λ, or the exposure "
-        "Σηλ, grows. λ is on a symmetric logarithmic axis. Click a layer in the legend to hide it.",
+        "Σηλ, grows. λ is that applied (Σ rate·λ / Σ rate over the updates), "
+        "on a symmetric logarithmic axis. Click a layer in the legend to hide it.",
         [axis],
         view,
     )
@@ -121,8 +123,8 @@ def _course(condition: Condition, product: str, layer: int | None, colour: float
         [float(step) for step in steps],
         [mean_over(values) for values in heads],
         colour,
-        [min(values) for values in heads],
-        [max(values) for values in heads],
+        [ends(values)[0] for values in heads],
+        [ends(values)[1] for values in heads],
     )
 
 

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 from models.roles import ALIASES
-from pretrain.config import differences, value_at
+from pretrain.report.cells import Cell, DataTable
 from pretrain.report.compare import (
+    LEVEL,
     MEASURES,
     Difference,
     Mean,
     Measure,
     condition_mean,
     differences_from,
+    differences_of,
 )
+from pretrain.report.context_tables import configuration, data_seen, environment
 from pretrain.report.load import Condition, Study
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A value as text, with what a page may do with it."""
-
-    text: str
-    shade: float = 0.0
-    """-1 to 1: less or more than the baseline, in size order; 0: no colour."""
-    mark: bool = False
-    """The interval excludes 0."""
-
-
-@dataclass(frozen=True)
-class DataTable:
-    """A table with a caption."""
-
-    key: str
-    title: str
-    caption: str
-    head: list[str]
-    rows: list[list[Cell]]
-    raw: list[dict[str, Any]] = field(default_factory=list)
-    """The same values unrounded, for CSV."""
 
 
 def tables_of(study: Study) -> list[DataTable]:
@@ -51,7 +29,7 @@ def tables_of(study: Study) -> list[DataTable]:
         title, measure = MEASURES[key]
         found += [table_one(study, key, title, measure)] if _scored(study, measure) else []
     found.append(paired(study))
-    return [*found, *subsets(study), *configuration(study), environment(study)]
+    return [*found, *subsets(study), *configuration(study), *data_seen(study), environment(study)]
 
 
 def _scored(study: Study, measure: Measure) -> bool:
@@ -68,6 +46,7 @@ def summary(study: Study) -> DataTable:
         "rank W_VP": lambda run: run.mean("vp", "pseudo_rank"),
         "balance QK": lambda run: run.mean("qk", "balance"),
         "balance VP": lambda run: run.mean("vp", "balance"),
+        **_pair_balance(study),
         "perplexity": MEASURES["perplexity"][1],
         "bits/byte": MEASURES["bits_per_byte"][1],
     }
@@ -76,20 +55,34 @@ def summary(study: Study) -> DataTable:
         values: dict[str, Any] = {"condition": condition.name, "seeds": len(condition.runs)}
         for title, measure in columns.items():
             mean = condition_mean(condition, measure)
-            cells.append(Cell(_plus_minus(mean, plain=title in ("λ", "exposure Σηλ"))))
-            values |= {title: mean.value, f"{title} (standard error)": mean.error}
+            plain = title in ("λ", "exposure Σηλ")
+            cells.append(Cell(_plus_minus(mean, len(condition.runs), plain)))
+            values |= {
+                title: mean.value,
+                f"{title} (standard error)": mean.error,
+                f"{title} (seeds)": mean.n,
+            }
         rows.append(cells)
         raw.append(values)
     return DataTable(
         "summary",
         "Conditions",
-        "Means over seeds ± standard error of the mean; pseudo-rank and balance (nuclear norm / "
-        "its bound) over all heads at the end of training; perplexity and bits per byte on the "
-        "held-out split.",
+        "Means over seeds ± standard error of the mean, of (n) seeds where others have no figure. "
+        "λ: of attention as applied, Σ rate·λ / Σ rate over the updates. At the end of training: "
+        "pseudo-rank over all heads; balance (nuclear norm / its bound) over all heads, or over "
+        "the groups of heads that share keys, which is what the law is about; – under QK-norm. "
+        "Perplexity and bits per byte on the held-out split.",
         ["condition", "seeds", *columns],
         rows,
         raw,
     )
+
+
+def _pair_balance(study: Study) -> dict[str, Measure]:
+    """The balance that rotary positions leave a law for."""
+    if not any(run.config.model.rotary_dim for run in study.runs):
+        return {}
+    return {"balance QK, rotary pairs": lambda run: run.mean("qk", "rope_pair_balance")}
 
 
 def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable:
@@ -99,15 +92,14 @@ def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable
     for condition in study.conditions:
         place = (condition.mean_of(lambda run: run.mlp_decay), condition.decay)
         places.setdefault((round(place[0], 9), round(place[1], 9)), condition)
-    span = max((abs(one.mean) for one in versus.values()), default=0.0)
+    span = _span(versus.values())
 
     def cell(condition: Condition | None) -> Cell:
         if condition is None:
             return Cell("–")
         one = versus.get(condition.name)
-        shade = one.mean / span if one and span and not math.isnan(one.mean) else 0.0
-        text = _plus_minus(condition_mean(condition, measure))
-        return Cell(text, shade, bool(one and one.is_clear))
+        text = _plus_minus(condition_mean(condition, measure), len(condition.runs))
+        return Cell(text, _shade(one, span), bool(one and one.is_clear))
 
     raw = [
         {
@@ -115,6 +107,7 @@ def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable
             "lambda_mlp": condition.mean_of(lambda run: run.mlp_decay),
             "lambda_attention": condition.decay,
             **_numbers(condition_mean(condition, measure)),
+            **_against(versus.get(condition.name)),
         }
         for condition in study.conditions
     ]
@@ -132,12 +125,37 @@ def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable
         key,
         f"Held-out {title}",
         f"{title} on the {_split(study)} split, mean over seeds ± standard error (the paper's "
-        f"Table 1). Coloured by the paired difference from the baseline ({study.baseline.name}); "
-        "* where its 95 % interval excludes 0.",
+        f"Table 1). {_CLEAR} for the number of conditions; the colour by the size of the paired "
+        f"difference from the baseline ({study.baseline.name}).",
         head,
         rows,
         raw,
     )
+
+
+_CLEAR = f"* and coloured: p < {LEVEL:g} for the difference from the baseline, corrected (Holm)"
+
+
+def _span(found: Iterable[Difference]) -> float:
+    """The largest clear difference."""
+    return max((abs(one.mean) for one in found if one.is_clear), default=0.0)
+
+
+def _shade(one: Difference | None, span: float) -> float:
+    return one.mean / span if one and one.is_clear and span else 0.0
+
+
+def _against(one: Difference | None) -> dict[str, Any]:
+    """A difference from the baseline, for CSV; empty cells for the baseline itself."""
+    if one is None:
+        return dict.fromkeys(("pairs", "difference", "p", "p_holm", "clear"))
+    return {
+        "pairs": one.n,
+        "difference": one.mean,
+        "p": one.p,
+        "p_holm": one.corrected,
+        "clear": one.is_clear,
+    }
 
 
 def _varies_by_role(study: Study) -> bool:
@@ -163,10 +181,9 @@ def paired(study: Study) -> DataTable:
         if not _scored(study, measure):
             continue
         found = differences_from(study, measure)
-        span = max((abs(one.mean) for one in found if not math.isnan(one.mean)), default=0.0)
+        span = _span(found)
         for one in found:
-            shade = one.mean / span if span and not math.isnan(one.mean) else 0.0
-            rows.append(_difference_cells(title, one, shade))
+            rows.append(_difference_cells(title, one, _shade(one, span)))
             raw.append(
                 {
                     "figure": title,
@@ -178,6 +195,7 @@ def paired(study: Study) -> DataTable:
                     "high": one.high,
                     "p": one.p,
                     "p_holm": one.corrected,
+                    "clear": one.is_clear,
                 }
             )
     return DataTable(
@@ -185,8 +203,9 @@ def paired(study: Study) -> DataTable:
         "Paired differences from the baseline",
         f"Each condition minus the baseline ({study.baseline.name}), seed by seed: runs of one "
         "seed share their first weights and the order of their data. 95 % intervals and p by "
-        "Student's t over the pairs; the last column is corrected for the number of comparisons "
-        "with the baseline, figure by figure (Holm). * where the interval excludes 0.",
+        "Student's t over the pairs, not corrected; the last column is corrected for the number "
+        f"of comparisons with the baseline, figure by figure (Holm). * and coloured where it is "
+        f"below {LEVEL:g}. – where there is no test: fewer than two pairs, or equal differences.",
         ["figure", "condition", "pairs", "difference", "95 % interval", "p", "p, Holm"],
         rows,
         raw,
@@ -219,96 +238,57 @@ def subsets(study: Study) -> list[DataTable]:
     )
     if len(names) < 2:
         return []
-    found = []
+    tables = []
     for key in ("perplexity", "bits_per_byte"):
         title = MEASURES[key][0]
         rows, raw = [], []
-        for name in names:
-            measure = _subset_measure(key, name)
-            versus = {one.condition.name: one for one in differences_from(study, measure)}
-            span = max((abs(d.mean) for d in versus.values() if not math.isnan(d.mean)), default=0)
+        measures = [_subset_measure(key, name) for name in names]
+        for name, measure, found in zip(
+            names, measures, differences_of(measures, study), strict=True
+        ):
+            versus = {one.condition.name: one for one in found}
+            span = _span(found)
             cells = [Cell(name)]
             for condition in study.conditions:
                 one, mean = versus.get(condition.name), condition_mean(condition, measure)
-                shade = one.mean / span if one and span and not math.isnan(one.mean) else 0.0
-                cells.append(Cell(_plus_minus(mean), shade, bool(one and one.is_clear)))
-                raw.append({"subset": name, "condition": condition.name, **_numbers(mean)})
+                text = _plus_minus(mean, len(condition.runs))
+                cells.append(Cell(text, _shade(one, span), bool(one and one.is_clear)))
+                head = {"subset": name, "condition": condition.name}
+                raw.append({**head, **_numbers(mean), **_against(one)})
             rows.append(cells)
-        found.append(
+        tables.append(
             DataTable(
                 f"subsets-{key}",
                 f"Held-out {title} by subset",
-                f"{title} of every subset, mean over seeds ± standard error; colour and mark as "
-                "above, subset by subset.",
+                f"{title} of every subset, mean over seeds ± standard error. {_CLEAR} for all "
+                "comparisons of this table; the colour by the size of the paired difference, "
+                "subset by subset.",
                 ["subset", *(condition.name for condition in study.conditions)],
                 rows,
                 raw,
             )
         )
-    return found
+    return tables
 
 
 def _subset_measure(key: str, subset: str) -> Measure:
     return lambda run: run.score(key, subset)
 
 
-def configuration(study: Study) -> list[DataTable]:
-    """What differs between the runs' recipes, and nothing else."""
-    runs = study.runs
-    sections = tuple(type(runs[0].config).model_fields)
-    keys: dict[str, None] = {}
-    for run in runs[1:]:
-        keys |= dict.fromkeys(differences(runs[0].config, run.config, sections))
-    if not keys:
-        return []
-    rows = [
-        [Cell(run.path.name), *(Cell(_short(value_at(run.config, key))) for key in keys)]
-        for run in runs
-    ]
-    raw = [
-        {"run": run.path.name, **{key: value_at(run.config, key) for key in keys}} for run in runs
-    ]
-    caption = "Keys whose values are not the same in all runs."
-    return [DataTable("configuration", "What differs", caption, ["run", *keys], rows, raw)]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def environment(study: Study) -> DataTable:
-    """Machine and versions, and how many runs had each."""
-    counts: dict[str, dict[str, int]] = {}
-    for run in study.runs:
-        flat = {k: v for k, v in run.environment.items() if k not in ("started", "versions")}
-        flat |= run.environment.get("versions", {})
-        for key, value in flat.items():
-            part = counts.setdefault(key, {})
-            part[str(value)] = part.get(str(value), 0) + 1
-    rows = [
-        [Cell(key), Cell("; ".join(v if n == len(study.runs) else f"{v} ({n} runs)"
-                                    for v, n in values.items()))]
-        for key, values in counts.items()
-    ]  # fmt: skip
-    raw = [
-        {"what": key, "value": v, "runs": n}
-        for key, part in counts.items()
-        for v, n in part.items()
-    ]
-    caption = "Of each run's last start."
-    return DataTable("environment", "Environment", caption, ["", ""], rows, raw)
-
-
-def _plus_minus(mean: Mean, plain: bool = False) -> str:
+def _plus_minus(mean: Mean, seeds: int, plain: bool = False) -> str:
+    """``3.1416 ± 0.0010``, and ``(2)`` where only so many of the seeds have the figure."""
     if math.isnan(mean.value):
         return "–"
+    few = f" ({mean.n})" if mean.n < seeds else ""
     if plain:
-        return f"{mean.value:.4g}"
-    digits = 4 if abs(mean.value) < 10 else 2
+        return f"{mean.value:.4g}{few}"
+    if abs(mean.value) >= 1e6:  # a model that diverged
+        form = ".3e"
+    else:
+        form = ".4f" if abs(mean.value) < 10 else ".2f"
     if math.isnan(mean.error):
-        return f"{mean.value:.{digits}f}"
-    return f"{mean.value:.{digits}f} ± {mean.error:.{digits}f}"
+        return f"{mean.value:{form}}{few}"
+    return f"{mean.value:{form}} ± {mean.error:{form}}{few}"
 
 
 def _numbers(mean: Mean) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import csv
 import io
 import re
 
+from pretrain.console import on_one_line
+from pretrain.report.cells import DataTable
 from pretrain.report.load import Study
 from pretrain.report.spec import Figure
-from pretrain.report.tables import Cell, DataTable
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
@@ -16,14 +17,14 @@ _LATEX = {
     "±": r"$\pm$", "λ": r"$\lambda$", "η": r"$\eta$", "Σ": r"$\Sigma$", "∏": r"$\prod$",
     "‖": r"$\Vert$", "²": r"$^2$", "ᵀ": r"$^\top$", "½": r"$\frac12$", "√": r"$\surd$",
     "−": r"$-$", "–": "--", "≤": r"$\le$", "<": r"$<$", ">": r"$>$",
-    "₁": r"$_1$", "₂": r"$_2$", "∇": r"$\nabla$", "α": r"$\alpha$",
+    "[": "{[}", "₁": r"$_1$", "₂": r"$_2$", "∇": r"$\nabla$", "α": r"$\alpha$",
 }  # fmt: skip
 
 
 def table_csv(table: DataTable) -> str:
     """The unrounded values."""
     text = io.StringIO()
-    names = list(dict.fromkeys(name for row in table.raw for name in row))
+    names = list(dict.fromkeys(name for row in table.raw for name in row)) or table.head
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(table.raw)
@@ -37,25 +38,27 @@ def markdown(study: Study, tables: list[DataTable], figures: list[tuple[Figure, 
     Args:
         figures: each with the address of its image.
     """
-    parts = [f"# {study.title}", *(f"> {note}" for note in notes)]
+    parts = [f"# {_md(study.title)}", *(f"> {_md(note)}" for note in notes)]
     parts += [_markdown_table(table) for table in tables]
     for figure, image in figures:
-        parts.append(f"## {figure.title}\n\n![{figure.title}]({image})\n\n{figure.caption}")
+        place = f"![{figure.title}](<{image}>)" if " " in image else f"![{figure.title}]({image})"
+        parts.append(f"## {figure.title}\n\n{place}\n\n{_md(figure.caption)}")
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown_table(table: DataTable) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    def row_of(cells: list[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
 
-    rows = [line([_starred(cell, r"\*") for cell in row]) for row in table.rows]
+    rows = [row_of([_md(cell.text) + r"\*" * cell.mark for cell in row]) for row in table.rows]
     rule = "|" + "|".join([" --- ", *([" ---: "] * (len(table.head) - 1))]) + "|"
-    body = "\n".join([line(table.head), rule, *rows])
-    return f"## {table.title}\n\n{body}\n\n{table.caption}"
+    body = "\n".join([row_of(list(map(_md, table.head))), rule, *rows])
+    return f"## {_md(table.title)}\n\n{body}\n\n{_md(table.caption)}"
 
 
-def _starred(cell: Cell, star: str) -> str:
-    return cell.text + star * cell.mark
+def _md(text: str) -> str:
+    """Text for Markdown: on one line, without effect as markup or HTML."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", on_one_line(text)).replace("<", "&lt;")
 
 
 def latex(study: Study, tables: list[DataTable], figures: list[tuple[Figure, str]],
@@ -80,12 +83,12 @@ def latex(study: Study, tables: list[DataTable], figures: list[tuple[Figure, str
 
 
 def _latex_table(table: DataTable) -> str:
-    def line(cells: list[str]) -> str:
+    def row_of(cells: list[str]) -> str:
         return " & ".join(cells) + r" \\"
 
-    rows = [line([escape(cell.text) + "*" * cell.mark for cell in row]) for row in table.rows]
+    rows = [row_of([escape(cell.text) + "*" * cell.mark for cell in row]) for row in table.rows]
     body = "\n".join(
-        [r"\toprule", line(list(map(escape, table.head))), r"\midrule", *rows, r"\bottomrule"]
+        [r"\toprule", row_of(list(map(escape, table.head))), r"\midrule", *rows, r"\bottomrule"]
     )
     columns = "l" + "r" * (len(table.head) - 1)
     return (
@@ -97,6 +100,6 @@ def _latex_table(table: DataTable) -> str:
 
 
 def escape(text: str) -> str:
-    """Plain text for LaTeX; what it has no sign for is left out."""
-    found = "".join(_LATEX.get(letter, letter) for letter in text)
-    return re.sub(r"[^\x00-\x7f]", "", found)
+    """Plain text for LaTeX; what it has no sign for is shown by its number."""
+    found = "".join(_LATEX.get(letter, letter) for letter in on_one_line(text))
+    return re.sub(r"[^\x20-\x7e]", lambda sign: f"(U+{ord(sign[0]):04X})", found)

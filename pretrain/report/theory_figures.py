@@ -16,7 +16,12 @@ from pretrain.report.figure_parts import (
 from pretrain.report.load import Condition, RunData, Study
 from pretrain.report.spec import Choice, Control, Figure, Panel, Series
 
-_NOT_HERE = "does not apply (QK-norm)"
+
+def _why_empty(study: Study, product: str) -> str:
+    """Why a panel has no values: QK-norm takes the law away, else the weights are lost."""
+    if product == "qk" and all(run.config.model.qk_norm for run in study.runs):
+        return "does not apply (QK-norm)"
+    return "no finite values"
 
 
 def _law(run: RunData, product: str) -> tuple[str, str, str]:
@@ -51,7 +56,9 @@ def discrepancy(study: Study) -> Figure:
                     Series(f"{condition.name}: ∏(1−ηλ)²", x, [left[s] for s in steps], colour,
                            dash=True)
                 )  # fmt: skip
-            title = f"{name}: {words[product]}" if lines else f"{name}: {_NOT_HERE}"
+            title = (
+                f"{name}: {words[product]}" if lines else f"{name}: {_why_empty(study, product)}"
+            )
             panels.append(Panel(title, "step", "share of its start", lines, log_y=True))
         return panels
 
@@ -120,7 +127,9 @@ def bounds(study: Study) -> Figure:
                         texts=texts,
                     )
                 )
-            title = name if any(line.x for line in lines) else f"{name}: {_NOT_HERE}"
+            title = (
+                name if any(line.x for line in lines) else f"{name}: {_why_empty(study, product)}"
+            )
             panels.append(
                 Panel(title, "½(‖A‖² + ‖B‖²)", "nuclear norm", lines, log_x=True, log_y=True,
                       diagonal=True)
@@ -209,7 +218,7 @@ def spectra_if_any(study: Study) -> list[Figure]:
                 sigma = values.get((step, layer, head, product))
                 if sigma:
                     x = [float(number) for number in range(1, len(sigma) + 1)]
-                    y = [max(value, 1e-12) for value in sigma]
+                    y = [value if value > 0 else math.nan for value in sigma]
                     lines.append(Series(f"step {step}", x, y, shade(index, len(steps))))
             panels.append(Panel(name, "index", "singular value", lines, log_y=True))
         return panels

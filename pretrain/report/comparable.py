@@ -1,0 +1,149 @@
+"""What may be compared with what: checked before any mean or pair, with both values said."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from pretrain.errors import UsageError
+from pretrain.report.runs import RunData
+
+
+def check_same(runs: list[RunData]) -> None:
+    """Refuse runs whose figures are of different things.
+
+    Raises:
+        UsageError: naming two runs and what differs.
+    """
+    known = [run for run in runs if run.source]
+    for run in known[1:]:
+        for index, what in ((1, "tokenizer"), (0, "data")):
+            if run.source[index] != known[0].source[index]:  # type: ignore[index]
+                raise UsageError(
+                    f"{run.path}: is of another {what} than {known[0].path}; their figures do not "
+                    "compare: report them apart"
+                )
+    for run in runs[1:]:
+        mine, other = _definition(run), _definition(runs[0])
+        if mine != other:
+            raise UsageError(
+                f"{run.path}: its pseudo-rank is of {mine}, that of {runs[0].path} of {other}; "
+                "they do not compare: report them apart"
+            )
+
+
+def _definition(run: RunData) -> str:
+    ranks = run.config.ranks
+    return f"ranks.threshold {ranks.threshold:g} and ranks.denominator {ranks.denominator}"
+
+
+def _documents(found: dict[str, Any]) -> str | None:
+    if "documents_sha256" not in found:  # a task without text
+        return str(found["overall"].get("samples")) if "samples" in found["overall"] else None
+    count = found["overall"].get("documents", "some")
+    return f"{count} (sha256 {found['documents_sha256'][:8]})"
+
+
+def _stride(run: RunData, found: dict[str, Any]) -> Any:
+    """Windows without overlap are a setting of their own, whatever the context."""
+    context = found.get("context", run.config.model.context)
+    stride = found.get("stride")
+    return "the context" if stride == context else stride
+
+
+def _precision(run: RunData, found: dict[str, Any]) -> str | None:
+    precision = found.get("precision")
+    return "that of training" if precision and precision == run.precision else precision
+
+
+_SETTINGS: dict[str, Callable[[RunData, dict[str, Any]], Any]] = {
+    "split": lambda run, found: found.get("split"),
+    "documents": lambda run, found: _documents(found),
+    "stride": _stride,
+    "precision": _precision,
+    "attention rank": lambda run, found: found.get("attention_rank", "whole"),
+}
+"""Settings of an evaluation that change its figures; None: not known (older folders)."""
+
+
+def with_comparable_scores(runs: list[RunData]) -> tuple[list[RunData], list[str]]:
+    """The runs without held-out figures that are of other settings than most, and why.
+
+    Returns:
+        The runs in their order, and notes that name each run whose figures are left out.
+    """
+    notes: list[str] = []
+    wanted = {name: _usual(runs, name) for name in _SETTINGS}
+    found = []
+    for run in runs:
+        odd = _odd(run, wanted)
+        if run.evaluation is None and any(one.evaluation for one in runs):
+            odd = "it was not evaluated"
+        if odd:
+            notes.append(f"held-out figures left out: {run.path}: {odd}")
+        found.append(replace(run, evaluation=None) if odd else run)
+    return found, notes
+
+
+def _usual(runs: list[RunData], name: str) -> Any:
+    """The value that most runs have; of equals, the first."""
+    values = [_SETTINGS[name](run, run.evaluation) for run in runs if run.evaluation]
+    known = Counter(value for value in values if value is not None)
+    return known.most_common(1)[0][0] if known else None
+
+
+def _odd(run: RunData, wanted: dict[str, Any]) -> str:
+    """Why held-out figures do not compare, with both values."""
+    if run.evaluation is None:
+        return ""
+    reasons = []
+    for name, read in _SETTINGS.items():
+        value = read(run, run.evaluation)
+        if value is not None and value != wanted[name]:
+            reasons.append(f"{name} {value}, the others' {wanted[name]}")
+    step, last = run.evaluation.get("step"), run.config.train.steps
+    if step is not None and step != last and run.last_step >= last:
+        reasons.append(f"of step {step}, not of its last, {last}")
+    return "; ".join(reasons)
+
+
+def differences_of_pair(run: RunData, other: RunData, only: set[str]) -> list[str]:
+    """Why two runs of one seed are no pair, each reason with both values; empty for a pair.
+
+    Args:
+        only: keys in which their conditions differ: a single one is what is studied.
+    """
+    if not run.identity or not other.identity:
+        lacking = run if not run.identity else other
+        return [f"{lacking.path} has no hashes of its start"]
+    reasons = [
+        f"differ in {key.replace('_', ' ')}"
+        for key in ("initial_weights", "data_order")
+        if run.identity[key] != other.identity[key]
+    ]
+    known = run.precision and other.precision
+    if known and run.precision != other.precision and only != {"precision"}:
+        reasons.append(f"trained in {run.precision} and in {other.precision}")
+    for word, mine, its in (
+        ("left out blocks of samples", run.jumped, other.jumped),
+        ("skipped updates", run.skipped, other.skipped),
+    ):
+        if mine != its:
+            reasons.append(f"{word}: {_few(mine)} and {_few(its)}")
+    return reasons
+
+
+def _few(values: tuple[int, ...]) -> str:
+    text = ", ".join(map(str, values[:5])) or "none"
+    return text + f" and {len(values) - 5} more" * (len(values) > 5)
+
+
+def mixed(name: str, runs: list[RunData]) -> list[str]:
+    """A note on a condition whose seeds did not train in one precision."""
+    counts = Counter(run.precision for run in runs if run.precision)
+    if len(counts) < 2:
+        return []
+    words = ", ".join(f"{precision} ({n})" for precision, n in counts.items())
+    return [f"{name}: its runs trained in different precisions: {words}"]

@@ -1,0 +1,100 @@
+"""The tables around the figures: recipes, data, machines, and what is left out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pretrain.config import differences, value_at
+from pretrain.report.cells import Cell, DataTable
+from pretrain.report.load import Study
+
+
+def configuration(study: Study) -> list[DataTable]:
+    """What differs between the runs' recipes, and nothing else."""
+    runs = study.runs
+    sections = tuple(type(runs[0].config).model_fields)
+    keys: dict[str, None] = {}
+    for run in runs[1:]:
+        keys |= dict.fromkeys(differences(runs[0].config, run.config, sections))
+    if not keys:
+        return []
+    rows = [
+        [Cell(run.path.name), *(Cell(_short(value_at(run.config, key))) for key in keys)]
+        for run in runs
+    ]
+    raw = [
+        {"run": run.path.name, **{key: value_at(run.config, key) for key in keys}} for run in runs
+    ]
+    caption = "Keys whose values are not the same in all runs."
+    return [DataTable("configuration", "What differs", caption, ["run", *keys], rows, raw)]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def environment(study: Study) -> DataTable:
+    """Machine and versions, and how many runs had each."""
+    counts: dict[str, dict[str, int]] = {}
+    for run in study.runs:
+        flat = {
+            k: v for k, v in run.environment.items() if k not in ("started", "versions", "data")
+        }
+        flat |= run.environment.get("versions", {})
+        for key, value in flat.items():
+            part = counts.setdefault(key, {})
+            part[str(value)] = part.get(str(value), 0) + 1
+    rows = [
+        [Cell(key), Cell("; ".join(v if n == len(study.runs) else f"{v} ({n} runs)"
+                                    for v, n in values.items()))]
+        for key, values in counts.items()
+    ]  # fmt: skip
+    raw = [
+        {"what": key, "value": v, "runs": n}
+        for key, part in counts.items()
+        for v, n in part.items()
+    ]
+    caption = "Of each run's last start."
+    return DataTable("environment", "Environment", caption, ["", ""], rows, raw)
+
+
+def data_seen(study: Study) -> list[DataTable]:
+    """Tokens and epochs of every subset, for each group of runs that take the same."""
+    groups: dict[str, list[str]] = {}
+    for condition in study.conditions:
+        for run in condition.runs:
+            data = run.environment.get("data")
+            if data and data["subsets"]:
+                names = groups.setdefault(json.dumps(data), [])
+                names += [condition.name] if condition.name not in names else []
+    rows, raw = [], []
+    for text, names in groups.items():
+        data = json.loads(text)
+        who = "all runs" if len(groups) == 1 else "; ".join(names)
+        for subset, use in data["subsets"].items():
+            figures = [f"{int(use[key]):,}" for key in ("corpus", "seen")]
+            cells = [who, subset, data["unit"], *figures, f"{use['epochs']:.3g}"]
+            rows.append([Cell(cell) for cell in cells])
+            raw.append({"conditions": who, "subset": subset, "unit": data["unit"], **use})
+    if not rows:
+        return []
+    caption = (
+        "Training data by subset: how much there is, how much a run sees (repetitions counted), "
+        "and how often that is each of them."
+    )
+    head = ["conditions", "subset", "unit", "in the data", "seen", "epochs"]
+    return [DataTable("data", "Data", caption, head, rows, raw)]
+
+
+def notes_table(notes: list[str]) -> DataTable:
+    """What was left out, not paired or not tested, with the reason, one row each."""
+    return DataTable(
+        "notes",
+        "Left out and not compared",
+        "Every run, figure and comparison that the tables and figures do not count, and why.",
+        ["note"],
+        [[Cell(note)] for note in notes],
+        [{"note": note} for note in notes],
+    )

@@ -1,0 +1,267 @@
+"""One run folder -> what a report needs of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from models.roles import ALIASES, ATTENTION, QK, VO, Role
+from pretrain.checkpoint import list_checkpoints
+from pretrain.config import Config, load_config
+from pretrain.control import coupled_rate
+from pretrain.errors import RunError, UsageError
+from pretrain.faults import SKIPPED, read_jumps
+from pretrain.identity import read_identity
+from pretrain.manifest import MANIFEST
+from pretrain.probe import Row, lawful
+from pretrain.run import CHECKPOINTS, CONFIG, EVALUATION, read_ranks
+from pretrain.tracking import read_metrics
+
+_PAIRS = {"qk": QK, "vp": VO}
+_OF_THE_LAW = ("balance", "discrepancy", "rope_pair_balance")
+"""Columns whose law is a group's where heads share keys."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What the report needs of one run folder."""
+
+    path: Path
+    config: Config
+    ranks: list[Row]
+    metrics: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    identity: dict[str, str] | None
+    """Hashes of first weights and order of data."""
+    source: tuple[str, str] | None
+    """Hashes of the data and of its tokenizer."""
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    """Machine and versions, start by start."""
+    jumped: tuple[int, ...] = ()
+    """Blocks of samples that were left out after a fault."""
+    skipped: tuple[int, ...] = ()
+    """Updates that were skipped, as something was not finite."""
+
+    @property
+    def seed(self) -> int:
+        """The seed: what tells replicates apart."""
+        return self.config.seed
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Machine and versions of the last start."""
+        return self.starts[-1] if self.starts else {}
+
+    @property
+    def precision(self) -> str:
+        """What it trained in: ``bf16``, or ``fp32 then bf16``; empty if it is not known."""
+        found = dict.fromkeys(start["precision"] for start in self.starts if "precision" in start)
+        return " then ".join(found)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged; a skipped update has an event instead."""
+        rows = (*self.metrics, *self.held_out)
+        return max([0, *(int(row["step"]) for row in rows), *self.skipped])
+
+    @property
+    def why_unfinished(self) -> str:
+        """What is missing to a finished run; empty for a finished one."""
+        steps = self.config.train.steps
+        if self.last_step < steps:
+            return f"not finished ({self.last_step} of {steps} steps)"
+        if self.evaluation is None and self.config.evaluation.at_end != "none":
+            return (
+                f"trained to its last step, {steps}, but not evaluated (no {EVALUATION}); start it "
+                "again with the same words"
+            )
+        return ""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it trained to its last step and was evaluated, if it should be."""
+        return not self.why_unfinished
+
+    @cached_property
+    def heads(self) -> list[Row]:
+        """Rows of single heads."""
+        return [row for row in self.ranks if row["level"] == "head"]
+
+    @cached_property
+    def final(self) -> list[Row]:
+        """Rows of the last measurement, heads only."""
+        return self._heads_at(max(row["step"] for row in self.ranks))
+
+    def _heads_at(self, step: int) -> list[Row]:
+        return [row for row in self.heads if row["step"] == step]
+
+    @cached_property
+    def decay(self) -> float:
+        """λ of the attention matrices as applied: constant, or Σ rate·λ / Σ rate of the updates.
+
+        Mean over the matrices.
+        """
+        constant = _both(self.final, "decay")
+        if self._is_constant:
+            return _rounded(constant)
+        first, last = (choose(row["step"] for row in self.heads) for choose in (min, max))
+        if first == last:  # a fork that was measured once: with its trunk's updates
+            first, taken = 0, self.exposure
+        else:
+            taken = self.exposure - _both(self._heads_at(first), "exposure")
+        rates = math.fsum(self._rate(step) for step in range(first, last))
+        return _rounded(taken / rates if rates else constant)
+
+    @property
+    def _is_constant(self) -> bool:
+        """Whether nothing moved λ of attention during the run."""
+        for policy in self.config.optimizer.weight_decay.policies:
+            if any(role in ATTENTION for word in policy.roles for role in ALIASES.get(word, ())):
+                return False
+        seen: dict[tuple[Any, ...], set[float]] = {}
+        for row in self.heads:
+            for side in "ab":
+                key = row["layer"], row["product"], side
+                seen.setdefault(key, set()).add(row[f"decay_{side}"])
+        return all(len(values) == 1 for values in seen.values())
+
+    def _rate(self, step: int) -> float:
+        """What λ was multiplied by in an update (counted from 0), mean over the matrices."""
+        rate, peak = self.config.learning_rate(step), self.config.optimizer.learning_rate
+        return math.fsum(coupled_rate(word, rate, peak) for word in self._couplings) / 4
+
+    @cached_property
+    def _couplings(self) -> list[str]:
+        return [_coupling(self.config, role) for role in ATTENTION]
+
+    @cached_property
+    def exposure(self) -> float:
+        """Σ rate·λ of the attention matrices over the run, their mean."""
+        return _both(self.final, "exposure")
+
+    @cached_property
+    def mlp_decay(self) -> float:
+        """λ of the MLP over the logged updates, weighted by their rates; mean over matrices."""
+        points = []
+        for row in self.metrics:
+            used = [v for name, v in row["weight_decay"].items() if name.startswith("mlp_")]
+            if used:
+                points.append((row["learning_rate"], math.fsum(used) / len(used)))
+        total = math.fsum(rate for rate, _ in points)
+        if len({value for _, value in points}) <= 1 or not total:
+            return _rounded(points[-1][1]) if points else 0.0
+        return _rounded(math.fsum(rate * value for rate, value in points) / total)
+
+    def mean(self, product: str, column: str) -> float:
+        """Mean over the heads of all layers at the last measurement.
+
+        Balance and discrepancy are means over groups where heads share keys (`lawful`).
+        """
+        rows = self.final
+        if column in _OF_THE_LAW:
+            step = self.final[0]["step"] if self.final else 0
+            rows = lawful([row for row in self.ranks if row["step"] == step])
+        values = [row[column] for row in rows if row["product"] == product]
+        return sum(values) / max(1, len(values))
+
+    @property
+    def nonfinite(self) -> list[str]:
+        """Heads whose weights are not finite at the last measurement."""
+        return [
+            f"layer {row['layer']} {row['product']} head {row['head']}"
+            for row in self.final
+            if row.get("nonfinite")
+        ]
+
+    def score(self, key: str, subset: str | None = None) -> float | None:
+        """``perplexity``, ``bits_per_byte`` or ``loss`` on the held-out split.
+
+        Returns:
+            None where there is none, NaN where it was not finite.
+        """
+        if self.evaluation is None:
+            return None
+        part = self.evaluation["overall"]
+        if subset is not None:
+            part = self.evaluation["subsets"].get(subset, {})
+        if key not in part:
+            return None
+        value = part[key]  # JSON has null for what is not finite
+        return math.nan if value is None else float(value)
+
+
+def _both(rows: Iterable[Row], column: str) -> float:
+    """Mean over rows of a column of both factors."""
+    values = [(row[f"{column}_a"] + row[f"{column}_b"]) / 2 for row in rows]
+    return sum(values) / max(1, len(values))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.12g}")
+
+
+def _coupling(config: Config, role: Role) -> str:
+    """The recipe's coupling of a role: the narrowest word that names it."""
+    setting = config.optimizer.weight_decay.coupling
+    if isinstance(setting, str):
+        return setting
+    words = [word for word in setting if role in ALIASES.get(word, ())]
+    narrowest = min(words, key=lambda word: len(ALIASES[word]), default="default")
+    return setting.get(narrowest, "lr")
+
+
+def load_run(path: Path) -> RunData:
+    """Read a run folder.
+
+    Raises:
+        UsageError, RunError: naming what is missing or damaged.
+    """
+    if not (path / CONFIG).is_file():
+        raise UsageError(f"{path}: not a run folder (no {CONFIG})")
+    config = load_config(path / CONFIG)
+    ranks = read_ranks(path)
+    if not ranks:
+        raise UsageError(f"{path}: nothing measured yet; let it train")
+    if "exposure_a" not in ranks[0]:
+        raise RunError(f"{path}: its table of ranks is of an older version; train it again")
+    events = read_metrics(path, "event")
+    return RunData(
+        path,
+        config,
+        ranks,
+        read_metrics(path),
+        read_metrics(path, "evaluation"),
+        _json(path / EVALUATION),
+        read_identity(path),
+        _source(path),
+        _json(path / "environment.json") or [],
+        tuple(read_jumps(path)),
+        tuple(row["step"] for row in events if str(row["message"]).endswith(SKIPPED)),
+    )
+
+
+def _json(path: Path) -> Any:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise RunError(f"{path}: damaged (not JSON); delete it and start the run again") from None
+
+
+def _source(path: Path) -> tuple[str, str] | None:
+    """Hashes of data and tokenizer, also from the newest checkpoint."""
+    identity = read_identity(path, ("data", "tokenizer"))
+    if identity:
+        return identity["data"], identity["tokenizer"]
+    checkpoints = list_checkpoints(path / CHECKPOINTS)
+    if not checkpoints:
+        return None
+    state = _json(checkpoints[-1] / MANIFEST)["state"]
+    return state["data"], state["tokenizer"]

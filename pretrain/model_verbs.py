@@ -26,7 +26,7 @@ def print_evaluation(figures: dict[str, Any]) -> None:
     if "accuracy" in overall:
         print(
             f"{figures['split']} split, step {figures['step']}: {overall['samples']:,} samples, "
-            f"loss {overall['loss']:.4f}, accuracy {overall['accuracy']:.4f}"
+            f"loss {_shown(overall['loss'], '.4f')}, accuracy {_shown(overall['accuracy'], '.4f')}"
         )
         return
     from rich.table import Table
@@ -43,9 +43,9 @@ def print_evaluation(figures: dict[str, Any]) -> None:
             f"{row['documents']:,}",
             f"{row['tokens']:,}",
             f"{row['bytes']:,}",
-            f"{row['loss']:.4f}",
-            f"{row['perplexity']:.2f}",
-            f"{row['bits_per_byte']:.4f}",
+            _shown(row["loss"], ".4f"),
+            _shown(row["perplexity"], ".2f"),
+            _shown(row["bits_per_byte"], ".4f"),
         )
     show_table(table, 120)
     present = len(figures["pile_subsets_present"])
@@ -53,10 +53,16 @@ def print_evaluation(figures: dict[str, Any]) -> None:
     if weighted:
         print(
             f"{present} of the Pile's 22 subsets present; weighted by their published shares: "
-            f"perplexity {weighted['perplexity']:.2f}, {weighted['bits_per_byte']:.4f} bits/byte"
+            f"perplexity {_shown(weighted['perplexity'], '.2f')}, "
+            f"{_shown(weighted['bits_per_byte'], '.4f')} bits/byte"
         )
     else:
         print("none of the Pile's 22 subsets present: no Pile-weighted average")
+
+
+def _shown(value: float | None, form: str) -> str:
+    """A figure in a format; JSON has null for one that is not finite."""
+    return "n/a" if value is None else format(value, form)
 
 
 def evaluate(

@@ -54,7 +54,7 @@ def test_many_epochs_are_said(
     """A corpus seen a thousand times: in the dry run, its JSON, and in words."""
     values = base_recipe(data)
     tokens = sum(entry.tokens for entry in load_manifest(data).split("train"))
-    values["train"] = {"steps": 1000 * tokens // (8 * 32), "global_batch": 8}
+    values["train"] = {"steps": 100, "global_batch": 1000 * tokens // (100 * 32)}
     recipe = write_recipe(tmp_path / "r.yaml", values)
     assert run(monkeypatch, "train", str(recipe), "--dry-run") == 0
     assert "1e+03 epochs" in capsys.readouterr().out

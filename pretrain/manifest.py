@@ -82,7 +82,7 @@ class StateEntry(BaseModel):
 class Manifest(_Part):
     """A manifest whose parts fit each other."""
 
-    step: Count
+    step: Annotated[int, Field(ge=0, lt=10**18, strict=True)]
     run: str = ""
     """Id of the run that wrote it; empty in those of the first versions."""
     state: StateEntry

@@ -68,6 +68,8 @@ def create_run(run: Path, config: Config, setting: dict[str, Any]) -> None:
         setting: what the machine decided (grid, precision) and the data gives, for the record.
     """
     run.mkdir(parents=True, exist_ok=True)
+    if (run / METRICS).is_symlink():
+        raise RunError(f"{run / METRICS}: is a link, which nothing is written through; remove it")
     write_text(run / CONFIG, dump_config(config))  # first: it makes the folder a run
     _clear_leftovers(run)
     if not run_id_of(run):

@@ -48,7 +48,7 @@ def rewind_metrics(run: Path, step: int) -> None:
 def _append(path: Path, line: str) -> None:
     """Add a line to a file, whole or not at all: a disk that fills up takes a part."""
     data = line.encode("utf-8")
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         size = os.fstat(descriptor).st_size
         if os.write(descriptor, data) < len(data):

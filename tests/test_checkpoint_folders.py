@@ -385,9 +385,9 @@ def spoil(rng: random.Random, folder: Path) -> None:
         file.rename(away)
         file.symlink_to(away)
     elif kind == 8:
-        path.rename(
-            path.with_name(rng.choice((f"{path.name}.bak", "step-8", "old", "step-00000019")))
-        )
+        name = rng.choice((f"{path.name}.bak", "step-8", "old", "step-00000019"))
+        if not (folder / name).exists():
+            path.rename(folder / name)
     elif kind == 9:
         away = folder.parent / f"moved-{rng.randrange(10**9)}"
         path.rename(away)

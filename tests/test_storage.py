@@ -15,9 +15,13 @@ import pytest
 
 import pretrain.storage
 from data_pipeline.files import is_leftover, replacing, write_aside, write_synced
+from pretrain.errors import RunError
 from pretrain.lock import LOCK, BusyError, RunLock, is_busy
+from pretrain.run import create_run
 from pretrain.storage import count
+from pretrain.tracking import METRICS, _append
 from pretrain.watchdog import Watchdog
+from tests.checkpoints import small_config
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
@@ -43,6 +47,11 @@ def test_what_lies_in_wait_is_not_written_through(tmp_path: Path) -> None:
         write_synced(folder / "manifest.json", b"{}")
     with pytest.raises(OSError, match="symbolic links"):
         RunLock(folder).acquire()
+    (folder / METRICS).symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        _append(folder / METRICS, "x")
+    with pytest.raises(RunError, match="is a link"):
+        create_run(folder, small_config(), {})
     assert victim.read_text() == "precious"
 
 

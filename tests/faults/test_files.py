@@ -218,7 +218,8 @@ def test_a_run_folder_that_vanishes_for_a_while(
     os.rename(run, away)
     time.sleep(4.0)  # the slow step has passed meanwhile
     if run.exists():  # what was written in its absence, such as a checkpoint on its way
-        shutil.copytree(run, away, dirs_exist_ok=True)
+        passing = shutil.ignore_patterns(".*.tmp")  # a file that is being written right now
+        shutil.copytree(run, away, dirs_exist_ok=True, ignore=passing)
         shutil.rmtree(run)
     os.rename(away, run)
     _, stderr = process.communicate(timeout=120)

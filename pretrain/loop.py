@@ -114,6 +114,7 @@ def _loop(job: Job, loader: Loader, first: int) -> None:
         if job.is_due("evaluation", step) and not between.evaluate(job, step):
             stopping = saving = True  # the next start makes up for it
         if saving:
+            job.saver.urgent = stopping or step == steps
             between.save(job, step)
         between.tell_saved(job)
         job.watchdog.beat(step)

@@ -89,6 +89,8 @@ class Mirror:
             RunError: naming the URL.
         """
         run = run_id_of(self._run)
+        if not run:
+            raise RunError(f"{self.url}: {folder.name} not copied ({self._run / RUN_ID} is gone)")
         place = f"{self._root}/{self._name}-{run}"
         target = f"{place}/{folder.name}"
         try:

@@ -72,6 +72,8 @@ class Saver:
     settings: CheckpointConfig
     outcomes: list[Outcome] = field(default_factory=list)
     """Of writes that have ended, for whoever logs them (and takes them away)."""
+    urgent: bool = False
+    """Somebody waits for the next one: its thread does not give way to those that train."""
     _last: Outcome | None = None
     _thread: threading.Thread | None = None
     _group: Any = None
@@ -143,8 +145,8 @@ class Saver:
 
     def _write(self, step: int, piece: Piece | None, described: dict[str, Any]) -> None:
         began = time.monotonic()
-        if self.settings.asynchronous:
-            _give_way()
+        if self.settings.asynchronous and not self.urgent:
+            _give_way()  # for good, where the user may not raise a priority
         aside = self.folder / f".{checkpoint_name(step)}.writing"
         notes: list[str] = []
         try:

@@ -90,6 +90,14 @@ def test_a_lost_folder_finds_its_own(tmp_path: Path) -> None:
     assert names(place) == ["step-00000004", "step-00000008"]
 
 
+def test_a_run_without_its_id_pushes_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (2,), "0000aaaa")
+    (run / RUN_ID).unlink()
+    with pytest.raises(RunError, match="run-id is gone"):
+        push_all(run, tmp_path / "mirror")
+    assert not (tmp_path / "mirror").exists()
+
+
 def test_a_copy_for_another_folder_is_another_run(tmp_path: Path) -> None:
     """Two folders of one name and recipe never write to one place."""
     push_all(make_run(tmp_path / "a/run", (2,), "0000aaaa"), tmp_path / "mirror")

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import pretrain.loop
+import pretrain.saver
 import pretrain.storage
 from pretrain.checkpoint import RUN_ID, list_checkpoints
+from pretrain.errors import TRY_AGAIN
 from pretrain.manifest import MANIFEST, sealed
 from pretrain.tracking import read_metrics
 from tests.faults.tools import HERE, events_of, same_weights
@@ -125,6 +128,24 @@ def test_a_mirror_with_another_recipe(
     assert (folder / RUN_ID).read_text() == identity
     same_weights(folder, undisturbed("one"))
     row("a mirror with runs of other recipes", "the start", "each finds its own")
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_who_is_waited_for_does_not_give_way(
+    interrupted: tuple[Path, Words], monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    """The last save and that of a signal: an idle thread never comes back for many users."""
+    folder, words = interrupted
+    idle: list[int] = []
+    monkeypatch.setattr(pretrain.saver, "_give_way", lambda: idle.append(1))
+    if stopped:
+        monkeypatch.setattr(pretrain.loop.SIGNALS, "agreed", lambda _: True)
+    done = run(monkeypatch, *words, "checkpoint.every=1")
+    saved = [path.name for path in list_checkpoints(folder / "checkpoints")][-2:]
+    if stopped:
+        assert done == TRY_AGAIN and saved[-1] == "step-00000009" and idle == []
+    else:
+        assert done == 0 and saved == ["step-00000009", "step-00000010"] and idle == [1]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from launchers.local import LocalExecutor, command, default_slots, start_environment
+from pretrain.console import plain
 from pretrain.errors import UsageError
 from pretrain.jobs import Executor
 from pretrain.sweep import run_sweep, summary
@@ -67,7 +68,7 @@ def run(
     statuses = run_sweep(sweep, out, executor, tries)
     failed = [status for status in statuses if status.state == "failed"]
     for status in failed:
-        print(f"failed: {status.task.name}: {status.note}", file=sys.stderr)
+        print(plain(f"failed: {status.task.name}: {status.note}"), file=sys.stderr)
     if as_json:
         print(json.dumps(summary(statuses)))
     else:

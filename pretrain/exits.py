@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from pretrain.console import plain as printable
+from pretrain.console import plain
 from pretrain.errors import TRY_AGAIN
 from pretrain.signals import SIGNALS
 
@@ -180,7 +180,7 @@ def fail(text: str, code: int) -> int:
     """
     # Ranks fail together with the same words: one of them says so.
     if text and os.environ.get("RANK", "0") == "0":
-        print(f"error: {printable(text)}", file=sys.stderr, flush=True)
+        print(f"error: {plain(text)}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _flush()
         os._exit(code)

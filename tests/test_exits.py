@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pretrain.engine
-from pretrain import exits
+from pretrain import console, exits
 from pretrain.cores import usable_cores
 from pretrain.errors import TRY_AGAIN, MachineError, RunError, UsageError
 from pretrain.grid import Grid
@@ -135,7 +135,7 @@ def test_all_ranks_say_the_same_of_a_machine(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_a_terminal_would_obey_is_written_out() -> None:
-    assert exits.printable("a\x1b[31mb\x07 c\u202ed é日\t") == "a\\x1b[31mb\\x07 c\\u202ed é日\t"
+    assert console.plain("a\x1b[31mb\x07 c\u202ed é日\t") == "a\\x1b[31mb\\x07 c\\u202ed é日\t"
 
 
 LEAVING = """

@@ -1,0 +1,260 @@
+"""Processes of one machine: their code, their end, their meeting place; torchrun with patience."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launchers import supervise, team
+from launchers.local import child_environment, command, program, start_environment
+from pretrain import meeting
+from pretrain.errors import INTERRUPTED, TRY_AGAIN
+from pretrain.jobs import MEETING
+from pretrain.signals import SIGNALS
+from tests.tools import ROOT, base_recipe, environment, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    SIGNALS.listen()
+    yield
+    SIGNALS.restore()
+
+
+def ranks(script: str, count: int = 3) -> int:
+    """The code of a team whose ranks run a line of shell (RANK is their own)."""
+    return team.run_team(["bash", "-c", script], count, dict(os.environ))
+
+
+@pytest.mark.parametrize(
+    ("codes", "wanted"),
+    [
+        ((0, 0, 0), 0), ((0, 2, 75), 2), ((75, 1, 137), 1), ((2, 1, 0), 2), ((75, 75, 0), 75),
+        ((0, 0, 139), 139), ((130, 130, 130), INTERRUPTED),
+    ],
+)  # fmt: skip
+def test_the_code_that_says_most(codes: tuple[int, ...], wanted: int) -> None:
+    assert ranks(f"codes=({' '.join(map(str, codes))}); exit ${{codes[$RANK]}}") == wanted
+
+
+def test_a_killed_rank_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    assert ranks("[ $RANK = 1 ] && kill -9 $$; exit 0") == 137
+    assert "rank 1 (pid " in (text := capfd.readouterr().err) and "SIGKILL" in text
+
+
+def test_ranks_that_hang_after_a_failure_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "_PATIENCE", 0.3)
+    began = time.monotonic()
+    assert ranks("[ $RANK = 2 ] && exit 75; sleep 100") == TRY_AGAIN
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(("number", "wanted"), [(signal.SIGTERM, 75), (signal.SIGINT, 130),
+                                                (signal.SIGUSR1, 75)])  # fmt: skip
+def test_a_signal_reaches_every_rank_and_no_deadline_follows(
+    number: signal.Signals, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They write for longer than a failed team would be given, and nobody is killed."""
+    monkeypatch.setattr(team, "_PATIENCE", 0.1)
+    threading.Timer(0.7, lambda: os.kill(os.getpid(), number)).start()
+    name = number.name.removeprefix("SIG")
+    script = (
+        f"trap 'sleep 1.5; touch {tmp_path}/$RANK; exit {wanted}' {name}; sleep 30 & wait; wait"
+    )
+    assert ranks(script) == wanted
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
+
+
+def test_starts_without_progress_are_counted(tmp_path: Path) -> None:
+    def starts(action: str, restarts: int = 2) -> tuple[int, int]:
+        count = tmp_path / "count"
+        count.unlink(missing_ok=True)
+        script = f"echo x >> {count}; n=$(wc -l < {count}); {action}"
+        code = supervise._again_and_again(lambda: ranks(script, 1), tmp_path / "run", restarts)
+        return code, len(count.read_text().splitlines())
+
+    latest = tmp_path / "run/checkpoints/latest"
+    latest.parent.mkdir(parents=True)
+    pauses = supervise._PAUSES
+    try:
+        supervise._PAUSES = (0.0,)
+        assert starts("exit 2") == (2, 1) and starts("exit 1") == (1, 1)
+        assert starts("exit 75") == (TRY_AGAIN, 3)
+        assert starts("kill -9 $$") == (TRY_AGAIN, 3)
+        assert starts(f"echo $n > {latest}; [ $n -lt 6 ] && exit 75; exit 0") == (0, 6)
+    finally:
+        supervise._PAUSES = pauses
+
+
+def test_the_meeting_place_is_closed_to_others(tmp_path: Path) -> None:
+    shown = tmp_path / "shown"
+    assert ranks(f'stat -c %a "${MEETING}" > {shown}; echo "${MEETING}" >> {shown}', 1) == 0
+    mode, folder = shown.read_text().split()
+    assert mode == "700" and not Path(folder).exists()
+
+
+def test_a_job_of_one_machine_listens_to_no_other(data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
+    words = ["train", str(recipe), "--out", str(tmp_path / "run"), "train.steps=100000",
+             "--processes", "2"]  # fmt: skip
+    process = subprocess.Popen(
+        [*program(), *words], env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 90
+        while not metrics.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        family = [process, *psutil.Process(process.pid).children(recursive=True)]
+        heard = [
+            one.laddr.ip
+            for member in family
+            for one in psutil.Process(member.pid).net_connections("inet")
+            if one.status == psutil.CONN_LISTEN
+        ]
+        assert len(family) == 3 and set(heard) <= {"127.0.0.1", "::1"}, heard
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == TRY_AGAIN
+
+
+def test_modules_of_the_folder_are_not_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ``yaml.py``, a ``models/`` and the like where a job starts stay what they are: files."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
+    trap = "import os, pathlib; pathlib.Path(__file__).with_suffix('.ran').touch(); os._exit(66)\n"
+    for name in ("yaml.py", "typer.py", "sitecustomize.py", "models/__init__.py", "torch.py",
+                 "pretrain/__init__.py"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(trap)
+    words = ["train", str(recipe), "--out", str(tmp_path / "run"), "train.steps=1"]
+    done = subprocess.run(
+        command(words, 2), env=start_environment(2), cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.ran"))
+
+
+def test_a_program_that_is_not_installed_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launchers.local.is_installed", lambda: False)
+    monkeypatch.setenv("PYTHONPATH", f":{tmp_path}:")
+    paths = child_environment()["PYTHONPATH"].split(os.pathsep)
+    assert paths == [str(tmp_path), str(ROOT)]  # and no empty one, which is the current folder
+
+
+# --- between machines ------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def own_address() -> str:
+    """An address of this machine that is not the loopback's, or a skipped test."""
+    for addresses in psutil.net_if_addrs().values():
+        for one in addresses:
+            if one.family == socket.AF_INET and not one.address.startswith("127."):
+                return one.address
+    pytest.skip("this machine has the loopback interface alone")
+
+
+def listener_of(host: str) -> str | None:
+    """The address that rank 0 of a job over machines binds its store to; None: all of them."""
+    found = meeting._listen(host, free_port())
+    if found is None:
+        return None
+    with contextlib.closing(found):
+        return str(found.getsockname()[0])
+
+
+def test_the_store_is_bound_to_the_address_that_others_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    address = own_address()
+    assert listener_of(address) == address
+    assert listener_of("127.0.0.1") == "127.0.0.1" and listener_of("localhost") == "127.0.0.1"
+    assert listener_of("203.0.113.7") is None  # a service in front of this machine
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *more, **other: real("127.0.1.1", *more, **other)
+    )
+    assert listener_of("node1") is None  # this machine's own name, as it knows itself
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert listener_of("node1") == "127.0.1.1"
+
+
+def test_ranks_meet_on_that_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(MEETING, raising=False)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    limit = timedelta(seconds=30)
+    stores = []
+    other = threading.Thread(target=lambda: stores.append(meeting.open_store(1, 2, limit)))
+    other.start()
+    stores.append(meeting.open_store(0, 2, limit))
+    other.join()
+    stores[0].set("a", "1")
+    assert stores[1].get("a") == b"1"
+    board = meeting.open_board(2, limit)
+    assert board is not None
+    board.set("0", "{}")
+    assert board.get("0") == b"{}"
+
+
+def test_a_board_in_a_folder_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MEETING, str(tmp_path))
+    board = meeting.open_board(2, timedelta(seconds=1))
+    assert board is not None and board.get("1") == b""
+    for turn in range(50):
+        board.set("1", "x" * turn)
+    assert board.get("1") == b"x" * 49
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == 49
+
+
+@pytest.mark.long
+def test_torchrun_waits_for_a_slow_checkpoint(tmp_path: Path) -> None:
+    """SIGTERM, and a write of 35 s: torchrun by itself would kill it after 30."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import signal, sys, time, pathlib\n"
+        "def write(*_):\n"
+        f"    time.sleep(35); pathlib.Path({str(tmp_path)!r}, 'whole').touch(); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, write)\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'ready').touch()\n"
+        "time.sleep(300)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launchers.elastic", "--standalone", "--nproc-per-node", "1",
+         str(script)],
+        env={**environment(), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}, cwd=ROOT,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert (tmp_path / "whole").exists(), errors
+    assert process.returncode == TRY_AGAIN, errors

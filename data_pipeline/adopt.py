@@ -10,72 +10,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_pipeline.account import share
 from data_pipeline.dataset import index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, hash_text
 from data_pipeline.files import write_aside
-from data_pipeline.index_file import TYPES, read_header
 from data_pipeline.json_tokenizer import HuggingFaceTokenizer
 from data_pipeline.manifest import MANIFEST, manifest_values
+from data_pipeline.pairs import Looked, Pair, look_at_all, read_pair
 from data_pipeline.records import DataError
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.sources import sha256_of
+from data_pipeline.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 _SPLITS = ("train", "val", "test")
-_LOOKED_AT = 200
-"""Documents whose tokens are looked at, spread over the file."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A ``.bin/.idx`` pair and what its index says."""
-
-    prefix: Path
-    dtype: str
-    lengths: np.ndarray
-
-    @cached_property
-    def tokens(self) -> int:
-        """In the whole file."""
-        return int(self.lengths.sum(dtype=np.int64))
-
-    @cached_property
-    def packed(self) -> int:
-        """Tokens of every sequence, if all have so many; else 0."""
-        first = int(self.lengths[0])
-        return first if len(self.lengths) > 1 and bool((self.lengths == first).all()) else 0
-
-
-def read_pair(prefix: Path) -> Pair:
-    """Read an index.
-
-    Raises:
-        DataError: naming the file, if it is none or does not fit its ``.bin``.
-    """
-    index, data = (prefix.with_name(prefix.name + end) for end in (".idx", ".bin"))
-    for file in (index, data):
-        if not file.is_file():
-            raise DataError(f"{file}: missing; give PREFIX of PREFIX.bin and PREFIX.idx")
-    with index.open("rb") as stream:
-        header = read_header(stream)
-        if header is None:
-            raise DataError(f"{index}: not an index of Megatron-LM or GPT-NeoX")
-        lengths = np.fromfile(stream, dtype=np.int32, count=header.sequences)
-    if header.code not in TYPES:
-        raise DataError(f"{index}: tokens of type {header.code}; whole numbers are wanted")
-    dtype = TYPES[header.code]
-    if len(lengths) != header.sequences or not header.sequences:
-        raise DataError(f"{index}: is cut, or holds no documents")
-    found = Pair(prefix, dtype, lengths)
-    wanted = found.tokens * np.dtype(dtype).itemsize
-    if data.stat().st_size != wanted:
-        raise DataError(f"{data}: {data.stat().st_size} bytes, its index says {wanted}")
-    return found
 
 
 def adopt(
@@ -118,25 +69,40 @@ def adopt(
         file, tokenizer = _take_tokenizer(tokenizer_path, out, eod_token)
         told: list[str] = []
         entries: list[dict[str, Any]] = []
-        for name, pair in zip(names, pairs, strict=True):
+        files: dict[str, str] = {file.name: sha256_of(file)}
+        for number, (name, pair) in enumerate(zip(names, pairs, strict=True)):
             as_samples = bool(pair.packed) if packed is None else packed
             if as_samples and not pair.packed:
                 raise DataError(f"{pair.prefix}: --packed, but its sequences differ in length")
             indexed = index_classes().IndexedDataset(str(pair.prefix), multimodal=False, mmap=True)
-            told += _look(pair, indexed, tokenizer, as_samples)
-            parts = _parts(len(pair.lengths), shares)
+            looked = look_at_all(pair, tokenizer, progress)
+            told += _told(pair, looked, tokenizer, as_samples)
+            checksums = f"checksums/{number}.crc"
+            write_aside(out / checksums, looked.checksums.values().tobytes())
+            files[checksums] = sha256_of(out / checksums)
+            files[str(pair.path(".idx"))] = sha256_of(pair.path(".idx"))
+            parts = _parts(pair, shares)
             for split, (start, stop) in parts.items():
                 where = f"{split}/{name}"
                 entry = _entry(pair, split, name, where, start, stop, as_samples)
+                entry["checksums"] = checksums
                 if split != "train":
                     entry["bytes"] = _measure(
                         indexed, tokenizer, out / f"{where}.docs.npy", start, stop, progress
                     )
+                    files[entry["index"]] = sha256_of(out / entry["index"])
                 entries.append(entry)
         lying = [str(pair.prefix) for pair in pairs]
         sources = [{"name": name, "size": 0, "sha256": None} for name in lying]
         manifest = manifest_values(
-            file.name, tokenizer, pairs[0].dtype, entries, 0, sources, {"adopted": lying}
+            file.name,
+            tokenizer,
+            pairs[0].dtype,
+            entries,
+            0,
+            sources,
+            {"adopted": lying},
+            files,
         )
         write_aside(out / MANIFEST, json.dumps(manifest, indent=1).encode())
         return told
@@ -145,15 +111,17 @@ def adopt(
         raise
 
 
-def _parts(count: int, shares: tuple[float, float, float]) -> dict[str, tuple[int, int]]:
+def _parts(pair: Pair, shares: tuple[float, float, float]) -> dict[str, tuple[int, int]]:
+    """First and last sequence of each split; a document of several sequences is in one split."""
     if min(shares) < 0 or shares[0] <= 0:
         raise DataError(f"--split: {shares} are not shares, the first above 0")
-    total = sum(shares)
+    count, total = len(pair.bounds) - 1, sum(shares)
     edges = [0]
-    for share in shares:
-        edges.append(edges[-1] + round(count * share / total))
+    for share_of in shares:
+        edges.append(min(count, edges[-1] + round(count * share_of / total)))
     edges[-1] = count
-    found = {split: (edges[i], edges[i + 1]) for i, split in enumerate(_SPLITS)}
+    starts = [int(pair.bounds[edge]) for edge in edges]
+    found = {split: (starts[i], starts[i + 1]) for i, split in enumerate(_SPLITS)}
     return {split: part for split, part in found.items() if part[1] > part[0]}
 
 
@@ -175,36 +143,38 @@ def _entry(
     }
 
 
-def _look(pair: Pair, indexed: Any, tokenizer: Tokenizer, packed: bool) -> list[str]:
-    """What a sample of the documents says about tokenizer and packing.
-
-    Raises:
-        DataError: if a token is none of the tokenizer's.
-    """
-    count = len(pair.lengths)
-    largest, ended, looked = 0, 0, 0
-    for number in np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)):
-        tokens = indexed.get(int(number))
-        if len(tokens):
-            largest = max(largest, int(tokens.max()))
-            ended += int(tokens[-1]) == tokenizer.eod
-            looked += 1
-    if largest >= tokenizer.vocabulary_size:
-        raise DataError(
-            f"{pair.prefix}.bin: has token {largest}, the tokenizer {tokenizer.vocabulary_size} "
-            "tokens; give the one that it was made with"
+def _told(pair: Pair, looked: Looked, tokenizer: Tokenizer, packed: bool) -> list[str]:
+    """What all tokens say about tokenizer and packing."""
+    count, name = len(pair.lengths), pair.prefix.name
+    told = []
+    if looked.unknown:
+        told.append(
+            f"{name}: {looked.unknown:,} of {pair.tokens:,} tokens are unknown "
+            f"({share(looked.unknown, pair.tokens)}): the vocabulary is not of this text"
         )
     if packed:
         return [
-            f"{pair.prefix.name}: {count:,} samples of {pair.packed} tokens, taken in their order: "
-            f"train with model.context {pair.packed - 1}"
+            f"{name}: {count:,} samples of {pair.packed} tokens, taken in their order: "
+            f"train with model.context {pair.packed - 1}",
+            *told,
         ]
-    if not ended:
+    if len(pair.bounds) - 1 != count:
+        told.append(
+            f"{name}: {len(pair.bounds) - 1:,} documents of {count:,} sequences; each sequence is "
+            "taken for a document, and no document is in two splits"
+        )
+    if looked.eod_inside:
+        told.append(
+            f"{name}: {looked.eod_inside:,} end-of-document tokens inside documents: the model "
+            "takes them for ends"
+        )
+    if not looked.ended:
         return [
-            f"{pair.prefix.name}: no document ends with token {tokenizer.eod}; if documents are "
-            "not separated, the model learns across them (name the token with --eod-token)"
+            f"{name}: no document ends with token {tokenizer.eod}; if documents are "
+            "not separated, the model learns across them (name the token with --eod-token)",
+            *told,
         ]
-    return [f"{pair.prefix.name}: {count:,} documents ({ended} of {looked} looked at end in eod)"]
+    return [f"{name}: {count:,} documents ({looked.ended} of {count} looked at end in eod)", *told]
 
 
 def _measure(
@@ -238,8 +208,7 @@ def _take_tokenizer(path: Path, out: Path, eod_token: str | None) -> tuple[Path,
         target = out / "tokenizer.json"
         target.write_text(_byte_level(path, merges, eod_token), encoding="utf-8")
         return target, HuggingFaceTokenizer(target, eod_token)
-    if path.is_dir():
-        path = next(iter(sorted(path.glob("tokenizer.[jm]*"))), path)
+    path = find_tokenizer(path)
     load_tokenizer(path, eod_token)  # says what is wrong before anything is copied
     target = out / ("tokenizer.json" if path.suffix == ".json" else "tokenizer.model")
     shutil.copyfile(path, target)

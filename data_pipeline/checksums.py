@@ -59,13 +59,16 @@ def checksums_of(data: Path) -> np.ndarray:
     return found.values()
 
 
-def read_checksums(data: Path) -> np.ndarray | None:
-    """The checksums beside a ``.bin``, or None where there are none.
+def read_checksums(data: Path, path: Path | None = None) -> np.ndarray | None:
+    """The checksums of a ``.bin``, or None where there are none.
+
+    Args:
+        path: their file; default beside the ``.bin``.
 
     Raises:
         DataError: if they are not of a file of that size.
     """
-    path = data.with_suffix(SUFFIX)
+    path = path or data.with_suffix(SUFFIX)
     if not path.is_file():
         return None
     found = np.fromfile(path, dtype="<u4")
@@ -157,14 +160,14 @@ def check_folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[li
     """
     manifest = load_manifest(folder)
     wrong = _overlaps(manifest.entries)
-    data = sorted({entry.path(".bin") for entry in manifest.entries})
-    files = sorted({*manifest.files, *data})
+    beside = {entry.path(".bin"): entry.checksum_file for entry in manifest.entries}
+    files = sorted({*manifest.files, *beside})
     sizes = {one: one.stat().st_size if one.is_file() else 0 for one in files}
     done, without = 0, 0
     for file in files:
         try:
-            if file in data:
-                without += not _check_blocks(file)
+            if file in beside:
+                without += not _check_blocks(file, beside[file])
             verify(file, manifest.files)
         except DataError as error:
             wrong.append(str(error))
@@ -175,11 +178,11 @@ def check_folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[li
     return wrong, without
 
 
-def _check_blocks(data: Path) -> bool:
+def _check_blocks(data: Path, checksums: Path) -> bool:
     """Read a ``.bin`` whole; returns whether there are checksums to compare it with."""
     if not data.is_file():
         raise DataError(f"{data}: missing; bring it back from a copy or tokenise again")
-    wanted = read_checksums(data)
+    wanted = read_checksums(data, checksums)
     if wanted is None:
         return False
     wrong = np.flatnonzero(checksums_of(data) != wanted)

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.checksums import SUFFIX, CheckedReader, read_checksums, verify
+from data_pipeline.bounded import BoundedReader
+from data_pipeline.checksums import CheckedReader, read_checksums, verify
 from data_pipeline.index_file import Header, read_header
 from data_pipeline.lean import import_lean
 from data_pipeline.manifest import Entry, Manifest
@@ -50,8 +51,11 @@ def index_classes() -> Any:
     )
 
 
-def open_indexed(entry: Entry, dtype: str) -> Any:
+def open_indexed(entry: Entry, dtype: str, size: int) -> Any:
     """Megatron's `IndexedDataset` of an entry, after checks that give one-line errors.
+
+    Args:
+        size: of the vocabulary; no token that is read is beyond it.
 
     Raises:
         DataError: if a file is missing, or the sizes of index and data do not fit.
@@ -64,15 +68,17 @@ def open_indexed(entry: Entry, dtype: str) -> Any:
         header = read_header(stream)
     if header is None or not _fits(header, entry) or index.stat().st_size != header.file_size:
         raise DataError(f"{index}: the index is damaged; tokenise again")
-    size = (entry.file_tokens or entry.tokens) * np.dtype(dtype).itemsize
-    if data.stat().st_size != size:
-        raise DataError(f"{data}: {data.stat().st_size} bytes, expected {size}; tokenise again")
+    wanted = (entry.file_tokens or entry.tokens) * np.dtype(dtype).itemsize
+    if data.stat().st_size != wanted:
+        raise DataError(f"{data}: {data.stat().st_size} bytes, expected {wanted}; tokenise again")
     found = index_classes().IndexedDataset(str(entry.prefix), multimodal=False, mmap=True)
-    for file in (index, data.with_suffix(SUFFIX)):
+    for file in (index, entry.checksum_file):
         verify(file, entry.files)
-    checksums = read_checksums(data)
+    checksums = read_checksums(data, entry.checksum_file)
     if checksums is not None:
         found.bin_reader = CheckedReader(found.bin_reader, data, checksums)
+    starts = found.index.sequence_pointers
+    found.bin_reader = BoundedReader(found.bin_reader, data, starts, size)
     return found
 
 
@@ -129,12 +135,15 @@ def blend_weights(manifest: Manifest, weights: str | dict[str, float]) -> dict[s
 class EpochedSubset:
     """All epochs of one subset as one endless dataset, in the form that Megatron blends."""
 
-    def __init__(self, entry: Entry, dtype: str, eod: int, context: int, seed: int) -> None:
+    def __init__(
+        self, entry: Entry, manifest: Manifest, context: int, seed: int, size: int
+    ) -> None:
         megatron = index_classes()
         self.index_split = megatron.Split.train
         self.unique_identifiers = OrderedDict(subset=entry.subset, seed=seed)
-        self._entry, self._eod, self._context, self._seed = entry, eod, context, seed
-        self._indexed = open_indexed(entry, dtype)
+        self._entry, self._eod = entry, manifest.eod
+        self._context, self._seed = context, seed
+        self._indexed = open_indexed(entry, manifest.dtype, size)
         self._epochs: OrderedDict[int, Any] = OrderedDict()
         self._length = (entry.tokens - 1) // context
         if self._length < 1:
@@ -185,7 +194,7 @@ class EpochedSubset:
 class PackedSubset:
     """Sequences that are samples already, in their order, over and over."""
 
-    def __init__(self, entry: Entry, dtype: str, context: int) -> None:
+    def __init__(self, entry: Entry, manifest: Manifest, context: int, size: int) -> None:
         self.index_split = index_classes().Split.train
         self.unique_identifiers = OrderedDict(subset=entry.subset, packed=entry.packed)
         if entry.packed != context + 1:
@@ -194,7 +203,7 @@ class PackedSubset:
                 f"model.context to {entry.packed - 1}"
             )
         self._entry = entry
-        self._indexed = open_indexed(entry, dtype)
+        self._indexed = open_indexed(entry, manifest.dtype, size)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -217,13 +226,19 @@ class TrainingData:
         context: int,
         seed: int,
         samples: int,
+        vocabulary_size: int = 0,
     ) -> None:
+        """
+        Args:
+            vocabulary_size: of the model, where it is larger than the manifest's.
+        """
+        size = max(manifest.vocabulary_size, vocabulary_size)
         self.shares = blend_weights(manifest, weights)
         by_name = {entry.subset: entry for entry in manifest.split("train")}
         subsets = [
-            PackedSubset(by_name[name], manifest.dtype, context)
+            PackedSubset(by_name[name], manifest, context, size)
             if by_name[name].packed
-            else EpochedSubset(by_name[name], manifest.dtype, manifest.eod, context, seed)
+            else EpochedSubset(by_name[name], manifest, context, seed, size)
             for name in self.shares
         ]
         self._blend = index_classes().BlendedDataset(
@@ -256,7 +271,9 @@ class HeldOut:
     hash: int
 
 
-def held_out(manifest: Manifest, split: str, limit: int | None = None) -> list[HeldOut]:
+def held_out(
+    manifest: Manifest, split: str, limit: int | None = None, vocabulary_size: int = 0
+) -> list[HeldOut]:
     """The documents of a split, or a fixed sample of them.
 
     The sample is the ``limit`` documents whose text hashes are smallest: random, but the same
@@ -279,7 +296,8 @@ def held_out(manifest: Manifest, split: str, limit: int | None = None) -> list[H
         ]
     if limit is not None:
         chosen = sorted(chosen, key=lambda one: (one[0], one[1].subset))[:limit]
-    readers = {entry.subset: open_indexed(entry, manifest.dtype) for entry in entries}
+    size = max(manifest.vocabulary_size, vocabulary_size)
+    readers = {entry.subset: open_indexed(entry, manifest.dtype, size) for entry in entries}
     return [
         HeldOut(
             entry.subset,

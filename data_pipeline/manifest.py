@@ -34,8 +34,15 @@ class Entry:
     """Tokens of every sequence, where each is a sample as it lies; 0: documents."""
     index: str = ""
     """File with the bytes and hashes of the documents; empty: beside the tokens."""
+    checksums: str = ""
+    """File in the folder with the checksums of tokens that lie elsewhere; empty: beside them."""
     files: dict[Path, str] = field(default_factory=dict, compare=False)
     """SHA-256 of files of the folder, as far as they were recorded."""
+
+    @property
+    def checksum_file(self) -> Path:
+        """Checksums of the tokens."""
+        return Path(self.checksums) if self.checksums else self.path(".bin").with_suffix(".crc")
 
     def path(self, ending: str) -> Path:
         """A file of this entry, such as ``.bin``."""
@@ -123,6 +130,15 @@ def _checksum(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def _places(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """Paths of an entry, from where this process stands."""
+    checksums = entry.get("checksums", "")
+    return {
+        "prefix": folder / entry["prefix"],
+        "checksums": str(folder / checksums) if checksums else "",
+    }
+
+
 def load_manifest(path: Path) -> Manifest:
     """Read ``manifest.json`` of a tokenised folder.
 
@@ -150,8 +166,7 @@ def load_manifest(path: Path) -> Manifest:
             )
         files = {path / name: digest for name, digest in values.get("files", {}).items()}
         entries = tuple(
-            Entry(**{**entry, "prefix": path / entry["prefix"]}, files=files)
-            for entry in values["entries"]
+            Entry(**{**entry, **_places(path, entry)}, files=files) for entry in values["entries"]
         )
         tokenizer = values["tokenizer"]
         return Manifest(

@@ -79,7 +79,7 @@ def evaluate_checkpoint(
         progress.update(done, total=total)
 
     if isinstance(task, Text):
-        chosen = held_out(task.manifest, split, documents)
+        chosen = held_out(task.manifest, split, documents, config.model.vocabulary_size)
         eod = task.manifest.eod
         nats = score(module, grid, config.model, chosen, eod, batch, stride, report)
         body = {"stride": stride or config.model.context, **summarize(chosen, nats)}

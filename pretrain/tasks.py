@@ -114,16 +114,17 @@ class Text:
         """Megatron's blend of the subsets."""
         samples = config.train.steps * config.train.global_batch
         return TrainingData(
-            self.manifest, config.data.weights, config.model.context, config.seed, samples
-        )
+            self.manifest, config.data.weights, config.model.context, config.seed, samples,
+            config.model.vocabulary_size,
+        )  # fmt: skip
 
     def held_out(self, config: Config, everything: bool = False) -> list[HeldOut]:
         """Documents."""
-        split = config.evaluation.split
+        split, size = config.evaluation.split, config.model.vocabulary_size
         if not everything:
-            return held_out(self.manifest, split, config.evaluation.documents)
+            return held_out(self.manifest, split, config.evaluation.documents, size)
         splits = {entry.split for entry in self.manifest.entries}
-        return held_out(self.manifest, "test" if "test" in splits else split)
+        return held_out(self.manifest, "test" if "test" in splits else split, None, size)
 
     def figures(
         self,

@@ -1,0 +1,40 @@
+"""Reading of tokens that takes none for granted: an id beyond the vocabulary ends the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.records import DataError
+
+
+class BoundedReader:
+    """Megatron's reader of a ``.bin``; every token that is read must be in the vocabulary."""
+
+    def __init__(self, reader: Any, data: Path, starts: np.ndarray, size: int) -> None:
+        """
+        Args:
+            starts: first byte of each document.
+            size: of the vocabulary.
+        """
+        self._reader, self._data, self._starts, self._size = reader, data, starts, size
+
+    def read(self, dtype: Any, count: int, offset: int) -> Any:
+        """``count`` elements from byte ``offset`` on.
+
+        Raises:
+            DataError: naming the document and the id that is not in the vocabulary.
+        """
+        found = self._reader.read(dtype=dtype, count=count, offset=offset)
+        if count and (found.min() < 0 or found.max() >= self._size):
+            at = int(np.flatnonzero((found < 0) | (found >= self._size))[0])
+            where = offset + at * np.dtype(dtype).itemsize
+            number = int(np.searchsorted(self._starts, where, side="right")) - 1
+            raise DataError(
+                f"{self._data}: document {number} has token {found[at]}, the vocabulary "
+                f"{self._size} tokens; tokenise again, or set model.vocabulary_size to more than "
+                "the largest id"
+            )
+        return found

@@ -1,0 +1,144 @@
+"""A ``.bin/.idx`` pair of Megatron-LM or GPT-NeoX: its index checked, its tokens each looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.checksums import Checksums
+from data_pipeline.index_file import TYPES, Header, read_header
+from data_pipeline.records import DataError
+from data_pipeline.tokenizer import Tokenizer
+
+_CHUNK = 4 << 20
+"""Bytes of tokens in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair and what its index says."""
+
+    prefix: Path
+    dtype: str
+    lengths: np.ndarray
+    """Tokens of each sequence."""
+    bounds: np.ndarray
+    """Sequences before each document, and their number at the end."""
+
+    @cached_property
+    def tokens(self) -> int:
+        """In the whole file."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @cached_property
+    def packed(self) -> int:
+        """Tokens of every sequence, if all have so many; else 0."""
+        first = int(self.lengths[0])
+        return first if len(self.lengths) > 1 and bool((self.lengths == first).all()) else 0
+
+    def path(self, ending: str) -> Path:
+        """A file of the pair, such as ``.bin``."""
+        return self.prefix.with_name(self.prefix.name + ending)
+
+
+def read_pair(prefix: Path) -> Pair:
+    """Read an index and check that all its parts fit each other and the ``.bin``.
+
+    Raises:
+        DataError: naming the file and what does not fit.
+    """
+    index, data = (prefix.with_name(prefix.name + end) for end in (".idx", ".bin"))
+    for file in (index, data):
+        if not file.is_file():
+            raise DataError(f"{file}: missing; give PREFIX of PREFIX.bin and PREFIX.idx")
+    with index.open("rb") as stream:
+        header = read_header(stream)
+        if header is None:
+            raise DataError(f"{index}: not an index of Megatron-LM or GPT-NeoX")
+        _check_size(index, header)  # before memory is taken for what it claims
+        lengths = np.fromfile(stream, dtype="<i4", count=header.sequences)
+        starts = np.fromfile(stream, dtype="<i8", count=header.sequences)
+        bounds = np.fromfile(stream, dtype="<i8", count=header.documents)
+    if header.code not in TYPES:
+        raise DataError(f"{index}: tokens of type {header.code}; whole numbers are wanted")
+    found = Pair(prefix, TYPES[header.code], lengths, bounds)
+    width = np.dtype(found.dtype).itemsize
+    if lengths.min() < 0:
+        number = int(np.flatnonzero(lengths < 0)[0])
+        raise DataError(f"{index}: sequence {number} has {lengths[number]} tokens")
+    wanted = found.tokens * width
+    if data.stat().st_size != wanted:
+        raise DataError(f"{data}: {data.stat().st_size} bytes, its index says {wanted}")
+    ends = np.cumsum(lengths, dtype=np.int64) * width
+    wrong = np.flatnonzero(starts != ends - lengths.astype(np.int64) * width)
+    if len(wrong):
+        raise DataError(
+            f"{index}: sequence {wrong[0]} begins at byte {starts[wrong[0]]}, not where the one "
+            "before it ends; the index is damaged"
+        )
+    whole = len(bounds) > 1 and bounds[0] == 0 and bounds[-1] == len(lengths)
+    if not whole or (np.diff(bounds) < 0).any():
+        raise DataError(
+            f"{index}: its documents do not fit its {len(lengths)} sequences; the index is damaged"
+        )
+    return found
+
+
+def _check_size(index: Path, header: Header) -> None:
+    size = index.stat().st_size
+    if size == header.file_size + header.sequences and header.sequences:
+        raise DataError(f"{index}: an index of several modes (images); text alone is read")
+    if not header.sequences or size != header.file_size:
+        raise DataError(
+            f"{index}: is cut, or holds no documents ({size} bytes; what it counts takes "
+            f"{header.file_size})"
+        )
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What all tokens of a pair say."""
+
+    ended: int
+    """Sequences that end with the end-of-document token."""
+    eod_inside: int
+    unknown: int
+    checksums: Checksums
+
+
+def look_at_all(
+    pair: Pair, tokenizer: Tokenizer, progress: Callable[[int, int], None] | None = None
+) -> Looked:
+    """Read every token once, in chunks.
+
+    Raises:
+        DataError: naming the document and the id, if a token is none of the tokenizer's.
+    """
+    ends = np.cumsum(pair.lengths, dtype=np.int64)
+    last = ends[pair.lengths > 0] - 1
+    checksums, size = Checksums(), tokenizer.vocabulary_size
+    ended = eods = unknown = done = 0
+    with pair.path(".bin").open("rb") as file:
+        while data := file.read(_CHUNK):
+            checksums.update(data)
+            tokens = np.frombuffer(data, dtype=pair.dtype)
+            if tokens.min() < 0 or tokens.max() >= size:
+                at = int(np.flatnonzero((tokens < 0) | (tokens >= size))[0])
+                number = int(np.searchsorted(ends, done + at, side="right"))
+                raise DataError(
+                    f"{pair.path('.bin')}: document {number} has token {tokens[at]}, the tokenizer "
+                    f"{size} tokens; give the one that it was made with"
+                )
+            first, stop = np.searchsorted(last, (done, done + len(tokens)))
+            ended += int((tokens[last[first:stop] - done] == tokenizer.eod).sum())
+            eods += int((tokens == tokenizer.eod).sum())
+            if tokenizer.unknown is not None and tokenizer.unknown != tokenizer.eod:
+                unknown += int((tokens == tokenizer.unknown).sum())
+            done += len(tokens)
+            if progress:
+                progress(done, pair.tokens)
+    return Looked(ended, eods - ended, unknown, checksums)

@@ -7,7 +7,6 @@ one length (the preshuffled Pile of Pythia) are taken for samples, in the order 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.pairs import Looked, Pair, look_at_all, read_pair
 from data_pipeline.records import DataError
 from data_pipeline.sources import sha256_of
+from data_pipeline.strict_json import to_json
 from data_pipeline.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 _SPLITS = ("train", "val", "test")
@@ -104,7 +104,7 @@ def adopt(
             {"adopted": lying},
             files,
         )
-        write_aside(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_aside(out / MANIFEST, to_json(manifest, indent=1).encode())
         return told
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)

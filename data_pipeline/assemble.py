@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from data_pipeline.parts import WHOLE, Parts
 from data_pipeline.records import DataError
 from data_pipeline.sources import sha256_of
 from data_pipeline.splits import SPLITS
+from data_pipeline.strict_json import to_json
 from data_pipeline.tokenizer import Tokenizer, find_tokenizer
 
 _ENDINGS = (".bin", ".idx", ".docs.npy", ".crc")
@@ -103,7 +103,7 @@ def assemble(state: Parts, job: Job, tokenizer: Tokenizer, left_out: list[str]) 
         name, tokenizer, dtype.__name__, entries, state.malformed, described, state.identity,
         files, left_out, asdict(job.special), state.account.values(),
     )  # fmt: skip
-    write_aside(state.out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_aside(state.out / MANIFEST, to_json(manifest, indent=1).encode())
     shutil.rmtree(state.folder)
     return manifest
 

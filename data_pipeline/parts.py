@@ -20,6 +20,7 @@ from data_pipeline.encode import Encoded, Key
 from data_pipeline.files import write_aside, write_synced
 from data_pipeline.records import DataError
 from data_pipeline.sources import Source, Tell, sha256_of
+from data_pipeline.strict_json import to_json
 
 FOLDER = ".parts"
 SPECIAL = "use of special tokens"
@@ -220,4 +221,4 @@ class Parts:
             "made": self.made,
             "next": self._next,
         }
-        write_aside(self.folder / "state.json", json.dumps(state).encode())
+        write_aside(self.folder / "state.json", to_json(state).encode())

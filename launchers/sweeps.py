@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+from data_pipeline.strict_json import to_json
 from launchers.local import LocalExecutor, command, default_slots, start_environment
 from pretrain.console import plain
 from pretrain.errors import UsageError
@@ -53,7 +53,7 @@ def run(
     if dry_run:
         found = plan(sweep, slots, start if timing else None, price)
         if as_json:
-            print(json.dumps(found))
+            print(to_json(found))
         else:
             print_plan(found, slots)
         return 0
@@ -70,7 +70,7 @@ def run(
     for status in failed:
         print(plain(f"failed: {status.task.name}: {status.note}"), file=sys.stderr)
     if as_json:
-        print(json.dumps(summary(statuses)))
+        print(to_json(summary(statuses)))
     else:
         print(f"{len(statuses) - len(failed)} of {len(statuses)} runs complete: {out}")
         print(f"report: pretrain report {out} --out {out}/report.html")

@@ -171,14 +171,18 @@ class _MeanCrossEntropy(torch.autograd.Function):
             found, of_logits = _with_gradient(logits, targets[part], upstream[part], projection)
             losses.append(found)
             sums.add(part, of_logits)
-        if sums is not None:
-            ctx.save_for_backward(*sums.finished())
         every = torch.cat(losses)
-        return every.mean() if asked is None else (every * asked).sum() / asked.sum()
+        loss = every.mean() if asked is None else (every * asked).sum() / asked.sum()
+        if sums is not None:
+            # 1, or NaN where the loss is not finite: no update may come of such a loss, and its
+            # own gradient can be finite (a label that the model gives no chance at all).
+            ctx.save_for_backward(*sums.finished(), 0.0 * loss + 1.0)
+        return loss
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        of_hidden, of_weight = ctx.saved_tensors
+        of_hidden, of_weight, finite = ctx.saved_tensors
+        upstream = upstream * finite
         # Kept for this one call: it may be overwritten.
         return of_hidden.mul_(upstream), of_weight.mul_(upstream), None, None, None
 

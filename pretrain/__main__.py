@@ -123,15 +123,16 @@ def _start_again(processes: int, run: Path, restarts: int) -> None:
 
 
 def _print_result(run: Path, as_json: bool) -> None:
-    import json as json_module
+    from data_pipeline.strict_json import to_json
+    from pretrain.run import read_evaluation
 
     path = run / "evaluation.json"
     if not path.exists():
         print(f"done: {plain(str(run))}")
         return
-    figures = json_module.loads(path.read_text(encoding="utf-8"))
+    figures = read_evaluation(path)
     if as_json:
-        print(json_module.dumps({"run": str(run), **figures}))
+        print(to_json({"run": str(run), **figures}))
         return
     print_evaluation(figures)
     print(f"done: {plain(str(run))}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.strict_json import to_json
 from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.job import Job
 from pretrain.probe import Row, measure, summary
@@ -111,7 +113,7 @@ def save(job: Job, step: int) -> None:
         "jumped": job.jumped,
     }
     at, loss = job.held_out_loss
-    if at == step:
+    if at == step and math.isfinite(loss):
         state[HELD_OUT_LOSS] = loss
     if job.owes_evaluation:
         state[OWES_EVALUATION] = True
@@ -171,7 +173,7 @@ def finish(job: Job) -> None:
                 ),
                 "context": config.model.context,
             }
-            write_text(path, json.dumps({**header, **figures}, indent=1))
+            write_text(path, to_json({**header, **figures}, indent=1))
 
 
 def _is_there(path: Path, step: int) -> bool:

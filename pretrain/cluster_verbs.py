@@ -84,9 +84,9 @@ def doctor(
     failed = any(one.state == "fail" for one in findings)
     if grid.is_main:
         if json:
-            import json as json_module
+            from data_pipeline.strict_json import to_json
 
-            print(json_module.dumps(as_json(findings)))
+            print(to_json(as_json(findings)))
         else:
             for one in findings:
                 print(f"{one.state:5} {one.check:14} {one.text}")

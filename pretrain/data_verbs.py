@@ -131,9 +131,9 @@ def tokenize(
     if report.problems > len(report.shown):
         print(f"skipped {report.problems - len(report.shown)} more", file=sys.stderr)
     if json:
-        import json as json_module
+        from data_pipeline.strict_json import to_json
 
-        print(json_module.dumps(report.manifest))
+        print(to_json(report.manifest))
     elif report.already_done:
         print(f"{out}: already complete")
     else:

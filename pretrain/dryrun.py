@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 
+from data_pipeline.strict_json import to_json
 from pretrain.config import Config
 from pretrain.console import plain
 from pretrain.control import DecayControl, site_of
@@ -26,7 +26,7 @@ def dry_run(config: Config, as_json: bool) -> None:
     setup = prepare(config, config.grid.tensor_parallel)
     summary = describe(setup)
     if as_json:
-        print(json.dumps(summary))
+        print(to_json(summary))
         return
     from rich.table import Table
 

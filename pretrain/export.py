@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.sources import DataError
+from data_pipeline.strict_json import to_json
 from models.export import class_of, config_json, has_free_heads, shards
 from pretrain.checkpoint import Checkpoint
 from pretrain.errors import UsageError
@@ -75,7 +75,7 @@ def _write(checkpoint: Checkpoint, folder: Path, head_size: int, eod: int) -> No
     model = checkpoint.config.model
     write_text(
         folder / "config.json",
-        json.dumps(config_json(model, head_size, eod), indent=1),
+        to_json(config_json(model, head_size, eod), indent=1),
     )
     count = model.num_layers + 2
     progress = Progress(count, "export", True)
@@ -90,7 +90,7 @@ def _write(checkpoint: Checkpoint, folder: Path, head_size: int, eod: int) -> No
         progress.update(number + 1)
     progress.close()
     index = {"metadata": {"total_size": size}, "weight_map": where}
-    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+    write_text(folder / "model.safetensors.index.json", to_json(index, indent=1))
 
 
 def _manifest(checkpoint: Checkpoint) -> Manifest | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_aside
+from data_pipeline.strict_json import to_json
 from pretrain.errors import RunError
 from pretrain.run_config import FaultsConfig
 
@@ -62,7 +63,7 @@ def read_jumps(run: Path) -> list[int]:
 
 def write_jumps(run: Path, jumped: list[int]) -> None:
     """Remember jumped blocks, for a start before the next checkpoint."""
-    write_aside(run / JUMPS, json.dumps(jumped).encode())
+    write_aside(run / JUMPS, to_json(jumped).encode())
 
 
 class Judge:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from data_pipeline.files import write_aside
+from data_pipeline.strict_json import to_json
 from models.roles import declared_parameters, fingerprint_of, info_of
 from pretrain.grid import Grid
 from pretrain.tasks import Samples, Task
@@ -61,7 +62,7 @@ def write_identity(run: Path, weights: str, order: str, task: Task) -> None:
         "data": task.identity,
         "tokenizer": task.tokenizer,
     }
-    write_aside(run / IDENTITY, json.dumps(identity, indent=1).encode())
+    write_aside(run / IDENTITY, to_json(identity, indent=1).encode())
 
 
 def read_identity(

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data_pipeline.strict_json import to_json
 from pretrain.config import Config
 from pretrain.decay import DecayPlan
 from pretrain.errors import RunError
@@ -131,7 +132,8 @@ def describe(
 
 def sealed(manifest: dict[str, Any]) -> bytes:
     """A manifest as text, with the hash of what it says."""
-    return json.dumps({**manifest, SEAL: _digest(manifest)}).encode()
+    manifest = json.loads(to_json(manifest))
+    return to_json({**manifest, SEAL: _digest(manifest)}).encode()
 
 
 def head_of(path: Path) -> tuple[int | None, str | None]:

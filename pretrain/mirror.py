@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from data_pipeline.files import write_aside, write_synced
+from data_pipeline.strict_json import to_json
 from pretrain.checkpoint import RUN_ID, Checkpoint, is_checkpoint_name, run_id_of, step_of
 from pretrain.errors import RunError, UsageError
 from pretrain.manifest import MANIFEST, DamagedError, read_manifest, sealed
@@ -96,7 +97,7 @@ class Mirror:
         try:
             self._system.makedirs(target, exist_ok=True)
             about = {"run": run, "folder": str(self._run.resolve())}
-            self._system.pipe_file(f"{place}/{ABOUT}", json.dumps(about).encode())
+            self._system.pipe_file(f"{place}/{ABOUT}", to_json(about).encode())
             if self._system.exists(f"{target}/{MANIFEST}"):
                 self._system.rm_file(f"{target}/{MANIFEST}")
             for name in [*Checkpoint(folder).files, MANIFEST]:

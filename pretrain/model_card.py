@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 from data_pipeline.dataset import held_out
 from data_pipeline.fast_tokenizer import fast_tokenizer, special_names
 from data_pipeline.manifest import Manifest
+from data_pipeline.strict_json import to_json
 from data_pipeline.tokenizer import load_tokenizer
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import dump_config
-from pretrain.run import CONFIG, EVALUATION, write_text
+from pretrain.run import CONFIG, EVALUATION, read_evaluation, write_text
 
 _SAMPLE = 64
 """Held-out documents on which a converted tokenizer must agree."""
@@ -48,7 +48,7 @@ def write_tokenizer(folder: Path, manifest: Manifest, context: int) -> str:
             return "tokenizer.model alone (tokenizer.json would give other tokens)"
         write_text(folder / "tokenizer.json", text)
         told = "tokenizer.json and tokenizer.model"
-    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1))
+    write_text(folder / "tokenizer_config.json", to_json(settings, indent=1))
     return told
 
 
@@ -110,7 +110,7 @@ def _scores(checkpoint: Checkpoint) -> list[str]:
     """The run's final evaluation, if it is of this checkpoint."""
     path = checkpoint.path.parent.parent / EVALUATION
     try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
+        figures = read_evaluation(path)
     except (OSError, ValueError):
         return []
     if figures.get("step") != checkpoint.step or "bits_per_byte" not in figures["overall"]:

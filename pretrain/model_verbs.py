@@ -100,9 +100,9 @@ def evaluate(
     )
     if is_main:
         if json:
-            import json as json_module
+            from data_pipeline.strict_json import to_json
 
-            print(json_module.dumps(figures))
+            print(to_json(figures))
         else:
             print_evaluation(figures)
             print(f"written: {plain(str(path))}")

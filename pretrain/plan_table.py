@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
+from data_pipeline.strict_json import to_json
 from pretrain.config import Config
 from pretrain.errors import UsageError
 from pretrain.plan import DEVICES, Choice, Device, Sizes, rank, sizes_of
@@ -35,7 +34,7 @@ def plan(config: Config, device: str, count: int, limit: int, as_json: bool) -> 
         machine, note = DEVICES[device], _CAUTION
     found = rank(sizes, config, machine, count, limit)
     if as_json:
-        print(json.dumps({"device": device, "gpus": count, "note": note,
+        print(to_json({"device": device, "gpus": count, "note": note,
                           "grids": [one.plain() for one in found]}))  # fmt: skip
         return
     _print(config, sizes, machine, count, found)

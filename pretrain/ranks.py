@@ -6,7 +6,6 @@ others trained, or beside the checkpoints of its training.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.strict_json import to_json
 from models.factors import AttentionShape, Factors
 from models.families import Family, read_family
 from models.hub import fetch, is_hub_name, revisions
@@ -235,7 +235,7 @@ def print_ranks(rows: list[Row], as_json: bool) -> None:
         body: dict[str, Any] = {"revisions": plain}
         if not series:
             body = {"step": step, "layers": plain, "all": _finite(means(rows))}
-        print(json.dumps(body))
+        print(to_json(body))
         return
     from rich.table import Table
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import is_leftover, replacing, write_aside
+from data_pipeline.strict_json import to_json
 from pretrain.checkpoint import (
     LATEST,
     RUN_ID,
@@ -76,7 +78,18 @@ def create_run(run: Path, config: Config, setting: dict[str, Any]) -> None:
         write_text(run / RUN_ID, _id_of_checkpoints(run) or new_run_id())
     path = run / ENVIRONMENT
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    write_text(path, json.dumps([*starts, {**environment(), **setting}], indent=1))
+    write_text(path, to_json([*starts, {**environment(), **setting}], indent=1))
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """An ``evaluation.json``; a figure that was not finite, null in the file, is NaN again."""
+
+    def restored(part: dict[str, Any]) -> dict[str, Any]:
+        keys = {"loss", "perplexity", "bits_per_byte"}
+        return {key: math.nan if key in keys and one is None else one for key, one in part.items()}
+
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), object_hook=restored)
+    return found
 
 
 def new_run_id() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_pipeline.dataset import held_out
 from data_pipeline.manifest import load_manifest
+from data_pipeline.strict_json import to_json
 from pretrain.checkpoint import Checkpoint, load_into_module
 from pretrain.config import Config, apply_overrides, differences
 from pretrain.deepspeed_adapter import prepare_deepspeed, resolve_precision
@@ -92,7 +93,7 @@ def evaluate_checkpoint(
     )
     if grid.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(figures, indent=1))
+        write_text(path, to_json(figures, indent=1))
     return figures, path, grid.is_main
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_aside
+from data_pipeline.strict_json import to_json
 from pretrain.checkpoint import newest_checkpoint
 from pretrain.config import dump_config
 from pretrain.errors import TRY_AGAIN
@@ -69,7 +70,7 @@ def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list
         Stopped: by a signal, after a clean stop.
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_aside(out / SWEEP, json.dumps(describe(sweep), indent=1).encode())
+    write_aside(out / SWEEP, to_json(describe(sweep), indent=1).encode())
     for task in sweep.tasks:
         recipe = _recipe(out, task)
         recipe.parent.mkdir(exist_ok=True)
@@ -202,7 +203,7 @@ def _progress(run: Path) -> tuple[int, float | None]:
         except ValueError:
             continue
         if isinstance(row, dict) and row.get("kind") == "train":
-            return int(row["step"]), float(row["loss"])
+            return int(row["step"]), row["loss"]
     return 0, None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import secrets
 import sys
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_aside
+from data_pipeline.strict_json import not_finite, to_json
 from pretrain.config import Config
 from pretrain.console import console, on_one_line
 
 METRICS = "metrics.jsonl"
+_ALWAYS_FINITE = ("train", "evaluation")
+"""Kinds of lines in which NaN is a fault; in others it says that a figure does not apply."""
 
 
 def read_metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -23,7 +27,12 @@ def read_metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     path = run / METRICS
     if not path.exists():
         return []
-    return [row for row in _rows(path) if row.get("kind") == kind]
+    return [_with_nan(row) for row in _rows(path) if row.get("kind") == kind]
+
+
+def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """A number that was not finite is null in the file and NaN to whoever reads it."""
+    return {key: math.nan if value is None else value for key, value in row.items()}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -42,7 +51,7 @@ def rewind_metrics(run: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in _rows(path) if row["step"] <= step]
-    write_aside(path, "".join(json.dumps(row) + "\n" for row in kept).encode("utf-8"))
+    write_aside(path, "".join(to_json(row) + "\n" for row in kept).encode("utf-8"))
 
 
 def _append(path: Path, line: str) -> None:
@@ -81,10 +90,17 @@ class Tracker:
             self._board = _start_tensorboard(run, first)
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line: ``kind``, ``step`` and ``values``."""
+        """One line: ``kind``, ``step`` and ``values``.
+
+        A number that is not finite is null; where it should be, an event says so.
+        """
         if not self.active:
             return
-        self._write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._write(to_json({"kind": kind, "step": step, **values}) + "\n")
+        missing = not_finite(values) if kind in _ALWAYS_FINITE else []
+        if missing:
+            message = f"{kind}: {', '.join(missing)} not finite, null in {METRICS}"
+            self._write(to_json({"kind": "event", "step": step, "message": message}) + "\n")
         numbers = {f"{kind}/{k}": v for k, v in _flatten(values).items()}
         if self._wandb is not None:
             try:

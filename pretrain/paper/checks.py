@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_aside
+from data_pipeline.strict_json import to_json
 from pretrain.errors import RunError
 
 
@@ -54,7 +54,7 @@ def conclude(figure: str, checks: list[Check], out: Path, extra: str = "") -> No
         "checks": [{**asdict(check), "holds": check.holds} for check in checks],
         "extra": extra,
     }
-    write_aside(out / f"{figure}.json", json.dumps(body, indent=1).encode())
+    write_aside(out / f"{figure}.json", to_json(body, indent=1).encode())
     print(f"written: {out / figure}.png, .csv, .json")
     failed = [check.claim for check in checks if check.decides and not check.holds]
     if failed:

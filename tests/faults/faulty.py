@@ -25,6 +25,16 @@ def poison_loss(engine: Any) -> None:
     engine.loss = lambda logits, labels: loss(logits, labels) * float("nan")
 
 
+def poison_label(engine: Any) -> None:
+    """The labels are of the vocabulary's padding: the loss is infinite, its gradient is not."""
+    loss = engine.loss
+
+    def of_padding(projection: Any, labels: torch.Tensor) -> torch.Tensor:
+        return loss(projection, torch.full_like(labels, projection.weight.shape[0] - 1))
+
+    engine.loss = of_padding
+
+
 def poison_gradient(engine: Any) -> None:
     """One element of one gradient is infinite, and the loss is not."""
     parameter = next(iter(declared_parameters(engine.module)))
@@ -70,6 +80,7 @@ FAULTS = {
     "clock": jump_clock,
     "linger": linger,
     "loss": poison_loss,
+    "label": poison_label,
     "gradient": poison_gradient,
     "flip": flip_weight,
     "kill": kill,

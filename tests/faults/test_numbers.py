@@ -51,6 +51,10 @@ def test_judge() -> None:
         ("loss", 2, 1, "fp32"),
         ("gradient", 2, 3, "fp32"),
         ("loss", 1, 1, "bf16"),
+        ("label", 2, 1, "fp32"),
+        pytest.param("label", 1, 0, "fp32", marks=pytest.mark.long),
+        pytest.param("label", 2, 2, "bf16", marks=pytest.mark.long),
+        pytest.param("label", 2, 3, "fp32", marks=pytest.mark.long),
         pytest.param("gradient", 2, 0, "fp32", marks=pytest.mark.long),
         pytest.param("gradient", 2, 2, "bf16", marks=pytest.mark.long),
     ],
@@ -77,7 +81,11 @@ def test_one_bad_update_is_skipped(
     ]
     assert len(moved) > 10 and all(np.isfinite(after.full(name)).all() for name in moved)
     where = f"rank {processes - 1} of {processes}, ZeRO {stage}, {precision}"
-    what = {"loss": "NaN in the loss", "gradient": "Inf in a gradient"}[fault]
+    what = {
+        "loss": "NaN in the loss",
+        "label": "infinite loss with a finite gradient",
+        "gradient": "Inf in a gradient",
+    }[fault]
     row(f"{what}, {where}", "the same update", "the next update", samples="one update's, skipped",
         weights="bitwise untouched")  # fmt: skip
 

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from pretrain.config import Config, explain, load_config, number, read_mapping, with_values
 from pretrain.decay_config import Section
 from pretrain.errors import UsageError
-from pretrain.schedule import exposure
+from pretrain.sweep_exposure import exposure_per_decay
 
 Values = dict[str, Any]
 """Dotted keys of a recipe and their values."""
@@ -198,8 +198,10 @@ def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
         values = dict(given)
         for key in set(given).intersection(config.exposure):
             other = {k: v for k, v in given.items() if k not in config.exposure}
-            rates = sums.setdefault(json.dumps(other), _rates(path, config, base, other))
-            values[key] = _round(float(given[key]) / rates)
+            which = json.dumps([key, other])
+            if which not in sums:
+                sums[which] = _per_decay(path, config, base, other, key)
+            values[key] = _round(float(given[key]) / sums[which])
         with_values(base, values, f"{path}: grid")
         if name in points and points[name].given != given:
             raise UsageError(f"{path}: two points are both named {name}; tell them apart by more")
@@ -207,16 +209,11 @@ def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
     return list(points.values())
 
 
-def _rates(path: Path, config: SweepConfig, base: Config, values: Values) -> float:
-    """Σ rate over the steps that a run of these values trains with its own λ."""
-    run = with_values(base, values, f"{path}: grid")
-    if run.optimizer.weight_decay.coupling != "lr":
-        raise UsageError(f"{path}: exposure: is Σηλ, for optimizer.weight_decay.coupling lr alone")
-    first = config.fork.step if config.fork else 0
-    total = exposure([run.learning_rate(step) for step in range(first, run.train.steps)], 1.0)
-    if not total:
-        raise UsageError(f"{path}: exposure: the learning rate is 0 throughout")
-    return total
+def _per_decay(path: Path, config: SweepConfig, base: Config, values: Values, key: str) -> float:
+    """Exposure of a run of these values for each unit of λ at ``key``."""
+    source = f"{path}: grid"
+    run = with_values(base, values, source)
+    return exposure_per_decay(run, key, config.fork.step if config.fork else 0, source)
 
 
 def _baseline(path: Path, config: SweepConfig, points: list[Point]) -> Point | None:

@@ -40,6 +40,7 @@ from pretrain.manifest import (
     unreadable,
 )
 from pretrain.masters import local_shape, prepare_moments, write_back
+from pretrain.optimizers import rule_of
 from pretrain.storage import NO_SUCH, count, open_regular, patiently
 from pretrain.tensor_file import TensorFile
 
@@ -197,6 +198,12 @@ class Checkpoint:
         return {name: self._files[name]["size"] for name in sorted(self._files)}
 
     @property
+    def taken(self) -> int:
+        """Updates that the optimizer took: a skipped one does not count in Adam's corrections."""
+        skipped: int = self.state.get("faults", {}).get("skipped", 0)
+        return self.step - skipped
+
+    @property
     def decays(self) -> dict[str, float]:
         """λ by parameter name, as it was when the checkpoint was written."""
         return {name: entry["decay"] for name, entry in self.parameters.items()}
@@ -348,9 +355,9 @@ def load_into_engine(checkpoint: Checkpoint, engine: Engine) -> None:
             continue
         stop = fragment.offset + fragment.master.numel()
         fragment.master.copy_(values[fragment.offset : stop])
-        keys = tuple(key for key in checkpoint.keys(fragment.info.name) if key != MASTER)
+        keys = _moments(checkpoint, fragment.info, engine.config.optimizer.name)
         if keys:
-            prepare_moments(fragment, keys, checkpoint.step)
+            prepare_moments(fragment, keys, checkpoint.taken)
         views = fragment.moments()
         for key in keys:
             whole = checkpoint.local(fragment.info, key, grid.tensor_rank, grid.tensor)
@@ -358,6 +365,13 @@ def load_into_engine(checkpoint: Checkpoint, engine: Engine) -> None:
     state = checkpoint.rng_state(grid.rank)
     if state is not None:
         torch.set_rng_state(state)
+
+
+def _moments(checkpoint: Checkpoint, info: ParameterInfo, optimizer: str) -> tuple[str, ...]:
+    """Keys of the moments that ``optimizer`` goes on with: none of another update rule's."""
+    if rule_of(checkpoint.config.optimizer.name, info.role) != rule_of(optimizer, info.role):
+        return ()
+    return tuple(key for key in checkpoint.keys(info.name) if key != MASTER)
 
 
 def restore_weights(

@@ -51,6 +51,13 @@ def is_muon_role(role: Role) -> bool:
     return role in ATTENTION + MLP
 
 
+def rule_of(name: str, role: Role) -> str:
+    """Which update rule an optimizer of the recipe has for a role: what its moments mean."""
+    if name == "muon" and not is_muon_role(role):
+        return "adamw"
+    return name
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for groups with ``muon`` true, AdamW for the others.
 

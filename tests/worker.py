@@ -13,6 +13,7 @@ import torch
 torch.set_num_threads(1)
 
 import pretrain.between
+import pretrain.engine
 from data_pipeline.dataset import TrainingData
 from pretrain.checkpoint import Checkpoint, load_into_engine
 from pretrain.config import Config, parse_config
@@ -40,12 +41,40 @@ def interrupt_after(step: int) -> None:
     pretrain.between.save = save_and_stop
 
 
+def lose(updates: list[int]) -> Any:
+    """In training from now on, the losses of these updates are NaN; returns what undoes it."""
+    plain = pretrain.engine.Engine.train_step
+
+    def train_step(engine: Any, batches: Any) -> float:
+        struck = engine.control.step + 1 in updates
+        measured = engine.loss
+        if struck:
+            engine.loss = lambda *given: measured(*given) * float("nan")
+        try:
+            return plain(engine, batches)
+        finally:
+            if struck:
+                del engine.loss
+
+    pretrain.engine.Engine.train_step = train_step
+
+    def undo() -> None:
+        pretrain.engine.Engine.train_step = plain
+
+    return undo
+
+
 def run_train(case: dict, grid: Grid, config: Config) -> None:
     """Train a case into its run folder."""
     if case.get("stop"):  # as if killed just after the checkpoint of that step
         interrupt_after(case["stop"])
-    with contextlib.suppress(Interrupted):
-        train(config, Path(case["run"]), grid)
+    undo = lose(case["lost"]) if case.get("lost") else None
+    try:
+        with contextlib.suppress(Interrupted):
+            train(config, Path(case["run"]), grid, Path(case["fork"]) if case.get("fork") else None)
+    finally:
+        if undo:
+            undo()
 
 
 def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:

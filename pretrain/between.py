@@ -147,7 +147,7 @@ def finish(job: Job) -> None:
         return
     everything = wanted == "all"
     chosen = job.setup.task.held_out(job.config, everything=True) if everything else job.sample
-    split = "test" if everything else job.config.evaluation.split
+    split = job.setup.task.split(job.config, everything)
     progress = Progress(1, f"evaluate {split}", job.grid.is_main)
     try:
         figures = _figures(

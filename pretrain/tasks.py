@@ -62,6 +62,9 @@ class Task(Protocol):
     def held_out(self, config: Config, everything: bool = False) -> Any:
         """What to score: the recipe's fixed sample of its split, or the whole test split."""
 
+    def split(self, config: Config, everything: bool = False) -> str:
+        """Name of the split that `held_out` takes from."""
+
     def figures(
         self, module: nn.Module, grid: Grid, config: Config, chosen: Any, report: Report | None
     ) -> dict[str, Any]:
@@ -120,11 +123,14 @@ class Text:
 
     def held_out(self, config: Config, everything: bool = False) -> list[HeldOut]:
         """Documents."""
-        split, size = config.evaluation.split, config.model.vocabulary_size
-        if not everything:
-            return held_out(self.manifest, split, config.evaluation.documents, size)
+        limit = None if everything else config.evaluation.documents
+        size = config.model.vocabulary_size
+        return held_out(self.manifest, self.split(config, everything), limit, size)
+
+    def split(self, config: Config, everything: bool = False) -> str:
+        """``test`` for everything, where the data has one; else the recipe's."""
         splits = {entry.split for entry in self.manifest.entries}
-        return held_out(self.manifest, "test" if "test" in splits else split, None, size)
+        return "test" if everything and "test" in splits else config.evaluation.split
 
     def figures(
         self,
@@ -155,6 +161,10 @@ class _Labelled:
                 "task; leave it out"
             )
         return model.model_copy(update={"vocabulary_size": self.answers})
+
+    def split(self, config: Config, everything: bool = False) -> str:
+        """There is one held-out set; all of it counts as the test."""
+        return "test" if everything else config.evaluation.split
 
     def figures(
         self,

@@ -54,13 +54,15 @@ def initial_weights(module: nn.Module, grid: Grid) -> str:
     return _digest(sorted(found.items()))
 
 
-def write_identity(run: Path, weights: str, order: str, task: Task) -> None:
-    """Put the hashes into the run folder, with those of the data and its tokenizer."""
+def write_identity(run: Path, weights: str, order: str, task: Task, precision: str) -> None:
+    """Put the hashes into the run folder, with those of the data and its tokenizer, and the
+    precision that the run computes in."""
     identity = {
         "initial_weights": weights,
         "data_order": order,
         "data": task.identity,
         "tokenizer": task.tokenizer,
+        "precision": precision,
     }
     write_aside(run / IDENTITY, to_json(identity, indent=1).encode())
 

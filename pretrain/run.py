@@ -140,6 +140,28 @@ def environment() -> dict[str, Any]:
     }
 
 
+def recipe_of(run: Path) -> Config:
+    """The recipe of a run folder, with the precision that the run began with.
+
+    Earlier versions kept the word auto there, and what it meant in the record of starts.
+    """
+    config = load_config(run / CONFIG)
+    if config.precision != "auto" or not (run / ENVIRONMENT).is_file():
+        return config
+    starts = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+    words = [one["precision"] for one in starts if one.get("precision") in ("fp32", "bf16")]
+    return config.model_copy(update={"precision": words[0]}) if words else config
+
+
+def _changes(old: Config, new: Config) -> dict[str, Any]:
+    """`differences` that matter; what auto meant in an old checkpoint may be unknown."""
+    return {
+        key: values
+        for key, values in differences(old, new).items()
+        if key not in FREE and (key, values[0]) != ("precision", "auto")
+    }
+
+
 def resume_point(run: Path, config: Config) -> Checkpoint | None:
     """The checkpoint that a run in this folder goes on from, or None to begin.
 
@@ -153,11 +175,10 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
         if unknown:
             raise UsageError(f"{run}: not empty and not a run folder; choose another --out")
         return _newest_readable(run)
-    old = load_config(run / CONFIG)
     changed = {
         key: values
-        for key, values in differences(old, config).items()
-        if key not in FREE and not key.startswith("optimizer.weight_decay")
+        for key, values in _changes(recipe_of(run), config).items()
+        if not key.startswith("optimizer.weight_decay")
     }
     if changed:
         key, (before, after) = next(iter(changed.items()))
@@ -171,9 +192,8 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
 
 def misfit(checkpoint: Checkpoint, config: Config, task: Task) -> str:
     """Why a checkpoint is not one of this recipe and its data; empty if it is."""
-    for key, (before, after) in differences(checkpoint.config, config).items():
-        if key not in FREE:
-            return f"{key} {before}, here {after}"
+    for key, (before, after) in _changes(checkpoint.config, config).items():
+        return f"{key} {before}, here {after}"
     if (checkpoint.state["tokenizer"], checkpoint.state["data"]) != (task.tokenizer, task.identity):
         return "other data"
     return ""

@@ -81,10 +81,14 @@ def train(
     """
     with grid.together(""):
         # Everything that can be refused is, before the folder is touched.
+        asked = config.precision
+        precision = resolve_precision(asked, grid.device, config.grid.zero_stage)
+        # What auto means here is the run's from now on, wherever it goes on.
+        config = config.model_copy(update={"precision": precision})
         prepared = prepare(config, grid.tensor)
         if config.checkpoint.mirror:
             Mirror(config.checkpoint.mirror, run)
-        setup, _, _ = _begin(prepared, run, grid, fork, until)
+        setup, _, _ = _begin(prepared, run, grid, fork, until, asked)
         sample = setup.task.held_out(setup.config)
         data = setup.task.training(setup.config)
         order = data_order(setup, data)
@@ -97,15 +101,14 @@ def train(
         fits = partial(misfit, config=setup.config, task=setup.task)
         damaged = find_whole(run / CHECKPOINTS, grid, config.checkpoint.mirror, fits)
         with grid.together(""):
-            setup, checkpoint, start = _begin(prepared, run, grid, fork, until)
+            setup, checkpoint, start = _begin(prepared, run, grid, fork, until, asked)
             if checkpoint is not None:
                 checkpoint.trust()
         if grid.broadcast(checkpoint is not None and is_complete(run, setup.config, until)):
             return
-        precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
         with grid.together(f"{run}"):
             if grid.is_main:
-                _announce(setup, run, grid, precision)
+                _announce(setup, run, grid, asked)
                 setting = {
                     "grid": grid.describe(),
                     "precision": precision,
@@ -129,7 +132,7 @@ def train(
         jumped = grid.broadcast(jumped)
         with grid.together(f"{run}"):
             if grid.is_main:
-                write_identity(run, weights, order, setup.task)
+                write_identity(run, weights, order, setup.task, precision)
         first = start.step if start else 0
         tracker = Tracker(run, setup.config, grid.is_main, first)
         for message in damaged:
@@ -160,7 +163,7 @@ def train(
 
 
 def _begin(
-    setup: Setup, run: Path, grid: Grid, fork: Path | None, until: int | None
+    setup: Setup, run: Path, grid: Grid, fork: Path | None, until: int | None, asked: str
 ) -> tuple[Setup, Checkpoint | None, Checkpoint | None]:
     """The setup, the checkpoint of the run's own to go on from, and that or the fork's."""
     checkpoint = resume_point(run, setup.config)
@@ -168,11 +171,23 @@ def _begin(
     if start is not None:
         policy = setup.config.resume.decay if checkpoint else "recipe"
         setup = _with_decay(setup, start, policy)
+        if not checkpoint:
+            _check_precision(start, setup.config.precision, asked)
         check_continues(start, setup.config, setup.task)
     if until is not None and until > setup.config.train.steps:
         raise UsageError(f"--until: {until} is after the last step, {setup.config.train.steps}")
     micro_batches(setup.config, grid)
     return setup, checkpoint, start
+
+
+def _check_precision(trunk: Checkpoint, precision: str, asked: str) -> None:
+    """Refuse to fork into another precision that nobody asked for."""
+    before = trunk.config.precision
+    if asked == "auto" and before not in ("auto", precision):
+        raise UsageError(
+            f"precision: auto is {precision} here, {trunk.path} was trained in {before}; say "
+            f"precision={before}, or precision={precision} if the change is meant"
+        )
 
 
 def _jumped(run: Path, checkpoint: Checkpoint | None, start: Checkpoint | None) -> list[int]:
@@ -199,15 +214,19 @@ def _with_decay(setup: Setup, start: Checkpoint, policy: str) -> Setup:
     )
 
 
-def _announce(setup: Setup, run: Path, grid: Grid, precision: str) -> None:
-    """One line that says what runs, and a warning where less than possible does."""
+def _announce(setup: Setup, run: Path, grid: Grid, asked: str) -> None:
+    """One line that says what runs, and a warning where less than possible does.
+
+    Args:
+        asked: the recipe's word for the precision.
+    """
     count = sum(info.numel for info in setup.infos)
-    stage = setup.config.grid.zero_stage
+    stage, precision = setup.config.grid.zero_stage, setup.config.precision
     text = f"{run}: {count:,} parameters, {grid.describe()}, ZeRO {stage}, {precision}"
     print(text, file=sys.stderr, flush=True)
     uses = uses_of(setup.task, setup.config)
     if uses:
         words = in_words(uses, unit_of(setup.config))
         print(f"{run}: {plain(words)}", file=sys.stderr, flush=True)
-    if precision == "fp32" and resolve_precision(setup.config.precision, grid.device, 1) == "bf16":
+    if precision == "fp32" and resolve_precision(asked, grid.device, 1) == "bf16":
         warn("precision auto takes fp32 with grid.zero_stage 0; bf16 needs zero_stage 1 or more")

@@ -12,14 +12,14 @@ from typing import Any
 
 from models.roles import ALIASES, ATTENTION, QK, VO, Role
 from pretrain.checkpoint import list_checkpoints
-from pretrain.config import Config, load_config
+from pretrain.config import Config
 from pretrain.control import coupled_rate
 from pretrain.errors import RunError, UsageError
 from pretrain.faults import SKIPPED, read_jumps
 from pretrain.identity import read_identity
 from pretrain.manifest import MANIFEST
 from pretrain.probe import Row, lawful
-from pretrain.run import CHECKPOINTS, CONFIG, EVALUATION, read_ranks
+from pretrain.run import CHECKPOINTS, CONFIG, EVALUATION, read_ranks, recipe_of
 from pretrain.tracking import read_metrics
 
 _PAIRS = {"qk": QK, "vp": VO}
@@ -224,7 +224,7 @@ def load_run(path: Path) -> RunData:
     """
     if not (path / CONFIG).is_file():
         raise UsageError(f"{path}: not a run folder (no {CONFIG})")
-    config = load_config(path / CONFIG)
+    config = recipe_of(path)
     ranks = read_ranks(path)
     if not ranks:
         raise UsageError(f"{path}: nothing measured yet; let it train")

@@ -1,0 +1,70 @@
+"""What `precision: auto` meant is the run's, and what was scored is what the label says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import pretrain.train
+from data_pipeline.manifest import load_manifest
+from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.config import dump_config, load_config, parse_config
+from pretrain.errors import UsageError
+from pretrain.identity import IDENTITY, read_identity
+from pretrain.run import CONFIG, ENVIRONMENT, misfit, recipe_of, resume_point
+from pretrain.tasks import Text
+from tests.tools import base_recipe
+
+
+def test_a_run_keeps_what_its_precision_was(trained: Path) -> None:
+    """Its recipe, manifest and identity say a precision, never auto."""
+    assert recipe_of(trained).precision == "fp32"
+    assert read_identity(trained, ("precision",)) == {"precision": "fp32"}
+    assert (trained / IDENTITY).is_file()
+
+
+@pytest.mark.parametrize("began", ["fp32", "bf16"])
+@pytest.mark.parametrize("goes_on", ["fp32", "bf16"])
+def test_another_precision_does_not_resume(
+    tmp_path: Path, data: Path, began: str, goes_on: str
+) -> None:
+    """Also in a folder of an earlier version, which kept the word auto."""
+    config = parse_config({**base_recipe(data), "precision": "auto"})
+    now = config.model_copy(update={"precision": goes_on})
+    (tmp_path / ENVIRONMENT).write_text(f'[{{"precision": "{began}"}}]')
+    for kept in ("auto", began):
+        (tmp_path / CONFIG).write_text(dump_config(config.model_copy(update={"precision": kept})))
+        assert recipe_of(tmp_path).precision == began
+        if began == goes_on:
+            assert resume_point(tmp_path, now) is None  # fits; no checkpoint yet
+            continue
+        with pytest.raises(UsageError, match=f"precision={began}.*{goes_on}"):
+            resume_point(tmp_path, now)
+
+
+def test_a_fork_does_not_change_precision_unasked(trained: Path) -> None:
+    trunk = Checkpoint(list_checkpoints(trained / "checkpoints")[-1])
+    pretrain.train._check_precision(trunk, "fp32", "auto")
+    pretrain.train._check_precision(trunk, "bf16", "bf16")  # asked for
+    with pytest.raises(UsageError, match="say precision=fp32, or precision=bf16"):
+        pretrain.train._check_precision(trunk, "bf16", "auto")
+    other = load_config(trained / CONFIG, ["precision=bf16"])
+    task = Text(load_manifest(Path(other.data.path)))
+    assert "precision fp32, here bf16" in misfit(
+        trunk, other.model_copy(update={"model": task.complete(other.model)}), task
+    )
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("train", "val", "test"), ("train", "test")])
+def test_the_label_is_the_split_that_was_scored(data: Path, splits: tuple[str, ...]) -> None:
+    manifest = load_manifest(data)
+    kept = [entry for entry in manifest.entries if entry.split in splits]
+    task = Text(replace(manifest, entries=kept))
+    config = parse_config(base_recipe(data))
+    everything = task.split(config, everything=True)
+    assert everything == ("test" if "test" in splits else "val")
+    documents = sum(entry.documents for entry in kept if entry.split == everything)
+    assert len(task.held_out(config, everything=True)) == documents
+    assert task.split(config) == "val"

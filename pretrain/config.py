@@ -22,6 +22,7 @@ from pretrain.decay_config import (
     WeightDecayConfig,
 )
 from pretrain.errors import UsageError
+from pretrain.recipe_yaml import RecipeError, load_yaml
 from pretrain.run_config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -234,16 +235,13 @@ def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
         UsageError: one line naming the file and the mend.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        values = load_yaml(path.read_text(encoding="utf-8-sig")) or {}
     except OSError as error:
         raise UsageError(f"{path}: cannot read the {what} ({error.strerror})") from None
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise UsageError(f"{path}{line}: not valid YAML ({problem})") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except RecipeError as error:
+        raise UsageError(f"{path}{f':{error.line}' * bool(error.line)}: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a {what} is a mapping of {content}")
     return values
@@ -299,9 +297,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UsageError(f"{override!r}: an override is written key.path=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"{override!r}: the value is not valid YAML") from None
+        value = load_yaml(text)
+    except RecipeError as error:
+        raise UsageError(f"{override!r}: the value is {error}") from None
     _set(values, key, value, repr(override))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Coupling = Literal["lr", "lr2", "none"]
 Form = Literal["decoupled", "l2", "cautious", "adadecay", "nuclear"]
@@ -14,6 +14,16 @@ class Section(BaseModel):
     """Base of every section: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        """`true` would be taken for 1."""
+        for key, field in cls.model_fields.items():
+            value = values.get(key) if isinstance(values, dict) else None
+            if isinstance(value, bool) and field.annotation in (int, float, float | None):
+                raise ValueError(f"{key}: a number is wanted, got {str(value).lower()}")
+        return values
 
 
 class DecayRule(Section):

@@ -47,7 +47,7 @@ def any_schedule(draw: random.Random, roles: list[str]) -> dict[str, Any]:
         "kind": "schedule", "roles": roles, "start": start,
         "shape": draw.choice(["linear", "cosine", "step", "warmup", "window"]),
         "stop": draw.choice([None, 0.8, 55]), "first": draw.choice([1.0, 0.3, 2.0]),
-        "last": draw.choice([0.0, 0.1, 1.5]),
+        "last": draw.choice([0.01, 0.1, 1.5]),
     }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def lose(updates: list[int]) -> Any:
         struck = engine.control.step + 1 in updates
         measured = engine.loss
         if struck:
-            engine.loss = lambda *given: measured(*given) * float("nan")
+            engine.loss = lambda *given, **more: measured(*given, **more) * float("nan")
         try:
             return plain(engine, batches)
         finally:

@@ -71,9 +71,10 @@ def open_indexed(entry: Entry, dtype: str, size: int) -> Any:
     wanted = (entry.file_tokens or entry.tokens) * np.dtype(dtype).itemsize
     if data.stat().st_size != wanted:
         raise DataError(f"{data}: {data.stat().st_size} bytes, expected {wanted}; tokenise again")
-    found = index_classes().IndexedDataset(str(entry.prefix), multimodal=False, mmap=True)
+    # Before Megatron reads them: it trusts its index.
     for file in (index, entry.checksum_file):
         verify(file, entry.files)
+    found = index_classes().IndexedDataset(str(entry.prefix), multimodal=False, mmap=True)
     checksums = read_checksums(data, entry.checksum_file)
     if checksums is not None:
         found.bin_reader = CheckedReader(found.bin_reader, data, checksums)

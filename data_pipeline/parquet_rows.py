@@ -10,6 +10,8 @@ from data_pipeline import readers
 from data_pipeline.records import RECORD_BYTES, Block, DataError, Fields, Unreadable
 
 _ROWS = 1024
+_ROWS_AT_ONCE = 64
+"""Rows that the library unpacks before their size is known."""
 
 
 def parquet_blocks(path: Path, fields: Fields) -> Iterator[Block]:
@@ -41,32 +43,43 @@ def parquet_blocks(path: Path, fields: Fields) -> Iterator[Block]:
 def _rows(path: Path, fields: Fields) -> Iterator[list[Any]]:
     import pyarrow.parquet as pq
 
+    # No metadata of row groups or columns: the library aborts the process where they are damaged.
     with pq.ParquetFile(path) as file:
-        metadata = file.metadata
+        wanted, groups = file.metadata.num_rows, file.metadata.num_row_groups
         names = file.schema_arrow.names
-        leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-        text = _columns(fields.text, leaves)
-        columns = sorted({*text, *_columns(fields.subset, leaves)}) if text else []
-        packed = [one for one in _dictionary_columns(metadata, columns) if one in names]
-        rows = _rows_at_once(metadata, columns)
-    counted = 0
+        leaves = [file.schema.column(i) for i in range(len(file.schema))]
+    paths = [leaf.path for leaf in leaves]
+    text = _columns(fields.text, paths)
+    if not text:
+        held = ", ".join(repr(name)[:40] for name in names[:5])
+        yield from _without(f"no column {fields.text!r} (the file has {held})", wanted)
+        return
+    columns = sorted({*text, *_columns(fields.subset, paths)})
     # A value that a dictionary holds once may stand in each of a million rows: it stays so
     # until its slice of the rows becomes text.
+    packed = [one.path for one in leaves if one.physical_type == "BYTE_ARRAY"]
+    packed = [one for one in packed if one in columns and one in names]
+    counted, size = 0, 0
+    rows: list[Any] = []
     with pq.ParquetFile(path, read_dictionary=packed, page_checksum_verification=True) as file:
-        if columns:
-            for batch in file.iter_batches(batch_size=rows, columns=columns):
-                for part in _slices(batch):
+        for group in range(groups):
+            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns):
+                for part, bytes_of in _slices(batch):
+                    rows += part
+                    size += bytes_of
                     counted += len(part)
-                    yield part
-        else:
-            held = ", ".join(repr(name)[:40] for name in names[:5])
-            without = Unreadable(f"no column {fields.text!r} (the file has {held})")
-            while counted < metadata.num_rows:
-                part = [without] * min(_ROWS, metadata.num_rows - counted)
-                counted += len(part)
-                yield part
-    if counted != metadata.num_rows:
-        raise readers.damaged(path, f"{counted:,} of {metadata.num_rows:,} rows are there")
+                    if size >= readers.BLOCK_BYTES or len(rows) >= _ROWS:
+                        yield rows
+                        rows, size = [], 0
+    if rows:
+        yield rows
+    if counted != wanted:
+        raise readers.damaged(path, f"{counted:,} of {wanted:,} rows are there")
+
+
+def _without(reason: str, rows: int) -> Iterator[list[Any]]:
+    for start in range(0, rows, _ROWS):
+        yield [Unreadable(reason)] * min(_ROWS, rows - start)
 
 
 def _columns(wanted: str, leaves: list[str]) -> list[str]:
@@ -81,45 +94,17 @@ def _columns(wanted: str, leaves: list[str]) -> list[str]:
     return []
 
 
-def _chunks_of(metadata: Any, columns: list[str]) -> Iterator[Any]:
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for index in range(row_group.num_columns):
-            if row_group.column(index).path_in_schema in columns:
-                yield row_group.column(index)
-
-
-def _dictionary_columns(metadata: Any, columns: list[str]) -> list[str]:
-    return sorted(
-        {
-            chunk.path_in_schema
-            for chunk in _chunks_of(metadata, columns)
-            if chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page
-        }
-    )
-
-
-def _rows_at_once(metadata: Any, columns: list[str]) -> int:
-    """Rows a batch, fewer where they are long."""
-    longest = max(
-        (chunk.total_uncompressed_size / max(1, chunk.num_values)
-         for chunk in _chunks_of(metadata, columns)),
-        default=0.0,
-    )  # fmt: skip
-    return max(1, min(_ROWS, int(readers.BLOCK_BYTES / max(1.0, longest))))
-
-
-def _slices(batch: Any) -> Iterator[list[Any]]:
-    """Rows of a batch, few at a time where their texts are long."""
+def _slices(batch: Any) -> Iterator[tuple[list[Any], int]]:
+    """Rows of a batch and their bytes, few at a time where their texts are long."""
     size = _unpacked_size(batch)
     if batch.num_rows > 1 and size > readers.BLOCK_BYTES:
         half = batch.num_rows // 2
         yield from _slices(batch.slice(0, half))
         yield from _slices(batch.slice(half))
     elif size > RECORD_BYTES:
-        yield [readers.too_long(size)]
+        yield [readers.too_long(size)], 0
     elif batch.num_rows:
-        yield _readable(batch)
+        yield _readable(batch), size
 
 
 def _unpacked_size(batch: Any) -> int:

@@ -74,6 +74,7 @@ def _candidates(place: Place) -> Iterator[_Candidate]:
     for index in range(len(place.parts) - 1, -1, -1):
         words = [w for w in re.split(r"[^a-z0-9]+", place.parts[index].lower()) if w]
         telling = [w.rstrip("0123456789") for w in words if not _NEUTRAL.fullmatch(w)]
+        telling = [word for word in telling if not _NEUTRAL.fullmatch(word)]
         where = [i for i, word in enumerate(telling) if word in SPLIT_WORDS]
         if len({SPLIT_WORDS[telling[i]] for i in where}) != 1:
             continue  # none, or several: a name such as train-test means neither

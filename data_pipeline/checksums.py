@@ -146,6 +146,18 @@ def _hash(path: Path, stamp: tuple[int, int, int]) -> str:
     return sha256_of(path)
 
 
+def load_documents(path: Path) -> np.ndarray:
+    """Bytes and hash of each document of an entry, mapped: no header makes it take memory.
+
+    Raises:
+        OSError, ValueError: if the file is missing, no regular file or not whole.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    found: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")
+    return found
+
+
 def check_folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[list[str], int]:
     """Compare every file of a tokenised folder with what the manifest says of it.
 
@@ -234,7 +246,7 @@ def _check_counts(entry: Entry, manifest: Manifest) -> list[str]:
 
 def _check_documents(path: Path, entry: Entry) -> list[str]:
     try:
-        found = np.load(path, allow_pickle=False, mmap_mode="r")
+        found = load_documents(path)
         counted = (len(found), int(found["bytes"].sum()))
     except (OSError, ValueError, IndexError):
         return [f"{path}: missing or damaged"]

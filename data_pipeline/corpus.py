@@ -31,7 +31,7 @@ def write_corpus(out: Path) -> dict[str, int]:
         Documents per split.
 
     Raises:
-        DataError: if this Python has no readable standard library.
+        DataError: if this Python has no readable standard library, or a file of others is there.
     """
     import zstandard
 
@@ -49,8 +49,17 @@ def write_corpus(out: Path) -> dict[str, int]:
         counts[split] = len(lines)
         data = "".join(line + "\n" for line in lines).encode("utf-8")
         packed = zstandard.ZstdCompressor(level=9).compress(data)
-        write_aside(out / f"{split}.jsonl.zst", packed)
+        _write_new(out / f"{split}.jsonl.zst", packed)
     return counts
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Write a file, but not over one with other contents."""
+    if path.exists() and path.read_bytes() != data:
+        raise DataError(
+            f"{path}: is there already with other contents; choose another --out or move it"
+        )
+    write_aside(path, data)
 
 
 def _documents(library: Path) -> Iterator[tuple[str, str, str]]:

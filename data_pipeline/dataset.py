@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.bounded import BoundedReader
-from data_pipeline.checksums import CheckedReader, read_checksums, verify
+from data_pipeline.checksums import CheckedReader, load_documents, read_checksums, verify
 from data_pipeline.index_file import Header, read_header
 from data_pipeline.lean import import_lean
 from data_pipeline.manifest import Entry, Manifest
@@ -288,7 +288,7 @@ def held_out(
             file = manifest.path / entry.index
         verify(file, entry.files)
         try:
-            documents = np.load(file, allow_pickle=False)
+            documents = load_documents(file)
         except (OSError, ValueError):
             raise DataError(f"{file}: missing or damaged; tokenise again") from None
         order = np.argsort(documents["hash"], kind="stable")[:limit]

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline.account import Account
 from data_pipeline.encode import Encoded, Key
-from data_pipeline.files import write_aside, write_synced
+from data_pipeline.files import is_leftover, write_aside, write_synced
 from data_pipeline.records import DataError
 from data_pipeline.sources import Source, Tell, sha256_of
 from data_pipeline.strict_json import to_json
@@ -147,11 +147,14 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         known = {part["folder"] for part in self.parts}
         for one in sorted(self.folder.iterdir()):
-            ours = one.name.isdigit() or one.name == WHOLE
-            if not ours and not one.name.startswith("state.json"):
-                raise DataError(f"{one}: was not made here; choose another --out or move it")
-            if ours and one.name not in known:
+            if one.name in known or one.name == path.name:
+                continue
+            if (one.name.isdigit() or one.name == WHOLE) and one.is_dir():
                 shutil.rmtree(one)
+            elif is_leftover(one.name, path.name) or one.name == f"{path.name}.tmp":
+                one.unlink()
+            else:
+                raise DataError(f"{one}: was not made here; choose another --out or move it")
         self._save()
         return resumed
 

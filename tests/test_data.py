@@ -280,6 +280,10 @@ def test_corpus_is_deterministic_and_disjoint(tmp_path: Path) -> None:
     counts = write_corpus(tmp_path / "a")
     write_corpus(tmp_path / "b")
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    (tmp_path / "b" / "val.jsonl.zst").write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"val\.jsonl\.zst: is there already"):
+        write_corpus(tmp_path / "b")
+    assert (tmp_path / "b" / "val.jsonl.zst").read_bytes() == b"mine"
     assert counts["train"] > 500 and counts["test"] > 10
     texts = {split: {t for _, t in raw_documents(tmp_path / "a", split)} for split in counts}
     assert not texts["train"] & texts["test"] and not texts["train"] & texts["val"]

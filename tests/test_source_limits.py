@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -53,13 +56,13 @@ def test_a_long_line_takes_linear_time() -> None:
     """Sixteen times the line, not 256 times the time (as it was: 43 s for 256 MB)."""
 
     def seconds(megabytes: int) -> float:
-        began = time.monotonic()
+        began = time.process_time()
         (line,) = readers.split_lines(iter([b"x" * (1 << 16)] * (16 * megabytes)))
         assert isinstance(line, bytes) and len(line) == megabytes << 20
-        return time.monotonic() - began
+        return time.process_time() - began
 
     seconds(8)
-    assert min(seconds(128) for _ in range(3)) < 60 * max(0.005, min(seconds(8) for _ in range(3)))
+    assert min(seconds(128) for _ in range(3)) < 100 * max(0.005, min(seconds(8) for _ in range(3)))
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 64])
@@ -244,6 +247,56 @@ def test_other_files_beside_the_tokens_do_not_matter(tokenizer: Path, tmp_path: 
     write(out / "tokenizer.model", tokenizer.read_bytes())
     tokenize_sources([str(source)], out / "tokenizer.model", out)
     assert (out / "notes.txt").read_bytes() == b"mine" and len(used(out)) == 1
+
+
+def test_a_kill_while_the_state_is_written(tokenizer: Path, tmp_path: Path) -> None:
+    """What it leaves is known for ours, and goes."""
+    packed = gzip.compress(lines(TEXTS))
+    file = write(tmp_path / "train.jsonl.gz", packed[:-1])
+    with pytest.raises(DataError, match="truncated"):
+        tokenize_sources([str(file)], tokenizer, tmp_path / "out")
+    write(tmp_path / "out" / ".parts" / ".state.json.0123456789ab.tmp", b"{")
+    write(tmp_path / "out" / ".parts" / "whole" / "x.bin", b"half")
+    write(file, packed)
+    tokenize_sources([str(file)], tokenizer, tmp_path / "out")
+    assert len(used(tmp_path / "out")) == len(TEXTS)
+    assert not (tmp_path / "out" / ".parts").exists()
+
+
+# --- giants of others -----------------------------------------------------------------------
+
+
+def test_counts_that_no_memory_holds(tokenizer: Path, tmp_path: Path) -> None:
+    """An index of 2^40 documents, a list of them of 2^40 rows, a device in a file's place."""
+    from data_pipeline.pairs import read_pair
+    from data_pipeline.dataset import held_out
+
+    source, out = write(tmp_path / "val.jsonl", lines(TEXTS)), tmp_path / "out"
+    tokenize_sources([str(source)], tokenizer, out)
+    values = json.loads((out / "manifest.json").read_text())
+    del values["checksum"], values["files"]  # an earlier version's, or a stranger's
+    (out / "manifest.json").write_text(json.dumps(values))
+    index, documents = out / "val" / "Wiki.idx", out / "val" / "Wiki.docs.npy"
+    whole = index.read_bytes()
+    write(index, whole[:18] + struct.pack("<QQ", 1 << 40, (1 << 40) + 1) + whole[34:])
+    with pytest.raises(DataError, match=r"Wiki\.idx: is cut"):
+        read_pair(out / "val" / "Wiki")
+    with pytest.raises(DataError, match=r"Wiki\.idx: the index is damaged"):
+        held_out(load_manifest(out), "val")
+    write(index, whole)
+    huge = np.lib.format.header_data_from_array_1_0(np.load(documents))
+    with documents.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, huge | {"shape": (1 << 40,)})
+    for kind in ("header", "device", "pipe"):
+        if kind != "header":
+            documents.unlink()
+        if kind == "device":
+            documents.symlink_to("/dev/zero")
+        if kind == "pipe":
+            os.mkfifo(documents)
+        with pytest.raises(DataError, match=r"Wiki\.docs\.npy: missing or damaged"):
+            held_out(load_manifest(out), "val")
+        assert "Wiki.docs.npy" in check_folder(out, lambda done, total: None)[0][0]
 
 
 # --- every file has its hash ----------------------------------------------------------------

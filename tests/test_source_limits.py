@@ -342,5 +342,5 @@ def test_every_bit_of_a_folder(tokenizer: Path, tmp_path: Path) -> None:
                 assert file.stem.split(".")[0] in str(error.value)
         file.write_bytes(whole)
     assert check_folder(out, lambda done, total: None) == ([], 0)
-    files[0].unlink()
+    files[-1].unlink()
     assert "missing" in check_folder(out, lambda done, total: None)[0][0]

@@ -81,6 +81,15 @@ def test_what_a_name_means(tmp_path: Path, split: str | None) -> None:
             assert [one.split for one in find_sources([str(given)])] == [split], name
 
 
+@pytest.mark.parametrize("name", ["train", "val", "Test", "test-00001"])
+def test_a_file_given_alone_is_of_its_folder(tmp_path: Path, name: str) -> None:
+    """Its folder's whole name counts, and no folder further up."""
+    file = write(tmp_path / name / "00.jsonl", lines(["x"]))
+    assert [one.split for one in find_sources([str(file)])] == [name.lower()[:5].rstrip("-")]
+    further = write(tmp_path / name / "more" / "00.jsonl", lines(["x"]))
+    assert [one.split for one in find_sources([str(further)])] == [None]
+
+
 def test_the_words_of_a_split_beside_each_other(tmp_path: Path) -> None:
     """A word anywhere in a name means a split where another source has another's in its place."""
     for first, second in itertools.permutations(("train", "val", "test"), 2):

@@ -268,8 +268,8 @@ def test_a_kill_while_the_state_is_written(tokenizer: Path, tmp_path: Path) -> N
 
 def test_counts_that_no_memory_holds(tokenizer: Path, tmp_path: Path) -> None:
     """An index of 2^40 documents, a list of them of 2^40 rows, a device in a file's place."""
-    from data_pipeline.pairs import read_pair
     from data_pipeline.dataset import held_out
+    from data_pipeline.pairs import read_pair
 
     source, out = write(tmp_path / "val.jsonl", lines(TEXTS)), tmp_path / "out"
     tokenize_sources([str(source)], tokenizer, out)

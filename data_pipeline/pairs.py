@@ -60,8 +60,6 @@ def read_pair(prefix: Path) -> Pair:
         if header is None:
             raise DataError(f"{index}: not an index of Megatron-LM or GPT-NeoX")
         _check_size(index, header)  # before memory is taken for what it claims
-        if header.file_size > index.stat().st_size:
-            raise DataError(f"{index}: is cut, or counts more documents than it holds")
         lengths = np.fromfile(stream, dtype="<i4", count=header.sequences)
         starts = np.fromfile(stream, dtype="<i8", count=header.sequences)
         bounds = np.fromfile(stream, dtype="<i8", count=header.documents)

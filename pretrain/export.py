@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.sources import DataError
 from data_pipeline.strict_json import to_json
 from models.export import class_of, config_json, has_free_heads, shards
+from pretrain.aside import whole_folder
 from pretrain.checkpoint import Checkpoint
 from pretrain.errors import UsageError
 from pretrain.model_card import name_of, write_card, write_tokenizer
@@ -47,14 +47,9 @@ def export_checkpoint(target: str, out: Path, choice: RankChoice | None) -> str:
             )
         checkpoint = CutCheckpoint(path, choice, smaller=True)
     head_size = getattr(checkpoint, "head_size", model.head_size)
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out}: not empty; choose another --out")
-    aside = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     width = "" if head_size == model.head_size else f", heads {model.head_size} -> {head_size} wide"
     manifest = _manifest(checkpoint)
-    try:
+    with whole_folder(out, "export") as aside:
         _write(checkpoint, aside, head_size, manifest.eod if manifest else _EOD)
         write_card(aside, checkpoint, kind, name_of(checkpoint), width)
         tokenizer = (
@@ -62,12 +57,6 @@ def export_checkpoint(target: str, out: Path, choice: RankChoice | None) -> str:
             if manifest
             else f"no tokenizer ({checkpoint.config.data.path} is not here)"
         )
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if out.exists():
-        out.rmdir()
-    aside.rename(out)
     return f"{out}: {kind}, step {checkpoint.step}{width}, {tokenizer}"
 
 

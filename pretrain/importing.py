@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from models.hub import fetch, is_hub_name
 from models.huggingface import is_pretrained
 from models.importing import ForeignModel
 from models.roles import ParameterInfo, Role
+from pretrain.aside import whole_folder
 from pretrain.checkpoint import checkpoint_name
 from pretrain.config import Config, apply_value_overrides, parse_config, read_mapping
 from pretrain.control import DecayControl
@@ -61,15 +60,9 @@ def import_model(
     infos = [info for group in setup.plan.groups for info in group.parameters]
     theirs.check(setup.config.model, infos, allow_unused)
     _check_tokenizer(folder, setup.task)
-    create_run(run, setup.config, {"grid": "none", "imported": source})
-    target = run / CHECKPOINTS / checkpoint_name(0)
-    aside = target.with_name(f".{target.name}.writing")
-    try:
-        _write(setup, theirs, aside)
-    except BaseException:
-        shutil.rmtree(run, ignore_errors=True)
-        raise
-    os.rename(aside, target)
+    with whole_folder(run, "import") as aside:
+        create_run(aside, setup.config, {"grid": "none", "imported": source})
+        _write(setup, theirs, aside / CHECKPOINTS / checkpoint_name(0))
     return setup
 
 

@@ -1,0 +1,75 @@
+"""Commands that are started at one moment, in forks of one process; some are killed.
+
+A script of `tests.tools.run_processes`: ``together.py REQUEST``. The request has ``rounds``, each a
+list of commands ``{"words": [...], "kill_after": seconds or null}``, and ``answer``, the file for
+``[[{"code": ..., "stderr": ...}, ...], ...]``; a code below 0 is a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Run the rounds of the request, one after the other."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    answers = [_round(commands) for commands in request["rounds"]]
+    Path(request["answer"]).write_text(json.dumps(answers))
+
+
+def _round(commands: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ready, go = os.pipe()
+    started = []
+    for command in commands:
+        output = Path(tempfile.mkstemp()[1])
+        process = os.fork()
+        if process == 0:
+            os.close(go)
+            os.read(ready, 1)  # ends when the parent closes its side: for all at once
+            _run(command["words"], output)
+        started.append((process, output, command.get("kill_after")))
+    os.close(ready)
+    os.close(go)
+    for process, _, after in sorted(started, key=lambda one: one[2] or 0.0):
+        if after is not None:
+            time.sleep(after)
+            os.kill(process, signal.SIGKILL)
+    found = []
+    for process, output, _ in started:
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        found.append({"code": code, "stderr": output.read_text(errors="replace")})
+        output.unlink()
+    return found
+
+
+def _run(words: list[str], output: Path) -> None:
+    """The command line in this fork, which ends here."""
+    opened = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(opened, 1)
+    os.dup2(opened, 2)
+    sys.argv = ["pretrain", *words]
+    code = 70
+    try:
+        from pretrain.__main__ import main as command
+
+        command()
+        code = 0
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    except BaseException as error:
+        print(f"Traceback: {error!r}", file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

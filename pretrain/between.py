@@ -14,8 +14,9 @@ from data_pipeline.strict_json import to_json
 from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.job import Job
 from pretrain.probe import Row, measure, summary
+from pretrain.rank_table import add_ranks, merge_ranks
 from pretrain.retention import HELD_OUT_LOSS
-from pretrain.run import EVALUATION, add_ranks, merge_ranks, write_text
+from pretrain.run import EVALUATION, write_text
 from pretrain.signals import SIGNALS, StopRequestedError
 from pretrain.tracking import Progress
 
@@ -60,7 +61,7 @@ def _write_ranks(job: Job, step: int) -> None:
     """Bring measurements to disk; what it refuses is kept for the next time."""
     try:
         for at in list(job.unwritten):
-            add_ranks(job.run, at, job.unwritten[at])
+            add_ranks(job.run, at, job.unwritten[at], job.config.ranks)
             del job.unwritten[at]
     except OSError as error:
         job.say(step, f"rank statistics wait in memory: {error.strerror or error}")
@@ -119,7 +120,7 @@ def save(job: Job, step: int) -> None:
         state[OWES_EVALUATION] = True
     if job.grid.is_main:
         try:
-            merge_ranks(job.run)
+            merge_ranks(job.run, always=step >= job.last)
         except OSError as error:
             job.say(step, f"ranks.parquet waits: {error.strerror or error}")
     job.saver.save(step, state)

@@ -17,11 +17,11 @@ from pretrain.errors import RunError
 from pretrain.faults import GoBackError, Judge, block_of, write_jumps
 from pretrain.job import Job
 from pretrain.loader import Loader
+from pretrain.rank_table import rewind_ranks
 from pretrain.recover import find_whole
 from pretrain.replicas import are_replicated, disagreement
 from pretrain.run import (
     CHECKPOINTS,
-    rewind_ranks,
 )
 from pretrain.signals import SIGNALS, StopRequestedError
 from pretrain.storage import hide, remove

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import replacing
 from data_pipeline.strict_json import to_json
 from models.factors import AttentionShape, Factors
 from models.families import Family, read_family
@@ -184,8 +185,8 @@ def write_table(rows: list[Row], out: Path) -> None:
     table = pa.Table.from_pylist(rows)
     index = table.schema.get_field_index("tokens")
     table = table.set_column(index, "tokens", table.column(index).cast(pa.int64()))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, out)
+    with replacing(out) as aside, aside.open("wb") as opened:  # a full disk keeps the old table
+        pq.write_table(table, opened)
 
 
 _COLUMNS = {

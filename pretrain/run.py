@@ -12,14 +12,13 @@ import os
 import platform
 import re
 import secrets
-import shutil
 from datetime import UTC, datetime
 from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import is_leftover, replacing, write_aside
+from data_pipeline.files import is_leftover, write_aside
 from data_pipeline.strict_json import to_json
 from pretrain.checkpoint import (
     LATEST,
@@ -36,19 +35,18 @@ from pretrain.decay import DecayDifference, DecayPlan, compare, plan_from
 from pretrain.errors import RunError, UsageError
 from pretrain.lock import LOCK
 from pretrain.manifest import DamagedError
-from pretrain.probe import Row
+from pretrain.rank_table import RANKS, check_definition, rewind_ranks
+from pretrain.rank_table import read_ranks as read_ranks  # noqa: PLC0414 - tools read it from here
 from pretrain.storage import hide, remove, remove_hidden
 from pretrain.tasks import Task
 from pretrain.tracking import METRICS, rewind_metrics
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-RANKS = "ranks.parquet"
 ENVIRONMENT = "environment.json"
 EVALUATION = "evaluation.json"
 LAUNCHED = ("launch", "logs")
 """Folders of `pretrain launch` in a run folder."""
-_PARTS = ".ranks"
 FREE = ("data.path", "data.prefetch", "train.micro_batch")
 """Keys inside the science sections that change no number (or are checked by content)."""
 _OWN = (CONFIG, RUN_ID, RANKS, METRICS, ENVIRONMENT)
@@ -187,6 +185,7 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
             f"{run}: holds a run with {key}={before}, the recipe says {after}{more}; choose "
             f"another --out, or continue from it with --fork {run}@STEP"
         )
+    check_definition(run, config.ranks)
     return _newest_readable(run)
 
 
@@ -315,62 +314,3 @@ def rewind(run: Path, step: int) -> None:
     """Forget what was logged and measured after ``step``."""
     rewind_metrics(run, step)
     rewind_ranks(run, step)
-
-
-def rewind_ranks(run: Path, step: int) -> None:
-    """Forget what was measured after ``step``."""
-    parts = run / _PARTS
-    if parts.is_dir():
-        for part in parts.glob("*.parquet"):
-            if int(part.stem) > step:
-                part.unlink()
-    path = run / RANKS
-    if path.exists():
-        rows = [row for row in read_ranks(run) if row["step"] <= step]
-        _write_parquet(path, rows)
-        shutil.rmtree(parts, ignore_errors=True)
-
-
-# --- the table of rank statistics -----------------------------------------------------------
-
-
-def add_ranks(run: Path, step: int, rows: list[Row]) -> None:
-    """Append one measurement; safe against a kill at any moment."""
-    parts = run / _PARTS
-    parts.mkdir(exist_ok=True)
-    _write_parquet(parts / f"{step:08d}.parquet", rows)
-
-
-def merge_ranks(run: Path) -> None:
-    """Bring the measurements so far into ``ranks.parquet``."""
-    parts = run / _PARTS
-    if parts.is_dir() and any(parts.glob("*.parquet")):
-        _write_parquet(run / RANKS, read_ranks(run))
-        shutil.rmtree(parts)
-
-
-def read_ranks(run: Path) -> list[Row]:
-    """Every row measured so far, in order of steps."""
-    import pyarrow.parquet as pq
-
-    files = [run / RANKS] if (run / RANKS).exists() else []
-    files += sorted((run / _PARTS).glob("*.parquet"))
-    rows: dict[tuple[Any, ...], Row] = {}
-    for file in files:
-        try:
-            with file.open("rb") as opened:  # Arrow takes no path that is not UTF-8
-                found = pq.read_table(opened).to_pylist()
-            for row in found:
-                key = tuple(row[name] for name in ("step", "layer", "product", "level", "head"))
-                rows[key] = row
-        except (OSError, ValueError) as error:
-            raise RunError(f"{file}: damaged ({error}); delete it to go on without it") from None
-    return sorted(rows.values(), key=lambda row: row["step"])
-
-
-def _write_parquet(path: Path, rows: list[Row]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with replacing(path) as aside, aside.open("wb") as opened:  # Arrow takes UTF-8 paths alone
-        pq.write_table(pa.Table.from_pylist(rows), opened)

@@ -1,7 +1,9 @@
-"""Tensor and sequence parallelism of single operations, by Megatron-core's mappings.
+"""Tensor and sequence parallelism of single operations.
 
 Activations are laid out ``[sequence, batch, hidden]``, as in Megatron, since sequence
-parallelism splits the first dimension.
+parallelism splits the first dimension. Sums over the group are Megatron-core's mappings. The
+sequence is gathered and split by PyTorch's functional collectives: Megatron's write into a tensor
+that they allocate, which torch 2.11 compiles to wrong gradients.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from models.wide_sums import embedding
 
@@ -30,15 +33,11 @@ class TensorParallel:
     sequence_parallel: bool = False
     """Split activations between the tensor-parallel blocks along the sequence."""
 
-    def __post_init__(self) -> None:
-        if self.sequence_parallel and self.size > 1 and not torch.cuda.is_available():
-            answer_current_device_on_cpu()
-
-
-def answer_current_device_on_cpu() -> None:
-    """Let Megatron's gathers, which ask CUDA for a device, allocate on a machine without one."""
-    if not torch.cuda.is_available():
-        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    @property
+    def name(self) -> str:
+        """Of the group, as PyTorch registers it."""
+        assert self.group is not None
+        return str(self.group.group_name)
 
 
 @cache
@@ -50,27 +49,27 @@ def megatron_module(module: str) -> Any:
         return importlib.import_module(f"megatron.core.tensor_parallel.{module}")
 
 
-def enter(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+def enter(x: Tensor, tp: TensorParallel) -> Tensor:
     """Bring ``x`` to a column-parallel product: gather the sequence, or reduce the gradient."""
     if tp.size == 1:
         return x
-    mappings = megatron_module("mappings")
     if tp.sequence_parallel:
-        return mappings.gather_from_sequence_parallel_region(x, group=tp.group)
+        return _Gather.apply(x, tp.name, tp.size)
+    mappings = megatron_module("mappings")
     return mappings.copy_to_tensor_model_parallel_region(x, group=tp.group)
 
 
-def leave(x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+def leave(x: Tensor, tp: TensorParallel) -> Tensor:
     """Sum the partial results of a row-parallel product over the group."""
     if tp.size == 1:
         return x
-    mappings = megatron_module("mappings")
     if tp.sequence_parallel:
-        return mappings.reduce_scatter_to_sequence_parallel_region(x, group=tp.group)
+        return _SumAndSplit.apply(x, tp.name, tp.size)
+    mappings = megatron_module("mappings")
     return mappings.reduce_from_tensor_model_parallel_region(x, group=tp.group)
 
 
-def sum_gradient(weight: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+def sum_gradient(weight: Tensor, tp: TensorParallel) -> Tensor:
     """Identity whose gradient is summed over the group.
 
     For a replicated weight of which each rank sees a part of the work (other heads, or other
@@ -82,12 +81,12 @@ def sum_gradient(weight: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     return mappings.copy_to_tensor_model_parallel_region(weight, group=tp.group)
 
 
-def replicated(weight: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+def replicated(weight: Tensor, tp: TensorParallel) -> Tensor:
     """A replicated weight used between the parallel blocks, where sequence parallelism splits."""
     return sum_gradient(weight, tp) if tp.sequence_parallel else weight
 
 
-def embed(tokens: torch.Tensor, weight: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+def embed(tokens: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
     """Look up a vocabulary-parallel embedding.
 
     Args:
@@ -104,3 +103,39 @@ def embed(tokens: torch.Tensor, weight: torch.Tensor, tp: TensorParallel) -> tor
     outside = (local < 0) | (local >= weight.shape[0])
     found = embedding(local.masked_fill(outside, 0), weight)
     return leave(found.masked_fill(outside.unsqueeze(-1), 0.0), tp)
+
+
+class _Gather(torch.autograd.Function):
+    """The whole sequence from every rank's part; its gradient is summed and split."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str, size: int) -> Tensor:
+        ctx.group, ctx.size = group, size
+        return _gathered(x, group, size)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        return _summed_and_split(upstream[0], ctx.group, ctx.size), None, None
+
+
+class _SumAndSplit(torch.autograd.Function):
+    """This rank's part of the sum over the group; its gradient is gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str, size: int) -> Tensor:
+        ctx.group, ctx.size = group, size
+        return _summed_and_split(x, group, size)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        return _gathered(upstream[0], ctx.group, ctx.size), None, None
+
+
+def _gathered(x: Tensor, group: str, size: int) -> Tensor:
+    found = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
+    return torch.ops._c10d_functional.wait_tensor(found)
+
+
+def _summed_and_split(x: Tensor, group: str, size: int) -> Tensor:
+    found = torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
+    return torch.ops._c10d_functional.wait_tensor(found)

@@ -47,7 +47,8 @@ AXES = {
 BOUNDS = {
     # relative: loss, gradient norm, singular values by the largest, evaluation
     "fp32": (5e-6, 2e-5, 2e-5, 5e-6),
-    "bf16": (1e-3, 5e-2, 3e-2, 1e-3),
+    # Adam makes a step of full size of a gradient that is all rounding: single heads move.
+    "bf16": (1e-3, 5e-2, 1e-1, 1e-3),
 }
 FIGURES = ("loss", "gradient norm", "singular values", "evaluation")
 

@@ -22,6 +22,7 @@ from models.roles import info_of
 from pretrain.config import Config
 from pretrain.errors import UsageError
 from pretrain.grid import Grid
+from pretrain.norms import square_sum
 
 _BUCKET = 500_000_000
 """DeepSpeed's own default of the elements that it reduces at once."""
@@ -68,6 +69,7 @@ def deepspeed_settings(
         # as if all held the same; under sequence parallelism each holds other positions.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # theirs would be compiled at run time
         "steps_per_print": 10**12,
     }
     raw = config.deepspeed
@@ -150,16 +152,22 @@ class ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
-def record_plain_norm(engine: Any) -> None:
-    """Keep the gradient norm that DeepSpeed computes, and drops, for a plain fp32 optimizer."""
-    from deepspeed.runtime.utils import clip_grad_norm_
+def record_plain_norm(engine: Any, grid: Grid) -> None:
+    """Clip a plain fp32 optimizer's gradients by a norm in one reduction, and keep that norm."""
 
     def clip() -> None:
-        engine._global_grad_norm = clip_grad_norm_(
-            parameters=engine.module.parameters(),
-            max_norm=engine.gradient_clipping() or float("inf"),
-            mpu=engine.mpu,
-        )
+        total = torch.zeros((), dtype=torch.float64, device=grid.device)
+        gradients = [one.grad for one in engine.module.parameters() if one.grad is not None]
+        if grid.data_rank == 0:  # the others hold the same
+            for parameter in engine.module.parameters():
+                if parameter.grad is not None and parameter.tensor_model_parallel:
+                    total += square_sum(parameter.grad)
+        dist.all_reduce(total)
+        norm = total.sqrt().float()
+        engine._global_grad_norm = norm
+        if engine.gradient_clipping():
+            scale = (engine.gradient_clipping() / (norm + 1e-6)).clamp_max(1.0)
+            torch._foreach_mul_(gradients, scale)
 
     take = engine.optimizer.step
 
@@ -220,7 +228,7 @@ class _Gradient:
     grad: torch.Tensor
 
 
-def norm_in_one_reduction(zero: Any) -> None:
+def norm_in_one_reduction(zero: Any, grid: Grid) -> None:
     """Compute ZeRO 1/2's gradient norm with one reduction over all ranks.
 
     DeepSpeed reduces once for every param group, over the model-parallel ranks too; pipeline
@@ -228,14 +236,23 @@ def norm_in_one_reduction(zero: Any) -> None:
     with more of them then waits for ever.
     """
 
+    def gradients(index: int) -> Iterator[torch.Tensor]:
+        """Of a group, what this rank owns of each parameter."""
+        if not zero.cpu_offload:
+            parts = zero.averaged_gradients[index]
+            yield from (one for one in parts if not getattr(one, "_zero_padding", False))
+            return
+        flat = zero.single_partition_of_fp32_groups[index].grad
+        for parameter in zero.params_in_partition[index]:
+            _, _, start, count = zero.grad_position[zero.get_param_id(parameter)]
+            yield flat.narrow(0, start, count)
+
     def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=zero.device)
-        for index in range(len(zero.bit16_groups)):
-            gradients = zero.averaged_gradients[index]
-            owned = (g for g in gradients if not getattr(g, "_zero_padding", False))
-            for gradient, parameter in zip(owned, zero.params_in_partition[index], strict=False):
+        total = torch.zeros((), dtype=torch.float64, device=grid.device)
+        for index, parameters in enumerate(zero.params_in_partition):
+            for parameter, gradient in zip(parameters, gradients(index), strict=False):
                 if parameter.tensor_model_parallel:
-                    total += torch.linalg.vector_norm(gradient.detach().float()).double() ** 2
+                    total += square_sum(gradient)
         dist.all_reduce(total)
         # In bf16 it skips an update whose norm is not finite only where it checks for overflow;
         # left on, it would look through all gradients once more before the norm says the same.

@@ -238,9 +238,9 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
             mpu=None if pipeline else ModelParallelUnit(grid),
         )
     if isinstance(wrapped.optimizer, torch.optim.Optimizer):
-        record_plain_norm(wrapped)
+        record_plain_norm(wrapped, grid)
     elif hasattr(wrapped.optimizer, "averaged_gradients") and config.grid.zero_stage < 3:
-        norm_in_one_reduction(wrapped.optimizer)
+        norm_in_one_reduction(wrapped.optimizer, grid)
         if pipeline and getattr(wrapped.optimizer, "use_grad_accum_attribute", False):
             sum_tied_gradients_in_float32(wrapped)
     decay = config.optimizer.weight_decay

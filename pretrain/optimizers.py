@@ -16,6 +16,7 @@ from torch import Tensor
 from models.roles import ATTENTION, MLP, Role
 from pretrain.config import OptimizerConfig
 from pretrain.errors import UsageError
+from pretrain.norms import square_sum
 
 Groups = list[dict[str, Any]]
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -131,7 +132,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix
-    x = x / x.norm().clamp_min(1e-7)
+    x = x / square_sum(x).sqrt().float().clamp_min(1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

@@ -22,6 +22,7 @@ from pretrain.alpha import eigenvalues, hill_exponent
 from pretrain.control import Alpha, Applied, DecayControl, Site, label, site_of
 from pretrain.grid import Grid
 from pretrain.masters import Fragment, fragments, is_replicated, tensors_of
+from pretrain.norms import square_sum
 from pretrain.nuclear import nuclear_subgradient
 from pretrain.optimizers import MuonWithAdamW, muon_update
 from pretrain.shards import local_shard, own_shard, sum_over_stage, whole_tensor
@@ -176,7 +177,7 @@ class Shrinker:
         if not (self._replicated and self._grid.data_rank):
             for fragment in self._fragments:
                 if getattr(fragment.parameter, "tensor_model_parallel", True):
-                    total += torch.linalg.vector_norm(fragment.master).double() ** 2
+                    total += square_sum(fragment.master)
         if self._grid.world_size > 1:
             dist.all_reduce(total)
         weight = float(total.sqrt())

@@ -1,0 +1,72 @@
+"""Gradient norms are right to rounding, however large the tensor and whatever the grid."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.norms import square_sum
+from pretrain.optimizers import orthogonalize
+from tests.tools import base_recipe, metrics_of, run_workers, weights_of
+
+GRIDS = {
+    # name: (processes, grid, raw keys)
+    **{f"zero-{stage}": (1, {"zero_stage": stage}, {}) for stage in (0, 1, 2, 3)},
+    **{f"pipeline-{stage}": (2, {"pipeline_parallel": 2, "zero_stage": stage}, {})
+       for stage in (0, 1)},
+    "tensor": (2, {"tensor_parallel": 2, "zero_stage": 0}, {}),
+    "data": (2, {"zero_stage": 2}, {}),
+    **{f"offload-{stage}": (2, {"zero_stage": stage},
+                            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+       for stage in (1, 2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 1, 2047, 2048, 2049, 3_000_001, 26_000_000])
+def test_squares_are_summed_to_rounding(count: int) -> None:
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count)).mul_(1e-3)
+    exact = float(values.double().square().sum())
+    assert float(square_sum(values)) == pytest.approx(exact, rel=3e-7)
+    if count % 3 == 2 and count > 3:  # not contiguous
+        assert float(square_sum(values[: count - 2].view(-1, 3).T)) == pytest.approx(
+            float(values[: count - 2].double().square().sum()), rel=3e-7
+        )
+
+
+def test_muon_scales_a_large_matrix_by_its_norm() -> None:
+    """Halves of a matrix have the same norm as the whole, over √2."""
+    matrix = torch.randn(8, 1 << 20, generator=torch.Generator().manual_seed(1))
+    exact = orthogonalize(matrix.double() / matrix.double().norm())
+    assert (orthogonalize(matrix) - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_norm_of_a_large_gradient(data: Path, tmp_path: Path, precision: str) -> None:
+    """Of one update of SGD, whose momentum is the gradient."""
+    for processes in (1, 2):
+        cases = []
+        for name, (count, grid, raw) in GRIDS.items():
+            if count == processes and not (precision == "bf16" and grid["zero_stage"] == 0):
+                values = deepcopy(base_recipe(data))
+                values["model"] |= {"vocabulary_size": 40_000, "hidden_size": 64, "tied_head": True}
+                values |= {"precision": precision, "grid": grid, "deepspeed": raw}
+                values["train"] = {"steps": 1, "global_batch": 8, "micro_batch": 2}
+                values["optimizer"] = {"name": "sgd", "gradient_clipping": 0}
+                values["ranks"]["every"] = values["checkpoint"]["every"] = 1
+                values["evaluation"] |= {"every": 1, "documents": 1, "at_end": "none"}
+                cases.append({"recipe": values, "run": str(tmp_path / name)})
+        run_workers(processes, "train", cases, tmp_path / f"workers-{processes}")
+        for case in cases:
+            weights = weights_of(Path(case["run"]))
+            exact = np.sqrt(sum(
+                float((values.astype(np.float64) ** 2).sum())
+                for name, values in weights.items()
+                if name.endswith("/momentum_buffer")
+            ))  # fmt: skip
+            found = metrics_of(Path(case["run"]))[0]["grad_norm"]
+            assert found == pytest.approx(exact, rel=1e-6), case["run"]

@@ -23,6 +23,7 @@ from pretrain.config import Config
 from pretrain.errors import UsageError
 from pretrain.grid import Grid
 from pretrain.norms import square_sum
+from pretrain.raw_deepspeed import check_raw
 
 _BUCKET = 500_000_000
 """DeepSpeed's own default of the elements that it reduces at once."""
@@ -52,7 +53,7 @@ def deepspeed_settings(
         parameters: how many this rank holds.
 
     Raises:
-        UsageError: if a raw key contradicts the recipe.
+        UsageError: if a raw key contradicts the recipe or is not known to work.
     """
     precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
     implied: dict[str, Any] = {
@@ -76,16 +77,7 @@ def deepspeed_settings(
     if "reduce_bucket_size" not in (raw.get("zero_optimization") or {}):
         # It sets aside so many elements, its default 1 GB, however small the model is.
         implied["zero_optimization"]["reduce_bucket_size"] = min(parameters, _BUCKET)
-    for key in ("optimizer", "scheduler", "fp16", "amp", "curriculum_learning"):
-        if key in raw:
-            raise UsageError(
-                f"deepspeed.{key}: the recipe decides this (optimizer:, precision:); remove it"
-            )
-    if (raw.get("bf16") or {}).get("bf16_master_weights_and_grads"):
-        raise UsageError(
-            "deepspeed.bf16.bf16_master_weights_and_grads: without fp32 master weights no weight "
-            "decay takes effect (learning_rate x decay is below bf16's step); remove it"
-        )
+    check_raw(raw)
     return _merge(implied, raw, "deepspeed")
 
 

@@ -25,6 +25,7 @@ from pretrain.job import Job
 from pretrain.lock import RunLock
 from pretrain.loop import restore, run_job
 from pretrain.mirror import Mirror
+from pretrain.raw_deepspeed import check_raw
 from pretrain.recover import find_whole
 from pretrain.run import (
     CHECKPOINTS,
@@ -58,6 +59,7 @@ def prepare(config: Config, tensor_parallel: int) -> Setup:
     Raises:
         UsageError: if the data is missing or does not fit the model.
     """
+    check_raw(config.deepspeed)
     task = open_task(config)
     config = config.model_copy(update={"model": task.complete(config.model)})
     infos = whole_model(config.model, tensor_parallel)

@@ -1,0 +1,77 @@
+"""Which raw DeepSpeed keys a recipe may set: those that change speed or memory, and are tested.
+
+DeepSpeed has some hundred others. Some change the numbers, some write files outside the run, and
+some import whatever module they name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pretrain.errors import UsageError
+
+ALLOWED: dict[str, type] = {
+    "zero_optimization.allgather_bucket_size": int,
+    "zero_optimization.contiguous_gradients": bool,
+    "zero_optimization.offload_optimizer.device": str,
+    "zero_optimization.offload_optimizer.pin_memory": bool,
+    "zero_optimization.overlap_comm": bool,
+    "zero_optimization.reduce_bucket_size": int,
+    "zero_optimization.reduce_scatter": bool,
+    "zero_optimization.stage3_max_live_parameters": int,
+    "zero_optimization.stage3_max_reuse_distance": int,
+    "zero_optimization.stage3_param_persistence_threshold": int,
+    "zero_optimization.stage3_prefetch_bucket_size": int,
+    "zero_optimization.sub_group_size": int,
+    "zero_optimization.use_multi_rank_bucket_allreduce": bool,
+}
+IMPLIED = frozenset((
+    "bf16.enabled", "communication_data_type", "data_types.grad_accum_dtype",
+    "gradient_accumulation_steps", "gradient_clipping", "pipeline.grad_partitioned",
+    "pipeline.pipe_partitioned", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "zero_optimization.stage",
+))  # fmt: skip
+"""What the recipe decides: a raw key may say the same."""
+_DEVICES = ("cpu", "none")
+
+
+def check_raw(raw: dict[str, Any]) -> None:
+    """Refuse what is not known to work, before anything is built.
+
+    Raises:
+        UsageError: naming the first such key.
+    """
+    for key, value in _leaves(raw, ""):
+        if key.split(".")[0] in ("optimizer", "scheduler", "fp16", "amp", "curriculum_learning"):
+            raise UsageError(
+                f"deepspeed.{key}: the recipe decides this (optimizer:, precision:); remove it"
+            )
+        if key == "bf16.bf16_master_weights_and_grads":
+            raise UsageError(
+                f"deepspeed.{key}: without fp32 master weights no weight decay takes effect "
+                "(learning_rate x decay is below bf16's step); remove it"
+            )
+        if key in IMPLIED:
+            continue
+        if key not in ALLOWED:
+            raise UsageError(
+                f"deepspeed.{key}: not among the raw keys that are known to work; remove it, or "
+                f"use one of {', '.join(ALLOWED)}"
+            )
+        kind = ALLOWED[key]
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
+            raise UsageError(f"deepspeed.{key}: {value!r} is no {_WORDS[kind]}")
+        if kind is str and value not in _DEVICES:
+            raise UsageError(f"deepspeed.{key}: {value!r} is not {' or '.join(_DEVICES)}")
+
+
+_WORDS = {int: "whole number from 0", bool: "true or false", str: "name"}
+
+
+def _leaves(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value

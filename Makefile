@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 TESTS := $(VENV)/.installed-tests
 PEERS := .venv-bench/.installed
 
-.PHONY: setup demo test faults bench lint study clean
+.PHONY: setup demo test test-torch faults bench lint study clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,19 @@ demo: setup
 
 test: $(TESTS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# The numeric tests on another declared version of torch, in an environment of its own:
+# make test-torch TORCH=2.11.0
+NUMERIC := tests/test_grid.py tests/test_grid_sums.py tests/test_norms.py tests/test_speed.py \
+  tests/test_decay_applied.py tests/test_policies.py tests/test_evaluate.py tests/test_spectra.py \
+  tests/test_resume.py tests/test_models.py tests/test_tasks.py tests/test_bf16.py
+test-torch: pyproject.toml
+	@test -n "$(TORCH)" || { echo "error: say which torch: make test-torch TORCH=2.11.0" >&2; exit 1; }
+	@test -x .venv-torch-$(TORCH)/bin/python || $(PYTHON) -m venv .venv-torch-$(TORCH)
+	@echo "installing torch $(TORCH) into .venv-torch-$(TORCH) ..."
+	@.venv-torch-$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  torch==$(TORCH) -e '.[hub,optimizers,vision,test]'
+	.venv-torch-$(TORCH)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(NUMERIC)
 
 # The long form of the fault suite: fifty kills, Slurm's own time limit, every grid; as root, all of it.
 faults: $(TESTS)

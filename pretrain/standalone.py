@@ -164,7 +164,7 @@ def result_path(
     folder = run if Path(target) == run else checkpoint.path
     path = folder / f"{'-'.join(['evaluation', *parts])}.json"
     if _is_of_others(path, figures):  # as the run's own may be of a sample of another split
-        settings = json.dumps([figures.get(key) for key in _SETTINGS])
+        settings = to_json([figures.get(key) for key in _SETTINGS])
         digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
         path = path.with_name(f"{path.stem}-{figures['split']}-{digest}.json")
     return path

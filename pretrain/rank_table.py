@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import replacing
+from data_pipeline.strict_json import to_json
 from pretrain.config import load_config
 from pretrain.errors import RunError, UsageError
 from pretrain.probe import Row
@@ -159,7 +160,7 @@ def _write_parquet(path: Path, rows: list[Row], definition: dict[str, Any] | Non
 
     table = pa.Table.from_pylist(rows)
     if definition:
-        table = table.replace_schema_metadata({_DEFINITION: json.dumps(definition).encode()})
+        table = table.replace_schema_metadata({_DEFINITION: to_json(definition).encode()})
     _write_table(path, table)
 
 

@@ -180,7 +180,7 @@ def test_defaults_are_those_of_the_library(kind: str) -> None:
             assert theirs.rope_parameters["rope_theta"] == value
         elif key == "rotary_pct":
             assert theirs.rope_parameters["partial_rotary_factor"] == value
-        elif value:
+        elif value or isinstance(value, bool):
             assert getattr(theirs, key) == value, key
 
 

@@ -33,6 +33,7 @@ IMPLIED = frozenset((
     "zero_optimization.stage",
 ))  # fmt: skip
 """What the recipe decides: a raw key may say the same."""
+_SECTIONS = {key.rpartition(".")[0] for key in (*ALLOWED, *IMPLIED)}
 _DEVICES = ("cpu", "none")
 
 
@@ -52,7 +53,7 @@ def check_raw(raw: dict[str, Any]) -> None:
                 f"deepspeed.{key}: without fp32 master weights no weight decay takes effect "
                 "(learning_rate x decay is below bf16's step); remove it"
             )
-        if key in IMPLIED:
+        if key in IMPLIED or (value == {} and key in _SECTIONS):
             continue
         if key not in ALLOWED:
             raise UsageError(

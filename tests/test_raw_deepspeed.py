@@ -92,3 +92,5 @@ def test_other_keys_are_refused_by_name(key: str, value: Any) -> None:
 def test_what_the_recipe_implies_is_no_unknown_key() -> None:
     for key in IMPLIED:
         check_raw(nested(key, 1))
+    check_raw({"zero_optimization": {"offload_optimizer": {}}})
+    check_raw({"zero_optimization": {}})

@@ -19,10 +19,10 @@ from scipy import stats
 
 from models.factors import AttentionShape, Factors
 from pretrain.probe import layer_rows
+from pretrain.rank_table import add_ranks, read_ranks
 from pretrain.ranks import print_ranks
 from pretrain.report import write_report
 from pretrain.report.compare import holm, t_test
-from pretrain.run import add_ranks, read_ranks
 from pretrain.run_config import RanksConfig
 from tests.fake_runs import STEPS, SUBSETS, recipe, write_run, write_study
 
@@ -477,7 +477,7 @@ def rows_of(scale: float, normed: bool = False, bad: bool = False) -> list[dict[
 def test_spectra_of_small_weights_are_stored(tmp_path: Path) -> None:
     """Weights of 1e-30 have products of 1e-60, which float32 does not hold."""
     small, usual = rows_of(1e-30), rows_of(1.0)
-    add_ranks(tmp_path, 0, [{"step": 0, **row} for row in small])
+    add_ranks(tmp_path, 0, [{"step": 0, **row} for row in small], RanksConfig())
     stored = {(r["product"], r["head"]): r for r in read_ranks(tmp_path)}
     for one in usual:
         found = np.array(stored[one["product"], one["head"]]["singular_values"])

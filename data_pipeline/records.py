@@ -97,15 +97,25 @@ def _document(record: Any, fields: Fields) -> Document:
 
 def _text_and_subset(record: Any, fields: Fields) -> tuple[str, str]:
     values = _parse_line(record) if isinstance(record, bytes) else record
-    text, subset = _string(values, fields.text), _string(values, fields.subset)
-    if text is None:
+    text = _value(values, fields.text)
+    if not isinstance(text, str):
         held = ", ".join(repr(key)[:40] for key in list(values)[:5]) or "nothing"
         raise ValueError(f"no text in field {fields.text!r} (the record has {held})")
-    if subset is None:
+    subset = _value(values, fields.subset)
+    if subset is None or subset == "":
         subset = fields.default_subset
-    if not subset:
+    if not subset and subset != 0:
         raise ValueError(f"no subset in field {fields.subset!r} (or give --default-subset)")
-    return text, subset
+    return text, _name(subset, fields.subset)
+
+
+def _name(subset: Any, path: str) -> str:
+    """A subset's name: text, or a whole number; the default is for records that have none."""
+    if isinstance(subset, str):
+        return subset
+    if isinstance(subset, int) and not isinstance(subset, bool):
+        return str(subset)
+    raise ValueError(f"the subset in field {path!r} is no name ({repr(subset)[:40]})")
 
 
 # --- JSON -----------------------------------------------------------------------------------
@@ -137,8 +147,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_int=len)
-"""Numbers are never text: Python refuses those of more than 4,300 digits, their length will do."""
+def _whole(digits: str) -> int | float:
+    """A whole number. Python refuses more than 4,300 digits; nobody asks for these exactly."""
+    return int(digits) if len(digits) < 100 else float("inf")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_int=_whole)
 
 
 def _utf8(data: bytes) -> str:
@@ -157,8 +171,8 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _string(record: Any, path: str) -> str | None:
-    """The string at ``meta.pile_set_name``: in nested objects, or under that very name.
+def _value(record: Any, path: str) -> Any:
+    """The value at ``meta.pile_set_name``: in nested objects, or under that very name.
 
     An object may also be a JSON string, bytes of one, or a list of pairs (a parquet map).
     """
@@ -173,7 +187,7 @@ def _string(record: Any, path: str) -> str | None:
         raise ValueError(f"{path!r} stands twice in it, with different values")
     if isinstance(value, bytes):
         value = _utf8(value)
-    return value if isinstance(value, str) else None
+    return value
 
 
 def _object(value: Any) -> dict[Any, Any]:

@@ -108,6 +108,11 @@ def _jobset(site: Site, words: list[str], name: str) -> Tree:
     }
 
 
+def _literal(text: str) -> str:
+    """Text that a pod gets as it is: Kubernetes replaces ``$(NAME)``, and ``$$`` by ``$``."""
+    return text.replace("$", "$$")
+
+
 def _pod(site: Site, container: str, meeting: list[str], words: list[str], extra: Tree) -> Tree:
     settings = site.kubernetes
     amounts: Tree = {}
@@ -141,8 +146,10 @@ def _pod(site: Site, container: str, meeting: list[str], words: list[str], extra
             {
                 "name": container,
                 "image": site.container.image,
-                "command": [*start, "-m", "pretrain", *words],
-                "env": [{"name": key, "value": value} for key, value in variables.items()],
+                "command": [_literal(word) for word in (*start, "-m", "pretrain", *words)],
+                "env": [
+                    {"name": key, "value": _literal(str(value))} for key, value in variables.items()
+                ],
                 "resources": {"requests": amounts, "limits": amounts} if amounts else {},
                 "volumeMounts": mounts,
             }

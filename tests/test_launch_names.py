@@ -266,3 +266,35 @@ def test_torchrun_gives_time_and_the_code() -> None:
         text = str(cloud.kubernetes(Site.model_validate(values), words, "one"))
         assert f"'name': '{elastic.GRACE}', 'value': '85'" in text
         assert "'-P', '-m', 'launchers.elastic'" in text
+
+
+def as_kubernetes_reads(text: str, variables: dict[str, str]) -> str:
+    """Expansion in a pod's command and environment: ``$(NAME)`` if known, ``$$`` is one ``$``."""
+    return re.sub(
+        r"\$\$|\$\(([^)]*)\)",
+        lambda found: "$" if found[0] == "$$" else variables.get(found[1], found[0]),
+        text,
+    )
+
+
+@pytest.mark.parametrize("kind", ["PyTorchJob", "JobSet"])
+def test_a_pod_gets_words_and_values_as_they_are(kind: str) -> None:
+    marks = ["$$", "$(OMP_NUM_THREADS)", "$$(A)", "$", "$(", "$$$", "$(A)$(B)"]
+    for name in [*marks, *odd_names(200)]:
+        values = {
+            "container": {"image": "x"}, "kubernetes": {"kind": kind}, "setup": [f": {name}"],
+            "environment": {"A": name} if "\n" not in name else {},
+        }  # fmt: skip
+        site = Site.model_validate(values)
+        tree = cloud.kubernetes(site, ["train", "r.yaml", "--out", name], "one")
+        spec = tree["spec"]
+        if kind == "JobSet":
+            template = spec["replicatedJobs"][0]["template"]["spec"]["template"]
+        else:
+            template = spec["pytorchReplicaSpecs"]["Worker"]["template"]
+        one = template["spec"]["containers"][0]
+        known = {"OMP_NUM_THREADS": "1", "A": "a", "B": "b"}
+        read = [as_kubernetes_reads(word, known) for word in one["command"]]
+        assert read[-1] == name and any(f": {name}\n" in word for word in read)
+        found = {entry["name"]: as_kubernetes_reads(entry["value"], known) for entry in one["env"]}
+        assert found.get("A", name) == name

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretrain.config import parse_config
-from pretrain.plan import DEVICES, rank, sizes_of
+from pretrain.plan import DEVICES, rank
 
 MODELS = {  # layers, hidden, heads: GPT-3's, and GPT-NeoX-20B's
     "125M": (12, 768, 12),
@@ -43,9 +43,8 @@ def rows(gpu: str) -> list[dict[str, Any]]:
                 "train": {"global_batch": BATCH},
             }
         )  # fmt: skip
-        sizes = sizes_of(config)
         for count in COUNTS:
-            best = rank(sizes, config, DEVICES[gpu], count, 1)[0]
+            best = rank(config, DEVICES[gpu], count, 1)[0]
             if not best.fits:
                 continue
             found.append(

@@ -31,7 +31,7 @@ from benchmarks.results_file import finish
 from launchers.local import torchrun
 from pretrain.config import parse_config
 from pretrain.here import measure_here, product_rate
-from pretrain.plan import choose, sizes_of
+from pretrain.plan import choose
 
 WORKER = ROOT / "benchmarks/contenders/worker.py"
 PEERS = ("plain", "litgpt", "trainer")
@@ -138,15 +138,12 @@ def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[s
 def planned(shape: Shape, name: str, rate: float) -> dict[str, Any]:
     """What `pretrain plan --gpu here` says of a contender of ours, with this run's product rate."""
     config = parse_config(recipe_values(shape, grid=GRIDS[name]))
-    grid, count = config.grid, processes_of(name)
-    data = count // grid.tensor_parallel // grid.pipeline_parallel
-    device = measure_here(count)
+    count = processes_of(name)
+    device = measure_here(count, config)
     shared = 1 if torch.cuda.is_available() else count
     choice = choose(
-        sizes_of(config), config, replace(device, tflops=rate / shared / 1e12),
-        grid.tensor_parallel, grid.pipeline_parallel, data, grid.zero_stage,
-        config.train.micro_batch or shape.batch // data, grid.activation_checkpointing,
-    )  # fmt: skip
+        config, replace(device, tflops=rate / shared / 1e12, tflops32=rate / shared / 1e12), count
+    )
     tokens = shape.batch * shape.context
     return {"tokens_per_second": tokens / choice.seconds["step"], "peak_bytes": choice.total,
             "parts": choice.memory, "seconds": choice.seconds}  # fmt: skip

@@ -16,7 +16,9 @@ from pretrain.epochs import Uses, in_words
 from pretrain.epochs import describe as describe_data
 from pretrain.errors import UsageError
 from pretrain.grid import process_count
-from pretrain.plan import Layout, memory_of, sizes_of
+from pretrain.plan_grids import layout_of
+from pretrain.plan_memory import memory_of, process_bytes
+from pretrain.plan_shapes import sizes_of
 from pretrain.tracking import show_table
 from pretrain.train import Setup, prepare
 
@@ -114,7 +116,7 @@ def describe(setup: Setup) -> dict[str, Any]:
             "zero_stage": grid.zero_stage,
         },
         "precision": precision,
-        "memory_gib": memory(setup, data, precision, device),
+        "memory_gib": memory(setup, data, device),
         "steps": config.train.steps,
         "tokens_per_step": tokens,
         "tokens": tokens * config.train.steps,
@@ -133,21 +135,11 @@ def _exposure(control: DecayControl, group: DecayGroup, config: Config) -> float
     return total
 
 
-def memory(setup: Setup, data: int, precision: str, device: torch.device) -> dict[str, float]:
+def memory(setup: Setup, data: int, device: torch.device) -> dict[str, float]:
     """GiB per rank by part, estimated as `pretrain plan` does."""
     config, grid = setup.config, setup.config.grid
-    share = config.train.global_batch // data
-    micro = config.train.micro_batch or share
-    on = Layout(
-        width=2 if precision == "bf16" else 4,
-        tensor=grid.tensor_parallel,
-        pipeline=grid.pipeline_parallel,
-        data=data,
-        stage=grid.zero_stage,
-        micro=micro,
-        count=max(1, share // micro),
-        recompute=grid.activation_checkpointing,
-        loss_bytes=config.speed.loss_bytes(device.type),
-    )
+    count = data * grid.tensor_parallel * grid.pipeline_parallel
+    base, slack = process_bytes(device.type)
+    on = layout_of(config, device.type, count, base, slack)
     parts = {name: value / 2**30 for name, value in memory_of(sizes_of(config), on).items()}
     return {**parts, "total": sum(parts.values())}

@@ -14,39 +14,38 @@ from collections.abc import Callable
 
 import torch
 
-from pretrain.deepspeed_adapter import multiplies_bf16
+from pretrain.config import Config
+from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.plan import Device
+from pretrain.plan_memory import process_bytes
 
 _SECONDS = 0.5
 """Of each measurement; the best of as many tries as fit."""
-_LIBRARIES = 0.42e9
-"""Bytes of a process of ours on a CPU beside its model: Python, PyTorch, DeepSpeed, Megatron, and
-what their first update adds."""
-_SLACK = 0.25
-"""What glibc's allocator keeps beside what is used, as a share of it. These two are the numbers of
-the plan that were chosen to fit runs: six, of 7 to 125 M parameters (docs/performance.md)."""
 
 
-def measure_here(processes: int) -> Device:
-    """What one of ``processes`` processes has of this machine."""
+def measure_here(processes: int, config: Config) -> Device:
+    """What one of ``processes`` processes has of this machine, in the precision of a recipe."""
     on_gpu = torch.cuda.is_available()
     shared = 1 if on_gpu else processes
-    width = 2 if on_gpu or multiplies_bf16() else 4
+    device = torch.device("cuda" if on_gpu else "cpu")
+    stage = config.grid.zero_stage
+    width = 2 if resolve_precision(config.precision, device, stage) == "bf16" else 4
+    base, slack = process_bytes(device.type)
     rate, bandwidth = product_rate(width), elementwise_rate(width)
     link = link_rate() if processes > 1 else 1e12
     return Device(
         name="here",
         tflops=rate / shared / 1e12,
+        tflops32=rate / shared / 1e12,
         memory=_memory() / shared / 1e9,
         bandwidth=bandwidth / shared / 1e9,
         node_link=link / 1e9,
         network=link / 1e9,
         per_node=torch.cuda.device_count() if on_gpu else processes,
-        width=width,
         efficiency=0.9,
-        base=0.0 if on_gpu else _LIBRARIES,
-        type="cuda" if on_gpu else "cpu",
-        slack=0.0 if on_gpu else _SLACK,
+        base=base,
+        type=device.type,
+        slack=slack,
     )
 
 

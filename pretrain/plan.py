@@ -2,19 +2,20 @@
 
 Every number is a formula of the recipe's shapes and the machine's rates: published ones, or those
 that `pretrain.here` measures of the machine at hand (only the allocator of a CPU is fitted to
-runs). Sources:
-activations, Korthikanti et al. 2022, for what these layers keep; traffic of ZeRO, Rajbhandari et
-al. 2020; the bubble, (p - 1)/m, Narayanan et al. 2021; rings, Thakur et al. 2005.
+runs). Grids are those that `pretrain train` accepts, with every key that the recipe sets
+(`plan_grids`); the bubble is (p - 1)/m, Narayanan et al. 2021.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pretrain.config import Config
-from pretrain.errors import UsageError
+from pretrain.plan_grids import candidates, layout_of
+from pretrain.plan_memory import GPU_LIBRARIES, kept_by_layer, memory_of
+from pretrain.plan_shapes import Layout, Sizes, sizes_of
+from pretrain.plan_traffic import traffic_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Device:
     name: str
     tflops: float
     """bf16 matrix products."""
+    tflops32: float
+    """float32 matrix products: without TF32, which PyTorch does not use unless asked."""
     memory: float
     """GB (10⁹ bytes)."""
     bandwidth: float
@@ -33,11 +36,9 @@ class Device:
     network: float
     """GB/s to other nodes, for each device."""
     per_node: int = 8
-    width: int = 2
-    """Bytes of a number in products: bf16."""
     efficiency: float = 0.70
     """Share of the rate that the products of a step reach."""
-    base: float = 0.0
+    base: float = GPU_LIBRARIES
     """Bytes that a process takes before it has a model."""
     type: str = "cuda"
     """As PyTorch calls it."""
@@ -46,13 +47,13 @@ class Device:
 
 
 DEVICES = {
-    "a100": Device("a100", 312, 80, 2039, 300, 25),
-    "a100-40": Device("a100-40", 312, 40, 1555, 300, 25),
-    "h100": Device("h100", 989, 80, 3350, 450, 50),
-    "h200": Device("h200", 989, 141, 4800, 450, 50),
-    "b200": Device("b200", 2250, 180, 8000, 900, 50),
-    "l40s": Device("l40s", 362, 48, 864, 32, 12.5),
-    "mi300x": Device("mi300x", 1307, 192, 5300, 448, 50),
+    "a100": Device("a100", 312, 19.5, 80, 2039, 300, 25),
+    "a100-40": Device("a100-40", 312, 19.5, 40, 1555, 300, 25),
+    "h100": Device("h100", 989, 67, 80, 3350, 450, 50),
+    "h200": Device("h200", 989, 67, 141, 4800, 450, 50),
+    "b200": Device("b200", 2250, 80, 180, 8000, 900, 50),
+    "l40s": Device("l40s", 362, 91.6, 48, 864, 32, 12.5),
+    "mi300x": Device("mi300x", 1307, 163.4, 192, 5300, 448, 50),
 }
 _LINK = 0.80
 """Share of a link's rate that a ring of large messages reaches."""
@@ -61,7 +62,11 @@ _OVERLAP = 0.5
 _LAUNCHES, _LAUNCH = 60, 5e-6
 """Kernels that a layer starts forward and backward, and seconds that starting one takes."""
 _RESERVE = 0.08
-"""Share of a device's memory for the context, the allocator's gaps and collectives' buffers."""
+"""Share of a device's memory for the allocator's gaps."""
+_ROOM = 0.8
+"""Share of a device's memory up to which a larger micro batch is worth nothing but memory."""
+_EQUAL = 0.01
+"""Difference of two times, as a share, below which the plan does not tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Choice:
     zero_stage: int
     micro_batch: int
     recompute: bool
+    precision: str
     memory: dict[str, float]
     """Bytes by part, of the fullest rank."""
     traffic: dict[str, float]
@@ -95,97 +101,39 @@ class Choice:
         return {**asdict(self), "memory_total": self.total}
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the formulas need to know of a model."""
-
-    parameters: int
-    """Of all blocks."""
-    ends: int
-    """Of embedding, positions and head."""
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    key_value_width: int
-    context: int
-    vocabulary: int
-    gated: bool
-    tied: bool
-
-    @property
-    def matrices(self) -> int:
-        """Parameters that multiply: the blocks, and the head."""
-        return self.parameters + self.vocabulary * self.hidden
-
-    def stage(self, pipeline: int) -> int:
-        """Layers of the fullest stage."""
-        return -(-self.layers // pipeline)
-
-    def block(self) -> float:
-        """Parameters of a layer."""
-        return self.parameters / self.layers
-
-    def flops(self, tokens: float) -> float:
-        """Of forward and backward: 6 N a token, and 6 L d s for causal attention."""
-        return tokens * (6.0 * self.matrices + 6.0 * self.layers * self.hidden * self.context)
-
-
-def sizes_of(config: Config) -> Sizes:
-    """Sizes of a recipe's model.
-
-    Raises:
-        UsageError: if the vocabulary is not known.
-    """
-    from pretrain.engine import whole_model
-
-    model = config.model
-    if not model.vocabulary_size and not model.image_size:
-        raise UsageError(
-            "model.vocabulary_size: not set; give it, as the data that would say is not asked here"
-        )
-    infos = whole_model(model, config.grid.tensor_parallel)
-    blocks = sum(info.numel for info in infos if info.layer is not None)
-    whole = sum(info.numel for info in infos)
-    return Sizes(
-        parameters=blocks,
-        ends=whole - blocks,
-        layers=model.num_layers,
-        hidden=model.hidden_size,
-        ffn=model.ffn_size if model.mlp else 0,
-        heads=model.num_attention_heads,
-        key_value_width=model.key_value_heads * model.head_size,
-        context=model.context,
-        vocabulary=model.padded_vocabulary(1) if model.vocabulary_size else 0,
-        gated=model.activation == "swiglu",
-        tied=model.tied_head,
-    )
-
-
-def rank(sizes: Sizes, config: Config, device: Device, count: int, limit: int = 0) -> list[Choice]:
+def rank(config: Config, device: Device, count: int, limit: int = 0) -> list[Choice]:
     """Grids for ``count`` devices, each with its best ZeRO stage, micro batch and recomputation.
 
     The fastest that fits is first; those that do not fit are at the end.
 
     Args:
+        config: what it sets in ``grid`` and ``train.micro_batch`` is kept.
         limit: keep so many; 0: all.
 
     Raises:
-        UsageError: if no grid can share the batch.
+        UsageError: if `pretrain train` would accept no grid of so many devices.
     """
-    best: dict[tuple[int, int, int], Choice] = {}
-    for axes in _grids(sizes, config, device, count):
-        one = choose(sizes, config, device, *axes)
-        known = best.get(axes[:3])
-        if known is None or _order(one) < _order(known):
-            best[axes[:3]] = one
-    found = sorted(best.values(), key=_order)
-    if not found:
-        raise UsageError(
-            f"train.global_batch: {config.train.global_batch} sequences cannot be shared by any "
-            f"grid of {count} devices; change one of them"
-        )
-    return found[:limit] if limit else found
+    found: dict[tuple[int, int], list[Choice]] = {}
+    sizes: dict[int, Sizes] = {}
+    for recipe in candidates(config, device.type, device.per_node, count):
+        tensor = recipe.grid.tensor_parallel
+        if tensor not in sizes:
+            sizes[tensor] = sizes_of(recipe)
+        one = choose(recipe, device, count, sizes[tensor])
+        found.setdefault((one.tensor, one.pipeline), []).append(one)
+    best = sorted((_best(one, device) for one in found.values()), key=_order)
+    return best[:limit] if limit else best
+
+
+def _best(choices: list[Choice], device: Device) -> Choice:
+    """Of one grid: the fastest; of those as fast, the largest micro batch that leaves room."""
+    fitting = [one for one in choices if one.fits]
+    if not fitting:
+        return min(choices, key=lambda one: one.total)
+    fastest = min(one.seconds["step"] for one in fitting)
+    near = [one for one in fitting if one.seconds["step"] <= (1 + _EQUAL) * fastest]
+    near = [one for one in near if one.total <= _ROOM * device.memory * 1e9] or near
+    return max(near, key=lambda one: (one.micro_batch, -one.total))
 
 
 def _order(one: Choice) -> tuple[bool, float, float]:
@@ -193,146 +141,26 @@ def _order(one: Choice) -> tuple[bool, float, float]:
     return (not one.fits, round(one.seconds["step"], 6) if one.fits else one.total, one.total)
 
 
-def _grids(
-    sizes: Sizes, config: Config, device: Device, count: int
-) -> Iterator[tuple[int, int, int, int, int, bool]]:
-    batch = config.train.global_batch
-    for tensor in _powers(min(device.per_node, count, sizes.heads)):
-        if sizes.heads % tensor or count % tensor:
-            continue
-        for pipeline in range(1, sizes.layers + 1):
-            if count % (tensor * pipeline):
-                continue
-            data = count // (tensor * pipeline)
-            if batch % data:
-                continue
-            for micro in _powers(batch // data):
-                if (batch // data) % micro:
-                    continue
-                for stage in (1,) if pipeline > 1 else (1, 2, 3):
-                    if data == 1 and stage > 1:
-                        continue
-                    for recompute in (False, True):
-                        yield tensor, pipeline, data, stage, micro, recompute
-
-
-def _powers(limit: int) -> list[int]:
-    return [1 << bits for bits in range(limit.bit_length())]
-
-
-def choose(
-    sizes: Sizes, config: Config, device: Device, tensor: int, pipeline: int, data: int,
-    stage: int, micro: int, recompute: bool,
-) -> Choice:  # fmt: skip
-    """What one grid costs."""
-    count = config.train.global_batch // data // micro
-    on = Layout(device.width, tensor, pipeline, data, stage, micro, count, recompute,
-                config.speed.loss_bytes(device.type), device.base, device.slack)  # fmt: skip
+def choose(config: Config, device: Device, count: int, sizes: Sizes | None = None) -> Choice:
+    """What the grid of a recipe costs on ``count`` devices."""
+    sizes = sizes or sizes_of(config)
+    on = layout_of(config, device.type, count, device.base, device.slack)
     memory = memory_of(sizes, on)
-    bubble = (pipeline - 1) / (count + pipeline - 1)
-    traffic = _traffic(sizes, on)
+    bubble = (on.pipeline - 1) / (on.count + on.pipeline - 1)
+    traffic = traffic_of(sizes, on)
     seconds = _seconds(sizes, device, on, traffic, bubble)
     tokens = config.train.global_batch * sizes.context
-    mfu = sizes.flops(tokens) / (seconds["step"] * on.world * device.tflops * 1e12)
+    mfu = sizes.flops(tokens) / (seconds["step"] * on.world * _rate(device, on))
     fits = sum(memory.values()) <= device.memory * 1e9 * (1 - _RESERVE)
     return Choice(
-        tensor, pipeline, data, stage, micro, recompute, memory, traffic, bubble, seconds, mfu, fits
-    )
+        on.tensor, on.pipeline, on.data, on.stage, on.micro, on.recompute,
+        "bf16" if on.width == 2 else "fp32", memory, traffic, bubble, seconds, mfu, fits,
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a model lies on a rank."""
-
-    width: int
-    """Bytes of a number in products; masters and moments are float32."""
-    tensor: int
-    pipeline: int
-    data: int
-    stage: int
-    micro: int
-    count: int
-    """Micro batches of a rank in a step."""
-    recompute: bool
-    loss_bytes: float = 512 << 20
-    """Of float32 logits at once."""
-    base: float = 0.0
-    slack: float = 0.0
-    """As of a `Device`."""
-
-    @property
-    def world(self) -> int:
-        """Ranks in all."""
-        return self.tensor * self.pipeline * self.data
-
-
-def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
-    """Bytes on the fullest rank, by part, at the moment when they are most.
-
-    That is either the end of a forward pass, with what it keeps and the loss, or the update, with
-    DeepSpeed's copies of the gradient: as they come, in its bucket, and in float32.
-    """
-    # The first stage has the embedding, the last the head; a tied one is on both.
-    ends = sizes.ends if on.pipeline == 1 or sizes.tied else sizes.ends / 2
-    local = (sizes.block() * sizes.stage(on.pipeline) + ends) / on.tensor
-    masters = 4 if on.width == 2 or on.stage else 0
-    tokens, vocabulary = sizes.context * on.micro, sizes.vocabulary / on.tensor
-    rows = min(tokens, max(256, on.loss_bytes / 4 / max(1.0, vocabulary)))
-    kept = _kept(sizes, on.width, on.tensor, tokens)
-    held = tokens * sizes.hidden * on.width if on.recompute else kept
-    flight = min(on.pipeline, on.count)
-    # Summed in float32, in every precision.
-    gradients = local * 4 / (on.data if on.stage >= 2 else 1)
-    several = on.count > 1  # they wait for the next micro batch
-    # Some logits as they come, in float32 and as their gradient; the gradient of the head.
-    loss = rows * vocabulary * (2 * on.width + 4) if sizes.vocabulary else 0.0
-    loss += vocabulary * sizes.hidden * (on.width + (4 if rows < tokens else 0))
-    always = {
-        "libraries": on.base,
-        "weights": local * on.width / (on.data if on.stage == 3 else 1),
-        "optimizer": local * (8 + masters) / (on.data if on.stage else 1),
-    }
-    forward = {
-        "gradients": gradients if several else 0.0,
-        "activations": held * sizes.stage(on.pipeline) * flight,
-        # One layer's at work: its own, and the gradients that flow through it.
-        "work": 1.5 * kept,
-        "loss": loss,
-    }
-    update = {
-        "gradients": gradients,
-        "bucket": min(local, 5e8) * 4 if on.stage else 0.0,
-        "float32 gradients": 4 * local / on.data if on.stage and on.width == 2 else 0.0,
-    }
-    found = always | max(forward, update, key=lambda parts: sum(parts.values()))
-    return found | {"allocator": on.slack * (sum(found.values()) - on.base)}
-
-
-def _kept(sizes: Sizes, width: int, tensor: int, tokens: float) -> float:
-    """Bytes that a layer keeps for its backward pass, without an attention matrix (SDPA)."""
-    whole = 4 * sizes.hidden  # inputs of both norms, and what they give
-    shared = 2 * sizes.hidden + 2 * sizes.key_value_width  # q, mixed; k, v
-    inner = (3 if sizes.gated else 2) * sizes.ffn
-    return tokens * width * (whole + (shared + inner) / tensor)
-
-
-def _traffic(sizes: Sizes, on: Layout) -> dict[str, float]:
-    """Bytes that a rank sends in a step; a ring of n sends 2 (n - 1)/n of what it reduces."""
-    message = sizes.context * on.micro * sizes.hidden * on.width
-    layers = sizes.stage(on.pipeline)
-    times = 6 if on.recompute else 4  # all-reduces of a layer: two forward, two backward
-    # Gradients reduced in float32, and weights gathered; ZeRO-3 gathers them for each pass.
-    numbers = 4 + on.width * (2 if on.stage == 3 else 1)
-    return {
-        "tensor": 2 * (on.tensor - 1) / on.tensor * message * times * layers * on.count,
-        "pipeline": 2 * message * on.count if on.pipeline > 1 else 0.0,
-        "data": numbers * (on.data - 1) / on.data * _parameters(sizes, on),
-    }
-
-
-def _parameters(sizes: Sizes, on: Layout) -> float:
-    """Of a rank that has both ends of the model."""
-    return (sizes.block() * sizes.stage(on.pipeline) + sizes.ends) / on.tensor
+def _rate(device: Device, on: Layout) -> float:
+    """Flops a second of products."""
+    return (device.tflops if on.width == 2 else device.tflops32) * 1e12
 
 
 def _seconds(
@@ -342,15 +170,16 @@ def _seconds(
     again = 4 / 3 if on.recompute else 1.0
     layers = sizes.stage(on.pipeline)
     # The fullest stage sets the pace: the last one has the head, too.
-    fullest = sizes.block() * layers + sizes.vocabulary * sizes.hidden
+    fullest = sizes.block.whole * layers + sizes.head
     uneven = fullest * on.pipeline / sizes.matrices if on.pipeline > 1 else 1.0
-    rate = on.world * device.tflops * 1e12 * device.efficiency
+    rate = on.world * _rate(device, on) * device.efficiency
     products = again * uneven * sizes.flops(tokens * on.data) / rate
     # What is not a product is bound by memory: norms, activations and residuals are read and
     # written about six times what is kept; the optimizer reads and writes 28 bytes a parameter.
-    moved = 6 * _kept(sizes, on.width, on.tensor, tokens) * layers
-    logits = 6 * 4 * tokens * sizes.vocabulary / on.tensor / on.pipeline
-    optimizer = 28 * _parameters(sizes, on) / on.data
+    moved = 6 * kept_by_layer(sizes, on) * on.count * layers
+    predicted = sizes.outputs * on.micro * on.count
+    logits = 6 * 4 * predicted * sizes.vocabulary / on.tensor / on.pipeline
+    optimizer = 28 * on.parameters(sizes) / on.data
     memory = (again * moved + logits + optimizer) / (device.bandwidth * 1e9)
     inside = device.node_link * 1e9 * _LINK
     outside = device.network * 1e9 * _LINK

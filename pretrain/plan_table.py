@@ -5,11 +5,14 @@ from __future__ import annotations
 from data_pipeline.strict_json import to_json
 from pretrain.config import Config
 from pretrain.errors import UsageError
-from pretrain.plan import DEVICES, Choice, Device, Sizes, rank, sizes_of
+from pretrain.plan import DEVICES, Choice, Device, rank
+from pretrain.plan_memory import GPU_LIBRARIES
+from pretrain.plan_shapes import Sizes, sizes_of
 
 _CAUTION = (
     "from published rates (70 % of the peak in products, 80 % of the links), not from a measured "
-    "run on this device: time a few steps before you order a week"
+    "run on this device: time a few steps before you order a week; "
+    f"{GPU_LIBRARIES / 1e9:g} GB of a GPU are assumed for libraries (CUDA context, NCCL)"
 )
 _HERE = (
     "from the rates of this machine, measured now; more processes than it has seen are "
@@ -29,10 +32,10 @@ def plan(config: Config, device: str, count: int, limit: int, as_json: bool) -> 
     if device == "here":
         from pretrain.here import measure_here
 
-        machine, note = measure_here(count), _HERE
+        machine, note = measure_here(count, config), _HERE
     else:
         machine, note = DEVICES[device], _CAUTION
-    found = rank(sizes, config, machine, count, limit)
+    found = rank(config, machine, count, limit)
     if as_json:
         print(to_json({"device": device, "gpus": count, "note": note,
                           "grids": [one.plain() for one in found]}))  # fmt: skip

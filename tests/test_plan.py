@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import Config, parse_config
+from pretrain.config import Config, parse_config, with_values
 from pretrain.here import measure_here
-from pretrain.plan import DEVICES, Layout, choose, memory_of, rank, sizes_of
+from pretrain.plan import DEVICES, choose, rank
+from pretrain.plan_memory import memory_of
+from pretrain.plan_shapes import Layout, sizes_of
 from tests.tools import ROOT, run
 
 SHAPE = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 8, "context": 128,
@@ -49,7 +51,9 @@ def test_memory_of_weights_and_states() -> None:
         assert [found[name] for name in parts] == [count * one for one in expected]
     large = memory_of(sizes, layout(micro=512))  # activations are the most then
     halved = memory_of(sizes, layout(micro=512, tensor=2))
-    assert halved["weights"] == large["weights"] / 2 and halved["loss"] < large["loss"]
+    norms = 4 * (2 * 2 + 2) * 256 + 2 * 256 + 128 * 256  # with output biases, and positions
+    assert halved["weights"] == (large["weights"] + 2 * norms) / 2
+    assert halved["loss"] < large["loss"]
     again = memory_of(sizes, layout(micro=512, recompute=True))
     assert again["activations"] < large["activations"] / 10
     # With hardly an activation the update is the fullest moment: bucket and float32 gradients.
@@ -59,13 +63,14 @@ def test_memory_of_weights_and_states() -> None:
 
 def test_grids_are_ranked() -> None:
     config = config_of(batch=64)
-    found = rank(sizes_of(config), config, DEVICES["h100"], 16)
+    found = rank(config, DEVICES["h100"], 16)
     assert all(one.tensor * one.pipeline * one.data == 16 for one in found)
     assert len({(one.tensor, one.pipeline) for one in found}) == len(found)
     assert all(64 % (one.data * one.micro_batch) == 0 and 8 % one.tensor == 0 for one in found)
     steps = [one.seconds["step"] for one in found if one.fits]
     assert steps == sorted(steps) and all(0 < one.mfu < 0.7 for one in found)
-    small = choose(sizes_of(config), config, DEVICES["h100"], 1, 4, 4, 1, 4, False)
+    grid = {"grid.pipeline_parallel": 4, "train.micro_batch": 4}
+    small = choose(with_values(config, grid, "test"), DEVICES["h100"], 16)
     assert small.bubble == 3 / 7 and small.traffic["tensor"] == 0
 
 
@@ -73,9 +78,8 @@ def test_a_model_that_needs_more_than_one_device() -> None:
     """20 B parameters in bf16 with Adam are 320 GB: nothing fits on one, something on 16."""
     big = config_of(num_layers=44, hidden_size=6144, num_attention_heads=64, context=2048,
                     vocabulary_size=50_304)  # fmt: skip
-    sizes = sizes_of(big)
-    assert not any(one.fits for one in rank(sizes, big, DEVICES["h100"], 1))
-    best = rank(sizes, big, DEVICES["h100"], 16)[0]
+    assert not any(one.fits for one in rank(big, DEVICES["h100"], 1))
+    best = rank(big, DEVICES["h100"], 16)[0]
     assert best.fits and best.total < 80e9
     assert best.tensor * best.pipeline > 1 or best.zero_stage == 3
 
@@ -85,20 +89,19 @@ def test_this_machine_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two processes share what one has; a slower machine is planned to be slower."""
-    alone = measure_here(1)
+    config = config_of()
+    alone = measure_here(1, config)
     assert alone.tflops > 0 and alone.bandwidth > 0
     assert alone.base > 1e8 and alone.memory > 1
     with monkeypatch.context() as patched:  # rates that a busy machine does not change
         patched.setattr("pretrain.here.product_rate", lambda width: 3e11)
         patched.setattr("pretrain.here.elementwise_rate", lambda width: 5e9)
-        one_of_two = measure_here(2)
+        one_of_two = measure_here(2, config)
     assert one_of_two.tflops == pytest.approx(0.15) and 0 < one_of_two.node_link < 1000
     assert one_of_two.bandwidth == pytest.approx(2.5)
     assert one_of_two.memory == pytest.approx(alone.memory / 2)
-    config = config_of()
-    fast = choose(sizes_of(config), config, alone, 1, 1, 1, 1, 16, False)
-    slow = choose(sizes_of(config), config, replace(alone, tflops=alone.tflops / 4),
-                  1, 1, 1, 1, 16, False)  # fmt: skip
+    fast = choose(config, alone, 1)
+    slow = choose(config, replace(alone, tflops=alone.tflops / 4, tflops32=alone.tflops32 / 4), 1)
     assert slow.seconds["products"] == pytest.approx(4 * fast.seconds["products"])
     recipe = str(ROOT / "configs/gpt-tiny.yaml")
     words = ["plan", recipe, "--gpus", "1", "--gpu", "here", "model.vocabulary_size=4096"]

@@ -78,12 +78,17 @@ def test_why_a_run_is_not_finished(study: Path) -> None:
     assert not any(f"{STEPS} of {STEPS}" in note for note in found)
     taken = notes(study, unfinished=True)
     assert any(note.startswith("taken all the same") for note in taken)
-    shutil.rmtree(short)
     skip = {"step": STEPS, "message": "the loss is nan: the update is skipped"}
-    write_run(short, values, np.random.default_rng(0), events=(skip,))
-    found = notes(study)
-    assert not any("not finished" in note for note in found)
-    assert any("skipped updates" in note and str(STEPS) in note for note in found)
+    for left_out in ("nothing", "evaluation", "event"):  # one of them is enough
+        shutil.rmtree(short)
+        write_run(short, values, np.random.default_rng(0), events=(skip,))
+        lines = (short / "metrics.jsonl").read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["kind"] != left_out]
+        (short / "metrics.jsonl").write_text("".join(kept))
+        found = notes(study)
+        assert not any("not finished" in note for note in found), left_out
+        said = any("skipped updates" in note and str(STEPS) in note for note in found)
+        assert said == (left_out != "event")
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -1,0 +1,137 @@
+"""Rounds of a sweep with an executor that starts nothing: tries, preemptions, slots."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import launchers.sweeps
+from launchers.local import LocalExecutor
+from launchers.slurm import SlurmExecutor
+from pretrain import sweep
+from pretrain.errors import TRY_AGAIN
+from pretrain.jobs import Job
+from pretrain.sweep_config import load_sweep
+from tests.tools import ATTENTION, run, write_sweep
+
+End = tuple[int, str]
+"""How a start ends: its exit code, and what it leaves: nothing, checkpoint or done."""
+
+
+class Scripted:
+    """An executor whose jobs end at once, each start as its run's script says."""
+
+    def __init__(self, scripts: dict[str, list[End]], slots: int) -> None:
+        self.slots = slots
+        self.scripts = {name: iter(ends) for name, ends in scripts.items()}
+        self.starts = dict.fromkeys(scripts, 0)
+        self.most = 0
+        self.newest: dict[str, int] = {}
+        self.done: set[str] = set()
+        self._ended: dict[str, int] = {}
+
+    def submit(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            code, leaves = next(self.scripts[job.name])
+            self.starts[job.name] += 1
+            if leaves == "checkpoint":
+                self.newest[job.name] = self.newest.get(job.name, 0) + 1
+            elif leaves == "done":
+                self.done.add(job.name)
+            self._ended[job.name] = code
+        self.most = max(self.most, len(jobs))
+
+    def poll(self) -> dict[str, int]:
+        ended, self._ended = self._ended, {}
+        return ended
+
+    def stop(self) -> None:
+        raise AssertionError("nothing was to be stopped")
+
+
+def rounds(
+    path: Path, out: Path, executor: Scripted, retries: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, sweep.Status]:
+    monkeypatch.setattr(sweep, "_PAUSE", 0.0)
+    monkeypatch.setattr(sweep, "is_done", lambda task: task.name in executor.done)
+    monkeypatch.setattr(
+        sweep, "newest_checkpoint",
+        lambda folder: Path(f"step-{executor.newest.get(folder.parent.name, 0):08d}"),
+    )  # fmt: skip
+    statuses = sweep.run_sweep(load_sweep(path, out), out, executor, retries)
+    return {status.task.name: status for status in statuses}
+
+
+def expected(ends: Iterator[End], retries: int) -> tuple[str, int]:
+    """State and starts: only a start that ends without 75 and a new checkpoint is a try."""
+    starts = tries = 0
+    for code, leaves in ends:
+        starts += 1
+        if leaves == "done":
+            return "done", starts
+        tries += not (code == TRY_AGAIN and leaves == "checkpoint")
+        if tries > retries:
+            return "failed", starts
+    raise AssertionError("a script without an end")
+
+
+def test_preemptions_are_no_tries(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random histories: a run that gets further each time goes on for ever, another one does not."""
+    path, out = write_sweep(tmp_path, data), tmp_path / "runs"
+    names = [task.name for task in load_sweep(path, out).tasks]
+    rng = random.Random(4)
+    seen = set()
+    for retries in (0, 0, 1, 2, 3) * 4:
+        scripts = {}
+        for name in names:
+            kinds = [(TRY_AGAIN, "checkpoint")] * 6 + [
+                (TRY_AGAIN, "nothing"), (1, "checkpoint"), (1, "nothing"), (-9, "nothing"),
+                (0, "done"),
+            ]  # fmt: skip
+            scripts[name] = [*rng.choices(kinds, k=rng.randint(0, 9)), (0, "done")]
+        executor = Scripted(scripts, rng.randint(1, 9))
+        found = rounds(path, out, executor, retries, monkeypatch)
+        for name, ends in scripts.items():
+            wanted = expected(iter(ends), retries)
+            assert (found[name].state, executor.starts[name]) == wanted, (ends, retries)
+            seen.add((wanted[0], wanted[1] > retries + 1))
+        assert executor.most <= executor.slots
+    assert seen >= {("done", True), ("done", False), ("failed", True), ("failed", False)}
+
+
+def test_a_job_that_left_the_queue_of_slurm_may_have_been_preempted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Why it left is not known: whether it got further tells."""
+    executor = SlurmExecutor.__new__(SlurmExecutor)
+    executor._jobs = {"a": "12_0", "b": "12_1"}
+    monkeypatch.setattr("launchers.slurm._queued", lambda: {"12_1"})
+    assert executor.poll() == {"a": TRY_AGAIN} and list(executor._jobs) == ["b"]
+
+
+@pytest.mark.parametrize(("parallel", "slots"), [(64, 3), (3, 3), (2, 2), (1, 1)])
+def test_cores_are_shared_out_among_the_runs_that_there_are(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parallel: int, slots: int
+) -> None:
+    path = write_sweep(tmp_path, data, grid={ATTENTION: [0, 1, 5]}, seeds=[1], baseline=None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(48)))
+    monkeypatch.setattr("launchers.local.usable_cores", lambda: 48)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads: list[Any] = []
+
+    def look(tasks: Any, out: Path, executor: LocalExecutor, tries: int) -> list[sweep.Status]:
+        threads.append((executor.slots, executor._environment(0, 1)["OMP_NUM_THREADS"]))
+        return []
+
+    monkeypatch.setattr(launchers.sweeps, "run_sweep", look)
+    words = ["sweep", str(path), "--out", str(tmp_path / "runs"), "--parallel", str(parallel)]
+    assert run(monkeypatch, *words) == 0
+    assert threads == [(slots, str(48 // slots))]

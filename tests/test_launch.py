@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -230,6 +231,16 @@ class Ranks:
         return self._answers
 
 
+class Collected(Ranks):
+    """One rank, which says what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def gather(self, mine: Any) -> list[Any]:
+        return [mine]
+
+
 def test_the_doctor_names_who_differs() -> None:
     same = Ranks([("a", "1f"), ("a", "1f"), ("b", "1f")])
     assert [one.state for one in doctor._alike(same, "code", "1f")] == ["ok"]
@@ -241,6 +252,39 @@ def test_the_doctor_names_who_differs() -> None:
     lost = "unreadable (No such file or directory: x)"
     (found,) = doctor._alike(Ranks([("a", lost)]), "data", lost)
     assert found.state == "fail"
+
+
+def test_the_doctor_of_a_program_that_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads the pyproject.toml beside the code; without that it says so, and goes on."""
+
+    def not_there(name: str) -> Any:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", not_there)
+    lines = doctor._required()
+    assert lines and any(line.startswith("torch") for line in lines)
+    cases = {
+        '[project]\ndependencies = ["packaging>=1"]': "ok",
+        '[project]\ndependencies = ["packaging>=1,<2", "not-there>3"]': "warn",
+        "[project]\ndependencies = [\"not-there>3; python_version < '3'\"]": "ok",
+        "[project": "warn",
+        "": "warn",
+        None: "warn",
+    }
+    for number, (text, state) in enumerate(cases.items()):
+        top = tmp_path / str(number)
+        top.mkdir()
+        if text is not None:
+            (top / "pyproject.toml").write_text(text)
+        monkeypatch.setattr(doctor, "_TOP", top)
+        read = text is not None and text.endswith("]")
+        (found,) = doctor._requirements(Collected())
+        assert found.state == state, text
+        assert ("not known here" in found.text) == (not read)
+        if read and state == "warn":
+            assert "packaging" in found.text and "not-there is missing" in found.text
 
 
 def test_the_doctor_wants_room_for_the_checkpoints(

@@ -83,7 +83,7 @@ def expected(ends: Iterator[End], retries: int) -> tuple[str, int]:
 def test_preemptions_are_no_tries(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random histories: a run that gets further each time goes on for ever, another one does not."""
+    """Random histories: who gets further each time goes on for ever, another run does not."""
     path, out = write_sweep(tmp_path, data), tmp_path / "runs"
     names = [task.name for task in load_sweep(path, out).tasks]
     rng = random.Random(4)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +42,36 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker.close()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(read_metrics(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_run_of_wandb_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, fails: bool
+) -> None:
+    """With the words of 0.31, which takes no ``quiet``; its silence is a setting."""
+    finished: list[int | None] = []
+
+    class Run:
+        def log(self, values: dict[str, Any], step: int) -> None: ...
+
+        def finish(self, exit_code: int | None = None) -> None:
+            finished.append(exit_code)
+            if fails:
+                raise OSError("no route to host")
+
+    asked: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    standin = SimpleNamespace(
+        init=lambda **words: asked.update(words) or Run(),
+        Settings=lambda **words: settings.update(words),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", standin)
+    tracker = Tracker(tmp_path, config(wandb="project"), active=True)
+    tracker.log("train", 1, {"loss": 1.0})
+    tracker.close()
+    assert finished == [None] and asked["project"] == "project" and settings["silent"] is True
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == fails and ("W&B did not finish" in said) == fails
 
 
 def test_a_dead_service_stops_nothing(

@@ -118,7 +118,7 @@ def _free_port() -> int:
 
 def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
     """The code as a launcher gives it: 1 where one of several ranks failed, the others ended."""
-    deadline = time.monotonic() + timeout
+    deadline, parent = time.monotonic() + timeout, os.getppid()
     codes: dict[int, int] = {}
     expired = False
     while len(codes) < len(ranks):
@@ -128,6 +128,8 @@ def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
                 if done:
                     codes[process] = os.waitstatus_to_exitcode(status)
         left = [process for process in ranks if process not in codes]
+        if os.getppid() != parent:  # the tests were killed: nobody waits for the job
+            _signal(left, signal.SIGKILL)
         failed = any(codes.values())
         if failed and left:
             _signal(left, signal.SIGTERM)

@@ -64,7 +64,7 @@ _LAUNCHES, _LAUNCH = 60, 5e-6
 _RESERVE = 0.08
 """Share of a device's memory for the allocator's gaps."""
 _ROOM = 0.8
-"""Share of a device's memory up to which a larger micro batch is worth nothing but memory."""
+"""Share of a device's memory that a larger micro batch may fill where it saves no time."""
 _EQUAL = 0.01
 """Difference of two times, as a share, below which the plan does not tell them apart."""
 

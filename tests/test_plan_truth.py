@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,10 @@ from pretrain.engine import micro_batches
 from pretrain.errors import UsageError
 from pretrain.grid import Grid, check_grid
 from pretrain.plan import DEVICES, Choice, rank
+from pretrain.plan_grids import layout_of
+from pretrain.plan_shapes import sizes_of
+from pretrain.plan_traffic import traffic_of
+from tests.tools import run_workers
 
 RECIPES = 120
 AXES: dict[str, list[Any]] = {
@@ -129,3 +134,51 @@ def accepts(recipe: dict[str, Any], values: tuple[Any, ...], count: int) -> bool
     except (UsageError, ValueError):
         return False
     return True
+
+
+SCALARS = 256
+"""Bytes of norms, flags and the loss that the plan leaves out."""
+FREED = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+
+
+def counted_recipes() -> list[dict[str, Any]]:
+    """Grids of two processes: each ZeRO stage with one and four micro batches, and the others."""
+
+    def recipe(micro: int, precision: str = "fp32", **grid: Any) -> dict[str, Any]:
+        model = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "context": 32,
+                 "vocabulary_size": 256}  # fmt: skip
+        return {"model": model, "train": {"global_batch": 16, "micro_batch": micro}, "grid": grid,
+                "precision": precision}  # fmt: skip
+
+    def zero3(base: dict[str, Any], **more: int) -> dict[str, Any]:
+        # Models as small as this would keep every tensor gathered for ever.
+        raw = {"stage3_param_persistence_threshold": 0, **more}
+        return base | {"deepspeed": {"zero_optimization": raw}}
+
+    found = [recipe(micro, zero_stage=stage) for micro in (8, 2) for stage in (0, 1, 2)]
+    found += [recipe(2, "bf16", zero_stage=stage) for stage in (1, 2)]
+    found += [
+        zero3(recipe(micro, zero_stage=3), **more) for micro in (8, 2) for more in ({}, FREED)
+    ]
+    found += [zero3(recipe(2, "bf16", zero_stage=3, activation_checkpointing=True), **FREED)]
+    for sequence, recompute in itertools.product((False, True), repeat=2):
+        found += [recipe(4, tensor_parallel=2, sequence_parallel=sequence,
+                         activation_checkpointing=recompute)]  # fmt: skip
+    found += [recipe(4, "bf16", tensor_parallel=2), recipe(4, pipeline_parallel=2)]
+    found += [recipe(4, "bf16", pipeline_parallel=2)]
+    found += [recipe(2, zero_stage=1) | {"optimizer": {"name": "muon"}}]
+    found += [recipe(4, tensor_parallel=2) | {"optimizer": {"name": "muon"}}]
+    untied = recipe(4, tensor_parallel=2, sequence_parallel=True)
+    untied["model"] |= {"dialect": "llama", "num_key_value_heads": 2, "qk_norm": True}
+    return [*found, untied]
+
+
+def test_planned_bytes_are_those_that_collectives_send(tmp_path: Path) -> None:
+    """On two processes, whatever ZeRO stage, accumulation, tensor, sequence or pipeline."""
+    recipes = counted_recipes()
+    answers = run_workers(2, "traffic", [{"recipe": one} for one in recipes], tmp_path)
+    for recipe, sent in zip(recipes, answers, strict=True):
+        config = parse_config(recipe)
+        planned = traffic_of(sizes_of(config), layout_of(config, "cpu", 2, 0.0, 0.0))
+        assert abs(sum(sent.values()) - sum(planned.values())) <= SCALARS, (recipe, sent, planned)
+        assert sum(sent.values()) > 20 * SCALARS

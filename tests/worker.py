@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -17,11 +18,13 @@ import pretrain.engine
 from data_pipeline.dataset import TrainingData
 from pretrain.checkpoint import Checkpoint, load_into_engine
 from pretrain.config import Config, parse_config
-from pretrain.engine import build_engine
+from pretrain.decay import plan_decay
+from pretrain.engine import build_engine, whole_model
 from pretrain.grid import Grid, build_grid, connect, disconnect
 from pretrain.libraries import load_libraries
 from pretrain.loader import Loader
 from pretrain.train import prepare, train
+from tests.counting import Counting
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -128,7 +131,22 @@ def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:
     }
 
 
-TASKS = {"train": run_train, "decay": run_decay}
+def run_traffic(case: dict, grid: Grid, config: Config) -> dict[str, float]:
+    """Bytes that rank 0 sends in one update, by collective, once two updates have been made."""
+    infos = whole_model(config.model, grid.tensor)
+    engine = build_engine(config, grid, plan_decay(infos, config.optimizer.weight_decay))
+    micro = config.train.global_batch // grid.data // engine.micro_batches
+    tokens = torch.arange(micro * config.model.context).view(micro, -1) % 100
+    counted = Counting()
+    for step in range(3):
+        engine.begin_step(step, 1e-3)
+        with counted if step == 2 else contextlib.nullcontext():
+            engine.train_step(itertools.repeat((tokens, tokens)))
+    engine.close()
+    return counted.bytes
+
+
+TASKS = {"train": run_train, "decay": run_decay, "traffic": run_traffic}
 
 
 def main() -> None:

@@ -281,6 +281,22 @@ def test_parquet_without_the_column(tokenizer: Path, tmp_path: Path) -> None:
     assert report.problems == 30 and "'content', 'id'" in report.shown[0]
 
 
+@pytest.mark.parametrize("claimed", [29, 31, 63])
+def test_parquet_that_claims_other_rows(tmp_path: Path, claimed: int) -> None:
+    """Rows that its footer counts and no group holds are missing, and not passed over."""
+    path = tmp_path / "train.parquet"
+    table = pa.table({"text": TEXTS, "meta": _STRUCT})
+    pq.write_table(table, path, store_schema=False)
+    data = path.read_bytes()
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    # Thrift's field of 64 bits, then the number in zigzag; the file's own count is the first.
+    footer = data[start:].replace(bytes([0x16, 2 * 30]), bytes([0x16, 2 * claimed]), 1)
+    path.write_bytes(data[:start] + footer)
+    assert pq.ParquetFile(path).metadata.num_rows == claimed
+    with pytest.raises(DataError, match=f"damaged .30 of {claimed} rows are there"):
+        list(find_sources([str(path)])[0].open_blocks())
+
+
 # --- archives -------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.account import share
+from data_pipeline.assemble import file_names
 from data_pipeline.dataset import index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, hash_text
 from data_pipeline.files import write_aside
@@ -64,6 +65,7 @@ def adopt(
     names = names or [pair.prefix.name.removesuffix("_text_document") for pair in pairs]
     if len(set(names)) != len(pairs):
         raise DataError(f"--name: {', '.join(names)} are not {len(pairs)} different names")
+    stems = file_names(names)
     out.mkdir(parents=True, exist_ok=True)
     try:
         file, tokenizer = _take_tokenizer(tokenizer_path, out, eod_token)
@@ -83,7 +85,7 @@ def adopt(
             files[str(pair.path(".idx"))] = sha256_of(pair.path(".idx"))
             parts = _parts(pair, shares)
             for split, (start, stop) in parts.items():
-                where = f"{split}/{name}"
+                where = f"{split}/{stems[name]}"
                 entry = _entry(pair, split, name, where, start, stop, as_samples)
                 entry["checksums"] = checksums
                 if split != "train":

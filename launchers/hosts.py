@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from pathlib import Path
 
 from launchers.local import program
@@ -46,12 +48,57 @@ def deepspeed_command(site: Site, words: list[str], hosts: dict[str, int]) -> li
     DeepSpeed hands on variables that begin with NCCL, UCX or PYTHON, and those of the file that
     ``DS_ENV_FILE`` names; the site's are written there by `pretrain launch`.
     """
+    if site.hosts.launcher == "pdsh" and len(hosts) > 1:
+        _check_folder()
+        words = [_for_pdsh(word) for word in words]
     return [
         site.interpreter(in_image=False), "-P", "-m", "deepspeed.launcher.runner",
         "--hostfile", site.hosts.file, "--launcher", site.hosts.launcher,
         "--master_addr", next(iter(hosts)), "--master_port", str(site.port),
         "--module", "pretrain", *words,
     ]  # fmt: skip
+
+
+def _check_folder() -> None:
+    folder = str(Path.cwd())
+    if shlex.quote(folder) != folder:
+        raise UsageError(
+            f"{folder!r}: DeepSpeed's launcher changes into the current folder without quoting it; "
+            "start from one whose path has letters, digits and ._-/ alone"
+        )
+
+
+def _for_pdsh(word: str) -> str:
+    """A word that the shell of another host gives back as it is.
+
+    DeepSpeed's launcher puts double quotes around words with a blank, and none around others.
+
+    Raises:
+        UsageError: for what double quotes do not keep.
+    """
+    if " " not in word:
+        return shlex.quote(word)
+    if re.search(r"[$`\\!\n]", word):
+        raise UsageError(
+            f"{word!r}: DeepSpeed's launcher cannot hand on a word with a blank and one of "
+            "$ ` \\ !; put it into the recipe, or take --on mpi or slurm"
+        )
+    return word
+
+
+def exports(variables: dict[str, str]) -> str:
+    """Lines of NAME=VALUE for ``DS_ENV_FILE``, which DeepSpeed exports in double quotes.
+
+    Raises:
+        UsageError: for values that double quotes do not keep.
+    """
+    for name, value in variables.items():
+        if re.search(r"[\"$`\\!\n]", value) or value != value.strip():
+            raise UsageError(
+                f"environment.{name}: DeepSpeed's launcher cannot hand on a value with one of "
+                '" $ ` \\ !, or a blank at its end; set it on the hosts, or take --on mpi or slurm'
+            )
+    return "".join(f"{name}={value}\n" for name, value in variables.items())
 
 
 def mpi_command(site: Site, words: list[str], hosts: dict[str, int]) -> list[str]:

@@ -118,9 +118,7 @@ def _start_here(job: Launch, on: str, found: dict[str, int], show: bool) -> int:
         command = hosts.deepspeed_command(site, words, found)
         file = job.folder.absolute() / _ENVIRONMENT_FILE
         if variables and not show:
-            # DeepSpeed's launcher exports lines of NAME=VALUE of this file on every host.
-            lines = (f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
-            _write_secret(file, "".join(lines))
+            _write_secret(file, hosts.exports(variables))
         variables["DS_ENV_FILE"] = str(file)
     if show:
         print(shlex.join(command))

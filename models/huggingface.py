@@ -28,7 +28,7 @@ _QK_NORM = re.compile(
 )
 _BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq)$|^bias$")
 """Causal masks and frequencies, which old versions of transformers saved."""
-_ATTENTION = re.compile(r"(^|\.|_)(self_?)?att(e?n|ention)s?(\.|_|$)", re.IGNORECASE)
+_ATTENTION = re.compile(r"(^|\.|_)[a-z]*att(e?n|ention)s?(\.|_|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,9 @@ def _own(folder: Path) -> list[Path]:
     return [path for path in named_so(folder) if not stranger(path, run) or is_damaged(path)]
 
 
+_PIECE = re.compile(r"rank-\d{5}\.safetensors")
+
+
 def is_damaged(path: Path) -> bool:
     """Whether what has a checkpoint's name is one whose manifest is gone or wrong.
 
@@ -105,7 +109,9 @@ def is_damaged(path: Path) -> bool:
     if path.is_symlink() or not path.is_dir():
         return False
     if not (path / MANIFEST).exists():
-        return any(name.endswith(".safetensors") for name in names_in(path))
+        # A run moves whole folders into place; with anything else in it, it is somebody's.
+        names = names_in(path)
+        return bool(names) and all(_PIECE.fullmatch(name) for name in names)
     try:
         read_manifest(path)
     except DamagedError:

@@ -80,6 +80,23 @@ def test_documents(gpt2_files: Path, tmp_path: Path, dtype: type) -> None:
     assert not seen & last
 
 
+def test_names_lead_nowhere_else(gpt2_files: Path, tmp_path: Path) -> None:
+    """A subset of any name has files of its own, inside the folder."""
+    write_pair(tmp_path / "pile", encoded(gpt2_files))
+    for number, name in enumerate(["../../esc/x", "/esc/y", "a/b", "..", "con", "é" * 200, "x"]):
+        out = tmp_path / "deep" / "er" / str(number)
+        before = {one for one in tmp_path.rglob("*") if out not in one.parents}
+        adopt([tmp_path / "pile"], gpt2_files, out, (90, 5, 5), [name])
+        after = {one for one in tmp_path.rglob("*") if out not in one.parents}
+        assert after - before <= {out, *out.parents}
+        manifest = load_manifest(out)
+        assert {entry.subset for entry in manifest.entries} == {name}
+        for split, some in (("val", texts()[108:114]), ("test", texts()[114:])):
+            assert [one.bytes for one in held_out(manifest, split)] == [
+                len(x.encode()) for x in some
+            ]
+
+
 def test_held_out_documents_are_not_trained_on(gpt2_files: Path, tmp_path: Path) -> None:
     """Document i is made of token i alone: a whole epoch shows whose tokens were seen."""
     eod = encoded(gpt2_files)[0][-1]

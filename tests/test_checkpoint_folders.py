@@ -205,12 +205,30 @@ def put_other_run(folder: Path) -> Path:
     return folder / path.name
 
 
+def put_weights(folder: Path) -> Path:
+    """Files of a checkpoint that a person keeps with notes, under a checkpoint's name."""
+    path = folder / "step-00000012"
+    shutil.copytree(folder / "step-00000008", path)
+    (path / "manifest.json").unlink()
+    (path / "notes.txt").write_text("mine")
+    return path
+
+
+def put_model(folder: Path) -> Path:
+    """A model of another program under a checkpoint's name."""
+    path = folder / "step-00000012"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"weights")
+    return path
+
+
 FOREIGN = {
     **{name: copy_as(name) for name in (
         "step-00000008.bak", "step-00000008-good", "step-8", "step-00000008 (copy)", "step-00x",
         "step-by-step-notes", "step-", "step-٠٠٠٠٠٠٠٨", "step-00000010", "backup")},
     "file": put_file, "folder": put_folder, "link": put_link, "dangling": put_dangling,
-    "other run": put_other_run,
+    "other run": put_other_run, "weights": put_weights, "model": put_model,
 }  # fmt: skip
 
 

@@ -308,6 +308,7 @@ def test_attention_that_is_not_measured_is_named(tmp_path: Path) -> None:
     names = (
         "visual.blocks.0.attn.qkv.weight", "model.layers.0.cross_attn.q_proj.weight",
         "model.layers.1.encoder_attention.k.weight", "h.0.crossattention.c_attn.weight",
+        "roberta.encoder.layer.0.crossattention.self.query.weight",
     )  # fmt: skip
     for name in names:
         folder = write_model(tmp_path / name, llama_tensors() | {name: torch.ones(8, 8)})

@@ -298,3 +298,51 @@ def test_a_pod_gets_words_and_values_as_they_are(kind: str) -> None:
         assert read[-1] == name and any(f": {name}\n" in word for word in read)
         found = {entry["name"]: as_kubernetes_reads(entry["value"], known) for entry in one["env"]}
         assert found.get("A", name) == name
+
+
+def as_deepspeed_sends(word: str) -> str:
+    """A word on the command line of another host's shell, by ``PDSHRunner.parse_user_args``."""
+    return '"' + word.replace('"', '\\"') + '"' if " " in word else word
+
+
+def as_deepspeed_exports(line: str) -> str:
+    """A line of ``DS_ENV_FILE`` as that shell gets it, by ``MultiNodeRunner.add_export``."""
+    key, value = line.split("=", maxsplit=1)
+    value = value.strip()
+    return f"export {key}={value}" if re.fullmatch(r"[\w@%+=:,./-]*", value) else (
+        f'export {key}="{value}"'
+    )  # fmt: skip
+
+
+def in_bash(script: str) -> list[str]:
+    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
+    return done.stdout.decode().split("\0")[:-1]
+
+
+def test_words_and_values_on_hosts_are_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept by DeepSpeed's launcher and the shell behind it, or refused by name."""
+    site = Site.model_validate({"nodes": 2, "hosts": {"file": "hosts"}})
+    names = ["runs/lr$HOME", "/s/a;touch x", "o'neil", 'p"q', "{a,b}", *odd_names(200, "\0")]
+    kept = refused = 0
+    for name in names:
+        try:
+            words = hosts.deepspeed_command(site, ["--out", name], {"h1": 1, "h2": 1})
+            sent = " ".join(as_deepspeed_sends(word) for word in words[-2:])
+            assert in_bash(f"printf '%s\\0' {sent}") == ["--out", name]
+            kept += 1
+        except UsageError as error:
+            refused += 1
+            assert " " in name and repr(name) in str(error)
+        try:
+            sent = as_deepspeed_exports(hosts.exports({"A": name}).removesuffix("\n"))
+            assert in_bash(f"{sent}; printf '%s\\0' \"$A\"") == [name]
+        except UsageError as error:
+            assert "environment.A" in str(error) and name not in str(error).split(": ", 1)[0]
+    assert kept > 150 and refused
+    assert hosts.exports({"NCCL_SOCKET_IFNAME": "^docker0,lo"}).strip().endswith("=^docker0,lo")
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    with pytest.raises(UsageError, match="without quoting"):
+        hosts.deepspeed_command(site, ["train"], {"h1": 1, "h2": 1})

@@ -34,7 +34,8 @@ test: $(TESTS)
 # make test-torch TORCH=2.11.0
 NUMERIC := tests/test_grid.py tests/test_grid_sums.py tests/test_norms.py tests/test_speed.py \
   tests/test_decay_applied.py tests/test_policies.py tests/test_evaluate.py tests/test_spectra.py \
-  tests/test_resume.py tests/test_models.py tests/test_tasks.py tests/test_bf16.py
+  tests/test_resume.py tests/test_models.py tests/test_tasks.py tests/test_bf16.py \
+  tests/test_grid_gradients.py
 test-torch: pyproject.toml
 	@test -n "$(TORCH)" || { echo "error: say which torch: make test-torch TORCH=2.11.0" >&2; exit 1; }
 	@test -x .venv-torch-$(TORCH)/bin/python || $(PYTHON) -m venv .venv-torch-$(TORCH)
@@ -46,7 +47,7 @@ test-torch: pyproject.toml
 # The long form of the fault suite: fifty kills, Slurm's own time limit, every grid; as root, all of it.
 faults: $(TESTS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/test_launch.py tests/test_grid.py \
-	  --long --faults faults.json
+	  tests/test_grid_gradients.py --long --faults faults.json
 
 # Training, statistics, data and waiting times beside the peers; half an hour, quiet cores please.
 # In an environment of its own: the peers want other versions of what the product uses.

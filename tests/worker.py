@@ -25,6 +25,7 @@ from pretrain.libraries import load_libraries
 from pretrain.loader import Loader
 from pretrain.train import prepare, train
 from tests.counting import Counting
+from tests.moved import moved_constants
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -72,8 +73,9 @@ def run_train(case: dict, grid: Grid, config: Config) -> None:
     if case.get("stop"):  # as if killed just after the checkpoint of that step
         interrupt_after(case["stop"])
     undo = lose(case["lost"]) if case.get("lost") else None
+    moved = moved_constants() if case.get("moved") else contextlib.nullcontext()
     try:
-        with contextlib.suppress(Interrupted):
+        with contextlib.suppress(Interrupted), moved:
             train(config, Path(case["run"]), grid, Path(case["fork"]) if case.get("fork") else None)
     finally:
         if undo:

@@ -61,6 +61,23 @@ def test_memory_of_weights_and_states() -> None:
     assert sum(update.values()) == (14 + 4 + 4 + 4) * count
 
 
+def test_what_a_recipe_sets_counts() -> None:
+    """Optimizer states, the width of heads, precision, libraries; of equals a large micro batch."""
+    of = {name: parse_config({"model": {"vocabulary_size": 1024, **SHAPE}, "optimizer": more,
+                              "precision": "fp32", "grid": {"zero_stage": 0}})
+          for name, more in (("adamw", {}), ("lion", {"name": "lion"}), ("sgd", {"name": "sgd"}),
+                             ("plain", {"name": "sgd", "momentum": 0.0}))}  # fmt: skip
+    found = {name: choose(config, DEVICES["h100"], 1) for name, config in of.items()}
+    count = sizes_of(of["adamw"]).parameters + sizes_of(of["adamw"]).ends
+    states = {name: one.memory["optimizer"] / count for name, one in found.items()}
+    assert states == {"adamw": 8, "lion": 4, "sgd": 4, "plain": 0}
+    assert found["adamw"].precision == "fp32" and found["adamw"].memory["libraries"] == 1.5e9
+    wide, usual = sizes_of(config_of(head_dim=128)), sizes_of(config_of())
+    attention = [one.flops(1) - 6 * one.matrices for one in (wide, usual)]
+    assert attention[0] == 4 * attention[1]
+    assert rank(config_of(batch=16), DEVICES["h100"], 1)[0].micro_batch == 16
+
+
 def test_grids_are_ranked() -> None:
     config = config_of(batch=64)
     found = rank(config, DEVICES["h100"], 16)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from pretrain.norms import square_sum
+from pretrain.optimizers import orthogonalize
+from pretrain.shrink import Shrinker
 from tests.tools import base_recipe, metrics_of, run_workers, weights_of
 
 GRIDS = {
@@ -34,6 +37,28 @@ def test_squares_are_summed_to_rounding(count: int) -> None:
         assert float(square_sum(values[: count - 2].view(-1, 3).T)) == pytest.approx(
             float(values[: count - 2].double().square().sum()), rel=3e-7
         )
+
+
+LARGE = 3_000_000  # PyTorch's own norm of so many is 6e-5 off
+
+
+def test_the_ratio_of_awd_has_the_norm_of_all_weights() -> None:
+    draws = torch.Generator().manual_seed(1)
+    parts = [torch.randn(LARGE, generator=draws).mul_(1e-3) for _ in range(2)]
+    held = SimpleNamespace(
+        _engine=SimpleNamespace(optimizer=SimpleNamespace(_global_grad_norm=1.0)),
+        _grid=SimpleNamespace(device=torch.device("cpu"), data_rank=0, world_size=1),
+        _fragments=[SimpleNamespace(parameter=part, master=part) for part in parts],
+        _replicated=False,
+    )
+    exact = sum(float(part.double().square().sum()) for part in parts) ** -0.5
+    assert Shrinker._norm_ratio(held) == pytest.approx(exact, rel=1e-6)  # type: ignore[arg-type]
+
+
+def test_muon_begins_with_the_norm_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(1, LARGE, generator=torch.Generator().manual_seed(1)).mul_(1e-3)
+    monkeypatch.setattr("pretrain.optimizers._ITERATIONS", 0)  # what they start from
+    assert float(orthogonalize(matrix).double().norm()) == pytest.approx(1.0, rel=1e-6)
 
 
 @pytest.mark.slow

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+import pretrain.deepspeed_adapter
 import pretrain.train
 from data_pipeline.manifest import load_manifest
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config import dump_config, load_config, parse_config
 from pretrain.errors import UsageError
 from pretrain.identity import IDENTITY, read_identity
-from pretrain.run import CONFIG, ENVIRONMENT, misfit, recipe_of, resume_point
+from pretrain.run import CONFIG, ENVIRONMENT, EVALUATION, misfit, recipe_of, resume_point
 from pretrain.tasks import Text
-from tests.tools import base_recipe
+from tests.tools import base_recipe, run, write_recipe
 
 
 def test_a_run_keeps_what_its_precision_was(trained: Path) -> None:
@@ -23,6 +26,34 @@ def test_a_run_keeps_what_its_precision_was(trained: Path) -> None:
     assert recipe_of(trained).precision == "fp32"
     assert read_identity(trained, ("precision",)) == {"precision": "fp32"}
     assert (trained / IDENTITY).is_file()
+
+
+@pytest.mark.parametrize(
+    ("fast", "precision", "at_end", "split"),
+    [(True, "bf16", "all", "test"), (False, "fp32", "sample", "val")],
+)
+def test_every_file_says_what_was_meant(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fast: bool,
+    precision: str,
+    at_end: str,
+    split: str,
+) -> None:
+    monkeypatch.setattr(pretrain.deepspeed_adapter, "multiplies_bf16", lambda: fast)
+    values = {**base_recipe(data), "precision": "auto"}
+    values["train"] = {"steps": 3, "global_batch": 8}
+    values["evaluation"] |= {"at_end": at_end}
+    folder = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "recipe.yaml", values)
+    assert run(monkeypatch, "train", str(recipe), "--out", str(folder)) == 0
+    assert yaml.safe_load((folder / CONFIG).read_text())["precision"] == precision
+    (last,) = list_checkpoints(folder / "checkpoints")[-1:]
+    assert Checkpoint(last).config.precision == precision
+    assert read_identity(folder, ("precision",)) == {"precision": precision}
+    scores = json.loads((folder / EVALUATION).read_text())
+    assert (scores["split"], scores["precision"]) == (split, precision)
 
 
 @pytest.mark.parametrize("began", ["fp32", "bf16"])
@@ -55,6 +86,19 @@ def test_a_fork_does_not_change_precision_unasked(trained: Path) -> None:
     assert "precision fp32, here bf16" in misfit(
         trunk, other.model_copy(update={"model": task.complete(other.model)}), task
     )
+
+
+def test_a_fork_under_auto_is_refused_in_another_precision(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(pretrain.deepspeed_adapter, "multiplies_bf16", lambda: True)
+    words = ["train", str(trained.parent / "recipe.yaml"), "precision=auto"]
+    words += ["--fork", f"{trained}@3", "--out", str(tmp_path / "fork")]
+    assert run(monkeypatch, *words) == 2
+    assert "say precision=fp32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("splits", [("train", "val"), ("train", "val", "test"), ("train", "test")])

@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.errors import UsageError
 from pretrain.raw_deepspeed import ALLOWED, IMPLIED, check_raw
-from tests.tools import base_recipe, losses_of, run_workers
+from tests.tools import base_recipe, losses_of, run, run_workers, write_recipe
 
 TRIED: dict[type, tuple[Any, ...]] = {int: (5000,), bool: (True, False), str: ("cpu",)}
 
@@ -87,6 +87,21 @@ def test_allowed_keys_on_every_stage(data: Path, tmp_path: Path, precision: str)
 def test_other_keys_are_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(UsageError, match=rf"deepspeed\.{key}: "):
         check_raw(nested(key, value))
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_run_is_refused_before_its_folder_is_made(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
+    words = ["train", str(recipe), "deepspeed.unheard_of=1", "--out", str(tmp_path / "run")]
+    assert run(monkeypatch, *words, *more) == 2
+    assert "deepspeed.unheard_of: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_recipe_implies_is_no_unknown_key() -> None:

@@ -67,3 +67,7 @@ def test_many_micro_batches_are_one_large_batch(data: Path, tmp_path: Path) -> N
         far = error(gradients_of(tmp_path / name), exact)
         print(f"{name}: {far.pop('all'):.2%} in all, at most {max(far.values()):.2%}")
         assert max(far.values()) < 1e-2, (name, far)  # 2⁻⁸ is a rounding of bf16
+    for stage in (1, 2, 3):  # the same micro batches: only the sum over ranks is another
+        data, alone = (gradients_of(tmp_path / f"{word}zero-{stage}") for word in ("data-", ""))
+        far = error(data, alone)
+        assert max(far.values()) < 1e-4, (stage, far)

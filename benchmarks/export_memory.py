@@ -39,7 +39,7 @@ def write_checkpoint(folder: Path, dialect: str, hidden: int, layers: int) -> tu
     config = parse_config({"model": model})
     infos = whole_model(config.model, 1)
     plan = plan_decay(infos, config.optimizer.weight_decay)
-    state = {"tokenizer": "", "data": "", "decay": DecayControl(config, plan).state()}
+    state = {"tokenizer": "", "eod": 0, "data": "", "decay": DecayControl(config, plan).state()}
     files = write_masters(folder, config, plan, state, 1, lambda info: torch.rand(info.shape))
     sizes = {name: entry["size"] for name, entry in files.items()}
     # Embedding and head are parts of their own in an export.

@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.tokenizer import SentencePieceTokenizer, load_tokenizer
+from data_pipeline.records import DataError
+from data_pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 
 _MARK = "\u2581"
 _BPE = 2
@@ -26,30 +27,54 @@ _TRIALS = (
 )  # fmt: skip
 
 
-def special_names(path: Path) -> dict[str, str]:
+def special_names(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
     """Names of the end-of-document and unknown tokens, as ``tokenizer_config.json`` wants them."""
-    loaded = load_tokenizer(path)
-    if isinstance(loaded, SentencePieceTokenizer):
+    names = {"eos_token": tokenizer.eod_name}
+    if isinstance(tokenizer, SentencePieceTokenizer):
         pieces = _description(path).pieces
-        unknown = next(one.piece for one in pieces if one.type == _UNKNOWN)
-        return {"eos_token": pieces[loaded.eod].piece, "unk_token": unknown}
+        names["unk_token"] = next(one.piece for one in pieces if one.type == _UNKNOWN)
+    return names
+
+
+def other_tokens(text: str, tokenizer: Tokenizer, names: list[str], as_text: bool) -> str:
+    """A trial of which `transformers` would make other tokens than the run; empty if there is none.
+
+    `transformers` takes every token that ``tokenizer_config.json`` names for a special one.
+
+    Args:
+        text: of a ``tokenizer.json``.
+        names: the tokens that are named.
+        as_text: keep the text of special tokens as text (``split_special_tokens``).
+    """
     import tokenizers
 
-    return {"eos_token": str(tokenizers.Tokenizer.from_file(str(path)).id_to_token(loaded.eod))}
+    theirs = tokenizers.Tokenizer.from_str(text)
+    theirs.add_special_tokens(list(dict.fromkeys(names)))
+    theirs.encode_special_tokens = as_text
+    added = [token.content for token in theirs.get_added_tokens_decoder().values()]
+    for trial in (*_TRIALS, *(f"a{name}b {name} c" for name in added)):
+        try:
+            ours = tokenizer.inside(tokenizer.encode([trial])[0]).tolist()
+        except DataError:
+            continue  # no text for this tokenizer
+        if theirs.encode(trial, add_special_tokens=False).ids != ours:
+            return trial
+    return ""
 
 
-def fast_tokenizer(path: Path, texts: list[str]) -> str | None:
+def fast_tokenizer(path: Path, texts: list[str], eod_name: str | None = None) -> str | None:
     """The text of a ``tokenizer.json`` with the tokens of a SentencePiece model.
 
     Args:
         texts: beside built-in ones, on which both must agree.
+        eod_name: the piece that ends documents; None: the model's own.
 
     Returns:
         None where they do not agree (a kind of model that `tokenizers` does not have).
     """
     import tokenizers
 
-    slow = SentencePieceTokenizer(path)
+    slow = SentencePieceTokenizer(path, eod_name)
     try:
         text = json.dumps(_tree(_description(path)), ensure_ascii=False)
         fast = tokenizers.Tokenizer.from_str(text)

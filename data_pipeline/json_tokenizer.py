@@ -111,6 +111,17 @@ class HuggingFaceTokenizer:
                 return whole[: starts[0]], whole[starts[0] + len(bare) :]
         raise DataError(f"{self._path}: cannot tell what its post-processor puts around a text")
 
+    def as_used(self) -> str:
+        """The text of a ``tokenizer.json`` that encodes any text as documents are encoded here."""
+        if not self.notes:
+            return self._data.decode()
+        tree = {**self._tree, "truncation": None, "padding": None}
+        if "dropout" in tree["model"]:
+            tree["model"] = {**tree["model"], "dropout": None}
+        if not self._special.add and self._tokenizer.num_special_tokens_to_add(False):
+            tree["post_processor"] = None
+        return json.dumps(tree, ensure_ascii=False)
+
     def _name(self, token: int) -> str:
         return str(self._tokenizer.id_to_token(token))
 

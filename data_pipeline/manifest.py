@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.json_tokenizer import SpecialTokens
 from data_pipeline.records import DataError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer, name_of_token
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -65,6 +66,21 @@ class Manifest:
     """Files that were no sources, a line for each reason."""
     files: dict[Path, str] = field(default_factory=dict)
     """SHA-256 of the folder's files; empty: made by others, or an earlier version."""
+    special: SpecialTokens = SpecialTokens()
+    """What became of special tokens."""
+
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer as it made the tokens, with the token that ended documents.
+
+        Raises:
+            DataError: if its file is missing, damaged, or has no such token.
+        """
+        name = name_of_token(self.tokenizer, self.eod)
+        if name is None:
+            raise DataError(
+                f"{self.tokenizer}: has no token {self.eod}, which ends documents of {self.path}"
+            )
+        return load_tokenizer(self.tokenizer, name, self.special)
 
     def split(self, name: str) -> list[Entry]:
         """The subsets of a split.
@@ -180,6 +196,7 @@ def load_manifest(path: Path) -> Manifest:
             values["malformed"],
             tuple(values.get("left_out", ())),
             files,
+            SpecialTokens(**tokenizer.get("special", {})),
         )
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):

@@ -204,6 +204,27 @@ def load_tokenizer(
     return SentencePieceTokenizer(path, eod_token)
 
 
+def name_of_token(path: Path, token: int) -> str | None:
+    """The text of a token of a tokenizer's file, or None if it has no such token.
+
+    Raises:
+        DataError: if the file is missing or damaged.
+    """
+    import sentencepiece
+    import tokenizers
+
+    path = find_tokenizer(path)
+    try:
+        if path.suffix == ".json":
+            made = tokenizers.Tokenizer.from_file(str(path))
+            name = made.id_to_token(token) if token >= 0 else None
+            return None if name is None else str(name)
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return str(processor.IdToPiece(token)) if 0 <= token < processor.GetPieceSize() else None
+    except Exception as error:  # both libraries raise plain exceptions
+        raise DataError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
+
+
 def train_tokenizer(
     texts: Iterable[str],
     vocabulary_size: int,

@@ -62,19 +62,25 @@ _ARCHITECTURES = {
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "swiglu": "silu"}
 
 
-def config_json(config: GPTConfig, head_size: int, eod: int) -> dict[str, Any]:
-    """``config.json`` of the class, for heads of ``head_size``."""
+def config_json(
+    config: GPTConfig, head_size: int, eod: int | None, ids: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """``config.json`` of the class, for heads of ``head_size``.
+
+    Args:
+        eod: the token that begins and ends documents, if there are documents.
+        ids: keys of special tokens as an imported model had them, in place of ``eod``.
+    """
     kind = class_of(config)
     common: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
         "vocab_size": config.vocabulary_size,
         "tie_word_embeddings": config.tied_head,
-        "bos_token_id": eod,
-        "eos_token_id": eod,
-        "pad_token_id": None,
         "dtype": "float32",
     }
+    own = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": None}
+    common |= own if ids is None else ids
     if kind == "gpt2":
         return common | {
             "n_embd": config.hidden_size,

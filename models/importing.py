@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.config import GPTConfig
 from models.foreign_config import model_values
+from models.generation import generation_of
 from models.quantised import refuse_quantised
 from models.roles import ModelError, ParameterInfo, Role
 from models.tensor_files import TensorFiles, read_json
@@ -52,6 +53,8 @@ class ForeignModel:
         refuse_quantised(folder, self._json, self.files)
         self.values = model_values(self._json)
         """Of `GPTConfig`."""
+        self.generation = generation_of(folder, self._json)
+        """Kept for an export."""
         self.kind = str(self._json["model_type"])
         layers = self.values["num_layers"]
         if layers > len(self.files.names):

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.strict_json import to_json
 from pretrain.deepspeed_adapter import resolve_precision
-from pretrain.job import Job
+from pretrain.job import GENERATION, Job
 from pretrain.probe import Row, measure, summary
 from pretrain.rank_table import add_ranks, merge_ranks
 from pretrain.retention import HELD_OUT_LOSS
@@ -107,12 +107,15 @@ def save(job: Job, step: int) -> None:
     state: dict[str, Any] = {
         "samples": step * job.config.train.global_batch,
         "tokenizer": job.setup.task.tokenizer,
+        "eod": job.setup.task.eod,
         "data": job.setup.task.identity,
         "decay": job.engine.control.state(),
         "initial_weights": job.initial_weights,
         "faults": job.judge.state(),
         "jumped": job.jumped,
     }
+    if job.generation is not None:
+        state[GENERATION] = job.generation
     at, loss = job.held_out_loss
     if at == step and math.isfinite(loss):
         state[HELD_OUT_LOSS] = loss

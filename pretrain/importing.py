@@ -22,6 +22,7 @@ from pretrain.config import Config, apply_value_overrides, parse_config, read_ma
 from pretrain.control import DecayControl
 from pretrain.decay import DecayPlan
 from pretrain.errors import UsageError
+from pretrain.job import GENERATION
 from pretrain.manifest import MANIFEST, MASTER, describe, sealed
 from pretrain.run import CHECKPOINTS, CONFIG, create_run
 from pretrain.tasks import Text
@@ -132,6 +133,8 @@ def _write(setup: Setup, theirs: ForeignModel, folder: Path) -> None:
     state = {
         "samples": 0,
         "tokenizer": setup.task.tokenizer,
+        "eod": setup.task.eod,
+        GENERATION: theirs.generation,
         "data": setup.task.identity,
         "decay": DecayControl(setup.config, setup.plan).state(),
         "jumped": [],

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pretrain.train import Setup
 
 
+GENERATION = "generation"
+"""Key of a checkpoint's state: what an imported model says of its special tokens."""
+
+
 @dataclass
 class Job:
     """A run under way, on this rank."""
@@ -39,6 +43,8 @@ class Job:
     initial_weights: str
     jumped: list[int]
     """Blocks of samples that are left out (`pretrain.faults.block_of`)."""
+    generation: dict[str, Any] | None = None
+    """Of the imported model that the run began with (`models.generation`)."""
     went_back: int = 0
     """Times since the last checkpoint that was reached."""
     held_out_loss: tuple[int, float] = (-1, 0.0)

@@ -75,6 +75,8 @@ class StateEntry(BaseModel):
     model_config = ConfigDict(extra="allow")
     tokenizer: str
     data: str
+    eod: int | None = None
+    generation: dict[str, Any] | None = None
     decay: dict[str, Any]
     initial_weights: str = ""
     jumped: list[Count] = []

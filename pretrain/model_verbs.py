@@ -114,6 +114,9 @@ def export(
     form: Annotated[str, typer.Option("--format", help="huggingface.")] = "huggingface",
     attention_rank: AttentionRank = None,
     attention_product: AttentionProduct = "both",
+    data: Annotated[
+        Path | None, typer.Option(help="The run's tokenised folder, where it lies elsewhere now.")
+    ] = None,
 ) -> None:
     """A checkpoint as a Hugging Face model: config.json and sharded safetensors.
 
@@ -127,7 +130,7 @@ def export(
     from pretrain.truncate import parse_rank
 
     choice = parse_rank(attention_rank, attention_product) if attention_rank else None
-    print(f"written: {export_checkpoint(target, out, choice)}")
+    print(f"written: {export_checkpoint(target, out, choice, data)}")
 
 
 def import_(

@@ -79,6 +79,15 @@ def create_run(run: Path, config: Config, setting: dict[str, Any]) -> None:
     write_text(path, to_json([*starts, {**environment(), **setting}], indent=1))
 
 
+def was_imported(run: Path) -> bool:
+    """Whether a run folder began with a model that was trained elsewhere, as far as it says."""
+    try:
+        starts = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+        return any("imported" in start for start in starts)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def read_evaluation(path: Path) -> dict[str, Any]:
     """An ``evaluation.json``; a figure that was not finite, null in the file, is NaN again."""
 
@@ -195,6 +204,8 @@ def misfit(checkpoint: Checkpoint, config: Config, task: Task) -> str:
         return f"{key} {before}, here {after}"
     if (checkpoint.state["tokenizer"], checkpoint.state["data"]) != (task.tokenizer, task.identity):
         return "other data"
+    if checkpoint.state.get("eod", task.eod) != task.eod:
+        return "other data (another token ends documents)"
     return ""
 
 
@@ -302,6 +313,11 @@ def check_continues(checkpoint: Checkpoint, config: Config, task: Task) -> None:
         raise UsageError(
             f"{task.source}: was tokenised with another tokenizer than {checkpoint.path}; "
             "use that run's data"
+        )
+    if checkpoint.state.get("eod", task.eod) != task.eod:
+        raise UsageError(
+            f"{task.source}: its documents end with token {task.eod}, those of {checkpoint.path} "
+            f"with {checkpoint.state['eod']}; use that run's data"
         )
     if checkpoint.state["data"] != task.identity:
         raise UsageError(

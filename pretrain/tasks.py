@@ -52,6 +52,8 @@ class Task(Protocol):
     """Hash of what decides the samples."""
     tokenizer: str
     """Hash of the tokenizer, or empty."""
+    eod: int | None
+    """The token that begins and ends documents, if there are documents."""
 
     def complete(self, model: GPTConfig) -> GPTConfig:
         """The model with the number of tokens or classes filled in."""
@@ -97,6 +99,7 @@ class Text:
         self.manifest = manifest
         self.source = str(manifest.path)
         self.tokenizer = manifest.tokenizer_sha256
+        self.eod: int | None = manifest.eod
         counts = [
             (one.split, one.subset, one.documents, one.tokens, one.bytes)
             for one in manifest.entries
@@ -152,6 +155,7 @@ class _Labelled:
     answers: int
     """Tokens or classes."""
     tokenizer = ""
+    eod: int | None = None
 
     def complete(self, model: GPTConfig) -> GPTConfig:
         """The model with the number of answers."""

@@ -21,7 +21,7 @@ from pretrain.errors import UsageError
 from pretrain.faults import Judge, read_jumps, write_jumps
 from pretrain.grid import Grid
 from pretrain.identity import data_order, initial_weights, write_identity
-from pretrain.job import Job
+from pretrain.job import GENERATION, Job
 from pretrain.lock import RunLock
 from pretrain.loop import restore, run_job
 from pretrain.mirror import Mirror
@@ -154,6 +154,7 @@ def train(
                 until,
                 weights,
                 jumped,
+                start.state.get(GENERATION) if start else None,
             )
             if checkpoint is not None:
                 job.owes_evaluation = checkpoint.state.get(between.OWES_EVALUATION, False)

@@ -15,6 +15,14 @@ _EXAMPLES = 3
 _SHOWN = 30
 """Characters of an example, before and after the first difference."""
 
+TRIALS = (
+    "The quick brown fox, 12345 times.\n\tdef f(x):\n        return x ** 2  # ok\r\n\n\n",
+    "  leading and trailing  ", "", " ", "\n", "naïve café — 漢字かな交じり文 🙂🙃 \u200b\ufeff",
+    "a" * 300 + " " * 70 + "\t\t\n\n" + "0123456789" * 5, "</s> <unk> <0x0A> <|endoftext|>",
+    "Привет, мир! \x01\x7f ½ ﬁ Å \u0301", "x\u00a0y\u3000z",
+)  # fmt: skip
+"""Texts that a tokenizer which loses nothing gives back."""
+
 
 @dataclass
 class Account:
@@ -75,6 +83,15 @@ def account_of(tokenizer: Tokenizer, texts: list[str], ids: list[np.ndarray]) ->
         _count(found, "special_texts", "special_documents", tokenizer.special_texts(text))
         _compare(found, text, size, tokenizer, inside)
     return found
+
+
+def why_lossy(tokenizer: Tokenizer) -> str:
+    """Why a tokenizer does not give back every one of `TRIALS`; empty if it does."""
+    try:
+        account = account_of(tokenizer, list(TRIALS), tokenizer.encode(list(TRIALS)))
+    except DataError:
+        return "it cannot encode every text"
+    return "" if account.is_exact else ", ".join(tokenizer.causes()) or "its vocabulary"
 
 
 def _count(found: Account, total: str, documents: str, count: int) -> None:

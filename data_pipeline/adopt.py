@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.account import share
+from data_pipeline.account import share, why_lossy
 from data_pipeline.assemble import file_names
 from data_pipeline.dataset import index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, hash_text
@@ -94,6 +94,13 @@ def adopt(
                     )
                     files[entry["index"]] = sha256_of(out / entry["index"])
                 entries.append(entry)
+        lossy = why_lossy(tokenizer)
+        if lossy and any(entry["split"] != "train" for entry in entries):
+            told.append(
+                f"{tokenizer_path.name} does not give every text back ({lossy}): the bytes of "
+                "held-out documents, and so bits per byte, are those of the decoded text, not of "
+                "the original"
+            )
         lying = [str(pair.prefix) for pair in pairs]
         sources = [{"name": name, "size": 0, "sha256": None} for name in lying]
         manifest = manifest_values(

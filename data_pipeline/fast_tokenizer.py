@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.account import TRIALS
 from data_pipeline.records import DataError
 from data_pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 
@@ -19,12 +20,6 @@ _BPE = 2
 """``model_type`` of a model that merges; the other is unigram."""
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 """Types of pieces (sentencepiece_model.proto)."""
-_TRIALS = (
-    "The quick brown fox, 12345 times.\n\tdef f(x):\n        return x ** 2  # ok\r\n\n\n",
-    "  leading and trailing  ", "", " ", "\n", "naïve café — 漢字かな交じり文 🙂🙃 \u200b\ufeff",
-    "a" * 300 + " " * 70 + "\t\t\n\n" + "0123456789" * 5, "</s> <unk> <0x0A> <|endoftext|>",
-    "Привет, мир! \x01\x7f ½ ﬁ Å \u0301", "x\u00a0y\u3000z",
-)  # fmt: skip
 
 
 def special_names(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
@@ -52,7 +47,7 @@ def other_tokens(text: str, tokenizer: Tokenizer, names: list[str], as_text: boo
     theirs.add_special_tokens(list(dict.fromkeys(names)))
     theirs.encode_special_tokens = as_text
     added = [token.content for token in theirs.get_added_tokens_decoder().values()]
-    for trial in (*_TRIALS, *(f"a{name}b {name} c" for name in added)):
+    for trial in (*TRIALS, *(f"a{name}b {name} c" for name in added)):
         try:
             ours = tokenizer.inside(tokenizer.encode([trial])[0]).tolist()
         except DataError:
@@ -82,7 +77,7 @@ def fast_tokenizer(path: Path, texts: list[str], eod_name: str | None = None) ->
         return None
     fast.encode_special_tokens = True  # words of a document, not commands
     # A literal space mark is the one thing that this form cannot tell from a space.
-    trials = [one.replace(_MARK, " ") for one in [*_TRIALS, *texts]]
+    trials = [one.replace(_MARK, " ") for one in [*TRIALS, *texts]]
     for trial in trials:
         if fast.encode(trial, add_special_tokens=False).ids != slow.encode([trial])[0].tolist():
             return None

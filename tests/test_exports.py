@@ -32,6 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     }
     for kind in ("gpt_neox", "llama", "qwen3")
 }  # fmt: skip
+SHAPES["qwen3"] |= {"head_dim": 16, "num_key_value_heads": 2}
 SHAPES["gpt2"] = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32,
                   "vocab_size": VOCABULARY}  # fmt: skip
 SHAPES["smollm3"] = SHAPES["llama"] | {"no_rope_layers": [0], "pad_token_id": 3}

@@ -18,6 +18,7 @@ from data_pipeline.manifest import load_manifest
 from data_pipeline.pairs import read_pair
 from data_pipeline.records import DataError
 from tests.test_tokenizers import byte_level
+from tests.tools import assert_one_line, run
 
 CODES = {name: code for code, name in TYPES.items()}
 SIZE = 300
@@ -222,3 +223,31 @@ def test_damaged_indexes(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_damaged_indexes_long(tmp_path: Path) -> None:
     assert sum(fuzz(tmp_path, 5000)) == 5000
+
+
+def test_the_one_bad_document_of_a_thousand_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`data adopt` in one line, with the first wrong id of that document."""
+    byte_level(tmp_path / "plain.json")
+    documents = make_documents(random.Random(4))
+    documents[503][-1:] = [450, 460, 0]
+    write_pair(tmp_path / "beyond", documents)
+    words = ["data", "adopt", str(tmp_path / "beyond"), "--tokenizer", str(tmp_path / "plain.json")]
+    assert run(monkeypatch, *words, "--out", str(tmp_path / "out")) != 0
+    assert_one_line(capsys.readouterr().err, ("document 503", "token 450"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_bytes_of_a_lossy_tokenizer_are_said_to_be_of_the_decoded_text(
+    lossy: bool, vocabulary: Path, tmp_path: Path
+) -> None:
+    if lossy:
+        tree = json.loads(vocabulary.read_text())
+        vocabulary.write_text(json.dumps(tree | {"normalizer": {"type": "Lowercase"}}))
+    write_pair(tmp_path / "pile", make_documents(random.Random(5), 100))
+    for number, shares in enumerate(((90.0, 5.0, 5.0), (100.0, 0.0, 0.0))):
+        told = adopt([tmp_path / "pile"], vocabulary, tmp_path / f"out{number}", shares)
+        said = any("bits per byte, are those of the decoded text" in line for line in told)
+        assert said == (lossy and number == 0)

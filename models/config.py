@@ -70,7 +70,7 @@ _DIALECTS: dict[str, dict[str, Any]] = {
 class GPTConfig(BaseModel):
     """Shape and switches of a transformer; unset ones follow from the dialect."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dialect: Dialect = Dialect.GPT2
     num_layers: int = Field(12, ge=1)

@@ -13,7 +13,7 @@ Form = Literal["decoupled", "l2", "cautious", "adadecay", "nuclear"]
 class Section(BaseModel):
     """Base of every section: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

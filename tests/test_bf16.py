@@ -71,7 +71,11 @@ def samples_of(model: GPTConfig) -> Batch:
 
 
 def gradients(
-    model: GPTConfig, batch: Batch, dtype: torch.dtype, kernels: Kernels = PRODUCTS
+    model: GPTConfig,
+    batch: Batch,
+    dtype: torch.dtype,
+    kernels: Kernels = PRODUCTS,
+    device: str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """By parameter, of the same weights: first values, with gains and biases moved."""
     module = GPT(model, ParameterFactory(1), kernels)
@@ -80,23 +84,23 @@ def gradients(
         for parameter in module.parameters():
             if info_of(parameter).role in (Role.NORM, Role.BIAS):
                 parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
-    module = module.bfloat16().to(dtype)
-    inputs, labels = batch
+    module = module.bfloat16().to(dtype).to(device)
+    inputs, labels = (part.to(device) for part in batch)
     partly = bool(model.patch_dim) or bool((labels < 0).any())
     inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
     module(inputs, partial(mean_loss, labels=labels, partial_labels=partly)).backward()
     found = {}
     for parameter in module.parameters():
         assert parameter.grad is not None
-        found[info_of(parameter).name] = parameter.grad.double()
+        found[info_of(parameter).name] = parameter.grad.double().cpu()
     return found
 
 
-def errors(model: GPTConfig, kernels: Kernels = PRODUCTS) -> dict[str, float]:
+def errors(model: GPTConfig, kernels: Kernels = PRODUCTS, device: str = "cpu") -> dict[str, float]:
     """Relative error of the norm of every parameter's bf16 gradient."""
     batch = samples_of(model)
-    exact = gradients(model, batch, torch.float64)
-    found = gradients(model, batch, torch.bfloat16, kernels)
+    exact = gradients(model, batch, torch.float64, device=device)
+    found = gradients(model, batch, torch.bfloat16, kernels, device)
     sizes = {name: float(value.norm()) for name, value in exact.items()}
     if model.attention == "softmax" and model.position != "rotary" and not model.qk_norm:
         # A key's bias adds the same to all scores of a query: its gradient is 0 but for rounding.
@@ -106,8 +110,8 @@ def errors(model: GPTConfig, kernels: Kernels = PRODUCTS) -> dict[str, float]:
     return {name: float((found[name] - exact[name]).norm()) / size for name, size in sizes.items()}
 
 
-def check(model: GPTConfig, kernels: Kernels = PRODUCTS) -> None:
-    found = errors(model, kernels)
+def check(model: GPTConfig, kernels: Kernels = PRODUCTS, device: str = "cpu") -> None:
+    found = errors(model, kernels, device)
     assert len(found) == sum(1 for _ in GPT(model, ParameterFactory(1)).parameters())
     wrong = {name: error for name, error in found.items() if not error < MOST}
     assert not wrong, wrong
@@ -164,6 +168,13 @@ def test_every_gradient_of_every_model(name: str, attention: Literal["products",
     if attention == "sdpa" and MATRIX[name].attention != "softmax":
         pytest.skip("kernels of softmax attention alone")
     check(MATRIX[name], Kernels(attention=attention))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("attention", ["products", "sdpa"])
+def test_every_gradient_on_a_gpu(name: str, attention: Literal["products", "sdpa"]) -> None:
+    check(MATRIX[name], Kernels(attention=attention), "cuda")
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ from torch import nn
 from models.config import GPTConfig
 from models.kernels import DEFAULT_KERNELS, Kernels
 from models.parallel import TensorParallel, enter, leave, replicated, sum_gradient
-from models.products import attention_by_products, without_mean
+from models.products import attention_by_products, torch_attention
 from models.roles import ParameterInfo, Role, declare, stamp
 from models.wide_sums import layer_norm
 
@@ -201,7 +201,7 @@ class Attention(nn.Module):
         if self.config.attention == "softmax":
             if self.kernels.attention == "products":
                 return attention_by_products(q, k, v, causal)
-            return F.scaled_dot_product_attention(q, without_mean(k), v, is_causal=causal)
+            return torch_attention(q, k, v, causal)
         scores = q @ k.mT * self.config.head_size**-0.5
         length = q.shape[-2]
         # The numbers seen in float32: bf16 has no integers between 256 and 258.

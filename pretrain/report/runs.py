@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from models.roles import ALIASES, ATTENTION, QK, VO, Role
 from pretrain.checkpoint import list_checkpoints
 from pretrain.config import Config
@@ -147,16 +149,29 @@ class RunData:
 
     @cached_property
     def mlp_decay(self) -> float:
-        """λ of the MLP over the logged updates, weighted by their rates; mean over matrices."""
-        points = []
-        for row in self.metrics:
-            used = [v for name, v in row["weight_decay"].items() if name.startswith("mlp_")]
-            if used:
-                points.append((row["learning_rate"], math.fsum(used) / len(used)))
-        total = math.fsum(rate for rate, _ in points)
-        if len({value for _, value in points}) <= 1 or not total:
-            return _rounded(points[-1][1]) if points else 0.0
-        return _rounded(math.fsum(rate * value for rate, value in points) / total)
+        """λ of the MLP as applied: Σ rate·λ / Σ rate of the updates, mean over what the log names.
+
+        Between two logged updates λ is taken to move evenly (`logging.every`).
+        """
+        names = {name for row in self.metrics for name in row["weight_decay"]}
+        found = [self._logged_decay(name) for name in sorted(names) if name.startswith("mlp_")]
+        return _rounded(math.fsum(found) / len(found)) if found else 0.0
+
+    def _logged_decay(self, name: str) -> float:
+        rows = [row for row in self.metrics if name in row["weight_decay"]]
+        logged = [row["step"] for row in rows]
+        values = [row["weight_decay"][name] for row in rows]
+        if len(set(values)) == 1:
+            return float(values[0])
+        role = max(
+            (role for role in Role if name.startswith(role.value)), key=lambda r: len(r.value)
+        )
+        coupling, peak = _coupling(self.config, role), self.config.optimizer.learning_rate
+        steps = range(1, logged[-1] + 1)
+        rates = [coupled_rate(coupling, self.config.learning_rate(s - 1), peak) for s in steps]
+        decays = np.interp(steps, logged, values)
+        total = math.fsum(rates)
+        return math.fsum(rates * decays) / total if total else float(values[-1])
 
     def mean(self, product: str, column: str) -> float:
         """Mean over the heads of all layers at the last measurement.

@@ -111,7 +111,7 @@ def is_damaged(path: Path) -> bool:
     if not (path / MANIFEST).exists():
         # A run moves whole folders into place; with anything else in it, it is somebody's.
         names = names_in(path)
-        return bool(names) and all(_PIECE.fullmatch(name) for name in names)
+        return bool(names) and all(name == MANIFEST or _PIECE.fullmatch(name) for name in names)
     try:
         read_manifest(path)
     except DamagedError:

@@ -26,7 +26,7 @@ from pretrain.run import misfit
 from pretrain.run_config import CheckpointConfig, without_secrets
 from tests.checkpoints import Alone, small_config, write_checkpoint, write_run
 
-TASK: Any = SimpleNamespace(tokenizer="t", identity="d")
+TASK: Any = SimpleNamespace(tokenizer="t", identity="d", eod=0)
 ALL = CheckpointConfig(keep=0)
 
 
@@ -67,7 +67,7 @@ def test_a_run_of_another_recipe_is_not_taken(tmp_path: Path) -> None:
     assert (
         len(told) == 1 and "learning_rate 0.003, here 0.0001" in told[0] and "left alone" in told[0]
     )
-    other = SimpleNamespace(tokenizer="t", identity="e")
+    other = SimpleNamespace(tokenizer="t", identity="e", eod=0)
     assert "other data" in pull(tmp_path / "b/run", tmp_path / "mirror", task=other)[0]
     assert pull(tmp_path / "b/other-name", tmp_path / "mirror") == []
     assert not list_checkpoints(tmp_path / "b/run/checkpoints")

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.files import write_aside
+from data_pipeline.records import is_utf8
 from data_pipeline.sources import SPLITS, DataError
 
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "config"}
@@ -82,7 +83,7 @@ def _documents(library: Path) -> Iterator[tuple[str, str, str]]:
             found = [(part, "Github", source)]
             found += [(part, "Python Docstrings", text) for text in _docstrings(tree)]
         for part, subset, text in found:
-            if len(text) >= _MIN_CHARACTERS and text not in seen and _is_utf8(text):
+            if len(text) >= _MIN_CHARACTERS and text not in seen and is_utf8(text):
                 seen.add(text)
                 yield part, subset, text
 
@@ -111,14 +112,6 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
             ]
             if parts:
                 yield "\n\n".join(parts)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _split(key: str) -> str:

@@ -90,7 +90,7 @@ def _document(record: Any, fields: Fields) -> Document:
     if not text:
         raise ValueError("the text is empty")
     for what, value in (("text", text), ("subset's name", subset)):
-        if not _is_utf8(value):
+        if not is_utf8(value):
             raise ValueError(f"the {what} has a lone surrogate, which is not valid UTF-8")
     return Document(text, subset)
 
@@ -163,7 +163,8 @@ def _utf8(data: bytes) -> str:
         raise ValueError(f"not valid UTF-8 at byte {error.start}{hint}") from None
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8; a lone surrogate cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -165,13 +166,11 @@ def test_a_disk_that_is_full_for_a_while(
     words = [*words_of(tmp_path, data)[:-1], str(disk / "run")]
     process = started_until("slow", tmp_path / "marker", words, 1)
     ballast = disk / "ballast"
-    ballast.write_bytes(b"x" * (shutil.disk_usage(disk).free // 4096 * 4096))
-    with ballast.open("ab", buffering=0) as file:  # the last pages too
-        while True:
-            try:
-                file.write(b"x" * 512)
-            except OSError:
-                break
+    with ballast.open("ab", buffering=0) as file:  # the run writes meanwhile: no size is known
+        for size in (2**20, 4096, 512):  # the last pages too
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * size)
     began = time.monotonic()
     seen = time.monotonic()
     for line in process.stderr:

@@ -232,6 +232,18 @@ def test_every_head_once_and_within_theory(sampled: dict[Case, Path]) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("pipeline", AXES["pipeline"])
+@pytest.mark.parametrize("tensor", AXES["tensor"])
+@pytest.mark.parametrize("precision", AXES["precision"])
 @pytest.mark.parametrize("model", MODELS)
-def test_the_whole_matrix(data: Path, tmp_path: Path, model: str) -> None:
-    compare(train([case for case in matrix() if case.model == model], data, tmp_path))
+def test_the_whole_matrix(
+    data: Path, tmp_path: Path, model: str, precision: str, tensor: int, pipeline: int
+) -> None:
+    """The rest of the matrix, in parts that each have a reference of their own."""
+    wanted = (model, precision, tensor, pipeline)
+    part = [
+        case
+        for case in matrix()
+        if (case.model, case.precision, case.tensor, case.pipeline) == wanted
+    ]
+    compare(train(part, data, tmp_path))

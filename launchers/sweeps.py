@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from data_pipeline.strict_json import to_json
 from launchers.local import LocalExecutor, command, default_slots, start_environment
 from pretrain.console import plain
 from pretrain.errors import UsageError
 from pretrain.jobs import Executor
 from pretrain.sweep import run_sweep, summary
+from pretrain.sweep_check import check_runs
 from pretrain.sweep_config import load_sweep
 from pretrain.sweep_plan import plan, print_plan
 
@@ -37,6 +40,8 @@ def run(
         raise UsageError(f"--launcher: {launcher!r} is neither local nor slurm")
     out = out or Path("runs") / file.stem
     sweep = load_sweep(file, out)
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_runs(sweep, here if launcher == "local" else None)
     processes = sweep.config.processes
     # Cores are shared out among the runs that there are, not among those that there could be.
     slots = min(parallel or default_slots(processes), max(1, len(sweep.tasks)))

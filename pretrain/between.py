@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from data_pipeline.strict_json import to_json
 from pretrain.deepspeed_adapter import resolve_precision
+from pretrain.finished import is_evaluated, put_evaluation_aside
 from pretrain.job import GENERATION, Job
 from pretrain.probe import Row, measure, summary
 from pretrain.rank_table import add_ranks, merge_ranks
@@ -146,7 +144,7 @@ def finish(job: Job) -> None:
     """The final evaluation, once."""
     wanted = job.config.evaluation.at_end
     path = job.run / EVALUATION
-    done = job.grid.broadcast(job.grid.is_main and _is_there(path, job.config.train.steps))
+    done = job.grid.broadcast(job.grid.is_main and is_evaluated(job.run, job.config))
     if wanted == "none" or done:
         return
     everything = wanted == "all"
@@ -170,6 +168,7 @@ def finish(job: Job) -> None:
             config = job.config
             header = {
                 "split": split,
+                "sample": not everything,
                 "step": config.train.steps,
                 "data": source,
                 "precision": resolve_precision(
@@ -177,16 +176,5 @@ def finish(job: Job) -> None:
                 ),
                 "context": config.model.context,
             }
+            put_evaluation_aside(job.run, job.config)
             write_text(path, to_json({**header, **figures}, indent=1))
-
-
-def _is_there(path: Path, step: int) -> bool:
-    """Whether the evaluation of the last step is there; one of another step is moved aside."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("step", step)
-    except (OSError, ValueError, AttributeError):
-        return path.exists()  # damaged: those who read it say so
-    if found != step:
-        with contextlib.suppress(OSError):
-            path.rename(path.with_name(f"{path.stem}-step={found}.json"))
-    return bool(found == step)

@@ -47,8 +47,10 @@ ENVIRONMENT = "environment.json"
 EVALUATION = "evaluation.json"
 LAUNCHED = ("launch", "logs")
 """Folders of `pretrain launch` in a run folder."""
-FREE = ("data.path", "data.prefetch", "train.micro_batch")
+FREE = ("data.path", "data.prefetch", "task.workers", "train.micro_batch")
 """Keys inside the science sections that change no number (or are checked by content)."""
+_SAMPLE = ("evaluation.split", "evaluation.documents")
+"""Keys of the held-out sample: the losses of a run are of one."""
 _OWN = (CONFIG, RUN_ID, RANKS, METRICS, ENVIRONMENT)
 """Files that training alone writes aside: what a kill leaves of them is deleted."""
 _WRITING = re.compile(r"\.step-[0-9]{8,18}\.writing")
@@ -81,11 +83,22 @@ def create_run(run: Path, config: Config, setting: dict[str, Any]) -> None:
 
 def was_imported(run: Path) -> bool:
     """Whether a run folder began with a model that was trained elsewhere, as far as it says."""
+    return any("imported" in start for start in _starts(run))
+
+
+def forked_from(run: Path) -> dict[str, Any] | None:
+    """The run folder and the step that a run was forked from, as far as it says."""
+    found = [start["forked"] for start in _starts(run) if "forked" in start]
+    return found[-1] if found else None
+
+
+def _starts(run: Path) -> list[dict[str, Any]]:
+    """The record of starts; empty where there is none, or it is damaged."""
     try:
         starts = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
-        return any("imported" in start for start in starts)
-    except (OSError, ValueError, TypeError):
-        return False
+    except (OSError, ValueError):
+        return []
+    return [one for one in starts if isinstance(one, dict)] if isinstance(starts, list) else []
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -169,8 +182,11 @@ def _changes(old: Config, new: Config) -> dict[str, Any]:
     }
 
 
-def resume_point(run: Path, config: Config) -> Checkpoint | None:
+def resume_point(run: Path, config: Config, asked: str = "") -> Checkpoint | None:
     """The checkpoint that a run in this folder goes on from, or None to begin.
+
+    Args:
+        asked: the recipe's word for the precision, where ``config`` has what it means here.
 
     Raises:
         UsageError: if the folder holds a run with another recipe.
@@ -182,13 +198,18 @@ def resume_point(run: Path, config: Config) -> Checkpoint | None:
         if unknown:
             raise UsageError(f"{run}: not empty and not a run folder; choose another --out")
         return _newest_readable(run)
+    old = recipe_of(run)
     changed = {
         key: values
-        for key, values in _changes(recipe_of(run), config).items()
+        for key, values in _changes(old, config).items()
         if not key.startswith("optimizer.weight_decay")
     }
+    sample = differences(old, config, ("evaluation",))
+    changed |= {key: sample[key] for key in _SAMPLE if key in sample}
     if changed:
         key, (before, after) = next(iter(changed.items()))
+        if key == "precision" and asked not in ("", after):
+            after = f"{asked}, which is {after} here"
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UsageError(
             f"{run}: holds a run with {key}={before}, the recipe says {after}{more}; choose "
@@ -214,15 +235,6 @@ def _newest_readable(run: Path) -> Checkpoint | None:
         with contextlib.suppress(DamagedError):  # `find_whole` says so, once the run is ours
             return Checkpoint(path)
     return None
-
-
-def is_complete(run: Path, config: Config, until: int | None = None) -> bool:
-    """Whether the run is there to its last step (or ``until``), evaluated if it should be."""
-    found = list_checkpoints(run / CHECKPOINTS)
-    if not found or step_of(found[-1]) < (until or config.train.steps):
-        return False
-    evaluated = (run / EVALUATION).exists()
-    return until is not None or config.evaluation.at_end == "none" or evaluated
 
 
 def resolve_checkpoint(text: str) -> Path:
@@ -262,19 +274,26 @@ def plan_for_resume(
         return plan
     if policy == "checkpoint":
         return plan_from(infos, checkpoint.decays)
-    changed = _table(compare(infos, checkpoint.decays, plan.by_name))
-    if not changed:
-        moved = differences(checkpoint.config, config, ("optimizer",))
-        changed = ", ".join(
-            f"{key} {before} -> {after}"
-            for key, (before, after) in moved.items()
-            if key.rpartition(".")[2] in _DYNAMIC or ".form." in key or ".coupling." in key
-        )
+    changed = decay_changes(plan, checkpoint, config)
     if not changed:
         return plan
     raise UsageError(
         f"{checkpoint.path}: was trained with another weight decay: {changed}; say which "
         "holds with resume.decay=recipe or resume.decay=checkpoint (or --fork to a new run)"
+    )
+
+
+def decay_changes(plan: DecayPlan, checkpoint: Checkpoint, config: Config) -> str:
+    """How the λ of a checkpoint, or what moves them, differ from a plan's; empty if they do not."""
+    infos = [info for group in plan.groups for info in group.parameters]
+    changed = _table(compare(infos, checkpoint.decays, plan.by_name))
+    if changed:
+        return changed
+    moved = differences(checkpoint.config, config, ("optimizer",))
+    return ", ".join(
+        f"{key} {before} -> {after}"
+        for key, (before, after) in moved.items()
+        if key.rpartition(".")[2] in _DYNAMIC or ".form." in key or ".coupling." in key
     )
 
 

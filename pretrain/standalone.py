@@ -66,6 +66,7 @@ def evaluate_checkpoint(
     progress = Progress(1, "evaluate", grid.is_main)
     header = {
         "split": split,
+        "sample": documents is not None,
         "step": checkpoint.step,
         "checkpoint": str(checkpoint.path),
         "data": task.source,

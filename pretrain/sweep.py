@@ -18,9 +18,10 @@ from data_pipeline.strict_json import to_json
 from pretrain.checkpoint import newest_checkpoint
 from pretrain.config import dump_config
 from pretrain.errors import TRY_AGAIN
+from pretrain.finished import is_complete
 from pretrain.jobs import Executor, Job
 from pretrain.lock import is_busy
-from pretrain.run import CHECKPOINTS, is_complete
+from pretrain.run import CHECKPOINTS
 from pretrain.signals import Stopped
 from pretrain.sweep_config import Sweep, Task
 from pretrain.sweep_table import Table

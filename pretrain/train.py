@@ -6,10 +6,11 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from models.roles import ParameterInfo
 from pretrain import between
-from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint import Checkpoint, step_of
 from pretrain.config import Config
 from pretrain.console import plain
 from pretrain.control import DecayControl
@@ -19,6 +20,7 @@ from pretrain.engine import build_engine, micro_batches, whole_model
 from pretrain.epochs import describe, in_words, unit_of, uses_of
 from pretrain.errors import UsageError
 from pretrain.faults import Judge, read_jumps, write_jumps
+from pretrain.finished import check_finished, is_complete, put_evaluation_aside
 from pretrain.grid import Grid
 from pretrain.identity import data_order, initial_weights, write_identity
 from pretrain.job import GENERATION, Job
@@ -31,7 +33,7 @@ from pretrain.run import (
     CHECKPOINTS,
     check_continues,
     create_run,
-    is_complete,
+    forked_from,
     misfit,
     plan_for_resume,
     resume_point,
@@ -90,7 +92,8 @@ def train(
         prepared = prepare(config, grid.tensor)
         if config.checkpoint.mirror:
             Mirror(config.checkpoint.mirror, run)
-        setup, _, _ = _begin(prepared, run, grid, fork, until, asked)
+        setup, _, _ = begin(prepared, run, fork, until, asked)
+        micro_batches(setup.config, grid)
         sample = setup.task.held_out(setup.config)
         data = setup.task.training(setup.config)
         order = data_order(setup, data)
@@ -103,10 +106,16 @@ def train(
         fits = partial(misfit, config=setup.config, task=setup.task)
         damaged = find_whole(run / CHECKPOINTS, grid, config.checkpoint.mirror, fits)
         with grid.together(""):
-            setup, checkpoint, start = _begin(prepared, run, grid, fork, until, asked)
+            setup, checkpoint, start = begin(prepared, run, fork, until, asked)
             if checkpoint is not None:
                 checkpoint.trust()
         if grid.broadcast(checkpoint is not None and is_complete(run, setup.config, until)):
+            if grid.is_main and checkpoint is not None:
+                print(
+                    f"{run}: is at step {checkpoint.step} already: nothing is left to do",
+                    file=sys.stderr,
+                    flush=True,
+                )
             return
         with grid.together(f"{run}"):
             if grid.is_main:
@@ -116,8 +125,12 @@ def train(
                     "precision": precision,
                     "data": describe(setup.task, setup.config),
                 }
+                if fork is not None and checkpoint is None:
+                    setting["forked"] = _described(fork)
+                if start is not None and start.step == setup.config.train.steps:
+                    put_evaluation_aside(run, setup.config)
                 create_run(run, setup.config, setting)
-                rewind(run, start.step if start else -1)
+                rewind(run, checkpoint.step if checkpoint else -1)
         with grid.together(""):
             engine = build_engine(setup.config, grid, setup.plan)
         weights = initial_weights(engine.module, grid)
@@ -165,11 +178,22 @@ def train(
         lock.release()
 
 
-def _begin(
-    setup: Setup, run: Path, grid: Grid, fork: Path | None, until: int | None, asked: str
+def begin(
+    setup: Setup, run: Path, fork: Path | None, until: int | None, asked: str
 ) -> tuple[Setup, Checkpoint | None, Checkpoint | None]:
-    """The setup, the checkpoint of the run's own to go on from, and that or the fork's."""
-    checkpoint = resume_point(run, setup.config)
+    """The setup, the checkpoint of the run's own to go on from, and that or the fork's.
+
+    Raises:
+        UsageError: if the folder holds a run of another recipe or origin, or one that is finished
+            and cannot do what is asked.
+    """
+    checkpoint = resume_point(run, setup.config, asked)
+    if fork is not None:
+        _check_origin(run, fork, checkpoint)
+    if until is not None and until > setup.config.train.steps:
+        raise UsageError(f"--until: {until} is after the last step, {setup.config.train.steps}")
+    if checkpoint is not None and checkpoint.step >= (until or setup.config.train.steps):
+        check_finished(run, setup.config, setup.plan, checkpoint, until)
     start = checkpoint or (Checkpoint(fork) if fork else None)
     if start is not None:
         policy = setup.config.resume.decay if checkpoint else "recipe"
@@ -177,10 +201,32 @@ def _begin(
         if not checkpoint:
             _check_precision(start, setup.config.precision, asked)
         check_continues(start, setup.config, setup.task)
-    if until is not None and until > setup.config.train.steps:
-        raise UsageError(f"--until: {until} is after the last step, {setup.config.train.steps}")
-    micro_batches(setup.config, grid)
     return setup, checkpoint, start
+
+
+def _described(fork: Path) -> dict[str, Any]:
+    """What a run remembers of the checkpoint that it is forked from."""
+    return {"run": str(fork.parent.parent), "step": step_of(fork)}
+
+
+def _check_origin(run: Path, fork: Path, checkpoint: Checkpoint | None) -> None:
+    """Refuse to take a run for one that was forked from another checkpoint than it was.
+
+    Args:
+        checkpoint: the newest of the run.
+    """
+    asked = "{run}@{step}".format(**_described(fork))
+    mend = "leave --fork out to go on with that run, or choose another --out"
+    if fork.resolve().parent == (run / CHECKPOINTS).resolve():
+        raise UsageError(f"--fork: {asked} is of {run} itself, which --out names; {mend}")
+    began = checkpoint.state.get("initial_weights") if checkpoint else None
+    if checkpoint is not None and began and Checkpoint(fork).digest != began:
+        before = forked_from(run)
+        origin = "{run}@{step}".format(**before) if before else "other weights"
+        raise UsageError(
+            f"--fork: {run} is at step {checkpoint.step} of a run that began with {origin}, not "
+            f"with {asked}; {mend}"
+        )
 
 
 def _check_precision(trunk: Checkpoint, precision: str, asked: str) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.finished import is_complete
 from pretrain.report.load import load_run, load_study
-from pretrain.run import is_complete
 from pretrain.tracking import METRICS
 
 

@@ -217,14 +217,14 @@ def test_random_kills(
     steps = 60 * times
     words = words_of(tmp_path, data, "evaluation.every=1000", "faults.watchdog=0", steps=steps)
     whole = words_of(tmp_path / "whole", data, "evaluation.every=1000", steps=steps)
-    done = pretrain(*whole)
+    done = pretrain(*whole, timeout=1200)
     assert done.returncode == 0, done.stderr
     rng = random.Random(7)
     run = tmp_path / "run"
     for number in range(times):
         killed = start_and_kill(words, run, rng)
         assert killed, f"ended by itself after {number} kills"
-    done = pretrain(*words)
+    done = pretrain(*words, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert [one["step"] for one in read_metrics(run)] == list(range(1, steps + 1))
     same_run(run, tmp_path / "whole/run")

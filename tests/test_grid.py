@@ -156,8 +156,8 @@ def train(cases: list[Case], data: Path, folder: Path) -> dict[Case, Path]:
             for case in wanted
             if case.processes == processes
         ]
-        for start in range(0, len(requests), 40):
-            part = requests[start : start + 40]
+        for start in range(0, len(requests), 10):
+            part = requests[start : start + 10]
             run_workers(processes, "train", part, folder / f"workers-{processes}-{start}")
     return {case: folder / case.name for case in wanted}
 

@@ -66,6 +66,7 @@ def adopt(
     if len(set(names)) != len(pairs):
         raise DataError(f"--name: {', '.join(names)} are not {len(pairs)} different names")
     stems = file_names(names)
+    made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
         file, tokenizer = _take_tokenizer(tokenizer_path, out, eod_token)
@@ -116,7 +117,8 @@ def adopt(
         write_aside(out / MANIFEST, to_json(manifest, indent=1).encode())
         return told
     except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
+        if made:
+            shutil.rmtree(out, ignore_errors=True)
         raise
 
 

@@ -15,7 +15,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.files import write_aside
+from data_pipeline.files import held, refuse_run, write_aside
 from data_pipeline.records import is_utf8
 from data_pipeline.sources import SPLITS, DataError
 
@@ -41,16 +41,18 @@ def write_corpus(out: Path) -> dict[str, int]:
     if len(documents) < 100:
         raise DataError(f"{library}: too few sources here; give your own files to `data tokenize`")
     counts = {}
-    for split in SPLITS:
-        lines = [
-            json.dumps({"text": text, "meta": {"pile_set_name": subset}}, ensure_ascii=False)
-            for part, subset, text in documents
-            if part == split
-        ]
-        counts[split] = len(lines)
-        data = "".join(line + "\n" for line in lines).encode("utf-8")
-        packed = zstandard.ZstdCompressor(level=9).compress(data)
-        _write_new(out / f"{split}.jsonl.zst", packed)
+    with held(out):
+        refuse_run(out)
+        for split in SPLITS:
+            lines = [
+                json.dumps({"text": text, "meta": {"pile_set_name": subset}}, ensure_ascii=False)
+                for part, subset, text in documents
+                if part == split
+            ]
+            counts[split] = len(lines)
+            data = "".join(line + "\n" for line in lines).encode("utf-8")
+            packed = zstandard.ZstdCompressor(level=9).compress(data)
+            _write_new(out / f"{split}.jsonl.zst", packed)
     return counts
 
 

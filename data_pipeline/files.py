@@ -11,6 +11,7 @@ import secrets
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,31 +78,107 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone; the system frees the lock of a dead one.
 
     Raises:
-        DataError: if another process holds it.
+        DataError: if another process holds it, or it is a run's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Not through a link: it may lead to a file of somebody else.
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
+    descriptor = _open_lock(folder / LOCK)
+    try:
+        _take(descriptor, folder)
+        refuse_run(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(path: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the name of a file or folder for this process alone.
+
+    Meanwhile ``.NAME.lock`` lies beside it; it goes when the block ends, and only the result is
+    left.
+
+    Args:
+        patience: seconds to wait for another process that holds the name.
+
+    Raises:
+        DataError: if another process holds it still.
+        OSError: that names ``path``.
+    """
+    lock = path.with_name(f".{path.name[:50]}.lock")
+    until = time.monotonic() + patience
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = _open_lock(lock)
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, str(path)) from None
+        try:
+            _take(descriptor, path, until - time.monotonic())
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if _is_named(descriptor, lock):
+            break
+        os.close(descriptor)  # the holder before has removed this file meanwhile
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
+
+
+def refuse_run(folder: Path) -> None:
+    """See that nothing else is written into the folder of a run.
+
+    Raises:
+        DataError: if it is one.
+    """
+    if any((folder / name).exists() for name in ("run-id", "checkpoints")):
+        raise DataError(f"{folder}: is the folder of a run; choose another --out")
+
+
+def _open_lock(path: Path) -> int:
+    """Not through a link: it may lead to a file of somebody else."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def _take(descriptor: int, what: Path, patience: float = 0.0) -> None:
+    """Lock an open file and say in it who does.
+
+    Raises:
+        DataError: if another process has it after so many seconds.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).strip() or "unknown"
-            raise DataError(
-                f"{folder}: another process writes this folder ({holder}); wait for it or choose "
-                "another --out"
-            ) from None
+            if time.monotonic() > until:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                kind = "folder" if what.is_dir() else "file"
+                raise DataError(
+                    f"{what}: another process writes this {kind} ({holder or 'unknown'}); wait "
+                    "for it or choose another --out"
+                ) from None
+            time.sleep(0.05)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             print(
-                f"warning: {folder}: this file system has no locks; start no second process here",
+                f"warning: {what}: this file system has no locks; start no second process here",
                 file=sys.stderr,
                 flush=True,
             )
-        file.seek(0)
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+            break
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except OSError:
+        return False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.encode import Job
-from data_pipeline.files import write_aside
+from data_pipeline.files import held, write_aside
 from data_pipeline.json_tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
 from data_pipeline.manifest import load_manifest
 from data_pipeline.pile import PILE_WEIGHTS
@@ -62,9 +62,10 @@ def train_from_sources(
         "for every 50 MB or so"
     )
     texts = _TrainingTexts(chosen, fields, split)
-    model = train_tokenizer(texts, vocabulary_size, which, max_bytes)
-    texts.say_problems()
-    write_aside(out, model)
+    with held(out):
+        model = train_tokenizer(texts, vocabulary_size, which, max_bytes)
+        texts.say_problems()
+        write_aside(out, model)
     return vocabulary_size
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from data_pipeline.files import held
 from launchers import batch, cloud, hosts, local
 from launchers.site import Site, load_site
 from pretrain.config import Config, load_config
@@ -130,11 +132,15 @@ def _start_here(job: Launch, on: str, found: dict[str, int], show: bool) -> int:
 def _write_secret(path: Path, text: str) -> None:
     """Write what may hold secrets: the user alone may read it, from its first byte on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    aside.replace(path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _hand_over(job: Launch, on: str, show: bool) -> int:
@@ -156,13 +162,14 @@ def _hand_over(job: Launch, on: str, show: bool) -> int:
     if show:
         print(text, end="")
         return 0
-    file.parent.mkdir(parents=True, exist_ok=True)
-    (job.run / "logs").mkdir(exist_ok=True)
-    if on == "slurm" and job.site.variables:
-        _write_secret(job.folder / _ENVIRONMENT_FILE, batch.shell_file(job.site.variables))
-    _write_secret(file, text)
+    with held(job.folder):  # what is submitted is what was written here
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (job.run / "logs").mkdir(exist_ok=True)
+        if on == "slurm" and job.site.variables:
+            _write_secret(job.folder / _ENVIRONMENT_FILE, batch.shell_file(job.site.variables))
+        _write_secret(file, text)
+        number = batch.submit(file) if on == "slurm" else None
     if on == "slurm":
-        number = batch.submit(file)
         print(f"submitted: job {number}; logs: {job.run}/logs; squeue --job {number}")
     elif on == "kubernetes":
         print(f"written: {file}; start it: kubectl apply -f {file}")

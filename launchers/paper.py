@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from data_pipeline.corpus import write_corpus
-from data_pipeline.files import write_aside
+from data_pipeline.files import held, write_aside
 from data_pipeline.prepare import tokenize_sources, train_from_sources
 from launchers.sweeps import run
 from pretrain.config import load_config, read_mapping
@@ -38,15 +38,15 @@ def experiment(name: str, runs: Path, parallel: int, data: Path | None = None) -
     sweep = read_mapping(source, "sweep", "keys")
     recipe = (source.parent / sweep["recipe"]).resolve()
     sweep["recipe"] = str(recipe)
-    if load_config(recipe).task.kind == "text":
-        text = data or prepare_text(runs / "text")
-        sweep["set"] = {**sweep.get("set", {}), "data.path": str(text)}
-    file = runs / f"{name}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(file, yaml.safe_dump(sweep, sort_keys=False).encode())
     out = runs / name
-    if run(file, out, "local", parallel, None, [], False, False, 0.0, as_json=False):
-        raise RunError(f"{out}: a run failed; see {out}/logs, and start again to go on")
+    with held(out):
+        if load_config(recipe).task.kind == "text":
+            text = data or prepare_text(runs / "text")
+            sweep["set"] = {**sweep.get("set", {}), "data.path": str(text)}
+        file = runs / f"{name}.yaml"
+        write_aside(file, yaml.safe_dump(sweep, sort_keys=False).encode())
+        if run(file, out, "local", parallel, None, [], False, False, 0.0, as_json=False):
+            raise RunError(f"{out}: a run failed; see {out}/logs, and start again to go on")
     return out
 
 

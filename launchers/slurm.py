@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.files import write_aside
 from data_pipeline.strict_json import to_json
 from launchers.local import child_environment, program
 from pretrain.errors import TRY_AGAIN, RunError, UsageError
@@ -123,7 +124,7 @@ class SlurmExecutor:
             raise RunError(f"sbatch: {_first_line(error)}") from None
         self._jobs |= {job.name: one.job_id for job, one in zip(fresh, elements, strict=True)}
         text = to_json({**known, **self._jobs})
-        (self._folder / "jobs.json").write_text(text, encoding="utf-8")
+        write_aside(self._folder / "jobs.json", text.encode())
 
     def _known(self) -> dict[str, str]:
         try:

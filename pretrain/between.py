@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from data_pipeline.files import held
 from data_pipeline.strict_json import to_json
 from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.finished import is_evaluated, put_evaluation_aside
@@ -176,5 +177,8 @@ def finish(job: Job) -> None:
                 ),
                 "context": config.model.context,
             }
-            put_evaluation_aside(job.run, job.config)
-            write_text(path, to_json({**header, **figures}, indent=1))
+            with held(path, patience=60):
+                # `pretrain evaluate` may have been quicker.
+                if not is_evaluated(job.run, job.config):
+                    put_evaluation_aside(job.run, job.config)
+                    write_text(path, to_json({**header, **figures}, indent=1))

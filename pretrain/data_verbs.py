@@ -170,6 +170,7 @@ def adopt(
     Writes a manifest that points to them, with the tokenizer and the sizes of the held-out texts.
     """
     from data_pipeline.adopt import adopt as adopt_pairs
+    from pretrain.aside import whole_folder
     from pretrain.errors import UsageError
     from pretrain.tracking import Progress
 
@@ -178,10 +179,11 @@ def adopt(
     except ValueError:
         raise UsageError(f"--split: {split!r} is not three numbers, such as 98,1,1") from None
     progress = Progress(1, "adopt", True)
-    told = adopt_pairs(
-        prefixes, tokenizer, out, (train, val, test), name, eod_token, packed,
-        lambda done, total: progress.update(done, total=total),
-    )  # fmt: skip
+    with whole_folder(out, "adopt") as aside:
+        told = adopt_pairs(
+            prefixes, tokenizer, aside, (train, val, test), name, eod_token, packed,
+            lambda done, total: progress.update(done, total=total),
+        )  # fmt: skip
     progress.close()
     for line in told:
         print(line)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from data_pipeline.corpus import write_corpus
+from data_pipeline.files import locked
 from data_pipeline.prepare import tokenize_sources, train_from_sources
 from pretrain.config import Config, apply_overrides, parse_config
 from pretrain.errors import RunError
@@ -49,6 +50,11 @@ def demo_config(data: Path, steps: int) -> Config:
 
 def run_demo(out: Path, steps: int) -> None:
     """Corpus, tokenizer, tokens, one run per decay, report."""
+    with locked(out):
+        _run(out, steps)
+
+
+def _run(out: Path, steps: int) -> None:
     began = time.monotonic()
     corpus, data, model = out / "corpus", out / "data", out / "tokenizer.model"
     if not (corpus / "test.jsonl.zst").exists():

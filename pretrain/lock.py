@@ -7,9 +7,12 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from data_pipeline.files import refuse_run, write_aside
 from pretrain.errors import RunError
 from pretrain.tracking import warn
 
@@ -36,16 +39,12 @@ class RunLock:
             BusyError: if another process has it.
         """
         self._run.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        file = os.fdopen(os.open(self._run / LOCK, flags, 0o666), "r+", encoding="utf-8")
+        file = _open(self._run)
         try:
             # `is_busy` holds a lock for a moment, in any number of other processes.
             free = any(_try(file, fcntl.LOCK_EX, pause) for pause in (0.0, 0.05, 0.1, 0.2, 0.4))
         except OSError as error:
-            warn(
-                f"{self._run}: its file system has no locks ({error.strerror}); another job in "
-                "this folder would not be noticed"
-            )
+            _warn_no_locks(self._run, error)
             free = True
         if not free:
             holder = file.read(200).strip() or "unknown"
@@ -53,9 +52,7 @@ class RunLock:
             raise BusyError(
                 f"{self._run}: another process is training here ({holder}); wait for it or stop it"
             ) from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        _sign(file)
         self._file = file
 
     def release(self) -> None:
@@ -63,6 +60,76 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+@contextmanager
+def shared(folder: Path, files: dict[Path, bytes], what: str) -> Iterator[None]:
+    """Hold a folder together with processes that mean the same.
+
+    Args:
+        files: what lies in the folder meanwhile; the first process writes it.
+        what: is under way there, for messages.
+
+    Raises:
+        BusyError: if a process holds the folder that means something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _open(folder) as file:
+        refuse_run(folder)
+        try:
+            _try(file, fcntl.LOCK_SH)
+        except OSError as error:
+            _warn_no_locks(folder, error)
+            _write_all(files)
+        else:
+            _join(folder, file, files, what)
+        yield
+
+
+def _join(folder: Path, file: IO[str], files: dict[Path, bytes], what: str) -> None:
+    joined = False
+    for pause in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
+        if _try(file, fcntl.LOCK_EX, pause):  # nobody else is here
+            refuse_run(folder)
+            _sign(file)
+            _write_all(files)
+        joined = _try(file, fcntl.LOCK_SH)
+        if joined:
+            break
+    if not joined:
+        raise BusyError(f"{folder}: another process writes here; wait for it or stop it")
+    for path, data in files.items():
+        if not path.is_file() or path.read_bytes() != data:
+            raise BusyError(
+                f"{folder}: another {what} is under way here, with another {path.name}; wait for "
+                "it, or choose another --out"
+            )
+
+
+def _write_all(files: dict[Path, bytes]) -> None:
+    for path, data in files.items():
+        write_aside(path, data)
+
+
+def _open(folder: Path) -> IO[str]:
+    """The file that is locked."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(folder / LOCK, flags, 0o666), "r+", encoding="utf-8")
+
+
+def _sign(file: IO[str]) -> None:
+    """Say who holds the lock."""
+    file.seek(0)
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def _warn_no_locks(folder: Path, error: OSError) -> None:
+    warn(
+        f"{folder}: its file system has no locks ({error.strerror}); another job in this folder "
+        "would not be noticed"
+    )
 
 
 def is_busy(run: Path) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,6 +38,20 @@ Model = Annotated[
 _PAPER, _RUNS = Path("paper"), Path("runs/paper")
 
 
+def _alone(command: Callable[..., None]) -> Callable[..., None]:
+    """The command of a figure as the only process that writes this figure in this folder."""
+    name = command.__name__.replace("_", "-")
+
+    @wraps(command)
+    def run(out: Path = _PAPER, **more: Any) -> None:
+        from data_pipeline.files import held
+
+        with held(out / name):
+            command(out=out, **more)
+
+    return run
+
+
 def _at_once(parallel: int) -> int:
     import os
 
@@ -56,6 +71,7 @@ def _runs(name: str, runs: Path, given: Path | None, parallel: int, data: Path |
 
 
 @paper_app.command()
+@_alone
 def fig1(out: Out = _PAPER) -> None:
     """Two factors by gradient descent: gap, discrepancy, singular values against decay."""
     from pretrain.paper.fig1 import run
@@ -64,6 +80,7 @@ def fig1(out: Out = _PAPER) -> None:
 
 
 @paper_app.command()
+@_alone
 def fig2(out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0) -> None:
     """Associative recall: rank, discrepancy and gap of an attention-only model over training."""
     from pretrain.paper.fig2 import figure
@@ -72,6 +89,7 @@ def fig2(out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Pa
 
 
 @paper_app.command()
+@_alone
 def fig3(
     out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
     data: Data = None,
@@ -86,6 +104,7 @@ def fig3(
 
 
 @paper_app.command()
+@_alone
 def fig7(
     out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
     data: Data = None,
@@ -97,6 +116,7 @@ def fig7(
 
 
 @paper_app.command()
+@_alone
 def table1(
     out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
     data: Data = None,
@@ -108,6 +128,7 @@ def table1(
 
 
 @paper_app.command("fig3-vit")
+@_alone
 def fig3_vit(
     out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0
 ) -> None:
@@ -121,6 +142,7 @@ def fig3_vit(
 
 
 @paper_app.command()
+@_alone
 def fig4(
     out: Out = _PAPER, runs: Runs = _RUNS, model: Model = None, family: Path | None = None,
     parallel: Parallel = 0,
@@ -130,6 +152,7 @@ def fig4(
 
 
 @paper_app.command()
+@_alone
 def fig6(
     out: Out = _PAPER, runs: Runs = _RUNS, model: Model = None, family: Path | None = None,
     parallel: Parallel = 0,
@@ -154,6 +177,7 @@ def _scatter(
 
 
 @paper_app.command()
+@_alone
 def fig5(out: Out = _PAPER) -> None:
     """AdamW's decay against Adam with L2, for two scalars, direct and factored."""
     from pretrain.paper.fig5 import run
@@ -162,6 +186,7 @@ def fig5(out: Out = _PAPER) -> None:
 
 
 @paper_app.command()
+@_alone
 def modern(
     out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
     data: Data = None,
@@ -173,6 +198,7 @@ def modern(
 
 
 @paper_app.command("rank-cost")
+@_alone
 def rank_cost(
     out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
     data: Data = None,
@@ -205,6 +231,14 @@ def everything(
 
     Half an hour or so on two cores; started again, it goes on where it stopped.
     """
+    from data_pipeline.files import held
+
+    path = page or out / "paper.md"
+    with held(path):
+        _everything(out, runs, parallel, path)
+
+
+def _everything(out: Path, runs: Path, parallel: int, path: Path) -> None:
     from pretrain.errors import RunError
     from pretrain.grid import disconnect
     from pretrain.paper.page import write_page
@@ -219,7 +253,6 @@ def everything(
         except RunError as error:
             failures.append(str(error))
     disconnect()
-    path = page or out / "paper.md"
     write_page(path, out, list(_ALL))
     print(f"page: {path}  ({(time.monotonic() - began) / 60:.1f} min)")
     if failures:

@@ -6,6 +6,7 @@ others trained, or beside the checkpoints of its training.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import sys
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import replacing
+from data_pipeline.files import held, replacing
 from data_pipeline.strict_json import to_json
 from models.factors import AttentionShape, Factors
 from models.families import Family, read_family
@@ -286,11 +287,14 @@ def rank_command(
 ) -> None:
     """`pretrain ranks`."""
     found = find_weights(target, family, batch_tokens, allow_unused)
-    rows, scatter = measure_weights(found, config)
-    print_ranks(rows, as_json)
-    if out:
-        write_table(rows, out)
-        print(f"written: {out}", file=sys.stderr)
-    if figures:
-        scatter.write(figures)
-        print(f"written: {figures}/scatter.png, .csv", file=sys.stderr)
+    with contextlib.ExitStack() as ours:
+        for path in filter(None, (out, figures / "scatter" if figures else None)):
+            ours.enter_context(held(path))
+        rows, scatter = measure_weights(found, config)
+        print_ranks(rows, as_json)
+        if out:
+            write_table(rows, out)
+            print(f"written: {out}", file=sys.stderr)
+        if figures:
+            scatter.write(figures)
+            print(f"written: {figures}/scatter.png, .csv", file=sys.stderr)

@@ -193,7 +193,7 @@ def resume_point(run: Path, config: Config, asked: str = "") -> Checkpoint | Non
     """
     if not (run / CONFIG).exists():
         # What a kill leaves, what the mirror's checkpoint is fetched into, what a launcher writes.
-        known = {f"{CONFIG}.tmp", LOCK, CHECKPOINTS, RUN_ID, *LAUNCHED}
+        known = {f"{CONFIG}.tmp", LOCK, CHECKPOINTS, RUN_ID, *LAUNCHED, ".launch.lock"}
         unknown = {name for name in names_in(run) if not is_leftover(name, *_OWN)} - known
         if unknown:
             raise UsageError(f"{run}: not empty and not a run folder; choose another --out")

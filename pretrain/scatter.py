@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.factors import Factors
-from pretrain.paper.checks import write_csv
+from pretrain.paper.checks import write_csv, write_figure
 from pretrain.probe import Row
 
 _DECADE = 20
@@ -105,7 +105,7 @@ class Scatter:
         panels[2].legend(frameon=False)
         if title:
             figure.suptitle(title)
-        figure.savefig(path, dpi=130)
+        write_figure(path, figure)
         plt.close(figure)
 
     def _cloud(self, axes: Any, panel: str, product: str, label: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.dataset import held_out
+from data_pipeline.files import held
 from data_pipeline.manifest import load_manifest
 from data_pipeline.strict_json import to_json
 from pretrain.checkpoint import Checkpoint, load_into_module
@@ -17,9 +19,9 @@ from pretrain.deepspeed_adapter import prepare_deepspeed, resolve_precision
 from pretrain.engine import build_model
 from pretrain.errors import UsageError
 from pretrain.evaluate import score, summarize
-from pretrain.grid import build_grid, check_grid, connect, process_count
+from pretrain.grid import Grid, build_grid, check_grid, connect, process_count
 from pretrain.libraries import load_libraries
-from pretrain.run import resolve_checkpoint, write_text
+from pretrain.run import EVALUATION, resolve_checkpoint, write_text
 from pretrain.speed import keep_freed_memory
 from pretrain.tasks import Task, Text, open_task
 from pretrain.tracking import Progress
@@ -58,6 +60,31 @@ def evaluate_checkpoint(
     load_libraries()
     prepare_deepspeed()
     grid = build_grid(config.grid, device)
+    with contextlib.ExitStack() as ours:
+        with grid.together(""):
+            if grid.is_main and out:
+                ours.enter_context(held(out))
+        figures = _measure(checkpoint, config, task, grid, split, documents, batch, stride, choice)
+        with grid.together(""):
+            path = out
+            if grid.is_main:
+                words = _words(checkpoint, config, task, documents)
+                path = _write(target, checkpoint, figures, words, out)
+    return figures, grid.broadcast(path), grid.is_main
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    config: Config,
+    task: Task,
+    grid: Grid,
+    split: str,
+    documents: int | None,
+    batch: int,
+    stride: int,
+    choice: RankChoice | None,
+) -> dict[str, Any]:
+    """The figures and their settings, as the file has them; a collective call."""
     module = build_model(config, grid)
     load_into_module(checkpoint, module, grid)
     precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
@@ -88,14 +115,21 @@ def evaluate_checkpoint(
     else:
         body = task.figures(module, grid, config, task.held_out(config, everything=True), report)
     progress.close()
-    figures = {**header, **body}
-    path = out or grid.broadcast(
-        result_path(target, checkpoint, figures, _words(checkpoint, config, task, documents))
-    )
-    if grid.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    return {**header, **body}
+
+
+def _write(
+    target: str, checkpoint: Checkpoint, figures: dict[str, Any], words: list[str], out: Path | None
+) -> Path:
+    """Write the file, and no other settings' file over; returns its path."""
+    if out:
+        write_text(out, to_json(figures, indent=1))
+        return out
+    # Of several that end at once, each sees what the ones before have written.
+    with held(checkpoint.path.parent.parent / EVALUATION, patience=60):
+        path = result_path(target, checkpoint, figures, words)
         write_text(path, to_json(figures, indent=1))
-    return figures, path, grid.is_main
+    return path
 
 
 def _task(checkpoint: Checkpoint, config: Config, data: Path | None, stride: int) -> Task:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import write_aside
 from data_pipeline.strict_json import to_json
 from pretrain.checkpoint import newest_checkpoint
 from pretrain.config import dump_config
 from pretrain.errors import TRY_AGAIN
 from pretrain.finished import is_complete
 from pretrain.jobs import Executor, Job
-from pretrain.lock import is_busy
+from pretrain.lock import is_busy, shared
 from pretrain.run import CHECKPOINTS
 from pretrain.signals import Stopped
 from pretrain.sweep_config import Sweep, Task
@@ -70,12 +69,17 @@ def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list
     Raises:
         Stopped: by a signal, after a clean stop.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    write_aside(out / SWEEP, to_json(describe(sweep), indent=1).encode())
-    for task in sweep.tasks:
-        recipe = _recipe(out, task)
-        recipe.parent.mkdir(exist_ok=True)
-        write_aside(recipe, dump_config(task.config).encode())
+    with shared(out, _files(sweep, out), "sweep"):
+        return _run(sweep, out, executor, retries)
+
+
+def _files(sweep: Sweep, out: Path) -> dict[Path, bytes]:
+    """What the folder says of its runs before they begin."""
+    recipes = {_recipe(out, task): dump_config(task.config).encode() for task in sweep.tasks}
+    return {out / SWEEP: to_json(describe(sweep), indent=1).encode(), **recipes}
+
+
+def _run(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list[Status]:
     statuses = [Status(task) for task in sweep.tasks]
     table = Table(sweep.name)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,8 +65,15 @@ def conclude(figure: str, checks: list[Check], out: Path, extra: str = "") -> No
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Rows of equal keys as CSV."""
     rows = list(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_aside(path, text.getvalue().encode("utf-8"))
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """A figure of matplotlib as an image, in the format of the path's ending."""
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:], dpi=130)
+    write_aside(path, image.getvalue())

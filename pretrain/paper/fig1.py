@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.paper.checks import Check, conclude, write_csv
+from pretrain.paper.checks import Check, conclude, write_csv, write_figure
 from pretrain.spectra import product_statistics
 
 LEVELS = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2], dtype=torch.float64)
@@ -147,5 +147,5 @@ def _draw(shown: Trajectory, fine: tuple[float, ...], ends: Trajectory, path: Pa
     against.set(title="singular values at step 1000", xlabel="λ (dotted: max(s − λ/2, 0))")
     over.plot(shown.steps, shown.singular_values[:, SHOWN.index(0.4)], color="black")
     over.set(title="singular values, λ = 0.4", xlabel="step")
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure)
     plt.close(figure)

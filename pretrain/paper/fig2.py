@@ -10,7 +10,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
-from pretrain.paper.checks import Check, conclude, write_csv
+from pretrain.paper.checks import Check, conclude, write_csv, write_figure
 from pretrain.paper.runs import (
     PRODUCTS,
     arrow,
@@ -133,5 +133,5 @@ def _draw(runs: list[RunData], path: Path) -> None:
         last.plot([run.exposure for run in runs], ranks, f"{marker}-", label=PRODUCTS[product])
     last.set(title="rank at the end", xlabel="exposure Σηλ", ylim=(0, None))
     last.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure)
     plt.close(figure)

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pretrain.paper.checks import Check, conclude, write_csv
+from pretrain.paper.checks import Check, conclude, write_csv, write_figure
 from pretrain.paper.runs import (
     MLP,
     PRODUCTS,
@@ -84,7 +84,7 @@ def _draw(rows: list[dict[str, Any]], layers: list[int], path: Path) -> None:
         axes.set(title=f"layer {layer}", xlabel="exposure Σηλ of attention", ylabel="rank")
         axes.set_ylim(0, None)
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure)
     plt.close(figure)
 
 
@@ -180,5 +180,5 @@ def _draw_table(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xticks(list(places), [f"{p['attention']:.3g}" for p in points])
     axes.set(xlabel="λ of attention", ylabel="perplexity, held-out text")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure)
     plt.close(figure)

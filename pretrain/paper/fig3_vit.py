@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.paper.checks import Check, conclude, write_csv
+from pretrain.paper.checks import Check, conclude, write_csv, write_figure
 from pretrain.paper.fig2 import accuracy
 from pretrain.paper.runs import PRODUCTS, arrow, by_decay, largest_rise, load_runs, mean, values
 from pretrain.report.load import RunData
@@ -60,5 +60,5 @@ def _draw(rows: list[dict[str, float]], path: Path) -> None:
     rank.legend(frameon=False)
     right.plot(x, [row["accuracy"] for row in rows], "o-", color="black")
     right.set(title="accuracy, held-out", xlabel="exposure Σηλ of attention")
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure)
     plt.close(figure)

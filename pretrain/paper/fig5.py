@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.paper.checks import Check, conclude, write_csv
+from pretrain.paper.checks import Check, conclude, write_csv, write_figure
 
 L2_POINT, L1_POINT = (0.8, 0.4), (1.0, 0.0)
 START = (0.3, 1.4)
@@ -125,5 +125,5 @@ def _draw(paths: dict[tuple[str, str], list[Any]], path: Path) -> None:
         axes.set(title="w" if form == "direct" else "w = a · b", xlabel="w₁")
     panels[0].set_ylabel("w₂")
     panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure)
     plt.close(figure)

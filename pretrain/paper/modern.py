@@ -18,7 +18,7 @@ import torch
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import Config
 from pretrain.errors import UsageError
-from pretrain.paper.checks import Check, conclude, write_csv
+from pretrain.paper.checks import Check, conclude, write_csv, write_figure
 from pretrain.paper.runs import given_decay, load_runs, mean, values
 from pretrain.report.load import RunData
 from pretrain.run import resolve_checkpoint
@@ -232,5 +232,5 @@ def _draw(pairs: dict[str, Pair], rows: list[dict[str, Any]], path: Path) -> Non
         axes.set(title=f"rank of {word}, all heads")
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure)
     plt.close(figure)

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pretrain.paper.checks import Check, conclude, write_csv
+from pretrain.paper.checks import Check, conclude, write_csv, write_figure
 from pretrain.paper.fig2 import accuracy
 from pretrain.paper.runs import MLP, colours, given_decay, load_runs, mean, values
 from pretrain.report.load import RunData
@@ -135,5 +135,5 @@ def _draw(panels: list[_Panel], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure)
     plt.close(figure)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline.files import write_aside
+from data_pipeline.files import held, refuse_run, write_aside
 from pretrain.errors import UsageError
 from pretrain.report.cells import DataTable
 from pretrain.report.compare import uncounted, unpaired
@@ -38,12 +38,20 @@ def write_report(
     """
     if form not in FORMATS:
         raise UsageError(f"--format: {form!r} is none of {', '.join(FORMATS)}")
+    with held(out):
+        return _write(paths, out, form, baseline, unfinished)
+
+
+def _write(
+    paths: list[Path], out: Path, form: str, baseline: str | None, unfinished: bool
+) -> Study:
+    if out.is_dir():
+        refuse_run(out)
     study = load_study(paths, baseline, unfinished)
     tables, figures = tables_of(study), figures_of(study)
     notes = [*study.notes, *unpaired(study), *uncounted(study)]
     for note in notes:
         warn(note)
-    out.parent.mkdir(parents=True, exist_ok=True)
     _WRITERS[form](study, tables, figures, notes, out)
     return study
 

@@ -21,7 +21,7 @@ from pretrain.errors import TRY_AGAIN
 from pretrain.signals import SIGNALS
 
 SUPERVISED = "RANKDECAY_SUPERVISED"
-_FINAL = (0, 1, 2)
+FINAL = (0, 1, 2)
 """Complete; trouble with files; a mistake: another start would end the same."""
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 
@@ -81,7 +81,7 @@ def _again_and_again(start: Callable[[], int], run: Path, restarts: int) -> int:
     while True:
         before = _newest(run)
         code = start()
-        if SIGNALS.asked or code in _FINAL:
+        if SIGNALS.asked or code in FINAL:
             return code
         failures = 0 if _newest(run) != before else failures + 1
         if failures > restarts:

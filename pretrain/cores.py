@@ -24,6 +24,14 @@ def usable_cores(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")
     return max(1, min([cores, *(int(quota) for quota in quotas)]))
 
 
+def fit_threads(threads: int) -> int:
+    """So many threads, or fewer where the quota of this process's time is less.
+
+    A launcher or user who set ``OMP_NUM_THREADS`` has decided.
+    """
+    return threads if os.environ.get("OMP_NUM_THREADS") else min(threads, usable_cores())
+
+
 def _folders(cgroups: Path, own: Path) -> list[Path]:
     """This process's control groups and those above them, of either version."""
     tops = {cgroups: "/"}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pretrain.cores import usable_cores
 from pretrain.options import Json
 
 data_app = typer.Typer(help="Make training data: corpus, tokenizer, tokens.", no_args_is_help=True)
@@ -76,7 +76,7 @@ def tokenize(
         Path, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
     split: Annotated[
         str | None, typer.Option(help="Put everything in this split; default by file name.")
     ] = None,

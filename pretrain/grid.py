@@ -19,6 +19,7 @@ import torch.distributed as dist
 from models.parallel import TensorParallel
 from models.roles import ModelError
 from pretrain.config import GridConfig
+from pretrain.cores import fit_threads
 from pretrain.errors import MachineError, RunError, UsageError
 from pretrain.exits import exit_code, is_of_machine
 from pretrain.meeting import open_store
@@ -189,6 +190,7 @@ def connect() -> torch.device:
         # DeepSpeed would otherwise look for CUDA when its toolkit is installed without a GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")
+    torch.set_num_threads(fit_threads(torch.get_num_threads()))
     if not dist.is_initialized():
         backend = "nccl" if gpus else "gloo"
         timeout = timedelta(minutes=30)

@@ -8,14 +8,17 @@ reduction between two of them.
 from __future__ import annotations
 
 import os
-import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from pretrain.config import Config
 from pretrain.deepspeed_adapter import resolve_precision
+from pretrain.errors import RunError
 from pretrain.plan import Device
 from pretrain.plan_memory import process_bytes
 
@@ -71,13 +74,15 @@ def elementwise_rate(width: int) -> float:
 
 def link_rate() -> float:
     """Bytes a second that each of two processes here sends in a reduction of 4 MB."""
-    from launchers.local import start_environment, torchrun
+    from launchers.local import start_environment
+    from launchers.team import run_team
 
-    words = [*torchrun(2), "-m", "pretrain.here"]
-    done = subprocess.run(
-        words, env=start_environment(2), capture_output=True, text=True, timeout=120, check=True
-    )
-    return float(done.stdout.split()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "rate"
+        words = [sys.executable, "-P", "-m", "pretrain.here", str(answer)]
+        if run_team(words, 2, start_environment(2)):
+            raise RunError("--gpu here: two processes could not be measured; see above")
+        return float(answer.read_text())
 
 
 def _values(*shape: int, width: int) -> torch.Tensor:
@@ -109,8 +114,8 @@ def _memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _reduce() -> None:
-    """What each of two processes does for `link_rate`; the first prints the rate."""
+def _reduce(answer: Path) -> None:
+    """What each of two processes does for `link_rate`; the first writes the rate."""
     import torch.distributed as dist
 
     from pretrain.grid import connect
@@ -130,9 +135,9 @@ def _reduce() -> None:
     together()
     seconds = min(together() for _ in range(8))
     if dist.get_rank() == 0:
-        print(values.numel() * values.element_size() / seconds)
+        answer.write_text(str(values.numel() * values.element_size() / seconds))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _reduce()
+    _reduce(Path(sys.argv[1]))

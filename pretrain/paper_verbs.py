@@ -53,13 +53,13 @@ def _alone(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _at_once(parallel: int) -> int:
-    import os
-
     import torch
+
+    from pretrain.cores import usable_cores
 
     if parallel or torch.cuda.is_available():
         return parallel
-    return max(1, min(2, os.cpu_count() or 1))
+    return max(1, min(2, usable_cores()))
 
 
 def _runs(name: str, runs: Path, given: Path | None, parallel: int, data: Path | None) -> Path:

@@ -14,9 +14,9 @@ import torch
 
 import pretrain.engine
 from pretrain import console, exits
-from pretrain.cores import usable_cores
+from pretrain.cores import fit_threads, usable_cores
 from pretrain.errors import TRY_AGAIN, MachineError, RunError, UsageError
-from pretrain.grid import Grid
+from pretrain.grid import Grid, connect, disconnect
 from tests.tools import ROOT, assert_one_line, base_recipe, environment, run, write_recipe
 
 
@@ -199,3 +199,22 @@ def test_a_quota_of_cores_is_seen(
     (tmp_path / "own").write_text("0::/a/b\n4:cpu,cpuacct:/a/b\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     assert usable_cores(tmp_path / "fs", tmp_path / "own") == (quota or 16)
+
+
+@pytest.mark.parametrize(("said", "wanted"), [(None, 1), ("2", 2)])
+def test_one_process_takes_no_more_threads_than_its_quota(
+    said: str | None, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setattr("pretrain.cores.usable_cores", lambda: 1)
+    assert fit_threads(2) == wanted
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        connect()
+        assert torch.get_num_threads() == wanted
+    finally:
+        torch.set_num_threads(before)
+        disconnect()

@@ -2,7 +2,9 @@
 
 A script of `tests.tools.run_processes`: ``together.py REQUEST``. The request has ``rounds``, each a
 list of commands ``{"words": [...], "kill_after": seconds or null}``, and ``answer``, the file for
-``[[{"code": ..., "stderr": ...}, ...], ...]``; a code below 0 is a signal.
+``[[{"code": ..., "stderr": ...}, ...], ...]``; a code below 0 is a signal. With ``library``, what
+takes long in every such process is made small: `data corpus` reads that folder instead of Python's
+own, runs of a sweep are forks, and `demo` only writes a file slowly.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
 def main() -> None:
     """Run the rounds of the request, one after the other."""
     request = json.loads(Path(sys.argv[1]).read_text())
+    if "library" in request:
+        _make_cheap(request["library"])
     answers = [_round(commands) for commands in request["rounds"]]
     Path(request["answer"]).write_text(json.dumps(answers))
 
@@ -69,6 +74,72 @@ def _run(words: list[str], output: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+class ForkingExecutor:
+    """Runs of a sweep as forks of this process, which has everything imported."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._running: dict[int, str] = {}
+
+    def submit(self, jobs: list[Any]) -> None:
+        """Start jobs."""
+        for job in jobs:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            job.log.touch()
+            process = os.fork()
+            if process == 0:
+                _run(job.words, job.log)
+            self._running[process] = job.name
+
+    def poll(self) -> dict[str, int]:
+        """Exit codes of the jobs that have ended."""
+        ended = {}
+        for process in list(self._running):
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                ended[self._running.pop(process)] = os.waitstatus_to_exitcode(status)
+        return ended
+
+    def stop(self) -> None:
+        """End everything."""
+        for process in self._running:
+            os.kill(process, signal.SIGTERM)
+
+
+def _slow_demo(out: Path, steps: int) -> None:
+    for part in ("corpus", "report.html"):
+        (out / part).write_text(f"{part} {steps}")
+        time.sleep(0.05)
+
+
+def _make_cheap(library: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    import data_pipeline.corpus
+    import launchers.sweeps
+    import pretrain.demo
+    import pretrain.export
+    import pretrain.importing
+    import pretrain.paper.fig4
+    import pretrain.paper.fig5
+    import pretrain.ranks
+    import pretrain.report.figures
+    import pretrain.report.page
+    import pretrain.report.printed
+    import pretrain.sweep
+
+    # In its module alone: others ask sysconfig too.
+    data_pipeline.corpus.sysconfig = SimpleNamespace(  # type: ignore[assignment]
+        get_paths=lambda: {"stdlib": library}
+    )
+    launchers.sweeps.LocalExecutor = ForkingExecutor  # type: ignore[assignment,misc]
+    pretrain.sweep._PAUSE = 0.05
+    pretrain.demo._run = _slow_demo
 
 
 if __name__ == "__main__":

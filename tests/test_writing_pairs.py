@@ -187,7 +187,7 @@ def _content(path: Path, place: str) -> Any:
         return "manifest"
     if path.suffix == ".safetensors":
         with safe_open(path, "np") as file:
-            return {name: file.get_tensor(name).tobytes() for name in file}
+            return {name: file.get_tensor(name).tobytes() for name in list(file.keys())}
     data = path.read_bytes()
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in data.splitlines()]

@@ -20,6 +20,7 @@ from models.parallel import TensorParallel
 from models.roles import ModelError
 from pretrain.config import GridConfig
 from pretrain.cores import fit_threads
+from pretrain.devices import own_gpu, refuse_shared
 from pretrain.errors import MachineError, RunError, UsageError
 from pretrain.exits import exit_code, is_of_machine
 from pretrain.meeting import open_store
@@ -176,16 +177,11 @@ def connect() -> torch.device:
         The device of this process: its GPU under NCCL, else the CPU under gloo.
     """
     _adopt_launcher()
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    os.environ.setdefault("LOCAL_RANK", "0")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus:
-        if local_rank >= gpus:
-            raise UsageError(
-                f"local rank {local_rank} has no GPU: this node has {gpus}; start at most {gpus} "
-                "processes on it, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", own_gpu(gpus))
+        torch.cuda.set_device(device)
     else:
         # DeepSpeed would otherwise look for CUDA when its toolkit is installed without a GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -197,6 +193,8 @@ def connect() -> torch.device:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ["RANK"]) if size > 1 else 0
         store = open_store(rank, size, timeout)
+        if gpus and size > 1:
+            refuse_shared(str(torch.cuda.get_device_properties(device).uuid), size, store, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return device
 

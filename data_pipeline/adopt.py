@@ -18,7 +18,7 @@ from data_pipeline.account import share, why_lossy
 from data_pipeline.assemble import file_names
 from data_pipeline.dataset import index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, hash_text
-from data_pipeline.files import write_aside
+from data_pipeline.files import read_tokenizer, write_aside
 from data_pipeline.json_tokenizer import HuggingFaceTokenizer
 from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.pairs import Looked, Pair, look_at_all, read_pair
@@ -230,6 +230,8 @@ def _byte_level(vocabulary: Path, merges: Path, eod_token: str | None) -> str:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
+    for file in (vocabulary, merges):
+        read_tokenizer(file)  # whatever lies there is of a size to be read
     try:
         made = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # the library raises plain Exception

@@ -71,10 +71,9 @@ def read_checksums(data: Path, path: Path | None = None) -> np.ndarray | None:
     path = path or data.with_suffix(SUFFIX)
     if not path.is_file():
         return None
-    found = np.fromfile(path, dtype="<u4")
-    if len(found) != -(-data.stat().st_size // BLOCK) or path.stat().st_size % 4:
+    if path.stat().st_size != 4 * -(-data.stat().st_size // BLOCK):
         raise DataError(f"{path}: not the checksums of {data.name}; tokenise again")
-    return found
+    return np.fromfile(path, dtype="<u4")
 
 
 class CheckedReader:

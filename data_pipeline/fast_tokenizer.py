@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.account import TRIALS
+from data_pipeline.files import read_tokenizer
 from data_pipeline.records import DataError
 from data_pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 
@@ -89,7 +90,7 @@ def _description(path: Path) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 (made at run time)
-    proto.ParseFromString(path.read_bytes())
+    proto.ParseFromString(read_tokenizer(path))
     return proto
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -14,12 +15,76 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from data_pipeline.records import DataError
 
 LOCK = ".lock"
+LARGEST = 1 << 25
+"""Bytes of a file that is read whole into objects of Python, which take some twenty times them."""
+_LARGEST_TOKENIZER = 1 << 28
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.tmp")
+
+
+def open_regular(path: Path, most: int | None = None) -> BinaryIO:
+    """A file to read; never waits for a pipe, and never reads a device.
+
+    Args:
+        most: bytes that such a file may have; None: any number.
+
+    Raises:
+        OSError: that names the file, also if it is none, or larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.ENXIO, "not a regular file", str(path))
+        if most is not None and found.st_size > most:
+            text = f"{found.st_size:,} bytes; such a file has at most {most:,}"
+            raise OSError(errno.EFBIG, text, str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_small(path: Path, most: int = LARGEST) -> bytes:
+    """The bytes of a file that is small by its nature, whatever lies in its place.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    with open_regular(path, most) as file:
+        return file.read(most)
+
+
+def read_tokenizer(path: Path) -> bytes:
+    """The bytes of a tokenizer's file.
+
+    Raises:
+        DataError: if there is none, or one that is larger than any tokenizer.
+    """
+    try:
+        return read_small(path, _LARGEST_TOKENIZER)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path: Path, most: int = LARGEST) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: as `open_regular`.
+        ValueError: if it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(read_small(path, most))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from data_pipeline.files import read_tokenizer
 from data_pipeline.records import DataError
 
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -50,7 +51,7 @@ class HuggingFaceTokenizer:
         import tokenizers
 
         self._path, self._special = path, special
-        self._data = path.read_bytes()
+        self._data = read_tokenizer(path)
         wrong = f"{path}: not a Hugging Face tokenizer.json"
         self._tree: dict[str, Any] = _ask(lambda: json.loads(self._data), wrong)
         if not _merges_fit(self._tree):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import read_json
 from data_pipeline.json_tokenizer import SpecialTokens
 from data_pipeline.records import DataError
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, name_of_token
@@ -162,14 +163,18 @@ def load_manifest(path: Path) -> Manifest:
         DataError: if it is missing, unfinished or unreadable.
     """
     file = path / MANIFEST
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError as error:  # a name too long, no permission
+        raise DataError(f"{str(file)[:200]}: cannot be read ({error.strerror})") from None
+    if not there:
         if (path / ".parts").is_dir():
             raise DataError(
                 f"{path}: tokenisation is not finished; repeat `pretrain data tokenize`"
             )
         raise DataError(f"{path}: no {MANIFEST}; make the folder with `pretrain data tokenize`")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values["version"] != MANIFEST_VERSION:
             raise DataError(
                 f"{file}: version {values['version']}, this program reads {MANIFEST_VERSION}; "

@@ -6,7 +6,6 @@ source which has changed is read again without the others.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 
 from data_pipeline.account import Account
 from data_pipeline.encode import Encoded, Key
-from data_pipeline.files import is_leftover, write_aside, write_synced
+from data_pipeline.files import is_leftover, read_json, write_aside, write_synced
 from data_pipeline.records import DataError
 from data_pipeline.sources import Source, Tell, sha256_of
 from data_pipeline.strict_json import to_json
@@ -160,7 +159,7 @@ class Parts:
 
     def _read(self, path: Path, sources: list[Source], tell: Tell) -> None:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             reason = why_others(self.identity, found["identity"])
             before = [SourceState(**one) for one in found["sources"]]
             self.parts, self.made, self._next = found["parts"], found["made"], found["next"]

@@ -8,7 +8,6 @@ presence means that the folder is complete (`data_pipeline.assemble`).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 from data_pipeline.assemble import assemble, check_free
 from data_pipeline.encode import Encoded, Encoder, Job, Key, Result
-from data_pipeline.files import locked
+from data_pipeline.files import locked, read_json
 from data_pipeline.manifest import MANIFEST
 from data_pipeline.parts import SPECIAL, Parts, recorded_sources, why_others
 from data_pipeline.records import Block, DataError
@@ -127,7 +126,7 @@ def _finished(out: Path, identity: dict[str, Any], sources: list[Source]) -> dic
     if not path.exists():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(path)
         reason = why_others(identity, found["identity"])
         before = recorded_sources(found)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):

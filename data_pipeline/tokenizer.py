@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from data_pipeline.files import read_tokenizer
 from data_pipeline.json_tokenizer import (
     NO_SPECIAL_TOKENS,
     HuggingFaceTokenizer,
@@ -71,7 +72,7 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path, eod_token: str | None = None) -> None:
         import sentencepiece
 
-        self._data = path.read_bytes()
+        self._data = read_tokenizer(path)
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(self._data)
@@ -216,11 +217,13 @@ def name_of_token(path: Path, token: int) -> str | None:
     path = find_tokenizer(path)
     try:
         if path.suffix == ".json":
-            made = tokenizers.Tokenizer.from_file(str(path))
+            made = tokenizers.Tokenizer.from_str(read_tokenizer(path).decode())
             name = made.id_to_token(token) if token >= 0 else None
             return None if name is None else str(name)
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        processor = sentencepiece.SentencePieceProcessor(model_proto=read_tokenizer(path))
         return str(processor.IdToPiece(token)) if 0 <= token < processor.GetPieceSize() else None
+    except DataError:
+        raise
     except Exception as error:  # both libraries raise plain exceptions
         raise DataError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
 

@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+from data_pipeline.files import read_small
 from launchers.local import program
 from launchers.site import Site
 from pretrain.errors import UsageError
@@ -19,9 +20,11 @@ def read_hosts(path: Path) -> dict[str, int]:
         UsageError: naming the file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_small(path).decode().splitlines()
     except OSError as error:
         raise UsageError(f"{path}: cannot read the hosts ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()

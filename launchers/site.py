@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pretrain.config import explain, read_mapping
+from pretrain.config import read_mapping
 from pretrain.decay_config import Section
 from pretrain.errors import UsageError
+from pretrain.explain import explain
 
 
 class ContainerConfig(Section):

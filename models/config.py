@@ -67,21 +67,31 @@ _DIALECTS: dict[str, dict[str, Any]] = {
 }
 
 
+_MOST, _MOST_LAYERS, _MOST_PIXELS, _MOST_CHANNELS = 1 << 24, 10_000, 1 << 14, 1 << 10
+"""Beyond any model; within them a tensor's elements can be counted in 63 bits."""
+
+
 class GPTConfig(BaseModel):
     """Shape and switches of a transformer; unset ones follow from the dialect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dialect: Dialect = Dialect.GPT2
-    num_layers: int = Field(12, ge=1)
-    hidden_size: int = Field(768, ge=1)
-    num_attention_heads: int = Field(12, ge=1)
-    num_key_value_heads: int = Field(0, ge=0, description="0: one per query head (MHA)")
-    head_dim: int = Field(0, ge=0, description="0: hidden_size / num_attention_heads")
-    ffn_hidden_size: int = Field(0, ge=0, description="0: 4 x hidden, or 8/3 x hidden (SwiGLU)")
-    context: int = Field(1024, ge=2, description="tokens in a training sequence")
-    vocabulary_size: int = Field(0, ge=0, description="0: taken from the data's tokenizer")
-    vocabulary_multiple: int = Field(128, ge=1, description="the vocabulary is padded to this")
+    num_layers: int = Field(12, ge=1, le=_MOST_LAYERS)
+    hidden_size: int = Field(768, ge=1, le=_MOST)
+    num_attention_heads: int = Field(12, ge=1, le=_MOST)
+    num_key_value_heads: int = Field(0, ge=0, le=_MOST, description="0: one per query head (MHA)")
+    head_dim: int = Field(0, ge=0, le=_MOST, description="0: hidden_size / num_attention_heads")
+    ffn_hidden_size: int = Field(
+        0, ge=0, le=_MOST, description="0: 4 x hidden, or 8/3 x hidden (SwiGLU)"
+    )
+    context: int = Field(1024, ge=2, le=_MOST, description="tokens in a training sequence")
+    vocabulary_size: int = Field(
+        0, ge=0, le=_MOST, description="0: taken from the data's tokenizer"
+    )
+    vocabulary_multiple: int = Field(
+        128, ge=1, le=_MOST, description="the vocabulary is padded to this"
+    )
     position: Literal["learned", "rotary", "none"] = Field(
         "learned", description="none: a causal mask tells positions apart (Kazemnejad et al. 2023)"
     )
@@ -101,9 +111,11 @@ class GPTConfig(BaseModel):
     )
     causal: bool = Field(True, description="false: every position sees all")
     mlp: bool = Field(True, description="false: attention-only blocks")
-    image_size: int = Field(0, ge=0, description="> 0: images are classified, not text modelled")
-    patch_size: int = Field(0, ge=0)
-    image_channels: int = Field(3, ge=1)
+    image_size: int = Field(
+        0, ge=0, le=_MOST_PIXELS, description="> 0: images are classified, not text modelled"
+    )
+    patch_size: int = Field(0, ge=0, le=_MOST_PIXELS)
+    image_channels: int = Field(3, ge=1, le=_MOST_CHANNELS)
     initialization: Literal["normal", "small_init"] = "normal"
     init_std: float = Field(0.02, gt=0, description="of `normal`; small_init follows the width")
 
@@ -116,7 +128,7 @@ class GPTConfig(BaseModel):
         if isinstance(image, int) and isinstance(patch, int) and image > 0 and patch > 0:
             values = {"context": max(2, (image // patch) ** 2), **values}
         # An unknown dialect falls through to the field's own error.
-        return {**_DIALECTS.get(values.get("dialect", Dialect.GPT2), {}), **values}
+        return {**_DIALECTS.get(str(values.get("dialect", Dialect.GPT2)), {}), **values}
 
     @model_validator(mode="after")
     def _divides(self) -> GPTConfig:
@@ -124,6 +136,11 @@ class GPTConfig(BaseModel):
             raise ValueError(
                 f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size "
                 f"{self.hidden_size}; change one of them or set head_dim"
+            )
+        if self.num_attention_heads * self.head_size > 1 << 30:
+            raise ValueError(
+                f"head_dim: {self.head_size} in each of {self.num_attention_heads} heads is beyond "
+                "any model"
             )
         if self.num_attention_heads % self.key_value_heads:
             raise ValueError(

@@ -180,29 +180,17 @@ def known_families() -> dict[str, Family]:
     described = yaml.safe_load(path.read_text(encoding="utf-8"))
     found: dict[str, Family] = {}
     for name, values in described.items():
-        family = _parse(values, f"{path.name}: {name}")
+        family = family_of(values, f"{path.name}: {name}")
         found |= dict.fromkeys(family.model_types, family)
     return found
 
 
-def read_family(path: Path) -> Family:
-    """A family that a user describes in a YAML file.
+def family_of(values: dict[str, Any], source: str) -> Family:
+    """A family as a YAML file describes it.
 
     Raises:
-        ModelError: one line naming the file and the key.
+        ModelError: one line naming the source and the key.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: cannot read the family ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ModelError(f"{path}: not valid YAML; such as: {EXAMPLE}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: a family is a mapping, such as: {EXAMPLE}")
-    return _parse(values, str(path))
-
-
-def _parse(values: dict[str, Any], source: str) -> Family:
     if "towers" not in values:
         common: dict[str, Any] = {
             key: values[key] for key in ("model_types", "elsewhere") if key in values

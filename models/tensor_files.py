@@ -7,8 +7,10 @@ tensors and nothing else.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +29,7 @@ _FORMS = (
     "pytorch_model.bin.index.json",
 )
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
-_LARGEST_JSON = 1 << 28
+_LARGEST_JSON = 1 << 25
 """Bytes; the index of a model of a trillion parameters takes some 10 MB."""
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Types in which weights are numbers; any other holds codes of a quantiser."""
@@ -247,9 +249,15 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: one line naming the file.
     """
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ModelError(f"{path}: larger than {_LARGEST_JSON >> 20} MB, so it is not read")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        # A pipe would be waited for, a device has no end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            size = os.fstat(descriptor).st_size
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ModelError(f"{path}: not a regular file")
+            if size > _LARGEST_JSON:
+                raise ModelError(f"{path}: larger than {_LARGEST_JSON >> 20} MB, so it is not read")
+            found = json.loads(file.read(size))
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError):

@@ -234,6 +234,8 @@ class Checkpoint:
 
     def full(self, name: str, key: str = MASTER) -> Tensor:
         """The global tensor, float32, without regard to how it was split."""
+        if name not in self.parameters:
+            raise DamagedError(f"{self.path}: has no {name}, which its recipe says")
         entry = self.parameters[name]
         shape, dim = list(entry["shape"]), entry["partition_dim"]
         if dim is None or self.tensor_parallel == 1:

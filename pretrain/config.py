@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
+from data_pipeline.files import read_small
 from models.config import GPTConfig
 from pretrain.decay_config import (
-    AdaptiveDecay,
-    AlphaDecay,
-    DecayRule,
-    RankTarget,
-    ScheduleDecay,
     Section,
     WeightDecayConfig,
 )
 from pretrain.errors import UsageError
+from pretrain.explain import explain
 from pretrain.recipe_yaml import RecipeError, load_yaml
 from pretrain.run_config import (
     CheckpointConfig,
@@ -31,6 +26,7 @@ from pretrain.run_config import (
     RanksConfig,
     ResumeConfig,
     SpeedConfig,
+    without_secrets,
 )
 from pretrain.schedule import in_steps, learning_rate
 
@@ -50,8 +46,10 @@ class TaskConfig(Section):
     """What is learned: text by default."""
 
     kind: Literal["text", "recall", "images"] = "text"
-    pairs: int = Field(20, ge=1, description="recall: pairs (x, y) before the question")
-    symbols: int = Field(32, ge=2, description="recall: different x, and as many different y")
+    pairs: int = Field(20, ge=1, le=1 << 20, description="recall: pairs (x, y) before the question")
+    symbols: int = Field(
+        32, ge=2, le=1 << 20, description="recall: different x, and as many different y"
+    )
     random_labels: float = Field(
         0.05, ge=0, le=1, description="recall: share of training answers that are random"
     )
@@ -70,7 +68,7 @@ class TaskConfig(Section):
 class TrainConfig(Section):
     """Length and batch of the run."""
 
-    steps: int = Field(1000, ge=1, description="optimizer updates")
+    steps: int = Field(1000, ge=1, le=10**9, description="optimizer updates")
     global_batch: int = Field(8, ge=1, description="sequences per update, over all processes")
     micro_batch: int = Field(0, ge=0, description="sequences per forward pass; 0: as few passes")
 
@@ -210,6 +208,8 @@ class Config(Section):
         return every or max(1, self.train.steps // parts)
 
 
+LARGEST_RECIPE = 1 << 20
+"""Bytes of a YAML file."""
 SCIENCE = ("seed", "model", "task", "data", "train", "optimizer", "precision")
 """Sections that a resumed run must keep; the others (grid, logging, ...) may change."""
 
@@ -235,7 +235,8 @@ def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
         UsageError: one line naming the file and the mend.
     """
     try:
-        values = load_yaml(path.read_text(encoding="utf-8-sig")) or {}
+        text = read_small(path, LARGEST_RECIPE).decode("utf-8-sig")
+        values = load_yaml(text) or {}
     except OSError as error:
         raise UsageError(f"{path}: cannot read the {what} ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -299,8 +300,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         value = load_yaml(text)
     except RecipeError as error:
-        raise UsageError(f"{override!r}: the value is {error}") from None
-    _set(values, key, value, repr(override))
+        shown = without_secrets(repr(override))
+        raise UsageError(f"{shown}: the value is {error}") from None
+    _set(values, key, value, without_secrets(repr(override)))
 
 
 def _set(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
@@ -341,39 +343,6 @@ def number(value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
-    """One line on a validation error: the key, what is wrong, and the nearest known key."""
-    path = [str(part) for part in error["loc"]]
-    key = ".".join(path) or "recipe"
-    if error["type"] == "extra_forbidden":
-        known = _keys_beside(path, root)
-        close = difflib.get_close_matches(path[-1], known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    if error["type"] == "value_error":
-        text = str(error.get("ctx", {}).get("error", error["msg"]))
-        head = text.split(":", maxsplit=1)[0]
-        return text if not path or head.endswith(path[-1]) or "." in head else f"{key}.{text}"
-    return f"{key}: {error['msg'].lower()}, got {error.get('input')!r}"
-
-
-def _keys_beside(path: list[str], root: type[BaseModel]) -> list[str]:
-    model: Any = root
-    for part in path[:-1]:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            break
-        field = model.model_fields.get(part)
-        model = field.annotation if field else None
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        return sorted(model.model_fields)
-    if "policies" in path:  # ..., index, kind, key
-        kinds: dict[str, type[Section]] = {
-            "schedule": ScheduleDecay, "alpha": AlphaDecay, "awd": AdaptiveDecay
-        }  # fmt: skip
-        return sorted(kinds.get(path[-2], RankTarget).model_fields)
-    return sorted(DecayRule.model_fields) if "rules" in path else []
 
 
 def dump_config(config: Config) -> str:

@@ -17,12 +17,16 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _truth_is_no_number(cls, values: Any) -> Any:
-        """`true` would be taken for 1."""
+    def _numbers_are_numbers(cls, values: Any) -> Any:
+        """`true` would be taken for 1, and no float holds a number of hundreds of digits."""
         for key, field in cls.model_fields.items():
             value = values.get(key) if isinstance(values, dict) else None
             if isinstance(value, bool) and field.annotation in (int, float, float | None):
                 raise ValueError(f"{key}: a number is wanted, got {str(value).lower()}")
+            if isinstance(value, int) and abs(value) >= 1 << 63:
+                raise ValueError(
+                    f"{key}: a number of {value.bit_length()} bits is none of a recipe"
+                )
         return values
 
 

@@ -114,7 +114,7 @@ def _was_given(name: str | bytes | int) -> bool:
     """Whether a path is, or lies in, one of the command line or of the default run folder."""
     if isinstance(name, int):
         return False
-    path = Path(os.fsdecode(name)).resolve()
+    path = _resolved(os.fsdecode(name))
     words = [part for word in sys.argv[1:] for part in (word, word.rpartition("=")[2])]
     given = [_resolved(word.partition("@")[0]) for word in words if word.strip("-")]
     # A folder may be named by a file in it: RECIPE's other files lie beside it.
@@ -125,7 +125,7 @@ def _was_given(name: str | bytes | int) -> bool:
 
 
 def _resolved(word: str) -> Path:
-    with contextlib.suppress(OSError, ValueError):  # a word that can be no path
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path, or a link to itself
         return Path(word).resolve()
     return Path(word)
 

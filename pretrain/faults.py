@@ -8,7 +8,6 @@ that every rank has, so that all decide alike.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Any
 from data_pipeline.files import write_aside
 from data_pipeline.strict_json import to_json
 from pretrain.errors import RunError
+from pretrain.records import Step, read_record
 from pretrain.run_config import FaultsConfig
 
 SKIPPED = "the update is skipped"
@@ -55,7 +55,7 @@ def block_of(update: int, jumped: Iterable[int]) -> int:
 def read_jumps(run: Path) -> list[int]:
     """Jumped blocks of a run folder."""
     try:
-        found: list[int] = json.loads((run / JUMPS).read_text(encoding="utf-8"))
+        found: list[int] = read_record(run / JUMPS, list[Step])
         return found
     except FileNotFoundError:
         return []

@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import read_small
 from pretrain.checkpoint import Checkpoint, list_checkpoints, step_of
 from pretrain.config import Config, differences
 from pretrain.decay import DecayPlan
-from pretrain.errors import UsageError
+from pretrain.errors import RunError, UsageError
+from pretrain.records import Evaluation, read_record
 from pretrain.run import CHECKPOINTS, CONFIG, EVALUATION, decay_changes, recipe_of
 
 FREE = (
@@ -53,11 +56,11 @@ def is_evaluated(run: Path, config: Config) -> bool:
     """Whether ``evaluation.json`` is what `evaluation.at_end` asks for, of the last step."""
     path = run / EVALUATION
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_record(path, Evaluation)
         if found.get("step", config.train.steps) != config.train.steps:
             return False
         return _is_sample(run, found) == (config.evaluation.at_end == "sample")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, RunError):
         return path.exists()  # damaged: those who read it say so
 
 
@@ -66,9 +69,10 @@ def put_evaluation_aside(run: Path, config: Config) -> None:
     path = run / EVALUATION
     if not path.exists() or is_evaluated(run, config):
         return
-    text = path.read_bytes()
+    text = read_small(path)
     found = json.loads(text)
-    parts = [] if found.get("split", "test") == "test" else [str(found["split"])]
+    split = re.sub(r"[^\w.+-]", "_", found.get("split", "test"))[:50]  # a part of a file's name
+    parts = [] if split == "test" else [split]
     parts += ["sample"] * _is_sample(run, found)
     step = found.get("step", config.train.steps)
     parts += [f"step={step}"] * (step != config.train.steps)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from data_pipeline.files import write_aside
+from data_pipeline.files import read_json, write_aside
 from data_pipeline.strict_json import to_json
 from models.roles import declared_parameters, fingerprint_of, info_of
 from pretrain.grid import Grid
@@ -72,7 +72,7 @@ def read_identity(
 ) -> dict[str, str] | None:
     """Hashes of a run, or None where one is missing or unreadable."""
     try:
-        found = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
+        found = read_json(run / IDENTITY)
         return {key: str(found[key]) for key in keys}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.files import write_synced
+from data_pipeline.files import read_tokenizer, write_synced
 from models.hub import fetch, is_hub_name
 from models.huggingface import is_pretrained
 from models.importing import ForeignModel
@@ -80,7 +80,7 @@ def _folder(source: str) -> Path:
 def _check_tokenizer(folder: Path, task: Text) -> None:
     """Say so where the data seems to be of another tokenizer."""
     there = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
-    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in there]
+    hashes = [hashlib.sha256(read_tokenizer(file)).hexdigest() for file in there]
     if there and task.tokenizer not in hashes:
         warn(
             f"{task.source} was tokenised with {task.manifest.tokenizer}, which is not the "

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data_pipeline.files import LARGEST
 from data_pipeline.strict_json import to_json
 from pretrain.config import Config
 from pretrain.decay import DecayPlan
@@ -175,13 +176,15 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
     path = folder / MANIFEST
     try:
         with patiently(lambda: open_regular(path)) as file:
-            text = patiently(file.read)
+            text = patiently(lambda: file.read(LARGEST + 1))
     except OSError as error:
         if error.errno in NO_SUCH:
             raise UnreadableError(f"{folder}: no checkpoint here ({error.strerror})") from None
         raise unreadable(path, error) from None
     except ValueError:
         raise damaged(path, "not a regular file") from None
+    if len(text) > LARGEST:
+        raise damaged(path, f"more than {LARGEST:,} bytes")
     try:
         written: dict[str, Any] = json.loads(text)
         _check_seal(path, written)

@@ -14,6 +14,7 @@ from data_pipeline.strict_json import to_json
 from data_pipeline.tokenizer import Tokenizer, name_of_token
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import dump_config
+from pretrain.errors import RunError
 from pretrain.job import GENERATION
 from pretrain.run import CONFIG, EVALUATION, read_evaluation, was_imported, write_text
 
@@ -126,7 +127,7 @@ def _scores(checkpoint: Checkpoint) -> list[str]:
     path = checkpoint.path.parent.parent / EVALUATION
     try:
         figures = read_evaluation(path)
-    except (OSError, ValueError):
+    except (OSError, RunError):
         return []
     if figures.get("step") != checkpoint.step or "bits_per_byte" not in figures["overall"]:
         return []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from data_pipeline.files import replacing
+from data_pipeline.files import open_regular, replacing
 from data_pipeline.strict_json import to_json
 from pretrain.config import load_config
 from pretrain.errors import RunError, UsageError
@@ -54,8 +55,6 @@ def merge_ranks(run: Path, always: bool = True) -> None:
         always: merge however little is new; otherwise once it is a quarter of the table, so that
             a long run does not write all of it at every checkpoint.
     """
-    import pyarrow.parquet as pq
-
     parts = sorted((run / _PARTS).glob("*.parquet"))
     path = run / RANKS
     if not parts:
@@ -65,7 +64,7 @@ def merge_ranks(run: Path, always: bool = True) -> None:
         if not always and 4 * new < path.stat().st_size:
             return
         parts = [path, *parts]
-    _write_table(path, _joined([_table_in(part, pq.read_table) for part in parts]))
+    _write_table(path, _joined([_table_in(part) for part in parts]))
     shutil.rmtree(run / _PARTS)
 
 
@@ -86,12 +85,75 @@ def _joined(tables: list[Any]) -> Any:
     return whole.take(order).replace_schema_metadata(tables[-1].schema.metadata)
 
 
-def _table_in(file: Path, read: Callable[..., Any]) -> Any:
+def _table_in(file: Path, read: Callable[[Any], Any] | None = None) -> Any:
+    """A table that was measured, or what another reader makes of its file.
+
+    Raises:
+        RunError: if it is damaged, or stands for more than it can hold.
+    """
     try:
-        with file.open("rb") as opened:
-            return read(opened)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: damaged ({error}); delete it to go on without it") from None
+        with open_regular(file) as opened:  # Arrow takes no path that is not UTF-8
+            return (read or _bounded)(opened)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{file}: damaged ({reason}); delete it to go on without it") from None
+
+
+_TEXTS = ("product", "level")
+_KEYS = ("step", "layer", *_TEXTS, "head")
+"""What names a row."""
+_SPECTRUM = "singular_values"
+_LONGEST_TEXT = 20
+_FEW_ROWS, _SMALLEST_ROW = 250_000, 8
+"""Rows that any file may have, and bytes for each of more: a row has some twenty figures."""
+
+
+def _bounded(opened: BinaryIO) -> Any:
+    """The table of a file, its types as they were written; a few bytes cannot stand for many.
+
+    Raises:
+        ValueError: if it is not one of ours.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size = os.fstat(opened.fileno()).st_size
+    with pq.ParquetFile(opened) as file:
+        rows, names = file.metadata.num_rows, file.schema_arrow.names
+    if rows > max(_FEW_ROWS, size // _SMALLEST_ROW):
+        raise ValueError(f"{rows:,} rows in {size:,} bytes")
+    missing = [name for name in _KEYS if name not in names]
+    if rows and missing:
+        raise ValueError(f"has no column {missing[0]}")
+    texts = [name for name in _TEXTS if name in names]
+    with pq.ParquetFile(opened, read_dictionary=texts) as file:
+        table = file.read()
+    for name in names:
+        _check_column(name, table.column(name))
+    plain = [pa.field(one.name, pa.string()) if one.name in _TEXTS else one for one in table.schema]
+    return table.cast(pa.schema(plain, table.schema.metadata))
+
+
+def _check_column(name: str, column: Any) -> None:
+    """See that a column has what ours have: texts of a few letters, else numbers.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    import pyarrow as pa
+
+    kind = column.type
+    if name in _TEXTS and pa.types.is_dictionary(kind):
+        texts = [one for chunk in column.chunks for one in chunk.dictionary.to_pylist()]
+        good = all(one and len(one) <= _LONGEST_TEXT for one in texts)
+    elif name in _KEYS:
+        good = pa.types.is_integer(kind)
+    else:
+        if name == _SPECTRUM and pa.types.is_list(kind):
+            kind = kind.value_type
+        good = kind in (pa.float64(), pa.int64(), pa.bool_(), pa.null())
+    if not good or (name in _KEYS and column.null_count):
+        raise ValueError(f"{name} is none of our columns")
 
 
 _DEFINITION = b"rankdecay.ranks"
@@ -138,20 +200,12 @@ def check_definition(run: Path, measured: RanksConfig) -> None:
 
 def read_ranks(run: Path) -> list[Row]:
     """Every row measured so far, in order of steps."""
-    import pyarrow.parquet as pq
-
     files = [run / RANKS] if (run / RANKS).exists() else []
     files += sorted((run / _PARTS).glob("*.parquet"))
     rows: dict[tuple[Any, ...], Row] = {}
     for file in files:
-        try:
-            with file.open("rb") as opened:  # Arrow takes no path that is not UTF-8
-                found = pq.read_table(opened).to_pylist()
-            for row in found:
-                key = tuple(row[name] for name in ("step", "layer", "product", "level", "head"))
-                rows[key] = row
-        except (OSError, ValueError) as error:
-            raise RunError(f"{file}: damaged ({error}); delete it to go on without it") from None
+        for row in _table_in(file).to_pylist():
+            rows[tuple(row[name] for name in _KEYS)] = row
     return sorted(rows.values(), key=lambda row: row["step"])
 
 

@@ -18,10 +18,11 @@ from typing import Any
 from data_pipeline.files import held, replacing
 from data_pipeline.strict_json import to_json
 from models.factors import AttentionShape, Factors
-from models.families import Family, read_family
+from models.families import EXAMPLE, Family, family_of
 from models.hub import fetch, is_hub_name, revisions
 from models.huggingface import is_pretrained, open_pretrained
 from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.config import read_mapping
 from pretrain.control import Book, Books
 from pretrain.errors import UsageError
 from pretrain.manifest import MANIFEST
@@ -75,7 +76,10 @@ def find_weights(
     Raises:
         UsageError, ModelError: one line naming what was not found.
     """
-    described = read_family(family) if family else None
+    described = None
+    if family:
+        values = read_mapping(family, "family", f"keys, such as: {EXAMPLE}")
+        described = family_of(values, str(family))
 
     def pretrained(folder: Path, name: str) -> Weights:
         return _pretrained(folder, name, described, batch_tokens, allow_unused)

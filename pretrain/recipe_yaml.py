@@ -68,14 +68,32 @@ _Loader.add_constructor(
 )
 
 
+_TAGS = {
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge")
+}
+_MOST_VALUES = 100_000
+"""With every alias written out: a text of some hundred bytes may stand for 10^9 values."""
+
+
 def load_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        RecipeError: if it is not YAML, gives a key twice, or is nested too deeply.
+        RecipeError: if it is not YAML, gives a key twice, is nested too deeply, or stands for more
+            values than a recipe has.
     """
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if _count(node, {}) > _MOST_VALUES:
+                raise RecipeError(f"stands for more than {_MOST_VALUES:,} values")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or "not YAML"
@@ -84,3 +102,25 @@ def load_yaml(text: str) -> Any:
         raise RecipeError("nested too deeply") from None
     except ValueError as error:  # a date that is none, an integer of thousands of digits
         raise RecipeError(f"not valid YAML ({error})") from None
+
+
+def _count(node: Any, known: dict[int, int]) -> int:
+    """Values that a node stands for, aliases written out; each node is looked at once.
+
+    Args:
+        known: what was counted, by the node's identity.
+
+    Raises:
+        RecipeError: if the node is part of itself.
+    """
+    if node.tag not in _TAGS:
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        raise RecipeError(f"{kind}: is no kind of value here", node.start_mark.line + 1)
+    if id(node) not in known:
+        known[id(node)] = 0  # under way
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        found = [part for one in parts for part in (one if isinstance(one, tuple) else (one,))]
+        known[id(node)] = 1 + sum(_count(part, known) for part in found)
+    if not known[id(node)]:
+        raise RecipeError("has an alias that stands for a part of itself", node.start_mark.line + 1)
+    return known[id(node)]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from data_pipeline.files import read_small
 from pretrain.checkpoint import step_of
 from pretrain.manifest import MANIFEST, unreadable
 from pretrain.run_config import CheckpointConfig
@@ -22,7 +23,7 @@ def held_out_loss(path: Path) -> float | None:
         UnreadableError: if the disk does not answer: which is the best is not known then.
     """
     try:
-        text = patiently((path / MANIFEST).read_bytes)
+        text = patiently(lambda: read_small(path / MANIFEST))
     except OSError as error:
         raise unreadable(path / MANIFEST, error) from None
     return loss_in(text)
@@ -33,7 +34,7 @@ def loss_in(manifest: bytes) -> float | None:
     try:
         loss: float | None = json.loads(manifest)["state"].get(HELD_OUT_LOSS)
         return loss
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import platform
@@ -37,6 +36,7 @@ from pretrain.lock import LOCK
 from pretrain.manifest import DamagedError
 from pretrain.rank_table import RANKS, check_definition, rewind_ranks
 from pretrain.rank_table import read_ranks as read_ranks  # noqa: PLC0414 - tools read it from here
+from pretrain.records import Evaluation, Start, read_record
 from pretrain.storage import hide, remove, remove_hidden
 from pretrain.tasks import Task
 from pretrain.tracking import METRICS, rewind_metrics
@@ -76,9 +76,21 @@ def create_run(run: Path, config: Config, setting: dict[str, Any]) -> None:
     _clear_leftovers(run)
     if not run_id_of(run):
         write_text(run / RUN_ID, _id_of_checkpoints(run) or new_run_id())
-    path = run / ENVIRONMENT
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    write_text(path, to_json([*starts, {**environment(), **setting}], indent=1))
+    starts = [*read_starts(run), {**environment(), **setting}]
+    write_text(run / ENVIRONMENT, to_json(starts, indent=1))
+
+
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """Machine, versions and setting of each start of a run; none where nothing says so.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    try:
+        found: list[dict[str, Any]] = read_record(run / ENVIRONMENT, list[Start])
+        return found
+    except FileNotFoundError:
+        return []
 
 
 def was_imported(run: Path) -> bool:
@@ -95,20 +107,23 @@ def forked_from(run: Path) -> dict[str, Any] | None:
 def _starts(run: Path) -> list[dict[str, Any]]:
     """The record of starts; empty where there is none, or it is damaged."""
     try:
-        starts = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_starts(run)
+    except RunError:
         return []
-    return [one for one in starts if isinstance(one, dict)] if isinstance(starts, list) else []
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """An ``evaluation.json``; a figure that was not finite, null in the file, is NaN again."""
+    """An ``evaluation.json``; a figure that was not finite, null in the file, is NaN again.
 
-    def restored(part: dict[str, Any]) -> dict[str, Any]:
-        keys = {"loss", "perplexity", "bits_per_byte"}
-        return {key: math.nan if key in keys and one is None else one for key, one in part.items()}
-
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), object_hook=restored)
+    Raises:
+        FileNotFoundError: if there is none.
+        RunError: if it is damaged.
+    """
+    found: dict[str, Any] = read_record(path, Evaluation)
+    for part in (found["overall"], *found.get("subsets", {}).values(), found.get("pile_weighted")):
+        for key in ("loss", "perplexity", "bits_per_byte"):
+            if part and part.get(key, 0) is None:
+                part[key] = math.nan
     return found
 
 
@@ -166,9 +181,9 @@ def recipe_of(run: Path) -> Config:
     Earlier versions kept the word auto there, and what it meant in the record of starts.
     """
     config = load_config(run / CONFIG)
-    if config.precision != "auto" or not (run / ENVIRONMENT).is_file():
+    if config.precision != "auto":
         return config
-    starts = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+    starts = read_starts(run)
     words = [one["precision"] for one in starts if one.get("precision") in ("fp32", "bf16")]
     return config.model_copy(update={"precision": words[0]}) if words else config
 

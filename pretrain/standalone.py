@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.dataset import held_out
-from data_pipeline.files import held
+from data_pipeline.files import held, read_json
 from data_pipeline.manifest import load_manifest
 from data_pipeline.strict_json import to_json
 from pretrain.checkpoint import Checkpoint, load_into_module
 from pretrain.config import Config, apply_overrides, differences
 from pretrain.deepspeed_adapter import prepare_deepspeed, resolve_precision
 from pretrain.engine import build_model
-from pretrain.errors import UsageError
+from pretrain.errors import RunError, UsageError
 from pretrain.evaluate import score, summarize
 from pretrain.grid import Grid, build_grid, check_grid, connect, process_count
 from pretrain.libraries import load_libraries
-from pretrain.run import EVALUATION, resolve_checkpoint, write_text
+from pretrain.run import EVALUATION, read_starts, resolve_checkpoint, write_text
 from pretrain.speed import keep_freed_memory
 from pretrain.tasks import Task, Text, open_task
 from pretrain.tracking import Progress
@@ -208,18 +207,19 @@ def result_path(
 def _trained_in(run: Path) -> str | None:
     """The precision of the run's last start; None where it is not known."""
     try:
-        starts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-        return str(starts[-1]["precision"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return str(read_starts(run)[-1]["precision"])
+    except (RunError, KeyError, IndexError):
         return None
 
 
 def _is_of_others(path: Path, figures: dict[str, Any]) -> bool:
     """Whether a file holds figures of other settings (what it does not say counts as the same)."""
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        there = read_json(path)
+    except FileNotFoundError:
         return False
+    except (OSError, ValueError):
+        return True  # whatever it is, it is not ours to replace
     told = isinstance(there, dict) and all(
         there.get(key, figures.get(key)) == figures.get(key) for key in _SETTINGS
     )

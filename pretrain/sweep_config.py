@@ -13,13 +13,18 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from pretrain.config import Config, explain, load_config, number, read_mapping, with_values
+from pretrain.config import Config, load_config, number, read_mapping, with_values
 from pretrain.decay_config import Section
 from pretrain.errors import UsageError
+from pretrain.explain import explain
 from pretrain.sweep_exposure import exposure_per_decay
 
 Values = dict[str, Any]
 """Dotted keys of a recipe and their values."""
+
+
+MOST_RUNS = 10_000
+"""Of a sweep; more are a slip of the pen."""
 
 
 class Range(Section):
@@ -27,7 +32,7 @@ class Range(Section):
 
     start: float = Field(alias="from")
     stop: float = Field(alias="to")
-    count: int = Field(ge=2)
+    count: int = Field(ge=2, le=MOST_RUNS)
     scale: Literal["linear", "log"] = "linear"
 
     def values(self) -> list[float]:
@@ -137,6 +142,11 @@ def load_sweep(path: Path, out: Path | None = None) -> Sweep:
     baseline = _baseline(path, config, points)
     folder = out or Path("runs") / path.stem
     seeds = config.seeds
+    count = seeds if isinstance(seeds, int) else len(seeds)
+    if count * len(points) > MOST_RUNS:
+        raise UsageError(
+            f"{path}: seeds: {count:,} of {len(points):,} points are more than {MOST_RUNS:,} runs"
+        )
     if isinstance(seeds, int):
         seeds = [base.seed + index for index in range(seeds)]
     if not seeds or len(set(seeds)) < len(seeds):
@@ -181,6 +191,8 @@ def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
                 raise UsageError(f"{path}: {key}: no values")
     if not axes and not config.points:
         raise UsageError(f"{path}: grid: nothing varies; give keys and their values")
+    if math.prod(len(values) for values in axes.values()) > MOST_RUNS:
+        raise UsageError(f"{path}: grid: more than {MOST_RUNS:,} points; take fewer values")
     givens = [dict(zip(axes, chosen)) for chosen in itertools.product(*axes.values())]
     givens = (givens if axes else []) + [
         {key: number(value) for key, value in point.items()} for point in config.points
@@ -260,10 +272,14 @@ def short_names(keys: list[str]) -> dict[str, str]:
     return names
 
 
+_LARGEST = 10**300
+"""Whole numbers beyond it are none as floats."""
+
+
 def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and not (isinstance(value, int) and abs(value) > _LARGEST):
         return f"{value:g}"
     if isinstance(value, str):
         return re.sub(r"[^\w.+-]", "_", value)

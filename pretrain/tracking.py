@@ -9,15 +9,20 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from data_pipeline.files import write_aside
+from data_pipeline.files import open_regular, write_aside
 from data_pipeline.strict_json import not_finite, to_json
 from pretrain.config import Config
 from pretrain.console import console, on_one_line
+from pretrain.errors import RunError
+from pretrain.records import LINES, Line, check_record
 
 METRICS = "metrics.jsonl"
+_LARGEST, _LONGEST = 1 << 31, 1 << 20
+"""Bytes of the file, and of a line."""
 _ALWAYS_FINITE = ("train", "evaluation")
 """Kinds of lines in which NaN is a fault; in others it says that a figure does not apply."""
 
@@ -36,13 +41,43 @@ def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
+    """Every line but those that a kill cut short.
+
+    Raises:
+        RunError: if the file is none of metrics.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # a line that a kill cut short
-            continue
+    try:
+        with open_regular(path, _LARGEST) as file:
+            for number, line in enumerate(_lines(file), 1):
+                row = _row(line)
+                if row is None:
+                    continue
+                try:
+                    check_record(row, Line)
+                    check_record(row, LINES.get(row["kind"], Line))
+                except ValueError as error:
+                    raise RunError(
+                        f"{path}:{number}: damaged ({error}); take the line out"
+                    ) from None
+                rows.append(row)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
     return rows
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines of a file; of one that is longer than any of ours, only its end."""
+    while line := file.readline(_LONGEST):
+        if len(line) < _LONGEST:
+            yield line
+
+
+def _row(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def rewind_metrics(run: Path, step: int) -> None:

@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain.config import SCIENCE, differences, value_at
 from pretrain.errors import RunError, UsageError
+from pretrain.records import Planned, read_record
 from pretrain.report.comparable import check_same, mixed, with_comparable_scores
 from pretrain.report.runs import RunData, load_run
 from pretrain.run import CONFIG, FREE
@@ -119,11 +121,8 @@ def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:
     if (path / CONFIG).is_file() or not path.is_dir():
         return [path], None, []
     sweep = None
-    if (path / SWEEP).is_file():
-        try:
-            sweep = json.loads((path / SWEEP).read_text(encoding="utf-8"))
-        except ValueError:
-            raise RunError(f"{path / SWEEP}: damaged; run the sweep again to write it") from None
+    with suppress(FileNotFoundError):
+        sweep = read_record(path / SWEEP, Planned)
     found = sorted(
         one
         for one in path.iterdir()

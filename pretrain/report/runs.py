@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,10 +20,16 @@ from pretrain.faults import SKIPPED, read_jumps
 from pretrain.identity import read_identity
 from pretrain.manifest import MANIFEST
 from pretrain.probe import Row, lawful
-from pretrain.run import CHECKPOINTS, CONFIG, EVALUATION, read_ranks, recipe_of
-from pretrain.tracking import read_metrics
+from pretrain.records import Evaluation, Sealed, Whole, check_record, read_record
+from pretrain.run import CHECKPOINTS, CONFIG, EVALUATION, read_ranks, read_starts, recipe_of
+from pretrain.tracking import METRICS, read_metrics
 
 _PAIRS = {"qk": QK, "vp": VO}
+_SHOWN = (
+    *(f"{name}_{side}" for name in ("decay", "exposure", "retention") for side in "ab"),
+    "pseudo_rank", "nuclear_norm", "frobenius_bound", "balance", "discrepancy",
+)  # fmt: skip
+"""Columns of the rank table that a report cannot do without."""
 _OF_THE_LAW = ("balance", "discrepancy", "rope_pair_balance")
 """Columns whose law is a group's where heads share keys."""
 
@@ -243,31 +248,40 @@ def load_run(path: Path) -> RunData:
     ranks = read_ranks(path)
     if not ranks:
         raise UsageError(f"{path}: nothing measured yet; let it train")
-    if "exposure_a" not in ranks[0]:
-        raise RunError(f"{path}: its table of ranks is of an older version; train it again")
+    missing = [name for name in _SHOWN if name not in ranks[0]]
+    if missing:
+        raise RunError(
+            f"{path}: its table of ranks has no {missing[0]}, as an older version's; train it again"
+        )
+    for row in ranks:
+        row.update({name: math.nan for name in _SHOWN if row[name] is None})
+    updates = read_metrics(path)
+    try:
+        check_record(updates, list[Whole])
+    except ValueError as error:
+        raise RunError(f"{path / METRICS}: damaged (line of training {error})") from None
     events = read_metrics(path, "event")
     return RunData(
         path,
         config,
         ranks,
-        read_metrics(path),
+        updates,
         read_metrics(path, "evaluation"),
-        _json(path / EVALUATION),
+        _evaluation(path),
         read_identity(path),
         _source(path),
-        _json(path / "environment.json") or [],
+        read_starts(path),
         tuple(read_jumps(path)),
         tuple(row["step"] for row in events if str(row["message"]).endswith(SKIPPED)),
     )
 
 
-def _json(path: Path) -> Any:
-    if not path.exists():
-        return None
+def _evaluation(run: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise RunError(f"{path}: damaged (not JSON); delete it and start the run again") from None
+        found: dict[str, Any] = read_record(run / EVALUATION, Evaluation)
+        return found
+    except FileNotFoundError:
+        return None
 
 
 def _source(path: Path) -> tuple[str, str] | None:
@@ -278,5 +292,5 @@ def _source(path: Path) -> tuple[str, str] | None:
     checkpoints = list_checkpoints(path / CHECKPOINTS)
     if not checkpoints:
         return None
-    state = _json(checkpoints[-1] / MANIFEST)["state"]
+    state = read_record(checkpoints[-1] / MANIFEST, Sealed)["state"]
     return state["data"], state["tokenizer"]

@@ -171,7 +171,7 @@ def _varies_by_role(study: Study) -> bool:
 
 def _split(study: Study) -> str:
     scored = next((run.evaluation for run in study.runs if run.evaluation), None)
-    return str(scored["split"]) if scored else "held-out"
+    return str(scored.get("split", "held-out")) if scored else "held-out"
 
 
 def paired(study: Study) -> DataTable:

@@ -21,7 +21,7 @@ def row_norms(run: RunData) -> Norms | None:
         return None
     checkpoint = Checkpoint(found[-1])
     norms: Norms = {"qk": ([], [], []), "vp": ([], [], [])}
-    for layer in range(run.config.model.num_layers):
+    for layer in range(checkpoint.config.model.num_layers):
         for product, (a, b) in checkpoint.attention(layer).row_norms().items():
             norms[product][0].extend(a.tolist())
             norms[product][1].extend(b.tolist())

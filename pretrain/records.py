@@ -1,0 +1,190 @@
+"""What the small files of a run folder hold, checked: the folder may be damaged, or a stranger's.
+
+The values are those of the file; what a schema does not name stays as it is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from data_pipeline.files import read_json
+from pretrain.errors import RunError
+
+Step = Annotated[int, Field(ge=0, lt=10**18, strict=True)]
+Count = Annotated[int, Field(ge=0, lt=10**18)]
+Figure = float | None
+"""JSON has null for what is not finite."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class Score(_Record):
+    """Held-out figures of a subset, or of all."""
+
+    documents: Count = 0
+    samples: Count = 0
+    tokens: Count = 0
+    bytes: Count = 0
+    loss: Figure = None
+    perplexity: Figure = None
+    bits_per_byte: Figure = None
+    accuracy: Figure = None
+
+
+class Evaluation(_Record):
+    """``evaluation.json``."""
+
+    split: str = ""
+    step: Step | None = None
+    overall: Score
+    subsets: dict[str, Score] = {}
+    pile_weighted: Score | None = None
+    pile_subsets_present: list[str] = []
+    documents_sha256: str = ""
+    precision: str | None = None
+    stride: Count | None = None
+    context: Count | None = None
+
+
+class Identity(_Record):
+    """What a checkpoint says of the data that it was trained on."""
+
+    data: str
+    tokenizer: str
+
+
+class Sealed(_Record):
+    """The part of a checkpoint's manifest that a report reads."""
+
+    state: Identity
+
+
+class Use(_Record):
+    """How much of a subset a run sees."""
+
+    corpus: float
+    seen: float
+    epochs: float
+
+
+class Data(_Record):
+    """What a run sees of its data."""
+
+    unit: str
+    subsets: dict[str, Use] | None = None
+
+
+class Trunk(_Record):
+    """What a run was forked from."""
+
+    run: str
+    step: Step
+
+
+class Start(_Record):
+    """One start of a run: machine, versions and setting."""
+
+    forked: Trunk | None = None
+    precision: str = ""
+    imported: str = ""
+    versions: dict[str, str | None] = {}
+    data: Data | None = None
+
+
+class Line(_Record):
+    """A line of ``metrics.jsonl``."""
+
+    kind: str
+    step: Step
+
+
+class Update(Line):
+    """Of training."""
+
+    loss: Figure = None
+    learning_rate: Figure = None
+    grad_norm: Figure = None
+    tokens_per_second: Figure = None
+    weight_decay: dict[str, float] = {}
+
+
+class Whole(Update):
+    """An update with every figure that a report shows."""
+
+    loss: Figure
+    learning_rate: Figure
+    grad_norm: Figure
+    tokens_per_second: Figure
+    weight_decay: dict[str, float]
+
+
+class HeldOutLoss(Line):
+    """Of an evaluation."""
+
+    loss: Figure = None
+
+
+class Event(Line):
+    """Of something that happened."""
+
+    message: str
+
+
+LINES: dict[str, type[Line]] = {"train": Update, "evaluation": HeldOutLoss, "event": Event}
+
+
+class Planned(_Record):
+    """``sweep.json``."""
+
+    baseline: str | None = None
+    runs: dict[str, Any]
+
+
+def read_record(path: Path, kind: Any) -> Any:
+    """The value of a JSON file, as it was written.
+
+    Args:
+        kind: the type that it must have.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        RunError: naming the file, and the place in it where it is no such record.
+    """
+    try:
+        found = read_json(path)
+        check_record(found, kind)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"{path}: damaged ({reason}); bring it back from a copy, or delete it"
+        ) from None
+    return found
+
+
+def check_record(value: Any, kind: Any) -> None:
+    """See that a value has a type.
+
+    Raises:
+        ValueError: naming the place in it that has not.
+    """
+    try:
+        _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise ValueError(f"{place}: {first['msg'].lower()}") from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

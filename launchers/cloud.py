@@ -157,6 +157,10 @@ def _pod(site: Site, container: str, meeting: list[str], words: list[str], extra
         "volumes": volumes,
         **extra,
     }
+    if settings.secrets:
+        spec["containers"][0]["envFrom"] = [
+            {"secretRef": {"name": name}} for name in settings.secrets
+        ]
     if settings.node_selector:
         spec["nodeSelector"] = dict(settings.node_selector)
     return {"spec": spec}
@@ -214,6 +218,8 @@ def skypilot(site: Site, words: list[str], name: str) -> Tree:
         "setup": "\n".join(settings.setup),
         "run": "\n".join([*site.setup, run]),
     }
+    if settings.secrets:
+        task["secrets"] = dict.fromkeys(settings.secrets)
     if settings.mounts:
         task["file_mounts"] = dict(settings.mounts)
     return task

@@ -17,6 +17,7 @@ from launchers import batch, cloud, hosts, local
 from launchers.site import Site, load_site
 from pretrain.config import Config, load_config
 from pretrain.errors import UsageError
+from pretrain.run_config import without_secrets
 
 PLACES = ("local", "slurm", "hostfile", "mpi", "kubernetes", "skypilot")
 _ENVIRONMENT_FILE = "environment"
@@ -79,6 +80,7 @@ def launch(
     site = load_site(site_file, {"nodes": nodes, "processes_per_node": processes})
     job = Launch(recipe, overrides, run or Path("runs") / recipe.stem, site, fork)
     config = load_config(recipe, overrides)
+    _check_secrets(config, overrides)
     found = hosts.read_hosts(Path(site.hosts.file)) if site.hosts.file else {}
     if on == "hostfile" and not found:
         raise UsageError("hosts.file: missing in the site file, for --on hostfile")
@@ -90,6 +92,17 @@ def launch(
     if on in ("local", "hostfile", "mpi"):
         return _start_here(job, on, found, show)
     return _hand_over(job, on, show)
+
+
+def _check_secrets(config: Config, overrides: list[str]) -> None:
+    """Refuse a secret among the words, which stand on command lines that everybody reads."""
+    mirror = config.checkpoint.mirror
+    if without_secrets(mirror) != mirror and any("mirror" in word for word in overrides):
+        raise UsageError(
+            f"checkpoint.mirror: {without_secrets(mirror)}: others of the machine could read its "
+            "secret among the words of the job; write ${NAME} there, and set NAME in the site's "
+            "environment"
+        )
 
 
 def _check_size(config: Config, processes: int) -> None:
@@ -174,6 +187,7 @@ def _hand_over(job: Launch, on: str, show: bool) -> int:
     elif on == "kubernetes":
         print(f"written: {file}; start it: kubectl apply -f {file}")
     else:
-        print(f"written: {file}; start it: sky jobs launch {file}")
+        secrets = "".join(f" --secret {name}" for name in job.site.skypilot.secrets)
+        print(f"written: {file}; start it: sky jobs launch{secrets} {file}")
     sys.stdout.flush()
     return 0

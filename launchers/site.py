@@ -81,6 +81,9 @@ class KubernetesSite(Section):
     )
     node_selector: dict[str, str] = Field({}, description="labels that a node must have")
     memory: str = Field("", description="of a pod, such as 200Gi")
+    secrets: list[str] = Field(
+        [], description="names of Secrets whose keys become variables of every process"
+    )
     grace: int = Field(180, ge=1, description="seconds between SIGTERM and SIGKILL")
     gpu_resource: str = "nvidia.com/gpu"
 
@@ -95,6 +98,9 @@ class SkyPilotSite(Section):
         ["pip install -e ."], description="shell lines that install this program on a node"
     )
     mounts: dict[str, str] = Field({}, description="/remote/path: local path or bucket URL")
+    secrets: list[str] = Field(
+        [], description="variables whose values `sky jobs launch --secret NAME` takes from yours"
+    )
 
 
 class Site(Section):

@@ -187,7 +187,7 @@ def packed(path: Path) -> None:
     if path.suffix in packers:
         path.write_bytes(packers[path.suffix](piece) * 192)
     else:
-        path.write_bytes(piece)
+        path.write_bytes(piece[: 1 << 20])
 
 
 ANY: tuple[Bomb, ...] = (pipe, device, loop, hole, tail)

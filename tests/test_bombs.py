@@ -91,8 +91,7 @@ OTHERS = (
     (f"{ADOPT} old/vocab.json", "old/vocab.json", "json"),
     (f"{ADOPT} old/vocab.json", "old/merges.txt", "binary"),
     *((f"data {verb}", f"texts/train{end}", "source") for verb in READERS
-      for end in (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")),
-    *((f"data {verb}", "texts/train.parquet", "parquet") for verb in READERS),
+      for end in (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")),
 )  # fmt: skip
 PLACES = [
     *(Place(words, f"{words.split()[place]}/{file}", kind) for words, place in (

@@ -112,10 +112,10 @@ def check_finished(
             )
     at = f"{run}: is trained to its last step, {until or config.train.steps},"
     mend = f"keep that, or choose another --out (--fork {run}@{checkpoint.step} goes on from it)"
+    # A folder that was lost and fetched from its mirror has checkpoints alone.
+    kept = recipe_of(run) if (run / CONFIG).is_file() else checkpoint.config
     changed = {
-        key: values
-        for key, values in differences(recipe_of(run), config, _LATE).items()
-        if not is_free(key)
+        key: values for key, values in differences(kept, config, _LATE).items() if not is_free(key)
     }
     for key, (before, after) in changed.items():
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

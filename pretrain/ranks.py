@@ -92,7 +92,10 @@ def find_weights(
     if is_pretrained(path):
         return [pretrained(path, path.name)]
     if wanted == "*":
-        return [_checkpoint(one) for one in list_checkpoints(path / CHECKPOINTS)]
+        found = list_checkpoints(path / CHECKPOINTS)
+        if not found:
+            raise UsageError(f"{path}: no checkpoint of the run there")
+        return [_checkpoint(one) for one in found]
     if path.is_dir() and not wanted and not (path / CONFIG).exists():
         parts = sorted((one for one in path.iterdir() if one.is_dir()), key=_number)
         if any(is_pretrained(one) for one in parts):

@@ -27,7 +27,7 @@ from pretrain.config import Config
 from pretrain.manifest import SEAL, sealed
 from tests.recipe_fuzz import ODD, keys_of, misspelt, spoil
 from tests.source_fuzz import DAMAGES
-from tests.tools import base_recipe, run, write_recipe
+from tests.tools import assert_one_line, base_recipe, run, write_recipe
 
 VERBS = get_command(pretrain.__main__.app)
 KEYS = keys_of(Config)
@@ -253,3 +253,10 @@ def test_damaged(what: str, count: int, trial: Trial) -> None:
 def test_damaged_at_length(what: str, part: int, trial: Trial) -> None:
     for seed in range(1000 + 200 * part, 1200 + 200 * part):
         trial(seed, *CASES[what])
+
+
+def test_all_checkpoints_of_a_run_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "ranks", f"{tmp_path}@*") == 2
+    assert_one_line(capsys.readouterr().err, (str(tmp_path), "no checkpoint"))

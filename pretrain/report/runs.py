@@ -122,8 +122,13 @@ class RunData:
             first, taken = 0, self.exposure
         else:
             taken = self.exposure - _both(self._heads_at(first), "exposure")
-        rates = math.fsum(self._rate(step) for step in range(first, last))
+        rates = math.fsum(self._rate(step) for step in self._taken(first, last))
         return _rounded(taken / rates if rates else constant)
+
+    def _taken(self, first: int, last: int) -> list[int]:
+        """Updates (counted from 0) that were taken: a skipped one moves nothing."""
+        skipped = set(self.skipped)
+        return [step for step in range(first, last) if step + 1 not in skipped]
 
     @property
     def _is_constant(self) -> bool:
@@ -172,7 +177,7 @@ class RunData:
             (role for role in Role if name.startswith(role.value)), key=lambda r: len(r.value)
         )
         coupling, peak = _coupling(self.config, role), self.config.optimizer.learning_rate
-        steps = range(1, logged[-1] + 1)
+        steps = [step + 1 for step in self._taken(0, logged[-1])]
         rates = [coupled_rate(coupling, self.config.learning_rate(s - 1), peak) for s in steps]
         decays = np.interp(steps, logged, values)
         total = math.fsum(rates)

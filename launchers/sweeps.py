@@ -6,16 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 from data_pipeline.strict_json import to_json
 from launchers.local import LocalExecutor, command, default_slots, start_environment
 from pretrain.console import plain
 from pretrain.errors import UsageError
 from pretrain.jobs import Executor
 from pretrain.sweep import run_sweep, summary
-from pretrain.sweep_check import check_runs
-from pretrain.sweep_config import load_sweep
+from pretrain.sweep_config import Sweep, load_sweep
 from pretrain.sweep_plan import plan, print_plan
 
 
@@ -40,8 +37,7 @@ def run(
         raise UsageError(f"--launcher: {launcher!r} is neither local nor slurm")
     out = out or Path("runs") / file.stem
     sweep = load_sweep(file, out)
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_runs(sweep, here if launcher == "local" else None)
+    _check_folders(sweep, launcher)
     processes = sweep.config.processes
     # Cores are shared out among the runs that there are, not among those that there could be.
     slots = min(parallel or default_slots(processes), max(1, len(sweep.tasks)))
@@ -80,3 +76,19 @@ def run(
         print(f"{len(statuses) - len(failed)} of {len(statuses)} runs complete: {out}")
         print(f"report: pretrain report {out} --out {out}/report.html")
     return 1 if failed else 0
+
+
+def _check_folders(sweep: Sweep, launcher: str) -> None:
+    """Refuse a sweep whose folders hold other runs; where there are none, nothing is loaded."""
+    if not any(task.run.exists() for task in sweep.tasks):
+        from pretrain.lengths import check_lengths
+
+        for task in sweep.tasks:
+            check_lengths(task.config)
+        return
+    import torch
+
+    from pretrain.sweep_check import check_runs
+
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_runs(sweep, here if launcher == "local" else None)

@@ -69,6 +69,7 @@ def _write_ranks(job: Job, step: int) -> None:
 def evaluate(job: Job, step: int) -> bool:
     """Score the held-out sample; False if a signal, to any rank, cut it short."""
     began = time.monotonic()
+    job.held_out_loss = (-1, 0.0)  # of this step, or of none: it may have gone back here
     try:
         figures = _figures(job, job.sample, step)
     except _CutShortError:

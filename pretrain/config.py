@@ -87,9 +87,9 @@ class ScheduleConfig(Section):
     """Learning rate over the run."""
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup: float = Field(0.01, ge=0, description="< 1: share of the steps; else steps")
+    warmup: int | float = Field(0.01, ge=0, description="< 1: share of the steps; else steps")
     final_fraction: float = Field(0.1, ge=0, le=1, description="last rate / peak")
-    decay: float = Field(0.2, ge=0, description="of wsd's final fall; < 1: share; else steps")
+    decay: int | float = Field(0.2, ge=0, description="of wsd's fall; < 1: share; else steps")
 
 
 class OptimizerConfig(Section):

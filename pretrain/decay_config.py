@@ -10,6 +10,9 @@ Coupling = Literal["lr", "lr2", "none"]
 Form = Literal["decoupled", "l2", "cautious", "adadecay", "nuclear"]
 
 
+_NUMBERS = (int, float, int | float, float | None, int | float | None)
+
+
 class Section(BaseModel):
     """Base of every section: frozen, and unknown keys are errors."""
 
@@ -21,7 +24,7 @@ class Section(BaseModel):
         """`true` would be taken for 1, and no float holds a number of hundreds of digits."""
         for key, field in cls.model_fields.items():
             value = values.get(key) if isinstance(values, dict) else None
-            if isinstance(value, bool) and field.annotation in (int, float, float | None):
+            if isinstance(value, bool) and field.annotation in _NUMBERS:
                 raise ValueError(f"{key}: a number is wanted, got {str(value).lower()}")
             if isinstance(value, int) and abs(value) >= 1 << 63:
                 raise ValueError(
@@ -47,8 +50,8 @@ class ScheduleDecay(Section):
     kind: Literal["schedule"]
     roles: list[str] = Field(min_length=1)
     shape: Literal["linear", "cosine", "step", "warmup", "window"] = "linear"
-    start: float = Field(0.0, ge=0, description="< 1: share of the steps; else steps")
-    stop: float | None = Field(None, ge=0, description="as start; empty: the end of the run")
+    start: int | float = Field(0.0, ge=0, description="< 1: share of the steps; else steps")
+    stop: int | float | None = Field(None, ge=0, description="as start; empty: the end of the run")
     first: float = Field(1.0, ge=0, description="multiplier before (window: inside)")
     last: float = Field(0.0, ge=0, description="multiplier after (window: outside)")
 

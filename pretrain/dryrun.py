@@ -16,6 +16,7 @@ from pretrain.epochs import Uses, in_words
 from pretrain.epochs import describe as describe_data
 from pretrain.errors import UsageError
 from pretrain.grid import process_count
+from pretrain.lengths import remarks
 from pretrain.plan_grids import layout_of
 from pretrain.plan_memory import memory_of, process_bytes
 from pretrain.plan_shapes import sizes_of
@@ -60,6 +61,8 @@ def dry_run(config: Config, as_json: bool) -> None:
         f"{summary['steps']:,} steps of {summary['tokens_per_step']:,} tokens: "
         f"{summary['tokens']:,} tokens"
     )
+    for remark in summary["remarks"]:
+        print(plain(f"note: {remark}"))
     data = summary["data"]
     if data["subsets"]:
         print(plain(f"data: {in_words(data['subsets'], data['unit'])}"))
@@ -121,6 +124,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "tokens": tokens * config.train.steps,
         "data": describe_data(setup.task, config),
+        "remarks": remarks(config),
     }
 
 

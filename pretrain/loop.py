@@ -35,9 +35,13 @@ def run_job(job: Job, first: int, fresh: bool, forked: bool) -> None:
             between.measure_if_due(job, 0)
             between.evaluate(job, 0)
         elif forked:
+            if job.config.checkpoint.keep_best:
+                between.evaluate(job, first)  # it may be the best
             between.save(job, first)  # a fork stands on its own feet from here on
         elif job.owes_evaluation:
-            between.evaluate(job, first)
+            made = between.evaluate(job, first)
+            if made and job.config.checkpoint.keep_best:
+                between.save(job, first)  # now with its loss
         with SIGNALS.remembered():
             while True:
                 loader = _loader(job, first)

@@ -24,7 +24,11 @@ class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="steps; 0: a tenth of the run")
     keep: int = Field(2, ge=0, description="newest checkpoints kept; 0: all")
     keep_every: int = Field(0, ge=0, description="those at multiples of so many steps stay too")
-    keep_best: bool = Field(False, description="the one of the lowest held-out loss stays too")
+    keep_best: bool = Field(
+        False,
+        description="the one of the lowest held-out loss stays too; every must be a "
+        "multiple of evaluation.every",
+    )
     asynchronous: bool = Field(True, description="training goes on while the disk works")
     mirror: str = Field(
         "",

@@ -9,6 +9,7 @@ import torch
 from pretrain.config import Config
 from pretrain.deepspeed_adapter import resolve_precision
 from pretrain.errors import RunError, UsageError
+from pretrain.lengths import check_lengths
 from pretrain.run import CONFIG, forked_from, recipe_of, resolve_checkpoint
 from pretrain.sweep_config import Sweep, Task
 from pretrain.train import begin, prepare
@@ -24,6 +25,7 @@ def check_runs(sweep: Sweep, device: torch.device | None) -> None:
         UsageError: naming the run, the key and both values.
     """
     for task in sweep.tasks:
+        check_lengths(task.config)
         if (task.run / CONFIG).is_file():
             with contextlib.suppress(RunError):  # damaged: its own start says so, and what to do
                 _check(task, device)

@@ -24,6 +24,7 @@ from pretrain.finished import check_finished, is_complete, put_evaluation_aside
 from pretrain.grid import Grid
 from pretrain.identity import data_order, initial_weights, write_identity
 from pretrain.job import GENERATION, Job
+from pretrain.lengths import check_lengths, remarks
 from pretrain.lock import RunLock
 from pretrain.loop import restore, run_job
 from pretrain.mirror import Mirror
@@ -62,6 +63,7 @@ def prepare(config: Config, tensor_parallel: int) -> Setup:
         UsageError: if the data is missing or does not fit the model.
     """
     check_raw(config.deepspeed)
+    check_lengths(config)
     task = open_task(config)
     config = config.model_copy(update={"model": task.complete(config.model)})
     infos = whole_model(config.model, tensor_parallel)
@@ -277,5 +279,7 @@ def _announce(setup: Setup, run: Path, grid: Grid, asked: str) -> None:
     if uses:
         words = in_words(uses, unit_of(setup.config))
         print(f"{run}: {plain(words)}", file=sys.stderr, flush=True)
+    for remark in remarks(setup.config):
+        warn(remark)
     if precision == "fp32" and resolve_precision(asked, grid.device, 1) == "bf16":
         warn("precision auto takes fp32 with grid.zero_stage 0; bf16 needs zero_stage 1 or more")

@@ -16,7 +16,7 @@ from pretrain.decay_config import (
     WeightDecayConfig,
 )
 from pretrain.errors import UsageError
-from pretrain.explain import explain
+from pretrain.explain import cut, explain
 from pretrain.recipe_yaml import RecipeError, load_yaml
 from pretrain.run_config import (
     CheckpointConfig,
@@ -300,9 +300,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         value = load_yaml(text)
     except RecipeError as error:
-        shown = without_secrets(repr(override))
+        shown = cut(without_secrets(repr(override)))
         raise UsageError(f"{shown}: the value is {error}") from None
-    _set(values, key, value, without_secrets(repr(override)))
+    _set(values, key, value, cut(without_secrets(repr(override))))
 
 
 def _set(tree: dict[str, Any], key: str, value: Any, source: str) -> None:

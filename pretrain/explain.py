@@ -30,7 +30,7 @@ def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         known = _keys_beside(path, root)
         close = difflib.get_close_matches(path[-1], known, 1)
-        key = _cut(key)
+        key = cut(key)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     if error["type"] == "value_error":
@@ -40,10 +40,11 @@ def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     if error["type"] == "union_tag_not_found":
         return f"{key}.kind: missing"
     value = without_secrets(repr(error.get("input")))
-    return f"{key}: {_cut(error['msg'].lower())}, got {_cut(value)}"
+    return f"{key}: {cut(error['msg'].lower())}, got {cut(value)}"
 
 
-def _cut(text: str, most: int = 200) -> str:
+def cut(text: str, most: int = 200) -> str:
+    """The beginning of a text, for a message."""
     return text if len(text) <= most else f"{text[:most]}..."
 
 

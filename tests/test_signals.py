@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -208,3 +210,40 @@ def test_every_verb_at_ten_moments(
         words = verbs(folder, data, corpus, trained)[verb]
         disturb(words, number, rng.uniform(0.0, 6.0))
         shutil.rmtree(folder)
+
+
+def test_an_evaluation_that_is_owed_at_the_end(
+    data: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Cut short at the last step, and again at the next start: each ends with 75, and the third
+    start makes up for it."""
+    import pretrain.tasks
+
+    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
+    words = ["train", str(recipe), "--out", str(tmp_path / "run"), GRID[1][0]]
+    score, calls = pretrain.tasks.score, 0
+
+    def signal_at(number: int) -> None:
+        nonlocal calls
+        calls = 0
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return score(*arguments, **more)
+
+        monkeypatch.setattr(pretrain.tasks, "score", call)
+
+    for number in (3, 1, 1):  # of step 6, after those of steps 0 and 3; then the one that is owed
+        signal_at(number)
+        assert run(monkeypatch, *words) == TRY_AGAIN
+        check_ending(TRY_AGAIN, capfd.readouterr().err, {TRY_AGAIN})
+        assert calls == number and not is_busy(tmp_path / "run")
+        assert not (tmp_path / "run/evaluation.json").exists()
+        assert len(metrics_of(tmp_path / "run")) == len(metrics_of(undisturbed)) - 1
+    monkeypatch.setattr(pretrain.tasks, "score", score)
+    assert run(monkeypatch, *words) == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(undisturbed)

@@ -121,12 +121,7 @@ def save(job: Job, step: int) -> None:
         state[HELD_OUT_LOSS] = loss
     if job.owes_evaluation:
         state[OWES_EVALUATION] = True
-    if job.grid.is_main:
-        try:
-            merge_ranks(job.run, always=step >= job.last)
-        except OSError as error:
-            job.say(step, f"ranks.parquet waits: {error.strerror or error}")
-    job.saver.save(step, state)
+    job.saver.save(step, state, lambda: merge_ranks(job.run, always=step >= job.last))
     if not job.judge.is_skipping:
         job.went_back = 0
 

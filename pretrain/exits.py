@@ -184,9 +184,9 @@ def fail(text: str, code: int) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _flush()
         os._exit(code)
-    if "torch.distributed" in sys.modules:
-        from pretrain.grid import disconnect
-
+    # Not imported here: a signal may have cut an import of torch, which would fail now.
+    disconnect = getattr(sys.modules.get("pretrain.grid"), "disconnect", None)
+    if disconnect is not None:
         disconnect()
     return code
 

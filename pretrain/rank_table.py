@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,20 +19,19 @@ from pretrain.run_config import RanksConfig
 RANKS = "ranks.parquet"
 _CONFIG = "config.yaml"
 _PARTS = ".ranks"
+_ROWS = 20_000
+"""In memory at once, of a table that is written anew."""
 
 
 def rewind_ranks(run: Path, step: int) -> None:
     """Forget what was measured after ``step``."""
-    parts = run / _PARTS
-    if parts.is_dir():
-        for part in parts.glob("*.parquet"):
-            if int(part.stem) > step:
-                part.unlink()
-    path = run / RANKS
-    if path.exists():
-        rows = [row for row in read_ranks(run) if row["step"] <= step]
-        _write_parquet(path, rows, ranks_definition(run))
-        shutil.rmtree(parts, ignore_errors=True)
+    for part in (run / _PARTS).glob("*.parquet"):
+        if int(part.stem) > step:
+            part.unlink()
+    if (run / RANKS).exists():
+        _merge(run, _parts(run), step)
+        with contextlib.suppress(OSError):  # not there, or something else is in it
+            (run / _PARTS).rmdir()
 
 
 def add_ranks(run: Path, step: int, rows: list[Row], measured: RanksConfig) -> None:
@@ -47,42 +46,83 @@ def add_ranks(run: Path, step: int, rows: list[Row], measured: RanksConfig) -> N
 
 
 def merge_ranks(run: Path, always: bool = True) -> None:
-    """Bring the measurements so far into ``ranks.parquet``.
+    """Bring the measurements so far into ``ranks.parquet``, beside a training that adds to them.
 
-    Rows stay columns of Arrow, no objects of Python: a checkpoint waits for this.
+    Rows go through memory a few at a time. What is added meanwhile waits for the next call.
 
     Args:
         always: merge however little is new; otherwise once it is a quarter of the table, so that
             a long run does not write all of it at every checkpoint.
     """
-    parts = sorted((run / _PARTS).glob("*.parquet"))
+    parts, path = _parts(run), run / RANKS
+    new = sum(part.stat().st_size for part in parts)
+    if parts and (always or not path.exists() or 4 * new >= path.stat().st_size):
+        _merge(run, parts)
+    if always:
+        with contextlib.suppress(OSError):
+            (run / _PARTS).rmdir()
+
+
+def _parts(run: Path) -> list[Path]:
+    return sorted((run / _PARTS).glob("*.parquet"))
+
+
+def _merge(run: Path, parts: list[Path], until: int | None = None) -> None:
+    """Write the table and its parts as one table, up to a step, and delete the parts.
+
+    Of a step that was measured twice, the rows of the later file stay. The order is that of steps.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     path = run / RANKS
-    if not parts:
-        return
-    if path.exists():
-        new = sum(part.stat().st_size for part in parts)
-        if not always and 4 * new < path.stat().st_size:
-            return
-        parts = [path, *parts]
-    _write_table(path, _joined([_table_in(part) for part in parts]))
-    shutil.rmtree(run / _PARTS)
+    files = [*([path] if path.exists() else []), *parts]
+    schemas = [_table_in(file, pq.read_schema) for file in files]
+    # Null columns of one file take the type that another has.
+    schema = pa.unify_schemas(
+        [one.remove_metadata() for one in schemas], promote_options="permissive"
+    ).with_metadata(schemas[-1].metadata)
+    chosen = _steps_of(files, until)
+    with (
+        replacing(path) as aside,
+        aside.open("wb") as opened,  # Arrow takes UTF-8 paths alone
+        pq.ParquetWriter(opened, schema) as writer,
+    ):
+        for file, steps in chosen:
+            for table in _pieces(file, steps):
+                if table.num_rows:
+                    like = [schema.empty_table(), table]
+                    writer.write_table(pa.concat_tables(like, promote_options="permissive"))
+    for part in parts:
+        part.unlink()
 
 
-def _joined(tables: list[Any]) -> Any:
-    """One table in order of steps; of a step that was measured twice, the later table's rows."""
+def _steps_of(files: list[Path], until: int | None) -> list[tuple[Path, list[int]]]:
+    """Which steps are taken from which file, in the order of steps."""
+    owner: dict[int, Path] = {}
+    for file in files:
+        owner |= dict.fromkeys(_table_in(file, _steps_in), file)
+    chosen: list[tuple[Path, list[int]]] = []
+    for step in sorted(owner):
+        if until is not None and step > until:
+            continue
+        if not chosen or chosen[-1][0] != owner[step]:
+            chosen.append((owner[step], []))
+        chosen[-1][1].append(step)
+    return chosen
+
+
+def _pieces(file: Path, steps: list[int]) -> Iterator[Any]:
+    """The rows of some steps, so many at a time."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    kept: list[Any] = []
-    seen = pa.array([], pa.int64())
-    for table in reversed([one for one in tables if one.num_rows]):
-        again = pc.is_in(table.column("step"), value_set=seen)
-        kept.insert(0, table.filter(pc.invert(again)))
-        seen = pc.unique(pa.chunked_array([seen, pc.unique(table.column("step"))]))
-    # Null columns of one part take the type that another has.
-    whole = pa.concat_tables(kept, promote_options="permissive")
-    order = pc.sort_indices(whole, [("step", "ascending")])
-    return whole.take(order).replace_schema_metadata(tables[-1].schema.metadata)
+    wanted = pa.array(steps, pa.int64())
+    with open_regular(file) as opened, _parquet(opened) as rows:
+        # No threads of Arrow's own: they would not give way to those that train.
+        for batch in rows.iter_batches(_ROWS, use_threads=False):
+            table = _plain(pa.Table.from_batches([batch]))
+            yield table.filter(pc.is_in(table.column("step"), value_set=wanted))
 
 
 def _table_in(file: Path, read: Callable[[Any], Any] | None = None) -> Any:
@@ -114,7 +154,16 @@ def _bounded(opened: BinaryIO) -> Any:
     Raises:
         ValueError: if it is not one of ours.
     """
-    import pyarrow as pa
+    with _parquet(opened) as file:
+        return _plain(file.read())
+
+
+def _parquet(opened: BinaryIO) -> Any:
+    """A file whose rows may be read; its texts come as dictionaries, each text once.
+
+    Raises:
+        ValueError: if it stands for more rows than it can hold, or has not our columns.
+    """
     import pyarrow.parquet as pq
 
     size = os.fstat(opened.fileno()).st_size
@@ -125,13 +174,26 @@ def _bounded(opened: BinaryIO) -> Any:
     missing = [name for name in _KEYS if name not in names]
     if rows and missing:
         raise ValueError(f"has no column {missing[0]}")
-    texts = [name for name in _TEXTS if name in names]
-    with pq.ParquetFile(opened, read_dictionary=texts) as file:
-        table = file.read()
-    for name in names:
+    return pq.ParquetFile(opened, read_dictionary=[name for name in _TEXTS if name in names])
+
+
+def _plain(table: Any) -> Any:
+    """Rows with texts as texts, once each column was found to be one of ours."""
+    import pyarrow as pa
+
+    for name in table.schema.names:
         _check_column(name, table.column(name))
     plain = [pa.field(one.name, pa.string()) if one.name in _TEXTS else one for one in table.schema]
     return table.cast(pa.schema(plain, table.schema.metadata))
+
+
+def _steps_in(opened: BinaryIO) -> list[int]:
+    """Which steps a file has rows of."""
+    with _parquet(opened) as file:
+        if "step" not in file.schema_arrow.names:  # nothing was measured
+            return []
+        found: list[int] = file.read(columns=["step"]).column("step").unique().to_pylist()
+        return found
 
 
 def _check_column(name: str, column: Any) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -93,17 +94,23 @@ class Saver:
     def _grid(self) -> Grid:
         return self.engine.grid
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], beside: Callable[[], None] | None = None
+    ) -> None:
         """Copy the state after ``step`` updates and begin to write it; a collective call.
 
         Args:
             state: what else to remember (JSON), for example the data's identity.
+            beside: what the main rank's thread does first; no fault of it stops a checkpoint.
         """
         self.wait()
         piece = snapshot(self.engine, self._buffers)
         described = _manifest(self.engine, step, state)
         self._thread = threading.Thread(
-            target=self._write, args=(step, piece, described), name="checkpoint", daemon=True
+            target=self._write,
+            args=(step, piece, described, beside),
+            name="checkpoint",
+            daemon=True,
         )
         self._thread.start()
         if not self.settings.asynchronous:
@@ -143,12 +150,21 @@ class Saver:
 
     # --- in the thread --------------------------------------------------------------------------
 
-    def _write(self, step: int, piece: Piece | None, described: dict[str, Any]) -> None:
+    def _write(
+        self,
+        step: int,
+        piece: Piece | None,
+        described: dict[str, Any],
+        beside: Callable[[], None] | None,
+    ) -> None:
         began = time.monotonic()
         if self.settings.asynchronous and not self.urgent:
             _give_way()  # for good, where the user may not raise a priority
         aside = self.folder / f".{checkpoint_name(step)}.writing"
         notes: list[str] = []
+        if beside is not None and self._grid.is_main:
+            _, problem = _attempt(beside)
+            notes += [f"ranks.parquet waits: {problem}"] if problem else []
         try:
             entry, problem = _attempt(lambda: _write_piece(piece, aside))
             found = self._gather((entry, problem))
@@ -157,7 +173,7 @@ class Saver:
                 described["files"] = dict(filter(None, (entry for entry, _ in found)))
                 target, problem = _attempt(lambda: self._commit(aside, step, described))
                 if target is not None:
-                    notes = self._follow_up(target, step)
+                    notes += self._follow_up(target, step)
             problem = self._gather(problem)[0]
         except Exception as error:  # another rank is gone
             problem = f"the other ranks do not answer ({type(error).__name__})"

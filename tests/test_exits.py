@@ -218,3 +218,12 @@ def test_one_process_takes_no_more_threads_than_its_quota(
     finally:
         torch.set_num_threads(before)
         disconnect()
+
+
+def test_a_signal_amid_an_import_of_torch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is half imported is not imported again at the end."""
+    monkeypatch.setitem(sys.modules, "pretrain.grid", None)  # another import of it fails
+    assert exits.fail("stopped", TRY_AGAIN) == TRY_AGAIN
+    assert capsys.readouterr().err == "error: stopped\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pretrain import rank_table
 from pretrain.errors import UsageError
 from pretrain.rank_table import (
     add_ranks,
@@ -132,3 +134,50 @@ def test_a_full_disk_keeps_the_old_table(
         assert run(monkeypatch, "ranks", f"{trained}@*", "--spectra", "--out", str(out)) == 1
         assert out.read_bytes() == before
         assert sorted(one.name for one in out.parent.iterdir()) == ["filler", "table.parquet"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_merge_loses_nothing_and_takes_little_at_once(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps measured twice, rows that come while it writes, a rewind: as of all rows in memory."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(rank_table, "_ROWS", 3)
+    wanted: dict[tuple[int, int], float] = {}
+
+    def add(step: int) -> None:
+        rows = []
+        for head in range(rng.randint(1, 5)):
+            value = rng.random()
+            rows.append({"step": step, "layer": 0, "product": "qk", "level": "head", "head": head,
+                         "value": value, "odd": None if rng.random() < 0.5 else 1.0})  # fmt: skip
+        for key in [key for key in wanted if key[0] == step]:
+            del wanted[key]
+        wanted.update({(step, row["head"]): row["value"] for row in rows})
+        rank_table.add_ranks(tmp_path, step, rows, RanksConfig())
+
+    def found() -> dict[tuple[int, int], float]:
+        rows = rank_table.read_ranks(tmp_path)
+        return {(row["step"], row["head"]): row["value"] for row in rows}
+
+    meanwhile = rank_table._steps_of
+    for turn in range(4):
+        for step in range(10 * turn, 10 * turn + rng.randint(2, 8), 2):
+            add(step)
+        late = 10 * turn + 9
+
+        def look(files: list[Path], until: int | None, step: int = late) -> Any:
+            add(step)  # as training does, beside the merge
+            return meanwhile(files, until)
+
+        monkeypatch.setattr(rank_table, "_steps_of", look)
+        rank_table.merge_ranks(tmp_path, always=turn == 3)
+        monkeypatch.setattr(rank_table, "_steps_of", meanwhile)
+        assert found() == wanted
+        if turn == 2:
+            rank_table.rewind_ranks(tmp_path, 15)
+            wanted = {key: value for key, value in wanted.items() if key[0] <= 15}
+            assert found() == wanted
+    rank_table.merge_ranks(tmp_path)
+    steps = pq.read_table(tmp_path / "ranks.parquet").column("step").to_pylist()
+    assert steps == sorted(steps) and found() == wanted

@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py --out benchmarks/results/attention-cpu.json
 
-Decides which kernel `speed.attention: auto` takes (`pretrain/speed.py`).
+Decides which kernel `speed.attention: auto` takes (`pretrain/engine/speed.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from benchmarks.results_file import finish
 from models.products import attention_by_products
-from pretrain.speed import keep_freed_memory
+from pretrain.engine.speed import keep_freed_memory
 
 SHAPES = [(8, 6, 256, 64), (4, 6, 512, 64), (2, 6, 1024, 64), (1, 6, 2048, 64)]
 """batch, heads, context, head: the 17 M model's, the same tokens each time"""

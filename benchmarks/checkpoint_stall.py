@@ -18,13 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.results_file import finish
-from pretrain.config import parse_config
-from pretrain.engine import Engine, build_engine
-from pretrain.grid import build_grid, connect, disconnect
-from pretrain.loader import Loader
-from pretrain.run_config import CheckpointConfig
-from pretrain.saver import Saver
-from pretrain.train import prepare
+from pretrain.checkpoint.saver import Saver
+from pretrain.config.recipe import parse_config
+from pretrain.config.run import CheckpointConfig
+from pretrain.distributed.grid import build_grid, connect, disconnect
+from pretrain.engine.engine import Engine, build_engine
+from pretrain.training.loader import Loader
+from pretrain.training.start import prepare
 
 TURNS, USUAL = 5, 8
 

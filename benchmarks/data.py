@@ -196,7 +196,7 @@ def tokenisation(folder: Path, lines: list[bytes], turns: int) -> dict[str, Any]
 def loading(folder: Path, turns: int) -> dict[str, Any]:
     """Tokens a second that a data-parallel rank reads, in one thread, of batches of 8 x 256."""
     from data_pipeline.dataset import TrainingData
-    from pretrain.loader import _stack
+    from pretrain.training.loader import _stack
 
     manifest = load_manifest(folder / "tokens")
     rates = []

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from data_pipeline.dataset import TrainingData
-from pretrain.config import parse_config
-from pretrain.engine import Engine, build_engine
-from pretrain.grid import build_grid, connect, disconnect
-from pretrain.loader import Loader
-from pretrain.probe import measure
-from pretrain.train import prepare
+from pretrain.config.recipe import parse_config
+from pretrain.distributed.grid import build_grid, connect, disconnect
+from pretrain.engine.engine import Engine, build_engine
+from pretrain.ranks.probe import measure
+from pretrain.training.loader import Loader
+from pretrain.training.start import prepare
 
 POLICIES: dict[str, dict[str, Any]] = {
     "constant": {},

@@ -24,12 +24,12 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.results_file import finish
-from pretrain.checkpoint import checkpoint_name
-from pretrain.config import parse_config
-from pretrain.control import DecayControl
-from pretrain.decay import plan_decay
-from pretrain.engine import whole_model
-from pretrain.importing import write_masters
+from pretrain.checkpoint.reader import checkpoint_name
+from pretrain.config.recipe import parse_config
+from pretrain.decay.control import DecayControl
+from pretrain.decay.plan import plan_decay
+from pretrain.engine.engine import whole_model
+from pretrain.offline.import_model import write_masters
 
 
 def write_checkpoint(folder: Path, dialect: str, hidden: int, layers: int) -> tuple[int, int]:

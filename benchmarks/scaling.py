@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.config import parse_config
-from pretrain.plan import DEVICES, rank
+from pretrain.cluster.plan import DEVICES, rank
+from pretrain.config.recipe import parse_config
 
 MODELS = {  # layers, hidden, heads: GPT-3's, and GPT-NeoX-20B's
     "125M": (12, 768, 12),

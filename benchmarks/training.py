@@ -29,9 +29,9 @@ from benchmarks.contenders.shapes import SHAPES, Shape
 from benchmarks.contenders.worker import GRIDS, half, recipe_values
 from benchmarks.results_file import finish
 from launchers.local import torchrun
-from pretrain.config import parse_config
-from pretrain.here import measure_here, product_rate
-from pretrain.plan import choose
+from pretrain.cluster.local_rates import measure_here, product_rate
+from pretrain.cluster.plan import choose
+from pretrain.config.recipe import parse_config
 
 WORKER = ROOT / "benchmarks/contenders/worker.py"
 PEERS = ("plain", "litgpt", "trainer")

@@ -15,9 +15,9 @@ import yaml
 from data_pipeline.files import held
 from launchers import batch, cloud, hosts, local
 from launchers.site import Site, load_site
-from pretrain.config import Config, load_config
+from pretrain.config.recipe import Config, load_config
+from pretrain.config.run import without_secrets
 from pretrain.errors import UsageError
-from pretrain.run_config import without_secrets
 
 PLACES = ("local", "slurm", "hostfile", "mpi", "kubernetes", "skypilot")
 _ENVIRONMENT_FILE = "environment"
@@ -107,7 +107,7 @@ def _check_secrets(config: Config, overrides: list[str]) -> None:
 
 def _check_size(config: Config, processes: int) -> None:
     """The grid and the batch must divide, or the job would end where it begins."""
-    from pretrain.grid import check_grid
+    from pretrain.distributed.grid import check_grid
 
     data = check_grid(config.grid, processes)
     if config.train.global_batch % data:

@@ -12,10 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from pretrain.cores import usable_cores
+from pretrain.distributed.cores import usable_cores
 
 if TYPE_CHECKING:
-    from pretrain.jobs import Job
+    from pretrain.distributed.jobs import Job
 
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """For torchrun: shared with its own, the store of a job would keep addresses of processes that have

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pretrain.config import read_mapping
-from pretrain.decay_config import Section
+from pretrain.config.decay import Section
+from pretrain.config.explain import explain
+from pretrain.config.recipe import read_mapping
 from pretrain.errors import UsageError
-from pretrain.explain import explain
 
 
 class ContainerConfig(Section):

@@ -16,7 +16,7 @@ from launchers.local import child_environment, program
 from pretrain.errors import TRY_AGAIN, RunError, UsageError
 
 if TYPE_CHECKING:
-    from pretrain.jobs import Job
+    from pretrain.distributed.jobs import Job
 
 _PLAIN = ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb")
 _PORTS = 20_000

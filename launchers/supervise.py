@@ -17,8 +17,8 @@ from pathlib import Path
 
 from launchers.local import child_environment, program, start_environment
 from launchers.team import run_team
+from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import TRY_AGAIN
-from pretrain.signals import SIGNALS
 
 SUPERVISED = "RANKDECAY_SUPERVISED"
 FINAL = (0, 1, 2)

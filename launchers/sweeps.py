@@ -9,11 +9,11 @@ from pathlib import Path
 from data_pipeline.strict_json import to_json
 from launchers.local import LocalExecutor, command, default_slots, start_environment
 from pretrain.console import plain
+from pretrain.distributed.jobs import Executor
 from pretrain.errors import UsageError
-from pretrain.jobs import Executor
-from pretrain.sweep import run_sweep, summary
-from pretrain.sweep_config import Sweep, load_sweep
-from pretrain.sweep_plan import plan, print_plan
+from pretrain.sweep.config import Sweep, load_sweep
+from pretrain.sweep.estimate import plan, print_plan
+from pretrain.sweep.run import run_sweep, summary
 
 
 def run(
@@ -81,14 +81,14 @@ def run(
 def _check_folders(sweep: Sweep, launcher: str) -> None:
     """Refuse a sweep whose folders hold other runs; where there are none, nothing is loaded."""
     if not any(task.run.exists() for task in sweep.tasks):
-        from pretrain.lengths import check_lengths
+        from pretrain.decay.lengths import check_lengths
 
         for task in sweep.tasks:
             check_lengths(task.config)
         return
     import torch
 
-    from pretrain.sweep_check import check_runs
+    from pretrain.sweep.check import check_runs
 
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_runs(sweep, here if launcher == "local" else None)

@@ -14,9 +14,9 @@ import sys
 import tempfile
 import time
 
+from pretrain.distributed.jobs import MEETING
+from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import INTERRUPTED, TRY_AGAIN
-from pretrain.jobs import MEETING
-from pretrain.signals import SIGNALS
 
 _FINAL = (2, 1)
 """A mistake, trouble with files: what counts, of several codes."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Kernels:
-    """The default is right on every device; `pretrain.speed` chooses what is fast on one."""
+    """The default is right on every device; `pretrain.engine.speed` chooses what is fast on one."""
 
     recompute: bool = False
     """Compute blocks again in the backward pass instead of keeping what they need."""

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from pretrain.cluster_verbs import doctor, launch, plan
+from pretrain.cli.cluster import doctor, launch, plan
+from pretrain.cli.data import data_app
+from pretrain.cli.exits import fail, leave, report_failure, stopped
+from pretrain.cli.models import evaluate, export, import_, print_evaluation, ranks
+from pretrain.cli.options import Json, Overrides
+from pretrain.cli.paper import paper_app
 from pretrain.console import plain, write_any_text
-from pretrain.data_verbs import data_app
-from pretrain.exits import fail, leave, report_failure, stopped
-from pretrain.model_verbs import evaluate, export, import_, print_evaluation, ranks
-from pretrain.options import Json, Overrides
-from pretrain.paper_verbs import paper_app
-from pretrain.signals import SIGNALS, Stopped
+from pretrain.distributed.signals import SIGNALS, Stopped
 
 app = typer.Typer(
     help="Pretrain transformers on the Pile with decoupled attention decay, and measure the rank "
@@ -83,21 +83,21 @@ def train(
     """
     if (processes > 1 or restarts) and not dry_run:
         _start_again(processes, out or Path("runs") / recipe.stem, restarts)
-    from pretrain.config import load_config
+    from pretrain.config.recipe import load_config
 
     config = load_config(recipe, overrides)
     if dry_run:
-        from pretrain.dryrun import dry_run as describe
+        from pretrain.cluster.dry_run import dry_run as describe
 
         describe(config, as_json=json)
         return
-    from pretrain.grid import build_grid, check_grid, connect, disconnect, process_count
+    from pretrain.distributed.grid import build_grid, check_grid, connect, disconnect, process_count
 
     check_grid(config.grid, process_count())
-    from pretrain.libraries import load_libraries
-    from pretrain.run import resolve_checkpoint
-    from pretrain.speed import keep_freed_memory
-    from pretrain.train import train as run_training
+    from pretrain.engine.libraries import load_libraries
+    from pretrain.engine.speed import keep_freed_memory
+    from pretrain.runs.folder import resolve_checkpoint
+    from pretrain.training.start import train as run_training
 
     source = resolve_checkpoint(fork) if fork else None
     grid = build_grid(config.grid, connect())
@@ -124,7 +124,7 @@ def _start_again(processes: int, run: Path, restarts: int) -> None:
 
 def _print_result(run: Path, as_json: bool) -> None:
     from data_pipeline.strict_json import to_json
-    from pretrain.run import read_evaluation
+    from pretrain.runs.folder import read_evaluation
 
     path = run / "evaluation.json"
     if not path.exists():
@@ -232,7 +232,7 @@ def demo(
     Corpus, tokenizer, tokens; then the same small model with several decays of its attention
     and everything else equal; evaluation; one page of plots.
     """
-    from pretrain.demo import run_demo
+    from pretrain.cli.demo import run_demo
 
     run_demo(out, steps)
 

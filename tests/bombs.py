@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import yaml
 import zstandard
 
-from pretrain.manifest import SEAL, sealed
+from pretrain.checkpoint.manifest import SEAL, sealed
 
 Bomb = Callable[[Path], None]
 """Puts itself into the place of a file, whose bytes it may read first."""

@@ -17,8 +17,8 @@ from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.loss import mean_loss
 from models.roles import ATTENTION, MLP, Role, info_of
-from pretrain.config import Config, parse_config
-from pretrain.tasks import Text
+from pretrain.config.recipe import Config, parse_config
+from pretrain.tasks.tasks import Text
 from tests.tools import DIALECTS, base_recipe
 
 STEPS = 4

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import RUN_ID, checkpoint_name
-from pretrain.config import Config, parse_config
-from pretrain.decay import DecayPlan, plan_decay
-from pretrain.engine import whole_model
-from pretrain.manifest import MANIFEST, MASTER, describe, sealed
-from pretrain.run import CHECKPOINTS
-from pretrain.tensor_file import write_tensors
+from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, sealed
+from pretrain.checkpoint.reader import RUN_ID, checkpoint_name
+from pretrain.checkpoint.tensor_file import write_tensors
+from pretrain.config.recipe import Config, parse_config
+from pretrain.decay.plan import DecayPlan, plan_decay
+from pretrain.engine.engine import whole_model
+from pretrain.runs.folder import CHECKPOINTS
 from tests.tools import base_recipe
 
 

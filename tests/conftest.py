@@ -20,7 +20,7 @@ import torch
 torch.set_num_threads(1)
 
 from data_pipeline.prepare import tokenize_sources, train_from_sources
-from pretrain.run import environment as environment_of_run
+from pretrain.runs.folder import environment as environment_of_run
 from tests.slurm import reason_to_skip, start_slurm, stop_slurm
 from tests.tools import (
     base_recipe,

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pretrain.config import Config, dump_config, parse_config
+from pretrain.config.recipe import Config, dump_config, parse_config
 from tests.tools import base_recipe
 
 STEPS = 40

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from pretrain.config import Config
+from pretrain.config.recipe import Config
 
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 64, 10**6, 10**12, 10**19, 2**31, 2**63, 10**400,

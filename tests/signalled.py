@@ -20,19 +20,19 @@ from pretrain.__main__ import main
 PAUSE = 2.0
 MOMENTS = {
     # moment: (module, name, number of the call that is slow)
-    "recipe": ("pretrain.config", "load_config", 1),
-    "data": ("pretrain.train", "prepare", 1),
-    "folder": ("pretrain.train", "create_run", 1),
-    "engine": ("pretrain.train", "build_engine", 1),
-    "first ranks": ("pretrain.between", "measure", 1),
-    "first evaluation": ("pretrain.tasks", "score", 1),
-    "first update": ("pretrain.engine", "Engine.train_step", 1),
-    "update": ("pretrain.engine", "Engine.train_step", 4),
-    "ranks": ("pretrain.between", "measure", 2),
-    "evaluation": ("pretrain.evaluate", "_forward", 5),
-    "checkpoint": ("pretrain.saver", "_write_piece", 1),
-    "last evaluation": ("pretrain.between", "finish", 1),
-    "engine's end": ("pretrain.engine", "Engine.close", 1),
+    "recipe": ("pretrain.config.recipe", "load_config", 1),
+    "data": ("pretrain.training.start", "prepare", 1),
+    "folder": ("pretrain.training.start", "create_run", 1),
+    "engine": ("pretrain.training.start", "build_engine", 1),
+    "first ranks": ("pretrain.training.between", "measure", 1),
+    "first evaluation": ("pretrain.tasks.tasks", "score", 1),
+    "first update": ("pretrain.engine.engine", "Engine.train_step", 1),
+    "update": ("pretrain.engine.engine", "Engine.train_step", 4),
+    "ranks": ("pretrain.training.between", "measure", 2),
+    "evaluation": ("pretrain.tasks.score", "_forward", 5),
+    "checkpoint": ("pretrain.checkpoint.saver", "_write_piece", 1),
+    "last evaluation": ("pretrain.training.between", "finish", 1),
+    "engine's end": ("pretrain.engine.engine", "Engine.close", 1),
 }
 
 

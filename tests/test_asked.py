@@ -19,15 +19,15 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from pretrain import finished
-from pretrain.config import Config, differences, load_config, value_at, with_values
-from pretrain.decay import plan_decay
-from pretrain.engine import whole_model
+from pretrain.config.recipe import Config, differences, load_config, value_at, with_values
+from pretrain.decay.plan import plan_decay
+from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
-from pretrain.finished import is_complete, is_free
-from pretrain.run import CONFIG, ENVIRONMENT, FREE
-from pretrain.sweep_check import check_runs
-from pretrain.sweep_config import load_sweep
+from pretrain.runs import finished
+from pretrain.runs.finished import is_complete, is_free
+from pretrain.runs.folder import CONFIG, ENVIRONMENT, FREE
+from pretrain.sweep.check import check_runs
+from pretrain.sweep.config import load_sweep
 from tests.tools import ATTENTION, base_recipe, run, write_recipe, write_sweep
 
 SPECIAL: dict[str, list[Any]] = {
@@ -334,7 +334,7 @@ def test_auto_is_said_with_what_it_means(
     shutil.copytree(trained, folder)
     values = yaml.safe_load((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(yaml.safe_dump({**values, "precision": "bf16"}))
-    monkeypatch.setattr("pretrain.train.resolve_precision", lambda *_: "fp32")
+    monkeypatch.setattr("pretrain.training.start.resolve_precision", lambda *_: "fp32")
     for word, shown in (("auto", "auto, which is fp32 here"), ("fp32", "fp32")):
         words = ["train", str(folder / CONFIG), "--out", str(folder), f"precision={word}"]
         assert run(monkeypatch, *words) == 2

@@ -16,14 +16,14 @@ from types import SimpleNamespace
 
 import pytest
 
-import pretrain.checkpoint
-import pretrain.storage
-from pretrain.checkpoint import Checkpoint, list_checkpoints, step_of
+import data_pipeline.disk
+import pretrain.checkpoint.reader
+from pretrain.checkpoint.manifest import MANIFEST, DamagedError, UnreadableError, sealed
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints, step_of
+from pretrain.checkpoint.recover import find_whole
+from pretrain.checkpoint.saver import Saver, _free_name
+from pretrain.config.run import CheckpointConfig
 from pretrain.errors import RunError
-from pretrain.manifest import MANIFEST, DamagedError, UnreadableError, sealed
-from pretrain.recover import find_whole
-from pretrain.run_config import CheckpointConfig
-from pretrain.saver import Saver, _free_name
 from tests.checkpoints import Alone, values_of, write_checkpoint, write_run
 
 STEPS = (2, 4, 6, 8)
@@ -32,7 +32,7 @@ STEPS = (2, 4, 6, 8)
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Further tries come at once."""
-    monkeypatch.setattr(pretrain.storage, "_PAUSES", [0.0, 0.0])
+    monkeypatch.setattr(data_pipeline.disk, "_PAUSES", [0.0, 0.0])
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(
 
 def test_a_mount_that_vanishes_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     away = folder.with_name("away")
-    real = pretrain.checkpoint.read_manifest
+    real = pretrain.checkpoint.reader.read_manifest
 
     def vanish(path: Path) -> object:
         found = real(path)
@@ -125,7 +125,7 @@ def test_a_mount_that_vanishes_is_no_damage(folder: Path, monkeypatch: pytest.Mo
             folder.rename(away)
         return found
 
-    monkeypatch.setattr(pretrain.checkpoint, "read_manifest", vanish)
+    monkeypatch.setattr(pretrain.checkpoint.reader, "read_manifest", vanish)
     with pytest.raises(UnreadableError, match="No such file"):
         find_whole(folder, Alone())
     assert sorted(path.name for path in away.iterdir()) == [f"step-{n:08d}" for n in STEPS]

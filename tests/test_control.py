@@ -11,15 +11,15 @@ import torch
 
 from models.config import GPTConfig
 from models.roles import ALIASES, ATTENTION
-from pretrain.alpha import eigenvalues, hill_exponent
-from pretrain.config import Config, parse_config
-from pretrain.control import Adaptive, Alpha, DecayControl, coupled_rate, label
-from pretrain.decay import plan_decay
-from pretrain.engine import whole_model
+from pretrain.config.recipe import Config, parse_config
+from pretrain.config.schedule import decay_multiplier
+from pretrain.decay.control import Adaptive, Alpha, DecayControl, coupled_rate, label
+from pretrain.decay.plan import plan_decay
+from pretrain.decay.policies.alpha import eigenvalues, hill_exponent
+from pretrain.decay.policies.nuclear import nuclear_subgradient
+from pretrain.decay.policies.rank_target import RankController
+from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
-from pretrain.nuclear import nuclear_subgradient
-from pretrain.rank_target import RankController
-from pretrain.schedule import decay_multiplier
 
 STEPS = 40
 ROLES = [role.value for role in ATTENTION] + ["mlp_in", "mlp_out", "embedding"]

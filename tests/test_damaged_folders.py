@@ -23,8 +23,8 @@ import yaml
 from typer.main import get_command
 
 import pretrain.__main__
-from pretrain.config import Config
-from pretrain.manifest import SEAL, sealed
+from pretrain.checkpoint.manifest import SEAL, sealed
+from pretrain.config.recipe import Config
 from tests.recipe_fuzz import ODD, keys_of, misspelt, spoil
 from tests.source_fuzz import DAMAGES
 from tests.tools import assert_one_line, base_recipe, run, write_recipe

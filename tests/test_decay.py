@@ -6,9 +6,9 @@ import pytest
 
 from models.config import GPTConfig
 from models.roles import ParameterInfo, Role
-from pretrain.decay import compact, compare, parse_layers, plan_decay, plan_from
-from pretrain.decay_config import DecayRule, WeightDecayConfig
-from pretrain.engine import whole_model
+from pretrain.config.decay import DecayRule, WeightDecayConfig
+from pretrain.decay.plan import compact, compare, parse_layers, plan_decay, plan_from
+from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
 
 

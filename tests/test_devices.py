@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain import grid
-from pretrain.devices import refuse_shared
+from pretrain.distributed import grid
+from pretrain.distributed.devices import refuse_shared
 from pretrain.errors import UsageError
 
 MINUTE = timedelta(minutes=1)

@@ -16,11 +16,11 @@ import pytest
 
 from data_pipeline.dataset import TrainingData
 from data_pipeline.manifest import load_manifest
-from pretrain.config import parse_config
-from pretrain.epochs import in_words, uses_of
+from pretrain.config.recipe import parse_config
 from pretrain.report import write_report
-from pretrain.tasks import Text, open_task
-from pretrain.tracking import Tracker
+from pretrain.runs.metrics import Tracker
+from pretrain.tasks.epochs import in_words, uses_of
+from pretrain.tasks.tasks import Text, open_task
 from tests.tools import base_recipe, run, write_recipe
 
 

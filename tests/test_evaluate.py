@@ -16,9 +16,9 @@ from data_pipeline.manifest import load_manifest
 from models.config import GPTConfig
 from models.gpt import GPT
 from models.layers import ParameterFactory
-from pretrain.config import GridConfig
-from pretrain.evaluate import documents_hash, score, summarize, windows
-from pretrain.grid import Grid, build_grid, connect
+from pretrain.config.recipe import GridConfig
+from pretrain.distributed.grid import Grid, build_grid, connect
+from pretrain.tasks.score import documents_hash, score, summarize, windows
 
 
 def rolling(tokens: list[int], prefix: int, size: int) -> list[tuple[list[int], list[int]]]:

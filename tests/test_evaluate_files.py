@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.config import apply_overrides, parse_config
-from pretrain.standalone import _words, result_path
+from pretrain.config.recipe import apply_overrides, parse_config
+from pretrain.offline.evaluate import _words, result_path
 from tests.fake_runs import STEPS, recipe, write_run
 
 SPLITS = ("test", "val")

@@ -18,8 +18,8 @@ from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.roles import info_of
-from pretrain.checkpoint import Checkpoint, list_checkpoints
-from pretrain.tracking import read_metrics
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.runs.metrics import read_metrics
 from tests.tools import DIALECTS, base_recipe, pretrain, run, train_models, write_recipe
 from tests.transformers_models import transformers
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-import pretrain.engine
-from pretrain import console, exits
-from pretrain.cores import fit_threads, usable_cores
+import pretrain.engine.engine
+from pretrain import console
+from pretrain.cli import exits
+from pretrain.distributed.cores import fit_threads, usable_cores
+from pretrain.distributed.grid import Grid, connect, disconnect
 from pretrain.errors import TRY_AGAIN, MachineError, RunError, UsageError
-from pretrain.grid import Grid, connect, disconnect
 from tests.tools import ROOT, assert_one_line, base_recipe, environment, run, write_recipe
 
 
@@ -114,7 +115,7 @@ def test_injected_into_a_run(
         raise error
 
     name = "audit_decay" if together else "train_step"
-    monkeypatch.setattr(pretrain.engine.Engine, name, fail)
+    monkeypatch.setattr(pretrain.engine.engine.Engine, name, fail)
     recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
     assert run(monkeypatch, "train", str(recipe), "--out", str(tmp_path / "run")) == (code or 1)
     text = capfd.readouterr().err
@@ -141,10 +142,10 @@ def test_what_a_terminal_would_obey_is_written_out() -> None:
 LEAVING = """
 import atexit, sys, threading, tempfile, weakref
 sys.path.insert(0, {root!r})
-from pretrain.exits import leave
+from pretrain.cli.exits import leave
 import torch.distributed as dist
-from pretrain.grid import connect, build_grid
-from pretrain.config import GridConfig
+from pretrain.distributed.grid import connect, build_grid
+from pretrain.config.recipe import GridConfig
 held = build_grid(GridConfig(), connect())  # groups that live on
 atexit.register(print, "at exit")
 folder = tempfile.TemporaryDirectory()
@@ -208,7 +209,7 @@ def test_one_process_takes_no_more_threads_than_its_quota(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if said:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
-    monkeypatch.setattr("pretrain.cores.usable_cores", lambda: 1)
+    monkeypatch.setattr("pretrain.distributed.cores.usable_cores", lambda: 1)
     assert fit_threads(2) == wanted
     before = torch.get_num_threads()
     try:
@@ -224,6 +225,8 @@ def test_a_signal_amid_an_import_of_torch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is half imported is not imported again at the end."""
-    monkeypatch.setitem(sys.modules, "pretrain.grid", None)  # another import of it fails
+    monkeypatch.setitem(
+        sys.modules, "pretrain.distributed.grid", None
+    )  # another import of it fails
     assert exits.fail("stopped", TRY_AGAIN) == TRY_AGAIN
     assert capsys.readouterr().err == "error: stopped\n"

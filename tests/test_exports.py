@@ -17,9 +17,9 @@ from data_pipeline.json_tokenizer import SpecialTokens
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.prepare import tokenize_sources
 from data_pipeline.tokenizer import load_tokenizer
-from pretrain.checkpoint import list_checkpoints
-from pretrain.manifest import MANIFEST, sealed
-from pretrain.model_card import write_tokenizer
+from pretrain.checkpoint.manifest import MANIFEST, sealed
+from pretrain.checkpoint.reader import list_checkpoints
+from pretrain.offline.model_card import write_tokenizer
 from tests.test_tokenizers import EOD, TEXTS, byte_level, write_texts
 from tests.tools import assert_one_line, base_recipe, run, write_recipe
 from tests.transformers_models import transformers

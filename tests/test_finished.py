@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.finished import is_complete
 from pretrain.report.load import load_run, load_study
-from pretrain.tracking import METRICS
+from pretrain.runs.finished import is_complete
+from pretrain.runs.metrics import METRICS
 
 
 @pytest.mark.parametrize("skipped", [1, 2])

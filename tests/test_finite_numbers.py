@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from models.config import GPTConfig
-from pretrain.config import Config, DataConfig, parse_config
+from pretrain.config.recipe import Config, DataConfig, parse_config
 from pretrain.errors import UsageError
 
 

@@ -21,8 +21,8 @@ from models.families import EXAMPLE, family_of, known_families
 from models.huggingface import open_pretrained
 from models.roles import ModelError
 from models.tensor_files import TensorFiles
-from pretrain.ranks import find_weights, means, measure_weights
-from pretrain.run_config import RanksConfig
+from pretrain.config.run import RanksConfig
+from pretrain.offline.ranks import find_weights, means, measure_weights
 from tests.foreign import LLAMA, llama_tensors, our_logits, write_model
 from tests.tools import assert_one_line, base_recipe, run, write_recipe
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.config import parse_config
+from pretrain.config.recipe import parse_config
 from pretrain.errors import UsageError
 from tests.tools import (
     DIALECTS,

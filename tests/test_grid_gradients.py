@@ -17,8 +17,8 @@ from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.loss import mean_loss
 from models.roles import info_of
-from pretrain.config import parse_config
-from pretrain.tasks import Text
+from pretrain.config.recipe import parse_config
+from pretrain.tasks.tasks import Text
 from tests.moved import moved_constants
 from tests.test_bf16 import MOST, SHAPE, TEXT, TOKENS
 from tests.test_grid_sums import gradients_of

@@ -17,9 +17,9 @@ import yaml
 
 from launchers import batch, cloud, hosts
 from launchers.site import Site, load_site
-from pretrain import doctor
+from pretrain.cluster import doctor
 from pretrain.errors import UsageError
-from pretrain.tracking import read_metrics
+from pretrain.runs.metrics import read_metrics
 from tests.tools import ROOT, base_recipe, metrics_of, pretrain, run, weights_of, write_recipe
 
 SITES = sorted((ROOT / "configs/sites").glob("*.yaml"))

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain import between
-from pretrain.checkpoint import list_checkpoints, step_of
-from pretrain.config import Config, apply_overrides, dump_config, load_config, parse_config
+from pretrain.checkpoint.reader import list_checkpoints, step_of
+from pretrain.config.recipe import Config, apply_overrides, dump_config, load_config, parse_config
+from pretrain.config.schedule import decay_multiplier
+from pretrain.decay.lengths import check_lengths, remarks
 from pretrain.errors import UsageError
-from pretrain.lengths import check_lengths, remarks
-from pretrain.schedule import decay_multiplier
-from pretrain.tracking import read_metrics
+from pretrain.runs.metrics import read_metrics
+from pretrain.training import between
 from tests.tools import base_recipe, run, write_recipe
 
 LENGTHS = [0, 0.0, 0.001, 0.01, 0.2, 0.5, 0.97, 0.999, 1, 1.0, 1.5, 2, 3, 7, 30, 59, 60, 61, 1000]

@@ -17,13 +17,13 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from pretrain.checkpoint import RUN_ID, Checkpoint, list_checkpoints, run_id_of
+from pretrain.checkpoint.manifest import MANIFEST
+from pretrain.checkpoint.mirror import Mirror, Pusher
+from pretrain.checkpoint.reader import RUN_ID, Checkpoint, list_checkpoints, run_id_of
+from pretrain.checkpoint.recover import find_whole
+from pretrain.config.run import CheckpointConfig, without_secrets
 from pretrain.errors import RunError, UsageError
-from pretrain.manifest import MANIFEST
-from pretrain.mirror import Mirror, Pusher
-from pretrain.recover import find_whole
-from pretrain.run import misfit
-from pretrain.run_config import CheckpointConfig, without_secrets
+from pretrain.runs.folder import misfit
 from tests.checkpoints import Alone, small_config, write_checkpoint, write_run
 
 TASK: Any = SimpleNamespace(tokenizer="t", identity="d", eod=0)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.prepare import train_from_sources
-from pretrain.checkpoint import list_checkpoints
-from pretrain.config import load_config
+from pretrain.checkpoint.reader import list_checkpoints
+from pretrain.config.recipe import load_config
 from tests.tools import (
     assert_one_line,
     base_recipe,

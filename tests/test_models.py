@@ -17,8 +17,8 @@ from models.loss import Projection, mean_loss, token_losses
 from models.parallel import TensorParallel
 from models.products import attention_by_products
 from models.roles import ModelError, declared_parameters, info_of
-from pretrain.config import load_config
-from pretrain.engine import whole_model
+from pretrain.config.recipe import load_config
+from pretrain.engine.engine import whole_model
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "context": 16}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.norms import square_sum
-from pretrain.optimizers import orthogonalize
-from pretrain.shrink import Shrinker
+from pretrain.engine.norms import square_sum
+from pretrain.engine.optimizers import orthogonalize
+from pretrain.engine.shrink import Shrinker
 from tests.tools import base_recipe, metrics_of, run_workers, weights_of
 
 GRIDS = {
@@ -57,7 +57,7 @@ def test_the_ratio_of_awd_has_the_norm_of_all_weights() -> None:
 
 def test_muon_begins_with_the_norm_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(1, LARGE, generator=torch.Generator().manual_seed(1)).mul_(1e-3)
-    monkeypatch.setattr("pretrain.optimizers._ITERATIONS", 0)  # what they start from
+    monkeypatch.setattr("pretrain.engine.optimizers._ITERATIONS", 0)  # what they start from
     assert float(orthogonalize(matrix).double().norm()) == pytest.approx(1.0, rel=1e-6)
 
 

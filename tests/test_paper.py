@@ -15,15 +15,15 @@ import yaml
 import launchers.paper
 import pretrain.paper.fig1
 import pretrain.paper.fig2
-from pretrain.config import load_config, value_at
+from pretrain.cli.paper import _ALL
+from pretrain.config.recipe import load_config, value_at
 from pretrain.paper.checks import Check
 from pretrain.paper.fig2 import fall_rate
 from pretrain.paper.fig3 import layers_of
 from pretrain.paper.modern import variant
 from pretrain.paper.page import TITLES, write_page
-from pretrain.paper_verbs import _ALL
-from pretrain.run import read_ranks
-from pretrain.sweep_config import load_sweep
+from pretrain.runs.folder import read_ranks
+from pretrain.sweep.config import load_sweep
 from tests.test_tasks import RECIPES
 from tests.tools import ATTENTION, MLP, ROOT, run_workers
 from tests.tools import run as command

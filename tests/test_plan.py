@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import Config, parse_config, with_values
-from pretrain.here import measure_here
-from pretrain.plan import DEVICES, choose, rank
-from pretrain.plan_memory import memory_of
-from pretrain.plan_shapes import Layout, sizes_of
+from pretrain.cluster.local_rates import measure_here
+from pretrain.cluster.plan import DEVICES, choose, rank
+from pretrain.cluster.plan_memory import memory_of
+from pretrain.cluster.plan_shapes import Layout, sizes_of
+from pretrain.config.recipe import Config, parse_config, with_values
 from tests.tools import ROOT, run
 
 SHAPE = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 8, "context": 128,
@@ -111,8 +111,8 @@ def test_this_machine_is_measured(
     assert alone.tflops > 0 and alone.bandwidth > 0
     assert alone.base > 1e8 and alone.memory > 1
     with monkeypatch.context() as patched:  # rates that a busy machine does not change
-        patched.setattr("pretrain.here.product_rate", lambda width: 3e11)
-        patched.setattr("pretrain.here.elementwise_rate", lambda width: 5e9)
+        patched.setattr("pretrain.cluster.local_rates.product_rate", lambda width: 3e11)
+        patched.setattr("pretrain.cluster.local_rates.elementwise_rate", lambda width: 5e9)
         one_of_two = measure_here(2, config)
     assert one_of_two.tflops == pytest.approx(0.15) and 0 < one_of_two.node_link < 1000
     assert one_of_two.bandwidth == pytest.approx(2.5)

@@ -13,14 +13,14 @@ import torch
 from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.parallel import TensorParallel
-from pretrain.config import Config, parse_config
-from pretrain.engine import micro_batches
+from pretrain.cluster.plan import DEVICES, Choice, rank
+from pretrain.cluster.plan_grids import layout_of
+from pretrain.cluster.plan_shapes import sizes_of
+from pretrain.cluster.plan_traffic import traffic_of
+from pretrain.config.recipe import Config, parse_config
+from pretrain.distributed.grid import Grid, check_grid
+from pretrain.engine.engine import micro_batches
 from pretrain.errors import UsageError
-from pretrain.grid import Grid, check_grid
-from pretrain.plan import DEVICES, Choice, rank
-from pretrain.plan_grids import layout_of
-from pretrain.plan_shapes import sizes_of
-from pretrain.plan_traffic import traffic_of
 from tests.tools import run_workers
 
 RECIPES = 120

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.checkpoint import Checkpoint, list_checkpoints
-from pretrain.optimizers import MuonWithAdamW
-from pretrain.run import read_ranks
-from pretrain.tracking import read_metrics
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.engine.optimizers import MuonWithAdamW
+from pretrain.runs.folder import read_ranks
+from pretrain.runs.metrics import read_metrics
 from tests.by_hand import POLICIES, STEPS, Hand, recipe, run_by_hand
 from tests.tools import losses_of, run_workers, weights_of
 

@@ -13,8 +13,8 @@ import yaml
 from models.families import known_families
 from models.huggingface import open_pretrained
 from models.roles import ModelError
-from pretrain.ranks import find_weights, measure_weights
-from pretrain.run_config import RanksConfig
+from pretrain.config.run import RanksConfig
+from pretrain.offline.ranks import find_weights, measure_weights
 from tests.tools import run
 from tests.transformers_models import FAMILIES, Products, build, dense_products, save
 
@@ -116,8 +116,8 @@ def test_revisions_make_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_same_columns_as_a_run(trained: Path, tmp_path: Path) -> None:
-    from pretrain.ranks import write_table
-    from pretrain.run import read_ranks
+    from pretrain.offline.ranks import write_table
+    from pretrain.runs.folder import read_ranks
 
     save(build("gpt2"), tmp_path / "model")
     rows, _ = measure_weights(find_weights(str(tmp_path / "model")), SPECTRA)

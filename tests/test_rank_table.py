@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pretrain import rank_table
+from pretrain.config.run import RanksConfig
 from pretrain.errors import UsageError
-from pretrain.rank_table import (
+from pretrain.ranks import table as rank_table
+from pretrain.ranks.table import (
     add_ranks,
     check_definition,
     merge_ranks,
@@ -22,7 +23,6 @@ from pretrain.rank_table import (
     read_ranks,
     rewind_ranks,
 )
-from pretrain.run_config import RanksConfig
 from tests.tools import assert_one_line, base_recipe, run, small_disk, write_recipe
 
 MEASURED = RanksConfig(threshold=0.9)

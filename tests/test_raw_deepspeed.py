@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pretrain.engine.raw_deepspeed import ALLOWED, IMPLIED, check_raw
 from pretrain.errors import UsageError
-from pretrain.raw_deepspeed import ALLOWED, IMPLIED, check_raw
 from tests.tools import base_recipe, losses_of, run, run_workers, write_recipe
 
 TRIED: dict[type, tuple[Any, ...]] = {int: (5000,), bool: (True, False), str: ("cpu",)}

@@ -15,8 +15,8 @@ import yaml
 from typer.main import get_command
 
 import pretrain.__main__
-from pretrain.config import Config
-from pretrain.sweep_config import SweepConfig
+from pretrain.config.recipe import Config
+from pretrain.sweep.config import SweepConfig
 from tests.recipe_fuzz import ODD, keys_of, put, spoil
 from tests.tools import base_recipe, run
 
@@ -197,7 +197,7 @@ def test_random_sweeps_at_length(part: int, trial: Trial, data: Path, tmp_path: 
 
 def test_names_of_runs_stay_in_their_folder() -> None:
     """Whatever a key or value is called: a sweep's run is a folder in ``--out``."""
-    from pretrain.sweep_config import _text, short_names
+    from pretrain.sweep.config import _text, short_names
 
     for value in ODD:
         if isinstance(value, bytes):  # which YAML may hold, and a recipe not

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.config import Config, dump_config, load_config, parse_config
+from pretrain.config.recipe import Config, dump_config, load_config, parse_config
+from pretrain.config.recipe_yaml import RecipeError, load_yaml
 from pretrain.errors import UsageError
-from pretrain.recipe_yaml import RecipeError, load_yaml
 
 
 @pytest.mark.parametrize(

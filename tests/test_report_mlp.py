@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import parse_config
+from pretrain.config.recipe import parse_config
 from pretrain.report.runs import RunData
 from tests.tools import base_recipe
 

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.config import parse_config, value_at
+from pretrain.config.recipe import parse_config, value_at
 from pretrain.console import console, plain
 from pretrain.report import print_summary, write_report
 from pretrain.report.printed import draw
 from pretrain.report.rank_figures import over_training
 from pretrain.report.tables import tables_of
 from pretrain.report.text import latex, markdown
-from pretrain.sweep_table import _rich_table
-from pretrain.tracking import show_table, warn
+from pretrain.runs.metrics import show_table, warn
+from pretrain.sweep.table import _rich_table
 from tests.fake_runs import recipe, write_run
 from tests.test_report import BROWSER, parses
 from tests.tools import environment, run

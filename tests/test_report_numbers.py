@@ -18,12 +18,12 @@ import yaml
 from scipy import stats
 
 from models.factors import AttentionShape, Factors
-from pretrain.probe import layer_rows
-from pretrain.rank_table import add_ranks, read_ranks
-from pretrain.ranks import print_ranks
+from pretrain.config.run import RanksConfig
+from pretrain.offline.ranks import print_ranks
+from pretrain.ranks.probe import layer_rows
+from pretrain.ranks.table import add_ranks, read_ranks
 from pretrain.report import write_report
 from pretrain.report.compare import holm, t_test
-from pretrain.run_config import RanksConfig
 from tests.fake_runs import STEPS, SUBSETS, recipe, write_run, write_study
 
 Rows = list[dict[str, str]]
@@ -384,7 +384,7 @@ def test_applied_decay_follows_the_coupling(tmp_path: Path, coupling: Any) -> No
     folder = write_run(tmp_path / "run", values, np.random.default_rng(0), decay=used)
     table = pq.read_table(folder / "ranks.parquet").to_pylist()
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    from pretrain.config import parse_config
+    from pretrain.config.recipe import parse_config
 
     eta, peak = parse_config(config).learning_rate, config["optimizer"]["learning_rate"]
     forms = {"lr": eta, "lr2": lambda s: eta(s) ** 2 / peak, "none": lambda s: 1.0}
@@ -443,8 +443,8 @@ def test_a_comparison_without_p_is_said(tmp_path: Path) -> None:
 
 def test_balance_has_one_meaning() -> None:
     """Log, `ranks` and report: of groups where heads share keys."""
-    from pretrain.probe import summary
-    from pretrain.ranks import means
+    from pretrain.offline.ranks import means
+    from pretrain.ranks.probe import summary
 
     rows = [
         {"layer": 0, "product": product, "level": level, "head": head, "pseudo_rank": 0.5,

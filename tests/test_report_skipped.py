@@ -12,10 +12,10 @@ import pytest
 
 from models.config import GPTConfig
 from models.roles import QK, VO, Role
-from pretrain.config import parse_config
-from pretrain.control import DecayControl, coupled_rate, site_of
-from pretrain.decay import plan_decay
-from pretrain.engine import whole_model
+from pretrain.config.recipe import parse_config
+from pretrain.decay.control import DecayControl, coupled_rate, site_of
+from pretrain.decay.plan import plan_decay
+from pretrain.engine.engine import whole_model
 from pretrain.report.runs import RunData
 from tests.tools import base_recipe
 

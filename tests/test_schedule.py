@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from pretrain.config import parse_config
-from pretrain.schedule import exposure, learning_rate
+from pretrain.config.recipe import parse_config
+from pretrain.config.schedule import exposure, learning_rate
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])

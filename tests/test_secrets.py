@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from launchers import batch, cloud
 from launchers.site import Site
-from pretrain.config import load_config
+from pretrain.config.recipe import load_config
 from pretrain.errors import UsageError
 from tests.tools import base_recipe, run, write_recipe
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from models.roles import Role
-from pretrain.checkpoint import Checkpoint
-from pretrain.optimizers import rule_of
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.engine.optimizers import rule_of
 from tests.tools import base_recipe, losses_of, run_workers, weights_of
 
 SAMPLE = [("adamw", 0), ("adamw", 1), ("adamw", 3), ("muon", 2)]

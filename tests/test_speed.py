@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from models.kernels import Kernels
-from pretrain.config import parse_config
-from pretrain.deepspeed_adapter import deepspeed_settings
+from pretrain.config.recipe import parse_config
+from pretrain.config.run import SpeedConfig
+from pretrain.engine.deepspeed_adapter import deepspeed_settings
+from pretrain.engine.speed import choose_kernels
 from pretrain.errors import UsageError
-from pretrain.run_config import SpeedConfig
-from pretrain.speed import choose_kernels
 from tests.tools import (
     DIALECTS,
     base_recipe,
@@ -121,7 +121,7 @@ def test_the_bucket_is_no_larger_than_the_model() -> None:
 
 RESIDENT = """
 import sys, torch
-from pretrain.speed import keep_freed_memory
+from pretrain.engine.speed import keep_freed_memory
 def resident():
     return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) * 1024
 if sys.argv[1] == "keep":

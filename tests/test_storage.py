@@ -13,14 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 
-import pretrain.storage
+import data_pipeline.disk
+from data_pipeline.disk import count
 from data_pipeline.files import is_leftover, replacing, write_aside, write_synced
+from pretrain.distributed.watchdog import Watchdog
 from pretrain.errors import RunError
-from pretrain.lock import LOCK, BusyError, RunLock, is_busy
-from pretrain.run import create_run
-from pretrain.storage import count
-from pretrain.tracking import METRICS, _append
-from pretrain.watchdog import Watchdog
+from pretrain.runs.folder import create_run
+from pretrain.runs.lock import LOCK, BusyError, RunLock, is_busy
+from pretrain.runs.metrics import METRICS, _append
 from tests.checkpoints import small_config
 
 
@@ -155,7 +155,9 @@ def hangs_after(dog: Watchdog, clock: list[float], move: int = 0) -> float | Non
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr("pretrain.watchdog.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(
+        "pretrain.distributed.watchdog.time", SimpleNamespace(monotonic=lambda: now[0])
+    )
     return now
 
 
@@ -175,9 +177,9 @@ def test_waiting_for_a_disk_that_works_is_no_hang(
 
 
 def test_moved_only_grows() -> None:
-    before = pretrain.storage.moved()
+    before = data_pipeline.disk.moved()
     threads = [threading.Thread(target=count, args=(3,)) for _ in range(4)]
     for thread in threads:
         thread.start()
         thread.join()
-    assert pretrain.storage.moved() == before + 12
+    assert data_pipeline.disk.moved() == before + 12

@@ -18,10 +18,10 @@ from models.config import GPTConfig
 from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.loss import mean_loss
-from pretrain.config import Config
-from pretrain.run import read_evaluation
-from pretrain.sweep import _progress
-from pretrain.tracking import METRICS, Tracker, read_metrics
+from pretrain.config.recipe import Config
+from pretrain.runs.folder import read_evaluation
+from pretrain.runs.metrics import METRICS, Tracker, read_metrics
+from pretrain.sweep.run import _progress
 from tests.tools import ROOT
 
 
@@ -67,9 +67,9 @@ def test_no_file_is_written_by_anything_else() -> None:
     allowed = {
         "data_pipeline/strict_json.py", "data_pipeline/corpus.py",  # text alone
         "data_pipeline/fast_tokenizer.py", "data_pipeline/json_tokenizer.py",  # of a library
-        "pretrain/tensor_file.py", "pretrain/watchdog.py",
+        "pretrain/checkpoint/tensor_file.py", "pretrain/distributed/watchdog.py",
         "pretrain/report/interactive.py", "pretrain/report/tables.py", "pretrain/report/load.py",
-        "pretrain/sweep_config.py", "pretrain/report/context_tables.py",  # keys
+        "pretrain/sweep/config.py", "pretrain/report/context_tables.py",  # keys
     }  # fmt: skip
     found = set()
     for folder in ("pretrain", "data_pipeline", "models", "launchers"):

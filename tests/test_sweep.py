@@ -17,15 +17,15 @@ import pytest
 import yaml
 
 from launchers.local import LocalExecutor, default_slots
-from pretrain.config import Config, load_config
+from pretrain.config.recipe import Config, load_config
+from pretrain.config.schedule import exposure
 from pretrain.errors import UsageError
-from pretrain.identity import read_identity
-from pretrain.lock import BusyError, RunLock, is_busy
-from pretrain.run import read_ranks
-from pretrain.schedule import exposure
-from pretrain.sweep import is_done
-from pretrain.sweep_config import load_sweep
-from pretrain.tracking import read_metrics
+from pretrain.runs.folder import read_ranks
+from pretrain.runs.identity import read_identity
+from pretrain.runs.lock import BusyError, RunLock, is_busy
+from pretrain.runs.metrics import read_metrics
+from pretrain.sweep.config import load_sweep
+from pretrain.sweep.run import is_done
 from tests.tools import (
     ATTENTION,
     MLP,

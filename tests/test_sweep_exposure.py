@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import Config, parse_config, with_values
-from pretrain.control import DecayControl
-from pretrain.decay import plan_decay
-from pretrain.engine import whole_model
+from pretrain.config.recipe import Config, parse_config, with_values
+from pretrain.decay.control import DecayControl
+from pretrain.decay.plan import plan_decay
+from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
-from pretrain.sweep_exposure import exposure_per_decay
+from pretrain.sweep.exposure import exposure_per_decay
 
 KEY = "optimizer.weight_decay.attention"
 MODEL = {
@@ -95,7 +95,7 @@ def test_a_key_that_nothing_takes_is_refused() -> None:
 
 
 def test_a_window_counts_in_a_sweep(tmp_path: Path, data: Path) -> None:
-    from pretrain.sweep_config import load_sweep
+    from pretrain.sweep.config import load_sweep
     from tests.tools import write_sweep
 
     window = [{"kind": "schedule", "shape": "window", "roles": ["attention"], "stop": 0.2}]

@@ -13,10 +13,10 @@ import pytest
 import launchers.sweeps
 from launchers.local import LocalExecutor
 from launchers.slurm import SlurmExecutor
-from pretrain import sweep
+from pretrain.distributed.jobs import Job
 from pretrain.errors import TRY_AGAIN
-from pretrain.jobs import Job
-from pretrain.sweep_config import load_sweep
+from pretrain.sweep import run as sweep
+from pretrain.sweep.config import load_sweep
 from tests.tools import ATTENTION, run, write_sweep
 
 End = tuple[int, str]

@@ -16,11 +16,11 @@ from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.loss import Projection, mean_loss
 from models.roles import info_of
-from pretrain.checkpoint import Checkpoint, list_checkpoints
-from pretrain.config import parse_config
-from pretrain.loader import Loader
-from pretrain.run import read_ranks
-from pretrain.tasks import open_task
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.config.recipe import parse_config
+from pretrain.runs.folder import read_ranks
+from pretrain.tasks.tasks import open_task
+from pretrain.training.loader import Loader
 from tests.tools import ROOT, losses_of, run, run_workers, spectra_of, weights_of, write_recipe
 
 COMMON = {
@@ -265,7 +265,7 @@ def test_resume_and_commands(
 
 @pytest.mark.parametrize("name", ["recall-base", "vit-digits-base", "vit-s16-imagenet", "lm-base"])
 def test_recipes_of_the_paper(name: str) -> None:
-    from pretrain.config import load_config
+    from pretrain.config.recipe import load_config
 
     load_config(ROOT / f"configs/paper/{name}.yaml")
 

@@ -19,10 +19,10 @@ import pytest
 
 from launchers import supervise, team
 from launchers.local import child_environment, command, program, start_environment
-from pretrain import meeting
+from pretrain.distributed import meeting
+from pretrain.distributed.jobs import MEETING
+from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import INTERRUPTED, TRY_AGAIN
-from pretrain.jobs import MEETING
-from pretrain.signals import SIGNALS
 from tests.tools import ROOT, base_recipe, environment, write_recipe
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import Config
-from pretrain.tracking import Tracker, read_metrics, rewind_metrics
+from pretrain.config.recipe import Config
+from pretrain.runs.metrics import Tracker, read_metrics, rewind_metrics
 
 
 def config(**logging: object) -> Config:

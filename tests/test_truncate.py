@@ -11,11 +11,11 @@ import torch
 from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.roles import info_of
-from pretrain.checkpoint import Checkpoint, list_checkpoints
-from pretrain.ranks import find_weights, measure_weights
-from pretrain.run_config import RanksConfig
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.config.run import RanksConfig
+from pretrain.offline.ranks import find_weights, measure_weights
+from pretrain.offline.truncate import CutCheckpoint, RankChoice, cut_product, parse_rank
 from pretrain.spectra import product_statistics
-from pretrain.truncate import CutCheckpoint, RankChoice, cut_product, parse_rank
 from tests.tools import pretrain, run, train_models
 from tests.transformers_models import transformers
 

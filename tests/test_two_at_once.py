@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.aside import whole_folder
-from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
 from pretrain.errors import UsageError
+from pretrain.runs.aside import whole_folder
 from tests.foreign import LLAMA, llama_tensors, write_model
 from tests.tools import ROOT, assert_one_line, base_recipe, run, run_processes, write_recipe
 
@@ -184,14 +184,14 @@ def test_a_folder_is_moved_into_place_last(
 
 def test_a_failed_write_leaves_nothing(two_runs: list[Path], data: Path, tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    import pretrain.export
-    import pretrain.importing
+    import pretrain.offline.export
+    import pretrain.offline.import_model
 
     def full(*words: Any, **more: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrain.export, "write_tensors", full)
-    monkeypatch.setattr(pretrain.importing, "write_tensors", full)
+    monkeypatch.setattr(pretrain.offline.export, "write_tensors", full)
+    monkeypatch.setattr(pretrain.offline.import_model, "write_tensors", full)
     recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
     model = write_model(tmp_path / "model", llama_tensors())
     for words in (["export", str(two_runs[0])], ["import", str(model), str(recipe)]):

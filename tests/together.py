@@ -122,24 +122,24 @@ def _make_cheap(library: str) -> None:
 
     import data_pipeline.corpus
     import launchers.sweeps
-    import pretrain.demo
-    import pretrain.export
-    import pretrain.importing
+    import pretrain.cli.demo
+    import pretrain.offline.export
+    import pretrain.offline.import_model
+    import pretrain.offline.ranks
     import pretrain.paper.fig4
     import pretrain.paper.fig5
-    import pretrain.ranks
     import pretrain.report.figures
     import pretrain.report.page
     import pretrain.report.printed
-    import pretrain.sweep
+    import pretrain.sweep.run
 
     # In its module alone: others ask sysconfig too.
     data_pipeline.corpus.sysconfig = SimpleNamespace(  # type: ignore[assignment]
         get_paths=lambda: {"stdlib": library}
     )
     launchers.sweeps.LocalExecutor = ForkingExecutor  # type: ignore[assignment,misc]
-    pretrain.sweep._PAUSE = 0.05
-    pretrain.demo._run = _slow_demo
+    pretrain.sweep.run._PAUSE = 0.05
+    pretrain.cli.demo._run = _slow_demo
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ import yaml
 
 from launchers.local import start_environment, torchrun
 from pretrain.__main__ import run_command
-from pretrain.checkpoint import Checkpoint, list_checkpoints
-from pretrain.run import read_ranks
-from pretrain.signals import SIGNALS
-from pretrain.tracking import read_metrics
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.distributed.signals import SIGNALS
+from pretrain.runs.folder import read_ranks
+from pretrain.runs.metrics import read_metrics
 from tests.warm import run_warm
 
 ROOT = Path(__file__).resolve().parent.parent

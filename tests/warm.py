@@ -58,9 +58,9 @@ def _import_everything() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in ("__main__", "train", "standalone"):
+    for name in ("__main__", "training.start", "offline.evaluate"):
         importlib.import_module(f"pretrain.{name}")
-    from pretrain.libraries import load_libraries
+    from pretrain.engine.libraries import load_libraries
 
     load_libraries()
 

@@ -13,17 +13,17 @@ import torch
 
 torch.set_num_threads(1)
 
-import pretrain.between
-import pretrain.engine
+import pretrain.engine.engine
+import pretrain.training.between
 from data_pipeline.dataset import TrainingData
-from pretrain.checkpoint import Checkpoint, load_into_engine
-from pretrain.config import Config, parse_config
-from pretrain.decay import plan_decay
-from pretrain.engine import build_engine, whole_model
-from pretrain.grid import Grid, build_grid, connect, disconnect
-from pretrain.libraries import load_libraries
-from pretrain.loader import Loader
-from pretrain.train import prepare, train
+from pretrain.checkpoint.reader import Checkpoint, load_into_engine
+from pretrain.config.recipe import Config, parse_config
+from pretrain.decay.plan import plan_decay
+from pretrain.distributed.grid import Grid, build_grid, connect, disconnect
+from pretrain.engine.engine import build_engine, whole_model
+from pretrain.engine.libraries import load_libraries
+from pretrain.training.loader import Loader
+from pretrain.training.start import prepare, train
 from tests.counting import Counting
 from tests.moved import moved_constants
 
@@ -34,20 +34,20 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 def interrupt_after(step: int) -> None:
     """Stop the next training in this process once it has saved ``step``."""
-    save = pretrain.between.save
+    save = pretrain.training.between.save
 
     def save_and_stop(job: Any, at: int) -> None:
         save(job, at)
         if at == step:
-            pretrain.between.save = save
+            pretrain.training.between.save = save
             raise Interrupted
 
-    pretrain.between.save = save_and_stop
+    pretrain.training.between.save = save_and_stop
 
 
 def lose(updates: list[int]) -> Any:
     """In training from now on, the losses of these updates are NaN; returns what undoes it."""
-    plain = pretrain.engine.Engine.train_step
+    plain = pretrain.engine.engine.Engine.train_step
 
     def train_step(engine: Any, batches: Any) -> float:
         struck = engine.control.step + 1 in updates
@@ -60,10 +60,10 @@ def lose(updates: list[int]) -> Any:
             if struck:
                 del engine.loss
 
-    pretrain.engine.Engine.train_step = train_step
+    pretrain.engine.engine.Engine.train_step = train_step
 
     def undo() -> None:
-        pretrain.engine.Engine.train_step = plain
+        pretrain.engine.engine.Engine.train_step = plain
 
     return undo
 

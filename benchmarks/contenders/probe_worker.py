@@ -22,8 +22,8 @@ from benchmarks.contenders.shapes import SHAPES
 from benchmarks.contenders.worker import rankdecay_engine
 from models.gpt import attention_layers
 from models.roles import info_of
-from pretrain.probe import measure
-from pretrain.run_config import RanksConfig
+from pretrain.config.run import RanksConfig
+from pretrain.ranks.probe import measure
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ def device() -> torch.device:
 
 def half() -> bool:
     """bf16 where it is fast, as `precision: auto` decides."""
-    from pretrain.deepspeed_adapter import multiplies_bf16
+    from pretrain.engine.deepspeed_adapter import multiplies_bf16
 
     return device().type == "cuda" or multiplies_bf16()
 
@@ -111,12 +111,12 @@ def rankdecay_engine(
     Args:
         grid: as in a recipe; pipeline stages work on micro batches of one sequence.
     """
-    from pretrain.config import parse_config
-    from pretrain.decay import plan_decay
-    from pretrain.engine import build_engine, micro_batches, whole_model
-    from pretrain.grid import build_grid, connect
-    from pretrain.libraries import load_libraries
-    from pretrain.speed import keep_freed_memory
+    from pretrain.config.recipe import parse_config
+    from pretrain.decay.plan import plan_decay
+    from pretrain.distributed.grid import build_grid, connect
+    from pretrain.engine.engine import build_engine, micro_batches, whole_model
+    from pretrain.engine.libraries import load_libraries
+    from pretrain.engine.speed import keep_freed_memory
 
     keep_freed_memory(device())
     values = recipe_values(shape, compiled, grid)

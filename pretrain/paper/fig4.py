@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pretrain.config.run import RanksConfig
+from pretrain.offline.ranks import find_weights, measure_weights
 from pretrain.paper.checks import Check, conclude
-from pretrain.ranks import find_weights, measure_weights
-from pretrain.run_config import RanksConfig
 
 _CORRELATION, _BALANCE = 0.8, 0.9
 

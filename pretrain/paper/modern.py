@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint import Checkpoint
-from pretrain.config import Config
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.config.recipe import Config
 from pretrain.errors import UsageError
 from pretrain.paper.checks import Check, conclude, write_csv, write_figure
 from pretrain.paper.runs import given_decay, load_runs, mean, values
 from pretrain.report.load import RunData
-from pretrain.run import resolve_checkpoint
+from pretrain.runs.folder import resolve_checkpoint
 from pretrain.spectra import product_statistics
 
 _FALL = 0.5

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_aside
-from pretrain.run import environment
+from pretrain.runs.folder import environment
 
 TITLES = {
     "fig1": (

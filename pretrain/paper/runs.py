@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import value_at
+from pretrain.config.recipe import value_at
 from pretrain.errors import UsageError
 from pretrain.report.load import RunData, load_run
-from pretrain.run import CONFIG
+from pretrain.runs.folder import CONFIG
 
 ATTENTION = "optimizer.weight_decay.attention"
 MLP = "optimizer.weight_decay.mlp"

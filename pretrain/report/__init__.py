@@ -13,7 +13,7 @@ from pretrain.report.figures import figures_of
 from pretrain.report.load import Study, load_study
 from pretrain.report.spec import Figure, to_csv
 from pretrain.report.tables import summary, tables_of
-from pretrain.tracking import show_table, warn
+from pretrain.runs.metrics import show_table, warn
 
 FORMATS = ("html", "md", "latex", "csv", "png", "pdf")
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from pretrain.probe import Row
+from pretrain.ranks.probe import Row
 from pretrain.report.load import Study
 
 PRODUCTS = {"qk": "W_QK", "vp": "W_VP"}

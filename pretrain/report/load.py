@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import SCIENCE, differences, value_at
+from pretrain.config.recipe import SCIENCE, differences, value_at
 from pretrain.errors import RunError, UsageError
-from pretrain.records import Planned, read_record
 from pretrain.report.comparable import check_same, mixed, with_comparable_scores
 from pretrain.report.runs import RunData, load_run
-from pretrain.run import CONFIG, FREE
-from pretrain.sweep import SWEEP
-from pretrain.sweep_config import kinds_of, short_names
-from pretrain.tracking import METRICS
+from pretrain.runs.folder import CONFIG, FREE
+from pretrain.runs.metrics import METRICS
+from pretrain.runs.records import Planned, read_record
+from pretrain.sweep.config import kinds_of, short_names
+from pretrain.sweep.run import SWEEP
 
 __all__ = ["Condition", "RunData", "Study", "load_run", "load_study"]
 

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from models.roles import ALIASES, ATTENTION, QK, VO, Role
-from pretrain.checkpoint import list_checkpoints
-from pretrain.config import Config
-from pretrain.control import coupled_rate
+from pretrain.checkpoint.manifest import MANIFEST
+from pretrain.checkpoint.reader import list_checkpoints
+from pretrain.config.recipe import Config
+from pretrain.decay.control import coupled_rate
 from pretrain.errors import RunError, UsageError
-from pretrain.faults import SKIPPED, read_jumps
-from pretrain.identity import read_identity
-from pretrain.manifest import MANIFEST
-from pretrain.probe import Row, lawful
-from pretrain.records import Evaluation, Sealed, Whole, check_record, read_record
-from pretrain.run import CHECKPOINTS, CONFIG, EVALUATION, read_ranks, read_starts, recipe_of
-from pretrain.tracking import METRICS, read_metrics
+from pretrain.ranks.probe import Row, lawful
+from pretrain.runs.folder import CHECKPOINTS, CONFIG, EVALUATION, read_ranks, read_starts, recipe_of
+from pretrain.runs.identity import read_identity
+from pretrain.runs.metrics import METRICS, read_metrics
+from pretrain.runs.records import Evaluation, Sealed, Whole, check_record, read_record
+from pretrain.training.faults import SKIPPED, read_jumps
 
 _PAIRS = {"qk": QK, "vp": VO}
 _SHOWN = (

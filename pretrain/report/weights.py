@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
 from pretrain.report.load import RunData
-from pretrain.run import CHECKPOINTS
+from pretrain.runs.folder import CHECKPOINTS
 
 Norms = dict[str, tuple[list[float], list[float], list[str]]]
 """By product: squared norms of A's and of B's columns, and what each is."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import pretrain.engine
+import pretrain.engine.engine
 from models.roles import declared_parameters
 from pretrain.__main__ import main
 
@@ -92,7 +92,7 @@ def arm(fault: str, rank: int, updates: set[int]) -> None:
     """Put the fault where it is wanted."""
     if int(os.environ.get("RANK", "0")) != rank:
         return
-    original = pretrain.engine.Engine.train_step
+    original = pretrain.engine.engine.Engine.train_step
     count = 0
 
     def train_step(self: Any, batches: Any) -> float:
@@ -107,7 +107,7 @@ def arm(fault: str, rank: int, updates: set[int]) -> None:
             FAULTS[fault](self)
         return found
 
-    pretrain.engine.Engine.train_step = train_step
+    pretrain.engine.engine.Engine.train_step = train_step
 
 
 if __name__ == "__main__":

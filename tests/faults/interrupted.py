@@ -14,9 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pretrain.engine
-import pretrain.evaluate
-import pretrain.saver
+import pretrain.checkpoint.saver
+import pretrain.engine.engine
+import pretrain.tasks.score
 from pretrain.__main__ import main
 
 
@@ -51,18 +51,18 @@ def arm(moment: str, marker: Path) -> None:
     stop = partial(pause, marker)
     if moment in ("step", "slow"):  # slow: the sixth step takes a while, and then goes on
         wait = partial(pause, marker, 3.0) if moment == "slow" else stop
-        engine = pretrain.engine.Engine
+        engine = pretrain.engine.engine.Engine
         engine.train_step = paused(engine.train_step, 6, before=wait)
     elif moment == "checkpoint":
-        saver = pretrain.saver
+        saver = pretrain.checkpoint.saver
         saver._write_piece = paused(saver._write_piece, 2, after=stop)
     elif moment in ("before rename", "after rename"):
         when = {"before": stop} if moment == "before rename" else {"after": stop}
-        system = pretrain.saver.os
+        system = pretrain.checkpoint.saver.os
         rename = paused(system.rename, 2, **when)
-        pretrain.saver.os = SimpleNamespace(**{**vars(system), "rename": rename})
+        pretrain.checkpoint.saver.os = SimpleNamespace(**{**vars(system), "rename": rename})
     elif moment == "evaluation":
-        evaluate = pretrain.evaluate
+        evaluate = pretrain.tasks.score
         evaluate._forward = paused(evaluate._forward, 5, before=stop)
 
 

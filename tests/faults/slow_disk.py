@@ -14,8 +14,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 
-import pretrain.mirror
-import pretrain.tensor_file
+import pretrain.checkpoint.mirror
+import pretrain.checkpoint.tensor_file
 from pretrain.__main__ import main
 
 PAUSE = 0.0
@@ -57,8 +57,8 @@ def slow_down(function: Any) -> Any:
 if __name__ == "__main__":
     PAUSE = float(sys.argv[2])
     fsspec.register_implementation("slow", SlowFileSystem)
-    pretrain.mirror._BLOCK = pretrain.tensor_file._BLOCK = 16 << 10
+    pretrain.checkpoint.mirror._BLOCK = pretrain.checkpoint.tensor_file._BLOCK = 16 << 10
     if os.environ.get("RANK", "0") == sys.argv[1]:
-        pretrain.tensor_file._write = slow_down(pretrain.tensor_file._write)
+        pretrain.checkpoint.tensor_file._write = slow_down(pretrain.checkpoint.tensor_file._write)
     sys.argv = ["pretrain", *sys.argv[3:]]
     main()

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import LATEST, RUN_ID, Checkpoint, list_checkpoints
-from pretrain.retention import superseded
-from pretrain.run_config import CheckpointConfig
-from pretrain.tracking import read_metrics
+from pretrain.checkpoint.reader import LATEST, RUN_ID, Checkpoint, list_checkpoints
+from pretrain.checkpoint.retention import superseded
+from pretrain.config.run import CheckpointConfig
+from pretrain.runs.metrics import read_metrics
 from tests.faults.tools import (
     events_of,
     same_run,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.tracking import read_metrics
+from pretrain.runs.metrics import read_metrics
 from tests.faults.network import Hosts, reason_to_skip
 from tests.faults.tools import faulty, same_run, same_weights, wait_until, words_of
 from tests.tools import metrics_of, pretrain

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.checkpoint import Checkpoint
-from pretrain.faults import JUMPS, GoBackError, Judge, block_of, write_jumps
-from pretrain.run_config import FaultsConfig
-from pretrain.tracking import read_metrics
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.config.run import FaultsConfig
+from pretrain.runs.metrics import read_metrics
+from pretrain.training.faults import JUMPS, GoBackError, Judge, block_of, write_jumps
 from tests.faults.tools import STEPS, events_of, faulty, same_weights, words_of
 from tests.tools import pretrain
 

@@ -17,7 +17,7 @@ import pytest
 
 from launchers.local import torchrun
 from pretrain.errors import TRY_AGAIN
-from pretrain.tracking import read_metrics
+from pretrain.runs.metrics import read_metrics
 from tests.faults.tools import (
     GRIDS,
     HERE,

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-import pretrain.loop
-import pretrain.saver
-import pretrain.storage
-from pretrain.checkpoint import RUN_ID, list_checkpoints
+import data_pipeline.disk
+import pretrain.checkpoint.saver
+import pretrain.training.loop
+from pretrain.checkpoint.manifest import MANIFEST, sealed
+from pretrain.checkpoint.reader import RUN_ID, list_checkpoints
 from pretrain.errors import TRY_AGAIN
-from pretrain.manifest import MANIFEST, sealed
-from pretrain.tracking import read_metrics
+from pretrain.runs.metrics import read_metrics
 from tests.faults.tools import HERE, events_of, same_weights
 from tests.tools import assert_one_line, run, run_processes
 
@@ -45,7 +45,7 @@ def test_a_disk_that_does_not_answer(
     folder, words = interrupted
     before = sorted(path.name for path in (folder / "checkpoints").iterdir())
     number, real = getattr(errno, name), os.open
-    monkeypatch.setattr(pretrain.storage, "_PAUSES", [0.1, 0.1])
+    monkeypatch.setattr(data_pipeline.disk, "_PAUSES", [0.1, 0.1])
 
     def fail(path: str, *more: int, **others: int) -> int:
         if str(path).endswith("rank-00000.safetensors"):
@@ -137,9 +137,9 @@ def test_who_is_waited_for_does_not_give_way(
     """The last save and that of a signal: an idle thread never comes back for many users."""
     folder, words = interrupted
     idle: list[int] = []
-    monkeypatch.setattr(pretrain.saver, "_give_way", lambda: idle.append(1))
+    monkeypatch.setattr(pretrain.checkpoint.saver, "_give_way", lambda: idle.append(1))
     if stopped:
-        monkeypatch.setattr(pretrain.loop.SIGNALS, "agreed", lambda _: True)
+        monkeypatch.setattr(pretrain.training.loop.SIGNALS, "agreed", lambda _: True)
     done = run(monkeypatch, *words, "checkpoint.every=1")
     saved = [path.name for path in list_checkpoints(folder / "checkpoints")][-2:]
     if stopped:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.run import read_ranks
-from pretrain.tracking import read_metrics
+from pretrain.runs.folder import read_ranks
+from pretrain.runs.metrics import read_metrics
 from tests.tools import (
     ROOT,
     base_recipe,

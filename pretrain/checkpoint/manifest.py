@@ -1,0 +1,294 @@
+"""``manifest.json`` of a checkpoint: what it says of itself, sealed, and read as a schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_pipeline.disk import NO_SUCH, open_regular, patiently
+from data_pipeline.files import LARGEST
+from data_pipeline.strict_json import to_json
+from pretrain.config.recipe import Config
+from pretrain.decay.plan import DecayPlan
+from pretrain.errors import RunError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+SEAL = "sha256"
+MASTER = "master"
+_HEAD = 1024
+"""Bytes that hold a manifest's first keys: version, step and run."""
+_STEP = re.compile(rb'"step": ([0-9]+)')
+_RUN = re.compile(rb'"run": "([^"]*)"')
+
+Count = Annotated[int, Field(ge=0, strict=True)]
+Fragment = tuple[Count, Count, list[str]]
+"""First element in the local shard, number of elements, and what is stored of them."""
+
+
+class DamagedError(RunError):
+    """Files of a checkpoint are not as they were written."""
+
+
+class UnreadableError(RunError):
+    """A disk does not answer, or a newer program wrote this: nothing is known to be damaged."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class FileEntry(_Part):
+    """One file, and which elements of which tensors it has."""
+
+    size: Count
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    tensor_rank: Count
+    fragments: dict[str, Fragment]
+
+
+class ParameterEntry(_Part):
+    """One parameter."""
+
+    role: str
+    layer: Count | None
+    shape: list[Count]
+    partition_dim: Count | None
+    decay: float
+
+
+class GridEntry(_Part):
+    """The grid that wrote it."""
+
+    tensor: Annotated[int, Field(ge=1, strict=True)]
+
+
+class StateEntry(BaseModel):
+    """What every checkpoint remembers, beside what is the business of who restores it."""
+
+    model_config = ConfigDict(extra="allow")
+    tokenizer: str
+    data: str
+    eod: int | None = None
+    generation: dict[str, Any] | None = None
+    decay: dict[str, Any]
+    initial_weights: str = ""
+    jumped: list[Count] = []
+
+
+class Manifest(_Part):
+    """A manifest whose parts fit each other."""
+
+    step: Annotated[int, Field(ge=0, lt=10**18, strict=True)]
+    run: str = ""
+    """Id of the run that wrote it; empty in those of the first versions."""
+    state: StateEntry
+    config: dict[str, Any]
+    grid: GridEntry
+    parameters: dict[str, ParameterEntry]
+    files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.safetensors$")], FileEntry]
+
+
+def describe(
+    config: Config,
+    plan: DecayPlan,
+    step: int,
+    state: dict[str, Any],
+    grid: dict[str, int],
+) -> dict[str, Any]:
+    """What a checkpoint says of itself, but for its files (``files``: name -> entry).
+
+    Args:
+        state: what else to remember (JSON), for example the data's identity.
+        grid: sizes of the axes and the ZeRO stage that wrote it.
+    The id of the run (``run``) is empty until it is known.
+    """
+    decays = plan.by_name
+    return {
+        "version": VERSION,
+        "step": step,
+        "run": "",
+        "state": state,
+        "config": config.model_dump(mode="json"),
+        "grid": grid,
+        "parameters": {
+            info.name: {
+                "role": info.role.value,
+                "layer": info.layer,
+                "shape": info.shape,
+                "partition_dim": info.partition_dim,
+                "decay": decays[info.name],
+            }
+            for group in plan.groups
+            for info in group.parameters
+        },
+        "files": {},
+    }
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest as text, with the hash of what it says."""
+    manifest = json.loads(to_json(manifest))
+    return to_json({**manifest, SEAL: _digest(manifest)}).encode()
+
+
+def head_of(path: Path) -> tuple[int | None, str | None]:
+    """Step and run of a manifest from its first bytes, which is quick; None where they are not.
+
+    Raises:
+        UnreadableError: if the disk does not answer.
+    """
+    try:
+        with patiently(lambda: open_regular(path)) as file:
+            head = patiently(lambda: file.read(_HEAD))
+    except OSError as error:
+        if error.errno in NO_SUCH:
+            return None, None
+        raise unreadable(path, error) from None
+    except ValueError:
+        return None, None
+    step, run = _STEP.search(head), _RUN.search(head)
+    return int(step[1]) if step else None, run[1].decode(errors="replace") if run else None
+
+
+def unreadable(path: Path, error: OSError) -> UnreadableError:
+    """What is said of a disk that does not answer."""
+    return UnreadableError(
+        f"{path}: cannot be read ({error.strerror}), also after a while; nothing was changed: "
+        "start again when its disk answers"
+    )
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
+    """The manifest of a checkpoint, checked, and the same as it was written.
+
+    Raises:
+        UnreadableError: if there is none, it cannot be read, or a newer program wrote it.
+        DamagedError: if it is not as it was written, or its parts do not fit each other.
+    """
+    path = folder / MANIFEST
+    try:
+        with patiently(lambda: open_regular(path)) as file:
+            text = patiently(lambda: file.read(LARGEST + 1))
+    except OSError as error:
+        if error.errno in NO_SUCH:
+            raise UnreadableError(f"{folder}: no checkpoint here ({error.strerror})") from None
+        raise unreadable(path, error) from None
+    except ValueError:
+        raise damaged(path, "not a regular file") from None
+    if len(text) > LARGEST:
+        raise damaged(path, f"more than {LARGEST:,} bytes")
+    try:
+        written: dict[str, Any] = json.loads(text)
+        _check_seal(path, written)
+        manifest = Manifest.model_validate(written)
+        _check_coverage(manifest)
+    except RunError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise damaged(path, f"{place}: {first['msg'].lower()}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(path, str(error).splitlines()[0]) from None
+    return manifest, written
+
+
+def damaged(path: Path, why: str) -> DamagedError:
+    """What is said of a file that is not as it was written."""
+    return DamagedError(
+        f"{path}: damaged ({why}); delete {path.parent.name} to go on from the checkpoint before"
+    )
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
+def _check_seal(path: Path, written: dict[str, Any]) -> None:
+    """Take the seal off. Manifests of the first versions have none, nor a run.
+
+    Raises:
+        ValueError: if it is not that of what is written.
+    """
+    seal = written.pop(SEAL, None)
+    version = written.get("version")
+    whole = seal == _digest(written)
+    if isinstance(version, int) and version > VERSION and (whole or seal is None):
+        raise UnreadableError(
+            f"{path}: has format {version} of a newer version of this program, which reads "
+            f"{VERSION}; install that version"
+        )
+    if version != VERSION:
+        raise ValueError(f"version {version!r}")
+    if not whole and (seal is not None or "run" in written):
+        raise ValueError("its checksum differs")
+
+
+def _check_coverage(manifest: Manifest) -> None:
+    """Every element of every master is stored once, and of what else is stored, too.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    found: dict[tuple[str, str, int], list[tuple[int, int]]] = defaultdict(list)
+    for file, entry in manifest.files.items():
+        stored = 0
+        for name, (offset, numel, keys) in entry.fragments.items():
+            if name not in manifest.parameters:
+                raise ValueError(f"{file}: {name} is no parameter")
+            if len(set(keys)) != len(keys):
+                raise ValueError(f"{file}: {name} is there twice")
+            stored += numel * len(keys) * 4
+            for key in keys:
+                found[name, key, entry.tensor_rank].append((offset, numel))
+        if stored > entry.size:
+            raise ValueError(f"{file}: is smaller than what it holds")
+    for name, parameter in manifest.parameters.items():
+        sizes = shard_sizes(parameter, manifest.grid.tensor)
+        for rank, size in sizes.items():
+            if size and (name, MASTER, rank) not in found:
+                raise ValueError(f"{name} is missing")
+    for (name, key, rank), pieces in found.items():
+        _check_pieces(f"{name} ({key})", pieces, shard_sizes_of(manifest, name).get(rank, 0))
+
+
+def _check_pieces(what: str, pieces: list[tuple[int, int]], size: int) -> None:
+    end = 0
+    for offset, numel in sorted(pieces):
+        if offset != end:
+            raise ValueError(f"{what} {'overlaps' if offset < end else 'is incomplete'}")
+        end += numel
+    if end != size:
+        raise ValueError(f"{what} is incomplete: {end}/{size}")
+
+
+def shard_sizes_of(manifest: Manifest, name: str) -> Mapping[int, int]:
+    """Elements of a parameter's shard by tensor-parallel rank that stores one."""
+    return shard_sizes(manifest.parameters[name], manifest.grid.tensor)
+
+
+def shard_sizes(parameter: ParameterEntry, tensor: int) -> dict[int, int]:
+    """Elements of a parameter's shard by tensor-parallel rank that stores one.
+
+    Raises:
+        ValueError: if it cannot be split so.
+    """
+    numel = 1
+    for length in parameter.shape:
+        numel *= length
+    if parameter.partition_dim is None:
+        return {0: numel}
+    if parameter.partition_dim >= len(parameter.shape):
+        raise ValueError(f"partition_dim {parameter.partition_dim} of shape {parameter.shape}")
+    length = parameter.shape[parameter.partition_dim]
+    if length % tensor:
+        raise ValueError(f"{length} rows or columns do not split into {tensor}")
+    return dict.fromkeys(range(tensor), numel // tensor)

@@ -1,0 +1,289 @@
+"""A copy of a run's checkpoints elsewhere: another disk, or an object store, by fsspec.
+
+One place serves any number of runs: each has a folder ``NAME-ID`` there, with the name of its run
+folder and the id that its checkpoints carry. Copies of the first versions lie in the place itself;
+they are read, and never deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from data_pipeline.disk import count, open_regular
+from data_pipeline.files import write_aside, write_synced
+from data_pipeline.strict_json import to_json
+from pretrain.checkpoint.manifest import MANIFEST, DamagedError, read_manifest, sealed
+from pretrain.checkpoint.reader import RUN_ID, Checkpoint, is_checkpoint_name, run_id_of, step_of
+from pretrain.checkpoint.retention import loss_in, superseded
+from pretrain.config.run import CheckpointConfig, without_secrets
+from pretrain.errors import RunError, UsageError
+from pretrain.runs.folder import CHECKPOINTS, new_run_id
+
+ABOUT = "run.json"
+"""File of a run's folder at the mirror: its id, and the run folder that it is a copy of."""
+_BLOCK = 8 << 20
+_REFERENCE = re.compile(r"\$\{(\w+)\}")
+
+
+class Mirror:
+    """Checkpoints of a run at a folder or URL; one there is whole once its manifest is."""
+
+    def __init__(self, url: str, run: Path) -> None:
+        """
+        Args:
+            run: the run folder.
+
+        Raises:
+            UsageError: if the protocol needs a package that is not installed, or the environment
+                lacks what the URL names.
+        """
+        from fsspec.core import url_to_fs
+
+        self.url, self._run = without_secrets(url), run
+        whole = self._whole_url(url)
+        self._name = re.sub(r"[^A-Za-z0-9._-]", "_", run.resolve().name)[:100]
+        try:
+            self._system, self._root = url_to_fs(whole)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"checkpoint.mirror: {self.url}: {self._line(error)}") from None
+
+    def _whole_url(self, url: str) -> str:
+        """The URL with what it takes from the environment."""
+        if "***" in url:
+            raise UsageError(
+                f"checkpoint.mirror: {url}: its secret was left out when the recipe was written; "
+                "write ${NAME} there and set that variable"
+            )
+        for name in _REFERENCE.findall(url):
+            if name not in os.environ:
+                raise UsageError(f"checkpoint.mirror: {self.url}: {name} is not set")
+        whole = _REFERENCE.sub(lambda found: os.environ[found[1]], url)
+        parts = urlsplit(whole)
+        self._secrets = {os.environ[name] for name in _REFERENCE.findall(url)}
+        self._secrets |= {parts.password or "", *dict(parse_qsl(parts.query)).values()} - {""}
+        return whole
+
+    def _line(self, error: Exception) -> str:
+        """One line of an error, without what is secret."""
+        text = without_secrets(_line(error))
+        for secret in sorted(self._secrets, key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return text
+
+    # --- to the mirror --------------------------------------------------------------------------
+
+    def push(self, folder: Path, settings: CheckpointConfig) -> None:
+        """Copy a checkpoint, its manifest last, then delete what retention does not keep.
+
+        Only checkpoints of this run are ever deleted, and only in its own folder.
+
+        Raises:
+            RunError: naming the URL.
+        """
+        run = run_id_of(self._run)
+        if not run:
+            raise RunError(f"{self.url}: {folder.name} not copied ({self._run / RUN_ID} is gone)")
+        place = f"{self._root}/{self._name}-{run}"
+        target = f"{place}/{folder.name}"
+        try:
+            self._system.makedirs(target, exist_ok=True)
+            about = {"run": run, "folder": str(self._run.resolve())}
+            self._system.pipe_file(f"{place}/{ABOUT}", to_json(about).encode())
+            if self._system.exists(f"{target}/{MANIFEST}"):
+                self._system.rm_file(f"{target}/{MANIFEST}")
+            for name in [*Checkpoint(folder).files, MANIFEST]:
+                self._copy(folder / name, f"{target}/{name}")
+            for name in self._superseded(place, folder, settings):
+                self._system.rm_file(f"{place}/{name}/{MANIFEST}")
+                self._system.rm(f"{place}/{name}", recursive=True)
+        except Exception as error:
+            raise RunError(f"{self.url}: {folder.name} not copied ({self._line(error)})") from None
+
+    def _copy(self, source: Path, target: str) -> None:
+        """A file, block by block, so that a slow mirror can be told from one that hangs."""
+        with open_regular(source) as read, self._system.open(target, "wb") as write:
+            while block := read.read(_BLOCK):
+                write.write(block)
+                count(len(block))
+
+    def _superseded(self, place: str, pushed: Path, settings: CheckpointConfig) -> list[str]:
+        """Copies that retention does not keep, and those after a step that the run went back to."""
+        names = [name for _, name in self._whole(place)]
+        future = [name for name in names if step_of(Path(name)) > step_of(pushed)]
+        past = [Path(name) for name in names if name not in future]
+
+        def loss_of(path: Path) -> float | None:
+            return loss_in(self._system.cat_file(f"{place}/{path.name}/{MANIFEST}"))
+
+        return [*future, *(path.name for path in superseded(past, settings, loss_of))]
+
+    # --- from the mirror ------------------------------------------------------------------------
+
+    def pull(self, misfit: Callable[[Checkpoint], str]) -> list[str]:
+        """Bring the newest whole checkpoint of this run into its folder, if there is one.
+
+        It is the one of the run's id; of a run folder that was lost, one of its name and recipe.
+
+        Args:
+            misfit: why a checkpoint is not of this run's recipe; empty if it is.
+
+        Returns:
+            One line for what was fetched, was damaged there, or is of another recipe.
+
+        Raises:
+            RunError: if the mirror cannot be read.
+        """
+        folder, told = self._run / CHECKPOINTS, list[str]()
+        refused: dict[str, str] = {}
+        try:
+            for place, name in self._candidates():
+                if place in refused:
+                    continue
+                aside = folder / f".{name}.writing"
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                try:
+                    problem = self._fetch(f"{place}/{name}", aside, misfit)
+                    if problem.startswith(_MISFIT) and place != self._root:
+                        refused[place] = problem
+                    if problem:
+                        where = f"{place.removeprefix(self._root)}/{name}".strip("/")
+                        told.append(f"{self.url}, {where}: {problem}")
+                        continue
+                    self._take(place, aside)
+                    os.rename(aside, folder / name)
+                    return [*told[:3], f"{name} was fetched from {self.url}"]
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
+            return told[:3]
+        except Exception as error:
+            raise RunError(f"{self.url}: cannot be read ({self._line(error)})") from None
+
+    def _candidates(self) -> list[tuple[str, str]]:
+        """(folder, name) of whole copies: of this run, of its name, of the first versions."""
+        mine = run_id_of(self._run)
+        pattern = re.compile(re.escape(self._name) + "-[0-9a-f]{8}")
+        named = [name for name in self._names(self._root) if pattern.fullmatch(name)]
+        found: list[tuple[bool, int, str, str]] = []
+        for place in named:
+            own = bool(mine) and place == f"{self._name}-{mine}"
+            where = f"{self._root}/{place}"
+            found += [(own, step, where, name) for step, name in self._whole(where)]
+        first = [(self._root, name) for _, name in reversed(self._whole(self._root))]
+        return [(where, name) for _, _, where, name in sorted(found, reverse=True)] + first
+
+    def _fetch(self, source: str, aside: Path, misfit: Callable[[Checkpoint], str]) -> str:
+        """Bring a checkpoint here; returns why it is not to be taken."""
+        try:
+            self._get(f"{source}/{MANIFEST}", aside / MANIFEST, None)
+            checkpoint = Checkpoint(aside)
+            different = misfit(checkpoint)
+            if different:
+                return f"{_MISFIT} ({different}); left alone"
+            for file, size in checkpoint.files.items():
+                self._get(f"{source}/{file}", aside / file, size)
+            return "damaged there, and left alone" if checkpoint.problem() else ""
+        except (FileNotFoundError, DamagedError):
+            return "damaged there, and left alone"
+
+    def _get(self, source: str, target: Path, size: int | None) -> None:
+        """Bring a file here; a pipe, a device or what has another size is none."""
+        about = self._system.info(source)
+        if about["type"] != "file" or size not in (None, about["size"]):
+            raise FileNotFoundError(source)
+        self._system.get_file(source, str(target))
+
+    def _take(self, place: str, aside: Path) -> None:
+        """Make a fetched checkpoint the run's own.
+
+        A run that lost its folder takes its id up again; a copy for another folder gets another,
+        so that two runs never write to one place.
+        """
+        mine = run_id_of(self._run)
+        about: dict[str, Any] = {}
+        if self._system.exists(f"{place}/{ABOUT}"):
+            about = json.loads(self._system.cat_file(f"{place}/{ABOUT}"))
+        if not mine and about.get("folder") == str(self._run.resolve()):
+            mine = str(about["run"])
+        mine = mine or new_run_id()
+        _, written = read_manifest(aside)
+        write_synced(aside / MANIFEST, sealed({**written, "run": mine}))
+        write_aside(self._run / RUN_ID, mine.encode())
+
+    def _whole(self, place: str) -> list[tuple[int, str]]:
+        """(step, name) of checkpoints in a folder of the mirror, oldest first."""
+        names = [name for name in self._names(place) if is_checkpoint_name(name)]
+        names = [name for name in names if self._system.exists(f"{place}/{name}/{MANIFEST}")]
+        return sorted((step_of(Path(name)), name) for name in names)
+
+    def _names(self, place: str) -> list[str]:
+        self._system.invalidate_cache()
+        if not self._system.exists(place):
+            return []
+        found: list[Any] = self._system.ls(place, detail=False)
+        return [PurePosixPath(str(one).rstrip("/")).name for one in found]
+
+
+_MISFIT = "is of another recipe"
+
+
+class Pusher:
+    """Copies checkpoints to a mirror in a thread of its own, beside training, one after another."""
+
+    def __init__(
+        self, mirror: Mirror, settings: CheckpointConfig, tell: Callable[[Path, float, str], None]
+    ) -> None:
+        """
+        Args:
+            tell: takes the checkpoint, seconds, and what went wrong, after each.
+        """
+        self._mirror, self._settings, self._tell = mirror, settings, tell
+        self._waiting: list[Path] = []
+        self._thread: threading.Thread | None = None
+        self.lock = threading.Lock()
+        """Held by whoever changes what is copied, or deletes a checkpoint."""
+        self.current: Path | None = None
+        """What is being copied: it must stay."""
+
+    def add(self, folder: Path) -> None:
+        """Copy a checkpoint when those before it are copied."""
+        with self.lock:
+            self._waiting.append(folder)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread.start()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Until all is copied, or some seconds have passed."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+
+    def _work(self) -> None:
+        while True:
+            with self.lock:
+                # One that was superseded while it waited is gone, and not missed.
+                self._waiting = [one for one in self._waiting if one.is_dir()]
+                if not self._waiting:
+                    self.current, self._thread = None, None
+                    return
+                self.current = self._waiting.pop(0)
+            began, problem = time.monotonic(), ""
+            try:
+                self._mirror.push(self.current, self._settings)
+            except Exception as error:
+                problem = _line(error)
+            self._tell(self.current, time.monotonic() - began, problem)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

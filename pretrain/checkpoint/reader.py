@@ -1,0 +1,398 @@
+"""Checkpoints: every tensor by its global name, in safetensors, readable on any grid.
+
+A checkpoint is a folder ``step-00000100/``: one file per writing rank with the fp32 masters and
+optimizer moments that the rank owns, and ``manifest.json``, which says where every element is.
+Nothing is keyed by position, so that no restore can hand a tensor another's λ, and nothing is
+pickled. The folder is written aside and renamed: it is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.disk import NO_SUCH, count, open_regular, patiently
+from models.factors import Factors
+from models.roles import ParameterInfo, Role, declared_parameters, info_of
+from pretrain.checkpoint.manifest import (
+    MANIFEST,
+    MASTER,
+    DamagedError,
+    UnreadableError,
+    damaged,
+    head_of,
+    read_manifest,
+    unreadable,
+)
+from pretrain.checkpoint.tensor_file import TensorFile
+from pretrain.config.recipe import Config, parse_config
+from pretrain.distributed.grid import Grid
+from pretrain.engine.engine import Engine
+from pretrain.engine.masters import local_shape, prepare_moments, write_back
+from pretrain.engine.optimizers import rule_of
+from pretrain.errors import RunError, UsageError
+
+LATEST = "latest"
+"""File in ``RUN/checkpoints`` with the name of the newest whole one, for people and scripts."""
+RUN_ID = "run-id"
+"""File of a run folder with the id that its checkpoints carry."""
+ATTENTION_PARTS = ("query", "key", "value", "output")
+_NAME = re.compile(r"step-([0-9]{8,18})")
+_BLOCK = 8 << 20
+Found = TypeVar("Found")
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after ``step`` updates."""
+    return f"step-{step:08d}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a name is one that a checkpoint has: a copy's, such as ``step-8.bak``, is not."""
+    return _NAME.fullmatch(name) is not None
+
+
+def step_of(path: Path) -> int:
+    """Updates that a checkpoint's folder name stands for."""
+    return int(path.name.split("-")[1])
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of the run in ``RUN/checkpoints``, oldest first; what else lies there is not.
+
+    Raises:
+        UnreadableError: if the disk does not answer.
+    """
+    run = run_id_of(folder.parent)
+    return [path for path in named_so(folder) if not stranger(path, run)]
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of what a folder holds, sorted; none where there is no folder.
+
+    Raises:
+        UnreadableError: if the disk does not answer.
+    """
+    try:
+        return sorted(patiently(lambda: [path.name for path in folder.iterdir()]))
+    except OSError as error:
+        if error.errno in NO_SUCH:
+            return []
+        raise unreadable(folder, error) from None
+
+
+def named_so(folder: Path) -> list[Path]:
+    """What has a checkpoint's name, by its step."""
+    found = [folder / name for name in names_in(folder) if is_checkpoint_name(name)]
+    return sorted(found, key=lambda path: (step_of(path), path.name))
+
+
+def run_id_of(run: Path) -> str:
+    """The id of a run folder; empty if it has none yet."""
+    try:
+        with patiently(lambda: open_regular(run / RUN_ID)) as file:
+            return file.read(100).decode(errors="replace").strip()
+    except ValueError:
+        return ""
+    except OSError as error:
+        if error.errno in NO_SUCH:
+            return ""
+        raise unreadable(run / RUN_ID, error) from None
+
+
+def stranger(path: Path, run: str) -> str:
+    """Why a path with a checkpoint's name is none of this run; empty if it is one.
+
+    Args:
+        run: id of the run; empty: not known.
+
+    Raises:
+        UnreadableError: if the disk does not answer.
+    """
+    try:
+        kind = patiently(lambda: os.lstat(path)).st_mode
+        if stat.S_ISLNK(kind):
+            return "is a link"
+        if not stat.S_ISDIR(kind):
+            return "is no folder"
+        kind = patiently((path / MANIFEST).stat).st_mode
+    except OSError as error:
+        if error.errno in NO_SUCH:
+            return f"has no {MANIFEST}"
+        raise unreadable(path, error) from None
+    if not stat.S_ISREG(kind):
+        return f"has no {MANIFEST}"
+    step, its_run = head_of(path / MANIFEST)
+    if step not in (None, step_of(path)):
+        return f"is of step {step}"
+    if run and its_run and its_run != run:
+        return "is of another run (--fork goes on from it)"
+    return ""
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last of `list_checkpoints`, if there is one."""
+    found = list_checkpoints(folder)
+    return found[-1] if found else None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where some elements of a local shard are stored."""
+
+    file: str
+    tensor_rank: int
+    offset: int
+    numel: int
+
+
+class Checkpoint:
+    """A checkpoint on disk, read element-wise, whatever grid wrote it.
+
+    Raises:
+        DamagedError: if its bytes are not those that were written.
+        UnreadableError: if they cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        manifest, written = read_manifest(path)
+        self.step: int = manifest.step
+        self.run: str = manifest.run
+        self.state: dict[str, Any] = written["state"]
+        try:
+            self.config: Config = parse_config(manifest.config, f"{path}/{MANIFEST}")
+        except UsageError as error:
+            raise UnreadableError(f"{error}; another version of this program wrote it") from None
+        self.tensor_parallel: int = manifest.grid.tensor
+        self.parameters: dict[str, dict[str, Any]] = written["parameters"]
+        self._files: dict[str, Any] = written["files"]
+        self._places: dict[tuple[str, str], list[_Place]] = defaultdict(list)
+        for file, entry in self._files.items():
+            for name, (offset, numel, keys) in entry["fragments"].items():
+                for key in keys:
+                    place = _Place(file, entry["tensor_rank"], offset, numel)
+                    self._places[name, key].append(place)
+        self._known: dict[str, TensorFile] = {}
+        self._trusted = False
+
+    def trust(self) -> None:
+        """Do not hash files again: somebody just did (`problem`)."""
+        self._trusted = True
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Its files, but for the manifest, and their sizes in bytes."""
+        return {name: self._files[name]["size"] for name in sorted(self._files)}
+
+    @property
+    def taken(self) -> int:
+        """Updates that the optimizer took: a skipped one does not count in Adam's corrections."""
+        skipped: int = self.state.get("faults", {}).get("skipped", 0)
+        return self.step - skipped
+
+    @property
+    def decays(self) -> dict[str, float]:
+        """λ by parameter name, as it was when the checkpoint was written."""
+        return {name: entry["decay"] for name, entry in self.parameters.items()}
+
+    @property
+    def digest(self) -> str:
+        """Hash of all it holds: two runs that fork from equal ones begin equally."""
+        sums = sorted(entry["sha256"] for entry in self._files.values())
+        return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+    def problem(self, part: int = 0, parts: int = 1) -> str:
+        """What is wrong with the files, in one line; empty if each is as it was written.
+
+        Args:
+            part, parts: look at every ``parts``-th file from ``part`` on, so that ranks share the
+                reading of a large checkpoint.
+        """
+        for file in sorted(self._files)[part::parts]:
+            try:
+                self._file(file)
+            except DamagedError as error:
+                return str(error)
+        return ""
+
+    def keys(self, name: str) -> list[str]:
+        """What is stored for a parameter: the master and the optimizer's moments."""
+        return sorted(key for one, key in self._places if one == name)
+
+    def full(self, name: str, key: str = MASTER) -> Tensor:
+        """The global tensor, float32, without regard to how it was split."""
+        if name not in self.parameters:
+            raise DamagedError(f"{self.path}: has no {name}, which its recipe says")
+        entry = self.parameters[name]
+        shape, dim = list(entry["shape"]), entry["partition_dim"]
+        if dim is None or self.tensor_parallel == 1:
+            return self._shard(name, key, 0, shape)
+        for place in self._places[name, key]:
+            self._file(place.file)  # of the right size, before memory is taken
+        whole = torch.empty(shape)
+        for rank, part in enumerate(whole.chunk(self.tensor_parallel, dim)):
+            part.copy_(self._shard(name, key, rank, list(part.shape)))
+        return whole
+
+    def attention(self, layer: int) -> Factors:
+        """The attention matrices of a layer, by head."""
+        names = (f"blocks.{layer}.attention.{part}.weight" for part in ATTENTION_PARTS)
+        return Factors.of_layer(self.config.model.attention_shape, *map(self.full, names))
+
+    def local(self, info: ParameterInfo, key: str, rank: int, size: int) -> Tensor:
+        """The flat shard of tensor-parallel rank ``rank`` of ``size``."""
+        if info.name not in self.parameters:
+            raise RunError(f"{self.path}: has no {info.name}; it is of another model")
+        stored, dim = tuple(self.parameters[info.name]["shape"]), info.partition_dim
+        if stored == info.shape and dim is not None and size == self.tensor_parallel:
+            shape = list(stored)
+            shape[dim] //= size
+            return self._shard(info.name, key, rank, shape).reshape(-1)  # nobody else's part
+        values = self.full(info.name, key)
+        if values.shape != info.shape:
+            values = self._repadded(values, info)
+        if dim is not None and size > 1:
+            values = values.chunk(size, dim)[rank]
+        return values.reshape(-1)
+
+    def _repadded(self, values: Tensor, info: ParameterInfo) -> Tensor:
+        """Vocabulary matrices are padded as the grid needs; the padding is zero."""
+        vocabulary = self.config.model.vocabulary_size
+        if info.role not in (Role.EMBEDDING, Role.HEAD) or values.shape[1:] != info.shape[1:]:
+            raise RunError(
+                f"{self.path}: {info.name} is {tuple(values.shape)}, the model wants {info.shape}"
+            )
+        fresh = torch.zeros(info.shape)
+        fresh[:vocabulary] = values[:vocabulary]
+        return fresh
+
+    def _shard(self, name: str, key: str, tensor_rank: int, shape: list[int]) -> Tensor:
+        places = [one for one in self._places[name, key] if one.tensor_rank == tensor_rank]
+        files = [self._file(place.file) for place in places]  # likewise
+        flat = torch.empty(int(torch.Size(shape).numel()))
+        filled = 0
+        for place, file in zip(places, files, strict=True):
+            part = flat[place.offset : place.offset + place.numel]
+            self._read(place.file, partial(file.read_into, f"{name}/{key}", part))
+            filled += place.numel
+        if filled != flat.numel():
+            raise RunError(f"{self.path}: {name} ({key}) is incomplete: {filled}/{flat.numel()}")
+        return flat.view(shape)
+
+    def _file(self, name: str) -> TensorFile:
+        """A file that is as it was written."""
+        if name not in self._known:
+            self._known[name] = self._read(name, lambda: self._checked(name))
+        return self._known[name]
+
+    def _checked(self, name: str) -> TensorFile:
+        path, entry = self.path / name, self._files[name]
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size != entry["size"]:
+                raise ValueError("its size differs")
+            if not self._trusted and _sha256(file) != entry["sha256"]:
+                raise ValueError("its checksum differs")
+        return TensorFile(path)
+
+    def _read(self, name: str, action: Callable[[], Found]) -> Found:
+        """What an action returns that reads a file.
+
+        Raises:
+            DamagedError: if the file is gone or wrong, beside a manifest that is there.
+            UnreadableError: if the disk does not answer, or has lost the whole folder.
+        """
+        path = self.path / name
+        try:
+            return patiently(action, NO_SUCH - {errno.ENOENT})
+        except OSError as error:
+            if error.errno in NO_SUCH and (self.path / MANIFEST).is_file():
+                raise damaged(path, str(error.strerror)) from None
+            raise unreadable(path, error) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged(path, str(error).splitlines()[0] or type(error).__name__) from None
+
+    def rng_state(self, rank: int) -> Tensor | None:
+        """The random state of a rank, if it wrote one."""
+        name = f"rank-{rank:05d}.safetensors"
+        if name not in self._files:
+            return None
+        file = self._file(name)
+        state: Tensor = self._read(name, lambda: file.get_tensor("rng"))
+        return state
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+        count(len(block))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def load_into_engine(checkpoint: Checkpoint, engine: Engine) -> None:
+    """Set masters, moments and working weights of every rank from ``checkpoint``.
+
+    λ is not restored here: it is the plan's, and `Engine.audit_decay` proves it.
+    """
+    grid = engine.grid
+    masters = restore_weights(checkpoint, engine.module, grid)
+    owned = {id(fragment.parameter): fragment for fragment in engine.fragments()}
+    for parameter, values in masters:
+        fragment = owned.get(id(parameter))
+        if fragment is None:
+            continue
+        stop = fragment.offset + fragment.master.numel()
+        fragment.master.copy_(values[fragment.offset : stop])
+        keys = _moments(checkpoint, fragment.info, engine.config.optimizer.name)
+        if keys:
+            prepare_moments(fragment, keys, checkpoint.taken)
+        views = fragment.moments()
+        for key in keys:
+            whole = checkpoint.local(fragment.info, key, grid.tensor_rank, grid.tensor)
+            views[key].copy_(whole[fragment.offset : stop])
+    state = checkpoint.rng_state(grid.rank)
+    if state is not None:
+        torch.set_rng_state(state)
+
+
+def _moments(checkpoint: Checkpoint, info: ParameterInfo, optimizer: str) -> tuple[str, ...]:
+    """Keys of the moments that ``optimizer`` goes on with: none of another update rule's."""
+    if rule_of(checkpoint.config.optimizer.name, info.role) != rule_of(optimizer, info.role):
+        return ()
+    return tuple(key for key in checkpoint.keys(info.name) if key != MASTER)
+
+
+def restore_weights(
+    checkpoint: Checkpoint, module: nn.Module, grid: Grid
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Set the working weights of this rank's part of the model, one parameter at a time.
+
+    Yields:
+        Each parameter with its local shard, flat float32, for whoever restores masters too.
+    """
+    for parameter in declared_parameters(module):
+        values = checkpoint.local(info_of(parameter), MASTER, grid.tensor_rank, grid.tensor)
+        assert values.numel() == local_shape(parameter).numel()
+        with torch.no_grad():
+            write_back(parameter, values)
+        yield parameter, values
+
+
+def load_into_module(checkpoint: Checkpoint, module: nn.Module, grid: Grid) -> None:
+    """Set the working weights of this rank's part of the model."""
+    for _ in restore_weights(checkpoint, module, grid):
+        pass

@@ -1,0 +1,162 @@
+"""Which checkpoint a run goes on from, when files are damaged, gone, or not its own."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from pretrain.checkpoint.manifest import MANIFEST, DamagedError, read_manifest
+from pretrain.checkpoint.mirror import Mirror
+from pretrain.checkpoint.reader import (
+    Checkpoint,
+    is_checkpoint_name,
+    named_so,
+    names_in,
+    run_id_of,
+    stranger,
+)
+from pretrain.distributed.grid import Grid
+from pretrain.errors import RunError
+from pretrain.runs.metrics import warn
+
+Misfit = Callable[[Checkpoint], str]
+"""Why a checkpoint is not one of this recipe; empty if it is."""
+
+
+def find_whole(
+    folder: Path, grid: Grid, mirror: str = "", misfit: Misfit | None = None
+) -> list[str]:
+    """Put damaged newest checkpoints aside until the newest is whole; a collective call.
+
+    The ranks share the reading. A damaged one is renamed ``damaged-step-…``, so that nothing takes
+    it again and nothing is lost. What is of a person or of another run stays as it is, and is
+    named. Where none is left, the mirror's newest of this recipe is fetched.
+
+    Args:
+        folder: ``RUN/checkpoints``.
+        misfit: says which checkpoints of the mirror are not of this run.
+
+    Returns:
+        One line for each that was put aside, and what was left alone or fetched.
+
+    Raises:
+        RunError: if there were checkpoints and none is whole, or a disk does not answer; then
+            nothing was renamed.
+    """
+    told: list[str] = []
+    with grid.together(""):
+        if grid.is_main:
+            told = [line for line in [_left_alone(folder)] if line]
+            for line in told:
+                warn(line)
+    told = grid.broadcast(told)
+    damaged = 0
+    while True:
+        newest, problem = None, ""
+        with grid.together(""):
+            if grid.is_main:
+                newest, problem = _newest(folder)
+        newest, problem = grid.broadcast((newest, problem))
+        if newest is None:
+            break
+        mine = ""
+        with grid.together(""):
+            mine = problem or _problem(newest, grid)
+        found = [one for one in grid.gather(mine) if one]
+        if not found:
+            return told
+        damaged += 1
+        told.append(f"{found[0]}; put aside, and on from the one before")
+        with grid.together(""):
+            if grid.is_main:
+                warn(told[-1])
+                _put_aside(newest)
+    if mirror and misfit:
+        lines: list[str] = []
+        with grid.together(""):
+            if grid.is_main:
+                lines = Mirror(mirror, folder.parent).pull(misfit)
+                for line in lines:
+                    warn(line)
+        lines = grid.broadcast(lines)
+        if grid.broadcast(bool(_own(folder)) if grid.is_main else None):
+            return [*told, *lines]
+        told += lines
+    if damaged:
+        raise RunError(
+            f"{folder}: no whole checkpoint is left (damaged-… are what there was); choose another "
+            "--out to begin anew, or bring one back"
+        )
+    return told
+
+
+def _own(folder: Path) -> list[Path]:
+    """Checkpoints of the run, whole or damaged, oldest first."""
+    run = run_id_of(folder.parent)
+    return [path for path in named_so(folder) if not stranger(path, run) or is_damaged(path)]
+
+
+_PIECE = re.compile(r"rank-\d{5}\.safetensors")
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether what has a checkpoint's name is one whose manifest is gone or wrong.
+
+    A manifest that is as it was written, but of another step or run, is somebody's copy.
+    """
+    if path.is_symlink() or not path.is_dir():
+        return False
+    if not (path / MANIFEST).exists():
+        # A run moves whole folders into place; with anything else in it, it is somebody's.
+        names = names_in(path)
+        return bool(names) and all(name == MANIFEST or _PIECE.fullmatch(name) for name in names)
+    try:
+        read_manifest(path)
+    except DamagedError:
+        return True
+    return False
+
+
+def _left_alone(folder: Path) -> str:
+    """One line on what looks like a checkpoint and is none of this run; empty without any."""
+    run = run_id_of(folder.parent)
+    why: dict[str, str] = {}
+    for name in names_in(folder):
+        if is_checkpoint_name(name):
+            reason = stranger(folder / name, run)
+            if reason and not is_damaged(folder / name):
+                why[name] = reason
+        elif name.startswith("step-"):
+            why[name] = "is no checkpoint's name"
+    if not why:
+        return ""
+    shown = ", ".join(f"{name} ({reason})" for name, reason in list(why.items())[:4])
+    more = f" and {len(why) - 4} more" if len(why) > 4 else ""
+    return f"{folder}: left alone, not checkpoints of this run: {shown}{more}"
+
+
+def _newest(folder: Path) -> tuple[Path | None, str]:
+    """The newest checkpoint of the run, and what is wrong with it at first sight."""
+    found = _own(folder)
+    if not found:
+        return None, ""
+    gone = not (found[-1] / MANIFEST).exists()
+    return found[-1], f"{found[-1]}: damaged (its {MANIFEST} is gone)" if gone else ""
+
+
+def _problem(path: Path, grid: Grid) -> str:
+    try:
+        return Checkpoint(path).problem(grid.rank, grid.world_size)
+    except DamagedError as error:
+        return str(error)
+
+
+def _put_aside(path: Path) -> None:
+    target = path.with_name(f"damaged-{path.name}")
+    number = 1
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"damaged-{path.name}-{number}")
+    os.rename(path, target)

@@ -1,0 +1,60 @@
+"""Which checkpoints of a run are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from data_pipeline.disk import patiently
+from data_pipeline.files import read_small
+from pretrain.checkpoint.manifest import MANIFEST, unreadable
+from pretrain.checkpoint.reader import step_of
+from pretrain.config.run import CheckpointConfig
+
+HELD_OUT_LOSS = "held_out_loss"
+"""Key of a checkpoint's state: the loss by which the best one is kept."""
+
+
+def held_out_loss(path: Path) -> float | None:
+    """The loss that a checkpoint of the disk remembers; None if it has none, or is damaged.
+
+    Raises:
+        UnreadableError: if the disk does not answer: which is the best is not known then.
+    """
+    try:
+        text = patiently(lambda: read_small(path / MANIFEST))
+    except OSError as error:
+        raise unreadable(path / MANIFEST, error) from None
+    return loss_in(text)
+
+
+def loss_in(manifest: bytes) -> float | None:
+    """The held-out loss that the text of a manifest has, or None."""
+    try:
+        loss: float | None = json.loads(manifest)["state"].get(HELD_OUT_LOSS)
+        return loss
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def superseded(
+    found: list[Path],
+    settings: CheckpointConfig,
+    loss_of: Callable[[Path], float | None] = held_out_loss,
+) -> list[Path]:
+    """Checkpoints that the retention rules do not keep, of all whole ones, oldest first.
+
+    Args:
+        loss_of: the held-out loss that a checkpoint remembers, or None.
+    """
+    if not settings.keep:
+        return []
+    kept = set(found[-settings.keep :])
+    if settings.keep_every:
+        kept |= {one for one in found if step_of(one) % settings.keep_every == 0}
+    if settings.keep_best and len(kept) < len(found):
+        losses = [(loss, one) for one in found if (loss := loss_of(one)) is not None]
+        if losses:
+            kept.add(min(losses)[1])
+    return [one for one in found if one not in kept]

@@ -1,0 +1,355 @@
+"""Writing checkpoints, beside the training that goes on.
+
+The state is copied to host memory, and a thread of every rank brings its copy to disk. The ranks
+meet in a process group of the threads' own; the first then writes the manifest and renames the
+folder, so that a checkpoint is whole or not there, whatever dies meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.disk import hide, remove, remove_hidden, sync_folder
+from data_pipeline.files import write_aside, write_synced
+from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, sealed
+from pretrain.checkpoint.mirror import Mirror, Pusher
+from pretrain.checkpoint.reader import LATEST, checkpoint_name, list_checkpoints, run_id_of, step_of
+from pretrain.checkpoint.retention import superseded
+from pretrain.checkpoint.tensor_file import write_tensors
+from pretrain.config.run import CheckpointConfig
+from pretrain.distributed.grid import Grid
+from pretrain.engine.engine import Engine
+from pretrain.engine.masters import Fragment, is_replicated
+from pretrain.errors import RunError
+
+_AT_EXIT = 120.0
+"""Seconds that a run which fails waits for a checkpoint under way."""
+_PATIENCE = timedelta(days=1)
+"""For a rank whose disk is slower than the others': the watchdog sees whether it works."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank owns, copied off the device."""
+
+    name: str
+    """File name."""
+    tensor_rank: int
+    tensors: dict[str, Tensor]
+    index: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the writing of a checkpoint ended."""
+
+    step: int
+    seconds: float
+    problem: str = ""
+    """One line; empty: it is there."""
+    note: str = ""
+    """What went wrong beside it, such as at the mirror."""
+
+
+@dataclass
+class Saver:
+    """Saves an engine's state into ``folder`` (``RUN/checkpoints``); made by all ranks together."""
+
+    engine: Engine
+    folder: Path
+    settings: CheckpointConfig
+    outcomes: list[Outcome] = field(default_factory=list)
+    """Of writes that have ended, for whoever logs them (and takes them away)."""
+    urgent: bool = False
+    """Somebody waits for the next one: its thread does not give way to those that train."""
+    _last: Outcome | None = None
+    _thread: threading.Thread | None = None
+    _group: Any = None
+    _pusher: Pusher | None = None
+    _buffers: dict[str, Tensor] = field(default_factory=dict)
+    """Host memory of the last copy, taken again: fresh pages cost more than the copying."""
+
+    def __post_init__(self) -> None:
+        if self._grid.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        if self.settings.mirror:
+            mirror = Mirror(self.settings.mirror, self.folder.parent)
+            if self._grid.is_main:
+                self._pusher = Pusher(mirror, self.settings, self._tell_copied)
+
+    @property
+    def _grid(self) -> Grid:
+        return self.engine.grid
+
+    def save(
+        self, step: int, state: dict[str, Any], beside: Callable[[], None] | None = None
+    ) -> None:
+        """Copy the state after ``step`` updates and begin to write it; a collective call.
+
+        Args:
+            state: what else to remember (JSON), for example the data's identity.
+            beside: what the main rank's thread does first; no fault of it stops a checkpoint.
+        """
+        self.wait()
+        piece = snapshot(self.engine, self._buffers)
+        described = _manifest(self.engine, step, state)
+        self._thread = threading.Thread(
+            target=self._write,
+            args=(step, piece, described, beside),
+            name="checkpoint",
+            daemon=True,
+        )
+        self._thread.start()
+        if not self.settings.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._thread is not None:
+            _schedule(self._thread.native_id, getattr(os, "SCHED_OTHER", None))
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint, and for its copy at the mirror, on every rank.
+
+        Raises:
+            RunError: on every rank, if it could not be written; earlier ones are untouched.
+        """
+        self.wait()
+        if self.settings.mirror:  # a launcher ends a job whose first ranks end much later
+            self._thread = threading.Thread(target=self._drain, name="checkpoint", daemon=True)
+            self._thread.start()
+            self.wait()
+        if self._last is not None and self._last.problem:
+            raise RunError(
+                f"{self._last.problem}; free space or fix {self.folder}, then start again: the run "
+                "goes on from its last checkpoint"
+            )
+
+    def close(self) -> None:
+        """Give a checkpoint under way, and its copy, a chance where the run has failed already."""
+        until = time.monotonic() + _AT_EXIT
+        if self._thread is not None:
+            self._thread.join(_AT_EXIT)
+        if self._pusher is not None:
+            self._pusher.join(max(0.0, until - time.monotonic()))
+
+    # --- in the thread --------------------------------------------------------------------------
+
+    def _write(
+        self,
+        step: int,
+        piece: Piece | None,
+        described: dict[str, Any],
+        beside: Callable[[], None] | None,
+    ) -> None:
+        began = time.monotonic()
+        if self.settings.asynchronous and not self.urgent:
+            _give_way()  # for good, where the user may not raise a priority
+        aside = self.folder / f".{checkpoint_name(step)}.writing"
+        notes: list[str] = []
+        if beside is not None and self._grid.is_main:
+            _, problem = _attempt(beside)
+            notes += [f"ranks.parquet waits: {problem}"] if problem else []
+        try:
+            entry, problem = _attempt(lambda: _write_piece(piece, aside))
+            found = self._gather((entry, problem))
+            problem = next((bad for _, bad in found if bad), "")
+            if not problem and self._grid.is_main:
+                described["files"] = dict(filter(None, (entry for entry, _ in found)))
+                target, problem = _attempt(lambda: self._commit(aside, step, described))
+                if target is not None:
+                    notes += self._follow_up(target, step)
+            problem = self._gather(problem)[0]
+        except Exception as error:  # another rank is gone
+            problem = f"the other ranks do not answer ({type(error).__name__})"
+        if problem and self._grid.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        if problem:
+            problem = f"checkpoint at step {step} not written: {problem}"
+        self._last = Outcome(step, time.monotonic() - began, problem, "; ".join(notes))
+        self.outcomes.append(self._last)
+
+    def _drain(self) -> None:
+        if self._pusher is not None:
+            self._pusher.join()
+        with contextlib.suppress(Exception):  # another rank is gone
+            self._gather(None)
+
+    def _tell_copied(self, target: Path, seconds: float, problem: str) -> None:
+        """In the mirror's thread."""
+        if problem:
+            self.outcomes.append(Outcome(step_of(target), seconds, "", problem))
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        found: list[Any] = [None] * self._grid.world_size
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def _commit(self, aside: Path, step: int, described: dict[str, Any]) -> Path:
+        """Make what was written a checkpoint: the rename is the moment from which it is there."""
+        _make_own(aside)
+        described["run"] = run_id_of(self.folder.parent)
+        write_synced(aside / MANIFEST, sealed(described))
+        target = _free_name(self.folder, step)
+        before = hide(target) if target.exists() else None
+        os.rename(aside, target)
+        sync_folder(self.folder)
+        if before is not None:
+            remove(before)
+        return target
+
+    def _follow_up(self, target: Path, step: int) -> list[str]:
+        """What is done once a checkpoint is there, and no fault of which undoes it.
+
+        Returns:
+            What went wrong, one line each.
+        """
+        notes: list[str] = []
+        if target.name != checkpoint_name(step):
+            notes.append(
+                f"{checkpoint_name(step)} is in the way and no checkpoint of this run: left alone, "
+                f"this one is {target.name}"
+            )
+        _, problem = _attempt(lambda: write_aside(self.folder / LATEST, target.name.encode()))
+        notes.append(problem)
+        if self._pusher is not None:
+            self._pusher.add(target)
+        _, problem = _attempt(self._retain)
+        notes.append(problem and f"older checkpoints not deleted: {problem}")
+        return [note for note in notes if note]
+
+    def _retain(self) -> None:
+        remove_hidden(self.folder)
+        for old in superseded(list_checkpoints(self.folder), self.settings):
+            with self._pusher.lock if self._pusher is not None else contextlib.nullcontext():
+                if self._pusher is not None and old == self._pusher.current:
+                    continue  # after the next checkpoint, then
+                hidden = hide(old)
+            remove(hidden)
+
+
+def _make_own(folder: Path) -> None:
+    """A folder of this program's own: a link in its place is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise RunError(f"{folder}: is a link; remove it")
+
+
+def _free_name(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step goes: in the place of the run's own of that step, if any.
+
+    What else has that name is left alone: a zero more gives a name that is read all the same.
+    """
+    own = list_checkpoints(folder)
+    digits = 8
+    while True:
+        path = folder / f"step-{step:0{digits}d}"
+        if path in own or not os.path.lexists(path):
+            return path
+        digits += 1
+
+
+def _give_way() -> None:
+    """Take only what the threads that train leave: Linux schedules each thread by itself."""
+    _schedule(threading.get_native_id(), getattr(os, "SCHED_IDLE", None))
+
+
+def _schedule(thread: int | None, policy: int | None) -> None:
+    if thread is not None and policy is not None:
+        with contextlib.suppress(OSError):  # not allowed here: as it was, then
+            os.sched_setscheduler(thread, policy, os.sched_param(0))
+
+
+def _attempt(action: Any) -> tuple[Any, str]:
+    """(what it returns, "") or (None, one line on what went wrong)."""
+    try:
+        return action(), ""
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            return None, f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
+        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> Piece | None:
+    """A copy of what this rank writes, in host memory; None where another holds the same.
+
+    Args:
+        buffers: memory of an earlier copy, by name, which is overwritten, and added to.
+    """
+    grid = engine.grid
+    if is_replicated(engine.deepspeed) and grid.data_rank > 0:
+        return None
+    buffers = {} if buffers is None else buffers
+    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    index: dict[str, Any] = {}
+    for fragment in engine.fragments():
+        if not _writes(fragment, grid):
+            continue
+        values = {MASTER: fragment.master, **fragment.moments()}
+        for key, value in values.items():
+            name = f"{fragment.info.name}/{key}"
+            tensors[name] = _copied(value.detach(), buffers, name)
+        index[fragment.info.name] = [fragment.offset, fragment.master.numel(), sorted(values)]
+    if grid.device.type == "cuda":
+        torch.cuda.synchronize(grid.device)
+    return Piece(f"rank-{grid.rank:05d}.safetensors", grid.tensor_rank, tensors, index)
+
+
+def _copied(value: Tensor, buffers: dict[str, Tensor], name: str) -> Tensor:
+    """``value`` in host memory (on the way there, from a GPU), flat or not as it is."""
+    buffer = buffers.get(name)
+    if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+        pinned = value.device.type == "cuda"
+        buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+        buffers[name] = buffer
+    return buffer.copy_(value, non_blocking=True)
+
+
+def _writes(fragment: Fragment, grid: Grid) -> bool:
+    """Whether this rank's copy is the one that is kept, where several ranks hold the same."""
+    if getattr(fragment.parameter, "ds_pipe_replicated", False):
+        return False
+    return fragment.info.partition_dim is not None or grid.tensor_rank == 0
+
+
+def _write_piece(piece: Piece | None, aside: Path) -> tuple[str, dict[str, Any]] | None:
+    """Bring a piece to disk; returns (file name, its entry in the manifest)."""
+    if piece is None:
+        return None
+    _make_own(aside)
+    path = aside / piece.name
+    size, digest = write_tensors(path, piece.tensors)
+    return piece.name, {
+        "size": size,
+        "sha256": digest,
+        "tensor_rank": piece.tensor_rank,
+        "fragments": piece.index,
+    }
+
+
+def _manifest(engine: Engine, step: int, state: dict[str, Any]) -> dict[str, Any]:
+    grid = engine.grid
+    shape = {
+        "tensor": grid.tensor,
+        "pipeline": grid.pipeline,
+        "data": grid.data,
+        "zero_stage": engine.config.grid.zero_stage,
+    }
+    return describe(engine.config, engine.plan, step, state, shape)

@@ -1,0 +1,222 @@
+"""`pretrain data …`: corpus, tokenizer, tokens. Nothing heavy is imported until a verb needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pretrain.cli.options import Json
+from pretrain.distributed.cores import usable_cores
+
+data_app = typer.Typer(help="Make training data: corpus, tokenizer, tokens.", no_args_is_help=True)
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt), folders of them, or the name "
+        "of a Hub dataset (owner/name)."
+    ),
+]
+TextField = Annotated[str, typer.Option(help="Field of the text.")]
+SubsetField = Annotated[str, typer.Option(help="Field of the subset's name.")]
+DefaultSubset = Annotated[
+    str | None, typer.Option(help="Subset of records that name none (else they are malformed).")
+]
+ZstWindow = Annotated[
+    int, typer.Option(min=1, help="Memory in MB that a .zst written with --long may ask for.")
+]
+
+
+@data_app.command()
+def corpus(out: Annotated[Path, typer.Option(help="Folder to write.")]) -> None:
+    """A Pile-shaped corpus from the Python installation itself; no network."""
+    from data_pipeline.corpus import write_corpus
+
+    counts = write_corpus(out)
+    print(f"{out}: " + ", ".join(f"{split} {count} documents" for split, count in counts.items()))
+
+
+@data_app.command()
+def tokenizer(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(help="The .model file to write.")],
+    vocab_size: Annotated[int, typer.Option(min=300, help="Number of tokens.")] = 32_000,
+    kind: Annotated[str, typer.Option("--type", help="unigram or bpe")] = "unigram",
+    max_mb: Annotated[int, typer.Option(min=1, help="Learn from so many MB of text.")] = 256,
+    text_field: TextField = "text",
+    subset_field: SubsetField = "meta.pile_set_name",
+    split: Annotated[
+        str | None, typer.Option(help="Take everything for this split; default by file name.")
+    ] = None,
+    zst_window_mb: ZstWindow = 512,
+) -> None:
+    """Train a SentencePiece tokenizer that keeps every byte of every text.
+
+    Learns from training documents alone, as `data tokenize` deals the same sources.
+    """
+    from data_pipeline.prepare import train_from_sources
+    from pretrain.errors import UsageError
+
+    if kind not in ("unigram", "bpe"):
+        raise UsageError(f"--type: {kind!r} is neither unigram nor bpe")
+    size = train_from_sources(
+        sources, out, vocab_size, kind, max_mb << 20, text_field, subset_field, split,
+        zst_window_mb,
+    )  # fmt: skip
+    print(f"{out}: {size:,} tokens")
+
+
+@data_app.command()
+def tokenize(
+    sources: Sources,
+    tokenizer: Annotated[
+        Path, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
+    split: Annotated[
+        str | None, typer.Option(help="Put everything in this split; default by file name.")
+    ] = None,
+    text_field: TextField = "text",
+    subset_field: SubsetField = "meta.pile_set_name",
+    default_subset: DefaultSubset = None,
+    eod_token: Annotated[
+        str | None,
+        typer.Option(help="End-of-document token of a tokenizer.json, or piece of a .model."),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a malformed record.")] = False,
+    lossless: Annotated[
+        bool,
+        typer.Option(
+            "--lossless", help="Stop at a document that the tokenizer does not give back exactly."
+        ),
+    ] = False,
+    add_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--add-special-tokens",
+            help="Put around every document what a tokenizer.json puts around a text (such as a "
+            "beginning-of-sequence token).",
+        ),
+    ] = False,
+    parse_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special-tokens",
+            help="Text such as <|endoftext|> inside a document becomes that token; default: it "
+            "stays text.",
+        ),
+    ] = False,
+    zst_window_mb: ZstWindow = 512,
+    json: Json = False,
+) -> None:
+    """Tokenise into Megatron .bin/.idx pairs, one per split and subset, with a manifest.
+
+    The split is what the file's name says (train, val, test), else 98:1:1 by document.
+    Interrupted, the same words go on; finished, they do nothing.
+    """
+    from data_pipeline.json_tokenizer import SpecialTokens
+    from data_pipeline.prepare import tokenize_sources
+
+    report = tokenize_sources(
+        sources, tokenizer, out, workers, split, text_field, subset_field, default_subset,
+        eod_token, strict, zst_window_mb,
+        SpecialTokens(add_special_tokens, parse_special_tokens), lossless,
+    )  # fmt: skip
+    for line in report.shown:
+        print(f"skipped {line}", file=sys.stderr)
+    if report.problems > len(report.shown):
+        print(f"skipped {report.problems - len(report.shown)} more", file=sys.stderr)
+    if json:
+        from data_pipeline.strict_json import to_json
+
+        print(to_json(report.manifest))
+    elif report.already_done:
+        print(f"{out}: already complete")
+    else:
+        info(out)
+
+
+@data_app.command()
+def adopt(
+    prefixes: Annotated[
+        list[Path], typer.Argument(help="PREFIX of PREFIX.bin and PREFIX.idx; each a subset.")
+    ],
+    tokenizer: Annotated[
+        Path,
+        typer.Option(help="tokenizer.json, SentencePiece .model, or vocab.json beside merges.txt."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; the tokens stay where they are.")],
+    split: Annotated[
+        str, typer.Option(help="Shares of documents in train, val and test, in their order.")
+    ] = "98,1,1",
+    name: Annotated[
+        list[str] | None, typer.Option(help="Name of each subset; default the prefix's.")
+    ] = None,
+    eod_token: Annotated[str | None, typer.Option(help="End-of-document token.")] = None,
+    packed: Annotated[
+        bool | None,
+        typer.Option(
+            help="Sequences are samples as they lie (Pythia's preshuffled Pile); default: if all "
+            "have one length."
+        ),
+    ] = None,
+) -> None:
+    """Train on tokens that Megatron-LM or GPT-NeoX prepared, as they are.
+
+    Writes a manifest that points to them, with the tokenizer and the sizes of the held-out texts.
+    """
+    from data_pipeline.adopt import adopt as adopt_pairs
+    from pretrain.errors import UsageError
+    from pretrain.runs.aside import whole_folder
+    from pretrain.runs.metrics import Progress
+
+    try:
+        train, val, test = (float(part) for part in split.split(","))
+    except ValueError:
+        raise UsageError(f"--split: {split!r} is not three numbers, such as 98,1,1") from None
+    progress = Progress(1, "adopt", True)
+    with whole_folder(out, "adopt") as aside:
+        told = adopt_pairs(
+            prefixes, tokenizer, aside, (train, val, test), name, eod_token, packed,
+            lambda done, total: progress.update(done, total=total),
+        )  # fmt: skip
+    progress.close()
+    for line in told:
+        print(line)
+    info(out)
+
+
+@data_app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Tokenised folder.")],
+) -> None:
+    """Compare every file with its checksum and its counts; exit code 1 if one is damaged.
+
+    Training does the same with what it reads, when it first reads it.
+    """
+    from data_pipeline.checksums import check_folder
+    from pretrain.runs.metrics import Progress
+
+    progress = Progress(1, "check", True)
+    damaged, without = check_folder(folder, lambda done, total: progress.update(done, total=total))
+    progress.close()
+    for line in damaged:
+        print(line, file=sys.stderr)
+    if without:
+        print(f"{without} file(s) without checksums (made by others, or an earlier version)")
+    print(f"{folder}: {len(damaged)} thing(s) wrong")
+    raise typer.Exit(1 if damaged else 0)
+
+
+@data_app.command()
+def info(
+    folder: Annotated[Path, typer.Argument(help="Tokenised folder.")], json: Json = False
+) -> None:
+    """What a tokenised folder holds."""
+    from data_pipeline.prepare import print_info
+
+    print_info(folder, as_json=json)

@@ -1,0 +1,208 @@
+"""Verbs on models at rest: evaluate, export, import, ranks. Nothing heavy at import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pretrain.cli.options import Json, Overrides
+from pretrain.console import plain
+
+AttentionRank = Annotated[
+    str | None,
+    typer.Option(
+        help="Cut every head's W_QK and W_VP to this share of its singular values (0.75), or to "
+        "its measured pseudo-rank (measured)."
+    ),
+]
+AttentionProduct = Annotated[str, typer.Option(help="Which product to cut: qk, vp or both.")]
+
+
+def print_evaluation(figures: dict[str, Any]) -> None:
+    """The figures of ``evaluation.json`` as a table on standard output."""
+    overall = figures["overall"]
+    if "accuracy" in overall:
+        print(
+            f"{figures['split']} split, step {figures['step']}: {overall['samples']:,} samples, "
+            f"loss {_shown(overall['loss'], '.4f')}, accuracy {_shown(overall['accuracy'], '.4f')}"
+        )
+        return
+    from rich.table import Table
+
+    from pretrain.runs.metrics import show_table
+
+    table = Table(title=f"{figures['split']} split, step {figures['step']}")
+    for column in ("subset", "documents", "tokens", "bytes", "loss", "perplexity", "bits/byte"):
+        table.add_column(column, justify="left" if column == "subset" else "right")
+    rows = [*figures["subsets"].items(), ("all", overall)]
+    for name, row in rows:
+        table.add_row(
+            name,
+            f"{row['documents']:,}",
+            f"{row['tokens']:,}",
+            f"{row['bytes']:,}",
+            _shown(row["loss"], ".4f"),
+            _shown(row["perplexity"], ".2f"),
+            _shown(row["bits_per_byte"], ".4f"),
+        )
+    show_table(table, 120)
+    present = len(figures["pile_subsets_present"])
+    weighted = figures["pile_weighted"]
+    if weighted:
+        print(
+            f"{present} of the Pile's 22 subsets present; weighted by their published shares: "
+            f"perplexity {_shown(weighted['perplexity'], '.2f')}, "
+            f"{_shown(weighted['bits_per_byte'], '.4f')} bits/byte"
+        )
+    else:
+        print("none of the Pile's 22 subsets present: no Pile-weighted average")
+
+
+def _shown(value: float | None, form: str) -> str:
+    """A figure in a format; JSON has null for one that is not finite."""
+    return "n/a" if value is None else format(value, form)
+
+
+def evaluate(
+    target: Annotated[str, typer.Argument(help="Run folder, RUN@STEP or checkpoint folder.")],
+    overrides: Overrides = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Tokenised folder; default: the run's own.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which documents to score.")] = "test",
+    documents: Annotated[
+        int | None, typer.Option(help="Score a fixed sample of so many; default all.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 16,
+    stride: Annotated[
+        int, typer.Option(min=0, help="Tokens per window after the first; 0: disjoint (lm-eval).")
+    ] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Default: evaluation.json of RUN; other settings than the run's own get a file "
+            "named by them (evaluation-stride=8.json)."
+        ),
+    ] = None,
+    attention_rank: AttentionRank = None,
+    attention_product: AttentionProduct = "both",
+    json: Json = False,
+) -> None:
+    """Held-out loss, perplexity and bits per byte, overall and per subset, on any grid."""
+    from pretrain.offline.evaluate import evaluate_checkpoint
+    from pretrain.offline.truncate import parse_rank
+
+    choice = parse_rank(attention_rank, attention_product) if attention_rank else None
+    figures, path, is_main = evaluate_checkpoint(
+        target, overrides or [], data, split, documents, batch, stride, out, choice
+    )
+    if is_main:
+        if json:
+            from data_pipeline.strict_json import to_json
+
+            print(to_json(figures))
+        else:
+            print_evaluation(figures)
+            print(f"written: {plain(str(path))}")
+
+
+def export(
+    target: Annotated[str, typer.Argument(help="Run folder, RUN@STEP or checkpoint folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the Hugging Face model; new or empty.")],
+    form: Annotated[str, typer.Option("--format", help="huggingface.")] = "huggingface",
+    attention_rank: AttentionRank = None,
+    attention_product: AttentionProduct = "both",
+    data: Annotated[
+        Path | None, typer.Option(help="The run's tokenised folder, where it lies elsewhere now.")
+    ] = None,
+) -> None:
+    """A checkpoint as a Hugging Face model: config.json and sharded safetensors.
+
+    The dialects gpt2, gpt_neox and llama become GPT2, GPTNeoX and Llama (Qwen3 with QK-norm,
+    SmolLM3 without positions). With --attention-rank the heads are written as narrow as what is
+    kept, where the class allows it.
+    """
+    if form != "huggingface":
+        raise typer.BadParameter(f"--format: {form} is not huggingface, the only one so far")
+    from pretrain.offline.export import export_checkpoint
+    from pretrain.offline.truncate import parse_rank
+
+    choice = parse_rank(attention_rank, attention_product) if attention_rank else None
+    print(f"written: {export_checkpoint(target, out, choice, data)}")
+
+
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="Folder of a Hugging Face model, or a name on the Hub.")
+    ],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; its `model` is replaced.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default runs/NAME-OF-RECIPE.")
+    ] = None,
+    allow_unused: Annotated[
+        bool,
+        typer.Option("--allow-unused", help="Leave out tensors outside the language model."),
+    ] = False,
+) -> None:
+    """A run that begins with a pretrained model: its weights are the checkpoint of step 0.
+
+    GPT-2, GPT-NeoX (Pythia), Llama, Qwen3 and SmolLM3 without positions. Data, decay, schedule
+    and grid are the recipe's; the data must be tokenised with the model's tokenizer.
+    """
+    from pretrain.offline.import_model import import_model, next_words
+
+    run = out or Path("runs") / recipe.stem
+    import_model(source, recipe, overrides or [], run, allow_unused)
+    print(f"written: {run}, at step 0; train it: {next_words(run)}")
+
+
+def ranks(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="RUN, RUN@STEP, RUN@* (all checkpoints), a checkpoint, the folder of a Hugging "
+            "Face model, a folder of several, or a name on the Hub (@REVISION, @step*)."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write the long table here (.parquet).")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the scatter plots of Figure 4 (.png, .csv).")
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Share of Σσ that the rank covers.")] = 0.95,
+    denominator: Annotated[
+        str, typer.Option(help="Pseudo-rank = k / head width (head) or k / model width (model).")
+    ] = "head",
+    spectra: Annotated[bool, typer.Option("--spectra", help="Store singular values too.")] = False,
+    family: Annotated[
+        Path | None, typer.Option(help="YAML that says where an unknown model's attention lies.")
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens per step of a pretrained model, for the table.")
+    ] = 0,
+    allow_unused: Annotated[
+        bool,
+        typer.Option("--allow-unused", help="Leave out attention that is of no measured stack."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Rank statistics of attention at rest: a run's, or any pretrained model's.
+
+    Read tensor by tensor without building the model; the table has the columns of a run's own
+    ranks.parquet, and several revisions (EleutherAI/pythia-160m@step*) make one table over
+    training. Families known: llama, mistral, qwen 2/3, gemma, gpt2, gpt_neox, gpt_neo, opt, phi,
+    olmo 1/2, bert, vit, deit, clip; others with --family.
+    """
+    if denominator not in ("head", "model"):
+        raise typer.BadParameter(f"--denominator: {denominator} is neither head nor model")
+    if not 0 < threshold <= 1:
+        raise typer.BadParameter(f"--threshold: {threshold} is not above 0 and at most 1")
+    from pretrain.config.run import RanksConfig
+    from pretrain.offline.ranks import rank_command
+
+    settings = RanksConfig.model_validate(
+        {"threshold": threshold, "denominator": denominator, "spectra": spectra}
+    )
+    rank_command(target, settings, family, batch_tokens, out, figures, json, allow_unused)

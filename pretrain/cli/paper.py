@@ -1,0 +1,259 @@
+"""`pretrain paper …`: one command a figure. Part of the command line: it hands the figures to the
+sweeps that they are made of. Nothing heavy is imported until a figure needs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+paper_app = typer.Typer(
+    help='The experiments of "Weight decay induces low-rank attention layers", one command a '
+    "figure; each prints its checks, and one that fails makes the exit code 1. The trained ones "
+    "run a sweep of configs/paper at a size for two cores, or read yours with --from; run again, "
+    "they go on where they stopped.",
+    no_args_is_help=True,
+)
+
+Out = Annotated[Path, typer.Option(help="Folder for the figure and its numbers.")]
+Runs = Annotated[Path, typer.Option(help="Folder of the runs.")]
+From = Annotated[
+    Path | None,
+    typer.Option("--from", help="Runs that are there already, such as a sweep at full scale."),
+]
+Parallel = Annotated[
+    int, typer.Option(min=0, help="Runs at once; 0: one for each core up to two, or one a GPU.")
+]
+Data = Annotated[
+    Path | None, typer.Option(help="Tokenised text; default: this Python installation's.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A pretrained model: folder, or name on the Hub; default: runs of ours."),
+]
+_PAPER, _RUNS = Path("paper"), Path("runs/paper")
+
+
+def _alone(command: Callable[..., None]) -> Callable[..., None]:
+    """The command of a figure as the only process that writes this figure in this folder."""
+    name = command.__name__.replace("_", "-")
+
+    @wraps(command)
+    def run(out: Path = _PAPER, **more: Any) -> None:
+        from data_pipeline.files import held
+
+        with held(out / name):
+            command(out=out, **more)
+
+    return run
+
+
+def _at_once(parallel: int) -> int:
+    import torch
+
+    from pretrain.distributed.cores import usable_cores
+
+    if parallel or torch.cuda.is_available():
+        return parallel
+    return max(1, min(2, usable_cores()))
+
+
+def _runs(name: str, runs: Path, given: Path | None, parallel: int, data: Path | None) -> Path:
+    if given is not None:
+        return given
+    from launchers.paper import experiment
+
+    return experiment(name, runs, _at_once(parallel), data)
+
+
+@paper_app.command()
+@_alone
+def fig1(out: Out = _PAPER) -> None:
+    """Two factors by gradient descent: gap, discrepancy, singular values against decay."""
+    from pretrain.paper.fig1 import run
+
+    run(out)
+
+
+@paper_app.command()
+@_alone
+def fig2(out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0) -> None:
+    """Associative recall: rank, discrepancy and gap of an attention-only model over training."""
+    from pretrain.paper.fig2 import figure
+
+    figure(_runs("fig2", runs, given, parallel, None), out)
+
+
+@paper_app.command()
+@_alone
+def fig3(
+    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
+    data: Data = None,
+) -> None:  # fmt: skip
+    """Language model: rank in the paper's layer 5 (its place) against attention decay.
+
+    At the paper's scale: configs/paper/fig3-125m.yaml, then --from its runs.
+    """
+    from pretrain.paper.fig3 import figure
+
+    figure("fig3", _runs("fig3", runs, given, parallel, data), out)
+
+
+@paper_app.command()
+@_alone
+def fig7(
+    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
+    data: Data = None,
+) -> None:  # fmt: skip
+    """The same for the places of layers 7 and 9."""
+    from pretrain.paper.fig3 import figure
+
+    figure("fig7", _runs("fig3", runs, given, parallel, data), out)
+
+
+@paper_app.command()
+@_alone
+def table1(
+    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
+    data: Data = None,
+) -> None:  # fmt: skip
+    """Perplexity on held-out text by attention decay and MLP decay, over seeds."""
+    from pretrain.paper.fig3 import table
+
+    table(_runs("fig3", runs, given, parallel, data), out)
+
+
+@paper_app.command("fig3-vit")
+@_alone
+def fig3_vit(
+    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0
+) -> None:
+    """Vision Transformer: rank over all heads and layers, and accuracy, against decay.
+
+    On scikit-learn's digits; on ImageNet: configs/paper/fig3-vit-imagenet.yaml, then --from.
+    """
+    from pretrain.paper.fig3_vit import figure
+
+    figure(_runs("fig3-vit", runs, given, parallel, None), out)
+
+
+@paper_app.command()
+@_alone
+def fig4(
+    out: Out = _PAPER, runs: Runs = _RUNS, model: Model = None, family: Path | None = None,
+    parallel: Parallel = 0,
+) -> None:  # fmt: skip
+    """Balance of a trained language model's factors (paper: LLaMA-2-7B; --model FOLDER)."""
+    _scatter("fig4", "fig3", out, runs, model, family, parallel)
+
+
+@paper_app.command()
+@_alone
+def fig6(
+    out: Out = _PAPER, runs: Runs = _RUNS, model: Model = None, family: Path | None = None,
+    parallel: Parallel = 0,
+) -> None:  # fmt: skip
+    """Balance of a trained Vision Transformer's factors (paper: ViT-B/16; --model FOLDER)."""
+    _scatter("fig6", "fig3-vit", out, runs, model, family, parallel)
+
+
+def _scatter(
+    name: str, sweep: str, out: Path, runs: Path, model: str | None, family: Path | None,
+    parallel: int,
+) -> None:  # fmt: skip
+    from pretrain.paper.fig4 import figure
+    from pretrain.paper.runs import load_runs
+
+    if model is not None:
+        figure(name, model, out, family)
+        return
+    found = load_runs(_runs(sweep, runs, None, parallel, None))
+    usual = min(found, key=lambda run: abs(run.exposure - 3))  # the paper's λ = 0.1
+    figure(name, str(usual.path), out, contrast=str(found[0].path))
+
+
+@paper_app.command()
+@_alone
+def fig5(out: Out = _PAPER) -> None:
+    """AdamW's decay against Adam with L2, for two scalars, direct and factored."""
+    from pretrain.paper.fig5 import run
+
+    run(out)
+
+
+@paper_app.command()
+@_alone
+def modern(
+    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
+    data: Data = None,
+) -> None:  # fmt: skip
+    """Beyond the paper: grouped queries, rotary, QK-norm, biases, linear and sigmoid, Muon."""
+    from pretrain.paper.modern import figure
+
+    figure(_runs("modern", runs, given, parallel, data), out)
+
+
+@paper_app.command("rank-cost")
+@_alone
+def rank_cost(
+    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
+    data: Data = None,
+) -> None:  # fmt: skip
+    """Beyond the paper: perplexity when attention is cut to a share of its rank."""
+    from pretrain.paper.rank_cost import figure
+
+    text = _runs("fig3", runs, given, parallel, data)
+    recall = None if given else _runs("fig2", runs, None, parallel, None)
+    figure(text, out, data, recall)
+
+
+_ALL: dict[str, Callable[..., None]] = {
+    "fig1": fig1, "fig2": fig2, "fig3": fig3, "fig7": fig7, "table1": table1,
+    "fig3-vit": fig3_vit, "fig4": fig4, "fig6": fig6, "fig5": fig5, "modern": modern,
+    "rank-cost": rank_cost,
+}  # fmt: skip
+
+
+@paper_app.command("all")
+def everything(
+    out: Out = _PAPER,
+    runs: Runs = _RUNS,
+    parallel: Parallel = 0,
+    page: Annotated[
+        Path | None, typer.Option(help="The page that shows them all; default OUT/paper.md.")
+    ] = None,
+) -> None:
+    """Every figure at the embedded scale, and one page: the paper's claim, our figure, our number.
+
+    Half an hour or so on two cores; started again, it goes on where it stopped.
+    """
+    from data_pipeline.files import held
+
+    path = page or out / "paper.md"
+    with held(path):
+        _everything(out, runs, parallel, path)
+
+
+def _everything(out: Path, runs: Path, parallel: int, path: Path) -> None:
+    from pretrain.distributed.grid import disconnect
+    from pretrain.errors import RunError
+    from pretrain.paper.page import write_page
+
+    began = time.monotonic()
+    failures = []
+    for name, command in _ALL.items():
+        print(f"--- {name}", flush=True)
+        trained = {} if name in ("fig1", "fig5") else {"runs": runs, "parallel": parallel}
+        try:
+            command(out=out, **trained)
+        except RunError as error:
+            failures.append(str(error))
+    disconnect()
+    write_page(path, out, list(_ALL))
+    print(f"page: {path}  ({(time.monotonic() - began) / 60:.1f} min)")
+    if failures:
+        raise RunError("; ".join(failures))

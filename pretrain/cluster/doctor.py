@@ -1,0 +1,332 @@
+"""`pretrain doctor`: is this allocation fit for a long run? Checked by the ranks themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.config.recipe import Config
+from pretrain.distributed.cores import usable_cores
+from pretrain.distributed.grid import Grid, Group
+from pretrain.runs.folder import environment
+
+_TOP = Path(__file__).resolve().parents[2]
+_CODE = ("pretrain", "models", "data_pipeline", "launchers")
+_SKEW = 1.0
+"""Seconds that clocks may differ: logs are compared by them, and file systems are."""
+_MESSAGE = 16 << 20
+"""Bytes of the all-reduce whose bandwidth is told."""
+_WRITTEN = 64 << 20
+_SAMPLE = 1 << 20
+_BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: master and two moments, float32."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    check: str
+    state: str
+    """ok, warn or fail"""
+    text: str
+
+
+def examine(grid: Grid, config: Config | None, run: Path, size: int = _MESSAGE) -> list[Finding]:
+    """All checks, on every rank together; the same findings everywhere.
+
+    Args:
+        config: with a recipe, its data is compared and its checkpoints are given room.
+        run: run folder, there or not; nothing is left in it.
+        size: bytes of the messages whose bandwidth is measured.
+    """
+    here = environment()
+    findings = [
+        *_alike(grid, "versions", here["versions"] | {"python": here["python"]}),
+        *_requirements(grid),
+        *_alike(grid, "code", code_hash()),
+        *_devices(grid),
+        _clocks(grid),
+        *_links(grid, size),
+        *_disk(grid, run, config),
+    ]
+    if config is not None and config.data.path:
+        findings += _alike(grid, "data", data_hash(Path(config.data.path)))
+    return findings
+
+
+def as_json(findings: list[Finding]) -> list[dict[str, str]]:
+    """Findings as plain data."""
+    return [asdict(one) for one in findings]
+
+
+# --- the same everywhere --------------------------------------------------------------------------
+
+
+def code_hash() -> str:
+    """Of this program's source files, names and contents."""
+    digest = hashlib.sha256()
+    for package in _CODE:
+        for path in sorted((_TOP / package).rglob("*")):
+            if path.suffix in (".py", ".yaml"):
+                digest.update(str(path.relative_to(_TOP)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def data_hash(folder: Path) -> str:
+    """Of a tokenised folder: its manifest, and of every file the size and three samples.
+
+    Three megabytes a file see another tokenisation or a cut copy, not every flipped bit: that is
+    what the checksums beside the tokens are for (``data.verify``).
+    """
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
+            with path.open("rb") as file:
+                for place in (0, size // 2, max(0, size - _SAMPLE)):
+                    file.seek(place)
+                    digest.update(file.read(_SAMPLE))
+    except OSError as error:
+        return f"unreadable ({error.strerror}: {error.filename})"
+    return digest.hexdigest()[:16]
+
+
+def _alike(grid: Grid, check: str, value: Any) -> list[Finding]:
+    """The same value on every rank, or who differs."""
+    values = grid.gather((socket.gethostname(), value))
+    _, first = values[0]
+    shown = first if isinstance(first, str) else _first_versions(first)
+    if isinstance(first, str) and first.startswith("unreadable"):
+        return [Finding(check, "fail", f"rank 0 on {values[0][0]}: {first}")]
+    for rank, (host, other) in enumerate(values):
+        if other != first:
+            text = other if isinstance(other, str) else _different(first, other)
+            return [Finding(check, "fail", f"rank {rank} on {host} has {text}; rank 0 has {shown}")]
+    return [Finding(check, "ok", f"{shown}, the same on {grid.world_size} rank(s)")]
+
+
+def _first_versions(versions: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed"))
+
+
+def _different(first: dict[str, Any], other: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {other[name]}" for name in other if other[name] != first.get(name))
+
+
+def _requirements(grid: Grid) -> list[Finding]:
+    """Installed versions within the ranges of pyproject.toml."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    lines = _required()
+    if lines is None:
+        text = "not known here: the program is neither installed nor beside its pyproject.toml"
+        return [Finding("requirements", "warn", text)]
+    wrong = []
+    for line in lines:
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            found = ""
+        if not found or not wanted.specifier.contains(found, prereleases=True):
+            wrong.append(f"{wanted.name} {found or 'is missing'} (wants {wanted.specifier})")
+    every = sorted({text for texts in grid.gather(wrong) for text in texts})
+    if every:
+        return [Finding("requirements", "warn", "; ".join(every))]
+    return [Finding("requirements", "ok", "installed versions are in the tested ranges")]
+
+
+def _required() -> list[str] | None:
+    """Requirements as the installed package has them, else the pyproject.toml beside it."""
+    import tomllib
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.requires("rankdecay") or []
+    try:
+        text = (_TOP / "pyproject.toml").read_text(encoding="utf-8")
+        found: list[str] = tomllib.loads(text)["project"]["dependencies"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError):
+        return None
+    return found
+
+
+# --- machines -------------------------------------------------------------------------------------
+
+
+def _devices(grid: Grid) -> list[Finding]:
+    device: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+    }
+    if grid.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(grid.device)
+        device |= {"name": properties.name, "memory": properties.total_memory}
+    every = grid.gather(device)
+    names = {one.get("name", "CPU") for one in every}
+    hosts: dict[str, int] = {}
+    for one in every:
+        hosts[one["host"]] = hosts.get(one["host"], 0) + 1
+    text = f"{grid.world_size} rank(s) on {len(hosts)} host(s): {', '.join(sorted(names))}"
+    findings = [Finding("devices", "ok" if len(names) == 1 else "warn", text)]
+    if grid.device.type == "cpu" and shutil.which("nvidia-smi"):
+        findings.append(Finding("devices", "warn", "nvidia-smi is here, but torch sees no GPU"))
+    for one in every:
+        if one["threads"] * hosts[one["host"]] > (one["cores"] or 1) * 1.5:
+            text = (
+                f"{one['host']}: {hosts[one['host']]} ranks of {one['threads']} threads share "
+                f"{one['cores']} cores; set OMP_NUM_THREADS"
+            )
+            findings.append(Finding("threads", "warn", text))
+            break
+    return findings
+
+
+def _clocks(grid: Grid) -> Finding:
+    """Clocks of hosts against rank 0's, read after a barrier: good to what that takes to leave."""
+    tries = []
+    for _ in range(5):
+        grid.barrier()
+        times = grid.gather(time.time())
+        tries.append([one - times[0] for one in times])
+    offsets = min(tries, key=lambda one: max(one) - min(one))
+    worst = max(range(grid.world_size), key=lambda rank: abs(offsets[rank]))
+    if abs(offsets[worst]) > _SKEW:
+        return Finding(
+            "clocks", "warn", f"rank {worst}'s clock is {offsets[worst]:+.1f} s off rank 0's"
+        )
+    return Finding("clocks", "ok", f"within {abs(offsets[worst]) * 1e3:.1f} ms")
+
+
+# --- links ----------------------------------------------------------------------------------------
+
+
+def _links(grid: Grid, size: int) -> list[Finding]:
+    """Latency and bandwidth of all-reduce in each kind of group, the slowest group of each."""
+    if grid.world_size == 1:
+        return [Finding("links", "ok", "one rank: none")]
+    kinds: list[tuple[str, Group, int]] = [
+        ("world", dist.group.WORLD, grid.world_size),
+        ("tensor", grid.tensor_group, grid.tensor),
+        ("pipeline", grid.pipeline_group, grid.pipeline),
+        ("data", grid.data_group, grid.data),
+    ]
+    findings = []
+    for name, group, members in kinds:
+        if members == 1:
+            continue
+        latency = _all_reduce(grid, group, members, 4)
+        seconds = _all_reduce(grid, group, members, size)
+        mine = (latency, seconds, dist.get_process_group_ranks(group))
+        every = grid.gather(mine)
+        right = all(one[0] >= 0 and one[1] >= 0 for one in every)
+        slowest = max(every, key=lambda one: one[1])
+        # What one rank sends and receives in a ring (nccl-tests: busbw).
+        moved = 2 * (members - 1) / members * size
+        text = (
+            f"all-reduce {max(one[0] for one in every) * 1e6:.0f} µs, "
+            f"{moved / slowest[1] / 1e9:.2f} GB/s (slowest: ranks "
+            f"{', '.join(map(str, slowest[2][:8]))})"
+        )
+        fastest = min(one[1] for one in every if one[1] > 0)
+        state = "ok" if slowest[1] < 3 * fastest else "warn"
+        if not right:
+            state, text = "fail", "an all-reduce gave a wrong sum"
+        findings.append(Finding(f"{name} links", state, text))
+    return findings
+
+
+def _all_reduce(grid: Grid, group: Group, members: int, size: int, times: int = 5) -> float:
+    """Median seconds of an all-reduce of ``size`` bytes; -1 if its sum is wrong."""
+    tensor = torch.empty(max(1, size // 4), device=grid.device)
+    lasted = []
+    right = True
+    for _ in range(times + 1):
+        tensor.fill_(1.0)
+        grid.barrier()
+        began = time.monotonic()
+        dist.all_reduce(tensor, group=group)
+        if grid.device.type == "cuda":
+            torch.cuda.synchronize(grid.device)
+        lasted.append(time.monotonic() - began)
+        right &= bool((tensor == members).all())
+    return median(lasted[1:]) if right else -1.0  # the first one connects
+
+
+# --- disk -----------------------------------------------------------------------------------------
+
+
+def _disk(grid: Grid, run: Path, config: Config | None) -> list[Finding]:
+    """Every rank sees the main rank's files; speed and room of the run folder's disk."""
+    folder = run
+    while not folder.is_dir():
+        folder = folder.parent
+    token = grid.broadcast(os.urandom(8).hex())
+    probe = folder / f".doctor-{token}"
+    findings: list[Finding] = []
+    problem, speed, free = "", 0.0, 0
+    if grid.is_main:
+        try:
+            speed, free = _write_speed(probe), shutil.disk_usage(folder).free
+        except OSError as error:
+            problem = f"{folder}: {error.strerror}"
+    problem, speed, free = grid.broadcast((problem, speed, free))
+    if problem:
+        return [Finding("disk", "fail", problem)]
+    missing = [rank for rank, seen in enumerate(grid.gather(probe.exists())) if not seen]
+    grid.barrier()
+    if grid.is_main:
+        probe.unlink(missing_ok=True)
+    if missing:
+        text = f"{folder}: rank(s) {missing[:8]} do not see what rank 0 writes; share the folder"
+        findings.append(Finding("disk", "fail", text))
+    needed = _needed(config) if config is not None else 0
+    text = f"{folder}: {speed / 1e6:.0f} MB/s written, {free / 1e9:.1f} GB free"
+    state = "ok"
+    if needed:
+        text += f"; kept checkpoints take {needed / 1e9:.2f} GB"
+        state = "ok" if free > needed else "fail"
+    findings.append(Finding("disk", state, text))
+    return findings
+
+
+def _write_speed(probe: Path) -> float:
+    block = os.urandom(1 << 20)
+    began = time.monotonic()
+    with probe.open("wb") as file:
+        for _ in range(_WRITTEN >> 20):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return _WRITTEN / (time.monotonic() - began)
+
+
+def _needed(config: Config) -> int:
+    """Bytes of the checkpoints that retention keeps, and of the one being written."""
+    from pretrain.training.start import prepare
+
+    infos = prepare(config, config.grid.tensor_parallel).infos
+    one = _BYTES_PER_PARAMETER * sum(info.numel for info in infos)
+    settings = config.checkpoint
+    count = settings.keep or config.train.steps // config.interval("checkpoint")
+    if settings.keep_every and settings.keep:
+        count += config.train.steps // settings.keep_every
+    return one * (count + 1 + settings.keep_best)

@@ -1,0 +1,156 @@
+"""`pretrain train --dry-run`: what would be trained, with which λ, grid and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from data_pipeline.strict_json import to_json
+from pretrain.cluster.plan_grids import layout_of
+from pretrain.cluster.plan_memory import memory_of, process_bytes
+from pretrain.cluster.plan_shapes import sizes_of
+from pretrain.config.recipe import Config
+from pretrain.console import plain
+from pretrain.decay.control import DecayControl, site_of
+from pretrain.decay.lengths import remarks
+from pretrain.decay.plan import DecayGroup
+from pretrain.distributed.grid import process_count
+from pretrain.engine.deepspeed_adapter import resolve_precision
+from pretrain.errors import UsageError
+from pretrain.runs.metrics import show_table
+from pretrain.tasks.epochs import Uses, in_words
+from pretrain.tasks.epochs import describe as describe_data
+from pretrain.training.start import Setup, prepare
+
+
+def dry_run(config: Config, as_json: bool) -> None:
+    """Print parameter groups, grid and memory; build and train nothing."""
+    setup = prepare(config, config.grid.tensor_parallel)
+    summary = describe(setup)
+    if as_json:
+        print(to_json(summary))
+        return
+    from rich.table import Table
+
+    table = Table(title="parameter groups")
+    for column in ("group", "role", "layers", "tensors", "parameters", "λ", "exposure Σηλ"):
+        table.add_column(
+            column, justify="left" if column in ("group", "role", "layers") else "right"
+        )
+    for group in summary["groups"]:
+        table.add_row(
+            group["name"],
+            group["role"],
+            group["layers"],
+            str(group["tensors"]),
+            f"{group['parameters']:,}",
+            f"{group['weight_decay']:g}",
+            "adaptive" if group["exposure"] is None else f"{group['exposure']:.3g}",
+        )
+    table.add_row("all", "", "", "", f"{summary['parameters']:,}", "", "")
+    show_table(table, 120)
+    grid, memory = summary["grid"], summary["memory_gib"]
+    print(
+        f"grid: tensor {grid['tensor_parallel']} x pipeline {grid['pipeline_parallel']} x data "
+        f"{grid['data_parallel']}, ZeRO {grid['zero_stage']}, {summary['precision']}"
+    )
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in memory.items() if name != "total")
+    print(f"memory per rank, estimated: {memory['total']:.2f} GiB ({parts})")
+    print(
+        f"{summary['steps']:,} steps of {summary['tokens_per_step']:,} tokens: "
+        f"{summary['tokens']:,} tokens"
+    )
+    for remark in summary["remarks"]:
+        print(plain(f"note: {remark}"))
+    data = summary["data"]
+    if data["subsets"]:
+        print(plain(f"data: {in_words(data['subsets'], data['unit'])}"))
+        _print_subsets(data["subsets"], data["unit"])
+
+
+def _print_subsets(uses: Uses, unit: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{unit} by subset")
+    for column in ("subset", "in the data", "seen", "epochs"):
+        table.add_column(column, justify="left" if column == "subset" else "right")
+    for name, use in uses.items():
+        table.add_row(
+            name, f"{int(use['corpus']):,}", f"{int(use['seen']):,}", f"{use['epochs']:.3g}"
+        )
+    show_table(table, 120)
+
+
+def describe(setup: Setup) -> dict[str, Any]:
+    """The dry run as plain data."""
+    config = setup.config
+    grid = config.grid
+    processes = process_count()
+    model_ranks = grid.tensor_parallel * grid.pipeline_parallel
+    data = max(1, processes // model_ranks)
+    if config.train.global_batch % data:
+        raise UsageError(
+            f"train.global_batch: {config.train.global_batch} cannot be shared by {data} ranks"
+        )
+    control = DecayControl(config, setup.plan)
+    groups = [
+        {
+            "name": group.name,
+            "role": group.role.value,
+            "layers": group.layers,
+            "tensors": len(group.parameters),
+            "parameters": group.numel,
+            "weight_decay": group.decay,
+            "exposure": _exposure(control, group, config),
+        }
+        for group in setup.plan.groups
+    ]
+    tokens = config.train.global_batch * config.model.context
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(config.precision, device, grid.zero_stage)
+    return {
+        "groups": groups,
+        "parameters": sum(group.numel for group in setup.plan.groups),
+        "grid": {
+            "tensor_parallel": grid.tensor_parallel,
+            "pipeline_parallel": grid.pipeline_parallel,
+            "data_parallel": data,
+            "zero_stage": grid.zero_stage,
+        },
+        "precision": precision,
+        "memory_gib": memory(setup, data, device),
+        "steps": config.train.steps,
+        "tokens_per_step": tokens,
+        "tokens": tokens * config.train.steps,
+        "data": describe_data(setup.task, config),
+        "remarks": remarks(config),
+    }
+
+
+_LOOKED_AT = 100_000
+"""Updates whose λ is looked at; of longer runs, so many that lie evenly."""
+
+
+def _exposure(control: DecayControl, group: DecayGroup, config: Config) -> float | None:
+    """Σ rate·λ of a group over the run; None where λ depends on what is measured."""
+    if control.is_adaptive(group.role):
+        return None
+    total, site = 0.0, site_of(group.parameters[0])
+    stride = -(-config.train.steps // _LOOKED_AT)
+    for start in range(0, config.train.steps, stride):
+        stop = min(start + stride, config.train.steps)
+        middle = (start + stop) // 2
+        control.begin(middle, config.learning_rate(middle))
+        total += control.now(site).shrink * (stop - start)
+    return total
+
+
+def memory(setup: Setup, data: int, device: torch.device) -> dict[str, float]:
+    """GiB per rank by part, estimated as `pretrain plan` does."""
+    config, grid = setup.config, setup.config.grid
+    count = data * grid.tensor_parallel * grid.pipeline_parallel
+    base, slack = process_bytes(device.type)
+    on = layout_of(config, device.type, count, base, slack)
+    parts = {name: value / 2**30 for name, value in memory_of(sizes_of(config), on).items()}
+    return {**parts, "total": sum(parts.values())}

@@ -1,0 +1,143 @@
+"""This machine as a device of `pretrain plan`: its rates measured, in seconds.
+
+A process of a run has a share of the CPU's cores, or a GPU of its own. Measured are a matrix
+product, an elementwise pass over more than a cache holds, and, for several processes, a ring
+reduction between two of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pretrain.cluster.plan import Device
+from pretrain.cluster.plan_memory import process_bytes
+from pretrain.config.recipe import Config
+from pretrain.engine.deepspeed_adapter import resolve_precision
+from pretrain.errors import RunError
+
+_SECONDS = 0.5
+"""Of each measurement; the best of as many tries as fit."""
+
+
+def measure_here(processes: int, config: Config) -> Device:
+    """What one of ``processes`` processes has of this machine, in the precision of a recipe."""
+    on_gpu = torch.cuda.is_available()
+    shared = 1 if on_gpu else processes
+    device = torch.device("cuda" if on_gpu else "cpu")
+    stage = config.grid.zero_stage
+    width = 2 if resolve_precision(config.precision, device, stage) == "bf16" else 4
+    base, slack = process_bytes(device.type)
+    rate, bandwidth = product_rate(width), elementwise_rate(width)
+    link = link_rate() if processes > 1 else 1e12
+    return Device(
+        name="here",
+        tflops=rate / shared / 1e12,
+        tflops32=rate / shared / 1e12,
+        memory=_memory() / shared / 1e9,
+        bandwidth=bandwidth / shared / 1e9,
+        node_link=link / 1e9,
+        network=link / 1e9,
+        per_node=torch.cuda.device_count() if on_gpu else processes,
+        efficiency=0.9,
+        base=base,
+        type=device.type,
+        slack=slack,
+    )
+
+
+def product_rate(width: int) -> float:
+    """Flops a second of a square matrix product, in bf16 (2 bytes) or float32 (4)."""
+    size = 8192 if torch.cuda.is_available() else 1536
+    a, b = _values(size, size, width=width), _values(size, size, width=width)
+    return 2.0 * size**3 / _best(lambda: a @ b)
+
+
+def elementwise_rate(width: int) -> float:
+    """Bytes a second that what lies between products reads and writes: GELU, norm and sum."""
+    size = 8192 if torch.cuda.is_available() else 1536
+    x = _values(4 * size, size, width=width)
+
+    def passes() -> None:
+        torch.nn.functional.gelu(x, approximate="tanh")
+        torch.nn.functional.layer_norm(x, x.shape[1:])
+        x + x
+
+    return 6.0 * x.numel() * width / _best(passes)
+
+
+def link_rate() -> float:
+    """Bytes a second that each of two processes here sends in a reduction of 4 MB."""
+    from launchers.local import start_environment
+    from launchers.team import run_team
+
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "rate"
+        words = [sys.executable, "-P", "-m", "pretrain.cluster.local_rates", str(answer)]
+        if run_team(words, 2, start_environment(2)):
+            raise RunError("--gpu here: two processes could not be measured; see above")
+        return float(answer.read_text())
+
+
+def _values(*shape: int, width: int) -> torch.Tensor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.randn(*shape, device=device, dtype=torch.bfloat16 if width == 2 else torch.float32)
+
+
+def _best(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of many tries."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    once()
+    found, stop = [once()], time.perf_counter() + _SECONDS
+    while time.perf_counter() < stop:
+        found.append(once())
+    return min(found)
+
+
+def _memory() -> int:
+    """Bytes of the GPU, or of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _reduce(answer: Path) -> None:
+    """What each of two processes does for `link_rate`; the first writes the rate."""
+    import torch.distributed as dist
+
+    from pretrain.distributed.grid import connect
+
+    device = connect()
+    values = torch.ones(1 << 20, device=device)
+
+    def together() -> float:
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(4):
+            dist.all_reduce(values)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / 4
+
+    together()
+    seconds = min(together() for _ in range(8))
+    if dist.get_rank() == 0:
+        answer.write_text(str(values.numel() * values.element_size() / seconds))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _reduce(Path(sys.argv[1]))

@@ -1,0 +1,198 @@
+"""`pretrain plan`: which grid to ask for, before any machine is: memory, traffic, bubble, time.
+
+Every number is a formula of the recipe's shapes and the machine's rates: published ones, or those
+that `pretrain.cluster.local_rates` measures of the machine at hand (only the allocator of a CPU is
+fitted to runs). Grids are those that `pretrain train` accepts, with every key that the recipe sets
+(`plan_grids`); the bubble is (p - 1)/m, Narayanan et al. 2021.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pretrain.cluster.plan_grids import candidates, layout_of
+from pretrain.cluster.plan_memory import GPU_LIBRARIES, kept_by_layer, memory_of
+from pretrain.cluster.plan_shapes import Layout, Sizes, sizes_of
+from pretrain.cluster.plan_traffic import traffic_of
+from pretrain.config.recipe import Config
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, dense rates as published, a direction of its links."""
+
+    name: str
+    tflops: float
+    """bf16 matrix products."""
+    tflops32: float
+    """float32 matrix products: without TF32, which PyTorch does not use unless asked."""
+    memory: float
+    """GB (10⁹ bytes)."""
+    bandwidth: float
+    """GB/s of its memory."""
+    node_link: float
+    """GB/s to its neighbours in the node."""
+    network: float
+    """GB/s to other nodes, for each device."""
+    per_node: int = 8
+    efficiency: float = 0.70
+    """Share of the rate that the products of a step reach."""
+    base: float = GPU_LIBRARIES
+    """Bytes that a process takes before it has a model."""
+    type: str = "cuda"
+    """As PyTorch calls it."""
+    slack: float = 0.0
+    """What the allocator keeps beside what is used, as a share of it."""
+
+
+DEVICES = {
+    "a100": Device("a100", 312, 19.5, 80, 2039, 300, 25),
+    "a100-40": Device("a100-40", 312, 19.5, 40, 1555, 300, 25),
+    "h100": Device("h100", 989, 67, 80, 3350, 450, 50),
+    "h200": Device("h200", 989, 67, 141, 4800, 450, 50),
+    "b200": Device("b200", 2250, 80, 180, 8000, 900, 50),
+    "l40s": Device("l40s", 362, 91.6, 48, 864, 32, 12.5),
+    "mi300x": Device("mi300x", 1307, 163.4, 192, 5300, 448, 50),
+}
+_LINK = 0.80
+"""Share of a link's rate that a ring of large messages reaches."""
+_OVERLAP = 0.5
+"""Share of data-parallel traffic that is hidden behind the backward pass."""
+_LAUNCHES, _LAUNCH = 60, 5e-6
+"""Kernels that a layer starts forward and backward, and seconds that starting one takes."""
+_RESERVE = 0.08
+"""Share of a device's memory for the allocator's gaps."""
+_ROOM = 0.8
+"""Share of a device's memory that a larger micro batch may fill where it saves no time."""
+_EQUAL = 0.01
+"""Difference of two times, as a share, below which the plan does not tell them apart."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One grid with what it costs on a rank."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    zero_stage: int
+    micro_batch: int
+    recompute: bool
+    precision: str
+    memory: dict[str, float]
+    """Bytes by part, of the fullest rank."""
+    traffic: dict[str, float]
+    """Bytes that a rank sends in a step, by group."""
+    bubble: float
+    """Share of a step that stages wait."""
+    seconds: dict[str, float]
+    """Of a step: products, memory, tensor, data, pipeline, and what is left of them in all."""
+    mfu: float
+    fits: bool
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return sum(self.memory.values())
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "memory_total": self.total}
+
+
+def rank(config: Config, device: Device, count: int, limit: int = 0) -> list[Choice]:
+    """Grids for ``count`` devices, each with its best ZeRO stage, micro batch and recomputation.
+
+    The fastest that fits is first; those that do not fit are at the end.
+
+    Args:
+        config: what it sets in ``grid`` and ``train.micro_batch`` is kept.
+        limit: keep so many; 0: all.
+
+    Raises:
+        UsageError: if `pretrain train` would accept no grid of so many devices.
+    """
+    found: dict[tuple[int, int], list[Choice]] = {}
+    sizes: dict[int, Sizes] = {}
+    for recipe in candidates(config, device.type, device.per_node, count):
+        tensor = recipe.grid.tensor_parallel
+        if tensor not in sizes:
+            sizes[tensor] = sizes_of(recipe)
+        one = choose(recipe, device, count, sizes[tensor])
+        found.setdefault((one.tensor, one.pipeline), []).append(one)
+    best = sorted((_best(one, device) for one in found.values()), key=_order)
+    return best[:limit] if limit else best
+
+
+def _best(choices: list[Choice], device: Device) -> Choice:
+    """Of one grid: the fastest; of those as fast, the largest micro batch that leaves room."""
+    fitting = [one for one in choices if one.fits]
+    if not fitting:
+        return min(choices, key=lambda one: one.total)
+    fastest = min(one.seconds["step"] for one in fitting)
+    near = [one for one in fitting if one.seconds["step"] <= (1 + _EQUAL) * fastest]
+    near = [one for one in near if one.total <= _ROOM * device.memory * 1e9] or near
+    return max(near, key=lambda one: (one.micro_batch, -one.total))
+
+
+def _order(one: Choice) -> tuple[bool, float, float]:
+    """Fast first, and of equals the smaller; what does not fit at the end, the smallest first."""
+    return (not one.fits, round(one.seconds["step"], 6) if one.fits else one.total, one.total)
+
+
+def choose(config: Config, device: Device, count: int, sizes: Sizes | None = None) -> Choice:
+    """What the grid of a recipe costs on ``count`` devices."""
+    sizes = sizes or sizes_of(config)
+    on = layout_of(config, device.type, count, device.base, device.slack)
+    memory = memory_of(sizes, on)
+    bubble = (on.pipeline - 1) / (on.count + on.pipeline - 1)
+    traffic = traffic_of(sizes, on)
+    seconds = _seconds(sizes, device, on, traffic, bubble)
+    tokens = config.train.global_batch * sizes.context
+    mfu = sizes.flops(tokens) / (seconds["step"] * on.world * _rate(device, on))
+    fits = sum(memory.values()) <= device.memory * 1e9 * (1 - _RESERVE)
+    return Choice(
+        on.tensor, on.pipeline, on.data, on.stage, on.micro, on.recompute,
+        "bf16" if on.width == 2 else "fp32", memory, traffic, bubble, seconds, mfu, fits,
+    )  # fmt: skip
+
+
+def _rate(device: Device, on: Layout) -> float:
+    """Flops a second of products."""
+    return (device.tflops if on.width == 2 else device.tflops32) * 1e12
+
+
+def _seconds(
+    sizes: Sizes, device: Device, on: Layout, traffic: dict[str, float], bubble: float
+) -> dict[str, float]:
+    tokens = sizes.context * on.micro * on.count  # of a rank
+    again = 4 / 3 if on.recompute else 1.0
+    layers = sizes.stage(on.pipeline)
+    # The fullest stage sets the pace: the last one has the head, too.
+    fullest = sizes.block.whole * layers + sizes.head
+    uneven = fullest * on.pipeline / sizes.matrices if on.pipeline > 1 else 1.0
+    rate = on.world * _rate(device, on) * device.efficiency
+    products = again * uneven * sizes.flops(tokens * on.data) / rate
+    # What is not a product is bound by memory: norms, activations and residuals are read and
+    # written about six times what is kept; the optimizer reads and writes 28 bytes a parameter.
+    moved = 6 * kept_by_layer(sizes, on) * on.count * layers
+    predicted = sizes.outputs * on.micro * on.count
+    logits = 6 * 4 * predicted * sizes.vocabulary / on.tensor / on.pipeline
+    optimizer = 28 * on.parameters(sizes) / on.data
+    memory = (again * moved + logits + optimizer) / (device.bandwidth * 1e9)
+    inside = device.node_link * 1e9 * _LINK
+    outside = device.network * 1e9 * _LINK
+    # Data-parallel neighbours share a node only where tensor ranks leave room.
+    reach = inside if on.tensor * on.data <= device.per_node else outside
+    parts = {
+        "products": products,
+        "memory": memory,
+        "tensor": traffic["tensor"] / inside,
+        "data": traffic["data"] / reach * (1 - _OVERLAP),
+        "pipeline": traffic["pipeline"] / (inside if on.world <= device.per_node else outside),
+        "launches": again * _LAUNCHES * _LAUNCH * layers * on.count,
+    }
+    busy = max(parts["products"] + parts["memory"], parts["launches"])
+    working = busy + parts["tensor"] + parts["pipeline"]
+    return {**parts, "step": working / (1 - bubble) + parts["data"]}

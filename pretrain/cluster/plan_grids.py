@@ -1,0 +1,157 @@
+"""Which grids a recipe may have on so many devices: those that `pretrain train` accepts.
+
+The rules stand where training keeps them; here each grid is put into the recipe and given to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from models.gpt import layer_plans
+from models.kernels import DEFAULT_KERNELS
+from models.layers import ParameterFactory
+from models.roles import ModelError
+from pretrain.cluster.plan_shapes import Layout, check_vocabulary
+from pretrain.config.recipe import Config, with_values
+from pretrain.decay.control import DecayControl
+from pretrain.decay.plan import plan_decay
+from pretrain.distributed.grid import Grid, check_grid
+from pretrain.engine.deepspeed_adapter import deepspeed_settings, resolve_precision
+from pretrain.engine.engine import micro_batches, whole_model
+from pretrain.errors import UsageError
+
+
+def candidates(config: Config, device: str, per_node: int, count: int) -> Iterator[Config]:
+    """The recipe with every grid and micro batch that training accepts on ``count`` devices.
+
+    Keys that the recipe sets are kept; the others vary.
+
+    Args:
+        device: their type (cuda, cpu).
+        per_node: tensor parallelism is planned within a node alone.
+
+    Raises:
+        UsageError: if there is none, with the first reason; or if the recipe is wrong by itself.
+    """
+    check_vocabulary(config.model)
+    infos = whole_model(config.model)
+    DecayControl(config, plan_decay(infos, config.optimizer.weight_decay))
+    refusals: list[str] = []
+    none = True
+    for values in _grids(config, per_node, count):
+        try:
+            accepted = accept(with_values(config, values, "plan"), device, count)
+        except (UsageError, ModelError) as error:
+            refusals.append(str(error).removeprefix("plan: "))
+            continue
+        for recipe in _micro_batches(accepted, device, count):
+            none = False
+            yield recipe
+    if none:
+        _refuse(config, count, refusals)
+
+
+def accept(config: Config, device: str, count: int) -> Config:
+    """The recipe, after all that training refuses before its first update.
+
+    Raises:
+        UsageError, ModelError: as training does.
+    """
+    grid = empty_grid(config, device, count)
+    factory = ParameterFactory(0, grid.tensor_parallel, allocate=False)
+    layer_plans(config.model, factory, DEFAULT_KERNELS)
+    micro, passes = micro_batches(config, grid)
+    deepspeed_settings(config, grid, micro, passes, 1)
+    return config
+
+
+def empty_grid(config: Config, device: str, count: int) -> Grid:
+    """The first rank of a recipe's grid, without its groups.
+
+    Raises:
+        UsageError: if the grid does not fill the devices.
+    """
+    data = check_grid(config.grid, count)
+    tensor, pipeline = config.grid.tensor_parallel, config.grid.pipeline_parallel
+    sequence = config.grid.sequence_parallel and tensor > 1
+    return Grid(tensor, pipeline, data, 0, torch.device(device), None, None, None, sequence)
+
+
+def layout_of(config: Config, device: str, count: int, base: float, slack: float) -> Layout:
+    """How a recipe lies on each of ``count`` devices.
+
+    Args:
+        device: their type (cuda, cpu).
+        base, slack: of a process, as `plan_memory.process_bytes` gives them.
+
+    Raises:
+        UsageError: if its grid does not fill them, or cannot share the batch.
+    """
+    grid = empty_grid(config, device, count)
+    micro, passes = micro_batches(config, grid)
+    stage = config.grid.zero_stage
+    precision = resolve_precision(config.precision, torch.device(device), stage)
+    zero = config.deepspeed.get("zero_optimization") or {}
+    return Layout(
+        width=2 if precision == "bf16" else 4,
+        tensor=grid.tensor,
+        pipeline=grid.pipeline,
+        data=grid.data,
+        stage=stage,
+        micro=micro,
+        count=passes,
+        recompute=config.grid.activation_checkpointing,
+        sequence=grid.sequence_parallel,
+        loss_bytes=config.speed.loss_bytes(device),
+        live=zero.get("stage3_max_live_parameters", 1e9),
+        reuse=zero.get("stage3_max_reuse_distance", 1e9),
+        base=base,
+        slack=slack,
+    )
+
+
+def _grids(config: Config, per_node: int, count: int) -> Iterator[dict[str, Any]]:
+    """Values of the keys of ``grid`` that vary."""
+    divisors = _divisors(count)
+    stages = (0, 1, 2, 3) if config.precision == "fp32" else (1, 2, 3)  # auto at 0 is fp32
+    for tensor in _free(config, "tensor_parallel", [n for n in divisors if n <= per_node]):
+        for pipeline in _free(config, "pipeline_parallel", divisors):
+            for stage in _free(config, "zero_stage", stages):
+                for recompute in _free(config, "activation_checkpointing", (False, True)):
+                    yield {
+                        "grid.tensor_parallel": tensor,
+                        "grid.pipeline_parallel": pipeline,
+                        "grid.zero_stage": stage,
+                        "grid.activation_checkpointing": recompute,
+                    }
+
+
+def _free(config: Config, key: str, values: Any) -> Any:
+    """All values of a key of ``grid``, or the one that the recipe sets."""
+    return [getattr(config.grid, key)] if key in config.grid.model_fields_set else values
+
+
+def _micro_batches(config: Config, device: str, count: int) -> Iterator[Config]:
+    if config.train.micro_batch:
+        yield config
+        return
+    share = config.train.global_batch // empty_grid(config, device, count).data
+    for micro in _divisors(share):
+        train = config.train.model_copy(update={"micro_batch": micro})
+        yield config.model_copy(update={"train": train})
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _refuse(config: Config, count: int, refusals: list[str]) -> None:
+    if any(text.startswith("train.global_batch") for text in refusals):
+        raise UsageError(
+            f"train.global_batch: {config.train.global_batch} sequences cannot be shared by any "
+            f"grid of {count} devices; change one of them"
+        )
+    raise UsageError(f"no grid of {count} devices is accepted: {refusals[0]}")

@@ -1,0 +1,82 @@
+"""`pretrain plan` for people and machines."""
+
+from __future__ import annotations
+
+from data_pipeline.strict_json import to_json
+from pretrain.cluster.plan import DEVICES, Choice, Device, rank
+from pretrain.cluster.plan_memory import GPU_LIBRARIES
+from pretrain.cluster.plan_shapes import Sizes, sizes_of
+from pretrain.config.recipe import Config
+from pretrain.errors import UsageError
+
+_CAUTION = (
+    "from published rates (70 % of the peak in products, 80 % of the links), not from a measured "
+    "run on this device: time a few steps before you order a week; "
+    f"{GPU_LIBRARIES / 1e9:g} GB of a GPU are assumed for libraries (CUDA context, NCCL)"
+)
+_HERE = (
+    "from the rates of this machine, measured now; more processes than it has seen are "
+    "extrapolated as if they shared its links"
+)
+
+
+def plan(config: Config, device: str, count: int, limit: int, as_json: bool) -> None:
+    """Print the best grids for ``count`` devices.
+
+    Raises:
+        UsageError: for an unknown device, or a batch that no grid can share.
+    """
+    if device not in DEVICES and device != "here":
+        raise UsageError(f"--gpu: {device!r} is none of {', '.join(DEVICES)}, here")
+    sizes = sizes_of(config)
+    if device == "here":
+        from pretrain.cluster.local_rates import measure_here
+
+        machine, note = measure_here(count, config), _HERE
+    else:
+        machine, note = DEVICES[device], _CAUTION
+    found = rank(config, machine, count, limit)
+    if as_json:
+        print(to_json({"device": device, "gpus": count, "note": note,
+                          "grids": [one.plain() for one in found]}))  # fmt: skip
+        return
+    _print(config, sizes, machine, count, found)
+    print(f"note: {note}")
+
+
+def _print(config: Config, sizes: Sizes, device: Device, count: int, found: list[Choice]) -> None:
+    from rich.table import Table
+
+    from pretrain.runs.metrics import show_table
+
+    tokens = config.train.global_batch * sizes.context
+    table = Table(title=f"{count} x {device.name}, {sizes.parameters + sizes.ends:,} parameters")
+    columns = ("tensor", "pipeline", "data", "ZeRO", "micro", "recompute", "GB a rank", "bubble",
+               "s/step", "tokens/s", "MFU")  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="right")
+    for one in found:
+        table.add_row(
+            str(one.tensor), str(one.pipeline), str(one.data), str(one.zero_stage),
+            str(one.micro_batch), "yes" if one.recompute else "",
+            f"{one.total / 1e9:.1f}" + ("" if one.fits else " too much"),
+            f"{100 * one.bubble:.0f} %", f"{one.seconds['step']:.3g}",
+            f"{tokens / one.seconds['step']:,.0f}", f"{100 * one.mfu:.0f} %",
+        )  # fmt: skip
+    show_table(table, 120)
+    best = found[0]
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in best.memory.items())
+    print(f"memory of the first, GB a rank: {parts}")
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in best.traffic.items())
+    print(f"sent by a rank in a step, GB: {parts}")
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in best.seconds.items())
+    print(f"seconds of a step: {parts}")
+    days = best.seconds["step"] * config.train.steps / 86_400
+    print(f"{config.train.steps:,} steps: {days:.2f} days, {24 * days * count:,.0f} GPU hours")
+    words = [
+        f"grid.tensor_parallel={best.tensor}", f"grid.pipeline_parallel={best.pipeline}",
+        f"grid.zero_stage={best.zero_stage}", f"train.micro_batch={best.micro_batch}",
+    ]  # fmt: skip
+    if best.recompute:
+        words.append("grid.activation_checkpointing=true")
+    print(f"train it: pretrain train RECIPE {' '.join(words)}")

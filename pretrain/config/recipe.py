@@ -1,0 +1,374 @@
+"""The configuration of a run: one frozen, typed, validated tree from YAML and overrides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from data_pipeline.files import read_small
+from models.config import GPTConfig
+from pretrain.config.decay import (
+    Section,
+    WeightDecayConfig,
+)
+from pretrain.config.explain import cut, explain
+from pretrain.config.recipe_yaml import RecipeError, load_yaml
+from pretrain.config.run import (
+    CheckpointConfig,
+    EvaluationConfig,
+    FaultsConfig,
+    LoggingConfig,
+    RanksConfig,
+    ResumeConfig,
+    SpeedConfig,
+    without_secrets,
+)
+from pretrain.config.schedule import in_steps, learning_rate
+from pretrain.errors import UsageError
+
+
+class DataConfig(Section):
+    """Where the tokens are and how subsets are blended."""
+
+    path: str = Field("", description="folder written by `pretrain data tokenize`")
+    weights: Literal["proportional", "pile"] | dict[str, float] = Field(
+        "proportional",
+        description="share of each subset: by its tokens, the Pile's published shares, or by name",
+    )
+    prefetch: int = Field(4, ge=0, description="batches read ahead; 0: none")
+
+
+class TaskConfig(Section):
+    """What is learned: text by default."""
+
+    kind: Literal["text", "recall", "images"] = "text"
+    pairs: int = Field(20, ge=1, le=1 << 20, description="recall: pairs (x, y) before the question")
+    symbols: int = Field(
+        32, ge=2, le=1 << 20, description="recall: different x, and as many different y"
+    )
+    random_labels: float = Field(
+        0.05, ge=0, le=1, description="recall: share of training answers that are random"
+    )
+    source: Literal["digits", "folder", "hub"] = Field(
+        "digits",
+        description="images: scikit-learn's 8 x 8 digits; an ImageFolder (PATH/train/CLASS/*.jpg, "
+        "PATH/val/...); a dataset of the Hub or a folder of its parquet files",
+    )
+    path: str = Field("", description="images: the folder, or the dataset's name")
+    augment: Literal["none", "crop", "randaugment"] = Field(
+        "none", description="images: random crop and flip; with RandAugment (Cubuk et al. 2020)"
+    )
+    workers: int = Field(0, ge=0, description="images: processes that read and augment")
+
+
+class TrainConfig(Section):
+    """Length and batch of the run."""
+
+    steps: int = Field(1000, ge=1, le=10**9, description="optimizer updates")
+    global_batch: int = Field(8, ge=1, description="sequences per update, over all processes")
+    micro_batch: int = Field(0, ge=0, description="sequences per forward pass; 0: as few passes")
+
+
+class GridConfig(Section):
+    """How the model is cut over processes; data parallelism takes what is left."""
+
+    tensor_parallel: int = Field(1, ge=1)
+    pipeline_parallel: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+    activation_checkpointing: bool = Field(False, description="recompute blocks in backward")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO: what is sharded")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup: int | float = Field(0.01, ge=0, description="< 1: share of the steps; else steps")
+    final_fraction: float = Field(0.1, ge=0, le=1, description="last rate / peak")
+    decay: int | float = Field(0.2, ge=0, description="of wsd's fall; < 1: share; else steps")
+
+
+class OptimizerConfig(Section):
+    """The update rule; decay by role works the same under each."""
+
+    name: Literal["adamw", "sgd", "lion", "muon"] = Field(
+        "adamw",
+        description="AdamW (Loshchilov & Hutter 2019); SGD with momentum; Lion (Chen et al. 2023); "
+        "Muon (Jordan et al. 2024) for the blocks' matrices with AdamW for the rest",
+    )
+    learning_rate: float = Field(6e-4, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    momentum: float = Field(0.95, ge=0, lt=1, description="of sgd and muon")
+    epsilon: float = Field(1e-8, gt=0)
+    gradient_clipping: float = Field(1.0, ge=0, description="global norm; 0: off")
+    schedule: ScheduleConfig = ScheduleConfig()
+    weight_decay: WeightDecayConfig = WeightDecayConfig()
+
+
+class Config(Section):
+    """Everything that defines a run."""
+
+    seed: int = Field(1234, ge=0)
+    model: GPTConfig = GPTConfig()
+    task: TaskConfig = TaskConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    grid: GridConfig = GridConfig()
+    speed: SpeedConfig = SpeedConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16 keeps fp32 master weights; auto: bf16 where it is fast"
+    )
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    ranks: RanksConfig = RanksConfig()
+    logging: LoggingConfig = LoggingConfig()
+    resume: ResumeConfig = ResumeConfig()
+    faults: FaultsConfig = FaultsConfig()
+    deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings, for experts")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _has_masters(cls, value: Any) -> Any:
+        if value in ("bf16_pure", "bf16-pure", "bf16-true", "bfloat16"):
+            raise ValueError(
+                f"{value!r} keeps no fp32 master weights, and a step of size learning_rate x decay "
+                "is then lost in rounding: no weight decay at all; use bf16 (with masters)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        grid = self.grid
+        if grid.pipeline_parallel > 1 and grid.zero_stage > 1:
+            raise ValueError(
+                f"grid.zero_stage: {grid.zero_stage} does not combine with pipeline_parallel "
+                f"{grid.pipeline_parallel}; use zero_stage 0 or 1"
+            )
+        if self.precision == "bf16" and grid.zero_stage == 0:
+            raise ValueError(
+                "grid.zero_stage: 0 in bf16 takes DeepSpeed's unfused optimizer, whose updates "
+                "differ from ZeRO 1-3's; use zero_stage 1 (or precision fp32)"
+            )
+        if self.speed.compile and grid.zero_stage == 3:
+            raise ValueError(
+                "speed.compile: not with grid.zero_stage 3, which gathers weights inside the "
+                "blocks that would be compiled; use zero_stage 1 or 2"
+            )
+        if grid.pipeline_parallel > self.model.num_layers:
+            raise ValueError(
+                f"grid.pipeline_parallel: {grid.pipeline_parallel} stages cannot share "
+                f"model.num_layers {self.model.num_layers}; use fewer stages"
+            )
+        if (self.task.kind == "images") != bool(self.model.image_size):
+            raise ValueError("task.kind: images goes with model.dialect vit, and no other does")
+        if self.task.kind == "recall" and self.model.context != 2 * self.task.pairs + 1:
+            raise ValueError(
+                f"model.context: {self.model.context} is not {2 * self.task.pairs + 1}, as "
+                f"task.pairs {self.task.pairs} (two a pair, and the question)"
+            )
+        if self.task.kind == "recall" and self.task.symbols < self.task.pairs:
+            raise ValueError(
+                f"task.symbols: {self.task.symbols} cannot give {self.task.pairs} different x"
+            )
+        if grid.sequence_parallel and self.model.context % grid.tensor_parallel:
+            raise ValueError(
+                f"grid.sequence_parallel: model.context {self.model.context} is not a multiple of "
+                f"tensor_parallel {grid.tensor_parallel}"
+            )
+        return self
+
+    @property
+    def warmup_steps(self) -> int:
+        """Updates of the linear rise."""
+        return in_steps(self.optimizer.schedule.warmup, self.train.steps)
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of update number ``step``, counted from 0."""
+        schedule = self.optimizer.schedule
+        return learning_rate(
+            step,
+            self.train.steps,
+            self.optimizer.learning_rate,
+            schedule.kind,
+            self.warmup_steps,
+            schedule.final_fraction,
+            in_steps(schedule.decay, self.train.steps),
+        )
+
+    def interval(self, section: str) -> int:
+        """Steps between checkpoints, evaluations or rank measurements."""
+        every: int = getattr(self, section).every
+        parts = {"checkpoint": 10, "evaluation": 10, "ranks": 20}[section]
+        return every or max(1, self.train.steps // parts)
+
+
+LARGEST_RECIPE = 1 << 20
+"""Bytes of a YAML file."""
+SCIENCE = ("seed", "model", "task", "data", "train", "optimizer", "precision")
+"""Sections that a resumed run must keep; the others (grid, logging, ...) may change."""
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML recipe and apply ``key.path=value`` overrides, each value as YAML.
+
+    Raises:
+        UsageError: one line naming the file or key and the mend.
+    """
+    values = read_mapping(path, "recipe", "sections, such as `model:`")
+    apply_value_overrides(values, overrides or [])
+    return parse_config(values, str(path))
+
+
+def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
+    """A YAML file that is a mapping.
+
+    Args:
+        what, content: for the messages: "a recipe is a mapping of sections".
+
+    Raises:
+        UsageError: one line naming the file and the mend.
+    """
+    try:
+        text = read_small(path, LARGEST_RECIPE).decode("utf-8-sig")
+        values = load_yaml(text) or {}
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the {what} ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except RecipeError as error:
+        raise UsageError(f"{path}{f':{error.line}' * bool(error.line)}: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a {what} is a mapping of {content}")
+    return values
+
+
+def apply_value_overrides(values: dict[str, Any], overrides: list[str]) -> None:
+    """Put ``key.path=value`` overrides into a plain mapping.
+
+    Raises:
+        UsageError: naming the override.
+    """
+    for override in overrides:
+        _apply(values, override)
+
+
+def apply_overrides(config: Config, overrides: list[str]) -> Config:
+    """``config`` with ``key.path=value`` overrides.
+
+    Raises:
+        UsageError: naming the override.
+    """
+    values = config.model_dump(mode="json")
+    apply_value_overrides(values, overrides)
+    return parse_config(values, "override")
+
+
+def with_values(config: Config, values: dict[str, Any], source: str) -> Config:
+    """``config`` with other values at dotted keys.
+
+    Raises:
+        UsageError: beginning with ``source``, for an unknown key or a bad value.
+    """
+    tree = config.model_dump(mode="json")
+    for key, value in values.items():
+        _set(tree, key, value, f"{source}: {key}")
+    return parse_config(tree, source)
+
+
+def parse_config(values: dict[str, Any], source: str = "recipe") -> Config:
+    """Validate a plain mapping.
+
+    Raises:
+        UsageError: the first mistake, with a suggestion where a key is nearly right.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{source}: {explain(error.errors()[0], Config)}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UsageError(f"{override!r}: an override is written key.path=value")
+    try:
+        value = load_yaml(text)
+    except RecipeError as error:
+        shown = cut(without_secrets(repr(override)))
+        raise UsageError(f"{shown}: the value is {error}") from None
+    _set(values, key, value, cut(without_secrets(repr(override))))
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Put a value at a dotted key, making the sections on the way."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise UsageError(f"{source}: {parent} is a value, not a section")
+    tree[leaf] = number(value)
+
+
+def value_at(config: Config, key: str) -> Any:
+    """The value at a dotted key, as plain data; None where there is none.
+
+    Names with dots of their own (``data.weights.my.corpus``) are found too.
+    """
+    return _value_in(config.model_dump(mode="json"), key)
+
+
+def _value_in(tree: Any, key: str) -> Any:
+    if not isinstance(tree, dict):
+        return None
+    if key in tree:
+        return tree[key]
+    parts = (part for part in tree if key.startswith(f"{part}."))
+    found = (_value_in(tree[part], key[len(part) + 1 :]) for part in parts)
+    return next((value for value in found if value is not None), None)
+
+
+def number(value: Any) -> Any:
+    """YAML 1.1 reads 3e-4 as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def dump_config(config: Config) -> str:
+    """The whole tree as YAML, defaults included."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def differences(old: Config, new: Config, sections: tuple[str, ...] = SCIENCE) -> dict[str, Any]:
+    """Dotted keys whose values differ, with both values."""
+    return {
+        key: (before, after)
+        for section in sections
+        for key, (before, after) in _differ(
+            section, _plain(getattr(old, section)), _plain(getattr(new, section))
+        ).items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _differ(key: str, old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for part in {**old, **new}:
+            found |= _differ(f"{key}.{part}", old.get(part), new.get(part))
+        return found
+    return {} if old == new else {key: (old, new)}

@@ -1,0 +1,140 @@
+"""Sections of a recipe about the run, not its science: files, measurements, faults."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_serializer
+
+from pretrain.config.decay import Section
+
+_PASSWORD = re.compile(r"(?<=://)([^/?#:]*):(?!\$\{\w+\}@|[0-9]+/)[^?#]*@")
+_QUERY = re.compile(r"([?&][^=&#]*=)(?!\$\{\w+\}(?:[&#]|$))[^&#]+")
+
+
+def without_secrets(url: str) -> str:
+    """A URL as it may be shown: without its password, and the values of its query."""
+    return _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))
+
+
+class CheckpointConfig(Section):
+    """When to save, where, and which to keep."""
+
+    every: int = Field(0, ge=0, description="steps; 0: a tenth of the run")
+    keep: int = Field(2, ge=0, description="newest checkpoints kept; 0: all")
+    keep_every: int = Field(0, ge=0, description="those at multiples of so many steps stay too")
+    keep_best: bool = Field(
+        False,
+        description="the one of the lowest held-out loss stays too; every must be a "
+        "multiple of evaluation.every",
+    )
+    asynchronous: bool = Field(True, description="training goes on while the disk works")
+    mirror: str = Field(
+        "",
+        description="a folder or fsspec URL (s3://…, gs://…) for any number of runs that gets a "
+        "copy of each, and from which a run of this name and recipe whose folder is lost goes on; "
+        "${NAME} in it is read from the environment",
+    )
+
+    @field_serializer("mirror")
+    def _shown(self, url: str) -> str:
+        """What goes into run folders, manifests and services."""
+        return without_secrets(url)
+
+
+class EvaluationConfig(Section):
+    """Held-out loss during training, on a fixed sample of documents."""
+
+    every: int = Field(0, ge=0, description="steps; 0: a tenth of the run")
+    split: str = "val"
+    documents: int = Field(100, ge=1, description="documents in the fixed sample")
+    batch: int = Field(8, ge=1, description="sequences per forward pass")
+    at_end: Literal["none", "sample", "all"] = Field(
+        "all", description="after the last step: nothing, the sample, or the whole test split"
+    )
+
+
+class RanksConfig(Section):
+    """Statistics of the attention products during training."""
+
+    every: int = Field(0, ge=0, description="steps; 0: a twentieth of the run")
+    threshold: float = Field(0.95, gt=0, le=1, description="share of Σσ that the rank covers")
+    denominator: Literal["head", "model"] = Field(
+        "head", description="pseudo-rank = k / head width, or k / model width"
+    )
+    spectra: bool = Field(False, description="store every singular value too")
+
+
+class LoggingConfig(Section):
+    """Where metrics go, besides RUN/metrics.jsonl."""
+
+    every: int = Field(1, ge=1, description="steps between lines of metrics")
+    wandb: str = Field("", description="W&B project; empty: off; offline without an account")
+    wandb_group: str = Field("", description="W&B group, for example the sweep's name")
+    tensorboard: bool = False
+
+
+class ResumeConfig(Section):
+    """What holds when a checkpoint and the recipe disagree."""
+
+    decay: Literal["error", "recipe", "checkpoint"] = "error"
+
+
+class FaultsConfig(Section):
+    """What to do when numbers, memory or machines fail."""
+
+    skip_limit: int = Field(
+        3,
+        ge=1,
+        description="updates in a row that are skipped for a loss or gradient that is not finite; "
+        "then back to the last checkpoint, and past the samples of those updates",
+    )
+    spike: float = Field(
+        0.0,
+        ge=0,
+        description="standard deviations above the mean of the last spike_window losses from which "
+        "a loss is a spike: back to the last checkpoint, past its samples; 0: off",
+    )
+    spike_window: int = Field(100, ge=10, description="updates")
+    go_back_limit: int = Field(
+        3, ge=0, description="times that a run goes back before a new checkpoint is reached"
+    )
+    compare_every: int = Field(
+        100,
+        ge=0,
+        description="steps between comparisons of replicated weights over ranks, for memory that "
+        "fails silently (also before every checkpoint); 0: never",
+    )
+    watchdog: float = Field(
+        900.0,
+        ge=0,
+        description="seconds without progress after which stacks are written and the job ends "
+        "with exit code 75; 0: off",
+    )
+
+
+_LOSS_MIB = {"cpu": 32, "cuda": 512}
+"""About a CPU's last cache; what keeps a GPU busy."""
+
+
+class SpeedConfig(Section):
+    """How the same numbers are computed: speed and memory, up to rounding."""
+
+    attention: Literal["auto", "sdpa", "products"] = Field(
+        "auto",
+        description="PyTorch's attention, or batched matrix products; auto: products in bf16 on a "
+        "CPU, where they are faster",
+    )
+    loss_mib: int = Field(
+        0, ge=0, description="MiB of float32 logits held at once; 0: 32 on a CPU, 512 on a GPU"
+    )
+    compile: bool = Field(
+        False,
+        description="fuse what lies between a block's matrix products (torch.compile): pays on "
+        "long runs, as the first step waits for the compiler",
+    )
+
+    def loss_bytes(self, device: str) -> int:
+        """Float32 logits that the loss holds at once on a device of that type (cpu, cuda)."""
+        return (self.loss_mib or _LOSS_MIB[device]) << 20

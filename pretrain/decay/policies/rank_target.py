@@ -1,0 +1,219 @@
+"""Train at a set pseudo-rank: λ layer by layer, from a model of how rank answers to decay."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from models.roles import QK, VO, Role
+from pretrain.config.decay import RankTarget
+from pretrain.config.recipe import Config
+from pretrain.decay.plan import KEY
+from pretrain.errors import UsageError
+
+Loop = tuple[int, str]
+"""A control loop: (layer, product)."""
+_PRODUCTS = {**dict.fromkeys(QK, "qk"), **dict.fromkeys(VO, "vp")}
+_EXPOSURE, _SPAN = 2.5, 1000.0
+"""By default λ is at most what gives a whole run this exposure, and at least 1/_SPAN of that."""
+_PATIENCE = 10
+"""Measurements at a bound, still off the target, after which the bound is reported."""
+_OFF = 0.05
+_LEAST = 0.02
+"""Least L/B that is told from none."""
+
+
+@dataclass
+class _State:
+    """What a loop remembers."""
+
+    base: float
+    """The recipe's λ, mean of both factors: what moves the rank until the control begins."""
+    decay: float = math.nan
+    """λ now; NaN until the control begins."""
+    time: float = math.nan
+    place: float = math.nan
+    drift: float = math.nan
+    stuck: int = 0
+
+
+class RankController:
+    """λ of each layer's query/key and value/output, so that their mean pseudo-rank is the target.
+
+    A head's spectrum is, nearly, a flat bulk of mass B and a few learned directions of mass L.
+    Then the pseudo-rank with threshold τ is r ≈ τ − (1 − τ)·L/B, and
+
+        y = ln((τ − r)/(1 − τ)) = ln(L/B)
+
+    moves with the exposure: decay takes the bulk of the product at twice the rate of each factor,
+    dy/ds = 2·λ·Ση + drift, where s is the share of the run's Ση that is spent and the drift is
+    what training does by itself. That makes a plant of known gain: after every measurement the
+    drift is estimated from the last slope, and λ set so that y arrives at the target when s is
+    ``until`` (afterwards: within ``horizon``, which holds it there). Between bounds: bulk that was
+    taken does not come back, so a rank below the target can only be left alone, with the least λ,
+    and the aim is a little above the target.
+
+    (PI control of log λ on the rank itself was tried first and hunts: r answers to exposure with
+    an exponential, not at all at first and then too much.)
+    """
+
+    per_layer = True
+
+    def __init__(
+        self,
+        config: RankTarget,
+        roles: frozenset[Role],
+        sites: Iterable[tuple[Role, int | None]],
+        base: Mapping[tuple[Role, int | None], float],
+        rates: Iterable[float],
+        run: Config,
+    ) -> None:
+        """
+        Args:
+            sites: what is controlled.
+            base: λ of the recipe at every site.
+            rates: what λ is multiplied by, update by update (η, but for another coupling).
+
+        Raises:
+            UsageError: if the settings exclude each other or the roles are not both factors of a
+                product.
+        """
+        _check_roles(roles)
+        if run.ranks.threshold >= 1:
+            raise UsageError(
+                f"ranks.threshold: at {run.ranks.threshold:g} the pseudo-rank counts every "
+                "singular value and decay does not move it: rank_target has nothing to control; "
+                "use 0.95"
+            )
+        self._spent = [0.0, *itertools.accumulate(rates)]
+        self.maximum = config.maximum or _EXPOSURE / max(self._spent[-1], 1e-12)
+        self.minimum = config.minimum or self.maximum / _SPAN
+        if config.start >= config.until:
+            raise UsageError(
+                f"{KEY}.policies: rank_target.start {config.start:g} is not before until "
+                f"{config.until:g}"
+            )
+        if self.minimum >= self.maximum:
+            raise UsageError(
+                f"{KEY}.policies: rank_target.minimum {self.minimum:g} is not below maximum "
+                f"{self.maximum:g}"
+            )
+        self.config, self.roles = config, roles
+        self._threshold = run.ranks.threshold
+        model = run.model
+        in_model = run.ranks.denominator == "model"
+        self._unit = model.head_size / model.hidden_size if in_model else 1.0
+        """What a head's full rank counts as."""
+        self._goal = self._place(config.target + config.margin * self._unit)
+        self.every = config.every or max(1, run.train.steps // 100)
+        self._loops: dict[Loop, _State] = {}
+        self._blind: set[Loop] = set()
+        factors: dict[Loop, list[float]] = defaultdict(list)
+        for role, layer in sites:
+            if layer is not None:
+                factors[layer, _PRODUCTS[role]].append(base[role, layer])
+        for loop, decays in factors.items():
+            self._loops[loop] = _State(sum(decays) / len(decays))
+
+    def observe(self, rows: list[dict[str, Any]], step: int) -> list[str]:
+        """Take the measurement after ``step`` updates (rows of `pretrain.ranks.probe.measure`).
+
+        Returns:
+            What a person should know: loops that are stuck at a bound, or that could not be
+            measured (once each).
+        """
+        time = self._spent[step] / max(self._spent[-1], 1e-12)
+        messages = []
+        for loop, state in sorted(self._loops.items()):
+            ranks = [
+                row["pseudo_rank"]
+                for row in rows
+                if (row["layer"], row["product"]) == loop and row["level"] == "head"
+            ]
+            rank = sum(ranks) / len(ranks) if ranks else math.nan
+            head = f"rank target {self.config.target:g}: layer {loop[0]} {loop[1]}"
+            if not math.isfinite(rank):
+                if loop not in self._blind:
+                    messages.append(f"{head} has no finite rank; its λ stays as it is")
+                self._blind.add(loop)
+                continue
+            self._blind.discard(loop)
+            bound = self._update(state, rank, time)
+            if bound:
+                messages.append(
+                    f"{head} is at {rank:.3f} with λ at its {bound} "
+                    f"{getattr(self, bound):.3g}; the target may be out of reach"
+                )
+        return messages
+
+    def _place(self, rank: float) -> float:
+        """y of a mean pseudo-rank."""
+        missing = max(self._threshold - rank / self._unit, _LEAST * (1 - self._threshold))
+        return math.log(missing / max(1 - self._threshold, 1e-9))
+
+    def _update(self, state: _State, rank: float, time: float) -> str | None:
+        """One step of a loop; returns the bound that has just proved to hold it, if any."""
+        config, total = self.config, self._spent[-1]
+        place = self._place(rank)
+        passed = 0.0 if math.isnan(state.time) else time - state.time
+        if passed > 0:
+            used = state.base if math.isnan(state.decay) else state.decay
+            drift = (place - state.place) / passed - 2 * used * total
+            smooth = math.exp(-passed / config.memory)
+            state.drift = (
+                drift if math.isnan(state.drift) else smooth * state.drift + (1 - smooth) * drift
+            )
+        state.place, state.time = place, time
+        if time < config.start:
+            return None
+        left = max(config.until - time, config.horizon)
+        drift = 0.0 if math.isnan(state.drift) else state.drift
+        wanted = ((self._goal - place) / left - drift) / max(2 * total, 1e-12)
+        state.decay = min(max(wanted, self.minimum), self.maximum)
+        held = not self.minimum < wanted < self.maximum and abs(rank - config.target) > _OFF
+        state.stuck = state.stuck + 1 if held and time > config.until else 0
+        if state.stuck != _PATIENCE:
+            return None
+        return "minimum" if wanted <= self.minimum else "maximum"
+
+    def move(self, site: tuple[Role, int | None], decay: float, step: int) -> float:
+        """λ of the site's loop; until its control begins, λ as it comes (the recipe's)."""
+        role, layer = site
+        if layer is None:
+            return decay
+        state = self._loops[layer, _PRODUCTS[role]]
+        return decay if math.isnan(state.decay) else state.decay
+
+    def state(self) -> dict[str, Any]:
+        """What the loops remember."""
+        return {
+            f"{layer}/{product}": {
+                key: None if math.isnan(value) else value for key, value in asdict(state).items()
+            }
+            for (layer, product), state in self._loops.items()
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a saved state; the recipe's λ stays this recipe's."""
+        for key, saved in state.items():
+            layer, _, product = key.partition("/")
+            loop = int(layer), product
+            values: dict[str, Any] = {k: math.nan if v is None else v for k, v in saved.items()}
+            self._loops[loop] = _State(**{**values, "base": self._loops[loop].base})
+
+
+def _check_roles(roles: frozenset[Role]) -> None:
+    for role in roles:
+        if role not in _PRODUCTS:
+            raise UsageError(
+                f"{KEY}.policies: rank_target acts on qk, vo or attention, not on {role}"
+            )
+    for pair, word in ((QK, "qk"), (VO, "vo")):
+        if 0 < len(roles.intersection(pair)) < 2:
+            raise UsageError(
+                f"{KEY}.policies: rank_target needs both factors of a product: write {word}"
+            )

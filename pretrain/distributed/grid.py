@@ -1,0 +1,263 @@
+"""The process grid: pipeline x data x tensor. The only place that knows ranks.
+
+Rank order: tensor-parallel neighbours are adjacent, then data, then pipeline; it is
+DeepSpeed's `PipeModelDataParallelTopology` and Megatron's default order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from models.parallel import TensorParallel
+from models.roles import ModelError
+from pretrain.cli.exits import exit_code, is_of_machine
+from pretrain.config.recipe import GridConfig
+from pretrain.distributed.cores import fit_threads
+from pretrain.distributed.devices import own_gpu, refuse_shared
+from pretrain.distributed.meeting import open_store
+from pretrain.errors import MachineError, RunError, UsageError
+
+Group = Any
+"""A torch process group (the stubs know several classes)."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of the axes, this process's coordinates, and its groups."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    rank: int
+    device: torch.device
+    tensor_group: Group
+    pipeline_group: Group
+    data_group: Group
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def tensor_rank(self) -> int:
+        """Position on the tensor axis."""
+        return self.rank % self.tensor
+
+    @property
+    def data_rank(self) -> int:
+        """Position on the data axis."""
+        return self.rank // self.tensor % self.data
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Pipeline stage."""
+        return self.rank // (self.tensor * self.data)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process has logits."""
+        return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def tensor_parallel(self) -> TensorParallel:
+        """What the model needs to know of the grid."""
+        return TensorParallel(
+            self.tensor_group, self.tensor_rank, self.tensor, self.sequence_parallel
+        )
+
+    def global_rank(self, *, pipeline: int, data: int, tensor: int) -> int:
+        """Rank of the process at these coordinates."""
+        return (pipeline * self.data + data) * self.tensor + tensor
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.world_size} process{'es' * (self.world_size > 1)} on {self.device.type}: "
+            f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
+        )
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every rank, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The value that rank ``source`` has, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=source)
+        return box[0]
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run a block on every rank; if it fails on one, all raise the same one-line error.
+
+        Without this, the ranks that did not fail would wait for ever in their next collective.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        found = self.gather(None if failure is None else (_kind(failure), _line(failure, what)))
+        problems = [problem for problem in found if problem]
+        if not problems:
+            return
+        kind, text = problems[0]
+        if failure is not None and exit_code(failure) is None:
+            raise failure  # a bug: keep its traceback
+        raise _KINDS[kind](text) from failure
+
+
+_KINDS = {"usage": UsageError, "machine": MachineError, "run": RunError}
+
+
+def _kind(error: Exception) -> str:
+    if isinstance(error, UsageError | ModelError):
+        return "usage"
+    return "machine" if is_of_machine(error) else "run"
+
+
+def _line(error: Exception, what: str) -> str:
+    """One line: the file and the reason, whatever raised it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = text.strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return f"{what}: {text}" if what and not text.startswith(what) else text
+
+
+def process_count() -> int:
+    """Number of processes that the launcher started (torchrun, deepspeed, mpirun or srun)."""
+    _adopt_launcher()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_grid(config: GridConfig, processes: int) -> int:
+    """The data-parallel size.
+
+    Raises:
+        UsageError: if the grid does not fill the processes.
+    """
+    model = config.tensor_parallel * config.pipeline_parallel
+    if processes % model:
+        raise UsageError(
+            f"grid: tensor_parallel {config.tensor_parallel} x pipeline_parallel "
+            f"{config.pipeline_parallel} = {model} does not divide {processes} process(es); start "
+            f"it with `torchrun --nproc-per-node {model} -m pretrain train ...` or change the grid"
+        )
+    return processes // model
+
+
+def connect() -> torch.device:
+    """Join the process group that the launcher describes, or be a group of one.
+
+    Returns:
+        The device of this process: its GPU under NCCL, else the CPU under gloo.
+    """
+    _adopt_launcher()
+    os.environ.setdefault("LOCAL_RANK", "0")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus:
+        device = torch.device("cuda", own_gpu(gpus))
+        torch.cuda.set_device(device)
+    else:
+        # DeepSpeed would otherwise look for CUDA when its toolkit is installed without a GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        device = torch.device("cpu")
+    torch.set_num_threads(fit_threads(torch.get_num_threads()))
+    if not dist.is_initialized():
+        backend = "nccl" if gpus else "gloo"
+        timeout = timedelta(minutes=30)
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        rank = int(os.environ["RANK"]) if size > 1 else 0
+        store = open_store(rank, size, timeout)
+        if gpus and size > 1:
+            refuse_shared(str(torch.cuda.get_device_properties(device).uuid), size, store, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    return device
+
+
+def build_grid(config: GridConfig, device: torch.device) -> Grid:
+    """Lay the axes over the processes that are connected.
+
+    Raises:
+        UsageError: if the grid does not fill the processes.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    data = check_grid(config, world)
+    tensor, pipeline = config.tensor_parallel, config.pipeline_parallel
+    ranks = torch.arange(world).view(pipeline, data, tensor)
+
+    def group(rows: torch.Tensor) -> Group:
+        mine = None
+        for row in rows.tolist():
+            created = dist.new_group(row)
+            if rank in row:
+                mine = created
+        return mine
+
+    return Grid(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        rank=rank,
+        device=device,
+        tensor_group=group(ranks.reshape(-1, tensor)),
+        pipeline_group=group(ranks.permute(1, 2, 0).reshape(-1, pipeline)),
+        data_group=group(ranks.permute(0, 2, 1).reshape(-1, data)),
+        sequence_parallel=config.sequence_parallel and tensor > 1,
+    )
+
+
+def disconnect() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+_LAUNCHERS = (
+    # rank, world size, local rank: as srun and Open MPI name them
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+
+
+def _adopt_launcher() -> None:
+    """Translate srun's and mpirun's variables into torchrun's."""
+    if "RANK" in os.environ:
+        return
+    for rank, size, local in _LAUNCHERS:
+        # An interactive Slurm shell has these too; a step of several tasks also has MASTER_ADDR.
+        if rank in os.environ and int(os.environ.get(size, "1")) > 1:
+            if "MASTER_ADDR" not in os.environ:
+                raise UsageError(
+                    f"{size}={os.environ[size]} but MASTER_ADDR is not set: export MASTER_ADDR "
+                    "(the first node) and MASTER_PORT before srun or mpirun"
+                )
+            os.environ.setdefault("MASTER_PORT", "29500")
+            os.environ["RANK"] = os.environ[rank]
+            os.environ["WORLD_SIZE"] = os.environ[size]
+            os.environ["LOCAL_RANK"] = os.environ.get(local, "0")
+            return

@@ -1,0 +1,147 @@
+"""What a signal does to this process, from its first line to its last.
+
+SIGTERM, SIGUSR1 (a scheduler's warning) and SIGINT raise `Stopped` in the main thread, so that
+every verb ends at any moment with the code that launchers read. While updates run, the first two
+are only remembered: the loop then makes a checkpoint and ends by itself. What comes after the first
+signal changes nothing, so that a checkpoint under way is not cut off.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from pretrain.errors import INTERRUPTED, TRY_AGAIN, RunError
+
+if TYPE_CHECKING:
+    from pretrain.distributed.grid import Grid
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_AGAIN = 10.0
+"""Seconds after which a signal counts anew: a library may have swallowed the first one."""
+_IMPATIENT = 1.0
+"""Seconds after which a second Ctrl-C ends the process at once."""
+
+Answer = Callable[[signal.Signals], None]
+
+
+class StopRequestedError(RunError):
+    """The run stopped because it was asked to; the same words go on with it."""
+
+
+class Stopped(BaseException):
+    """A signal asks the process to end; raised between two instructions of the main thread.
+
+    No `Exception`, which code on the way up may swallow, and no `KeyboardInterrupt`, which Typer
+    turns into an exit code of its own.
+    """
+
+
+class StopSignals:
+    """Which signal came, and what it does now."""
+
+    def __init__(self) -> None:
+        self._asked: signal.Signals | None = None
+        self._at = 0.0
+        self._answer: Answer | None = None
+        self._remembers = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    # --- for the process --------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        """Take the signals over; nothing happens outside the main thread or for a second time."""
+        if self._before:
+            return
+        self._asked = None
+        try:
+            for number in _SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+        except ValueError:  # not the main thread: whoever called decides about signals
+            self._before.clear()
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def ignore(self) -> None:
+        """Nothing disturbs the process any more: it is about to end."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
+    @property
+    def code(self) -> int:
+        """Exit code of a process that ends for the signal that came."""
+        return TRY_AGAIN if self.asked and self._asked != signal.SIGINT else INTERRUPTED
+
+    # --- for what runs in it ----------------------------------------------------------------------
+
+    def handed_to(self, answer: Answer) -> AbstractContextManager[None]:
+        """For the time of a block, every signal calls ``answer`` instead of raising `Stopped`."""
+        return self._while(answer)
+
+    def remembered(self) -> AbstractContextManager[None]:
+        """For a block that looks at `agreed` by itself: only Ctrl-C raises."""
+        return self._while(None)
+
+    @contextmanager
+    def _while(self, answer: Answer | None) -> Iterator[None]:
+        ours = not self._before
+        if ours:
+            self.listen()
+        before = self._answer, self._remembers
+        self._answer, self._remembers = answer, answer is None
+        try:
+            yield
+        finally:
+            self._answer, self._remembers = before
+            if ours:
+                self.restore()
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came to this process."""
+        return self._asked is not None
+
+    @property
+    def name(self) -> str:
+        """The signal that came here, or what is said where it came to another rank."""
+        return self._asked.name if self._asked else "a signal"
+
+    def agreed(self, grid: Grid) -> bool:
+        """Whether any rank was asked to stop; collective."""
+        if grid.world_size == 1:
+            return self.asked
+        import torch
+        import torch.distributed as dist
+
+        asked = torch.tensor(int(self.asked), device=grid.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked.item())
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        came, now = signal.Signals(number), time.monotonic()
+        repeated = self._asked is not None and now - self._at < _AGAIN
+        interrupted = self._asked == came == signal.SIGINT
+        late = now - self._at > _IMPATIENT
+        if self._asked is None:
+            self._asked, self._at = came, now
+        if self._answer is not None:
+            self._answer(came)
+        elif repeated and interrupted and late:
+            os._exit(INTERRUPTED)
+        elif self._remembers and (interrupted or came != signal.SIGINT):
+            return
+        elif self._remembers or not repeated:
+            raise Stopped(came.name)
+
+
+SIGNALS = StopSignals()
+"""Of this process."""

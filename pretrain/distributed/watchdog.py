@@ -1,0 +1,213 @@
+"""A job that hangs: every rank's stack on disk, who waits for whom, and an end.
+
+A thread of every rank watches the main thread's progress and tells the others, through the
+launcher's store, that its process lives. When no step was finished for too long, the ranks that
+live write their stacks; the first of them says who waits where and who gives no sign of life.
+While any rank's checkpoint is on its way to a disk or a mirror and moves, waiting is no hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.disk import moved
+from pretrain.distributed.grid import Grid
+from pretrain.distributed.meeting import open_board
+from pretrain.errors import TRY_AGAIN
+
+STACKS = "stacks"
+"""Folder of a run: one file a rank, and summary.txt."""
+_STORE_TIMEOUT = timedelta(seconds=5)
+
+
+class Watchdog:
+    """Ends the process when nothing was finished for ``limit`` seconds (0: never)."""
+
+    def __init__(self, grid: Grid, run: Path, limit: float) -> None:
+        self._grid, self._folder, self._limit = grid, run / STACKS, limit
+        self._turn = max(0.05, min(limit / 8, 5.0))
+        self._beat = (time.monotonic(), 0, "start")
+        self._done = threading.Event()
+        self._main = threading.get_ident()
+        self._store: Any = None
+        self._count = 0
+        self._traffic: tuple[float, list[Any]] = (0.0, [])
+        """When bytes of checkpoints were last seen to move, and how many had, by rank."""
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        if self._limit:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join(_STORE_TIMEOUT.total_seconds())
+
+    def beat(self, step: int, phase: str = "training") -> None:
+        """Something was finished; cheap enough for every batch."""
+        self._beat = (time.monotonic(), step, phase)
+
+    # --- in the thread --------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        self._store = open_board(self._grid.world_size, _STORE_TIMEOUT)
+        self._tell({})
+        while not self._done.wait(self._turn):
+            self._tell({})
+            if self._hangs():
+                self._end()
+
+    def _hangs(self) -> bool:
+        """Whether nothing was finished, and no checkpoint moved on any rank, for too long."""
+        beat, now = self._beat[0], time.monotonic()
+        if now - beat <= self._limit / 2:
+            self._traffic = (beat, [])
+            return False
+        counts = [moved(), *(told and told["moved"] for told in self._read_all())]
+        seen, before = self._traffic  # the first look is but what later ones are compared with
+        if any(None not in (old, new) and old != new for old, new in zip(before, counts)):
+            seen = now
+        self._traffic = (seen, counts)
+        return now - max(beat, seen) > self._limit
+
+    def _tell(self, more: dict[str, Any]) -> None:
+        _, step, phase = self._beat
+        self._count += 1
+        known = {"count": self._count, "step": step, "phase": phase, "moved": moved(),
+                 "pid": os.getpid(), "host": socket.gethostname(), **more}  # fmt: skip
+        self._try_store(lambda: self._store.set(str(self._grid.rank), json.dumps(known)))
+
+    def _try_store(self, action: Callable[[], Any]) -> Any:
+        """What the store answers; None once it does not.
+
+        In a thread of its own: with the cable pulled, a call to the store may never return,
+        whatever its time-out, and this thread is the one that must end the process.
+        """
+        if self._store is None:
+            return None
+        found: list[Any] = []
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):  # the launcher or the network is gone
+                found.append(action())
+
+        asking = threading.Thread(target=ask, name="watchdog-store", daemon=True)
+        asking.start()
+        asking.join(min(_STORE_TIMEOUT.total_seconds() + 1.0, max(1.0, self._limit / 8)))
+        if not found:
+            self._store = None  # what is local can still be said
+            return None
+        return found[0]
+
+    def _get(self, rank: int) -> Any:
+        return self._store.get(str(rank))
+
+    def _read_all(self) -> list[dict[str, Any] | None]:
+        """What each rank last told."""
+        found: list[dict[str, Any] | None] = []
+        for rank in range(self._grid.world_size):
+            text = self._try_store(partial(self._get, rank))
+            found.append(json.loads(text) if text else None)
+        return found
+
+    def _end(self) -> None:
+        where = _where(self._main)
+        limited = threading.Thread(target=self._write_stacks, args=(where,), daemon=True)
+        limited.start()
+        limited.join(5.0)  # a disk that hangs may be why we are here
+        before = self._read_all()
+        for _ in range(3):
+            time.sleep(self._turn)
+            self._tell({"where": where})
+        lines = self._summary(before, self._read_all(), where)
+        if lines:
+            print("\n".join(lines), file=sys.stderr, flush=True)
+            writer = threading.Thread(target=self._write_summary, args=(lines,), daemon=True)
+            writer.start()
+            writer.join(5.0)
+        os._exit(TRY_AGAIN)
+
+    def _summary(
+        self,
+        before: list[dict[str, Any] | None],
+        after: list[dict[str, Any] | None],
+        where: str,
+    ) -> list[str]:
+        """What the first rank that lives says; nothing on the others."""
+        me, step = self._grid.rank, self._beat[1]
+        head = f"error: nothing was finished for {self._limit:g} s (step {step}, {self._beat[2]})"
+        see = f"stacks are in {self._folder}; started again, the run goes on from its checkpoint"
+        if after[me] is None and self._grid.world_size > 1:
+            why = "the launcher's store does not answer: its machine or the network is gone"
+            return [f"{head}; rank {me} waits {where}; {why}; {see}"]
+        living: list[int] = []
+        silent: list[int] = []
+        for rank, (old, new) in enumerate(zip(before, after, strict=True)):
+            alive = rank == me or (new is not None and (old is None or new["count"] > old["count"]))
+            (living if alive else silent).append(rank)
+        if me != living[0]:
+            return []
+        lines = [f"{head}; {see}"]
+        for rank in living:
+            known = after[rank] or {}
+            place = where if rank == me else known.get("where", "no one: it is still at work")
+            lines.append(f"rank {rank} (step {known.get('step', step)}): waits {place}")
+        for rank in silent:
+            known = after[rank] or {}
+            which = f"{known.get('host', 'unknown host')}, pid {known.get('pid', 'unknown')}"
+            lines.append(
+                f"rank {rank} (step {known.get('step', '?')}; {which}): gives no sign of life; the "
+                "others wait for it"
+            )
+        return lines
+
+    def _write_stacks(self, where: str) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"rank-{self._grid.rank:05d}.txt"
+            with path.open("w", encoding="utf-8") as file:
+                host = socket.gethostname()
+                file.write(f"rank {self._grid.rank}, pid {os.getpid()} on {host}, waits {where}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            print(f"warning: stacks not written ({error})", file=sys.stderr, flush=True)
+
+    def _write_summary(self, lines: list[str]) -> None:
+        try:
+            (self._folder / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        except OSError:
+            return
+
+
+def _where(thread: int) -> str:
+    """The innermost function of a thread, and the place of this program that called it."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return "nowhere"
+    stack = traceback.extract_stack(frame)
+    root = Path(__file__).resolve().parent.parent
+    ours = [one for one in stack if Path(one.filename).is_relative_to(root)]
+    place = ours[-1] if ours else stack[-1]
+    waiting = next(
+        (one.name for one in stack if "distributed_c10d" in one.filename and one.name[0] != "_"
+         and one.name != "wrapper"), stack[-1].name,
+    )  # fmt: skip
+    name = Path(place.filename).name
+    return f"in {waiting}, called from {name}:{place.lineno} ({place.name})"

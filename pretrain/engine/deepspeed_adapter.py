@@ -1,0 +1,268 @@
+"""DeepSpeed's side: its settings, what it asks of a grid, and what had to be put right.
+
+Everything here knows private ways of DeepSpeed; nothing here knows the model's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from models.roles import info_of
+from pretrain.config.recipe import Config
+from pretrain.distributed.grid import Grid
+from pretrain.engine.norms import square_sum
+from pretrain.engine.raw_deepspeed import check_raw
+from pretrain.errors import UsageError
+
+_BUCKET = 500_000_000
+"""DeepSpeed's own default of the elements that it reduces at once."""
+
+
+def resolve_precision(precision: str, device: torch.device, zero_stage: int) -> str:
+    """What ``auto`` means here: bf16 on GPUs and on CPUs that multiply it, fp32 elsewhere."""
+    if precision != "auto":
+        return precision
+    fast = device.type == "cuda" or multiplies_bf16()
+    return "bf16" if fast and zero_stage > 0 else "fp32"
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products: AMX (6 x fp32) or AVX512-BF16 (2 x)."""
+    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in known)
+
+
+def deepspeed_settings(
+    config: Config, grid: Grid, micro: int, count: int, parameters: int
+) -> dict[str, Any]:
+    """The DeepSpeed configuration that the recipe implies, with the raw block merged in.
+
+    Args:
+        micro, count: sequences of a micro batch, and micro batches of an update, of a rank.
+        parameters: how many this rank holds.
+
+    Raises:
+        UsageError: if a raw key contradicts the recipe or is not known to work.
+    """
+    precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
+    implied: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": count,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "zero_optimization": {"stage": config.grid.zero_stage},
+        "bf16": {"enabled": precision == "bf16"},
+        # Sums of bf16 would lose digits with every micro batch and every rank.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        # By default a tensor-parallel rank sends its share of an activation and gathers the rest,
+        # as if all held the same; under sequence parallelism each holds other positions.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # theirs would be compiled at run time
+        "steps_per_print": 10**12,
+    }
+    raw = config.deepspeed
+    if "reduce_bucket_size" not in (raw.get("zero_optimization") or {}):
+        # It sets aside so many elements, its default 1 GB, however small the model is.
+        implied["zero_optimization"]["reduce_bucket_size"] = min(parameters, _BUCKET)
+    check_raw(raw)
+    return _merge(implied, raw, "deepspeed")
+
+
+def _merge(base: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in raw.items():
+        if isinstance(value, dict) and isinstance(base.get(key, {}), dict):
+            merged[key] = _merge(base.get(key, {}), value, f"{path}.{key}")
+        elif key in base and base[key] != value:
+            raise UsageError(
+                f"{path}.{key}: {value!r} contradicts the recipe, which makes it {base[key]!r}; "
+                "change the recipe or remove the key"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+def mark_for_norms(module: nn.Module, grid: Grid) -> None:
+    """Let every element count exactly once in DeepSpeed's global gradient norm.
+
+    DeepSpeed counts a parameter on a rank if it is marked tensor-parallel or the rank is the
+    first of the model-parallel group; under pipeline parallelism that would leave out the
+    replicated parameters of later stages (norms, biases), or count tied ones twice.
+    """
+    for parameter in module.parameters():
+        split = info_of(parameter).partition_dim is not None
+        tied_copy = getattr(parameter, "ds_pipe_replicated", False)
+        parameter.tensor_model_parallel = (split or grid.tensor_rank == 0) and not tied_copy  # type: ignore[attr-defined]
+
+
+class ModelParallelUnit:
+    """The grid in the words that DeepSpeed asks its `mpu` in (without a pipeline)."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank within the tensor-parallel group."""
+        return self._grid.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Size of the tensor-parallel group."""
+        return self._grid.tensor
+
+    def get_model_parallel_group(self) -> Any:
+        """The tensor-parallel group."""
+        return self._grid.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        """Rank within the data-parallel group."""
+        return self._grid.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Size of the data-parallel group."""
+        return self._grid.data
+
+    def get_data_parallel_group(self) -> Any:
+        """The data-parallel group."""
+        return self._grid.data_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+def record_plain_norm(engine: Any, grid: Grid) -> None:
+    """Clip a plain fp32 optimizer's gradients by a norm in one reduction, and keep that norm."""
+
+    def clip() -> None:
+        total = torch.zeros((), dtype=torch.float64, device=grid.device)
+        gradients = [one.grad for one in engine.module.parameters() if one.grad is not None]
+        if grid.data_rank == 0:  # the others hold the same
+            for parameter in engine.module.parameters():
+                if parameter.grad is not None and parameter.tensor_model_parallel:
+                    total += square_sum(parameter.grad)
+        dist.all_reduce(total)
+        norm = total.sqrt().float()
+        engine._global_grad_norm = norm
+        if engine.gradient_clipping():
+            scale = (engine.gradient_clipping() / (norm + 1e-6)).clamp_max(1.0)
+            torch._foreach_mul_(gradients, scale)
+
+    take = engine.optimizer.step
+
+    def step_if_finite(*arguments: Any, **more: Any) -> Any:
+        """As ZeRO does: a gradient that is not finite moves nothing."""
+        if not engine.gradient_clipping():  # the engine would not ask for the norm then
+            clip()
+        if math.isfinite(float(engine._global_grad_norm)):
+            return take(*arguments, **more)
+        return None
+
+    engine.clip_fp32_gradients = clip
+    engine.optimizer.step = step_if_finite
+
+
+@contextlib.contextmanager
+def one_optimizer_for_every_stage() -> Iterator[None]:
+    """Let ZeRO 1 in bf16 with float32 sums have the optimizer class of ZeRO 2.
+
+    DeepSpeed would take `BF16_Optimizer` there, which keeps masters elsewhere, and which skips no
+    update whose gradient is not finite.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def check(engine: Any, optimizer: Any) -> Any:
+        chosen = choose(engine, optimizer)
+        return ZERO_OPTIMIZATION if engine.zero_optimization() else chosen
+
+    DeepSpeedEngine._do_optimizer_sanity_check = check
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
+def sum_tied_gradients_in_float32(engine: Any) -> None:
+    """Show the pipeline the gradients of tied weights where ZeRO 1 sums them.
+
+    It would look for `.grad`, which is empty there, and leave each stage with its own half.
+    """
+    module = engine.module
+    found = module.get_tied_weights_and_groups
+
+    def tied() -> list[tuple[Any, Any]]:
+        return [
+            (weight if weight.grad_accum is None else _Gradient(weight.grad_accum), group)
+            for weight, group in found()
+        ]
+
+    module.get_tied_weights_and_groups = tied
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    grad: torch.Tensor
+
+
+def norm_in_one_reduction(zero: Any, grid: Grid) -> None:
+    """Compute ZeRO 1/2's gradient norm with one reduction over all ranks.
+
+    DeepSpeed reduces once for every param group, over the model-parallel ranks too; pipeline
+    stages hold different groups (the first has the embedding, the last the head), and the stage
+    with more of them then waits for ever.
+    """
+
+    def gradients(index: int) -> Iterator[torch.Tensor]:
+        """Of a group, what this rank owns of each parameter."""
+        if not zero.cpu_offload:
+            parts = zero.averaged_gradients[index]
+            yield from (one for one in parts if not getattr(one, "_zero_padding", False))
+            return
+        flat = zero.single_partition_of_fp32_groups[index].grad
+        for parameter in zero.params_in_partition[index]:
+            _, _, start, count = zero.grad_position[zero.get_param_id(parameter)]
+            yield flat.narrow(0, start, count)
+
+    def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=grid.device)
+        for index, parameters in enumerate(zero.params_in_partition):
+            for parameter, gradient in zip(parameters, gradients(index), strict=False):
+                if parameter.tensor_model_parallel:
+                    total += square_sum(gradient)
+        dist.all_reduce(total)
+        # In bf16 it skips an update whose norm is not finite only where it checks for overflow;
+        # left on, it would look through all gradients once more before the norm says the same.
+        zero.check_grad_overflow = not bool(total.isfinite())
+        # -1 is DeepSpeed's sign for a norm that is not finite.
+        return torch.where(total.isfinite(), total.sqrt(), -1.0).float()
+
+    zero.scaled_global_norm = scaled_global_norm
+
+
+def prepare_deepspeed() -> None:
+    """Before DeepSpeed connects: nothing compiled at run time, no log of its set-up."""
+    for name in ("DeepSpeed", "deepspeed", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    # On a CPU it would compile this operation on first use, for inference alone, and fail where
+    # there is no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,304 @@
+"""From (config, grid) to a DeepSpeed engine, behind one small interface for every grid."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from models.config import GPTConfig
+from models.gpt import GPT, LayerPlan, layer_plans
+from models.layers import ParameterFactory
+from models.loss import Projection, mean_loss
+from models.parallel import TensorParallel
+from models.roles import ParameterInfo, declared_parameters, info_of
+from pretrain.config.recipe import Config
+from pretrain.decay.control import DecayControl
+from pretrain.decay.plan import DecayPlan
+from pretrain.distributed.grid import Grid
+from pretrain.engine.deepspeed_adapter import (
+    ModelParallelUnit,
+    deepspeed_settings,
+    mark_for_norms,
+    norm_in_one_reduction,
+    one_optimizer_for_every_stage,
+    prepare_deepspeed,
+    record_plain_norm,
+    sum_tied_gradients_in_float32,
+)
+from pretrain.engine.masters import Fragment, fragments
+from pretrain.engine.optimizers import build_optimizer, is_muon_role
+from pretrain.engine.shrink import Shrinker
+from pretrain.engine.speed import choose_kernels
+from pretrain.errors import RunError, UsageError
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Inputs and labels, each ``[micro batch, context]`` int64."""
+
+
+def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterInfo]:
+    """Every parameter of the model, built without allocating any.
+
+    Args:
+        tensor_parallel: matters only for the padding of the vocabulary.
+    """
+    tp = TensorParallel(size=tensor_parallel)
+    with torch.device("meta"):
+        model = GPT(config, ParameterFactory(0, tp, allocate=False))
+    return [info_of(parameter) for parameter in declared_parameters(model)]
+
+
+def build_model(config: Config, grid: Grid) -> nn.Module:
+    """This process's part of the model: the whole, or a `PipelineModule` stage."""
+    factory = ParameterFactory(config.seed, grid.tensor_parallel)
+    kernels = choose_kernels(config, grid)
+    if grid.pipeline == 1:
+        return GPT(config.model, factory, kernels).to(grid.device)
+    loss = partial(mean_loss, partial_labels=config.task.kind != "text")
+    return _pipeline_module(layer_plans(config.model, factory, kernels), grid, loss)
+
+
+def _pipeline_module(plans: list[LayerPlan], grid: Grid, loss: Any) -> nn.Module:
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    # A pipeline module asks DeepSpeed for ranks before any engine has connected it to torch's.
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+    def spec(plan: LayerPlan) -> Any:
+        if plan.tied is None:
+            return LayerSpec(plan.build, *plan.arguments)
+        return TiedLayerSpec(
+            plan.tied,
+            plan.build,
+            *plan.arguments,
+            forward_fn=plan.forward,
+            tied_weight_attr="weight",
+        )
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition
+        module = PipelineModule(
+            layers=[spec(plan) for plan in plans],
+            topology=PipeModelDataParallelTopology(
+                num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data
+            ),
+            loss_fn=loss,
+            partition_method="type:block",
+            activation_checkpoint_interval=0,
+        )
+    for tied in module.tied_comms.values():
+        # DeepSpeed keeps one replica of a tied weight; the others must not count in norms.
+        if grid.rank != min(tied["ranks"]):
+            for parameter in tied["module"].parameters():
+                parameter.ds_pipe_replicated = True
+    return module
+
+
+@dataclass
+class Engine:
+    """A model in training. `deepspeed` is the engine underneath, for what is not wrapped."""
+
+    deepspeed: Any
+    module: nn.Module
+    grid: Grid
+    config: Config
+    plan: DecayPlan
+    micro_batches: int
+    control: DecayControl
+    shrinker: Shrinker
+    gradient_norm: float = float("nan")
+    """Global norm of the last step's gradient, before clipping."""
+
+    def train_step(self, batches: Iterator[Batch]) -> float:
+        """One optimizer update from ``micro_batches`` batches of this data-parallel rank.
+
+        Returns:
+            Mean loss over the global batch, in nats per token, equal on every rank.
+        """
+        self.module.train()
+        self.shrinker.arm()
+        if self.grid.pipeline > 1:
+            loss = self.deepspeed.train_batch(data_iter=batches)
+        else:
+            loss = self._accumulate(batches)
+        norm = self.deepspeed.get_global_grad_norm()
+        if norm is not None:
+            self.gradient_norm = float(norm)
+        return float(loss)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last update changed nothing, as its gradient was not finite."""
+        return not (math.isfinite(self.gradient_norm) and self.gradient_norm >= 0)
+
+    def _accumulate(self, batches: Iterator[Batch]) -> torch.Tensor:
+        total = torch.zeros((), device=self.grid.device)
+        for _ in range(self.micro_batches):
+            inputs, labels = next(batches)
+            loss = self.deepspeed(inputs, partial(self.loss, labels=labels))
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+            total += loss.detach()
+        total /= self.micro_batches
+        if self.grid.data > 1:
+            dist.all_reduce(total, group=self.grid.data_group)
+            total /= self.grid.data
+        return total
+
+    def loss(self, projection: Projection, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of a micro batch, in nats per token."""
+        return mean_loss(projection, labels, self.config.task.kind != "text")
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of the innermost optimizer, as they are on this rank."""
+        optimizer = self.deepspeed.optimizer
+        inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+        return list(inner.param_groups)
+
+    def begin_step(self, step: int, learning_rate: float) -> None:
+        """Set η and λ in every group, by name, for update number ``step`` (the first is 0)."""
+        self.control.begin(step, learning_rate)
+        for group in self.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = self._held(group["name"])
+
+    def _held(self, name: str) -> float:
+        """λ that the optimizer itself must hold for a group: the rest is the shrinker's."""
+        group = self.plan.group(name)
+        native = self.shrinker.native and self.control.is_plain(group.role)
+        return group.decay if native else 0.0
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank's optimizer owns."""
+        return fragments(self.deepspeed)
+
+    def audit_decay(self) -> None:
+        """Check that the λ this rank's optimizer holds for each tensor is the plan's.
+
+        Raises:
+            RunError: naming the first tensor that would be decayed wrongly.
+        """
+        names = self.plan.group_of
+        for fragment in self.fragments():
+            held, planned = (
+                float(fragment.group["weight_decay"]),
+                self._held(names[fragment.info.name]),
+            )
+            if held != planned:
+                raise RunError(
+                    f"{fragment.info.name}: the optimizer holds decay {held:g}, the plan says "
+                    f"{planned:g} (group {fragment.group.get('name')}); this is a bug, please "
+                    "report it with the recipe"
+                )
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        with contextlib.suppress(Exception):
+            self.deepspeed.destroy()
+
+
+def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
+    """Model, optimizer groups and DeepSpeed engine for this rank.
+
+    Raises:
+        UsageError: if the batch cannot be divided or a raw DeepSpeed key contradicts the recipe.
+    """
+    micro, count = micro_batches(config, grid)
+    prepare_deepspeed()
+    import deepspeed
+
+    module = build_model(config, grid)
+    held = sum(parameter.numel() for parameter in module.parameters())
+    settings = deepspeed_settings(config, grid, micro, count, held)
+    mark_for_norms(module, grid)
+    control = DecayControl(config, plan)
+    optimizer = build_optimizer(config.optimizer, optimizer_groups(module, plan))
+    pipeline = grid.pipeline > 1
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+        one_optimizer_for_every_stage(),
+    ):
+        warnings.simplefilter("ignore")
+        wrapped, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=settings,
+            mpu=None if pipeline else ModelParallelUnit(grid),
+        )
+    if isinstance(wrapped.optimizer, torch.optim.Optimizer):
+        record_plain_norm(wrapped, grid)
+    elif hasattr(wrapped.optimizer, "averaged_gradients") and config.grid.zero_stage < 3:
+        norm_in_one_reduction(wrapped.optimizer, grid)
+        if pipeline and getattr(wrapped.optimizer, "use_grad_accum_attribute", False):
+            sum_tied_gradients_in_float32(wrapped)
+    decay = config.optimizer.weight_decay
+    shrinker = Shrinker(
+        wrapped,
+        module,
+        grid,
+        control,
+        config.model,
+        slope=decay.adadecay_slope,
+        nuclear_every=decay.nuclear_every,
+        native=config.optimizer.name == "adamw",
+    )
+    shrinker.attach(optimizer)
+    engine = Engine(wrapped, module, grid, config, plan, count, control, shrinker)
+    engine.begin_step(0, 0.0)
+    engine.audit_decay()
+    return engine
+
+
+def optimizer_groups(module: nn.Module, plan: DecayPlan) -> list[dict[str, Any]]:
+    """Param groups of what this rank holds, in the plan's order; absent groups left out."""
+    of = plan.group_of
+    members: dict[str, list[nn.Parameter]] = {group.name: [] for group in plan.groups}
+    for parameter in declared_parameters(module):
+        members[of[info_of(parameter).name]].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "weight_decay": 0.0,  # set, like η, before every step
+            "muon": is_muon_role(plan.group(name).role),
+        }
+        for name, parameters in members.items()
+        if parameters
+    ]
+
+
+def micro_batches(config: Config, grid: Grid) -> tuple[int, int]:
+    """Sequences per forward pass, and passes per update, of each data-parallel rank.
+
+    Raises:
+        UsageError: if the global batch cannot be divided.
+    """
+    total, micro = config.train.global_batch, config.train.micro_batch
+    if total % grid.data:
+        raise UsageError(
+            f"train.global_batch: {total} sequences cannot be shared by {grid.data} data-parallel "
+            f"ranks; use a multiple of {grid.data}"
+        )
+    share = total // grid.data
+    if not micro:
+        # As few passes as possible, but as many as stages, to fill the pipeline.
+        passes = next(n for n in range(min(grid.pipeline, share), 0, -1) if share % n == 0)
+        micro = share // passes
+    if share % micro:
+        raise UsageError(
+            f"train.micro_batch: {micro} does not divide the {share} sequences of each "
+            f"data-parallel rank (global_batch {total} / {grid.data}); use a divisor of {share}"
+        )
+    return micro, share // micro

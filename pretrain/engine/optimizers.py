@@ -1,0 +1,139 @@
+"""The update rules, as torch optimizers whose own weight decay is off except for AdamW's.
+
+Under ZeRO an optimizer sees flat pieces of many tensors; AdamW, SGD and Lion work element by
+element and do not mind. Muon works on whole matrices: it asks for them (`MuonWithAdamW.whole`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.roles import ATTENTION, MLP, Role
+from pretrain.config.recipe import OptimizerConfig
+from pretrain.engine.norms import square_sum
+from pretrain.errors import UsageError
+
+Groups = list[dict[str, Any]]
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic Newton-Schulz iteration (Jordan et al. 2024)."""
+_ITERATIONS = 5
+
+
+def build_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
+    """The optimizer of a recipe over named groups with ``weight_decay``; η is set every step.
+
+    Raises:
+        UsageError: if Lion's package is not installed.
+    """
+    # η is 0 until the first step sets it, so that no constructor can decay anything.
+    betas, rate = (config.beta1, config.beta2), 0.0
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.epsilon, fused=True)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=config.momentum)
+    if config.name == "muon":
+        return MuonWithAdamW(groups, rate, betas, config.epsilon, config.momentum)
+    try:
+        from pytorch_optimizer import Lion
+    except ImportError:
+        raise UsageError(
+            "optimizer.name: lion needs pytorch-optimizer: pip install 'rankdecay[optimizers]'"
+        ) from None
+    return Lion(groups, lr=rate, betas=betas, weight_decouple=True)
+
+
+def is_muon_role(role: Role) -> bool:
+    """Whether Muon updates the role: matrices inside the blocks."""
+    return role in ATTENTION + MLP
+
+
+def rule_of(name: str, role: Role) -> str:
+    """Which update rule an optimizer of the recipe has for a role: what its moments mean."""
+    if name == "muon" and not is_muon_role(role):
+        return "adamw"
+    return name
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for groups with ``muon`` true, AdamW for the others.
+
+    A matrix moves by η·0.2·√max(rows, columns) times its orthogonalised Nesterov momentum, which
+    has AdamW's usual root mean square (Liu et al. 2025, "Muon is scalable"), so that one learning
+    rate serves both. In float32 throughout, unlike torch.optim.Muon's bfloat16 iteration, so that
+    the update does not depend on the process grid. No weight decay of its own.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        momentum: float,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "muon": False}
+        super().__init__(groups, {**defaults, "weight_decay": 0.0})
+        self.whole: Callable[[Tensor, Tensor], Tensor] = _one_matrix
+        """(owner, its flat update) -> the orthogonalised update in the owner's shape."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update."""
+        for group in self.param_groups:
+            for owner in group["params"]:
+                if owner.grad is not None:
+                    (self._muon if group["muon"] else self._adamw)(owner, group)
+
+    def _muon(self, owner: Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[owner], owner.grad
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(owner)
+        buffer = state["momentum_buffer"]
+        buffer.lerp_(gradient, 1.0 - group["momentum"])
+        update = self.whole(owner, gradient.lerp(buffer, group["momentum"]))
+        owner.add_(update.view_as(owner), alpha=-group["lr"])
+
+    def _adamw(self, owner: Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[owner], owner.grad
+        assert gradient is not None
+        if "exp_avg" not in state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(owner), torch.zeros_like(owner)
+        state["step"] = float(state.get("step", 0.0)) + 1.0
+        beta1, beta2 = group["betas"]
+        state["exp_avg"].lerp_(gradient, 1.0 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+        correction = math.sqrt(1.0 - beta2 ** state["step"])
+        denominator = (state["exp_avg_sq"].sqrt() / correction).add_(group["eps"])
+        size = group["lr"] / (1.0 - beta1 ** state["step"])
+        owner.addcdiv_(state["exp_avg"], denominator, value=-size)
+
+
+def _one_matrix(owner: Tensor, update: Tensor) -> Tensor:
+    return muon_update(update.view_as(owner))
+
+
+def muon_update(momentum: Tensor) -> Tensor:
+    """The step of a whole matrix for a learning rate of 1: 0.2·√max(rows, columns)·U Vᵀ, nearly.
+
+    Args:
+        momentum: ``[rows, columns]`` float32.
+    """
+    return orthogonalize(momentum).mul_(0.2 * math.sqrt(max(momentum.shape)))
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Singular values to within about [0.7, 1.2], singular vectors kept (Newton-Schulz)."""
+    a, b, c = _COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if tall else matrix
+    x = x / square_sum(x).sqrt().float().clamp_min(1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).contiguous()

@@ -1,0 +1,61 @@
+"""Whole tensors from what each rank's optimizer owns, one at a time; collective within a stage.
+
+A stage is the (tensor x data) group of ranks that hold the same layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.roles import info_of
+from pretrain.distributed.grid import Grid
+from pretrain.engine.masters import local_shape
+
+
+def local_shard(
+    parameter: nn.Parameter, parts: Iterable[tuple[int, Tensor]], grid: Grid, replicated: bool
+) -> Tensor:
+    """The flat tensor-parallel shard of this rank, put together over its data-parallel group.
+
+    Args:
+        parts: (offset, values) of what this rank owns of it; none is allowed.
+        replicated: every data-parallel rank owns all of it (ZeRO 0): nothing is sent.
+    """
+    shape = local_shape(parameter)
+    flat = torch.zeros(shape.numel(), device=grid.device)
+    for offset, values in parts:
+        flat[offset : offset + values.numel()] = values
+    if grid.data > 1 and not replicated:
+        dist.all_reduce(flat, group=grid.data_group)
+    return flat
+
+
+def whole_tensor(parameter: nn.Parameter, flat: Tensor, grid: Grid) -> Tensor:
+    """The global tensor from the flat local shards of the tensor-parallel group."""
+    info, shard = info_of(parameter), flat.view(local_shape(parameter))
+    if info.partition_dim is None or grid.tensor == 1:
+        return shard
+    parts = [torch.empty_like(shard) for _ in range(grid.tensor)]
+    dist.all_gather(parts, shard.contiguous(), group=grid.tensor_group)
+    return torch.cat(parts, info.partition_dim)
+
+
+def own_shard(parameter: nn.Parameter, whole: Tensor, grid: Grid) -> Tensor:
+    """This rank's flat tensor-parallel shard of a global tensor."""
+    dim = info_of(parameter).partition_dim
+    if dim is not None and grid.tensor > 1:
+        whole = whole.chunk(grid.tensor, dim)[grid.tensor_rank]
+    return whole.reshape(-1)
+
+
+def sum_over_stage(values: Tensor, grid: Grid, replicated: bool) -> Tensor:
+    """Sum over the ranks that share a stage's tensors; in place."""
+    if grid.data > 1 and not replicated:
+        dist.all_reduce(values, group=grid.data_group)
+    if grid.tensor > 1:
+        dist.all_reduce(values, group=grid.tensor_group)
+    return values

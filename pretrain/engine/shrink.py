@@ -1,0 +1,274 @@
+"""What decay does to weights: the directions, applied to fp32 masters inside the optimizer's step.
+
+DeepSpeed calls the innermost optimizer once for each flat piece of masters (ZeRO 1-3) or once in
+all (ZeRO 0). The first call of an update is where the whole model's decay is taken: gradients are
+reduced and clipped, masters not yet moved, and working copies are made from them afterwards. So
+one place serves every ZeRO stage, precision and grid, and a skipped step decays nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.config import GPTConfig
+from models.gpt import attention_layers
+from models.roles import info_of
+from pretrain.decay.control import Alpha, Applied, DecayControl, Site, label, site_of
+from pretrain.decay.policies.alpha import eigenvalues, hill_exponent
+from pretrain.decay.policies.nuclear import nuclear_subgradient
+from pretrain.distributed.grid import Grid
+from pretrain.engine.masters import Fragment, fragments, is_replicated, tensors_of
+from pretrain.engine.norms import square_sum
+from pretrain.engine.optimizers import MuonWithAdamW, muon_update
+from pretrain.engine.shards import local_shard, own_shard, sum_over_stage, whole_tensor
+
+_WITH_GRADIENT = frozenset(("l2", "cautious", "adadecay"))
+"""Forms that need the gradient or the update of each piece of masters."""
+
+
+class Shrinker:
+    """Applies a `DecayControl` to what this rank owns of the model.
+
+    Args:
+        engine: the DeepSpeed engine; `attach` hooks into its innermost optimizer.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        module: nn.Module,
+        grid: Grid,
+        control: DecayControl,
+        model: GPTConfig,
+        slope: float,
+        nuclear_every: int,
+        native: bool,
+    ) -> None:
+        self._engine, self._module, self._grid = engine, module, grid
+        self._control, self._model = control, model
+        self._slope, self._nuclear_every, self.native = slope, nuclear_every, native
+        self._replicated = is_replicated(engine)
+        self._fragments = fragments(engine)
+        self._tensors = tensors_of(engine)
+        self._by_owner: dict[int, list[Fragment]] = defaultdict(list)
+        self._by_name: dict[str, list[Fragment]] = defaultdict(list)
+        for fragment in self._fragments:
+            self._by_owner[id(fragment.owner)].append(fragment)
+            self._by_name[fragment.info.name].append(fragment)
+        self._needs_gradient = not _WITH_GRADIENT.isdisjoint(control.form.values())
+        self._fresh = False
+        self._before: list[tuple[Fragment, Tensor, float]] = []
+        self._applied: dict[Site, Applied] = {}
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take part in every step of ``optimizer``."""
+        optimizer.register_step_pre_hook(lambda one, *_: self._before_step(one))
+        optimizer.register_step_post_hook(lambda *_: self._after_step())
+        if isinstance(optimizer, MuonWithAdamW):
+            optimizer.whole = self._orthogonalized
+
+    def is_native(self, fragment: Fragment) -> bool:
+        """Whether the optimizer's own decoupled decay serves the fragment's role."""
+        return self.native and self._control.is_plain(fragment.info.role)
+
+    def arm(self) -> None:
+        """An update is to come (`DecayControl.begin` was called)."""
+        self._fresh = True
+
+    # --- inside the step ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._fresh:
+            self._fresh = False
+            ratio = self._norm_ratio() if self._control.needs_norms else None
+            self._applied = self._control.commit(ratio)
+            self._decoupled()
+            self._nuclear()
+        if not self._needs_gradient:
+            return
+        for group in optimizer.param_groups:
+            for owner in group["params"]:
+                if owner.grad is not None:
+                    self._with_gradient(owner)
+
+    def _form(self, fragment: Fragment) -> str:
+        return self._control.form[fragment.info.role]
+
+    def _shrink(self, fragment: Fragment) -> float:
+        return self._applied[site_of(fragment.info)].shrink
+
+    def _decoupled(self) -> None:
+        """w ← (1 − rate·λ)·w."""
+        masters, factors = [], []
+        for fragment in self._fragments:
+            if self._form(fragment) == "decoupled" and not self.is_native(fragment):
+                shrink = self._shrink(fragment)
+                if shrink:
+                    masters.append(fragment.master)
+                    factors.append(1.0 - shrink)
+        if masters:
+            torch._foreach_mul_(masters, factors)
+
+    def _with_gradient(self, owner: Tensor) -> None:
+        """The forms that need the gradient, for what lies in ``owner``."""
+        held = self._by_owner[id(owner)]
+        assert owner.grad is not None
+        flat = owner.grad.view(-1)
+        scores: dict[str, tuple[float, float]] = {}
+        if any(self._control.form[info_of(p).role] == "adadecay" for p in self._tensors[id(owner)]):
+            scores = self._gradient_scores(owner, flat)
+        for fragment in held:
+            form, shrink = self._form(fragment), self._shrink(fragment)
+            if form not in _WITH_GRADIENT or not shrink:
+                continue
+            gradient = flat.narrow(0, fragment.start, fragment.master.numel())
+            if form == "l2":
+                # The optimizer multiplies by η: a coupling other than lr is put in here.
+                rate = self._control.rate
+                gradient.add_(fragment.master, alpha=shrink / rate if rate else 0.0)
+            elif form == "adadecay":
+                mean, deviation = scores[fragment.info.name]
+                score = (gradient.abs().float() - mean) / deviation
+                theta = 2.0 * torch.sigmoid(self._slope * score)
+                fragment.master.mul_(1.0 - shrink * theta)
+            else:
+                self._before.append((fragment, fragment.master.clone(), shrink))
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        """Cautious decay (Chen et al. 2025, "Cautious weight decay"): only where the update and
+        the weight have the same sign, so that decay never works against the optimizer."""
+        for fragment, before, shrink in self._before:
+            agrees = (before - fragment.master) * before >= 0
+            fragment.master.sub_(before.mul_(agrees), alpha=shrink)
+        self._before.clear()
+
+    def _gradient_scores(self, owner: Tensor, flat: Tensor) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation of |g| of each whole tensor in ``owner`` (AdaDecay,
+        Nakamura & Hong 2019)."""
+        names = [info_of(parameter).name for parameter in self._tensors[id(owner)]]
+        sums = torch.zeros(len(names), 3, dtype=torch.float64, device=flat.device)
+        for fragment in self._by_owner[id(owner)]:
+            sizes = flat.narrow(0, fragment.start, fragment.master.numel()).abs().double()
+            row = sums[names.index(fragment.info.name)]
+            row += torch.stack([sizes.sum(), sizes.square().sum(), sizes.new_tensor(sizes.numel())])
+        sum_over_stage(sums, self._grid, self._replicated)
+        found = {}
+        for name, (total, squares, count) in zip(names, sums.tolist(), strict=True):
+            mean = total / max(1.0, count)
+            variance = max(0.0, squares / max(1.0, count) - mean * mean)
+            found[name] = (mean, variance**0.5 or 1.0)
+        return found
+
+    # --- what needs the whole model or whole tensors ----------------------------------------------
+
+    def _norm_ratio(self) -> float:
+        """‖∇‖₂/‖w‖₂ of the whole model; the gradient before clipping."""
+        optimizer = self._engine.optimizer
+        holder = self._engine if self._replicated else optimizer
+        gradient = float(holder._global_grad_norm)
+        total = torch.zeros((), dtype=torch.float64, device=self._grid.device)
+        if not (self._replicated and self._grid.data_rank):
+            for fragment in self._fragments:
+                if getattr(fragment.parameter, "tensor_model_parallel", True):
+                    total += square_sum(fragment.master)
+        if self._grid.world_size > 1:
+            dist.all_reduce(total)
+        weight = float(total.sqrt())
+        return gradient / weight if weight else 0.0
+
+    def _local(self, parameter: nn.Parameter) -> Tensor:
+        """The whole local (tensor-parallel) shard of a parameter's master, flat."""
+        held = self._by_name[info_of(parameter).name]
+        parts = [(fragment.offset, fragment.master) for fragment in held]
+        return local_shard(parameter, parts, self._grid, self._replicated)
+
+    def _nuclear(self) -> None:
+        """A ← A − rate·λ·U Vᵀ B, B ← B − rate·λ·V Uᵀ A: a step down λ‖A·Bᵀ‖_* for every head.
+
+        Heads that share a key or value head count as one product (docs/statistics.md), so that
+        what this penalises directly is what weight decay penalises at equilibrium.
+        """
+        every = self._nuclear_every
+        if self._control.step % every or "nuclear" not in self._control.form.values():
+            return
+        for layer in attention_layers(self._module):
+            pairs = ((layer.query, layer.key, "qk"), (layer.value, layer.output, "vo"))
+            for left, right, pair in pairs:
+                roles = info_of(left).role, info_of(right).role
+                if self._control.form[roles[0]] != "nuclear":
+                    continue
+                found = (
+                    self._qk_directions(left, right)
+                    if pair == "qk"
+                    else self._vo_directions(left, right)
+                )
+                for parameter, direction in zip((left, right), found, strict=True):
+                    for fragment in self._by_name[info_of(parameter).name]:
+                        part = direction[fragment.offset :][: fragment.master.numel()]
+                        fragment.master.sub_(part, alpha=self._shrink(fragment))
+
+    def _qk_directions(self, query: nn.Parameter, key: nn.Parameter) -> tuple[Tensor, Tensor]:
+        head, width = self._model.head_size, self._model.hidden_size
+        k = self._local(key).view(-1, head, width)
+        q = self._local(query).view(k.shape[0], -1, head, width)
+        units, group = q.shape[:2]
+        stacked = q.transpose(2, 3).reshape(units, group * width, head)
+        for_k, for_q = nuclear_subgradient(k.mT, stacked)
+        back = for_q.view(units, group, width, head).transpose(2, 3)
+        return back.reshape(-1), for_k.mT.reshape(-1)
+
+    def _vo_directions(self, value: nn.Parameter, output: nn.Parameter) -> tuple[Tensor, Tensor]:
+        head, width = self._model.head_size, self._model.hidden_size
+        v = self._local(value).view(-1, head, width)
+        units = v.shape[0]
+        p = self._local(output).view(width, units, -1, head)
+        group = p.shape[2]
+        stacked = p.permute(1, 2, 0, 3).reshape(units, group * width, head)
+        for_p, for_v = nuclear_subgradient(stacked, v.mT)
+        back = for_p.view(units, group, width, head).permute(2, 0, 1, 3)
+        return for_v.mT.reshape(-1), back.reshape(-1)
+
+    def _orthogonalized(self, owner: Tensor, update: Tensor) -> Tensor:
+        """Muon's step for the matrices in ``owner``: each whole, then this rank's part of it."""
+        flat, held = update.reshape(-1), self._by_owner[id(owner)]
+        result = torch.zeros_like(flat)
+        for parameter in self._tensors[id(owner)]:
+            mine = [one for one in held if one.parameter is parameter]
+            parts = [(one.offset, flat.narrow(0, one.start, one.master.numel())) for one in mine]
+            local = local_shard(parameter, parts, self._grid, self._replicated)
+            step = muon_update(whole_tensor(parameter, local, self._grid))
+            own = own_shard(parameter, step, self._grid)
+            for one in mine:
+                size = one.master.numel()
+                result.narrow(0, one.start, size).copy_(own[one.offset : one.offset + size])
+        return result
+
+    @torch.no_grad()
+    def exponents(self, policy: Alpha) -> dict[str, float]:
+        """PL_Alpha_Hill of every matrix of the policy's roles, by site label; collective.
+
+        The matrices of a stage are shared out over its ranks.
+        """
+        grid, mine = self._grid, {}
+        ranks = grid.tensor * grid.data
+        turn = 0
+        for parameter in self._module.parameters():
+            info = info_of(parameter)
+            if not policy.measures(info):
+                continue
+            matrix = whole_tensor(parameter, self._local(parameter), grid)
+            if turn % ranks == grid.data_rank * grid.tensor + grid.tensor_rank:
+                exponent = hill_exponent(eigenvalues(matrix), policy.config.hill)
+                mine[label(site_of(info))] = exponent
+            turn += 1
+        found: dict[str, float] = {}
+        for part in grid.gather(mine):
+            found |= part
+        return dict(sorted(found.items()))

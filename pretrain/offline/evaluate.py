@@ -1,0 +1,226 @@
+"""Evaluation of checkpoints, without a training engine."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.dataset import held_out
+from data_pipeline.files import held, read_json
+from data_pipeline.manifest import load_manifest
+from data_pipeline.strict_json import to_json
+from pretrain.checkpoint.reader import Checkpoint, load_into_module
+from pretrain.config.recipe import Config, apply_overrides, differences
+from pretrain.distributed.grid import Grid, build_grid, check_grid, connect, process_count
+from pretrain.engine.deepspeed_adapter import prepare_deepspeed, resolve_precision
+from pretrain.engine.engine import build_model
+from pretrain.engine.libraries import load_libraries
+from pretrain.engine.speed import keep_freed_memory
+from pretrain.errors import RunError, UsageError
+from pretrain.offline.truncate import CutCheckpoint, RankChoice
+from pretrain.runs.folder import EVALUATION, read_starts, resolve_checkpoint, write_text
+from pretrain.runs.metrics import Progress
+from pretrain.tasks.score import score, summarize
+from pretrain.tasks.tasks import Task, Text, open_task
+
+
+def evaluate_checkpoint(
+    target: str,
+    overrides: list[str],
+    data: Path | None,
+    split: str,
+    documents: int | None,
+    batch: int,
+    stride: int,
+    out: Path | None,
+    choice: RankChoice | None = None,
+) -> tuple[dict[str, Any], Path, bool]:
+    """Score a checkpoint on the processes at hand; a collective call.
+
+    Args:
+        overrides: of the run's recipe, for example another grid.
+        choice: cut the attention products before scoring.
+
+    Returns:
+        (figures, where they were written, whether this process is the main one).
+    """
+    source = resolve_checkpoint(target)
+    checkpoint = CutCheckpoint(source, choice) if choice else Checkpoint(source)
+    config = apply_overrides(_one_process(checkpoint.config), overrides)
+    if stride > config.model.context:
+        raise UsageError(f"--stride: {stride} is more than the context, {config.model.context}")
+    check_grid(config.grid, process_count())
+    task = _task(checkpoint, config, data, stride)
+    device = connect()
+    keep_freed_memory(device)
+    load_libraries()
+    prepare_deepspeed()
+    grid = build_grid(config.grid, device)
+    with contextlib.ExitStack() as ours:
+        with grid.together(""):
+            if grid.is_main and out:
+                ours.enter_context(held(out))
+        figures = _measure(checkpoint, config, task, grid, split, documents, batch, stride, choice)
+        with grid.together(""):
+            path = out
+            if grid.is_main:
+                words = _words(checkpoint, config, task, documents)
+                path = _write(target, checkpoint, figures, words, out)
+    return figures, grid.broadcast(path), grid.is_main
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    config: Config,
+    task: Task,
+    grid: Grid,
+    split: str,
+    documents: int | None,
+    batch: int,
+    stride: int,
+    choice: RankChoice | None,
+) -> dict[str, Any]:
+    """The figures and their settings, as the file has them; a collective call."""
+    module = build_model(config, grid)
+    load_into_module(checkpoint, module, grid)
+    precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
+    if precision == "bf16":
+        module.bfloat16()
+    progress = Progress(1, "evaluate", grid.is_main)
+    header = {
+        "split": split,
+        "sample": documents is not None,
+        "step": checkpoint.step,
+        "checkpoint": str(checkpoint.path),
+        "data": task.source,
+        "precision": precision,
+        "context": config.model.context,
+    }
+    if choice is not None:
+        share = "measured" if choice.share is None else choice.share
+        header |= {"attention_rank": share, "attention_products": list(choice.products)}
+
+    def report(done: int, total: int) -> None:
+        progress.update(done, total=total)
+
+    if isinstance(task, Text):
+        chosen = held_out(task.manifest, split, documents, config.model.vocabulary_size)
+        eod = task.manifest.eod
+        nats = score(module, grid, config.model, chosen, eod, batch, stride, report)
+        body = {"stride": stride or config.model.context, **summarize(chosen, nats)}
+    else:
+        body = task.figures(module, grid, config, task.held_out(config, everything=True), report)
+    progress.close()
+    return {**header, **body}
+
+
+def _write(
+    target: str, checkpoint: Checkpoint, figures: dict[str, Any], words: list[str], out: Path | None
+) -> Path:
+    """Write the file, and no other settings' file over; returns its path."""
+    if out:
+        write_text(out, to_json(figures, indent=1))
+        return out
+    # Of several that end at once, each sees what the ones before have written.
+    with held(checkpoint.path.parent.parent / EVALUATION, patience=60):
+        path = result_path(target, checkpoint, figures, words)
+        write_text(path, to_json(figures, indent=1))
+    return path
+
+
+def _task(checkpoint: Checkpoint, config: Config, data: Path | None, stride: int) -> Task:
+    """What the checkpoint is scored on."""
+    if config.task.kind != "text":
+        if data or stride:
+            raise UsageError(f"--data, --stride: are for text, not for {config.task.kind}")
+        return open_task(config)
+    task = Text(load_manifest(data or Path(config.data.path)))
+    if task.tokenizer != checkpoint.state["tokenizer"]:
+        raise UsageError(
+            f"{task.source}: was tokenised with another tokenizer than {checkpoint.path} was "
+            f"trained with; tokenise it with {checkpoint.config.data.path}'s"
+        )
+    return task
+
+
+def _one_process(config: Config) -> Config:
+    """The recipe with the grid that one process can hold; overrides may set another."""
+    single = {"tensor_parallel": 1, "pipeline_parallel": 1, "sequence_parallel": False}
+    grid = config.grid.model_copy(update=single)
+    return config.model_copy(update={"grid": grid})
+
+
+def _words(checkpoint: Checkpoint, config: Config, task: Task, documents: int | None) -> list[str]:
+    """What was asked for besides the run's own data, model and task, for the file's name."""
+    words = [] if documents is None else [f"documents={documents}"]
+    if task.identity != checkpoint.state["data"]:
+        name = re.sub(r"[^\w.+-]", "_", Path(task.source).name)
+        words.append(f"data={name}-{task.identity[:4]}")
+    for key, (_, value) in differences(checkpoint.config, config, ("model", "task")).items():
+        words.append(f"{key.rpartition('.')[2]}={re.sub(r'[^a-zA-Z0-9_.+-]', '_', str(value))}")
+    return words
+
+
+_SETTINGS = ("split", "step", "stride", "context", "precision", "documents_sha256",
+             "attention_rank", "attention_products")  # fmt: skip
+"""Keys of an evaluation that tell its settings."""
+
+
+def result_path(
+    target: str, checkpoint: Checkpoint, figures: dict[str, Any], words: list[str]
+) -> Path:
+    """Where figures go by default: a file of their settings, so that none replaces another's.
+
+    ``evaluation.json`` is for the settings of the run itself: its last step, all documents of the
+    test split, in windows without overlap, in the precision that it trained in.
+
+    Args:
+        target: what was evaluated; the run's newest checkpoint if it is the run folder.
+        figures: the body of the file.
+        words: further settings, for the name.
+    """
+    run = checkpoint.path.parent.parent
+    parts = [] if figures["split"] == "test" else [figures["split"]]
+    if Path(target) == run and checkpoint.step != checkpoint.config.train.steps:
+        parts.append(f"step={checkpoint.step}")
+    parts += words
+    if figures.get("stride", figures["context"]) != figures["context"]:
+        parts.append(f"stride={figures['stride']}")
+    if figures["precision"] != (_trained_in(run) or figures["precision"]):
+        parts.append(figures["precision"])
+    if "attention_rank" in figures:
+        share = figures["attention_rank"]
+        share = share if isinstance(share, str) else f"{share:g}"
+        parts.append(f"{'+'.join(figures['attention_products'])}-rank-{share}")
+    folder = run if Path(target) == run else checkpoint.path
+    path = folder / f"{'-'.join(['evaluation', *parts])}.json"
+    if _is_of_others(path, figures):  # as the run's own may be of a sample of another split
+        settings = to_json([figures.get(key) for key in _SETTINGS])
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+        path = path.with_name(f"{path.stem}-{figures['split']}-{digest}.json")
+    return path
+
+
+def _trained_in(run: Path) -> str | None:
+    """The precision of the run's last start; None where it is not known."""
+    try:
+        return str(read_starts(run)[-1]["precision"])
+    except (RunError, KeyError, IndexError):
+        return None
+
+
+def _is_of_others(path: Path, figures: dict[str, Any]) -> bool:
+    """Whether a file holds figures of other settings (what it does not say counts as the same)."""
+    try:
+        there = read_json(path)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True  # whatever it is, it is not ours to replace
+    told = isinstance(there, dict) and all(
+        there.get(key, figures.get(key)) == figures.get(key) for key in _SETTINGS
+    )
+    return not told

@@ -1,0 +1,159 @@
+"""`pretrain export`: a checkpoint as a Hugging Face model, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.sources import DataError
+from data_pipeline.strict_json import to_json
+from models.export import class_of, config_json, has_free_heads, shards
+from models.generation import GENERATION_CONFIG, ends_with
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.checkpoint.tensor_file import write_tensors
+from pretrain.errors import UsageError
+from pretrain.offline.model_card import name_of, write_card, write_tokenizer
+from pretrain.offline.truncate import CutCheckpoint, RankChoice
+from pretrain.runs.aside import whole_folder
+from pretrain.runs.folder import resolve_checkpoint, was_imported, write_text
+from pretrain.runs.metrics import Progress
+from pretrain.training.state import GENERATION
+
+
+def export_checkpoint(
+    target: str, out: Path, choice: RankChoice | None, data: Path | None = None
+) -> str:
+    """Write ``config.json`` and sharded safetensors; one layer is in memory at a time.
+
+    Args:
+        choice: cut the attention products and write the smaller heads.
+        data: where the run's data lies now; None: where it lay.
+
+    Returns:
+        One line on what was written.
+
+    Raises:
+        UsageError, ModelError: if no class computes the model, or none with smaller heads, or
+            nothing says which token ends documents.
+    """
+    path = resolve_checkpoint(target)
+    checkpoint = Checkpoint(path)
+    model = checkpoint.config.model
+    kind = class_of(model)
+    if choice is not None:
+        if not has_free_heads(model):
+            raise UsageError(
+                f"--attention-rank: the class {kind} ties a head's width to the model's or to its "
+                "rotary positions, so smaller heads cannot be written; train with "
+                "model.dialect=llama model.position=none, or score the cut model with `pretrain "
+                "evaluate --attention-rank`"
+            )
+        checkpoint = CutCheckpoint(path, choice, smaller=True)
+    head_size = getattr(checkpoint, "head_size", model.head_size)
+    width = "" if head_size == model.head_size else f", heads {model.head_size} -> {head_size} wide"
+    manifest, problem = _manifest(checkpoint, data)
+    eod = _eod(checkpoint, manifest, problem)
+    generation = checkpoint.state.get(GENERATION)
+    with whole_folder(out, "export") as aside:
+        _write_settings(checkpoint, aside, head_size, eod)
+        _write_weights(checkpoint, aside, head_size)
+        write_card(aside, checkpoint, kind, name_of(checkpoint), width)
+        tokenizer = f"no tokenizer ({problem})"
+        if manifest:
+            tokenizer = write_tokenizer(aside, manifest, model.context, _pad(generation))
+    told = [
+        f"{out}: {kind}, step {checkpoint.step}{width}, {tokenizer}",
+        *_differs(checkpoint, eod),
+    ]
+    return "; ".join(told)
+
+
+def _write_settings(checkpoint: Checkpoint, folder: Path, head_size: int, eod: int | None) -> None:
+    generation = checkpoint.state.get(GENERATION)
+    ids = generation["config"] if generation else None
+    config = config_json(checkpoint.config.model, head_size, eod, ids)
+    write_text(folder / "config.json", to_json(config, indent=1))
+    if generation and generation["generation_config"] is not None:
+        write_text(folder / GENERATION_CONFIG, to_json(generation["generation_config"], indent=1))
+
+
+def _write_weights(checkpoint: Checkpoint, folder: Path, head_size: int) -> None:
+    model = checkpoint.config.model
+    count = model.num_layers + 2
+    progress = Progress(count, "export", True)
+    where: dict[str, str] = {}
+    size = 0
+    for number, tensors in enumerate(shards(model, checkpoint.full, head_size)):
+        name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        write_tensors(folder / name, tensors, {"format": "pt"})
+        where |= dict.fromkeys(tensors, name)
+        size += sum(one.nbytes for one in tensors.values())
+        tensors.clear()  # before the next part is read
+        progress.update(number + 1)
+    progress.close()
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    write_text(folder / "model.safetensors.index.json", to_json(index, indent=1))
+
+
+def _manifest(checkpoint: Checkpoint, data: Path | None) -> tuple[Manifest | None, str]:
+    """Of the run's data, if it is at hand, and why it is not.
+
+    Raises:
+        UsageError, DataError: if ``data`` is not the run's.
+    """
+    if checkpoint.config.task.kind != "text":
+        if data:
+            raise UsageError(f"--data: is for text, not for {checkpoint.config.task.kind}")
+        return None, "its task has no text"
+    place = data or Path(checkpoint.config.data.path)
+    try:
+        manifest = load_manifest(place)
+    except (OSError, ValueError, DataError):
+        if data:
+            raise
+        return None, f"{place} is not here"
+    own = (checkpoint.state["tokenizer"], checkpoint.state.get("eod", manifest.eod))
+    if (manifest.tokenizer_sha256, manifest.eod) == own:
+        return manifest, ""
+    problem = f"{place} has another tokenizer or end of document than the run's data had"
+    if data:
+        raise UsageError(f"--data: {problem}; give the run's own")
+    return None, problem
+
+
+def _eod(checkpoint: Checkpoint, manifest: Manifest | None, problem: str) -> int | None:
+    """The token that begins and ends documents; None: there are none."""
+    if checkpoint.config.task.kind != "text":
+        return None
+    found: int | None = checkpoint.state.get("eod", manifest.eod if manifest else None)
+    if found is None:
+        raise UsageError(
+            f"{checkpoint.path}: an earlier version wrote it without the token that ends documents "
+            f"(state.eod), and {problem}; give the run's data with --data"
+        )
+    return found
+
+
+def _pad(generation: dict[str, Any] | None) -> int | None:
+    """The token that an imported model pads with."""
+    found = generation["config"].get("pad_token_id") if generation else None
+    return found if isinstance(found, int) and found >= 0 else None
+
+
+def _differs(checkpoint: Checkpoint, eod: int | None) -> list[str]:
+    """What to know about the ids of special tokens in ``config.json``."""
+    generation = checkpoint.state.get(GENERATION)
+    if generation is None:
+        if was_imported(checkpoint.path.parent.parent) and checkpoint.config.task.kind == "text":
+            return [
+                "the ids of bos, eos and pad are the data's: an earlier version imported the model "
+                "and did not keep its own"
+            ]
+        return []
+    if eod is None or ends_with(generation, eod):
+        return []
+    return [
+        f"config.json has the imported model's eos_token_id; documents of the run end with {eod}, "
+        "as tokenizer_config.json says"
+    ]

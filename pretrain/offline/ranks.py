@@ -1,0 +1,307 @@
+"""Rank statistics of weights at rest: a run, a checkpoint, or any pretrained model, one table.
+
+The same columns as a run's own ``ranks.parquet``, so that a run can be laid beside a model that
+others trained, or beside the checkpoints of its training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files import held, replacing
+from data_pipeline.strict_json import to_json
+from models.factors import AttentionShape, Factors
+from models.families import EXAMPLE, Family, family_of
+from models.hub import fetch, is_hub_name, revisions
+from models.huggingface import is_pretrained, open_pretrained
+from pretrain.checkpoint.manifest import MANIFEST
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.config.recipe import read_mapping
+from pretrain.config.run import RanksConfig
+from pretrain.decay.control import Book, Books
+from pretrain.errors import UsageError
+from pretrain.offline.scatter import Scatter
+from pretrain.ranks.probe import Row, layer_rows
+from pretrain.ranks.probe import lawful as lawful_rows
+from pretrain.runs.folder import CHECKPOINTS, CONFIG, resolve_checkpoint
+from pretrain.runs.metrics import Progress, show_table, warn
+
+_CHUNK = 1 << 22
+"""Elements of a matrix that are brought to float64 at once."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of attention layers at rest."""
+
+    name: str
+    """Empty, or which of several in one model."""
+    shape: AttentionShape
+    layer: Callable[[int], Factors]
+    shape_of: Callable[[int], AttentionShape]
+    """Of one layer."""
+    books: Books | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model at one moment of its training."""
+
+    name: str
+    step: int
+    tokens: int | None
+    open: Callable[[], list[Stack]]
+
+
+def find_weights(
+    target: str, family: Path | None = None, batch_tokens: int = 0, allow_unused: bool = False
+) -> list[Weights]:
+    """What ``target`` names, in order of steps.
+
+    Args:
+        target: RUN, RUN@STEP, RUN@* (all its checkpoints), a checkpoint folder, a folder of a
+            Hugging Face model, a folder of several of either, or a name on the Hub, with
+            @REVISION, which may have a ``*``.
+        family: describes a model's files, where its family is not known.
+        batch_tokens: tokens per step of pretrained models, for the table; 0: not known.
+        allow_unused: go on where a pretrained model has attention that is not measured.
+
+    Raises:
+        UsageError, ModelError: one line naming what was not found.
+    """
+    described = None
+    if family:
+        values = read_mapping(family, "family", f"keys, such as: {EXAMPLE}")
+        described = family_of(values, str(family))
+
+    def pretrained(folder: Path, name: str) -> Weights:
+        return _pretrained(folder, name, described, batch_tokens, allow_unused)
+
+    base, _, wanted = target.rpartition("@") if "@" in target else (target, "", "")
+    path = Path(base)
+    if not path.exists() and is_hub_name(target) and not target.startswith("."):
+        chosen = revisions(base, wanted)
+        return [pretrained(fetch(base, one), one or base) for one in chosen]
+    if is_pretrained(path):
+        return [pretrained(path, path.name)]
+    if wanted == "*":
+        found = list_checkpoints(path / CHECKPOINTS)
+        if not found:
+            raise UsageError(f"{path}: no checkpoint of the run there")
+        return [_checkpoint(one) for one in found]
+    if path.is_dir() and not wanted and not (path / CONFIG).exists():
+        parts = sorted((one for one in path.iterdir() if one.is_dir()), key=_number)
+        if any(is_pretrained(one) for one in parts):
+            parts = [one for one in parts if is_pretrained(one)]
+            return [pretrained(one, one.name) for one in parts]
+        if not (path / MANIFEST).is_file() and list_checkpoints(path):
+            return [_checkpoint(one) for one in list_checkpoints(path)]
+    if not path.exists():
+        raise UsageError(f"{base}: no such folder")
+    return [_checkpoint(resolve_checkpoint(target))]
+
+
+def _number(path: Path) -> tuple[int, str]:
+    digits = re.findall(r"\d+", path.name)
+    return (int(digits[-1]) if digits else -1, path.name)
+
+
+def _pretrained(
+    folder: Path, name: str, family: Family | None, batch_tokens: int, allow_unused: bool
+) -> Weights:
+    match = re.search(r"(?:step|checkpoint)[-_]?(\d+)", name)
+    step = int(match.group(1)) if match else 0
+
+    def stacks() -> list[Stack]:
+        return [
+            Stack(tower.name, tower.shape, tower.layer, tower.shape_of, None)
+            for tower in open_pretrained(folder, family, warn, allow_unused)
+        ]
+
+    return Weights(name, step, step * batch_tokens if batch_tokens else None, stacks)
+
+
+def _checkpoint(path: Path) -> Weights:
+    checkpoint = Checkpoint(path)
+    model = checkpoint.config.model
+    batch = checkpoint.config.train.global_batch * model.context
+
+    def stacks() -> list[Stack]:
+        saved = checkpoint.state["decay"]["books"]
+        books = {name: Book(*figures) for name, figures in saved.items()}
+        shape = model.attention_shape
+        return [Stack("", shape, checkpoint.attention, lambda layer: shape, books)]
+
+    return Weights(path.name, checkpoint.step, checkpoint.step * batch, stacks)
+
+
+def measure_weights(found: list[Weights], config: RanksConfig) -> tuple[list[Row], Scatter]:
+    """Statistics of every head, one layer in memory at a time, with progress.
+
+    Returns:
+        Rows in the columns of ``ranks.parquet`` (and ``tower`` for a model that has several,
+        ``revision`` for several models), and the points of Figure 4 for the last of the weights.
+    """
+    rows: list[Row] = []
+    scatter = Scatter()
+    for weights in found:
+        scatter = Scatter()
+        several = {"revision": weights.name} if len(found) > 1 else {}
+        stacks = weights.open()
+        total = sum(stack.shape.num_layers for stack in stacks)
+        progress = Progress(total, f"ranks of {weights.name}", True)
+        done = 0
+        for stack in stacks:
+            label = {**several, "tower": stack.name} if stack.name else several
+            for layer in range(stack.shape.num_layers):
+                factors = stack.layer(layer)
+                measured = _layer(factors, layer, stack, config)
+                for row in measured:
+                    row.update(step=weights.step, tokens=weights.tokens, **label)
+                rows += measured
+                scatter.add(stack.name, layer, factors, measured)
+                done += 1
+                progress.update(done)
+        progress.close()
+    return rows, scatter
+
+
+def _layer(factors: Factors, layer: int, stack: Stack, config: RanksConfig) -> list[Row]:
+    shape = stack.shape_of(layer)
+    each = shape.group * shape.head_size * shape.hidden_size
+    at_once = max(1, _CHUNK // each)
+    rows: list[Row] = []
+    for start in range(0, shape.key_value_heads, at_once):
+        stop = min(start + at_once, shape.key_value_heads)
+        units = list(range(start, stop))
+        rows += layer_rows(factors.units(start, stop), units, layer, shape, stack.books, config)
+    return rows
+
+
+def write_table(rows: list[Row], out: Path) -> None:
+    """The long table as Parquet, its types those of a run's own."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(rows)
+    index = table.schema.get_field_index("tokens")
+    table = table.set_column(index, "tokens", table.column(index).cast(pa.int64()))
+    with replacing(out) as aside, aside.open("wb") as opened:  # a full disk keeps the old table
+        pq.write_table(table, opened)
+
+
+_COLUMNS = {
+    "pseudo_rank_qk": "rank W_QK",
+    "balance_qk": "balance",
+    "discrepancy_qk": "discrepancy",
+    "pseudo_rank_vp": "rank W_VP",
+    "balance_vp": "balance",
+    "discrepancy_vp": "discrepancy",
+}
+
+
+def means(rows: list[Row]) -> dict[str, float]:
+    """Means over heads: pseudo-rank, balance, and discrepancy as a share of the bound.
+
+    Where heads share keys, balance and discrepancy are of the groups, whose law it is; NaN where
+    queries are normalised, since sizes then say nothing.
+    """
+    found = {}
+    for product in ("qk", "vp"):
+        chosen = [row for row in rows if row["product"] == product]
+        heads = [row for row in chosen if row["level"] == "head"]
+        lawful = lawful_rows(chosen)
+        found[f"pseudo_rank_{product}"] = _mean([row["pseudo_rank"] for row in heads])
+        found[f"balance_{product}"] = _mean([row["balance"] for row in lawful])
+        found[f"discrepancy_{product}"] = _mean(
+            [row["discrepancy"] / (row["frobenius_bound"] or 1.0) for row in lawful]
+        )
+    return found
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def print_ranks(rows: list[Row], as_json: bool) -> None:
+    """Means per layer, or per step for several checkpoints, on standard output."""
+    step = rows[0]["step"]
+    series = "revision" in rows[0]
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        name = row["revision"] if series else f"{row.get('tower', '')} {row['layer']}".strip()
+        parts.setdefault(name, []).append(row)
+    lines = {name: means(part) for name, part in parts.items()}
+    if as_json:
+        plain = {name: _finite(line) for name, line in lines.items()}
+        body: dict[str, Any] = {"revisions": plain}
+        if not series:
+            body = {"step": step, "layers": plain, "all": _finite(means(rows))}
+        print(to_json(body))
+        return
+    from rich.table import Table
+
+    title = "attention over training" if series else f"attention at step {step}"
+    table = Table(title=f"{title}: means over heads")
+    for column in ("revision" if series else "layer", *_COLUMNS.values()):
+        table.add_column(column, justify="right")
+    if not series:
+        lines["all"] = means(rows)
+    for name, line in lines.items():
+        cells = ["n/a" if math.isnan(line[key]) else f"{line[key]:.4f}" for key in _COLUMNS]
+        table.add_row(name, *cells)
+    show_table(table, 110)
+    for why in _why_missing(rows):
+        print(f"n/a: {why}")
+
+
+def _why_missing(rows: list[Row]) -> list[str]:
+    """What the table's gaps come from."""
+    reasons = []
+    heads = [row for row in rows if row["level"] == "head"]
+    lost = [row for row in heads if row["nonfinite"]]
+    if lost:
+        one = lost[0]
+        reasons.append(
+            f"{len(lost)} of {len(heads)} products have weights that are not finite, the first in "
+            f"layer {one['layer']}, {one['product']}, head {one['head']}"
+        )
+    if any(math.isnan(row["balance"]) and not row["nonfinite"] for row in heads):
+        reasons.append("queries and keys are normalised, so the sizes of their factors say nothing")
+    return reasons
+
+
+def _finite(line: dict[str, float]) -> dict[str, float | None]:
+    return {key: None if math.isnan(value) else value for key, value in line.items()}
+
+
+def rank_command(
+    target: str,
+    config: RanksConfig,
+    family: Path | None,
+    batch_tokens: int,
+    out: Path | None,
+    figures: Path | None,
+    as_json: bool,
+    allow_unused: bool,
+) -> None:
+    """`pretrain ranks`."""
+    found = find_weights(target, family, batch_tokens, allow_unused)
+    with contextlib.ExitStack() as ours:
+        for path in filter(None, (out, figures / "scatter" if figures else None)):
+            ours.enter_context(held(path))
+        rows, scatter = measure_weights(found, config)
+        print_ranks(rows, as_json)
+        if out:
+            write_table(rows, out)
+            print(f"written: {out}", file=sys.stderr)
+        if figures:
+            scatter.write(figures)
+            print(f"written: {figures}/scatter.png, .csv", file=sys.stderr)

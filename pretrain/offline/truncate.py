@@ -1,0 +1,198 @@
+"""What would it cost to use the low rank? Attention products cut to their leading directions.
+
+W = A·Bᵀ is replaced by its best approximation of rank k (Eckart & Young 1936), as factors of the
+same shapes with k columns in use, so that the same code runs the cut model; with ``smaller`` the
+k columns are handed out alone. Biases are absorbed as one more input, the constant 1 (paper,
+section 2), so that nothing but the product's rank changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.factors import AttentionShape, Factors
+from models.roles import ParameterInfo
+from pretrain.checkpoint.manifest import MASTER
+from pretrain.checkpoint.reader import ATTENTION_PARTS, Checkpoint
+from pretrain.errors import UsageError
+from pretrain.spectra import product_statistics, pseudo_rank
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """How many singular values each product of each head keeps."""
+
+    share: float | None
+    """Of the head's width; None: the measured pseudo-rank."""
+    products: tuple[str, ...] = ("qk", "vp")
+    threshold: float = 0.95
+
+    def keep(self, sigma: Tensor) -> Tensor:
+        """Number of values kept, ``[...]`` int64, of spectra ``[..., n]``, descending."""
+        n = sigma.shape[-1]
+        if self.share is None:
+            return (pseudo_rank(sigma, self.threshold) * n).round().long()
+        count = max(1, round(self.share * n))
+        return torch.full(sigma.shape[:-1], count, dtype=torch.int64)
+
+
+_PRODUCTS: dict[str, tuple[str, ...]] = {"both": ("qk", "vp"), "qk": ("qk",), "vp": ("vp",)}
+
+
+def parse_rank(text: str, products: str = "both") -> RankChoice:
+    """A choice from the command line: a share such as ``0.75``, or ``measured``.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if products not in _PRODUCTS:
+        raise UsageError(f"--attention-product: {products} is none of qk, vp, both")
+    if text == "measured":
+        return RankChoice(None, _PRODUCTS[products])
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise UsageError(
+            f"--attention-rank: {text} is neither a share above 0 and at most 1, nor `measured`"
+        )
+    return RankChoice(share, _PRODUCTS[products])
+
+
+def _check(shape: AttentionShape, choice: RankChoice) -> None:
+    if "qk" not in choice.products:
+        return
+    reason = ""
+    if shape.qk_norm:
+        reason = "QK-norm stands between W_Q and W_K, so W_QK is no single product"
+    elif shape.rotary_dim:
+        reason = "rotary positions stand between W_Q and W_K, so W_QK is no single product"
+    elif shape.group > 1:
+        reason = "query heads share keys, so that W_K cannot be cut for each"
+    if reason:
+        raise UsageError(f"--attention-rank: {reason}; cut W_VP with --attention-product vp")
+
+
+def cut_product(a: Tensor, b: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Balanced factors of the best approximation of A·Bᵀ of rank ``keep``.
+
+    Args:
+        a: ``[..., d_out, r]``.
+        b: ``[..., d_in, r]``.
+        keep: ``[...]`` int64.
+
+    Returns:
+        float64 factors of the same shapes; columns from ``keep`` on are zero.
+    """
+    width = min(a.shape[-2], b.shape[-2], a.shape[-1])
+    q_a, r_a = torch.linalg.qr(a.double())
+    q_b, r_b = torch.linalg.qr(b.double())
+    u, sigma, v = torch.linalg.svd(r_a @ r_b.mT, full_matrices=False)
+    kept = torch.arange(width) < keep[..., None]
+    roots = torch.where(kept, sigma, 0.0).sqrt()[..., None, :]
+    cut = (q_a @ u * roots, q_b @ v.mT * roots)
+    missing = a.shape[-1] - width
+    left, right = (torch.nn.functional.pad(one, (0, missing)) for one in cut)
+    return left, right
+
+
+class CutCheckpoint(Checkpoint):
+    """A checkpoint whose attention products are cut; every other tensor is as it was."""
+
+    def __init__(self, path: Path, choice: RankChoice, smaller: bool = False) -> None:
+        """
+        Args:
+            smaller: heads as narrow as the largest rank kept anywhere, instead of zero columns.
+
+        Raises:
+            UsageError: if a product of this model is not one that can be cut.
+        """
+        super().__init__(path)
+        self.choice, self.smaller = choice, smaller
+        self.shape = self.config.model.attention_shape
+        _check(self.shape, choice)
+        self._layer, self._tensors = -1, dict[str, Tensor]()
+        self.head_size = self.shape.head_size
+        if smaller:
+            layers = range(self.shape.num_layers)
+            widest = max(int(self._keeps(layer).max()) for layer in layers)
+            self.head_size = widest + widest % 2  # classes with rotary code want it even
+
+    def full(self, name: str, key: str = MASTER) -> Tensor:
+        """As `Checkpoint.full`; of the attention, what is left of it."""
+        parts = name.split(".")
+        of_attention = len(parts) == 5 and parts[2] == "attention" and parts[3] in ATTENTION_PARTS
+        if not of_attention or name == f"blocks.{parts[1]}.attention.output.bias" or key != MASTER:
+            return super().full(name, key)
+        layer = int(parts[1])
+        if layer != self._layer:
+            self._layer, self._tensors = layer, self._cut(layer)
+        return self._tensors[".".join(parts[3:])]
+
+    def local(self, info: ParameterInfo, key: str, rank: int, size: int) -> Tensor:
+        """As `Checkpoint.local`, through the whole tensor."""
+        if ".attention." not in info.name:
+            return super().local(info, key, rank, size)
+        values = self.full(info.name, key)
+        if info.partition_dim is not None and size > 1:
+            values = values.chunk(size, info.partition_dim)[rank]
+        return values.reshape(-1)
+
+    def _keeps(self, layer: int) -> Tensor:
+        """Ranks kept by (product, key/value head), of the weights alone, as the probe has them."""
+        return torch.stack([self._keep(layer, product) for product in ("qk", "vp")])
+
+    def _keep(self, layer: int, product: str) -> Tensor:
+        whole = torch.full((self.shape.key_value_heads,), self.shape.head_size)
+        if product not in self.choice.products or self.choice.share == 1.0:
+            return whole
+        factors = Factors.of_layer(self.shape, *self._weights(layer))
+        if product == "qk":
+            a, b = factors.key.mT, factors.query[:, 0].mT
+        else:
+            a, b = factors.output.flatten(1, 2), factors.value.mT
+        return self.choice.keep(product_statistics(a, b).singular_values)
+
+    def _weights(self, layer: int) -> list[Tensor]:
+        names = (f"blocks.{layer}.attention.{part}.weight" for part in ATTENTION_PARTS)
+        return [super(CutCheckpoint, self).full(name) for name in names]
+
+    def _cut(self, layer: int) -> dict[str, Tensor]:
+        query, key, value, output = self._augmented(layer)
+        if self.choice.share != 1.0 and "qk" in self.choice.products:
+            a, b = cut_product(key.mT, query[:, 0].mT, self._keep(layer, "qk"))
+            key, query = a.mT, b.mT.unsqueeze(1)
+        if self.choice.share != 1.0 and "vp" in self.choice.products:
+            units, group, width, head = output.shape
+            stacked = output.reshape(units, group * width, head)
+            a, b = cut_product(stacked, value.mT, self._keep(layer, "vp"))
+            output, value = a.reshape(units, group, width, head), b.mT
+        size = self.head_size
+        kept = Factors(query[..., :size, :], key[..., :size, :], value[..., :size, :],
+                       output[..., :size])  # fmt: skip
+        matrices = [one.float().contiguous() for one in kept.matrices()]
+        if not self.config.model.biases:
+            return {f"{part}.weight": one for part, one in zip(ATTENTION_PARTS, matrices)}
+        found = {"output.weight": matrices[3]}
+        for part, one in zip(ATTENTION_PARTS[:3], matrices):
+            found[f"{part}.weight"] = one[:, :-1].contiguous()
+            found[f"{part}.bias"] = one[:, -1].contiguous()
+        return found
+
+    def _augmented(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The layer's factors with the biases as a last column of the inputs."""
+        full = super().full
+        matrices = []
+        for part in ATTENTION_PARTS:
+            values = full(f"blocks.{layer}.attention.{part}.weight")
+            if self.config.model.biases and part != "output":
+                bias = full(f"blocks.{layer}.attention.{part}.bias")
+                values = torch.cat([values, bias[:, None]], 1)
+            matrices.append(values)
+        factors = Factors.of_layer(self.shape, *matrices)
+        return factors.query, factors.key, factors.value, factors.output

@@ -1,0 +1,324 @@
+"""Rank statistics during training: factors out of shards, spectra into one long table.
+
+The unit of work is a key/value head with the query heads that share it. Each unit is computed
+once in the whole job, on the data-parallel rank that holds most of it already; only the parts
+of a unit that ZeRO put elsewhere travel, and only to that rank.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.config import GPTConfig
+from models.factors import AttentionShape, Factors
+from models.gpt import attention_layers
+from models.layers import Attention
+from models.roles import Role, info_of
+from pretrain.config.run import RanksConfig
+from pretrain.decay.control import Book, Books, label
+from pretrain.distributed.grid import Grid
+from pretrain.engine.engine import Engine
+from pretrain.engine.masters import Fragment, is_replicated, local_shape
+from pretrain.spectra import pair_statistics, product_statistics
+
+Row = dict[str, Any]
+_NOT_UNDER_QK_NORM = (
+    "nuclear_norm",
+    "frobenius_bound",
+    "balance",
+    "discrepancy",
+    "theory_ceiling",
+    "rope_pair_balance",
+    "rope_pair_discrepancy",
+)
+"""With QK-norm the logits do not depend on the factors' sizes, so these say nothing."""
+
+
+def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list[Row]:
+    """Measure every head of the model; a collective call.
+
+    Returns:
+        All rows, sorted, on every rank.
+    """
+    model, grid = engine.config.model, engine.grid
+    shape = model.attention_shape
+    mine: list[Row] = []
+    books = engine.control.books()
+    held = {fragment.info.name: fragment for fragment in engine.fragments()}
+    layers = attention_layers(engine.module)
+    names = {info_of(p).name for layer in layers for p in _matrices(layer)}
+    spans = _spans(engine, {name: held[name] for name in names if name in held})
+    for layer in layers:
+        units, factors = _collect(layer, model, grid, held, spans, is_replicated(engine.deepspeed))
+        if units:
+            first = grid.tensor_rank * (model.key_value_heads // grid.tensor)
+            indices = [first + unit for unit in units]
+            mine += layer_rows(factors, indices, layer.layer, shape, books, config)
+    for row in mine:
+        row.update(step=step, tokens=tokens)
+    rows = [row for part in grid.gather(mine) for row in part]
+    return sorted(rows, key=lambda row: (row["layer"], row["product"], row["level"], row["head"]))
+
+
+def _matrices(layer: Attention) -> list[nn.Parameter]:
+    return [layer.query, layer.key, layer.value, layer.output]
+
+
+Spans = dict[str, list[tuple[int, int]]]
+"""For each parameter, (offset, length) of the fragment of every data-parallel rank."""
+
+
+def _spans(engine: Engine, held: dict[str, Fragment]) -> Spans:
+    mine = {name: (part.offset, part.master.numel()) for name, part in held.items()}
+    parts: list[dict[str, tuple[int, int]]] = [mine]
+    if engine.grid.data > 1:
+        parts = [{} for _ in range(engine.grid.data)]
+        dist.all_gather_object(parts, mine, group=engine.grid.data_group)
+    names = {name for part in parts for name in part}
+    return {name: [part.get(name, (0, 0)) for part in parts] for name in names}
+
+
+def _collect(
+    layer: Attention,
+    model: GPTConfig,
+    grid: Grid,
+    held: dict[str, Fragment],
+    spans: Spans,
+    replicated: bool,
+) -> tuple[list[int], Factors]:
+    """The units of ``layer`` that this rank computes, and their factors."""
+    count = model.key_value_heads // grid.tensor
+    pieces = [_piece_indices(layer, unit, count) for unit in range(count)]
+    owners = _owners(layer, pieces, spans, grid, replicated)
+    mine = [unit for unit in range(count) if owners[unit] == grid.data_rank]
+    inbox: dict[tuple[int, int, int], Tensor] = {}
+    if not replicated and grid.data > 1:
+        inbox = _exchange(layer, pieces, owners, held, spans, grid)
+    assembled: list[list[Tensor]] = []
+    for unit in mine:
+        parts = []
+        for which, parameter in enumerate(_matrices(layer)):
+            indices = pieces[unit][which]
+            values = torch.zeros(len(indices), device=grid.device)
+            name = info_of(parameter).name
+            for rank in range(1 if replicated else grid.data):
+                here = replicated or rank == grid.data_rank
+                low, high = _range(indices, spans[name][grid.data_rank if here else rank])
+                if high > low:
+                    values[low:high] = (
+                        _select(held[name], indices[low:high]) if here else inbox[rank, unit, which]
+                    )
+            parts.append(values)
+        assembled.append(parts)
+    group = model.num_attention_heads // model.key_value_heads
+    return mine, _shaped(assembled, model.head_size, model.hidden_size, group)
+
+
+def _piece_indices(layer: Attention, unit: int, count: int) -> list[Tensor]:
+    """Ascending flat indices, in each local matrix, of what belongs to ``unit``."""
+    found = []
+    for parameter in _matrices(layer):
+        rows, columns = local_shape(parameter)
+        if parameter is layer.output:
+            width = columns // count
+            part = torch.arange(unit * width, (unit + 1) * width)
+            found.append((torch.arange(rows)[:, None] * columns + part).flatten())
+        else:
+            height = rows // count
+            found.append(torch.arange(unit * height * columns, (unit + 1) * height * columns))
+    return found
+
+
+def _range(indices: Tensor, span: tuple[int, int]) -> tuple[int, int]:
+    """The slice of ascending ``indices`` that lies in a span (offset, length)."""
+    bounds = torch.tensor([span[0], span[0] + span[1]])
+    low, high = torch.searchsorted(indices, bounds).tolist()
+    return low, high
+
+
+def _select(fragment: Fragment, indices: Tensor) -> Tensor:
+    return fragment.master[(indices - fragment.offset).to(fragment.master.device)].float()
+
+
+def _owners(
+    layer: Attention, pieces: list[list[Tensor]], spans: Spans, grid: Grid, replicated: bool
+) -> list[int]:
+    """The data-parallel rank that computes each unit: the one that has most of it."""
+    if replicated or grid.data == 1:
+        return [(layer.layer * len(pieces) + unit) % grid.data for unit in range(len(pieces))]
+    owners = []
+    for unit in pieces:
+        held = [0] * grid.data
+        for parameter, indices in zip(_matrices(layer), unit, strict=True):
+            for rank, span in enumerate(spans[info_of(parameter).name]):
+                low, high = _range(indices, span)
+                held[rank] += high - low
+        owners.append(held.index(max(held)))
+    return owners
+
+
+def _exchange(
+    layer: Attention,
+    pieces: list[list[Tensor]],
+    owners: list[int],
+    held: dict[str, Fragment],
+    spans: Spans,
+    grid: Grid,
+) -> dict[tuple[int, int, int], Tensor]:
+    """Send what others compute, receive what this rank computes; keyed (source, unit, matrix)."""
+    me = grid.data_rank
+    outgoing: dict[int, list[Tensor]] = defaultdict(list)
+    incoming: dict[int, list[tuple[tuple[int, int, int], int]]] = defaultdict(list)
+    for unit, owner in enumerate(owners):
+        for which, parameter in enumerate(_matrices(layer)):
+            indices, name = pieces[unit][which], info_of(parameter).name
+            if owner != me:
+                low, high = _range(indices, spans[name][me])
+                if high > low:
+                    outgoing[owner].append(_select(held[name], indices[low:high]))
+                continue
+            for source, span in enumerate(spans[name]):
+                low, high = _range(indices, span)
+                if source != me and high > low:
+                    incoming[source].append(((source, unit, which), high - low))
+    peer = {rank: _peer(grid, rank) for rank in range(grid.data)}
+    buffers = {
+        source: torch.empty(sum(size for _, size in wanted), device=grid.device)
+        for source, wanted in incoming.items()
+    }
+    operations = [
+        dist.P2POp(dist.isend, torch.cat(parts), peer[rank], group=grid.data_group)
+        for rank, parts in sorted(outgoing.items())
+    ] + [
+        dist.P2POp(dist.irecv, buffer, peer[rank], group=grid.data_group)
+        for rank, buffer in sorted(buffers.items())
+    ]
+    for work in dist.batch_isend_irecv(operations) if operations else []:
+        work.wait()
+    inbox = {}
+    for source, wanted in incoming.items():
+        sizes = [size for _, size in wanted]
+        for (key, _), values in zip(wanted, buffers[source].split(sizes), strict=True):
+            inbox[key] = values
+    return inbox
+
+
+def _peer(grid: Grid, data_rank: int) -> int:
+    return grid.global_rank(pipeline=grid.pipeline_rank, data=data_rank, tensor=grid.tensor_rank)
+
+
+def _shaped(assembled: list[list[Tensor]], head: int, width: int, group: int) -> Factors:
+    if not assembled:
+        empty = torch.empty(0)
+        return Factors(empty, empty, empty, empty)
+    query, key, value, output = (torch.stack(parts) for parts in zip(*assembled, strict=True))
+    return Factors(
+        query=query.view(-1, group, head, width),
+        key=key.view(-1, head, width),
+        value=value.view(-1, head, width),
+        output=output.view(-1, width, group, head).permute(0, 2, 1, 3),
+    )
+
+
+def layer_rows(
+    factors: Factors,
+    units: list[int],
+    layer: int,
+    shape: AttentionShape,
+    books: Books | None,
+    config: RanksConfig,
+) -> list[Row]:
+    """Rows of both products for some key/value heads of a layer.
+
+    Args:
+        units: global indices of the key/value heads in ``factors``.
+        books: λ in use and what was applied so far, by site label; None: not known.
+
+    Returns:
+        One row per query head (``level`` head) and, where heads share keys, one per group, for
+        which the balance law holds (docs/statistics.md).
+    """
+    group = factors.query.shape[1]
+    query, output = factors.query.mT, factors.output  # [units, g, width, head]
+    key, value = (part.mT.unsqueeze(1).expand_as(query) for part in (factors.key, factors.value))
+    heads = [unit * group + member for unit in units for member in range(group)]
+    rows = _rows("qk", "head", heads, key, query, layer, shape, books, config)
+    rows += _rows("vp", "head", heads, output, value, layer, shape, books, config)
+    if group > 1:
+        shared = factors.key.mT, factors.value.mT
+        rows += _rows(
+            "qk", "group", units, shared[0], query.flatten(1, 2), layer, shape, books, config
+        )
+        rows += _rows(
+            "vp", "group", units, output.flatten(1, 2), shared[1], layer, shape, books, config
+        )
+    return rows
+
+
+_FACTOR_ROLES = {
+    "qk": (Role.KEY, Role.QUERY),
+    "vp": (Role.ATTENTION_OUTPUT, Role.VALUE),
+}
+_BOOK_COLUMNS = ("decay", "exposure", "retention")
+
+
+def _rows(
+    product: str,
+    level: str,
+    heads: list[int],
+    a: Tensor,
+    b: Tensor,
+    layer: int,
+    shape: AttentionShape,
+    books: Books | None,
+    config: RanksConfig,
+) -> list[Row]:
+    a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    statistics = product_statistics(a, b, config.threshold)
+    columns = {name: values.tolist() for name, values in statistics.scalars().items()}
+    if config.denominator == "model":
+        share = statistics.singular_values.shape[-1] / shape.hidden_size
+        columns["pseudo_rank"] = [rank * share for rank in columns["pseudo_rank"]]
+    pairs = {name: [float("nan")] * len(heads) for name in _PAIR_COLUMNS}
+    if product == "qk" and shape.rotary_dim:
+        found = pair_statistics(a, b, shape.rotary_dim, config.threshold)
+        pairs = {name: getattr(found, name).tolist() for name in _PAIR_COLUMNS}
+    columns |= pairs
+    if product == "qk" and shape.qk_norm:
+        columns |= {name: [float("nan")] * len(heads) for name in _NOT_UNDER_QK_NORM}
+    if config.spectra:
+        columns["singular_values"] = statistics.singular_values.tolist()
+    shared: Row = {"layer": layer, "product": product, "level": level}
+    for side, role in zip("ab", _FACTOR_ROLES[product], strict=True):
+        book = books[label((role, layer))] if books else Book(*[float("nan")] * 3)
+        shared |= {f"{key}_{side}": getattr(book, key) for key in _BOOK_COLUMNS}
+    return [
+        {**shared, "head": head, **{name: values[i] for name, values in columns.items()}}
+        for i, head in enumerate(heads)
+    ]
+
+
+_PAIR_COLUMNS = ("rope_pair_balance", "rope_pair_discrepancy", "rope_pairs_alive")
+
+
+def lawful(rows: list[Row]) -> list[Row]:
+    """The rows that the balance law is about: of groups where heads share keys, else of heads."""
+    return [row for row in rows if row["level"] == "group"] or [
+        row for row in rows if row["level"] == "head"
+    ]
+
+
+def summary(rows: list[Row]) -> dict[str, float]:
+    """Means over all layers, for the log: pseudo-rank of heads, balance of `lawful` rows."""
+    means = {}
+    for product in ("qk", "vp"):
+        chosen = [row for row in rows if row["product"] == product]
+        heads = [row for row in chosen if row["level"] == "head"]
+        for column, part in (("pseudo_rank", heads), ("balance", lawful(chosen))):
+            means[f"{column}_{product}"] = sum(row[column] for row in part) / max(1, len(part))
+    return means

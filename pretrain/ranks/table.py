@@ -1,0 +1,287 @@
+"""The table of rank statistics of a run: measured part by part, merged, and what it means."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_pipeline.files import open_regular, replacing
+from data_pipeline.strict_json import to_json
+from pretrain.config.recipe import load_config
+from pretrain.config.run import RanksConfig
+from pretrain.errors import RunError, UsageError
+from pretrain.ranks.probe import Row
+
+RANKS = "ranks.parquet"
+_CONFIG = "config.yaml"
+_PARTS = ".ranks"
+_ROWS = 20_000
+"""In memory at once, of a table that is written anew."""
+
+
+def rewind_ranks(run: Path, step: int) -> None:
+    """Forget what was measured after ``step``."""
+    for part in (run / _PARTS).glob("*.parquet"):
+        if int(part.stem) > step:
+            part.unlink()
+    if (run / RANKS).exists():
+        _merge(run, _parts(run), step)
+        with contextlib.suppress(OSError):  # not there, or something else is in it
+            (run / _PARTS).rmdir()
+
+
+def add_ranks(run: Path, step: int, rows: list[Row], measured: RanksConfig) -> None:
+    """Append one measurement; safe against a kill at any moment.
+
+    Args:
+        measured: what a pseudo-rank means in these rows; the file says it.
+    """
+    parts = run / _PARTS
+    parts.mkdir(exist_ok=True)
+    _write_parquet(parts / f"{step:08d}.parquet", rows, _definition_of(measured))
+
+
+def merge_ranks(run: Path, always: bool = True) -> None:
+    """Bring the measurements so far into ``ranks.parquet``, beside a training that adds to them.
+
+    Rows go through memory a few at a time. What is added meanwhile waits for the next call.
+
+    Args:
+        always: merge however little is new; otherwise once it is a quarter of the table, so that
+            a long run does not write all of it at every checkpoint.
+    """
+    parts, path = _parts(run), run / RANKS
+    new = sum(part.stat().st_size for part in parts)
+    if parts and (always or not path.exists() or 4 * new >= path.stat().st_size):
+        _merge(run, parts)
+    if always:
+        with contextlib.suppress(OSError):
+            (run / _PARTS).rmdir()
+
+
+def _parts(run: Path) -> list[Path]:
+    return sorted((run / _PARTS).glob("*.parquet"))
+
+
+def _merge(run: Path, parts: list[Path], until: int | None = None) -> None:
+    """Write the table and its parts as one table, up to a step, and delete the parts.
+
+    Of a step that was measured twice, the rows of the later file stay. The order is that of steps.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = run / RANKS
+    files = [*([path] if path.exists() else []), *parts]
+    schemas = [_table_in(file, pq.read_schema) for file in files]
+    # Null columns of one file take the type that another has.
+    schema = pa.unify_schemas(
+        [one.remove_metadata() for one in schemas], promote_options="permissive"
+    ).with_metadata(schemas[-1].metadata)
+    chosen = _steps_of(files, until)
+    with (
+        replacing(path) as aside,
+        aside.open("wb") as opened,  # Arrow takes UTF-8 paths alone
+        pq.ParquetWriter(opened, schema) as writer,
+    ):
+        for file, steps in chosen:
+            for table in _pieces(file, steps):
+                if table.num_rows:
+                    like = [schema.empty_table(), table]
+                    writer.write_table(pa.concat_tables(like, promote_options="permissive"))
+    for part in parts:
+        part.unlink()
+
+
+def _steps_of(files: list[Path], until: int | None) -> list[tuple[Path, list[int]]]:
+    """Which steps are taken from which file, in the order of steps."""
+    owner: dict[int, Path] = {}
+    for file in files:
+        owner |= dict.fromkeys(_table_in(file, _steps_in), file)
+    chosen: list[tuple[Path, list[int]]] = []
+    for step in sorted(owner):
+        if until is not None and step > until:
+            continue
+        if not chosen or chosen[-1][0] != owner[step]:
+            chosen.append((owner[step], []))
+        chosen[-1][1].append(step)
+    return chosen
+
+
+def _pieces(file: Path, steps: list[int]) -> Iterator[Any]:
+    """The rows of some steps, so many at a time."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted = pa.array(steps, pa.int64())
+    with open_regular(file) as opened, _parquet(opened) as rows:
+        # No threads of Arrow's own: they would not give way to those that train.
+        for batch in rows.iter_batches(_ROWS, use_threads=False):
+            table = _plain(pa.Table.from_batches([batch]))
+            yield table.filter(pc.is_in(table.column("step"), value_set=wanted))
+
+
+def _table_in(file: Path, read: Callable[[Any], Any] | None = None) -> Any:
+    """A table that was measured, or what another reader makes of its file.
+
+    Raises:
+        RunError: if it is damaged, or stands for more than it can hold.
+    """
+    try:
+        with open_regular(file) as opened:  # Arrow takes no path that is not UTF-8
+            return (read or _bounded)(opened)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{file}: damaged ({reason}); delete it to go on without it") from None
+
+
+_TEXTS = ("product", "level")
+_KEYS = ("step", "layer", *_TEXTS, "head")
+"""What names a row."""
+_SPECTRUM = "singular_values"
+_LONGEST_TEXT = 20
+_FEW_ROWS, _SMALLEST_ROW = 250_000, 8
+"""Rows that any file may have, and bytes for each of more: a row has some twenty figures."""
+
+
+def _bounded(opened: BinaryIO) -> Any:
+    """The table of a file, its types as they were written; a few bytes cannot stand for many.
+
+    Raises:
+        ValueError: if it is not one of ours.
+    """
+    with _parquet(opened) as file:
+        return _plain(file.read())
+
+
+def _parquet(opened: BinaryIO) -> Any:
+    """A file whose rows may be read; its texts come as dictionaries, each text once.
+
+    Raises:
+        ValueError: if it stands for more rows than it can hold, or has not our columns.
+    """
+    import pyarrow.parquet as pq
+
+    size = os.fstat(opened.fileno()).st_size
+    with pq.ParquetFile(opened) as file:
+        rows, names = file.metadata.num_rows, file.schema_arrow.names
+    if rows > max(_FEW_ROWS, size // _SMALLEST_ROW):
+        raise ValueError(f"{rows:,} rows in {size:,} bytes")
+    missing = [name for name in _KEYS if name not in names]
+    if rows and missing:
+        raise ValueError(f"has no column {missing[0]}")
+    return pq.ParquetFile(opened, read_dictionary=[name for name in _TEXTS if name in names])
+
+
+def _plain(table: Any) -> Any:
+    """Rows with texts as texts, once each column was found to be one of ours."""
+    import pyarrow as pa
+
+    for name in table.schema.names:
+        _check_column(name, table.column(name))
+    plain = [pa.field(one.name, pa.string()) if one.name in _TEXTS else one for one in table.schema]
+    return table.cast(pa.schema(plain, table.schema.metadata))
+
+
+def _steps_in(opened: BinaryIO) -> list[int]:
+    """Which steps a file has rows of."""
+    with _parquet(opened) as file:
+        if "step" not in file.schema_arrow.names:  # nothing was measured
+            return []
+        found: list[int] = file.read(columns=["step"]).column("step").unique().to_pylist()
+        return found
+
+
+def _check_column(name: str, column: Any) -> None:
+    """See that a column has what ours have: texts of a few letters, else numbers.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    import pyarrow as pa
+
+    kind = column.type
+    if name in _TEXTS and pa.types.is_dictionary(kind):
+        texts = [one for chunk in column.chunks for one in chunk.dictionary.to_pylist()]
+        good = all(one and len(one) <= _LONGEST_TEXT for one in texts)
+    elif name in _KEYS:
+        good = pa.types.is_integer(kind)
+    else:
+        if name == _SPECTRUM and pa.types.is_list(kind):
+            kind = kind.value_type
+        good = kind in (pa.float64(), pa.int64(), pa.bool_(), pa.null())
+    if not good or (name in _KEYS and column.null_count):
+        raise ValueError(f"{name} is none of our columns")
+
+
+_DEFINITION = b"rankdecay.ranks"
+"""Key of a table's Parquet metadata: what a pseudo-rank means in it, as JSON."""
+
+
+def _definition_of(measured: RanksConfig) -> dict[str, Any]:
+    return {"threshold": measured.threshold, "denominator": measured.denominator}
+
+
+def ranks_definition(run: Path) -> dict[str, Any] | None:
+    """What the pseudo-ranks measured so far mean: threshold and denominator.
+
+    Returns:
+        None where nothing was measured; of a table that does not say, what the run's recipe says.
+    """
+    import pyarrow.parquet as pq
+
+    files = [
+        one for one in (run / RANKS, *sorted((run / _PARTS).glob("*.parquet"))) if one.exists()
+    ]
+    if not files:
+        return None
+    said = (_table_in(files[0], pq.read_schema).metadata or {}).get(_DEFINITION)
+    if said is not None:
+        return dict(json.loads(said))
+    return _definition_of(load_config(run / _CONFIG).ranks)
+
+
+def check_definition(run: Path, measured: RanksConfig) -> None:
+    """Refuse to go on with a table whose pseudo-ranks mean something else.
+
+    Raises:
+        UsageError: naming the key and both values.
+    """
+    before = ranks_definition(run)
+    for key, value in (before or {}).items():
+        if getattr(measured, key) != value:
+            raise UsageError(
+                f"ranks.{key}: {getattr(measured, key)} is not the {value} of {run / RANKS}, whose "
+                f"column would mix both; keep {value}, or choose another --out"
+            )
+
+
+def read_ranks(run: Path) -> list[Row]:
+    """Every row measured so far, in order of steps."""
+    files = [run / RANKS] if (run / RANKS).exists() else []
+    files += sorted((run / _PARTS).glob("*.parquet"))
+    rows: dict[tuple[Any, ...], Row] = {}
+    for file in files:
+        for row in _table_in(file).to_pylist():
+            rows[tuple(row[name] for name in _KEYS)] = row
+    return sorted(rows.values(), key=lambda row: row["step"])
+
+
+def _write_parquet(path: Path, rows: list[Row], definition: dict[str, Any] | None = None) -> None:
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(rows)
+    if definition:
+        table = table.replace_schema_metadata({_DEFINITION: to_json(definition).encode()})
+    _write_table(path, table)
+
+
+def _write_table(path: Path, table: Any) -> None:
+    import pyarrow.parquet as pq
+
+    with replacing(path) as aside, aside.open("wb") as opened:  # Arrow takes UTF-8 paths alone
+        pq.write_table(table, opened)

@@ -1,0 +1,129 @@
+"""When a run is finished, and for which recipe: words that it cannot follow any more are refused.
+
+Once the last update is done, another interval, policy or rule of retention would change nothing,
+and the folder would say that it had held. An evaluation is different: it can still be made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files import read_small
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints, step_of
+from pretrain.config.recipe import Config, differences
+from pretrain.decay.plan import DecayPlan
+from pretrain.errors import RunError, UsageError
+from pretrain.runs.folder import CHECKPOINTS, CONFIG, EVALUATION, decay_changes, recipe_of
+from pretrain.runs.records import Evaluation, read_record
+
+FREE = (
+    "checkpoint.asynchronous",
+    "deepspeed",
+    "evaluation.at_end",  # made up for
+    "evaluation.batch",
+    "faults.watchdog",
+    "grid",
+    "logging",
+    "resume",
+    "speed",
+)
+"""Keys and sections that a finished run may be started again with, whatever they say: how it
+computes, what it tells others, and the evaluation at its end. The keys of science (`SCIENCE`) are
+compared by `resume_point`, λ by what it is for every tensor."""
+_LATE = ("checkpoint", "evaluation", "ranks", "faults")
+"""Sections that may change while a run goes on, and act no more at its end."""
+
+
+def is_trained(run: Path, config: Config, until: int | None = None) -> bool:
+    """Whether a run has a checkpoint of its last step (or ``until``), or of a later one."""
+    found = list_checkpoints(run / CHECKPOINTS)
+    return bool(found) and step_of(found[-1]) >= (until or config.train.steps)
+
+
+def is_complete(run: Path, config: Config, until: int | None = None) -> bool:
+    """Whether the run is there to its last step (or ``until``), evaluated as it should be."""
+    if not is_trained(run, config, until):
+        return False
+    return until is not None or config.evaluation.at_end == "none" or is_evaluated(run, config)
+
+
+def is_evaluated(run: Path, config: Config) -> bool:
+    """Whether ``evaluation.json`` is what `evaluation.at_end` asks for, of the last step."""
+    path = run / EVALUATION
+    try:
+        found = read_record(path, Evaluation)
+        if found.get("step", config.train.steps) != config.train.steps:
+            return False
+        return _is_sample(run, found) == (config.evaluation.at_end == "sample")
+    except (OSError, RunError):
+        return path.exists()  # damaged: those who read it say so
+
+
+def put_evaluation_aside(run: Path, config: Config) -> None:
+    """Rename an ``evaluation.json`` that is of something else than the recipe asks for."""
+    path = run / EVALUATION
+    if not path.exists() or is_evaluated(run, config):
+        return
+    text = read_small(path)
+    found = json.loads(text)
+    split = re.sub(r"[^\w.+-]", "_", found.get("split", "test"))[:50]  # a part of a file's name
+    parts = [] if split == "test" else [split]
+    parts += ["sample"] * _is_sample(run, found)
+    step = found.get("step", config.train.steps)
+    parts += [f"step={step}"] * (step != config.train.steps)
+    target = path.with_name("-".join([path.stem, *(parts or ["all"])]) + ".json")
+    if target.exists():
+        target = target.with_stem(f"{target.stem}-{hashlib.sha256(text).hexdigest()[:8]}")
+    with contextlib.suppress(OSError):
+        path.rename(target)
+
+
+def _is_sample(run: Path, figures: dict[str, Any]) -> bool:
+    """Whether figures are of the recipe's sample; earlier versions did not say it with them."""
+    said = figures.get("sample")
+    if said is not None:
+        return bool(said)
+    return (run / CONFIG).is_file() and recipe_of(run).evaluation.at_end == "sample"
+
+
+def check_finished(
+    run: Path, config: Config, plan: DecayPlan, checkpoint: Checkpoint, until: int | None
+) -> None:
+    """Refuse what a run whose last update is done cannot do any more.
+
+    Args:
+        plan: λ as the recipe has it.
+        checkpoint: the newest.
+
+    Raises:
+        UsageError: with both values.
+    """
+    if until is not None and until < checkpoint.step:
+        steps = [step_of(one) for one in list_checkpoints(run / CHECKPOINTS)]
+        if until not in steps:
+            raise UsageError(
+                f"--until: {until} is before step {checkpoint.step} of {run}, which keeps no "
+                f"checkpoint of it (there are {', '.join(map(str, steps))}); choose another --out"
+            )
+    at = f"{run}: is trained to its last step, {until or config.train.steps},"
+    mend = f"keep that, or choose another --out (--fork {run}@{checkpoint.step} goes on from it)"
+    # A folder that was lost and fetched from its mirror has checkpoints alone.
+    kept = recipe_of(run) if (run / CONFIG).is_file() else checkpoint.config
+    changed = {
+        key: values for key, values in differences(kept, config, _LATE).items() if not is_free(key)
+    }
+    for key, (before, after) in changed.items():
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UsageError(f"{at} with {key}={before}, the recipe says {after}{more}; {mend}")
+    if config.resume.decay != "checkpoint" and (moved := decay_changes(plan, checkpoint, config)):
+        raise UsageError(f"{at} with another weight decay: {moved}; {mend}")
+
+
+def is_free(key: str) -> bool:
+    """Whether a finished run may be started again with another value of a key."""
+    return any(key == one or key.startswith(f"{one}.") for one in FREE)

@@ -1,0 +1,366 @@
+"""The run folder: what every tool reads, and what makes a killed run resumable.
+
+``RUN/config.yaml metrics.jsonl ranks.parquet checkpoints/ evaluation.json environment.json``
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import re
+import secrets
+from datetime import UTC, datetime
+from importlib import metadata
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.disk import hide, remove, remove_hidden
+from data_pipeline.files import is_leftover, write_aside
+from data_pipeline.strict_json import to_json
+from pretrain.checkpoint.manifest import DamagedError
+from pretrain.checkpoint.reader import (
+    LATEST,
+    RUN_ID,
+    Checkpoint,
+    list_checkpoints,
+    names_in,
+    newest_checkpoint,
+    run_id_of,
+    step_of,
+)
+from pretrain.config.recipe import Config, differences, dump_config, load_config
+from pretrain.decay.plan import DecayDifference, DecayPlan, compare, plan_from
+from pretrain.errors import RunError, UsageError
+from pretrain.ranks.table import RANKS, check_definition, rewind_ranks
+from pretrain.ranks.table import read_ranks as read_ranks  # noqa: PLC0414 - tools read it from here
+from pretrain.runs.lock import LOCK
+from pretrain.runs.metrics import METRICS, rewind_metrics
+from pretrain.runs.records import Evaluation, Start, read_record
+from pretrain.tasks.tasks import Task
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+ENVIRONMENT = "environment.json"
+EVALUATION = "evaluation.json"
+LAUNCHED = ("launch", "logs")
+"""Folders of `pretrain launch` in a run folder."""
+FREE = ("data.path", "data.prefetch", "task.workers", "train.micro_batch")
+"""Keys inside the science sections that change no number (or are checked by content)."""
+_SAMPLE = ("evaluation.split", "evaluation.documents")
+"""Keys of the held-out sample: the losses of a run are of one."""
+_OWN = (CONFIG, RUN_ID, RANKS, METRICS, ENVIRONMENT)
+"""Files that training alone writes aside: what a kill leaves of them is deleted."""
+_WRITING = re.compile(r"\.step-[0-9]{8,18}\.writing")
+_DYNAMIC = ("policies", "form", "coupling", "adadecay_slope", "nuclear_every")
+"""Keys of ``optimizer.weight_decay`` that act on λ while a run goes on."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside, then rename it."""
+    write_aside(path, text.encode("utf-8"))
+
+
+def create_run(run: Path, config: Config, setting: dict[str, Any]) -> None:
+    """Make the folder and say in it what runs, where and with which versions.
+
+    Args:
+        setting: what the machine decided (grid, precision) and the data gives, for the record.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    if (run / METRICS).is_symlink():
+        raise RunError(f"{run / METRICS}: is a link, which nothing is written through; remove it")
+    write_text(run / CONFIG, dump_config(config))  # first: it makes the folder a run
+    _clear_leftovers(run)
+    if not run_id_of(run):
+        write_text(run / RUN_ID, _id_of_checkpoints(run) or new_run_id())
+    starts = [*read_starts(run), {**environment(), **setting}]
+    write_text(run / ENVIRONMENT, to_json(starts, indent=1))
+
+
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """Machine, versions and setting of each start of a run; none where nothing says so.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    try:
+        found: list[dict[str, Any]] = read_record(run / ENVIRONMENT, list[Start])
+        return found
+    except FileNotFoundError:
+        return []
+
+
+def was_imported(run: Path) -> bool:
+    """Whether a run folder began with a model that was trained elsewhere, as far as it says."""
+    return any("imported" in start for start in _starts(run))
+
+
+def forked_from(run: Path) -> dict[str, Any] | None:
+    """The run folder and the step that a run was forked from, as far as it says."""
+    found = [start["forked"] for start in _starts(run) if "forked" in start]
+    return found[-1] if found else None
+
+
+def _starts(run: Path) -> list[dict[str, Any]]:
+    """The record of starts; empty where there is none, or it is damaged."""
+    try:
+        return read_starts(run)
+    except RunError:
+        return []
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """An ``evaluation.json``; a figure that was not finite, null in the file, is NaN again.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        RunError: if it is damaged.
+    """
+    found: dict[str, Any] = read_record(path, Evaluation)
+    for part in (found["overall"], *found.get("subsets", {}).values(), found.get("pile_weighted")):
+        for key in ("loss", "perplexity", "bits_per_byte"):
+            if part and part.get(key, 0) is None:
+                part[key] = math.nan
+    return found
+
+
+def new_run_id() -> str:
+    """An id for a run folder that has none."""
+    return secrets.token_hex(4)
+
+
+def _id_of_checkpoints(run: Path) -> str:
+    """The id that the newest checkpoint carries."""
+    newest = newest_checkpoint(run / CHECKPOINTS)
+    return Checkpoint(newest).run if newest else ""
+
+
+def _clear_leftovers(run: Path) -> None:
+    """Delete what a kill during a write left; the folder is locked."""
+    (run / CHECKPOINTS).mkdir(exist_ok=True)
+    for name in names_in(run / CHECKPOINTS):
+        if _WRITING.fullmatch(name):
+            remove(hide(run / CHECKPOINTS / name))
+        elif is_leftover(name, LATEST):
+            (run / CHECKPOINTS / name).unlink()
+    remove_hidden(run / CHECKPOINTS)
+    for name in names_in(run):
+        if is_leftover(name, *_OWN):
+            (run / name).unlink()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the reader of results; no secrets."""
+    import torch
+
+    names = ("rankdecay", "torch", "deepspeed", "megatron-core", "sentencepiece", "tokenizers")
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "versions": versions,
+    }
+
+
+def recipe_of(run: Path) -> Config:
+    """The recipe of a run folder, with the precision that the run began with.
+
+    Earlier versions kept the word auto there, and what it meant in the record of starts.
+    """
+    config = load_config(run / CONFIG)
+    if config.precision != "auto":
+        return config
+    starts = read_starts(run)
+    words = [one["precision"] for one in starts if one.get("precision") in ("fp32", "bf16")]
+    return config.model_copy(update={"precision": words[0]}) if words else config
+
+
+def _changes(old: Config, new: Config) -> dict[str, Any]:
+    """`differences` that matter; what auto meant in an old checkpoint may be unknown."""
+    return {
+        key: values
+        for key, values in differences(old, new).items()
+        if key not in FREE and (key, values[0]) != ("precision", "auto")
+    }
+
+
+def resume_point(run: Path, config: Config, asked: str = "") -> Checkpoint | None:
+    """The checkpoint that a run in this folder goes on from, or None to begin.
+
+    Args:
+        asked: the recipe's word for the precision, where ``config`` has what it means here.
+
+    Raises:
+        UsageError: if the folder holds a run with another recipe.
+    """
+    if not (run / CONFIG).exists():
+        # What a kill leaves, what the mirror's checkpoint is fetched into, what a launcher writes.
+        known = {f"{CONFIG}.tmp", LOCK, CHECKPOINTS, RUN_ID, *LAUNCHED, ".launch.lock"}
+        unknown = {name for name in names_in(run) if not is_leftover(name, *_OWN)} - known
+        if unknown:
+            raise UsageError(f"{run}: not empty and not a run folder; choose another --out")
+        return _newest_readable(run)
+    old = recipe_of(run)
+    changed = {
+        key: values
+        for key, values in _changes(old, config).items()
+        if not key.startswith("optimizer.weight_decay")
+    }
+    sample = differences(old, config, ("evaluation",))
+    changed |= {key: sample[key] for key in _SAMPLE if key in sample}
+    if changed:
+        key, (before, after) = next(iter(changed.items()))
+        if key == "precision" and asked not in ("", after):
+            after = f"{asked}, which is {after} here"
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UsageError(
+            f"{run}: holds a run with {key}={before}, the recipe says {after}{more}; choose "
+            f"another --out, or continue from it with --fork {run}@STEP"
+        )
+    check_definition(run, config.ranks)
+    return _newest_readable(run)
+
+
+def misfit(checkpoint: Checkpoint, config: Config, task: Task) -> str:
+    """Why a checkpoint is not one of this recipe and its data; empty if it is."""
+    for key, (before, after) in _changes(checkpoint.config, config).items():
+        return f"{key} {before}, here {after}"
+    if (checkpoint.state["tokenizer"], checkpoint.state["data"]) != (task.tokenizer, task.identity):
+        return "other data"
+    if checkpoint.state.get("eod", task.eod) != task.eod:
+        return "other data (another token ends documents)"
+    return ""
+
+
+def _newest_readable(run: Path) -> Checkpoint | None:
+    for path in reversed(list_checkpoints(run / CHECKPOINTS)):
+        with contextlib.suppress(DamagedError):  # `find_whole` says so, once the run is ours
+            return Checkpoint(path)
+    return None
+
+
+def resolve_checkpoint(text: str) -> Path:
+    """A checkpoint folder from ``RUN``, ``RUN@STEP`` or the folder itself.
+
+    Raises:
+        UsageError: naming what was not found and which steps there are.
+    """
+    name, _, wanted = text.rpartition("@") if "@" in text else (text, "", "")
+    path = Path(name)
+    if (path / "manifest.json").is_file() and not wanted:
+        return path
+    found = list_checkpoints(path / CHECKPOINTS)
+    if not found:
+        raise UsageError(
+            f"{name}: no checkpoint there (a run folder, RUN@STEP or a step-... folder)"
+        )
+    if not wanted or wanted == "last":
+        return found[-1]
+    steps = {step_of(one): one for one in found}
+    if not wanted.isdigit() or int(wanted) not in steps:
+        raise UsageError(f"{text}: no such step; there are {', '.join(map(str, steps))}")
+    return steps[int(wanted)]
+
+
+def plan_for_resume(
+    plan: DecayPlan, checkpoint: Checkpoint, config: Config, policy: str
+) -> DecayPlan:
+    """The plan that holds after a restore, by ``resume.decay``.
+
+    Raises:
+        UsageError: with ``error``, if the λ, or what moves them, differ; the message has the
+            table.
+    """
+    infos = [info for group in plan.groups for info in group.parameters]
+    if policy == "recipe":
+        return plan
+    if policy == "checkpoint":
+        return plan_from(infos, checkpoint.decays)
+    changed = decay_changes(plan, checkpoint, config)
+    if not changed:
+        return plan
+    raise UsageError(
+        f"{checkpoint.path}: was trained with another weight decay: {changed}; say which "
+        "holds with resume.decay=recipe or resume.decay=checkpoint (or --fork to a new run)"
+    )
+
+
+def decay_changes(plan: DecayPlan, checkpoint: Checkpoint, config: Config) -> str:
+    """How the λ of a checkpoint, or what moves them, differ from a plan's; empty if they do not."""
+    infos = [info for group in plan.groups for info in group.parameters]
+    changed = _table(compare(infos, checkpoint.decays, plan.by_name))
+    if changed:
+        return changed
+    moved = differences(checkpoint.config, config, ("optimizer",))
+    return ", ".join(
+        f"{key} {before} -> {after}"
+        for key, (before, after) in moved.items()
+        if key.rpartition(".")[2] in _DYNAMIC or ".form." in key or ".coupling." in key
+    )
+
+
+def _table(changed: list[DecayDifference]) -> str:
+    def where(one: DecayDifference) -> str:
+        return f"{one.role} (layers {one.layers})" if one.layers else one.role.value
+
+    return ", ".join(f"{where(one)} {one.before:g} -> {one.after:g}" for one in changed)
+
+
+def check_continues(checkpoint: Checkpoint, config: Config, task: Task) -> None:
+    """Refuse to go on with another model or other samples than the checkpoint's.
+
+    Raises:
+        UsageError: naming what differs.
+    """
+    if checkpoint.step > config.train.steps:
+        raise UsageError(
+            f"train.steps: {config.train.steps} is before {checkpoint.path}; ask for more steps"
+        )
+    if checkpoint.config.model != config.model:
+        old, new = (c.model.model_dump() for c in (checkpoint.config, config))
+        key = next(key for key in old if old[key] != new[key])
+        raise UsageError(
+            f"{checkpoint.path}: is of a model with {key}={old[key]}, the recipe and its data say "
+            f"{new[key]}; use the recipe and the data that the checkpoint was trained with"
+        )
+    for key in ("seed", "data.weights", "train.global_batch"):
+        before, after = (attrgetter(key)(one) for one in (checkpoint.config, config))
+        if before != after:
+            raise UsageError(
+                f"{key}: {after} is not the {before} of {checkpoint.path}: its order of samples "
+                "could not be continued; use the same"
+            )
+    if checkpoint.state["tokenizer"] != task.tokenizer:
+        raise UsageError(
+            f"{task.source}: was tokenised with another tokenizer than {checkpoint.path}; "
+            "use that run's data"
+        )
+    if checkpoint.state.get("eod", task.eod) != task.eod:
+        raise UsageError(
+            f"{task.source}: its documents end with token {task.eod}, those of {checkpoint.path} "
+            f"with {checkpoint.state['eod']}; use that run's data"
+        )
+    if checkpoint.state["data"] != task.identity:
+        raise UsageError(
+            f"{task.source}: holds other tokens than {checkpoint.path} was trained on; use "
+            "that run's data (its order could not be continued)"
+        )
+
+
+def rewind(run: Path, step: int) -> None:
+    """Forget what was logged and measured after ``step``."""
+    rewind_metrics(run, step)
+    rewind_ranks(run, step)

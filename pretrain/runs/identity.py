@@ -1,0 +1,82 @@
+"""What makes two runs comparable: the same first weights and the same samples in the same order.
+
+Runs of one seed that agree in both differ by their recipe alone, and their results may be paired.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from data_pipeline.files import read_json, write_aside
+from data_pipeline.strict_json import to_json
+from models.roles import declared_parameters, fingerprint_of, info_of
+from pretrain.distributed.grid import Grid
+from pretrain.tasks.tasks import Samples, Task
+
+if TYPE_CHECKING:
+    from pretrain.training.start import Setup
+
+IDENTITY = "identity.json"
+
+
+def data_order(setup: Setup, data: Samples) -> str:
+    """Hash of the data, of what decides its order, and of the samples of the first update."""
+    config = setup.config
+    first = hashlib.sha256()
+    for number in range(min(config.train.global_batch, len(data))):
+        first.update(data[number][0].tobytes())
+    return _digest(
+        [
+            setup.task.identity,
+            data.shares,
+            config.model.context,
+            config.seed,
+            config.train.global_batch,
+            first.hexdigest(),
+        ]
+    )
+
+
+def initial_weights(module: nn.Module, grid: Grid) -> str:
+    """Hash of the names, shapes and first values of a model as its factory made it; collective.
+
+    The same on every process grid, since every tensor is drawn whole.
+    """
+    mine = {info_of(p).name: fingerprint_of(p) for p in declared_parameters(module)}
+    found: dict[str, str] = {}
+    for part in grid.gather(mine):
+        found |= part
+    return _digest(sorted(found.items()))
+
+
+def write_identity(run: Path, weights: str, order: str, task: Task, precision: str) -> None:
+    """Put the hashes into the run folder, with those of the data and its tokenizer, and the
+    precision that the run computes in."""
+    identity = {
+        "initial_weights": weights,
+        "data_order": order,
+        "data": task.identity,
+        "tokenizer": task.tokenizer,
+        "precision": precision,
+    }
+    write_aside(run / IDENTITY, to_json(identity, indent=1).encode())
+
+
+def read_identity(
+    run: Path, keys: tuple[str, ...] = ("initial_weights", "data_order")
+) -> dict[str, str] | None:
+    """Hashes of a run, or None where one is missing or unreadable."""
+    try:
+        found = read_json(run / IDENTITY)
+        return {key: str(found[key]) for key in keys}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

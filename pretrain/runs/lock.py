@@ -1,0 +1,162 @@
+"""One process (group) at a time trains in a run folder; the system frees the lock of a dead one."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from data_pipeline.files import refuse_run, write_aside
+from pretrain.errors import RunError
+from pretrain.runs.metrics import warn
+
+LOCK = ".lock"
+_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
+"""What a file system answers that has locks: somebody else has this one."""
+
+
+class BusyError(RunError):
+    """Another process trains in this folder."""
+
+
+class RunLock:
+    """An advisory lock on a run folder, held by the main process of a job."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock; where the file system has none, say so and go on without.
+
+        Raises:
+            BusyError: if another process has it.
+        """
+        self._run.mkdir(parents=True, exist_ok=True)
+        file = _open(self._run)
+        try:
+            # `is_busy` holds a lock for a moment, in any number of other processes.
+            free = any(_try(file, fcntl.LOCK_EX, pause) for pause in (0.0, 0.05, 0.1, 0.2, 0.4))
+        except OSError as error:
+            _warn_no_locks(self._run, error)
+            free = True
+        if not free:
+            holder = file.read(200).strip() or "unknown"
+            file.close()
+            raise BusyError(
+                f"{self._run}: another process is training here ({holder}); wait for it or stop it"
+            ) from None
+        _sign(file)
+        self._file = file
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+@contextmanager
+def shared(folder: Path, files: dict[Path, bytes], what: str) -> Iterator[None]:
+    """Hold a folder together with processes that mean the same.
+
+    Args:
+        files: what lies in the folder meanwhile; the first process writes it.
+        what: is under way there, for messages.
+
+    Raises:
+        BusyError: if a process holds the folder that means something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _open(folder) as file:
+        refuse_run(folder)
+        try:
+            _try(file, fcntl.LOCK_SH)
+        except OSError as error:
+            _warn_no_locks(folder, error)
+            _write_all(files)
+        else:
+            _join(folder, file, files, what)
+        yield
+
+
+def _join(folder: Path, file: IO[str], files: dict[Path, bytes], what: str) -> None:
+    joined = False
+    for pause in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
+        if _try(file, fcntl.LOCK_EX, pause):  # nobody else is here
+            refuse_run(folder)
+            _sign(file)
+            _write_all(files)
+        joined = _try(file, fcntl.LOCK_SH)
+        if joined:
+            break
+    if not joined:
+        raise BusyError(f"{folder}: another process writes here; wait for it or stop it")
+    for path, data in files.items():
+        if not path.is_file() or path.read_bytes() != data:
+            raise BusyError(
+                f"{folder}: another {what} is under way here, with another {path.name}; wait for "
+                "it, or choose another --out"
+            )
+
+
+def _write_all(files: dict[Path, bytes]) -> None:
+    for path, data in files.items():
+        write_aside(path, data)
+
+
+def _open(folder: Path) -> IO[str]:
+    """The file that is locked."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(folder / LOCK, flags, 0o666), "r+", encoding="utf-8")
+
+
+def _sign(file: IO[str]) -> None:
+    """Say who holds the lock."""
+    file.seek(0)
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def _warn_no_locks(folder: Path, error: OSError) -> None:
+    warn(
+        f"{folder}: its file system has no locks ({error.strerror}); another job in this folder "
+        "would not be noticed"
+    )
+
+
+def is_busy(run: Path) -> bool:
+    """Whether a process trains in the folder now; where there are no locks, nobody is known to."""
+    try:
+        with (run / LOCK).open(encoding="utf-8") as file:
+            return not _try(file, fcntl.LOCK_SH)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, *_NO_LOCKS):
+            return False
+        raise
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+
+
+def _try(file: IO[str], kind: int, pause: float = 0.0) -> bool:
+    """Take a lock if it is free after a pause; it goes when the file is closed.
+
+    Raises:
+        OSError: if the file system does not lock.
+    """
+    time.sleep(pause)
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        raise
+    return True

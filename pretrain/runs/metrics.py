@@ -1,0 +1,291 @@
+"""Metrics: JSON lines always; W&B and TensorBoard when asked for; never in the way of training."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_pipeline.files import open_regular, write_aside
+from data_pipeline.strict_json import not_finite, to_json
+from pretrain.config.recipe import Config
+from pretrain.console import console, on_one_line
+from pretrain.errors import RunError
+from pretrain.runs.records import LINES, Line, check_record
+
+METRICS = "metrics.jsonl"
+_LARGEST, _LONGEST = 1 << 31, 1 << 20
+"""Bytes of the file, and of a line."""
+_ALWAYS_FINITE = ("train", "evaluation")
+"""Kinds of lines in which NaN is a fault; in others it says that a figure does not apply."""
+
+
+def read_metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl`` of one kind: train, evaluation, ranks or event."""
+    path = run / METRICS
+    if not path.exists():
+        return []
+    return [_with_nan(row) for row in _rows(path) if row.get("kind") == kind]
+
+
+def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """A number that was not finite is null in the file and NaN to whoever reads it."""
+    return {key: math.nan if value is None else value for key, value in row.items()}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Every line but those that a kill cut short.
+
+    Raises:
+        RunError: if the file is none of metrics.
+    """
+    rows = []
+    try:
+        with open_regular(path, _LARGEST) as file:
+            for number, line in enumerate(_lines(file), 1):
+                row = _row(line)
+                if row is None:
+                    continue
+                try:
+                    check_record(row, Line)
+                    check_record(row, LINES.get(row["kind"], Line))
+                except ValueError as error:
+                    raise RunError(
+                        f"{path}:{number}: damaged ({error}); take the line out"
+                    ) from None
+                rows.append(row)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+    return rows
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines of a file; of one that is longer than any of ours, only its end."""
+    while line := file.readline(_LONGEST):
+        if len(line) < _LONGEST:
+            yield line
+
+
+def _row(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def rewind_metrics(run: Path, step: int) -> None:
+    """Drop what was logged after ``step``: the resumed run will log it again."""
+    path = run / METRICS
+    if not path.exists():
+        return
+    kept = [row for row in _rows(path) if row["step"] <= step]
+    write_aside(path, "".join(to_json(row) + "\n" for row in kept).encode("utf-8"))
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line to a file, whole or not at all: a disk that fills up takes a part."""
+    data = line.encode("utf-8")
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if os.write(descriptor, data) < len(data):
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
+
+
+class Tracker:
+    """Writes metrics on the main rank; silent on the others."""
+
+    def __init__(self, run: Path, config: Config, active: bool, first: int = 0) -> None:
+        """
+        Args:
+            active: whether this process writes.
+            first: the step that training goes on from; TensorBoard hides what is after it.
+        """
+        self.active = active
+        self._wandb: Any = None
+        self._board: Any = None
+        if not active:
+            return
+        self._run = run
+        self._waiting: list[str] = []
+        self._refused = False
+        if config.logging.wandb:
+            self._wandb = _start_wandb(run, config)
+        if config.logging.tensorboard:
+            self._board = _start_tensorboard(run, first)
+
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line: ``kind``, ``step`` and ``values``.
+
+        A number that is not finite is null; where it should be, an event says so.
+        """
+        if not self.active:
+            return
+        self._write(to_json({"kind": kind, "step": step, **values}) + "\n")
+        missing = not_finite(values) if kind in _ALWAYS_FINITE else []
+        if missing:
+            message = f"{kind}: {', '.join(missing)} not finite, null in {METRICS}"
+            self._write(to_json({"kind": "event", "step": step, "message": message}) + "\n")
+        numbers = {f"{kind}/{k}": v for k, v in _flatten(values).items()}
+        if self._wandb is not None:
+            try:
+                self._wandb.log(numbers, step=step)
+            except Exception as error:  # a dead service must not stop a run
+                warn(f"W&B stopped ({error}); metrics go on in {METRICS}")
+                self._wandb = None
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+
+    def _write(self, line: str) -> None:
+        """A line in the file; what a full or vanished disk refuses waits for the next one."""
+        self._waiting.append(line)
+        try:
+            while self._waiting:
+                _append(self._run / METRICS, self._waiting[0])
+                self._waiting.pop(0)
+        except OSError as error:
+            if not self._refused:
+                warn(f"{self._run / METRICS}: {error.strerror}; lines wait in memory")
+            self._refused = True
+        else:
+            self._refused = False
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after ``step``, as the run goes back there."""
+        if self.active:
+            rewind_metrics(self._run, step)
+        if self._board is not None:
+            self._board.close()
+            self._board = _start_tensorboard(self._run, step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self._wandb is not None:
+            try:
+                self._wandb.finish()  # its settings are silent
+            except Exception as error:
+                warn(f"W&B did not finish ({error})")
+        if self._board is not None:
+            self._board.close()
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            flat[prefix + key] = value
+    return flat
+
+
+def _start_wandb(run: Path, config: Config) -> Any:
+    """A W&B run, offline unless an account is configured; None if it cannot start."""
+    try:
+        import wandb
+
+        identity = run / "wandb-id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4))
+        known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+        return wandb.init(
+            project=config.logging.wandb,
+            name=run.name,
+            group=config.logging.wandb_group or None,
+            id=identity.read_text(),
+            dir=str(run),
+            resume="allow",
+            mode=mode,
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, init_timeout=30),
+        )
+    except Exception as error:  # missing package, dead network, bad key
+        warn(f"W&B is not available ({error}); metrics go to {METRICS} alone")
+        return None
+
+
+def _start_tensorboard(run: Path, step: int) -> Any:
+    """A writer for what comes after ``step``: what was written of later steps is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # A start from the beginning hides whatever an earlier one left.
+        return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else 0)
+    except ImportError:
+        warn("TensorBoard is not installed: pip install 'rankdecay[tensorboard]'")
+        return None
+
+
+def show_table(table: Any, width: int) -> None:
+    """Print a rich table on standard output: as wide as the terminal, or ``width`` elsewhere."""
+    console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+def warn(text: str) -> None:
+    """A line on standard error that does not stop anything."""
+    print(f"warning: {on_one_line(text)}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A bar on a terminal, a plain line every few seconds elsewhere; silent if not active."""
+
+    def __init__(self, total: int, what: str, active: bool, start: int = 0) -> None:
+        self._total, self._active, self._what = total, active, on_one_line(what)
+        self._start, self._began, self._shown = start, time.monotonic(), 0.0
+        self._bar: Any = None
+        if active and sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                TimeRemainingColumn(),
+                console=console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._what, total=total, completed=start, note="")
+
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        """Show that ``done`` of the total is done."""
+        if total is not None and total != self._total:
+            self._total = total
+            if self._bar is not None:
+                self._bar.update(self._task, total=total)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if not self._active or (done < self._total and now - self._shown < 5.0):
+            return
+        self._shown = now
+        speed = (done - self._start) / max(1e-9, now - self._began)
+        left = (self._total - done) / speed if speed > 0 else 0.0
+        text = f"{self._what} {done}/{self._total} {note} {clock(left)} left"
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,56 @@
+"""What the folders of a sweep hold must be runs of its file: of these recipes and trunks."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from pretrain.config.recipe import Config
+from pretrain.decay.lengths import check_lengths
+from pretrain.engine.deepspeed_adapter import resolve_precision
+from pretrain.errors import RunError, UsageError
+from pretrain.runs.folder import CONFIG, forked_from, recipe_of, resolve_checkpoint
+from pretrain.sweep.config import Sweep, Task
+from pretrain.training.start import begin, prepare
+
+
+def check_runs(sweep: Sweep, device: torch.device | None) -> None:
+    """Refuse a sweep whose folders hold runs of another recipe, before anything is written.
+
+    Args:
+        device: on which the runs train, which says what precision auto means; None: not known.
+
+    Raises:
+        UsageError: naming the run, the key and both values.
+    """
+    for task in sweep.tasks:
+        check_lengths(task.config)
+        if (task.run / CONFIG).is_file():
+            with contextlib.suppress(RunError):  # damaged: its own start says so, and what to do
+                _check(task, device)
+
+
+def _check(task: Task, device: torch.device | None) -> None:
+    config = task.config
+    word = config.precision
+    if word == "auto":
+        config = config.model_copy(update={"precision": _meaning(task, config, device)})
+    fork = None
+    if task.trunk is not None:
+        before = forked_from(task.run)
+        if before and before["step"] != task.trunk.last:
+            raise UsageError(
+                f"{task.run}: holds a run that was forked at step {before['step']}, the sweep says "
+                f"fork.step: {task.trunk.last}; choose another --out"
+            )
+        with contextlib.suppress(UsageError):  # not trained so far: it is begun with anew
+            fork = resolve_checkpoint(f"{task.trunk.run}@{task.trunk.last}")
+    begin(prepare(config, config.grid.tensor_parallel), task.run, fork, task.until, word)
+
+
+def _meaning(task: Task, config: Config, device: torch.device | None) -> str:
+    """What precision auto means where the runs train."""
+    if device is None:
+        return recipe_of(task.run).precision
+    return resolve_precision(config.precision, device, config.grid.zero_stage)

@@ -1,0 +1,301 @@
+"""SWEEP.yaml: a recipe, a grid of dotted keys, seeds and a baseline -> a list of runs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from pretrain.config.decay import Section
+from pretrain.config.explain import explain
+from pretrain.config.recipe import Config, load_config, number, read_mapping, with_values
+from pretrain.errors import UsageError
+from pretrain.sweep.exposure import exposure_per_decay
+
+Values = dict[str, Any]
+"""Dotted keys of a recipe and their values."""
+
+
+MOST_RUNS = 10_000
+"""Of a sweep; more are a slip of the pen."""
+
+
+class Range(Section):
+    """Evenly spaced values, both ends included."""
+
+    start: float = Field(alias="from")
+    stop: float = Field(alias="to")
+    count: int = Field(ge=2, le=MOST_RUNS)
+    scale: Literal["linear", "log"] = "linear"
+
+    def values(self) -> list[float]:
+        """The numbers, rounded to six digits."""
+        low, high = self.start, self.stop
+        if self.scale == "log":
+            if low <= 0 or high <= 0:
+                raise ValueError("a log range needs positive ends")
+            low, high = math.log(low), math.log(high)
+        found = [low + (high - low) * i / (self.count - 1) for i in range(self.count)]
+        return [_round(math.exp(x) if self.scale == "log" else x) for x in found]
+
+
+class ForkConfig(Section):
+    """One trunk for each seed, from which every arm goes on with its own values."""
+
+    step: int = Field(ge=1, description="the trunk trains so far")
+    set: Values = Field({}, description="values of the trunk, over the recipe's")
+
+
+class SweepConfig(Section):
+    """What a sweep file may say."""
+
+    recipe: str = Field(description="YAML recipe, relative to the sweep file")
+    set: Values = Field({}, description="values that all runs share")
+    grid: dict[str, list[Any] | Range] = Field({}, description="keys whose values are crossed")
+    exposure: dict[str, list[float] | Range] = Field(
+        {}, description="λ keys given as Σηλ over the run, crossed with the grid"
+    )
+    points: list[Values] = Field([], description="further points, beside the grid")
+    seeds: list[int] | int = Field(1, description="list, or how many from the recipe's on")
+    baseline: Values | None = Field(None, description="the point that others are compared with")
+    fork: ForkConfig | None = None
+    processes: int = Field(1, ge=1, description="processes of each run")
+    retries: int = Field(1, ge=0, description="times that a failed run is tried again")
+    wandb: str = Field("", description="W&B project; the sweep is one group of it")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the grid."""
+
+    name: str
+    given: Values
+    """As the sweep file has it (λ or exposure)."""
+    values: Values
+    """As the recipe takes it (λ)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of the sweep, or a trunk."""
+
+    name: str
+    run: Path
+    config: Config
+    point: Point | None
+    """None: a trunk."""
+    until: int | None = None
+    trunk: Task | None = None
+
+    @property
+    def last(self) -> int:
+        """The step that it ends with."""
+        return self.until or self.config.train.steps
+
+    @property
+    def steps(self) -> int:
+        """Steps that it trains itself, after its trunk's."""
+        return self.last - (self.trunk.last if self.trunk else 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it trains on itself."""
+        return self.steps * self.config.train.global_batch * self.config.model.context
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file, expanded."""
+
+    name: str
+    config: SweepConfig
+    points: list[Point]
+    baseline: Point | None
+    tasks: list[Task]
+
+    @property
+    def keys(self) -> list[str]:
+        """Every key that varies."""
+        return list(dict.fromkeys(key for point in self.points for key in point.given))
+
+
+def load_sweep(path: Path, out: Path | None = None) -> Sweep:
+    """Read and expand a sweep file; nothing is written.
+
+    Args:
+        out: folder of the runs; default ``runs/NAME``.
+
+    Raises:
+        UsageError: one line that names the file, the key and the mend.
+    """
+    config = _read(path)
+    base = load_config(_recipe(path, config))
+    base = with_values(base, config.set, f"{path}: set")
+    points = _points(path, config, base)
+    baseline = _baseline(path, config, points)
+    folder = out or Path("runs") / path.stem
+    seeds = config.seeds
+    count = seeds if isinstance(seeds, int) else len(seeds)
+    if count * len(points) > MOST_RUNS:
+        raise UsageError(
+            f"{path}: seeds: {count:,} of {len(points):,} points are more than {MOST_RUNS:,} runs"
+        )
+    if isinstance(seeds, int):
+        seeds = [base.seed + index for index in range(seeds)]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"{path}: seeds: empty, or one twice; give different numbers")
+    tasks: list[Task] = []
+    for seed in seeds:
+        trunk = _trunk(path, config, base, seed, folder)
+        tasks += [trunk] if trunk else []
+        for point in points:
+            name = f"{point.name},seed={seed}" if point.name else f"seed={seed}"
+            values = {**point.values, "seed": seed, **_logging(path, config)}
+            run = with_values(base, values, f"{path}: {point.name}")
+            tasks.append(Task(name, folder / name, run, point, trunk=trunk))
+    return Sweep(path.stem, config, points, baseline, tasks)
+
+
+def _read(path: Path) -> SweepConfig:
+    values = read_mapping(path, "sweep", "keys, `recipe:` and `grid:` at least")
+    try:
+        return SweepConfig.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {explain(error.errors()[0], SweepConfig)}") from None
+
+
+def _recipe(path: Path, config: SweepConfig) -> Path:
+    beside = path.parent / config.recipe
+    return beside if beside.exists() or not Path(config.recipe).exists() else Path(config.recipe)
+
+
+def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
+    axes: dict[str, list[Any]] = {}
+    for section in (config.grid, config.exposure):
+        for key, listed in section.items():
+            if key in axes:
+                raise UsageError(f"{path}: {key}: is in grid and in exposure; keep one")
+            try:
+                several = listed.values() if isinstance(listed, Range) else listed
+                axes[key] = [number(value) for value in several]
+            except ValueError as error:
+                raise UsageError(f"{path}: {key}: {error}") from None
+            if not axes[key]:
+                raise UsageError(f"{path}: {key}: no values")
+    if not axes and not config.points:
+        raise UsageError(f"{path}: grid: nothing varies; give keys and their values")
+    if math.prod(len(values) for values in axes.values()) > MOST_RUNS:
+        raise UsageError(f"{path}: grid: more than {MOST_RUNS:,} points; take fewer values")
+    givens = [dict(zip(axes, chosen)) for chosen in itertools.product(*axes.values())]
+    givens = (givens if axes else []) + [
+        {key: number(value) for key, value in point.items()} for point in config.points
+    ]
+    for given in givens:
+        if "seed" in given:
+            raise UsageError(f"{path}: seed: belongs to seeds:, not to the grid")
+    order = list(dict.fromkeys([*axes, *(key for given in givens for key in given)]))
+    givens = [{key: given[key] for key in order if key in given} for given in givens]
+    short = short_names(order)
+    sums: dict[str, float] = {}
+    points: dict[str, Point] = {}
+    for given in givens:
+        name = ",".join(f"{short[key]}={_text(value)}" for key, value in given.items())
+        values = dict(given)
+        for key in set(given).intersection(config.exposure):
+            other = {k: v for k, v in given.items() if k not in config.exposure}
+            which = json.dumps([key, other])
+            if which not in sums:
+                sums[which] = _per_decay(path, config, base, other, key)
+            values[key] = _round(float(given[key]) / sums[which])
+        with_values(base, values, f"{path}: grid")
+        if name in points and points[name].given != given:
+            raise UsageError(f"{path}: two points are both named {name}; tell them apart by more")
+        points[name] = Point(name, given, values)
+    return list(points.values())
+
+
+def _per_decay(path: Path, config: SweepConfig, base: Config, values: Values, key: str) -> float:
+    """Exposure of a run of these values for each unit of λ at ``key``."""
+    source = f"{path}: grid"
+    run = with_values(base, values, source)
+    return exposure_per_decay(run, key, config.fork.step if config.fork else 0, source)
+
+
+def _baseline(path: Path, config: SweepConfig, points: list[Point]) -> Point | None:
+    if config.baseline is None:
+        return None
+    for point in points:
+        if point.given == {key: number(value) for key, value in config.baseline.items()}:
+            return point
+    raise UsageError(
+        f"{path}: baseline: {config.baseline} is no point of the sweep; they are "
+        f"{'; '.join(point.name for point in points[:6])}{' ...' * (len(points) > 6)}"
+    )
+
+
+def _trunk(path: Path, config: SweepConfig, base: Config, seed: int, folder: Path) -> Task | None:
+    if config.fork is None:
+        return None
+    run = with_values(base, {**config.fork.set, "seed": seed}, f"{path}: fork.set")
+    if config.fork.step >= run.train.steps:
+        raise UsageError(
+            f"{path}: fork.step: {config.fork.step} leaves no steps of {run.train.steps}"
+        )
+    name = f"trunk,seed={seed}"
+    return Task(name, folder / name, run, None, until=config.fork.step)
+
+
+def _logging(path: Path, config: SweepConfig) -> Values:
+    if not config.wandb:
+        return {}
+    return {"logging.wandb": config.wandb, "logging.wandb_group": path.stem}
+
+
+def short_names(keys: list[str]) -> dict[str, str]:
+    """The fewest last parts of each dotted key that tell the keys apart."""
+    unique = list(dict.fromkeys(keys))
+    names = {}
+    for key in unique:
+        parts = key.split(".")
+        for count in range(1, len(parts) + 1):
+            name = ".".join(parts[-count:])
+            if sum(other.endswith(f".{name}") or other == name for other in unique) == 1:
+                break
+        names[key] = name
+    return names
+
+
+_LARGEST = 10**300
+"""Whole numbers beyond it are none as floats."""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, int | float) and not (isinstance(value, int) and abs(value) > _LARGEST):
+        return f"{value:g}"
+    if isinstance(value, str):
+        return re.sub(r"[^\w.+-]", "_", value)
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    kinds = kinds_of(value)
+    return f"{kinds}-{digest[:4]}" if kinds else digest[:8]
+
+
+def kinds_of(value: Any) -> str:
+    """``alpha+schedule`` for a list of policies, ``none`` for an empty one; else nothing."""
+    if value == []:
+        return "none"
+    if isinstance(value, list) and all(isinstance(one, dict) and "kind" in one for one in value):
+        return "+".join(str(one["kind"]) for one in value)
+    return ""
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.6g}")

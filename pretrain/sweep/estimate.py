@@ -1,0 +1,125 @@
+"""`pretrain sweep --dry-run`: the runs, their tokens, and the time and cost from a short timing."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pretrain.config.recipe import dump_config
+from pretrain.errors import RunError
+from pretrain.runs.metrics import read_metrics, show_table
+from pretrain.sweep.config import Sweep, Task
+from pretrain.sweep.run import is_done
+
+_STEPS = 8
+"""Steps of the timing; the first two are not counted."""
+
+Starter = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
+"""Runs `pretrain WORDS...` as one run of the sweep would be run."""
+
+
+def plan(sweep: Sweep, slots: int, start: Starter | None, price: float) -> dict[str, Any]:
+    """The dry run as plain data.
+
+    Args:
+        slots: runs at once.
+        start: how to start the short timing; None: no timing.
+        price: of one process for an hour, in any currency.
+    """
+    open_tasks = [task for task in sweep.tasks if not is_done(task)]
+    found: dict[str, Any] = {
+        "runs": [_describe(task) for task in sweep.tasks],
+        "tokens": sum(task.tokens for task in open_tasks),
+        "open": len(open_tasks),
+    }
+    if start is None or not open_tasks:
+        return found
+    speed = _timing(open_tasks[-1], start)
+    seconds = [_seconds(task, speed) for task in open_tasks]
+    hours = sum(seconds) / 3600
+    return {
+        **found,
+        "timing": speed,
+        "seconds_a_run": statistics.mean(seconds),
+        "seconds": max(sum(seconds) / slots, *seconds),
+        "process_hours": hours * sweep.config.processes,
+        "cost": hours * sweep.config.processes * price,
+    }
+
+
+def _describe(task: Task) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "run": str(task.run),
+        "values": task.point.values if task.point else {},
+        "seed": task.config.seed,
+        "steps": task.steps,
+        "tokens": task.tokens,
+        "state": "done" if is_done(task) else "to run",
+    }
+
+
+def _timing(task: Task, start: Starter) -> dict[str, float]:
+    """Seconds of a step, a measurement, an evaluation and a start, from a few steps."""
+    with tempfile.TemporaryDirectory(prefix="timing-") as folder:
+        recipe, run = Path(folder) / "recipe.yaml", Path(folder) / "run"
+        steps = min(_STEPS, task.config.train.steps)
+        logging = task.config.logging.model_copy(update={"wandb": "", "every": 1})
+        recipe.write_text(dump_config(task.config.model_copy(update={"logging": logging})))
+        began = time.monotonic()
+        done = start(["train", str(recipe), "--out", str(run), "--until", str(steps)])
+        wall = time.monotonic() - began
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RunError(f"timing failed: {last.removeprefix('error: ')}")
+        tokens = task.config.train.global_batch * task.config.model.context
+        steps_taken = [tokens / row["tokens_per_second"] for row in read_metrics(run)]
+        parts = {
+            kind: statistics.mean(row["seconds"] for row in read_metrics(run, kind))
+            for kind in ("ranks", "evaluation")
+        }
+    step = statistics.median(steps_taken[2:] or steps_taken)
+    inside = step * steps + 2 * sum(parts.values())
+    return {
+        "step": step,
+        "measurement": parts["ranks"],
+        "evaluation": parts["evaluation"],
+        "start": max(0.0, wall - inside),
+    }
+
+
+def _seconds(task: Task, speed: dict[str, float]) -> float:
+    config, steps = task.config, task.steps
+    return (
+        speed["start"]
+        + steps * speed["step"]
+        + steps / config.interval("ranks") * speed["measurement"]
+        + steps / config.interval("evaluation") * speed["evaluation"]
+    )
+
+
+def print_plan(found: dict[str, Any], slots: int) -> None:
+    """The dry run as a table on standard output."""
+    from rich.table import Table
+
+    table = Table(title=f"{len(found['runs'])} runs, {found['open']} to do")
+    for column in ("run", "values", "steps", "tokens", "state"):
+        table.add_column(column, justify="right" if column in ("steps", "tokens") else "left")
+    for run in found["runs"]:
+        values = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in run["values"].items())
+        tokens = f"{run['tokens']:,}"
+        table.add_row(run["name"], values, f"{run['steps']:,}", tokens, run["state"])
+    show_table(table, 120)
+    print(f"{found['tokens']:,} tokens to train")
+    if "timing" in found:
+        minutes = found["seconds"] / 60
+        print(
+            f"timed: {found['timing']['step'] * 1000:.0f} ms a step, {found['seconds_a_run']:.0f} "
+            f"s a run (without its last evaluation); {slots} at once: about {minutes:.0f} min, "
+            f"{found['process_hours']:.2f} process-hours, cost {found['cost']:.2f}"
+        )

@@ -1,0 +1,71 @@
+"""λ that gives a run a wanted exposure Σηλ, whatever schedules move it on the way."""
+
+from __future__ import annotations
+
+import math
+
+from pretrain.config.recipe import Config, with_values
+from pretrain.decay.control import DecayControl, Site
+from pretrain.decay.plan import KEY, plan_decay
+from pretrain.engine.engine import whole_model
+from pretrain.errors import UsageError
+
+_PROBE = 2.0**-10
+"""A λ that is small enough for every coupling, and that divides without rounding."""
+_ANSWERS = 128
+"""Stands for a vocabulary that the data will say: λ does not depend on it."""
+
+
+def exposure_per_decay(config: Config, key: str, first: int, source: str) -> float:
+    """Exposure of a run for λ = 1 at a dotted key: Σ rate·(what schedules make of 1).
+
+    Args:
+        first: step from which the run trains itself, after its trunk.
+        source: begins messages.
+
+    Raises:
+        UsageError: if λ there depends on what is measured, or not all its roles get the same.
+    """
+    if config.optimizer.weight_decay.coupling != "lr":
+        raise UsageError(f"{source}: exposure: is Σηλ, for {KEY}.coupling lr alone")
+    control = _control(with_values(config, {key: _PROBE}, source))
+    other = _control(with_values(config, {key: 2 * _PROBE}, source))
+    # By role: schedules do not tell layers apart.
+    sites: dict[str, Site] = {
+        site[0].value: site for site, decay in control.base.items() if decay != other.base[site]
+    }
+    if not sites:
+        raise UsageError(f"{source}: exposure: no parameter takes its λ from {key}")
+    measured = [role for role, site in sites.items() if control.is_adaptive(site[0])]
+    if measured:
+        raise UsageError(
+            f"{source}: exposure: a policy moves λ of {', '.join(measured)} by what it measures, "
+            f"so that no {key} gives a set exposure; give λ in grid: instead"
+        )
+    totals = dict.fromkeys(sites, 0.0)
+    for step in range(first, config.train.steps):
+        control.begin(step, config.learning_rate(step))
+        for role, site in sites.items():
+            totals[role] += control.now(site).shrink
+    if not all(totals.values()):
+        none = [role for role, total in totals.items() if not total]
+        raise UsageError(
+            f"{source}: exposure: rate x λ of {', '.join(none)} is 0 throughout; look at "
+            "optimizer.learning_rate and the schedules of λ"
+        )
+    least, most = min(totals.values()), max(totals.values())
+    if not math.isclose(least, most, rel_tol=1e-9):
+        parts = ", ".join(f"{role} {total / _PROBE:.4g}" for role, total in totals.items())
+        raise UsageError(
+            f"{source}: exposure: schedules make {key}=1 different exposures ({parts}); give the "
+            "roles keys of their own"
+        )
+    return most / _PROBE
+
+
+def _control(config: Config) -> DecayControl:
+    model = config.model
+    if not model.vocabulary_size:
+        model = model.model_copy(update={"vocabulary_size": _ANSWERS})
+    plan = plan_decay(whole_model(model), config.optimizer.weight_decay)
+    return DecayControl(config.model_copy(update={"model": model}), plan)

@@ -1,0 +1,235 @@
+"""Run the points of a sweep: what is done is kept, what was cut short goes on, failures are said.
+
+All state is in the run folders and their locks. The loop asks each folder what it holds, starts
+what is missing through an executor, and looks again; killed at any moment, it can start again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.strict_json import to_json
+from pretrain.checkpoint.reader import newest_checkpoint
+from pretrain.config.recipe import dump_config
+from pretrain.distributed.jobs import Executor, Job
+from pretrain.distributed.signals import Stopped
+from pretrain.errors import TRY_AGAIN
+from pretrain.runs.finished import is_complete
+from pretrain.runs.folder import CHECKPOINTS
+from pretrain.runs.lock import is_busy, shared
+from pretrain.runs.metrics import METRICS
+from pretrain.sweep.config import Sweep, Task
+from pretrain.sweep.table import Table
+
+SWEEP = "sweep.json"
+_PAUSE = 0.5
+
+
+@dataclass
+class Status:
+    """What is known of a task."""
+
+    task: Task
+    state: str = "waiting"
+    """waiting, running, elsewhere, done or failed."""
+    tries: int = 0
+    step: int = 0
+    loss: float | None = None
+    note: str = ""
+    started: float | None = None
+    first_step: int = 0
+    checkpoint: str = ""
+    """The newest one when this start began."""
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to the end, from this start's own speed."""
+        done = self.step - self.first_step
+        if self.state != "running" or self.started is None or done < 1:
+            return None
+        return (time.monotonic() - self.started) / done * (self.task.last - self.step)
+
+
+def is_done(task: Task) -> bool:
+    """Whether the run folder holds a finished run."""
+    return is_complete(task.run, task.config, task.until)
+
+
+def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list[Status]:
+    """Run what is missing.
+
+    Returns:
+        The state of every task; those that failed have the last line of their log as note.
+
+    Raises:
+        Stopped: by a signal, after a clean stop.
+    """
+    with shared(out, _files(sweep, out), "sweep"):
+        return _run(sweep, out, executor, retries)
+
+
+def _files(sweep: Sweep, out: Path) -> dict[Path, bytes]:
+    """What the folder says of its runs before they begin."""
+    recipes = {_recipe(out, task): dump_config(task.config).encode() for task in sweep.tasks}
+    return {out / SWEEP: to_json(describe(sweep), indent=1).encode(), **recipes}
+
+
+def _run(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list[Status]:
+    statuses = [Status(task) for task in sweep.tasks]
+    table = Table(sweep.name)
+    try:
+        while not _settled(statuses):
+            _round(statuses, out, executor, sweep.config.processes, retries)
+            table.show(statuses)
+            time.sleep(_PAUSE)
+    except (KeyboardInterrupt, Stopped):
+        executor.stop()
+        raise
+    finally:
+        table.close(statuses)
+    return statuses
+
+
+def describe(sweep: Sweep) -> dict[str, Any]:
+    """What a reader of the folder needs: which key varies, and what is the baseline."""
+    return {
+        "name": sweep.name,
+        "keys": sweep.keys,
+        "exposure": sorted(sweep.config.exposure),
+        "baseline": sweep.baseline.name if sweep.baseline else None,
+        "runs": {
+            task.run.name: {"point": task.point.name, "given": task.point.given}
+            for task in sweep.tasks
+            if task.point
+        },
+    }
+
+
+def _settled(statuses: list[Status]) -> bool:
+    return all(status.state in ("done", "failed") for status in statuses)
+
+
+def _round(
+    statuses: list[Status], out: Path, executor: Executor, processes: int, retries: int
+) -> None:
+    """Look at what ended, at every folder, and start what can start."""
+    by_name = {status.task.name: status for status in statuses}
+    for name, code in executor.poll().items():
+        _ended(by_name[name], code, out, retries)
+    for status in statuses:
+        _look(status, by_name)
+    running = sum(status.state in ("running", "elsewhere") for status in statuses)
+    ready = [one for one in statuses if one.state == "waiting" and _can_start(one, by_name)]
+    chosen = ready[: max(0, executor.slots - running)]
+    for status in chosen:
+        status.state, status.tries = "running", status.tries + 1
+        status.step, _ = _progress(status.task.run)
+        status.first_step, status.started = status.step, time.monotonic()
+        status.checkpoint = _newest(status.task.run)
+    if chosen:
+        executor.submit([_job(status.task, out, processes) for status in chosen])
+
+
+def _ended(status: Status, code: int, out: Path, retries: int) -> None:
+    if is_done(status.task):
+        status.state = "done"
+    elif is_busy(status.task.run):  # another sweep was quicker
+        status.state, status.tries = "elsewhere", status.tries - 1
+    elif code == TRY_AGAIN and _newest(status.task.run) != status.checkpoint:
+        # Preempted, or its machine failed, but it got further: no failure of its own.
+        status.state, status.tries, status.note = "waiting", status.tries - 1, "goes on"
+    elif status.tries > retries:
+        status.state = "failed"
+        status.note = _last_line(_log(out, status.task)) or f"exit code {code}"
+    else:
+        status.state, status.note = "waiting", f"try {status.tries + 1}"
+
+
+def _newest(run: Path) -> str:
+    found = newest_checkpoint(run / CHECKPOINTS)
+    return found.name if found else ""
+
+
+def _look(status: Status, by_name: dict[str, Status]) -> None:
+    if status.state in ("done", "failed"):
+        return
+    if status.state != "running":
+        if is_busy(status.task.run):
+            status.state = "elsewhere"
+        elif is_done(status.task):
+            status.state = "done"
+        elif status.task.trunk and by_name[status.task.trunk.name].state == "failed":
+            status.state, status.note = "failed", f"{status.task.trunk.name} failed"
+        else:
+            status.state = "waiting"
+    if status.state in ("running", "elsewhere", "done"):
+        status.step, status.loss = _progress(status.task.run)
+
+
+def _can_start(status: Status, by_name: dict[str, Status]) -> bool:
+    trunk = status.task.trunk
+    return trunk is None or by_name[trunk.name].state == "done"
+
+
+def _job(task: Task, out: Path, processes: int) -> Job:
+    words = ["train", str(_recipe(out, task)), "--out", str(task.run)]
+    if task.until is not None:
+        words += ["--until", str(task.until)]
+    if task.trunk is not None:
+        words += ["--fork", f"{task.trunk.run}@{task.trunk.last}"]
+    return Job(task.name, words, processes, _log(out, task))
+
+
+def _recipe(out: Path, task: Task) -> Path:
+    return out / "recipes" / f"{task.name}.yaml"
+
+
+def _log(out: Path, task: Task) -> Path:
+    return out / "logs" / f"{task.name}.log"
+
+
+def _progress(run: Path) -> tuple[int, float | None]:
+    """The last step in the metrics, and its loss, from the file's end."""
+    try:
+        with (run / METRICS).open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 16_384))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0, None
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("kind") == "train":
+            return int(row["step"]), row["loss"]
+    return 0, None
+
+
+def _last_line(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    words = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in words if line.startswith("error: ")]
+    return (errors or words or [""])[-1]
+
+
+def summary(statuses: Iterable[Status]) -> dict[str, Any]:
+    """The end of a sweep as plain data."""
+    return {
+        status.task.name: {
+            "state": status.state,
+            "run": str(status.task.run),
+            "step": status.step,
+            **({"note": status.note} if status.note else {}),
+        }
+        for status in statuses
+    }

@@ -1,0 +1,111 @@
+"""Batches of a data-parallel rank: which samples, in which step, read ahead in a thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from pretrain.distributed.grid import Grid
+from pretrain.engine.engine import Batch
+from pretrain.tasks.tasks import Samples
+from pretrain.training.faults import block_of
+
+
+def sample_numbers(block: int, global_batch: int, grid: Grid, micro: int) -> list[list[int]]:
+    """Samples of this rank in a block, one list per micro batch.
+
+    Block s is samples s·B … (s+1)·B − 1 of the order that the seed fixes, whatever the grid; update
+    s takes block s, unless faults made the run jump over some (`block_of` in
+    `pretrain.training.faults`).
+    """
+    share = global_batch // grid.data
+    first = block * global_batch + grid.data_rank * share
+    return [list(range(at, at + micro)) for at in range(first, first + share, micro)]
+
+
+class Loader:
+    """Endless micro batches from ``first_step`` on."""
+
+    def __init__(
+        self,
+        data: Samples,
+        grid: Grid,
+        global_batch: int,
+        micro: int,
+        first_step: int,
+        prefetch: int,
+        workers: int = 0,
+        jumped: tuple[int, ...] = (),
+    ) -> None:
+        """
+        Args:
+            jumped: blocks of samples that are left out.
+            prefetch: micro batches that a thread reads ahead; 0: none.
+            workers: processes that read instead, for samples that are work to make.
+        """
+        self._data, self._grid, self._micro = data, grid, micro
+        self._global_batch, self._step = global_batch, first_step
+        self._prefetch, self._jumped = prefetch, jumped
+        self._pool = ThreadPoolExecutor(1) if prefetch and not workers else None
+        self._read_by_workers: Iterator[Batch] | None = None
+        if workers:
+            # A worker makes a sample from its number, so that their count changes nothing.
+            self._read_by_workers = iter(
+                DataLoader(
+                    data,  # type: ignore[arg-type]
+                    batch_sampler=self._order(),  # type: ignore[arg-type]
+                    num_workers=workers,
+                    collate_fn=_stack,
+                    multiprocessing_context="forkserver",
+                    pin_memory=grid.device.type == "cuda",
+                )
+            )
+        self._waiting: deque[Future[Batch]] = deque()
+        self._numbers = self._order()
+
+    def _order(self) -> Iterator[list[int]]:
+        step = self._step
+        while ((block := block_of(step, self._jumped)) + 1) * self._global_batch <= len(self._data):
+            yield from sample_numbers(block, self._global_batch, self._grid, self._micro)
+            step += 1
+
+    def _read(self, numbers: list[int]) -> Batch:
+        inputs, labels = _stack([self._data[number] for number in numbers])
+        if self._grid.device.type == "cuda":
+            inputs, labels = inputs.pin_memory(), labels.pin_memory()
+        return inputs, labels
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._read_by_workers is not None:
+            inputs, labels = next(self._read_by_workers)
+        elif self._pool is None:
+            inputs, labels = self._read(next(self._numbers))
+        else:
+            while len(self._waiting) <= self._prefetch:
+                numbers = next(self._numbers, None)
+                if numbers is None:
+                    break
+                self._waiting.append(self._pool.submit(self._read, numbers))
+            if not self._waiting:
+                raise StopIteration
+            inputs, labels = self._waiting.popleft().result()
+        device = self._grid.device
+        return inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _stack(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+    return inputs, labels

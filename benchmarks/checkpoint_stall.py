@@ -24,7 +24,7 @@ from pretrain.config.run import CheckpointConfig
 from pretrain.distributed.grid import build_grid, connect, disconnect
 from pretrain.engine.engine import Engine, build_engine
 from pretrain.training.loader import Loader
-from pretrain.training.start import prepare
+from pretrain.training.setup import prepare
 
 TURNS, USUAL = 5, 8
 

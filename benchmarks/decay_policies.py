@@ -30,7 +30,7 @@ from pretrain.distributed.grid import build_grid, connect, disconnect
 from pretrain.engine.engine import Engine, build_engine
 from pretrain.ranks.probe import measure
 from pretrain.training.loader import Loader
-from pretrain.training.start import prepare
+from pretrain.training.setup import prepare
 
 POLICIES: dict[str, dict[str, Any]] = {
     "constant": {},

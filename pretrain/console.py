@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import unicodedata
 from typing import Any
 
@@ -49,3 +50,66 @@ def write_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def show_table(table: Any, width: int) -> None:
+    """Print a rich table on standard output: as wide as the terminal, or ``width`` elsewhere."""
+    console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+def warn(text: str) -> None:
+    """A line on standard error that does not stop anything."""
+    print(f"warning: {on_one_line(text)}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A bar on a terminal, a plain line every few seconds elsewhere; silent if not active."""
+
+    def __init__(self, total: int, what: str, active: bool, start: int = 0) -> None:
+        self._total, self._active, self._what = total, active, on_one_line(what)
+        self._start, self._began, self._shown = start, time.monotonic(), 0.0
+        self._bar: Any = None
+        if active and sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                TimeRemainingColumn(),
+                console=console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._what, total=total, completed=start, note="")
+
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        """Show that ``done`` of the total is done."""
+        if total is not None and total != self._total:
+            self._total = total
+            if self._bar is not None:
+                self._bar.update(self._task, total=total)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if not self._active or (done < self._total and now - self._shown < 5.0):
+            return
+        self._shown = now
+        speed = (done - self._start) / max(1e-9, now - self._began)
+        left = (self._total - done) / speed if speed > 0 else 0.0
+        text = f"{self._what} {done}/{self._total} {note} {clock(left)} left"
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

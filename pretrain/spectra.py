@@ -11,14 +11,16 @@ Pure functions of tensors: no distributed code, no model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pretrain.threads import in_threads
-
+T = TypeVar("T")
 _RHO_LIMIT = 1e4
 """Above this the error of the Gram form, ~ε·ρ², may exceed 1e-8 σ₁."""
 _SLACK = 1e-6
@@ -92,7 +94,7 @@ def product_statistics(a: Tensor, b: Tensor, threshold: float = 0.95) -> Product
     batch = a.shape[:-2]
     flat = [factor.detach().reshape(-1, *factor.shape[-2:]) for factor in (a, b)]
     few = _AT_ONCE // max(1, a.shape[-2])
-    parts = in_threads(partial(_measured, threshold=threshold), flat, few)
+    parts = _in_threads(partial(_measured, threshold=threshold), flat, few)
     columns = {
         field.name: torch.cat([getattr(part, field.name) for part in parts])
         for field in fields(ProductStatistics)
@@ -256,3 +258,28 @@ def _pair_norms(factor: Tensor, rotary_dim: int) -> Tensor:
     columns = factor.detach().double().square().sum(-2)[..., :rotary_dim]
     half = rotary_dim // 2
     return (columns[..., :half] + columns[..., half:]).sqrt()
+
+
+def _in_threads(work: Callable[..., T], batches: list[Tensor], few: int) -> list[T]:
+    """Do ``work`` on ``few`` entries of the batches at a time, in order.
+
+    A thread a core, as LAPACK gains nothing from more.
+
+    Args:
+        batches: CPU tensors with the same first dimension; on a GPU, which has its own ways to
+            share work, everything is done at once.
+        few: at least 1 is taken, and no more than leaves work for every thread.
+    """
+    threads = torch.get_num_threads()
+    count = len(batches[0])
+    if batches[0].device.type != "cpu":
+        return [work(*batches)]
+    few = max(1, min(few, -(-count // threads)))
+    pieces = list(zip(*(batch.split(few) for batch in batches), strict=True))
+    if threads == 1 or len(pieces) < 2:
+        return [work(*piece) for piece in pieces]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(lambda piece: work(*piece), pieces))
+    finally:
+        torch.set_num_threads(threads)  # new threads would begin with what was set last

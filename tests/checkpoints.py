@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, sealed
-from pretrain.checkpoint.reader import RUN_ID, checkpoint_name
+from pretrain.checkpoint.reader import CHECKPOINTS, RUN_ID, checkpoint_name
 from pretrain.checkpoint.tensor_file import write_tensors
 from pretrain.config.recipe import Config, parse_config
 from pretrain.decay.plan import DecayPlan, plan_decay
 from pretrain.engine.engine import whole_model
-from pretrain.runs.folder import CHECKPOINTS
 from tests.tools import base_recipe
 
 

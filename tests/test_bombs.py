@@ -21,7 +21,7 @@ import pytest
 import torch
 import zstandard
 
-from pretrain.runs.folder import CHECKPOINTS
+from pretrain.checkpoint.reader import CHECKPOINTS
 from tests.bombs import KINDS, Bomb
 from tests.foreign import llama_tensors, write_model
 from tests.test_tokenizers import byte_level

@@ -20,13 +20,12 @@ import numpy as np
 import pytest
 
 from pretrain.config.recipe import parse_config, value_at
-from pretrain.console import console, plain
+from pretrain.console import console, plain, show_table, warn
 from pretrain.report import print_summary, write_report
 from pretrain.report.printed import draw
 from pretrain.report.rank_figures import over_training
 from pretrain.report.tables import tables_of
 from pretrain.report.text import latex, markdown
-from pretrain.runs.metrics import show_table, warn
 from pretrain.sweep.table import _rich_table
 from tests.fake_runs import recipe, write_run
 from tests.test_report import BROWSER, parses

@@ -23,7 +23,8 @@ from pretrain.distributed.grid import Grid, build_grid, connect, disconnect
 from pretrain.engine.engine import build_engine, whole_model
 from pretrain.engine.libraries import load_libraries
 from pretrain.training.loader import Loader
-from pretrain.training.start import prepare, train
+from pretrain.training.setup import prepare
+from pretrain.training.start import train
 from tests.counting import Counting
 from tests.moved import moved_constants
 

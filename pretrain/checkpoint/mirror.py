@@ -22,11 +22,18 @@ from data_pipeline.disk import count, open_regular
 from data_pipeline.files import write_aside, write_synced
 from data_pipeline.strict_json import to_json
 from pretrain.checkpoint.manifest import MANIFEST, DamagedError, read_manifest, sealed
-from pretrain.checkpoint.reader import RUN_ID, Checkpoint, is_checkpoint_name, run_id_of, step_of
+from pretrain.checkpoint.reader import (
+    CHECKPOINTS,
+    RUN_ID,
+    Checkpoint,
+    is_checkpoint_name,
+    new_run_id,
+    run_id_of,
+    step_of,
+)
 from pretrain.checkpoint.retention import loss_in, superseded
 from pretrain.config.run import CheckpointConfig, without_secrets
 from pretrain.errors import RunError, UsageError
-from pretrain.runs.folder import CHECKPOINTS, new_run_id
 
 ABOUT = "run.json"
 """File of a run's folder at the mirror: its id, and the run folder that it is a copy of."""

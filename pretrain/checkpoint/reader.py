@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ from pretrain.engine.masters import local_shape, prepare_moments, write_back
 from pretrain.engine.optimizers import rule_of
 from pretrain.errors import RunError, UsageError
 
+CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 """File in ``RUN/checkpoints`` with the name of the newest whole one, for people and scripts."""
 RUN_ID = "run-id"
@@ -110,6 +112,11 @@ def run_id_of(run: Path) -> str:
         if error.errno in NO_SUCH:
             return ""
         raise unreadable(run / RUN_ID, error) from None
+
+
+def new_run_id() -> str:
+    """An id for a run folder that has none."""
+    return secrets.token_hex(4)
 
 
 def stranger(path: Path, run: str) -> str:

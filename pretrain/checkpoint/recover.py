@@ -17,9 +17,9 @@ from pretrain.checkpoint.reader import (
     run_id_of,
     stranger,
 )
+from pretrain.console import warn
 from pretrain.distributed.grid import Grid
 from pretrain.errors import RunError
-from pretrain.runs.metrics import warn
 
 Misfit = Callable[[Checkpoint], str]
 """Why a checkpoint is not one of this recipe; empty if it is."""

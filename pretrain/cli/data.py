@@ -170,9 +170,9 @@ def adopt(
     Writes a manifest that points to them, with the tokenizer and the sizes of the held-out texts.
     """
     from data_pipeline.adopt import adopt as adopt_pairs
+    from pretrain.console import Progress
     from pretrain.errors import UsageError
     from pretrain.runs.aside import whole_folder
-    from pretrain.runs.metrics import Progress
 
     try:
         train, val, test = (float(part) for part in split.split(","))
@@ -199,7 +199,7 @@ def check(
     Training does the same with what it reads, when it first reads it.
     """
     from data_pipeline.checksums import check_folder
-    from pretrain.runs.metrics import Progress
+    from pretrain.console import Progress
 
     progress = Progress(1, "check", True)
     damaged, without = check_folder(folder, lambda done, total: progress.update(done, total=total))

@@ -31,7 +31,7 @@ def print_evaluation(figures: dict[str, Any]) -> None:
         return
     from rich.table import Table
 
-    from pretrain.runs.metrics import show_table
+    from pretrain.console import show_table
 
     table = Table(title=f"{figures['split']} split, step {figures['step']}")
     for column in ("subset", "documents", "tokens", "bytes", "loss", "perplexity", "bits/byte"):

@@ -321,7 +321,7 @@ def _write_speed(probe: Path) -> float:
 
 def _needed(config: Config) -> int:
     """Bytes of the checkpoints that retention keeps, and of the one being written."""
-    from pretrain.training.start import prepare
+    from pretrain.training.setup import prepare
 
     infos = prepare(config, config.grid.tensor_parallel).infos
     one = _BYTES_PER_PARAMETER * sum(info.numel for info in infos)

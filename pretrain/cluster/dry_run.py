@@ -11,17 +11,16 @@ from pretrain.cluster.plan_grids import layout_of
 from pretrain.cluster.plan_memory import memory_of, process_bytes
 from pretrain.cluster.plan_shapes import sizes_of
 from pretrain.config.recipe import Config
-from pretrain.console import plain
+from pretrain.console import plain, show_table
 from pretrain.decay.control import DecayControl, site_of
 from pretrain.decay.lengths import remarks
 from pretrain.decay.plan import DecayGroup
 from pretrain.distributed.grid import process_count
 from pretrain.engine.deepspeed_adapter import resolve_precision
 from pretrain.errors import UsageError
-from pretrain.runs.metrics import show_table
 from pretrain.tasks.epochs import Uses, in_words
 from pretrain.tasks.epochs import describe as describe_data
-from pretrain.training.start import Setup, prepare
+from pretrain.training.setup import Setup, prepare
 
 
 def dry_run(config: Config, as_json: bool) -> None:

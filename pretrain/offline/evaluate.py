@@ -14,6 +14,7 @@ from data_pipeline.manifest import load_manifest
 from data_pipeline.strict_json import to_json
 from pretrain.checkpoint.reader import Checkpoint, load_into_module
 from pretrain.config.recipe import Config, apply_overrides, differences
+from pretrain.console import Progress
 from pretrain.distributed.grid import Grid, build_grid, check_grid, connect, process_count
 from pretrain.engine.deepspeed_adapter import prepare_deepspeed, resolve_precision
 from pretrain.engine.engine import build_model
@@ -22,7 +23,6 @@ from pretrain.engine.speed import keep_freed_memory
 from pretrain.errors import RunError, UsageError
 from pretrain.offline.truncate import CutCheckpoint, RankChoice
 from pretrain.runs.folder import EVALUATION, read_starts, resolve_checkpoint, write_text
-from pretrain.runs.metrics import Progress
 from pretrain.tasks.score import score, summarize
 from pretrain.tasks.tasks import Task, Text, open_task
 

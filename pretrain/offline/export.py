@@ -12,12 +12,12 @@ from models.export import class_of, config_json, has_free_heads, shards
 from models.generation import GENERATION_CONFIG, ends_with
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.tensor_file import write_tensors
+from pretrain.console import Progress
 from pretrain.errors import UsageError
 from pretrain.offline.model_card import name_of, write_card, write_tokenizer
 from pretrain.offline.truncate import CutCheckpoint, RankChoice
 from pretrain.runs.aside import whole_folder
 from pretrain.runs.folder import resolve_checkpoint, was_imported, write_text
-from pretrain.runs.metrics import Progress
 from pretrain.training.state import GENERATION
 
 

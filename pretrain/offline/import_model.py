@@ -17,17 +17,17 @@ from models.huggingface import is_pretrained
 from models.importing import ForeignModel
 from models.roles import ParameterInfo, Role
 from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, sealed
-from pretrain.checkpoint.reader import checkpoint_name
+from pretrain.checkpoint.reader import CHECKPOINTS, checkpoint_name
 from pretrain.checkpoint.tensor_file import write_tensors
 from pretrain.config.recipe import Config, apply_value_overrides, parse_config, read_mapping
+from pretrain.console import Progress, warn
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import DecayPlan
 from pretrain.errors import UsageError
 from pretrain.runs.aside import whole_folder
-from pretrain.runs.folder import CHECKPOINTS, CONFIG, create_run
-from pretrain.runs.metrics import Progress, warn
+from pretrain.runs.folder import CONFIG, create_run
 from pretrain.tasks.tasks import Text
-from pretrain.training.start import Setup, prepare
+from pretrain.training.setup import Setup, prepare
 from pretrain.training.state import GENERATION
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")

@@ -22,16 +22,16 @@ from models.families import EXAMPLE, Family, family_of
 from models.hub import fetch, is_hub_name, revisions
 from models.huggingface import is_pretrained, open_pretrained
 from pretrain.checkpoint.manifest import MANIFEST
-from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints
 from pretrain.config.recipe import read_mapping
 from pretrain.config.run import RanksConfig
+from pretrain.console import Progress, show_table, warn
 from pretrain.decay.control import Book, Books
 from pretrain.errors import UsageError
 from pretrain.offline.scatter import Scatter
 from pretrain.ranks.probe import Row, layer_rows
 from pretrain.ranks.probe import lawful as lawful_rows
-from pretrain.runs.folder import CHECKPOINTS, CONFIG, resolve_checkpoint
-from pretrain.runs.metrics import Progress, show_table, warn
+from pretrain.runs.folder import CONFIG, resolve_checkpoint
 
 _CHUNK = 1 << 22
 """Elements of a matrix that are brought to float64 at once."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from models.factors import Factors
-from pretrain.paper.checks import write_csv, write_figure
 from pretrain.ranks.probe import Row
+from pretrain.runs.outputs import write_csv, write_figure
 
 _DECADE = 20
 """Points that span more than this are drawn on logarithmic axes."""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.files import write_aside
 from data_pipeline.strict_json import to_json
@@ -60,20 +56,3 @@ def conclude(figure: str, checks: list[Check], out: Path, extra: str = "") -> No
     failed = [check.claim for check in checks if check.decides and not check.holds]
     if failed:
         raise RunError(f"{figure}: {len(failed)} prediction(s) failed: {'; '.join(failed)}")
-
-
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows of equal keys as CSV."""
-    rows = list(rows)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_aside(path, text.getvalue().encode("utf-8"))
-
-
-def write_figure(path: Path, figure: Any) -> None:
-    """A figure of matplotlib as an image, in the format of the path's ending."""
-    image = io.BytesIO()
-    figure.savefig(image, format=path.suffix[1:], dpi=130)
-    write_aside(path, image.getvalue())

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.paper.checks import Check, conclude, write_csv, write_figure
+from pretrain.paper.checks import Check, conclude
+from pretrain.runs.outputs import write_csv, write_figure
 from pretrain.spectra import product_statistics
 
 LEVELS = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2], dtype=torch.float64)

@@ -10,7 +10,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
-from pretrain.paper.checks import Check, conclude, write_csv, write_figure
+from pretrain.paper.checks import Check, conclude
 from pretrain.paper.runs import (
     PRODUCTS,
     arrow,
@@ -24,6 +24,7 @@ from pretrain.paper.runs import (
     values,
 )
 from pretrain.report.load import RunData
+from pretrain.runs.outputs import write_csv, write_figure
 
 _PAPER = 0.15
 """λ up to which recall must be learned: the paper's usual decay is 0.1."""

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pretrain.paper.checks import Check, conclude, write_csv, write_figure
+from pretrain.paper.checks import Check, conclude
 from pretrain.paper.runs import (
     MLP,
     PRODUCTS,
@@ -23,6 +23,7 @@ from pretrain.paper.runs import (
     values,
 )
 from pretrain.report.load import RunData
+from pretrain.runs.outputs import write_csv, write_figure
 
 _SHOWN = {"fig3": (5,), "fig7": (7, 9)}
 _PAPER_LAYERS = 12

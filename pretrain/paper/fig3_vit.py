@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.paper.checks import Check, conclude, write_csv, write_figure
+from pretrain.paper.checks import Check, conclude
 from pretrain.paper.fig2 import accuracy
 from pretrain.paper.runs import PRODUCTS, arrow, by_decay, largest_rise, load_runs, mean, values
 from pretrain.report.load import RunData
+from pretrain.runs.outputs import write_csv, write_figure
 
 _NEEDED = 0.95
 """Accuracy on held-out digits that some λ must reach; on other images nothing is promised."""

@@ -13,10 +13,11 @@ from typing import Any
 
 from pretrain.offline.evaluate import evaluate_checkpoint
 from pretrain.offline.truncate import RankChoice
-from pretrain.paper.checks import Check, conclude, write_csv, write_figure
+from pretrain.paper.checks import Check, conclude
 from pretrain.paper.fig2 import accuracy
 from pretrain.paper.runs import MLP, colours, given_decay, load_runs, mean, values
 from pretrain.report.load import RunData
+from pretrain.runs.outputs import write_csv, write_figure
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0625)
 _DOCUMENTS = 40

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_pipeline.files import held, refuse_run, write_aside
+from pretrain.console import show_table, warn
 from pretrain.errors import UsageError
 from pretrain.report.cells import DataTable
 from pretrain.report.compare import uncounted, unpaired
@@ -13,7 +14,6 @@ from pretrain.report.figures import figures_of
 from pretrain.report.load import Study, load_study
 from pretrain.report.spec import Figure, to_csv
 from pretrain.report.tables import summary, tables_of
-from pretrain.runs.metrics import show_table, warn
 
 FORMATS = ("html", "md", "latex", "csv", "png", "pdf")
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from models.roles import ALIASES, ATTENTION, QK, VO, Role
 from pretrain.checkpoint.manifest import MANIFEST
-from pretrain.checkpoint.reader import list_checkpoints
+from pretrain.checkpoint.reader import CHECKPOINTS, list_checkpoints
 from pretrain.config.recipe import Config
 from pretrain.decay.control import coupled_rate
 from pretrain.errors import RunError, UsageError
 from pretrain.ranks.probe import Row, lawful
-from pretrain.runs.folder import CHECKPOINTS, CONFIG, EVALUATION, read_ranks, read_starts, recipe_of
+from pretrain.runs.folder import CONFIG, EVALUATION, read_ranks, read_starts, recipe_of
 from pretrain.runs.identity import read_identity
 from pretrain.runs.metrics import METRICS, read_metrics
 from pretrain.runs.records import Evaluation, Sealed, Whole, check_record, read_record

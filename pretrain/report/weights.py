@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints
 from pretrain.report.load import RunData
-from pretrain.runs.folder import CHECKPOINTS
 
 Norms = dict[str, tuple[list[float], list[float], list[str]]]
 """By product: squared norms of A's and of B's columns, and what each is."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import read_small
-from pretrain.checkpoint.reader import Checkpoint, list_checkpoints, step_of
+from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints, step_of
 from pretrain.config.recipe import Config, differences
 from pretrain.decay.plan import DecayPlan
 from pretrain.errors import RunError, UsageError
-from pretrain.runs.folder import CHECKPOINTS, CONFIG, EVALUATION, decay_changes, recipe_of
+from pretrain.runs.folder import CONFIG, EVALUATION, decay_changes, recipe_of
 from pretrain.runs.records import Evaluation, read_record
 
 FREE = (

@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import re
-import secrets
 from datetime import UTC, datetime
 from importlib import metadata
 from operator import attrgetter
@@ -22,11 +21,13 @@ from data_pipeline.files import is_leftover, write_aside
 from data_pipeline.strict_json import to_json
 from pretrain.checkpoint.manifest import DamagedError
 from pretrain.checkpoint.reader import (
+    CHECKPOINTS,
     LATEST,
     RUN_ID,
     Checkpoint,
     list_checkpoints,
     names_in,
+    new_run_id,
     newest_checkpoint,
     run_id_of,
     step_of,
@@ -42,7 +43,6 @@ from pretrain.runs.records import Evaluation, Start, read_record
 from pretrain.tasks.tasks import Task
 
 CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
 ENVIRONMENT = "environment.json"
 EVALUATION = "evaluation.json"
 LAUNCHED = ("launch", "logs")
@@ -125,11 +125,6 @@ def read_evaluation(path: Path) -> dict[str, Any]:
             if part and part.get(key, 0) is None:
                 part[key] = math.nan
     return found
-
-
-def new_run_id() -> str:
-    """An id for a run folder that has none."""
-    return secrets.token_hex(4)
 
 
 def _id_of_checkpoints(run: Path) -> str:

@@ -8,31 +8,28 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from data_pipeline.files import read_json, write_aside
 from data_pipeline.strict_json import to_json
 from models.roles import declared_parameters, fingerprint_of, info_of
+from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
 from pretrain.tasks.tasks import Samples, Task
-
-if TYPE_CHECKING:
-    from pretrain.training.start import Setup
 
 IDENTITY = "identity.json"
 
 
-def data_order(setup: Setup, data: Samples) -> str:
+def data_order(config: Config, task: Task, data: Samples) -> str:
     """Hash of the data, of what decides its order, and of the samples of the first update."""
-    config = setup.config
     first = hashlib.sha256()
     for number in range(min(config.train.global_batch, len(data))):
         first.update(data[number][0].tobytes())
     return _digest(
         [
-            setup.task.identity,
+            task.identity,
             data.shares,
             config.model.context,
             config.seed,

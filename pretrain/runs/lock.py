@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from data_pipeline.files import refuse_run, write_aside
+from pretrain.console import warn
 from pretrain.errors import RunError
-from pretrain.runs.metrics import warn
 
 LOCK = ".lock"
 _HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})

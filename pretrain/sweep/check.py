@@ -12,7 +12,8 @@ from pretrain.engine.deepspeed_adapter import resolve_precision
 from pretrain.errors import RunError, UsageError
 from pretrain.runs.folder import CONFIG, forked_from, recipe_of, resolve_checkpoint
 from pretrain.sweep.config import Sweep, Task
-from pretrain.training.start import begin, prepare
+from pretrain.training.setup import prepare
+from pretrain.training.start import begin
 
 
 def check_runs(sweep: Sweep, device: torch.device | None) -> None:

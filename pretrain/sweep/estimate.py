@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.recipe import dump_config
+from pretrain.console import show_table
 from pretrain.errors import RunError
-from pretrain.runs.metrics import read_metrics, show_table
+from pretrain.runs.metrics import read_metrics
 from pretrain.sweep.config import Sweep, Task
 from pretrain.sweep.run import is_done
 

@@ -9,50 +9,24 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.strict_json import to_json
-from pretrain.checkpoint.reader import newest_checkpoint
+from pretrain.checkpoint.reader import CHECKPOINTS, newest_checkpoint
 from pretrain.config.recipe import dump_config
 from pretrain.distributed.jobs import Executor, Job
 from pretrain.distributed.signals import Stopped
 from pretrain.errors import TRY_AGAIN
 from pretrain.runs.finished import is_complete
-from pretrain.runs.folder import CHECKPOINTS
 from pretrain.runs.lock import is_busy, shared
 from pretrain.runs.metrics import METRICS
 from pretrain.sweep.config import Sweep, Task
+from pretrain.sweep.status import Status
 from pretrain.sweep.table import Table
 
 SWEEP = "sweep.json"
 _PAUSE = 0.5
-
-
-@dataclass
-class Status:
-    """What is known of a task."""
-
-    task: Task
-    state: str = "waiting"
-    """waiting, running, elsewhere, done or failed."""
-    tries: int = 0
-    step: int = 0
-    loss: float | None = None
-    note: str = ""
-    started: float | None = None
-    first_step: int = 0
-    checkpoint: str = ""
-    """The newest one when this start began."""
-
-    @property
-    def left(self) -> float | None:
-        """Seconds to the end, from this start's own speed."""
-        done = self.step - self.first_step
-        if self.state != "running" or self.started is None or done < 1:
-            return None
-        return (time.monotonic() - self.started) / done * (self.task.last - self.step)
 
 
 def is_done(task: Task) -> bool:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pretrain.console import console, on_one_line
-from pretrain.runs.metrics import clock
-
-if TYPE_CHECKING:
-    from pretrain.sweep.run import Status
+from pretrain.console import clock, console, on_one_line
+from pretrain.sweep.status import Status
 
 
 class Table:

@@ -10,13 +10,13 @@ from typing import Any
 from data_pipeline.files import held
 from data_pipeline.strict_json import to_json
 from pretrain.checkpoint.retention import HELD_OUT_LOSS
+from pretrain.console import Progress
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
 from pretrain.engine.deepspeed_adapter import resolve_precision
 from pretrain.ranks.probe import Row, measure, summary
 from pretrain.ranks.table import add_ranks, merge_ranks
 from pretrain.runs.finished import is_evaluated, put_evaluation_aside
 from pretrain.runs.folder import EVALUATION, write_text
-from pretrain.runs.metrics import Progress
 from pretrain.training.state import GENERATION, Job
 
 OWES_EVALUATION = "owes_evaluation"

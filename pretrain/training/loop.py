@@ -6,6 +6,7 @@ import time
 
 from data_pipeline.disk import hide, remove
 from pretrain.checkpoint.reader import (
+    CHECKPOINTS,
     Checkpoint,
     list_checkpoints,
     load_into_engine,
@@ -13,15 +14,12 @@ from pretrain.checkpoint.reader import (
     step_of,
 )
 from pretrain.checkpoint.recover import find_whole
+from pretrain.console import Progress
 from pretrain.distributed.replicas import are_replicated, disagreement
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
 from pretrain.engine.engine import Engine, micro_batches
 from pretrain.errors import RunError
 from pretrain.ranks.table import rewind_ranks
-from pretrain.runs.folder import (
-    CHECKPOINTS,
-)
-from pretrain.runs.metrics import Progress
 from pretrain.training import between
 from pretrain.training.faults import GoBackError, Judge, block_of, write_jumps
 from pretrain.training.loader import Loader

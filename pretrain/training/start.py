@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from models.roles import ParameterInfo
 from pretrain.checkpoint.mirror import Mirror
-from pretrain.checkpoint.reader import Checkpoint, step_of
+from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, step_of
 from pretrain.checkpoint.recover import find_whole
 from pretrain.checkpoint.saver import Saver
 from pretrain.config.recipe import Config
-from pretrain.console import plain
-from pretrain.decay.control import DecayControl
-from pretrain.decay.lengths import check_lengths, remarks
-from pretrain.decay.plan import DecayPlan, plan_decay
+from pretrain.console import plain, warn
+from pretrain.decay.lengths import remarks
 from pretrain.distributed.grid import Grid
 from pretrain.distributed.watchdog import Watchdog
 from pretrain.engine.deepspeed_adapter import resolve_precision
-from pretrain.engine.engine import build_engine, micro_batches, whole_model
-from pretrain.engine.raw_deepspeed import check_raw
+from pretrain.engine.engine import build_engine, micro_batches
 from pretrain.errors import UsageError
 from pretrain.runs.finished import check_finished, is_complete, put_evaluation_aside
 from pretrain.runs.folder import (
-    CHECKPOINTS,
     check_continues,
     create_run,
     forked_from,
@@ -37,39 +32,13 @@ from pretrain.runs.folder import (
 )
 from pretrain.runs.identity import data_order, initial_weights, write_identity
 from pretrain.runs.lock import RunLock
-from pretrain.runs.metrics import Tracker, warn
+from pretrain.runs.metrics import Tracker
 from pretrain.tasks.epochs import describe, in_words, unit_of, uses_of
-from pretrain.tasks.tasks import Task, open_task
 from pretrain.training import between
 from pretrain.training.faults import Judge, read_jumps, write_jumps
 from pretrain.training.loop import restore, run_job
+from pretrain.training.setup import Setup, prepare
 from pretrain.training.state import GENERATION, Job
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A recipe made concrete: with its task's answers, its parameters and their λ."""
-
-    config: Config
-    task: Task
-    infos: list[ParameterInfo]
-    plan: DecayPlan
-
-
-def prepare(config: Config, tensor_parallel: int) -> Setup:
-    """Check a recipe against its data and plan the decay, without building anything.
-
-    Raises:
-        UsageError: if the data is missing or does not fit the model.
-    """
-    check_raw(config.deepspeed)
-    check_lengths(config)
-    task = open_task(config)
-    config = config.model_copy(update={"model": task.complete(config.model)})
-    infos = whole_model(config.model, tensor_parallel)
-    plan = plan_decay(infos, config.optimizer.weight_decay)
-    DecayControl(config, plan)  # its policies, too, must fit the model
-    return Setup(config, task, infos, plan)
 
 
 def train(
@@ -98,7 +67,7 @@ def train(
         micro_batches(setup.config, grid)
         sample = setup.task.held_out(setup.config)
         data = setup.task.training(setup.config)
-        order = data_order(setup, data)
+        order = data_order(setup.config, setup.task, data)
     lock = RunLock(run)
     try:
         with grid.together(""):

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pretrain.checkpoint.saver import Saver
 from pretrain.config.recipe import Config
+from pretrain.console import warn
 from pretrain.distributed.grid import Grid
 from pretrain.distributed.watchdog import Watchdog
 from pretrain.engine.engine import Engine
 from pretrain.ranks.probe import Row
-from pretrain.runs.metrics import Tracker, warn
+from pretrain.runs.metrics import Tracker
 from pretrain.tasks.tasks import Samples
 from pretrain.training.faults import Judge
-
-if TYPE_CHECKING:
-    from pretrain.training.start import Setup
-
+from pretrain.training.setup import Setup
 
 GENERATION = "generation"
 """Key of a checkpoint's state: what an imported model says of its special tokens."""

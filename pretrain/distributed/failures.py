@@ -1,0 +1,145 @@
+"""Kinds of errors: mistakes, trouble with files, failures of machines, and bugs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import sys
+from pathlib import Path
+
+from pretrain.errors import TRY_AGAIN
+
+_USAGE = {"UsageError", "ModelError", "ClickException"}
+"""By name: importing their modules would be slow, and Typer may carry its own copy of click."""
+_TROUBLE = {"RunError", "DataError"}
+_AGAIN = {"MachineError", "StopRequestedError", "DistBackendError", "DistNetworkError"}
+_LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+_OUT_OF_MEMORY = (
+    "out of memory", "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+_WRONG_INSTALLATION = (
+    "driver version is insufficient", "no kernel image is available", "invalid device ordinal",
+    "no CUDA-capable device", "forward compatibility was attempted",
+)  # fmt: skip
+_OURS = ("device-side assert", "invalid argument", "invalid configuration argument",
+         "invalid resource handle")  # fmt: skip
+"""Words of GPU errors that a wrong index or shape makes: bugs, on every machine."""
+_GPU = re.compile(
+    r"CUDA error|CUDA driver error|CUDNN_STATUS_|CUBLAS_STATUS_|cuDNN error|NCCL error|HIP error"
+    r"|uncorrectable (ECC|NVLink)|ECC error|\bXid\b|fallen off the bus"
+)
+_OF_MACHINES = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM",
+                 "ETIMEDOUT", "ENETUNREACH", "EHOSTUNREACH", "ENETDOWN", "EHOSTDOWN", "ENOLCK",
+                 "ECONNREFUSED", "ECONNRESET", "ECONNABORTED", "EADDRINUSE", "EADDRNOTAVAIL",
+                 "EREMOTEIO", "ENODEV", "ENXIO", "EFBIG", "ETXTBSY", "EBUSY")
+    if hasattr(errno, name)
+}  # fmt: skip
+"""Numbers of an OSError that no program makes by itself."""
+_OF_PATHS = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY,
+}  # fmt: skip
+"""Numbers that a wrong path makes: a person's, or one that a bug put together."""
+
+
+def exit_code(error: BaseException) -> int | None:
+    """2: mistakes of usage; 1: trouble with files and memory; 75: try again; None: bugs."""
+    names = {part.__name__ for part in type(error).__mro__}
+    if names & _USAGE:
+        return 2
+    if names & _AGAIN or _is_lost_peer(error) or _is_of_gpu(error):
+        return TRY_AGAIN
+    if names & _TROUBLE or is_out_of_memory(error) or _is_wrong_installation(error):
+        return 1
+    return 1 if isinstance(error, OSError) and _is_of_files(error) else None
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether another machine, or another moment, would not have had this error."""
+    return exit_code(error) == TRY_AGAIN
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the machine or its GPU, did not do."""
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__:
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _OUT_OF_MEMORY)
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed since another process or the network is gone."""
+    if {part.__name__ for part in type(error).__mro__} & {"DistBackendError", "DistNetworkError"}:
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)
+
+
+def _is_of_gpu(error: BaseException) -> bool:
+    if not isinstance(error, RuntimeError) or not _GPU.search(str(error)):
+        return False
+    if is_out_of_memory(error) or _is_wrong_installation(error):
+        return False
+    return not any(word in str(error) for word in _OURS)
+
+
+def _is_wrong_installation(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(
+        word in str(error) for word in _WRONG_INSTALLATION
+    )
+
+
+def _is_of_files(error: OSError) -> bool:
+    """Whether the machine did it, or a path that the user gave; all else is a bug."""
+    if error.errno in _OF_MACHINES or isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return error.errno in _OF_PATHS and error.filename is not None and _was_given(error.filename)
+
+
+def _was_given(name: str | bytes | int) -> bool:
+    """Whether a path is, or lies in, one of the command line or of the default run folder."""
+    if isinstance(name, int):
+        return False
+    path = _resolved(os.fsdecode(name))
+    words = [part for word in sys.argv[1:] for part in (word, word.rpartition("=")[2])]
+    given = [_resolved(word.partition("@")[0]) for word in words if word.strip("-")]
+    # A folder may be named by a file in it: RECIPE's other files lie beside it.
+    near = [one.parent for one in given if one.suffix and one.parent != Path.cwd()]
+    return any(
+        path == one or one in path.parents for one in [*given, *near, Path("runs").resolve()]
+    )
+
+
+def _resolved(word: str) -> Path:
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path, or a link to itself
+        return Path(word).resolve()
+    return Path(word)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, for people: a file and a reason, without a traceback."""
+    short = " ".join(str(error).split())
+    if _is_lost_peer(error):
+        return (
+            "another process of the job, or the network, is gone; started again, the run goes on "
+            f"from its last checkpoint ({short[:160]})"
+        )
+    if _is_of_gpu(error):
+        return (
+            "this machine's GPU failed; started again, elsewhere if it is seen here twice, the run "
+            f"goes on from its last checkpoint ({short[:160]})"
+        )
+    if is_out_of_memory(error):
+        return (
+            "not enough memory; lower train.micro_batch, or set grid.activation_checkpointing, a "
+            f"higher grid.zero_stage or more processes ({short[:160] or 'MemoryError'})"
+        )
+    if _is_wrong_installation(error):
+        return f"torch cannot use this GPU; install a build of torch for its driver ({short[:160]})"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if hasattr(error, "format_message"):
+        return " ".join(error.format_message().split())
+    return short or type(error).__name__

@@ -1,0 +1,40 @@
+"""A recipe made concrete, before a model is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.roles import ParameterInfo
+from pretrain.config.recipe import Config
+from pretrain.decay.control import DecayControl
+from pretrain.decay.lengths import check_lengths
+from pretrain.decay.plan import DecayPlan, plan_decay
+from pretrain.engine.engine import whole_model
+from pretrain.engine.raw_deepspeed import check_raw
+from pretrain.tasks.tasks import Task, open_task
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe made concrete: with its task's answers, its parameters and their λ."""
+
+    config: Config
+    task: Task
+    infos: list[ParameterInfo]
+    plan: DecayPlan
+
+
+def prepare(config: Config, tensor_parallel: int) -> Setup:
+    """Check a recipe against its data and plan the decay, without building anything.
+
+    Raises:
+        UsageError: if the data is missing or does not fit the model.
+    """
+    check_raw(config.deepspeed)
+    check_lengths(config)
+    task = open_task(config)
+    config = config.model_copy(update={"model": task.complete(config.model)})
+    infos = whole_model(config.model, tensor_parallel)
+    plan = plan_decay(infos, config.optimizer.weight_decay)
+    DecayControl(config, plan)  # its policies, too, must fit the model
+    return Setup(config, task, infos, plan)

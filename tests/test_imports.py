@@ -1,0 +1,115 @@
+"""Imports go one way: every package imports only from those that stand to its left in `ORDER`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = [
+    ["models", "data_pipeline"],
+    ["pretrain.errors", "pretrain.spectra"],
+    ["pretrain.config"],
+    ["pretrain.console"],
+    ["pretrain.distributed"],
+    ["pretrain.decay"],
+    ["pretrain.tasks"],
+    ["pretrain.engine"],
+    ["pretrain.checkpoint"],
+    ["pretrain.ranks"],
+    ["pretrain.runs"],
+    ["pretrain.training"],
+    ["pretrain.sweep"],
+    ["launchers"],
+    ["pretrain.report"],
+    ["pretrain.offline"],
+    ["pretrain.cluster"],
+    ["pretrain.paper"],
+    ["pretrain.cli"],
+    ["pretrain.__main__"],
+]
+PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
+PURE = ("pretrain.decay", "pretrain.spectra")
+"""What knows neither processes nor DeepSpeed."""
+PRODUCT = ("models", "data_pipeline", "launchers", "pretrain")
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Every module of the product by its dotted name."""
+    for package in PRODUCT:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            yield name.removesuffix(".__init__"), path
+
+
+MODULES = dict(sources())
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of what a file imports, inside functions and for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from package import module` imports the module
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def package_of(name: str) -> str:
+    """The entry of `ORDER` that holds a module, or an empty text for one of another library."""
+    return max(
+        (entry for entry in PLACE if f"{name}.".startswith(f"{entry}.")), key=len, default=""
+    )
+
+
+def module_of(name: str) -> str:
+    """The module that an imported name is, or lies in; an empty text for other libraries."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "pretrain"])
+def test_imports_go_one_way(name: str) -> None:
+    home = package_of(name)
+    assert home, f"{name} has no place in ORDER"
+    packages = {package_of(module) for module in imported(MODULES[name])} - {"", home}
+    wrong = sorted(one for one in packages if PLACE[one] > PLACE[home])
+    assert not wrong, f"{name} imports {wrong}, which stand to the right of {home}"
+
+
+def test_there_is_no_circle() -> None:
+    graph = {
+        name: {module_of(one) for one in imported(path)} - {"", name}
+        for name, path in MODULES.items()
+    }
+    while graph:
+        leaves = {name for name, needs in graph.items() if not needs & graph.keys()}
+        assert leaves, f"a circle of imports among {sorted(graph)}"
+        for name in leaves:
+            del graph[name]
+
+
+def test_decay_and_spectra_know_no_processes() -> None:
+    for name, path in MODULES.items():
+        if f"{name}.".startswith(tuple(f"{pure}." for pure in PURE)):
+            names = imported(path)
+            forbidden = ("torch.distributed", "deepspeed", "megatron", "pretrain.distributed")
+            wrong = [
+                one for one in names if f"{one}.".startswith(tuple(f"{f}." for f in forbidden))
+            ]
+            assert not wrong, (name, wrong)
+
+
+def test_only_the_engine_imports_deepspeed() -> None:
+    users = {
+        package_of(name)
+        for name, path in MODULES.items()
+        if any(f"{one}.".startswith("deepspeed.") for one in imported(path))
+    }
+    assert users == {"pretrain.engine"}

@@ -39,7 +39,7 @@ def figures_of(
     }  # fmt: skip
 
 
-def path_of(run: Path, target: str, settings: tuple[Any, ...]) -> Path:
+def path_of(run: Path, settings: tuple[Any, ...]) -> Path:
     _, _, _, limit, _, data, context = settings
     figures = figures_of(*settings)
     config = parse_config(recipe())
@@ -50,7 +50,7 @@ def path_of(run: Path, target: str, settings: tuple[Any, ...]) -> Path:
     task = SimpleNamespace(identity=data, source=f"/somewhere/{data} data")
     changed = apply_overrides(config, [f"model.context={context}"])
     words = _words(checkpoint, changed, task, limit)  # type: ignore[arg-type]
-    return result_path(target, checkpoint, figures, words)  # type: ignore[arg-type]
+    return result_path(checkpoint, figures, words)  # type: ignore[arg-type]
 
 
 EVERY = list(itertools.product(SPLITS, STRIDES, PRECISIONS, LIMITS, RANKS, DATA, CONTEXTS))
@@ -65,7 +65,7 @@ def test_every_setting_has_a_file_of_its_own(tmp_path: Path) -> None:
     names: dict[Path, Any] = {}
     for settings in EVERY:
         split, stride, precision, limit, rank, data, context = settings
-        path = path_of(run, str(run), settings)
+        path = path_of(run, settings)
         key = (split, min(stride, context), precision, limit, str(rank), data, context)
         assert names.setdefault(path, key) == key, path
         assert (path.name == "evaluation.json") == (settings == OWN), settings
@@ -80,9 +80,9 @@ def test_nothing_is_replaced_by_other_settings(tmp_path: Path, there: tuple[Any,
     run = write_run(tmp_path / "run", recipe(), np.random.default_rng(0))
     (run / "evaluation.json").unlink()
     for settings in EVERY[::11]:
-        usual = path_of(run, str(run), settings)
+        usual = path_of(run, settings)
         usual.write_text(json.dumps(figures_of(*there)))
-        path = path_of(run, str(run), settings)
+        path = path_of(run, settings)
         same = figures_of(*there) == figures_of(*settings)
         assert (path == usual) == same and path.exists() == same
         usual.unlink()
@@ -95,9 +95,11 @@ def test_a_checkpoint_before_the_last_step(tmp_path: Path) -> None:
     checkpoint: Any = SimpleNamespace(
         path=run / "checkpoints/step-00000020", step=20, config=parse_config(recipe())
     )
-    assert result_path(str(run), checkpoint, figures, []).name == "evaluation-step=20.json"
-    inside = result_path(f"{run}@20", checkpoint, figures, [])
-    assert inside == checkpoint.path / "evaluation.json"
+    assert result_path(checkpoint, figures, []) == run / "evaluation-step=20.json"
+    checkpoint.path = tmp_path / "kept/step-00000020"  # a copy that is in no run
+    assert result_path(checkpoint, figures, []) == (
+        tmp_path / "kept/evaluation-step-00000020-step=20.json"
+    )
 
 
 def test_the_command_keeps_the_runs_own(

@@ -82,8 +82,8 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Default: evaluation.json of RUN; other settings than the run's own get a file "
-            "named by them (evaluation-stride=8.json)."
+            help="Default: evaluation.json of RUN; other settings, or another step than the run's "
+            "last, get a file named by them (evaluation-step=200-stride=8.json)."
         ),
     ] = None,
     attention_rank: AttentionRank = None,

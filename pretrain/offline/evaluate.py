@@ -12,7 +12,7 @@ from data_pipeline.dataset import held_out
 from data_pipeline.files import held, read_json
 from data_pipeline.manifest import load_manifest
 from data_pipeline.strict_json import to_json
-from pretrain.checkpoint.reader import Checkpoint, load_into_module
+from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, load_into_module
 from pretrain.config.recipe import Config, apply_overrides, differences
 from pretrain.console import Progress
 from pretrain.distributed.grid import Grid, build_grid, check_grid, connect, process_count
@@ -22,7 +22,7 @@ from pretrain.engine.libraries import load_libraries
 from pretrain.engine.speed import keep_freed_memory
 from pretrain.errors import RunError, UsageError
 from pretrain.offline.truncate import CutCheckpoint, RankChoice
-from pretrain.runs.folder import EVALUATION, read_starts, resolve_checkpoint, write_text
+from pretrain.runs.folder import CONFIG, EVALUATION, read_starts, resolve_checkpoint, write_text
 from pretrain.tasks.score import score, summarize
 from pretrain.tasks.tasks import Task, Text, open_task
 
@@ -68,7 +68,7 @@ def evaluate_checkpoint(
             path = out
             if grid.is_main:
                 words = _words(checkpoint, config, task, documents)
-                path = _write(target, checkpoint, figures, words, out)
+                path = _write(checkpoint, figures, words, out)
     return figures, grid.broadcast(path), grid.is_main
 
 
@@ -118,15 +118,15 @@ def _measure(
 
 
 def _write(
-    target: str, checkpoint: Checkpoint, figures: dict[str, Any], words: list[str], out: Path | None
+    checkpoint: Checkpoint, figures: dict[str, Any], words: list[str], out: Path | None
 ) -> Path:
     """Write the file, and no other settings' file over; returns its path."""
     if out:
         write_text(out, to_json(figures, indent=1))
         return out
     # Of several that end at once, each sees what the ones before have written.
-    with held(checkpoint.path.parent.parent / EVALUATION, patience=60):
-        path = result_path(target, checkpoint, figures, words)
+    with held(_place(checkpoint)[0] / EVALUATION, patience=60):
+        path = result_path(checkpoint, figures, words)
         write_text(path, to_json(figures, indent=1))
     return path
 
@@ -169,22 +169,24 @@ _SETTINGS = ("split", "step", "stride", "context", "precision", "documents_sha25
 """Keys of an evaluation that tell its settings."""
 
 
-def result_path(
-    target: str, checkpoint: Checkpoint, figures: dict[str, Any], words: list[str]
-) -> Path:
+def result_path(checkpoint: Checkpoint, figures: dict[str, Any], words: list[str]) -> Path:
     """Where figures go by default: a file of their settings, so that none replaces another's.
 
     ``evaluation.json`` is for the settings of the run itself: its last step, all documents of the
     test split, in windows without overlap, in the precision that it trained in.
 
+    A checkpoint gets no file that it was not saved with: its figures lie in the run folder, or
+    beside a checkpoint that is in none.
+
     Args:
-        target: what was evaluated; the run's newest checkpoint if it is the run folder.
         figures: the body of the file.
         words: further settings, for the name.
     """
     run = checkpoint.path.parent.parent
-    parts = [] if figures["split"] == "test" else [figures["split"]]
-    if Path(target) == run and checkpoint.step != checkpoint.config.train.steps:
+    folder, parts = _place(checkpoint)
+    if figures["split"] != "test":
+        parts.append(figures["split"])
+    if checkpoint.step != checkpoint.config.train.steps:
         parts.append(f"step={checkpoint.step}")
     parts += words
     if figures.get("stride", figures["context"]) != figures["context"]:
@@ -195,13 +197,20 @@ def result_path(
         share = figures["attention_rank"]
         share = share if isinstance(share, str) else f"{share:g}"
         parts.append(f"{'+'.join(figures['attention_products'])}-rank-{share}")
-    folder = run if Path(target) == run else checkpoint.path
     path = folder / f"{'-'.join(['evaluation', *parts])}.json"
     if _is_of_others(path, figures):  # as the run's own may be of a sample of another split
         settings = to_json([figures.get(key) for key in _SETTINGS])
         digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
         path = path.with_name(f"{path.stem}-{figures['split']}-{digest}.json")
     return path
+
+
+def _place(checkpoint: Checkpoint) -> tuple[Path, list[str]]:
+    """The folder for a checkpoint's figures, and what their name must say of the checkpoint."""
+    run = checkpoint.path.parent.parent
+    if checkpoint.path.parent.name == CHECKPOINTS and (run / CONFIG).is_file():
+        return run, []
+    return checkpoint.path.parent, [checkpoint.path.name]
 
 
 def _trained_in(run: Path) -> str | None:

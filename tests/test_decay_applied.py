@@ -111,13 +111,16 @@ def test_resume_and_fork_with_another_decay(data: Path, tmp_path: Path) -> None:
     values = base_recipe(data)
     recipe = write_recipe(tmp_path / "r.yaml", values)
     run = tmp_path / "run"
-    assert pretrain("train", str(recipe), "--out", str(run)).returncode == 0
-    # Another λ in the same folder: refused, with the table of differences.
+    plain = ("train", str(recipe), "--out", str(run))
     longer = ["checkpoint.keep=0", "optimizer.weight_decay.attention=0.9"]
-    refused = pretrain("train", str(recipe), *longer, "--out", str(run))
-    assert refused.returncode == 2
-    assert "query" in refused.stderr and "0.5 -> 0.9" in refused.stderr
-    assert "resume.decay" in refused.stderr and "Traceback" not in refused.stderr
+    # Another λ in the same folder: refused, with the table of differences and what may be asked for.
+    # A run that is trained to its end can only be forked.
+    for more, mend in ((["--until", "5"], "resume.decay"), ([], f"--fork {run}@6")):
+        assert pretrain(*plain, *more).returncode == 0
+        refused = pretrain(*plain, *longer)
+        assert refused.returncode == 2
+        assert "query" in refused.stderr and "0.5 -> 0.9" in refused.stderr
+        assert mend in refused.stderr and "Traceback" not in refused.stderr
     # Forked at step 3: a new folder, the same data to come, the new λ in use.
     fork = tmp_path / "fork"
     done = pretrain("train", str(recipe), *longer, "--out", str(fork), "--fork", f"{run}@3")

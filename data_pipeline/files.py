@@ -106,6 +106,11 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: that names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        there = path.stat().st_mode
+        stream = path.is_symlink() and str(path.readlink()).startswith("/proc/")
+        if stream or not (stat.S_ISREG(there) or stat.S_ISDIR(there)):  # /dev/stdout, /dev/null
+            raise OSError(errno.ENXIO, "not a regular file", str(path))
     aside = path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
     try:
         os.close(os.open(aside, _NEW | os.O_EXCL, 0o666))

@@ -113,7 +113,7 @@ def test_resume_and_fork_with_another_decay(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     plain = ("train", str(recipe), "--out", str(run))
     longer = ["checkpoint.keep=0", "optimizer.weight_decay.attention=0.9"]
-    # Another λ in the same folder: refused, with the table of differences and what may be asked for.
+    # Another λ in the same folder: refused, with the table of differences and what can be asked.
     # A run that is trained to its end can only be forked.
     for more, mend in ((["--until", "5"], "resume.decay"), ([], f"--fork {run}@6")):
         assert pretrain(*plain, *more).returncode == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.files import write_aside
 from pretrain.config.recipe import apply_overrides, parse_config
 from pretrain.offline.evaluate import _words, result_path
+from pretrain.runs.folder import resolve_checkpoint
 from tests.fake_runs import STEPS, recipe, write_run
 
 SPLITS = ("test", "val")
@@ -133,3 +137,33 @@ def test_the_command_keeps_the_runs_own(
     assert run(monkeypatch, "evaluate", str(folder), "--stride", "8", "--batch", "2") == 0
     assert run(monkeypatch, "evaluate", str(folder), "--data", str(other), "--stride", "8") == 0
     assert len(list(folder.glob("evaluation*.json"))) == count  # the same documents, elsewhere
+
+
+def test_a_path_from_inside_a_run_is_of_that_run(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = resolve_checkpoint(str(trained))
+    for folder, word in (
+        (newest, "."),
+        (newest.parent, newest.name),
+        (newest, "../" + newest.name),
+    ):
+        monkeypatch.chdir(folder)
+        found = resolve_checkpoint(word)
+        assert found.parent.parent.resolve() == trained.resolve(), (folder, word)
+        assert found.name == newest.name
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a device takes root")
+def test_a_device_is_not_replaced(tmp_path: Path) -> None:
+    """As root, `--out /dev/null` would make a file of it."""
+    device, stream, pipe = tmp_path / "null", tmp_path / "stdout", tmp_path / "pipe"
+    os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    stream.symlink_to("/proc/self/fd/1")
+    os.mkfifo(pipe)
+    for path in (device, stream, pipe):
+        before = path.lstat()
+        with pytest.raises(OSError, match="not a regular file"):
+            write_aside(path, b"figures")
+        assert path.lstat().st_ino == before.st_ino
+    assert len(list(tmp_path.iterdir())) == 3

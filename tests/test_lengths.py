@@ -248,3 +248,25 @@ def test_a_loss_from_before_a_jump_is_not_remembered(
     job = Here()
     assert not between.evaluate(job, 6)  # type: ignore[arg-type]
     assert job.held_out_loss[0] != 6
+
+
+def test_lengths_that_a_run_has_are_not_asked_about_again() -> None:
+    """An earlier version took them; its finished runs and sweeps can still be started again."""
+    drawn = parse_config({"optimizer": {"schedule": {"warmup": 1.0}}})
+    with pytest.raises(UsageError, match="one step or the whole run"):
+        check_lengths(drawn)
+    check_lengths(drawn, drawn)
+    other = apply_overrides(drawn, ["train.steps=77"])
+    with pytest.raises(UsageError, match="one step or the whole run"):
+        check_lengths(other, drawn)
+
+
+@pytest.mark.parametrize("steps", [7, 20, 100, 1000])
+@pytest.mark.parametrize("evaluations", [0, 1, 3, 100])
+def test_the_default_interval_fits_the_choice_of_the_best(steps: int, evaluations: int) -> None:
+    keys = {"keep_best": True, "keep": 2}
+    config = parse_config(
+        {"train": {"steps": steps}, "checkpoint": keys, "evaluation": {"every": evaluations}}
+    )
+    check_lengths(config)
+    assert config.interval("checkpoint") % config.interval("evaluation") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -205,7 +206,13 @@ class Config(Section):
         """Steps between checkpoints, evaluations or rank measurements."""
         every: int = getattr(self, section).every
         parts = {"checkpoint": 10, "evaluation": 10, "ranks": 20}[section]
-        return every or max(1, self.train.steps // parts)
+        if every:
+            return every
+        every = max(1, self.train.steps // parts)
+        if section == "checkpoint" and self.checkpoint.keep_best and self.checkpoint.keep:
+            evaluations = self.interval("evaluation")  # the best is chosen by what they find
+            return -(-every // evaluations) * evaluations
+        return every
 
 
 LARGEST_RECIPE = 1 << 20
@@ -238,7 +245,8 @@ def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
         text = read_small(path, LARGEST_RECIPE).decode("utf-8-sig")
         values = load_yaml(text) or {}
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the {what} ({error.strerror})") from None
+        mend = "; save it as a file" if error.errno == errno.ENXIO else ""
+        raise UsageError(f"{path}: cannot read the {what} ({error.strerror}){mend}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except RecipeError as error:

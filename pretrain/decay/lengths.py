@@ -18,12 +18,21 @@ from pretrain.errors import UsageError
 _RATE = "optimizer.schedule"
 
 
-def check_lengths(config: Config) -> None:
+_OF_LENGTHS = ("train", "optimizer", "checkpoint", "evaluation")
+"""Sections of a recipe that have lengths."""
+
+
+def check_lengths(config: Config, known: Config | None = None) -> None:
     """Refuse lengths that mean two things, or nothing.
+
+    Args:
+        known: the recipe of the run that is there; what it has already, an earlier version took.
 
     Raises:
         UsageError: naming the key and the mend.
     """
+    if known and all(getattr(known, one) == getattr(config, one) for one in _OF_LENGTHS):
+        return
     steps = config.train.steps
     for key, value in _lengths(config):
         if isinstance(value, float) and value == 1:

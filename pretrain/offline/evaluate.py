@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def evaluate_checkpoint(
         with grid.together(""):
             if grid.is_main and out:
                 ours.enter_context(held(out))
+            elif grid.is_main and not os.access(_place(checkpoint)[0], os.W_OK):
+                raise RunError(f"{_place(checkpoint)[0]}: cannot be written; say --out FILE")
         figures = _measure(checkpoint, config, task, grid, split, documents, batch, stride, choice)
         with grid.together(""):
             path = out

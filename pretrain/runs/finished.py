@@ -23,6 +23,7 @@ from pretrain.runs.records import Evaluation, read_record
 
 FREE = (
     "checkpoint.asynchronous",
+    "checkpoint.mirror",
     "deepspeed",
     "evaluation.at_end",  # made up for
     "evaluation.batch",

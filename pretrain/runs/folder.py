@@ -183,6 +183,16 @@ def recipe_of(run: Path) -> Config:
     return config.model_copy(update={"precision": words[0]}) if words else config
 
 
+def known_recipe(run: Path) -> Config | None:
+    """The recipe of a run, or None where no run is, or its recipe cannot be read."""
+    if not (run / CONFIG).is_file():
+        return None
+    try:
+        return recipe_of(run)
+    except (RunError, UsageError):  # who needs it says so
+        return None
+
+
 def _changes(old: Config, new: Config) -> dict[str, Any]:
     """`differences` that matter; what auto meant in an old checkpoint may be unknown."""
     return {
@@ -256,7 +266,8 @@ def resolve_checkpoint(text: str) -> Path:
     name, _, wanted = text.rpartition("@") if "@" in text else (text, "", "")
     path = Path(name)
     if (path / "manifest.json").is_file() and not wanted:
-        return path
+        # The run is found by the folders above, which a path such as "." does not name.
+        return path.resolve() if len(path.parts) < 3 or ".." in path.parts else path
     found = list_checkpoints(path / CHECKPOINTS)
     if not found:
         raise UsageError(

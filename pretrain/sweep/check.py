@@ -10,7 +10,7 @@ from pretrain.config.recipe import Config
 from pretrain.decay.lengths import check_lengths
 from pretrain.engine.deepspeed_adapter import resolve_precision
 from pretrain.errors import RunError, UsageError
-from pretrain.runs.folder import CONFIG, forked_from, recipe_of, resolve_checkpoint
+from pretrain.runs.folder import CONFIG, forked_from, known_recipe, recipe_of, resolve_checkpoint
 from pretrain.sweep.config import Sweep, Task
 from pretrain.training.setup import prepare
 from pretrain.training.start import begin
@@ -26,7 +26,7 @@ def check_runs(sweep: Sweep, device: torch.device | None) -> None:
         UsageError: naming the run, the key and both values.
     """
     for task in sweep.tasks:
-        check_lengths(task.config)
+        check_lengths(task.config, known_recipe(task.run))
         if (task.run / CONFIG).is_file():
             with contextlib.suppress(RunError):  # damaged: its own start says so, and what to do
                 _check(task, device)
@@ -47,7 +47,8 @@ def _check(task: Task, device: torch.device | None) -> None:
             )
         with contextlib.suppress(UsageError):  # not trained so far: it is begun with anew
             fork = resolve_checkpoint(f"{task.trunk.run}@{task.trunk.last}")
-    begin(prepare(config, config.grid.tensor_parallel), task.run, fork, task.until, word)
+    setup = prepare(config, config.grid.tensor_parallel, known_recipe(task.run))
+    begin(setup, task.run, fork, task.until, word)
 
 
 def _meaning(task: Task, config: Config, device: torch.device | None) -> str:

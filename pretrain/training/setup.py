@@ -24,14 +24,17 @@ class Setup:
     plan: DecayPlan
 
 
-def prepare(config: Config, tensor_parallel: int) -> Setup:
+def prepare(config: Config, tensor_parallel: int, known: Config | None = None) -> Setup:
     """Check a recipe against its data and plan the decay, without building anything.
+
+    Args:
+        known: the recipe of the run that is there, if one is.
 
     Raises:
         UsageError: if the data is missing or does not fit the model.
     """
     check_raw(config.deepspeed)
-    check_lengths(config)
+    check_lengths(config, known)
     task = open_task(config)
     config = config.model_copy(update={"model": task.complete(config.model)})
     infos = whole_model(config.model, tensor_parallel)

@@ -25,6 +25,7 @@ from pretrain.runs.folder import (
     check_continues,
     create_run,
     forked_from,
+    known_recipe,
     misfit,
     plan_for_resume,
     resume_point,
@@ -60,7 +61,7 @@ def train(
         precision = resolve_precision(asked, grid.device, config.grid.zero_stage)
         # What auto means here is the run's from now on, wherever it goes on.
         config = config.model_copy(update={"precision": precision})
-        prepared = prepare(config, grid.tensor)
+        prepared = prepare(config, grid.tensor, known_recipe(run))
         if config.checkpoint.mirror:
             Mirror(config.checkpoint.mirror, run)
         setup, _, _ = begin(prepared, run, fork, until, asked)

@@ -26,13 +26,14 @@ def check_runs(sweep: Sweep, device: torch.device | None) -> None:
         UsageError: naming the run, the key and both values.
     """
     for task in sweep.tasks:
-        check_lengths(task.config, known_recipe(task.run))
+        known = known_recipe(task.run)
+        check_lengths(task.config, known)
         if (task.run / CONFIG).is_file():
             with contextlib.suppress(RunError):  # damaged: its own start says so, and what to do
-                _check(task, device)
+                _check(task, device, known)
 
 
-def _check(task: Task, device: torch.device | None) -> None:
+def _check(task: Task, device: torch.device | None, known: Config | None) -> None:
     config = task.config
     word = config.precision
     if word == "auto":
@@ -47,7 +48,7 @@ def _check(task: Task, device: torch.device | None) -> None:
             )
         with contextlib.suppress(UsageError):  # not trained so far: it is begun with anew
             fork = resolve_checkpoint(f"{task.trunk.run}@{task.trunk.last}")
-    setup = prepare(config, config.grid.tensor_parallel, known_recipe(task.run))
+    setup = prepare(config, config.grid.tensor_parallel, known)
     begin(setup, task.run, fork, task.until, word)
 
 

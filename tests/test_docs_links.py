@@ -195,3 +195,46 @@ def test_the_rules_see_what_is_wrong(text: str, found: str) -> None:
 def test_the_rules_leave_alone_what_is_right(text: str) -> None:
     page = ROOT / "README.md"
     assert [*dead_links(page, text), *unlinked_pages(page, text), *missing_files(text)] == []
+
+
+TERMS = {
+    "balance": r"balances?",
+    "coupling": r"couplings?",
+    "discrepancy": r"discrepanc(?:y|ies)",
+    "exposure": r"exposures?",
+    "grid": r"grids?",
+    "head-and-group": r"group of \w+ heads",
+    "master": r"masters?",
+    "micro-batch": r"micro batch(?:es)?",
+    "nuclear-bound": r"bounds?",
+    "origin": r"origins?",
+    "policy": r"polic(?:y|ies)",
+    "pseudo-rank": r"pseudo-ranks?",
+    "rank": r"process rank",
+    "role": r"roles?",
+    "run-folder": r"run folders?",
+    "step-and-update": r"skipped (?:update|step)s?",
+    "w_qk-and-w_vp": r"W_(?:QK|VP)",
+}
+"""How the terms of the glossary appear in the prose of other pages."""
+GENERATED = {"docs/paper.md", "docs/studies/attention-decay/report.md"}
+WRITTEN = {one for one in NAMES if one.startswith("docs/")} - GENERATED - {"docs/glossary.md"}
+
+
+def used_terms(text: str) -> set[str]:
+    """Terms of the glossary in sentences: not in code, headings, images or tables."""
+    plain = re.sub(r"^(?:#|\||!\[).*$", "", CODE.sub("", prose(text)), flags=re.M)
+    plain = re.sub(r"\]\([^)]*\)", "]", plain)
+    return {term for term, pattern in TERMS.items() if re.search(rf"\b{pattern}\b", plain, re.I)}
+
+
+def test_the_glossary_has_every_term() -> None:
+    found = anchors((ROOT / "docs" / "glossary.md").read_text("utf-8"))
+    assert found - {"glossary"} == set(TERMS)
+
+
+@pytest.mark.parametrize("name", sorted({"README.md"} | WRITTEN))
+def test_a_page_links_the_terms_that_it_uses(name: str) -> None:
+    text = NAMES[name].read_text("utf-8")
+    linked = set(re.findall(r"glossary\.md#([\w-]+)", text))
+    assert used_terms(text) - linked == set(), f"link the first use to docs/glossary.md, in {name}"

@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 
 from data_pipeline.prepare import tokenize_sources, train_from_sources
 from pretrain.runs.folder import environment as environment_of_run
+from tests.cpu_times import CpuTimes
 from tests.slurm import reason_to_skip, start_slurm, stop_slurm
 from tests.tools import (
     base_recipe,
@@ -37,6 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """``--long``: the long form of the fault suite; ``--faults FILE``: its table as JSON."""
     parser.addoption("--long", action="store_true", help="fifty kills, Slurm's own time limit")
     parser.addoption("--faults", default="", help="write the table of faults to this file (JSON)")
+    parser.addoption("--cpu-times", default="", help="write each test's CPU seconds to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processor times are measured in every process of the tests."""
+    if config.getoption("--cpu-times"):
+        config.pluginmanager.register(CpuTimes(Path(config.getoption("--cpu-times"))))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

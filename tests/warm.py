@@ -139,7 +139,7 @@ def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
             _signal(left, signal.SIGKILL)
         time.sleep(0.01)
     code = codes[ranks[0]] if len(ranks) == 1 else int(any(codes.values()))
-    return {"code": code, "expired": expired}
+    return {"code": code, "expired": expired, "seconds": sum(os.times()[:4])}
 
 
 def _signal(processes: list[int], number: int) -> None:
@@ -151,6 +151,12 @@ def _signal(processes: list[int], number: int) -> None:
 # --- the client ------------------------------------------------------------------------------
 
 _server: subprocess.Popen[str] | None = None
+_seconds = _before = 0.0
+
+
+def seconds_of_server() -> float:
+    """Processor time of the servers of this process and of what they forked, so far."""
+    return _seconds
 
 
 def run_warm(
@@ -162,9 +168,9 @@ def run_warm(
     Args:
         folder: where the outputs are kept, and nothing else; the job runs in the current folder.
     """
-    global _server  # noqa: PLW0603 - one server for this process
+    global _server, _seconds, _before  # noqa: PLW0603 - one server for this process
     if _server is None or _server.poll() is not None:
-        _server = _start(environment)
+        _server, _before = _start(environment), _seconds
     outputs = [folder / "stdout", folder / "stderr"]
     request = Request(
         words, environment, str(Path.cwd()), str(outputs[0]), str(outputs[1]),
@@ -174,6 +180,7 @@ def run_warm(
     _line_to(_server).flush()
     assert _server.stdout
     answer = json.loads(_server.stdout.readline())
+    _seconds = _before + answer["seconds"]
     texts = [path.read_text(errors="replace") for path in outputs]
     if answer["expired"]:
         raise subprocess.TimeoutExpired(words, timeout, *texts)

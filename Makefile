@@ -5,9 +5,12 @@ STAMP := $(VENV)/.installed
 TESTS := $(VENV)/.installed-tests
 PEERS := .venv-bench/.installed
 
-.PHONY: setup demo test test-torch faults bench lint study clean
+.PHONY: help setup demo test test-fast test-torch faults bench lint study clean
 
-setup: $(STAMP)
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## install into .venv (PYTHON=python3.12 chooses the interpreter)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -24,10 +27,10 @@ $(TESTS): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,slurm,optimizers,vision,test]'
 	@touch $(TESTS)
 
-demo: setup
+demo: setup  ## corpus, tokenizer, tokens, four decays, report: minutes on two CPU cores
 	$(BIN)/pretrain demo --out demo
 
-test: $(TESTS)
+test: $(TESTS)  ## the whole suite, on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The numeric tests on another declared version of torch, in an environment of its own:
@@ -36,7 +39,7 @@ NUMERIC := tests/test_grid.py tests/test_grid_sums.py tests/test_norms.py tests/
   tests/test_decay_applied.py tests/test_policies.py tests/test_evaluate.py tests/test_spectra.py \
   tests/test_resume.py tests/test_models.py tests/test_tasks.py tests/test_bf16.py \
   tests/test_grid_gradients.py
-test-torch: pyproject.toml
+test-torch: pyproject.toml  ## the numeric tests on another torch, in its own environment: TORCH=2.11.0
 	@test -n "$(TORCH)" || { echo "error: say which torch: make test-torch TORCH=2.11.0" >&2; exit 1; }
 	@test -x .venv-torch-$(TORCH)/bin/python || $(PYTHON) -m venv .venv-torch-$(TORCH)
 	@echo "installing torch $(TORCH) into .venv-torch-$(TORCH) ..."
@@ -45,14 +48,14 @@ test-torch: pyproject.toml
 	.venv-torch-$(TORCH)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(NUMERIC)
 
 # The long form of the fault suite: fifty kills, Slurm's own time limit, every grid; as root, all of it.
-faults: $(TESTS)
+faults: $(TESTS)  ## the long form of the suite: every grid, fuzzing, fifty kills; as root, all of it
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/test_launch.py tests/test_grid.py \
 	  tests/test_grid_gradients.py --long --faults faults.json
 
 # Training, statistics, data and waiting times beside the peers; half an hour, quiet cores please.
 # In an environment of its own: the peers want other versions of what the product uses.
 RESULTS ?= bench
-bench: $(PEERS)
+bench: $(PEERS)  ## speed beside other libraries, in its own environment: half an hour, quiet cores
 	@mkdir -p $(RESULTS)
 	.venv-bench/bin/python benchmarks/training.py --out $(RESULTS)/training.json
 	.venv-bench/bin/python benchmarks/rank_statistics.py --out $(RESULTS)/rank_statistics.json
@@ -65,7 +68,7 @@ $(PEERS): pyproject.toml
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	@touch $(PEERS)
 
-lint: $(TESTS)
+lint: $(TESTS)  ## ruff format, ruff check, mypy
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -73,7 +76,7 @@ lint: $(TESTS)
 
 # The study of docs/studies: data from this Python installation, fifteen runs, tables and figures.
 STUDY := docs/studies/attention-decay
-study: setup
+study: setup  ## the runs, tables and figures of docs/studies: an hour of CPU
 	$(BIN)/pretrain data corpus --out data/corpus-text
 	test -f data/corpus.model || $(BIN)/pretrain data tokenizer data/corpus-text \
 	  --vocab-size 4096 --out data/corpus.model
@@ -83,5 +86,5 @@ study: setup
 	$(BIN)/pretrain report runs/attention-decay --format csv --out $(STUDY)/csv
 	rm -f $(STUDY)/csv/spectra.csv $(STUDY)/csv/settings.csv $(STUDY)/csv/row-norms.csv
 
-clean:
+clean:  ## remove what demo and builds leave
 	rm -rf demo build *.egg-info

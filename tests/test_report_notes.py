@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pretrain.report.printed
 from pretrain.errors import UsageError
 from pretrain.report import write_report
 from pretrain.report.load import load_study
@@ -20,7 +21,13 @@ from tests.fake_runs import STEPS, recipe, write_run, write_study
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Path:
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of Markdown are empty: they hold no notes, and take most of a report's time."""
+    monkeypatch.setattr(pretrain.report.printed, "draw", lambda *_: b"")
+
+
+@pytest.fixture
+def study(tmp_path: Path, undrawn: None) -> Path:
     """λ 0 and 1, three seeds, no fault in it."""
     return write_study(tmp_path / "runs", decays=(0.0, 1.0), seeds=(1, 2, 3))
 
@@ -154,6 +161,7 @@ def test_other_updates_are_not_paired(study: Path) -> None:
     assert pairs(study) == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_precision_as_the_thing_studied_is_paired(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for precision in ("fp32", "bf16"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.slurm import reason_to_skip, start_slurm, stop_slurm
 from tests.tools import (
     base_recipe,
     environment,
+    made_once,
     pretrain,
     pretrain_cold,
     sweep_words,
@@ -110,7 +112,11 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three subsets in the Pile's format, split in train, val and test."""
-    folder = tmp_path_factory.mktemp("corpus")
+    return made_once(tmp_path_factory, "corpus", write_corpus)
+
+
+def write_corpus(folder: Path) -> None:
+    """Documents of three subsets in turn."""
     rng = random.Random(0)
     for split, documents in (("train", 240), ("val", 24), ("test", 24)):
         records = [
@@ -121,23 +127,26 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(documents)
         ]
         write_jsonl(folder / f"{split}.jsonl.zst", records)
-    return folder
 
 
 @pytest.fixture(scope="session")
 def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small SentencePiece model of the corpus."""
-    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
-    train_from_sources([str(corpus)], path, 400, "bpe")
-    return path
+
+    def make(folder: Path) -> None:
+        train_from_sources([str(corpus)], folder / "small.model", 400, "bpe")
+
+    return made_once(tmp_path_factory, "tokenizer", make) / "small.model"
 
 
 @pytest.fixture(scope="session")
 def data(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus, tokenised."""
-    folder = tmp_path_factory.mktemp("data")
-    tokenize_sources([str(corpus)], tokenizer, folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        tokenize_sources([str(corpus)], tokenizer, folder)
+
+    return made_once(tmp_path_factory, "data", make)
 
 
 @pytest.fixture
@@ -148,21 +157,29 @@ def recipe(data: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; tests must leave it as it is."""
+    """A finished run, of a process that was started; tests must leave it as it is."""
+
+    def make(folder: Path) -> None:
+        recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
+        done = pretrain_cold("train", str(recipe), "--out", str(folder / "run"))
+        assert done.returncode == 0, done.stderr
+
+    # A copy for this process: some tests lock it, or look whether it has changed.
     folder = tmp_path_factory.mktemp("cli")
-    recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
-    done = pretrain_cold("train", str(recipe), "--out", str(folder / "run"))
-    assert done.returncode == 0, done.stderr
+    shutil.copytree(made_once(tmp_path_factory, "cli", make), folder, dirs_exist_ok=True)
     return folder / "run"
 
 
 @pytest.fixture(scope="session")
 def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sweep, undisturbed; the report's tests read it too."""
-    folder = tmp_path_factory.mktemp("swept")
-    done = pretrain(*sweep_words(write_sweep(folder, data), folder / "runs"), timeout=500)
-    assert done.returncode == 0, done.stderr
-    return folder / "runs"
+
+    def make(folder: Path) -> None:
+        words = sweep_words(write_sweep(folder, data), folder / "runs")
+        done = pretrain(*words, timeout=500)
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "swept", make) / "runs"
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,9 @@ from tests.tools import (
     environment,
     metrics_of,
     pretrain,
+    pretrain_cold,
     run,
+    start_processes,
     sweep_words,
     weights_of,
     write_sweep,
@@ -76,17 +78,13 @@ def test_killed_twice_then_a_point_more(data: Path, tmp_path: Path, swept: Path)
 
     for _ in range(2):
         before_it = logged()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pretrain", *sweep_words(path, out)],
-            env=environment(),
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
+        process = start_processes(sweep_words(path, out))
         while logged() <= before_it and process.poll() is None:  # a resumed run logs again
-            time.sleep(0.2)
-        time.sleep(rng.uniform(0, 3))
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1.5))
         assert process.poll() is None, "over before it could be killed"
-        family = [process, *psutil.Process(process.pid).children(recursive=True)]
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
         for one in family:
             one.kill()
         process.wait()
@@ -121,12 +119,7 @@ def test_two_sweeps_and_a_failing_run(data: Path, tmp_path: Path) -> None:
         tmp_path, data, steps=20, grid=grid, points=[bad], seeds=1, retries=1, baseline=None
     )
     out = tmp_path / "runs"
-    command = [sys.executable, "-m", "pretrain", *sweep_words(path, out, "--json")]
-    both = [
-        subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]  # fmt: skip
+    both = [start_processes(sweep_words(path, out, "--json"), timeout=500) for _ in range(2)]
     answers = [process.communicate(timeout=400) for process in both]
     for process, (stdout, stderr) in zip(both, answers, strict=True):
         assert process.returncode == 1, stderr
@@ -145,7 +138,10 @@ def test_two_sweeps_and_a_failing_run(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_and_fork(data: Path, tmp_path: Path) -> None:
-    """Arms of one trunk share its weights; Ctrl-C stops everything and the same words go on."""
+    """Arms of one trunk share its weights; Ctrl-C stops everything and the same words go on.
+
+    The first start is of new interpreters, as a user makes it.
+    """
     path = write_sweep(
         tmp_path, data, steps=20, grid={ATTENTION: [0, 5.0]}, seeds=[1], fork={"step": 10},
         baseline={ATTENTION: 0},
@@ -246,7 +242,7 @@ def test_expansion(data: Path, tmp_path: Path) -> None:
 def test_dry_run(data: Path, tmp_path: Path) -> None:
     path = write_sweep(tmp_path, data)
     words = sweep_words(path, tmp_path / "runs", "--dry-run", "--json", "--price", "2")
-    done = pretrain(*words)
+    done = pretrain_cold(*words)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found["runs"]) == 8 and found["open"] == 8

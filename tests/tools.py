@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -23,7 +26,7 @@ from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
 from pretrain.distributed.signals import SIGNALS
 from pretrain.runs.folder import read_ranks
 from pretrain.runs.metrics import read_metrics
-from tests.warm import run_warm
+from tests.warm import WarmProcess, run_warm
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = ("seconds", "tokens_per_second")
@@ -114,6 +117,27 @@ def train_models(folder: Path, data: Path, models: dict[str, dict]) -> dict[str,
     return {name: folder / name for name in models}
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that one process of the tests fills and all of them read.
+
+    Args:
+        name: of the folder, beside those of the tests.
+        make: fills the empty folder; the others wait for it.
+    """
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # that of all workers
+    folder, made = base / f"once-{name}", base / f"once-{name}.made"
+    with (base / f"once-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     """A file system of its own at ``folder`` (tmpfs); the test is skipped where that takes root."""
@@ -153,6 +177,13 @@ def run_processes(
         return run_warm(
             words, environment(), Path(folder), script=script, processes=processes, timeout=timeout
         )
+
+
+def start_processes(
+    words: list[str], processes: int = 1, script: Path | None = None, timeout: float = 240.0
+) -> WarmProcess:
+    """The same beside the test, which may signal it and waits for its end."""
+    return WarmProcess(words, environment(), script, processes, timeout)
 
 
 def metrics_of(run: Path) -> list[dict]:

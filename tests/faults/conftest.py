@@ -8,21 +8,19 @@ from pathlib import Path
 import pytest
 
 from tests.faults.tools import GRIDS, PROCESSES, words_of
-from tests.tools import pretrain
+from tests.tools import made_once, pretrain
 
 
 @pytest.fixture(scope="session")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Runs that nothing happens to, by grid; each is made once, when it is first asked for."""
-    made: dict[str, Path] = {}
 
     def run(grid: str) -> Path:
-        if grid not in made:
-            folder = tmp_path_factory.mktemp(f"whole-{grid}")
+        def make(folder: Path) -> None:
             done = pretrain(*words_of(folder, data, *GRIDS[grid]), processes=PROCESSES[grid])
             assert done.returncode == 0, done.stderr
-            made[grid] = folder / "run"
-        return made[grid]
+
+        return made_once(tmp_path_factory, f"whole-{grid}", make) / "run"
 
     return run
 

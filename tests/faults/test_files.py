@@ -24,6 +24,7 @@ from tests.faults.tools import (
     same_run,
     same_weights,
     started_until,
+    wait_until,
     words_of,
 )
 from tests.tools import (
@@ -172,11 +173,8 @@ def test_a_disk_that_is_full_for_a_while(
                 while True:
                     file.write(b"x" * size)
     began = time.monotonic()
+    wait_until(lambda: "not written" in process.errors() or process.poll() is not None, 120)
     seen = time.monotonic()
-    for line in process.stderr:
-        seen = time.monotonic()
-        if "not written" in line:
-            break
     ballast.unlink()
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr

@@ -29,10 +29,17 @@ from tests.faults.tools import (
     wait_until,
     words_of,
 )
-from tests.tools import environment, launcher, losses_of, metrics_of, pretrain
+from tests.tools import (
+    environment,
+    losses_of,
+    metrics_of,
+    pretrain,
+    run_processes,
+    start_processes,
+)
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
+def kill_all(process: subprocess.Popen[bytes]) -> None:
     """kill -9 of a process and all that it started."""
     for child in psutil.Process(process.pid).children(recursive=True):
         child.kill()
@@ -59,7 +66,8 @@ def test_all_are_killed(
 ) -> None:  # fmt: skip
     words = words_of(tmp_path, data, *GRIDS[grid])
     process = started_until(moment, tmp_path / "marker", words, PROCESSES[grid])
-    kill_all(process)
+    process.kill()
+    process.wait()
     run = tmp_path / "run"
     if moment in ("checkpoint", "before rename"):
         assert list((run / "checkpoints").glob(".*.writing")), "was not killed while writing"
@@ -82,7 +90,7 @@ def test_asked_to_stop(
     run = tmp_path / "run"
     process = started_until("slow", tmp_path / "marker", words, PROCESSES[grid])
     began = time.monotonic()
-    process.terminate()  # torchrun hands it on to its workers
+    process.terminate()  # to every rank, as launchers hand it on
     _, stderr = process.communicate(timeout=60)
     lasted = time.monotonic() - began
     if grid == "one":
@@ -96,13 +104,25 @@ def test_asked_to_stop(
     row(f"SIGTERM ({grid})", "the same update", f"checkpoint and end in {lasted:.0f} s")
 
 
+def start_launcher(moment: str, marker: Path, words: list[str]) -> subprocess.Popen[bytes]:
+    """torchrun with two workers that have come to a moment."""
+    script = [str(HERE / "interrupted.py"), moment, str(marker)]
+    process = subprocess.Popen(
+        [*torchrun(2), *script, *words], env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_until(lambda: marker.exists() or process.poll() is not None, 120, "the moment")
+    assert process.poll() is None
+    return process
+
+
 @pytest.mark.slow
 def test_the_launcher_is_killed(
     data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None]
 ) -> None:
     """kill -9 of torchrun alone: its workers go on to the end."""
     words = words_of(tmp_path, data, *GRIDS["data"])
-    process = started_until("slow", tmp_path / "marker", words, 2)
+    process = start_launcher("slow", tmp_path / "marker", words)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
@@ -154,12 +174,9 @@ def test_a_rank_that_stands_still(
 
 
 def test_a_process_that_hangs_alone(data: Path, tmp_path: Path) -> None:
-    script = [sys.executable, str(HERE / "interrupted.py"), "step", str(tmp_path / "marker")]
     words = words_of(tmp_path, data, "faults.watchdog=10")
-    done = subprocess.run(
-        [*script, *words], env=environment(), capture_output=True, text=True, timeout=150,
-        check=False,
-    )  # fmt: skip
+    words = ["step", str(tmp_path / "marker"), *words]
+    done = run_processes(words, 1, 150, HERE / "interrupted.py")
     assert done.returncode == TRY_AGAIN
     assert "nothing was finished for 10 s (step 5, training)" in done.stderr
     assert "waits in" in done.stderr and "Traceback" not in done.stderr
@@ -233,16 +250,13 @@ def test_random_kills(
 
 def start_and_kill(words: list[str], run: Path, rng: random.Random) -> bool:
     """Start, wait for a moment by chance, kill -9; whether there was something to kill."""
-    process = subprocess.Popen(
-        [*launcher(1), "-m", "pretrain", *words], env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start_processes(words)
     if rng.random() < 0.8:  # while it trains; else while it starts
         at = newest_step(run)
         wait_until(lambda: newest_step(run) > at or process.poll() is not None, 120)
         time.sleep(0.3 * rng.random())
     else:
-        time.sleep(5.0 * rng.random())
+        time.sleep(rng.random())
     alive = process.poll() is None
     process.kill()
     process.wait()

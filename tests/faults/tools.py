@@ -15,13 +15,13 @@ from pretrain.runs.metrics import read_metrics
 from tests.tools import (
     ROOT,
     base_recipe,
-    environment,
-    launcher,
     metrics_of,
     run_processes,
+    start_processes,
     weights_of,
     write_recipe,
 )
+from tests.warm import WarmProcess
 
 HERE = ROOT / "tests/faults"
 STEPS = 10
@@ -50,23 +50,11 @@ def faulty(
     )
 
 
-def started_until(
-    moment: str, marker: Path, words: list[str], processes: int
-) -> subprocess.Popen[str]:
-    """The command line in a session of its own, come to a moment of ``interrupted.py``."""
-    script = [str(HERE / "interrupted.py"), moment, str(marker)]
-    process = subprocess.Popen(
-        [*launcher(processes), *script, *words],
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not marker.exists():
-        assert time.monotonic() < deadline and process.poll() is None, "never came to the moment"
-        time.sleep(0.02)
+def started_until(moment: str, marker: Path, words: list[str], processes: int) -> WarmProcess:
+    """The command line on forked processes, come to a moment of ``interrupted.py``."""
+    process = start_processes([moment, str(marker), *words], processes, HERE / "interrupted.py")
+    wait_until(lambda: marker.exists() or process.poll() is not None, 120, "the moment")
+    assert process.poll() is None, process.errors()
     return process
 
 

@@ -1,0 +1,163 @@
+"""The server of `tests.warm`: it has everything imported, and forks what it is asked for.
+
+``python -m tests.warm_server`` reads requests as JSON lines on standard input and answers each with
+one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.forks import ForkingPopen, begin_anew, run_command, run_script
+from tests.warm import Request, signal_all
+
+
+def serve() -> None:
+    """Answer requests until standard input ends."""
+    _import_everything()
+    assert _threads() <= 1, "a fork would lose a thread"
+    gc.collect()
+    gc.freeze()  # what the collector would write to, forks would have to copy
+    for line in sys.stdin:
+        request = Request(**json.loads(line))
+        if request.ended:
+            os.waitpid(request.ended, 0)
+            answer: dict[str, Any] = {}
+        elif request.keeper:
+            answer = _keep(request)
+        else:
+            answer = _wait(_fork_ranks(request), request.timeout)
+        print(json.dumps({**answer, "seconds": sum(os.times()[:4])}), flush=True)
+
+
+LATER = ("torch._dynamo", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "scipy.stats")
+"""What libraries import when it is first needed, in every process: a second for the first two."""
+
+
+def _import_everything() -> None:
+    import matplotlib
+    import torch
+
+    torch.set_num_threads(1)
+    matplotlib.use("Agg")
+    for name in ("__main__", "training.start", "offline.evaluate", "report.page", "report.printed"):
+        importlib.import_module(f"pretrain.{name}")
+    from pretrain.engine.libraries import load_libraries
+
+    load_libraries()
+    for name in LATER:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def _threads() -> int:
+    """How many this process has, but for jemalloc's own, which forks are no concern to."""
+    names = [one.read_text().strip() for one in Path("/proc/self/task").glob("*/comm")]
+    return len([name for name in names if name != "jemalloc_bg_thd"])
+
+
+def _keep(request: Request) -> dict[str, Any]:
+    """Let a fork start the ranks, wait for them at once when they end, and write the code."""
+    reading, writing = os.pipe()
+    keeper = os.fork()
+    if keeper == 0:
+        os.close(reading)
+        ranks = _fork_ranks(request, writing)
+        os.write(writing, json.dumps(ranks).encode())
+        os.close(writing)
+        assert request.keeper
+        whole = Path(request.keeper)
+        aside = whole.with_name("code.tmp")
+        aside.write_text(json.dumps(_wait(ranks, request.timeout)))
+        aside.rename(whole)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        return {"keeper": keeper, "pids": json.loads(pipe.read())}
+
+
+def _fork_ranks(request: Request, unwanted: int | None = None) -> list[int]:
+    port = _free_port()
+    ranks = []
+    for rank in range(request.processes):
+        process = os.fork()
+        if process == 0:
+            if unwanted is not None:
+                os.close(unwanted)
+            _become(request, rank, port)  # does not return
+        ranks.append(process)
+    return ranks
+
+
+def _become(request: Request, rank: int, port: int) -> None:
+    """Turn this fork into the rank: files, environment, words; run it and end the process."""
+    os.setpgid(0, 0)
+    for number, path in ((1, request.stdout), (2, request.stderr)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, number)
+        os.close(opened)
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, 0)
+    os.chdir(request.folder)
+    os.environ.clear()
+    os.environ.update(request.environment)
+    if request.processes > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request.processes),
+            LOCAL_WORLD_SIZE=str(request.processes), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )  # fmt: skip
+    begin_anew()
+    subprocess.Popen = ForkingPopen  # type: ignore[misc]
+    if request.script is None:
+        run_command(request.words)
+    else:
+        run_script(request.script, request.words)
+    sys.exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
+    """The code as a launcher gives it: 1 where one of several ranks failed, the others ended."""
+    deadline, parent = time.monotonic() + timeout, os.getppid()
+    codes: dict[int, int] = {}
+    expired = False
+    while len(codes) < len(ranks):
+        for process in ranks:
+            if process not in codes:
+                done, status = os.waitpid(process, os.WNOHANG)
+                if done:
+                    codes[process] = os.waitstatus_to_exitcode(status)
+        left = [process for process in ranks if process not in codes]
+        if os.getppid() != parent:  # the tests were killed: nobody waits for the job
+            signal_all(left, signal.SIGKILL)
+        failed = any(codes.values())
+        if failed and left:
+            signal_all(left, signal.SIGTERM)
+            deadline = min(deadline, time.monotonic() + 10)
+        if left and time.monotonic() > deadline:
+            expired = expired or not failed
+            signal_all(left, signal.SIGKILL)
+        time.sleep(0.01)
+    code = codes[ranks[0]] if len(ranks) == 1 else int(any(codes.values()))
+    return {"code": code, "expired": expired}
+
+
+if __name__ == "__main__":
+    serve()

@@ -30,7 +30,6 @@ def recipe_for(data: Path, precision: str, micro: int, grid: dict) -> dict:
     values["optimizer"] = {"name": "sgd", "learning_rate": 1e-3, "gradient_clipping": 0}
     for section in ("ranks", "evaluation", "checkpoint"):
         values[section]["every"] = 1
-    values["evaluation"] |= {"documents": 1, "at_end": "none"}
     return values
 
 

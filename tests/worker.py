@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ torch.set_num_threads(1)
 import pretrain.engine.engine
 import pretrain.training.between
 from data_pipeline.dataset import TrainingData
+from models.loss import mean_loss
+from models.roles import info_of
 from pretrain.checkpoint.reader import Checkpoint, load_into_engine
 from pretrain.config.recipe import Config, parse_config
 from pretrain.decay.plan import plan_decay
 from pretrain.distributed.grid import Grid, build_grid, connect, disconnect
-from pretrain.engine.engine import build_engine, whole_model
+from pretrain.engine.engine import build_engine, build_model, whole_model
 from pretrain.engine.libraries import load_libraries
 from pretrain.training.loader import Loader
 from pretrain.training.setup import prepare
 from pretrain.training.start import train
-from tests.counting import Counting
+from tests.counting import Counting, Operations
 from tests.moved import moved_constants
 
 
@@ -149,7 +152,82 @@ def run_traffic(case: dict, grid: Grid, config: Config) -> dict[str, float]:
     return counted.bytes
 
 
-TASKS = {"train": run_train, "decay": run_decay, "traffic": run_traffic}
+def run_both_updates(case: dict, grid: Grid, config: Config) -> dict[str, Any]:
+    """The same updates by DeepSpeed and on flat buffers.
+
+    Returns:
+        The names of the engines, and for each update and parameter the largest difference of
+        (loss, gradient norm) and of the working weights on any rank.
+    """
+    found: dict[str, tuple[list[Any], dict[str, torch.Tensor]]] = {}
+    for kind in ("deepspeed", "flat"):
+        speed = config.speed.model_copy(update={"update": kind})
+        chosen = config.model_copy(update={"speed": speed})
+        infos = whole_model(config.model, grid.tensor)
+        engine = build_engine(chosen, grid, plan_decay(infos, config.optimizer.weight_decay))
+        micro = config.train.global_batch // grid.data // engine.micro_batches
+        draw = torch.Generator().manual_seed(grid.data_rank)
+        shape = (micro, config.model.context)
+
+        def batches(shape: Any = shape, draw: Any = draw) -> Any:
+            while True:
+                tokens = torch.randint(0, 90, shape, generator=draw)
+                yield tokens, tokens.roll(-1, 1)
+
+        figures = []
+        data = batches()
+        for step in range(config.train.steps):
+            engine.begin_step(step, 3e-3)
+            figures.append((engine.train_step(data), engine.gradient_norm))
+        weights = {info_of(one).name: one.detach().clone() for one in engine.module.parameters()}
+        found[type(engine.deepspeed).__name__] = (figures, weights)
+        engine.close()
+    (first, before), (second, after) = found.values()
+    figures = [
+        abs(a - b)
+        for one, two in zip(first, second, strict=True)
+        for a, b in zip(one, two, strict=True)
+    ]
+    weights = {name: float((before[name] - after[name]).abs().max()) for name in before}
+    every = grid.gather((max(figures), max(weights.values())))
+    return {
+        "engines": list(found),
+        "figures": max(one[0] for one in every),
+        "weights": max(one[1] for one in every),
+        "moved": float(first[-1][0] - first[0][0]),
+    }
+
+
+def run_operations(case: dict, grid: Grid, config: Config) -> dict[str, dict[str, int]]:
+    """ATen operations of an update of each kind, and of forward and backward pass alone."""
+    infos = whole_model(config.model, grid.tensor)
+    tokens = torch.arange(8 * config.model.context).view(8, -1) % 90
+    found = {}
+    for kind in ("deepspeed", "flat"):
+        speed = config.speed.model_copy(update={"update": kind})
+        chosen = config.model_copy(update={"speed": speed})
+        engine = build_engine(chosen, grid, plan_decay(infos, config.optimizer.weight_decay))
+        for step in range(3):
+            counted = Operations()
+            engine.begin_step(step, 1e-3)
+            with counted:
+                engine.train_step(itertools.repeat((tokens, tokens)))
+        found[kind] = dict(counted.counts)
+        engine.close()
+    module = build_model(config, grid)
+    counted = Operations()
+    with counted:
+        module(tokens, partial(mean_loss, labels=tokens)).backward()
+    return {**found, "model": dict(counted.counts)}
+
+
+TASKS = {
+    "both": run_both_updates,
+    "operations": run_operations,
+    "train": run_train,
+    "decay": run_decay,
+    "traffic": run_traffic,
+}
 
 
 def main() -> None:

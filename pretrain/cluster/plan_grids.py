@@ -104,6 +104,7 @@ def layout_of(config: Config, device: str, count: int, base: float, slack: float
         micro=micro,
         count=passes,
         recompute=config.grid.activation_checkpointing,
+        flat=config.is_flat,
         sequence=grid.sequence_parallel,
         loss_bytes=config.speed.loss_bytes(device),
         live=zero.get("stage3_max_live_parameters", 1e9),

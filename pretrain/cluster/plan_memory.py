@@ -32,13 +32,14 @@ def process_bytes(device: str) -> tuple[float, float]:
 def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
     """Bytes on the fullest rank, by part, at the moment when they are most.
 
-    That is either the end of a forward pass, with what it keeps and the loss, or the update, with
-    DeepSpeed's copies of the gradient: as they come, in its bucket, and in float32.
+    That is either the end of a forward pass, with what it keeps and the loss, or the update. On
+    flat buffers the float32 gradients are always there, and those of one layer beside them as they
+    come. DeepSpeed has all of them as they come, in its bucket, and in float32.
     """
     here = sizes.held(on.pipeline)
     local = here.on(on.tensor)
     shards = on.data if on.stage else 1
-    masters = 4 if on.width == 2 or on.stage else 0
+    masters = 4 if on.width == 2 or (on.stage and not on.flat) else 0
     kept = _kept(sizes, on)
     held = _between(sizes, on) if on.recompute else kept
     # Summed in float32, in every precision.
@@ -50,7 +51,7 @@ def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
         "optimizer": (here.state(on.tensor) + local * masters) / shards,
     }
     forward = {
-        "gradients": gradients if several else 0.0,
+        "gradients": gradients if several or on.flat else 0.0,
         "gathered": on.kept_gathered(sizes) * on.width if on.stage == 3 else 0.0,
         "activations": held * sizes.stage(on.pipeline) * min(on.pipeline, on.count),
         # One layer's at work: its own, and the gradients that flow through it.
@@ -62,6 +63,9 @@ def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
         "bucket": min(local, _BUCKET) * 4 if on.stage else 0.0,
         "float32 gradients": 4 * local / on.data if on.stage and on.width == 2 else 0.0,
     }
+    if on.flat:
+        arriving = max(sizes.block.on(on.tensor), sizes.tied.on(on.tensor))
+        update = {"gradients": gradients, "arriving gradients": arriving * on.width}
     if sizes.largest:
         # The update and its orthogonal form, flat; matrices and products of one at a time.
         mine = here.orthogonal / on.tensor / shards

@@ -136,6 +136,8 @@ class Layout:
     count: int
     """Micro batches of a rank in a step."""
     recompute: bool
+    flat: bool = False
+    """Whether updates are made on flat buffers, without DeepSpeed."""
     sequence: bool = False
     """Whether tensor-parallel ranks share the positions between their products."""
     loss_bytes: float = 512 << 20

@@ -56,8 +56,9 @@ def _pipeline(sizes: Sizes, on: Layout) -> float:
 def _data(sizes: Sizes, on: Layout) -> float:
     """Gradients, reduced in float32, and weights, gathered.
 
-    DeepSpeed reduces a bucket whole under ZeRO 1 and 2, under 2 after every micro batch. ZeRO 3
-    scatters it, and gathers weights for each pass, but for those that it still keeps.
+    Flat buffers are reduced once: scattered under ZeRO 1, whole under ZeRO 0. DeepSpeed reduces a
+    bucket whole under ZeRO 1 and 2, under 2 after every micro batch. ZeRO 3 scatters it, and
+    gathers weights for each pass, but for those that it still keeps.
     """
     if on.data == 1:
         return 0.0
@@ -67,7 +68,8 @@ def _data(sizes: Sizes, on: Layout) -> float:
         sent = on.count * (4 * local + on.width * gathered)
     else:
         reductions = on.count if on.stage == 2 else 1
-        sent = local * (2 * 4 * reductions + (on.width if on.stage else 0))
+        whole = 1 if on.flat and on.stage else 2
+        sent = local * (whole * 4 * reductions + (on.width if on.stage else 0))
     if on.stage:  # Muon needs whole matrices of gradients that are cut
         sent += 2 * 4 * sizes.held(on.pipeline).orthogonal / on.tensor
     return sent * (on.data - 1) / on.data

@@ -151,7 +151,8 @@ class Config(Section):
                 f"grid.zero_stage: {grid.zero_stage} does not combine with pipeline_parallel "
                 f"{grid.pipeline_parallel}; use zero_stage 0 or 1"
             )
-        if self.precision == "bf16" and grid.zero_stage == 0:
+        self._check_update()
+        if self.precision == "bf16" and grid.zero_stage == 0 and not self.is_flat:
             raise ValueError(
                 "grid.zero_stage: 0 in bf16 takes DeepSpeed's unfused optimizer, whose updates "
                 "differ from ZeRO 1-3's; use zero_stage 1 (or precision fp32)"
@@ -183,6 +184,31 @@ class Config(Section):
                 f"tensor_parallel {grid.tensor_parallel}"
             )
         return self
+
+    def _check_update(self) -> None:
+        if self.speed.update != "flat":
+            return
+        grid = self.grid
+        unfit = {
+            f"grid.pipeline_parallel {grid.pipeline_parallel}": grid.pipeline_parallel > 1,
+            f"grid.zero_stage {grid.zero_stage}": grid.zero_stage > 1,
+            "keys of deepspeed:": bool(self.deepspeed),
+        }
+        for what, refused in unfit.items():
+            if refused:
+                raise ValueError(
+                    f"speed.update: flat does not go with {what}, which is DeepSpeed's; "
+                    "use speed.update auto"
+                )
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether updates are made on flat buffers (`pretrain.engine.flat_update`), without
+        DeepSpeed."""
+        if self.speed.update != "auto":
+            return self.speed.update == "flat"
+        grid = self.grid
+        return grid.pipeline_parallel == 1 and grid.zero_stage <= 1 and not self.deepspeed
 
     @property
     def warmup_steps(self) -> int:

@@ -126,6 +126,11 @@ class SpeedConfig(Section):
         description="PyTorch's attention, or batched matrix products; auto: products in bf16 on a "
         "CPU, where they are faster",
     )
+    update: Literal["auto", "flat", "deepspeed"] = Field(
+        "auto",
+        description="who updates the weights: flat buffers (ZeRO 0 and 1 without a pipeline), or "
+        "DeepSpeed; auto: flat where it can be and no raw DeepSpeed key is set",
+    )
     loss_mib: int = Field(
         0, ge=0, description="MiB of float32 logits held at once; 0: 32 on a CPU, 512 on a GPU"
     )

@@ -33,8 +33,10 @@ from pretrain.engine.deepspeed_adapter import (
     one_optimizer_for_every_stage,
     prepare_deepspeed,
     record_plain_norm,
+    resolve_precision,
     sum_tied_gradients_in_float32,
 )
+from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.masters import Fragment, fragments
 from pretrain.engine.optimizers import build_optimizer, is_muon_role
 from pretrain.engine.shrink import Shrinker
@@ -215,15 +217,63 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
         UsageError: if the batch cannot be divided or a raw DeepSpeed key contradicts the recipe.
     """
     micro, count = micro_batches(config, grid)
+    module = build_model(config, grid)
+    mark_for_norms(module, grid)
+    control = DecayControl(config, plan)
+    groups = optimizer_groups(module, plan)
+    if config.is_flat:
+        wrapped = _flat_update(config, grid, module, groups, count)
+        optimizer = wrapped.optimizer
+    else:
+        optimizer = build_optimizer(config.optimizer, groups)
+        wrapped = _deepspeed_engine(config, grid, module, optimizer, micro, count)
+    decay = config.optimizer.weight_decay
+    shrinker = Shrinker(
+        wrapped,
+        module,
+        grid,
+        control,
+        config.model,
+        slope=decay.adadecay_slope,
+        nuclear_every=decay.nuclear_every,
+        native=config.optimizer.name == "adamw",
+    )
+    shrinker.attach(optimizer)
+    engine = Engine(wrapped, module, grid, config, plan, count, control, shrinker)
+    engine.begin_step(0, 0.0)
+    engine.audit_decay()
+    return engine
+
+
+def _flat_update(
+    config: Config, grid: Grid, module: nn.Module, groups: list[dict[str, Any]], count: int
+) -> FlatUpdate:
+    precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
+    return FlatUpdate(
+        module,
+        grid,
+        groups,
+        partial(build_optimizer, config.optimizer),
+        torch.bfloat16 if precision == "bf16" else torch.float32,
+        shared=config.grid.zero_stage == 1,
+        micro_batches=count,
+        clipping=config.optimizer.gradient_clipping,
+    )
+
+
+def _deepspeed_engine(
+    config: Config,
+    grid: Grid,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro: int,
+    count: int,
+) -> Any:
     prepare_deepspeed()
     import deepspeed
 
-    module = build_model(config, grid)
     held = sum(parameter.numel() for parameter in module.parameters())
     settings = deepspeed_settings(config, grid, micro, count, held)
-    mark_for_norms(module, grid)
-    control = DecayControl(config, plan)
-    optimizer = build_optimizer(config.optimizer, optimizer_groups(module, plan))
     pipeline = grid.pipeline > 1
     with (
         contextlib.redirect_stdout(io.StringIO()),
@@ -243,22 +293,7 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
         norm_in_one_reduction(wrapped.optimizer, grid)
         if pipeline and getattr(wrapped.optimizer, "use_grad_accum_attribute", False):
             sum_tied_gradients_in_float32(wrapped)
-    decay = config.optimizer.weight_decay
-    shrinker = Shrinker(
-        wrapped,
-        module,
-        grid,
-        control,
-        config.model,
-        slope=decay.adadecay_slope,
-        nuclear_every=decay.nuclear_every,
-        native=config.optimizer.name == "adamw",
-    )
-    shrinker.attach(optimizer)
-    engine = Engine(wrapped, module, grid, config, plan, count, control, shrinker)
-    engine.begin_step(0, 0.0)
-    engine.audit_decay()
-    return engine
+    return wrapped
 
 
 def optimizer_groups(module: nn.Module, plan: DecayPlan) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The parts of Megatron-core and DeepSpeed that a run uses, loaded once."""
+"""The parts of Megatron-core that every run uses, loaded once; DeepSpeed's are loaded with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from data_pipeline.lean import import_lean
 _PARTS = (
     "megatron.core.tensor_parallel",
     "megatron.core.datasets.gpt_dataset",
-    "deepspeed.runtime.zero.muon.original_muon",
 )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from models.roles import ParameterInfo, info_of
+from pretrain.engine.flat_update import FlatUpdate
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Fragment:
 def fragments(engine: Any) -> list[Fragment]:
     """This rank's fragments of a DeepSpeed engine, in a fixed order; empty ones left out."""
     optimizer = engine.optimizer
+    if isinstance(engine, FlatUpdate):
+        return list(_flat(engine))
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return list(_zero3(optimizer))
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
@@ -65,6 +68,8 @@ def tensors_of(engine: Any) -> dict[int, list[nn.Parameter]]:
     The same lists on every rank of a stage, also where a rank's piece misses a parameter.
     """
     optimizer = engine.optimizer
+    if isinstance(engine, FlatUpdate):
+        return {id(owner.tensor): owner.parameters for owner in engine.owners}
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         pairs = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):
@@ -76,7 +81,31 @@ def tensors_of(engine: Any) -> dict[int, list[nn.Parameter]]:
 
 def is_replicated(engine: Any) -> bool:
     """Whether every data-parallel rank holds all masters (no ZeRO)."""
+    if isinstance(engine, FlatUpdate):
+        return not engine.shared
     return isinstance(engine.optimizer, torch.optim.Optimizer)
+
+
+def norm_in_step(engine: Any) -> float:
+    """Global norm of the gradient before clipping, where the optimizer's step is under way."""
+    if isinstance(engine, FlatUpdate):
+        return float(engine.gradient_norm)
+    holder = engine if is_replicated(engine) else engine.optimizer
+    return float(holder._global_grad_norm)
+
+
+def _flat(update: FlatUpdate) -> Iterator[Fragment]:
+    for group, owner in update.owner_groups():
+        for piece in owner.pieces:
+            yield Fragment(
+                piece.parameter,
+                piece.offset,
+                owner.tensor.narrow(0, piece.start, piece.count),
+                group,
+                update.optimizer,
+                owner.tensor,
+                piece.start,
+            )
 
 
 def _plain(optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,46 @@ def square_sum(values: Tensor) -> Tensor:
     blocks = torch.linalg.vector_norm(flat[:cut].view(-1, _BLOCK), dim=1, dtype=torch.float32)
     rest = torch.linalg.vector_norm(flat[cut:], dtype=torch.float32)
     return blocks.double().square().sum() + rest.double().square()
+
+
+class SquareSum:
+    """Sum of squares of many tensors that stay where they are, in few operations.
+
+    The sum is that of `square_sum` over the tensors, to rounding of float64.
+
+    Args:
+        tensors: contiguous float32 tensors, whose values may change between calls.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._blocks: list[Tensor] = []
+        """``[blocks, 2048]`` views; neighbours in memory are one view."""
+        self._rests: list[Tensor] = []
+        run: list[Tensor] = []
+        for one in tensors:
+            flat = one.detach().view(-1)
+            cut = flat.numel() // _BLOCK * _BLOCK
+            if cut < flat.numel():
+                self._rests.append(flat[cut:])
+            if run and _end(run[-1]) != flat.data_ptr():
+                self._add(run)
+            if cut:
+                run.append(flat[:cut])
+        self._add(run)
+
+    def _add(self, run: list[Tensor]) -> None:
+        if run:
+            count = sum(one.numel() for one in run)
+            self._blocks.append(run[0].as_strided((count // _BLOCK, _BLOCK), (_BLOCK, 1)))
+            run.clear()
+
+    def __call__(self) -> Tensor:
+        """The sum now, a float64 scalar on the tensors' device."""
+        norms = [torch.linalg.vector_norm(one, dim=1) for one in self._blocks]
+        if self._rests:
+            norms.append(torch.stack(torch._foreach_norm(self._rests)))
+        return torch.cat(norms).double().square().sum()
+
+
+def _end(one: Tensor) -> int:
+    return one.data_ptr() + one.numel() * one.element_size()

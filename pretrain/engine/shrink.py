@@ -22,7 +22,7 @@ from pretrain.decay.control import Alpha, Applied, DecayControl, Site, label, si
 from pretrain.decay.policies.alpha import eigenvalues, hill_exponent
 from pretrain.decay.policies.nuclear import nuclear_subgradient
 from pretrain.distributed.grid import Grid
-from pretrain.engine.masters import Fragment, fragments, is_replicated, tensors_of
+from pretrain.engine.masters import Fragment, fragments, is_replicated, norm_in_step, tensors_of
 from pretrain.engine.norms import square_sum
 from pretrain.engine.optimizers import MuonWithAdamW, muon_update
 from pretrain.engine.shards import local_shard, own_shard, sum_over_stage, whole_tensor
@@ -170,9 +170,7 @@ class Shrinker:
 
     def _norm_ratio(self) -> float:
         """‖∇‖₂/‖w‖₂ of the whole model; the gradient before clipping."""
-        optimizer = self._engine.optimizer
-        holder = self._engine if self._replicated else optimizer
-        gradient = float(holder._global_grad_norm)
+        gradient = norm_in_step(self._engine)
         total = torch.zeros((), dtype=torch.float64, device=self._grid.device)
         if not (self._replicated and self._grid.data_rank):
             for fragment in self._fragments:

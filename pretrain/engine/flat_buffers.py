@@ -1,0 +1,151 @@
+"""Flat buffers of parameters, gradients and fp32 masters, shared out over data-parallel ranks.
+
+The parameters of a buffer are views of one tensor, so that what an update does to all of them
+(casts, norms, clipping, reductions) is one operation on one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.roles import info_of
+
+_ALIGNMENT = 8
+"""Elements; each rank's part of a buffer is a multiple of it."""
+SMALLEST = 1 << 20
+"""Elements of gradients that are worth a reduction of their own."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank owns of one parameter: elements of a master, and where they come from."""
+
+    parameter: nn.Parameter
+    offset: int
+    """First element, in the flattened parameter."""
+    start: int
+    """First element, in the owner."""
+    count: int
+
+
+@dataclass
+class Owner:
+    """A run of this rank's masters that one param group updates."""
+
+    tensor: Tensor
+    """1-D float32, empty where this rank has none; its ``grad`` is a view of the buffer's."""
+    parameters: list[nn.Parameter]
+    """All that lie in the run on any rank."""
+    pieces: list[Piece] = field(default_factory=list)
+
+
+class FlatBuffer:
+    """Some parameters in one tensor.
+
+    Args:
+        members: (param group name, parameters) in the order in which they are laid out.
+        precision: of the working weights.
+        parts, part: over how many ranks the masters are shared out, and which share is this rank's.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[tuple[str, list[nn.Parameter]]],
+        precision: torch.dtype,
+        parts: int,
+        part: int,
+    ) -> None:
+        self.parameters = [one for _, parameters in members for one in parameters]
+        device = self.parameters[0].device
+        unit = parts * _ALIGNMENT if parts > 1 else 1
+        size = -(-sum(one.numel() for one in self.parameters) // unit) * unit
+        self.working = torch.zeros(size, dtype=precision, device=device)
+        self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
+        self._starts: dict[int, int] = {}
+        self.views: dict[int, Tensor] = {}
+        """Of the gradient, by ``id`` of the parameter, in its shape."""
+        self._lay_out()
+        width = size // parts
+        self.low, self.high = part * width, (part + 1) * width
+        self.own_working = self.working[self.low : self.high]
+        self.own_gradient = self.gradient[self.low : self.high]
+        # In float32 the working weights are the masters.
+        self.master = self.own_working.float()
+        self.owners = {name: self._owner(parameters) for name, parameters in members}
+
+    @torch.no_grad()
+    def _lay_out(self) -> None:
+        start = 0
+        for one in self.parameters:
+            stop = start + one.numel()
+            place = self.working[start:stop].view_as(one)
+            place.copy_(one.data)
+            one.data = place
+            self._starts[id(one)] = start
+            self.views[id(one)] = self.gradient[start:stop].view_as(one)
+            start = stop
+
+    def _owner(self, parameters: list[nn.Parameter]) -> Owner:
+        first = self._starts[id(parameters[0])]
+        last = self._starts[id(parameters[-1])] + parameters[-1].numel()
+        low = min(max(first, self.low), self.high)
+        high = max(min(last, self.high), low)
+        tensor = self.master[low - self.low : high - self.low].detach()
+        tensor.grad = self.own_gradient[low - self.low : high - self.low]
+        owner = Owner(tensor, parameters)
+        for one in parameters:
+            start = self._starts[id(one)]
+            begin, end = max(start, low), min(start + one.numel(), high)
+            if end > begin:
+                owner.pieces.append(Piece(one, begin - start, begin - low, end - begin))
+        return owner
+
+    def own_gradients(self, counted: set[int]) -> list[Tensor]:
+        """This rank's gradients of the parameters whose ``id`` is in ``counted``, 1-D views."""
+        return [
+            self.own_gradient.narrow(0, place + piece.start, piece.count)
+            for owner in self.owners.values()
+            for place in (owner.tensor.storage_offset() - self.master.storage_offset(),)
+            for piece in owner.pieces
+            if id(piece.parameter) in counted
+        ]
+
+    def refresh(self) -> None:
+        """Set this rank's working weights from its masters."""
+        if self.working.dtype != torch.float32:
+            self.own_working.copy_(self.master)
+
+
+def in_buckets(
+    parameters: Iterable[nn.Parameter], smallest: int = SMALLEST
+) -> list[list[nn.Parameter]]:
+    """Parameters in their order, cut between layers, of ``smallest`` elements or more."""
+    found: list[list[nn.Parameter]] = []
+    current: list[nn.Parameter] = []
+    for _, layer in groupby(parameters, lambda one: info_of(one).layer):
+        current = current + list(layer)
+        if sum(one.numel() for one in current) >= smallest:
+            found.append(current)
+            current = []
+    if current:
+        found.append(current)
+    return found
+
+
+def by_group(
+    parameters: Iterable[nn.Parameter], groups: list[dict[str, Any]]
+) -> list[tuple[str, list[nn.Parameter]]]:
+    """Parameters by param group, in the order of the groups; groups without any left out."""
+    wanted = {id(one) for one in parameters}
+    found = []
+    for group in groups:
+        members = [one for one in group["params"] if id(one) in wanted]
+        if members:
+            found.append((group["name"], members))
+    return found

@@ -1,0 +1,260 @@
+"""The update of ZeRO 0 and 1 on flat buffers, in a few operations for each group of parameters.
+
+No hook does work for a single parameter. When the gradients of a bucket of layers are complete, one
+operation packs them into a flat float32 buffer, where micro batches add up; with the last micro
+batch the reduction over data-parallel ranks starts, while the backward pass goes on. Then one norm,
+one clipping, one optimizer step for each param group, and one cast back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.roles import declared_parameters, info_of
+from pretrain.distributed.grid import Grid
+from pretrain.engine.flat_buffers import SMALLEST, FlatBuffer, Owner, by_group, in_buckets
+from pretrain.engine.norms import SquareSum
+
+Groups = list[dict[str, Any]]
+
+
+class FlatUpdate:
+    """A model and its optimizer; the calls are those of a DeepSpeed engine.
+
+    Args:
+        module: the model; its parameters become views of flat buffers.
+        groups: param groups, each with ``name`` and ``params``.
+        build: makes the optimizer of such groups, whose ``params`` are this rank's flat masters.
+        precision: of the working weights and activations; masters and gradients are float32.
+        shared: data-parallel ranks share the masters out (ZeRO 1); otherwise each holds all.
+        micro_batches: of an update.
+        clipping: the largest norm of the gradient; 0 for none.
+        smallest: elements of a bucket, at least.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        grid: Grid,
+        groups: Groups,
+        build: Callable[[Groups], torch.optim.Optimizer],
+        precision: torch.dtype,
+        shared: bool,
+        micro_batches: int,
+        clipping: float,
+        smallest: int = SMALLEST,
+    ) -> None:
+        self.module = module.to(precision)
+        self.shared = shared and grid.data > 1
+        self._grid, self._count, self._clipping = grid, micro_batches, clipping
+        buckets = in_buckets(declared_parameters(module), smallest)
+        parts, part = (grid.data, grid.data_rank) if self.shared else (1, 0)
+        # A reduction wants what a bucket completes in one tensor; alone, a group is one tensor.
+        laid_out = (
+            [by_group(bucket, groups) for bucket in buckets]
+            if grid.data > 1
+            else [[one] for one in by_group(list(declared_parameters(module)), groups)]
+        )
+        self.buffers = [FlatBuffer(members, precision, parts, part) for members in laid_out]
+        self.owners = [owner for buffer in self.buffers for owner in buffer.owners.values()]
+        views = {key: view for buffer in self.buffers for key, view in buffer.views.items()}
+        self._buckets = [
+            _Bucket(
+                bucket,
+                [views[id(one)] for one in bucket],
+                self.buffers[index] if grid.data > 1 else None,
+                self._complete,
+            )
+            for index, bucket in enumerate(buckets)
+        ]
+        counted = self._counted()
+        gradients = [one for buffer in self.buffers for one in buffer.own_gradients(counted)]
+        self._square_sum = SquareSum(gradients) if gradients else None
+        self.optimizer = build(
+            [
+                {
+                    **group,
+                    "params": [
+                        b.owners[group["name"]].tensor
+                        for b in self.buffers
+                        if group["name"] in b.owners
+                    ],
+                }
+                for group in groups
+            ]
+        )
+        self._done = 0
+        """Micro batches of the update under way."""
+        self._reductions: list[Any] = []
+        self.gradient_norm = torch.zeros((), device=grid.device)
+        """Global norm of the last gradient before clipping; infinite or NaN if it is not finite."""
+
+    def _owned(self, name: str) -> list[Tensor]:
+        """This rank's masters of a param group."""
+        return [one.owners[name].tensor for one in self.buffers if name in one.owners]
+
+    def _counted(self) -> set[int]:
+        """``id`` of the parameters that count here in the global norm, each element once."""
+        grid = self._grid
+        if not self.shared and grid.data_rank:  # the others hold the same
+            return set()
+        return {
+            id(one)
+            for one in declared_parameters(self.module)
+            if info_of(one).partition_dim is not None or grid.tensor_rank == 0
+        }
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The model's forward pass."""
+        return self.module(*arguments)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro batch."""
+        if self._done == self._count:
+            self._done = 0
+        self._done += 1
+        for bucket in self._buckets:
+            bucket.begin()
+        (loss / self._count).backward()
+        for bucket in self._buckets:
+            if not bucket.is_complete:  # a parameter that the loss does not depend on
+                bucket.finish()
+                self._complete(bucket)
+
+    def _complete(self, bucket: _Bucket) -> None:
+        """All gradients of a bucket are there: pack them, and reduce the last ones."""
+        bucket.pack(first=self._done == 1)
+        buffer = bucket.buffer
+        if buffer is None or self._done < self._count:
+            return
+        group = self._grid.data_group
+        buffer.gradient.div_(self._grid.data)
+        self._reductions.append(
+            dist.reduce_scatter_tensor(
+                buffer.own_gradient, buffer.gradient, group=group, async_op=True
+            )
+            if self.shared
+            else dist.all_reduce(buffer.gradient, group=group, async_op=True)
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the weights, where the micro batch was the last; a gradient that is not finite
+        moves nothing."""
+        if self._done < self._count:
+            return
+        for one in self._reductions:
+            one.wait()
+        self._reductions.clear()
+        self.gradient_norm = self._norm()
+        if not bool(self.gradient_norm.isfinite()):
+            return
+        if self._clipping:
+            excess = ((self.gradient_norm + 1e-6) / self._clipping).clamp_min(1.0)
+            torch._foreach_mul_([one.own_gradient for one in self.buffers], 1.0 / excess)
+        self.optimizer.step()
+        for buffer in self.buffers:
+            buffer.refresh()
+        if self.shared:
+            self._gather()
+
+    def _norm(self) -> Tensor:
+        zero = torch.zeros((), dtype=torch.float64, device=self._grid.device)
+        total = self._square_sum() if self._square_sum else zero
+        if self._grid.world_size > 1:
+            dist.all_reduce(total)
+        return total.sqrt().float()
+
+    def _gather(self) -> None:
+        group = self._grid.data_group
+        pending = [
+            dist.all_gather_into_tensor(
+                buffer.working, buffer.own_working, group=group, async_op=True
+            )
+            for buffer in self.buffers
+        ]
+        for one in pending:
+            one.wait()
+
+    def get_global_grad_norm(self) -> Tensor:
+        """Norm of the last update's gradient over the whole model, before clipping."""
+        return self.gradient_norm
+
+    def owner_groups(self) -> list[tuple[dict[str, Any], Owner]]:
+        """Each owner with the optimizer's param group that it is in."""
+        of = {
+            id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]
+        }
+        return [(of[id(owner.tensor)], owner) for owner in self.owners]
+
+    def destroy(self) -> None:
+        """Remove the hooks."""
+        for bucket in self._buckets:
+            bucket.remove()
+
+
+class _Bucket:
+    """Parameters whose gradients are packed, and reduced, together.
+
+    Args:
+        views: where the gradients go, in the order of ``parameters``.
+        buffer: the flat buffer that the bucket fills, where it fills one.
+        complete: called when the last gradient of a backward pass is there.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        views: list[Tensor],
+        buffer: FlatBuffer | None,
+        complete: Callable[[_Bucket], None],
+    ) -> None:
+        self.buffer = buffer
+        self._parameters, self._views = parameters, views
+        self._missing = 0
+        self._report = complete
+        self._hooks = [one.register_post_accumulate_grad_hook(self._arrived) for one in parameters]
+
+    def begin(self) -> None:
+        """A backward pass is to come."""
+        self._missing = len(self._parameters)
+        for one in self._parameters:
+            one.grad = None  # so that autograd hands over its tensors and adds nothing
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every gradient of this backward pass is there."""
+        return self._missing == 0
+
+    def _arrived(self, _: Tensor) -> None:
+        self._missing -= 1
+        if self._missing == 0:
+            self._report(self)
+
+    def finish(self) -> None:
+        """Take the gradients that did not come for zero."""
+        for one in self._parameters:
+            if one.grad is None:
+                one.grad = torch.zeros_like(one)
+        self._missing = 0
+
+    @torch.no_grad()
+    def pack(self, first: bool) -> None:
+        """Set or add the gradients in the buffer, and let go of them."""
+        gradients = [one.grad for one in self._parameters if one.grad is not None]
+        if first:
+            torch._foreach_copy_(self._views, gradients)
+        else:
+            torch._foreach_add_(self._views, gradients)
+        for one in self._parameters:
+            one.grad = None
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for one in self._hooks:
+            one.remove()

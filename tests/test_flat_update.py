@@ -1,0 +1,148 @@
+"""Updates on flat buffers are DeepSpeed's, bit by bit, on every grid that has both."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models.gpt import GPT
+from models.layers import ParameterFactory
+from models.roles import declared_parameters, info_of
+from pretrain.config.recipe import parse_config
+from pretrain.engine.flat_buffers import FlatBuffer, in_buckets
+from pretrain.engine.norms import SquareSum, square_sum
+from tests.tools import DIALECTS, base_recipe, run_workers
+
+GRIDS: dict[int, list[dict[str, Any]]] = {
+    1: [{}],
+    2: [{}, {"tensor_parallel": 2}, {"tensor_parallel": 2, "sequence_parallel": True}],
+    4: [{"tensor_parallel": 2, "sequence_parallel": True}],
+}
+OPTIMIZERS: list[dict[str, Any]] = [
+    {},
+    {"name": "sgd"},
+    {"name": "lion"},
+    {"name": "muon"},
+    {"gradient_clipping": 0},
+    {"gradient_clipping": 0.1, "weight_decay": {"form": "l2", "default": 0.1}},
+    {"weight_decay": {"form": "cautious", "default": 0.1}},
+    {"weight_decay": {"form": "adadecay", "default": 0.1}},
+    {"weight_decay": {"form": {"attention": "nuclear"}, "default": 0.1}},
+    {"weight_decay": {"default": 0.1, "policies": [{"kind": "awd"}]}},
+]
+
+
+def cases(data: Path, processes: int) -> list[dict[str, Any]]:
+    """Every grid and stage, each with an optimizer, a dialect, and one or two micro batches."""
+    found = []
+    for grid in GRIDS[processes]:
+        for stage in (0, 1):
+            for precision in ("fp32", "bf16")[: 1 + stage]:
+                for optimizer in OPTIMIZERS if precision == "fp32" else OPTIMIZERS[:2]:
+                    number = len(found)
+                    values = deepcopy(base_recipe(data))
+                    values["grid"] = grid | {"zero_stage": stage}
+                    values["precision"] = precision
+                    values["model"] |= DIALECTS[list(DIALECTS)[number % len(DIALECTS)]]
+                    values["model"] |= {"vocabulary_size": 96, "tied_head": number % 2 == 0}
+                    values["optimizer"] |= deepcopy(optimizer)
+                    values["train"] = {
+                        "steps": 4,
+                        "global_batch": 8,
+                        "micro_batch": 8
+                        // (1 + number % 2)
+                        * grid.get("tensor_parallel", 1)
+                        // processes,
+                    }
+                    found.append({"recipe": values})
+    return found
+
+
+@pytest.mark.parametrize("processes", GRIDS)
+def test_both_updates(processes: int, data: Path, tmp_path: Path) -> None:
+    asked = cases(data, processes)
+    answers = run_workers(processes, "both", asked, tmp_path)
+    for case, answer in zip(asked, answers, strict=True):
+        assert answer["engines"] == ["DeepSpeedEngine", "FlatUpdate"], case
+        assert answer["moved"] != 0.0, case
+        # DeepSpeed's ZeRO 0 updates tensor by tensor, with other ends of vectors.
+        one_stage = case["recipe"]["grid"]["zero_stage"] == 1
+        assert answer["figures"] <= 2e-6, (case, answer)
+        assert answer["weights"] <= (1e-6 if one_stage else 1e-4), (case, answer)
+
+
+def test_pieces_cover_every_element_once() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(60):
+        parts = int(draw.integers(1, 9))
+        shapes = [tuple(map(int, draw.integers(1, 40, 2))) for _ in range(draw.integers(1, 12))]
+        cuts = sorted({0, len(shapes), *map(int, draw.integers(0, len(shapes) + 1, 2))})
+        values = [torch.randn(shape) for shape in shapes]
+        buffers = []
+        for part in range(parts):
+            held = [nn.Parameter(one.clone()) for one in values]
+            members = [(f"g{a}", held[a:b]) for a, b in pairwise(cuts)]
+            buffers.append((held, FlatBuffer(members, torch.float32, parts, part)))
+        for number, whole in enumerate(values):
+            found = torch.full((whole.numel(),), float("nan"))
+            for held, buffer in buffers:
+                assert torch.equal(held[number], whole)
+                assert held[number].data_ptr() % 4 == 0
+                for owner in buffer.owners.values():
+                    for piece in owner.pieces:
+                        if piece.parameter is held[number]:
+                            place = found[piece.offset : piece.offset + piece.count]
+                            assert place.isnan().all()
+                            place.copy_(owner.tensor[piece.start : piece.start + piece.count])
+            assert torch.equal(found, whole.flatten())
+        for _, buffer in buffers:
+            for owner in buffer.owners.values():
+                assert owner.tensor.grad is not None
+                owner.tensor.grad.fill_(1.0)
+            assert buffer.own_gradient.sum() == sum(
+                o.tensor.numel() for o in buffer.owners.values()
+            )
+
+
+def test_square_sums_are_those_of_each_tensor() -> None:
+    flat = torch.randn(100_000)
+    for sizes in ([100_000], [4096, 2048, 10, 3000, 2048, 2047, 1], [5], [2048] * 9):
+        parts = list(flat[: sum(sizes)].split(sizes))
+        wanted = sum(float(square_sum(one)) for one in parts)
+        assert float(SquareSum(parts)()) == pytest.approx(wanted, rel=1e-14)
+        flat *= 2.0  # values may change between calls
+
+
+SMALL = {"num_layers": 5, "hidden_size": 16, "num_attention_heads": 4, "vocabulary_size": 64}
+
+
+def test_buckets_end_with_layers() -> None:
+    config = parse_config({"model": SMALL})
+    everything = list(declared_parameters(GPT(config.model, ParameterFactory(1))))
+    for smallest in (1, 4000, 1 << 30):
+        buckets = in_buckets(everything, smallest)
+        assert [id(one) for bucket in buckets for one in bucket] == [id(one) for one in everything]
+        sizes = [sum(one.numel() for one in bucket) for bucket in buckets]
+        assert all(size >= smallest for size in sizes[:-1])
+        layers = [{info_of(one).layer for one in bucket} for bucket in buckets]
+        assert all(not a & b - {None} for a, b in pairwise(layers))
+
+
+def test_operations_of_an_update(data: Path, tmp_path: Path) -> None:
+    """What an update adds to forward and backward pass of 12 layers is counted, not timed."""
+    values = deepcopy(base_recipe(data))
+    values["model"] |= {"num_layers": 12, "vocabulary_size": 96}
+    (found,) = run_workers(1, "operations", [{"recipe": values}], tmp_path)
+    added = {
+        kind: {k: n - found["model"].get(k, 0) for k, n in found[kind].items()} for kind in found
+    }
+    assert sum(added["flat"].values()) <= 90, added["flat"]
+    assert found["flat"]["aten._local_scalar_dense.default"] <= 3, "waits for the device"
+    assert sum(added["deepspeed"].values()) > 20 * sum(added["flat"].values())

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of the documents: what comes back of them, and what does not."""
+"""Measures how exactly a tokenizer reproduces documents: what comes back, and what does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_pipeline.tokenizer import Tokenizer
 
 _EXAMPLES = 3
 _SHOWN = 30
-"""Characters of an example, before and after the first difference."""
+"""Number of characters that an example shows before and after the first difference."""
 
 TRIALS = (
     "The quick brown fox, 12345 times.\n\tdef f(x):\n        return x ** 2  # ok\r\n\n\n",
@@ -21,46 +21,46 @@ TRIALS = (
     "a" * 300 + " " * 70 + "\t\t\n\n" + "0123456789" * 5, "</s> <unk> <0x0A> <|endoftext|>",
     "Привет, мир! \x01\x7f ½ ﬁ Å \u0301", "x\u00a0y\u3000z",
 )  # fmt: skip
-"""Texts that a tokenizer which loses nothing gives back."""
+"""Texts that a lossless tokenizer reproduces."""
 
 
 @dataclass
 class Account:
-    """Counts over documents that were encoded, and decoded again to compare."""
+    """Counts over documents that were encoded and decoded again for comparison."""
 
     documents: int = 0
     exact: int = 0
-    """Documents whose text comes back as it was."""
+    """Documents whose text is reproduced exactly."""
     bytes: int = 0
     """UTF-8 bytes of their texts."""
     bytes_back: int = 0
-    """Bytes of the characters that come back, wherever in the text."""
+    """Bytes of the characters that are reproduced, anywhere in the text."""
     tokens: int = 0
-    """Of the texts alone."""
+    """Tokens of the texts, without added ones."""
     unknown: int = 0
     unknown_documents: int = 0
     eod_inside: int = 0
     """End-of-document tokens inside texts."""
     eod_documents: int = 0
     special_texts: int = 0
-    """Texts of special tokens that stand in documents."""
+    """Occurrences of the text of special tokens in documents."""
     special_documents: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, other: Account) -> None:
-        """Count another's documents too."""
+        """Add the counts of another account."""
         for name, value in vars(other).items():
             if name != "examples":
                 setattr(self, name, getattr(self, name) + value)
         self.examples = (self.examples + other.examples)[:_EXAMPLES]
 
     def values(self) -> dict[str, Any]:
-        """For a manifest."""
+        """The counts as values for a manifest."""
         return asdict(self)
 
     @property
     def is_exact(self) -> bool:
-        """Whether every text comes back."""
+        """Whether every text is reproduced."""
         return self.exact == self.documents
 
 
@@ -68,7 +68,7 @@ def account_of(tokenizer: Tokenizer, texts: list[str], ids: list[np.ndarray]) ->
     """Decode documents and compare.
 
     Args:
-        ids: what the tokenizer made of each text.
+        ids: the token ids of each text.
     """
     found = Account(documents=len(texts))
     for text, whole in zip(texts, ids, strict=True):
@@ -86,7 +86,7 @@ def account_of(tokenizer: Tokenizer, texts: list[str], ids: list[np.ndarray]) ->
 
 
 def why_lossy(tokenizer: Tokenizer) -> str:
-    """Why a tokenizer does not give back every one of `TRIALS`; empty if it does."""
+    """Why a tokenizer does not reproduce every one of `TRIALS`; empty if it does."""
     try:
         account = account_of(tokenizer, list(TRIALS), tokenizer.encode(list(TRIALS)))
     except DataError:
@@ -112,7 +112,7 @@ def _compare(found: Account, text: str, size: int, tokenizer: Tokenizer, ids: np
         found.exact += 1
         found.bytes_back += size
         return
-    # The name of the unknown token is no text that came back.
+    # The name of the unknown token does not count as reproduced text.
     known = ids if tokenizer.unknown is None else ids[ids != tokenizer.unknown]
     common = Counter(text) & Counter(back if known is ids else _decoded(tokenizer, known))
     found.bytes_back += sum(len(one.encode("utf-8")) * count for one, count in common.items())
@@ -131,14 +131,14 @@ def _example(text: str, back: str) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """A share in per cent, never rounded up to 100."""
+    """A share in percent, never rounded up to 100."""
     if part == whole:
         return "100 %"
     return f"{int(1e6 * part / whole) / 1e4:.4f} %"
 
 
 def described(account: Account, tokenizer: Tokenizer, parses_special: bool) -> list[str]:
-    """What to know of documents as this tokenizer reads them, a line each."""
+    """What to know about documents under this tokenizer, one line each."""
     one = account
     lines = [
         f"round trip: {one.exact:,} of {one.documents:,} documents come back exactly, "
@@ -151,12 +151,10 @@ def described(account: Account, tokenizer: Tokenizer, parses_special: bool) -> l
         lines.append(
             f"unknown tokens: {one.unknown:,} of {one.tokens:,} "
             f"({share(one.unknown, one.tokens)}), in {one.unknown_documents:,} documents: the "
-            "vocabulary is not of this text"
+            "vocabulary does not fit this text"
         )
     if one.special_texts:
-        taken = (
-            "taken for the tokens" if parses_special else "kept as text (--parse-special-tokens)"
-        )
+        taken = "made these tokens" if parses_special else "kept as text (--parse-special-tokens)"
         lines.append(
             f"text of special tokens: {one.special_texts:,} times, in "
             f"{one.special_documents:,} documents: {taken}"
@@ -164,6 +162,6 @@ def described(account: Account, tokenizer: Tokenizer, parses_special: bool) -> l
     if one.eod_inside:
         lines.append(
             f"{tokenizer.eod_name} inside texts: {one.eod_inside:,} times, in "
-            f"{one.eod_documents:,} documents: the model will take it for an end of document"
+            f"{one.eod_documents:,} documents: the model will treat it as an end of document"
         )
     return lines

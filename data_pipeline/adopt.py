@@ -1,8 +1,8 @@
-"""Tokens that Megatron-LM or GPT-NeoX prepared, used where they lie: a manifest is all that is new.
+"""Uses tokens that Megatron-LM or GPT-NeoX prepared without copying them; writes only a manifest.
 
-Their ``.bin/.idx`` pairs are the format of this pipeline. What they lack is what a manifest says:
-which tokenizer, which documents are held out, and how many bytes of text those are. Sequences of
-one length (the preshuffled Pile of Pythia) are taken for samples, in the order in which they lie.
+Their ``.bin/.idx`` pairs have the format of this pipeline. A manifest adds what they lack: the
+tokenizer, the held-out documents, and the bytes of text in these. Sequences of one length (the
+preshuffled Pile of Pythia) are taken as samples, in the order of the file.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def adopt(
     """Write a manifest for pairs that stay where they are.
 
     Args:
-        prefixes: each a subset.
+        prefixes: of the pairs; each is a subset.
         tokenizer_path: ``tokenizer.json``, a SentencePiece model, or GPT-2's ``vocab.json`` with
             ``merges.txt`` beside it.
         shares: of documents in train, val and test, by their order (Megatron's ``--split``).
         names: of the subsets; default the prefixes' names.
-        packed: sequences are samples as they lie; None: if all have the same length.
+        packed: each sequence is a sample; None: if all have the same length.
 
     Returns:
-        What to know about the data, a line each.
+        What to know about the data, one line each.
 
     Raises:
         DataError: one line that names the culprit.
@@ -61,7 +61,7 @@ def adopt(
     pairs = [read_pair(prefix.absolute()) for prefix in prefixes]
     types = {pair.dtype for pair in pairs}
     if len(types) > 1:
-        raise DataError(f"the pairs hold tokens of different types ({', '.join(sorted(types))})")
+        raise DataError(f"the pairs have tokens of different types ({', '.join(sorted(types))})")
     names = names or [pair.prefix.name.removesuffix("_text_document") for pair in pairs]
     if len(set(names)) != len(pairs):
         raise DataError(f"--name: {', '.join(names)} are not {len(pairs)} different names")
@@ -98,7 +98,7 @@ def adopt(
         lossy = why_lossy(tokenizer)
         if lossy and any(entry["split"] != "train" for entry in entries):
             told.append(
-                f"{tokenizer_path.name} does not give every text back ({lossy}): the bytes of "
+                f"{tokenizer_path.name} does not reproduce every text ({lossy}): the bytes of "
                 "held-out documents, and so bits per byte, are those of the decoded text, not of "
                 "the original"
             )
@@ -155,13 +155,13 @@ def _entry(
 
 
 def _told(pair: Pair, looked: Looked, tokenizer: Tokenizer, packed: bool) -> list[str]:
-    """What all tokens say about tokenizer and packing."""
+    """What the tokens show about tokenizer and packing, one line each."""
     count, name = len(pair.lengths), pair.prefix.name
     told = []
     if looked.unknown:
         told.append(
             f"{name}: {looked.unknown:,} of {pair.tokens:,} tokens are unknown "
-            f"({share(looked.unknown, pair.tokens)}): the vocabulary is not of this text"
+            f"({share(looked.unknown, pair.tokens)}): the vocabulary does not fit this text"
         )
     if packed:
         return [
@@ -172,12 +172,12 @@ def _told(pair: Pair, looked: Looked, tokenizer: Tokenizer, packed: bool) -> lis
     if len(pair.bounds) - 1 != count:
         told.append(
             f"{name}: {len(pair.bounds) - 1:,} documents of {count:,} sequences; each sequence is "
-            "taken for a document, and no document is in two splits"
+            "used as a document, and no document is in two splits"
         )
     if looked.eod_inside:
         told.append(
             f"{name}: {looked.eod_inside:,} end-of-document tokens inside documents: the model "
-            "takes them for ends"
+            "will treat them as ends"
         )
     if not looked.ended:
         return [
@@ -196,7 +196,7 @@ def _measure(
     stop: int,
     progress: Callable[[int, int], None] | None,
 ) -> int:
-    """Write the bytes and hash of the text of held-out documents; returns the bytes."""
+    """Write the bytes and hash of the text of held-out documents, and return the bytes."""
     rows = np.zeros(stop - start, dtype=DOCUMENT_TYPE)
     for number in range(start, stop):
         tokens = [int(token) for token in indexed.get(number)]
@@ -213,14 +213,14 @@ def _measure(
 
 
 def _take_tokenizer(path: Path, out: Path, eod_token: str | None) -> tuple[Path, Tokenizer]:
-    """A copy of the tokenizer in the folder; GPT-2's two files become one."""
+    """Copy the tokenizer into the folder; GPT-2's two files become one."""
     merges = path.with_name(path.name.replace("vocab.json", "merges.txt"))
     if path.name.endswith("vocab.json") and merges.is_file():
         target = out / "tokenizer.json"
         target.write_text(_byte_level(path, merges, eod_token), encoding="utf-8")
         return target, HuggingFaceTokenizer(target, eod_token)
     path = find_tokenizer(path)
-    load_tokenizer(path, eod_token)  # says what is wrong before anything is copied
+    load_tokenizer(path, eod_token)  # reports what is wrong before anything is copied
     target = out / ("tokenizer.json" if path.suffix == ".json" else "tokenizer.model")
     shutil.copyfile(path, target)
     return target, load_tokenizer(target, eod_token)
@@ -231,7 +231,7 @@ def _byte_level(vocabulary: Path, merges: Path, eod_token: str | None) -> str:
     from tokenizers import decoders, models, pre_tokenizers
 
     for file in (vocabulary, merges):
-        read_tokenizer(file)  # whatever lies there is of a size to be read
+        read_tokenizer(file)  # refuses files that are too large to read
     try:
         made = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # the library raises plain Exception

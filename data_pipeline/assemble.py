@@ -1,4 +1,5 @@
-"""The finished folder: parts joined into one pair per split and subset, and the manifest."""
+"""Makes the finished folder: joins parts into one pair per split and subset, writes the
+manifest."""
 
 from __future__ import annotations
 
@@ -28,15 +29,15 @@ from data_pipeline.tokenizer import Tokenizer, find_tokenizer
 
 _ENDINGS = (".bin", ".idx", ".docs.npy", ".crc")
 _RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d")
-"""Names that Windows keeps for devices, in any case."""
+"""Names that Windows reserves for devices, in upper or lower case."""
 _LONGEST = 80
 
 
 def check_free(out: Path, job: Job) -> None:
-    """See before the work that nothing of others lies where the results will.
+    """Check before the work that the results will not overwrite other files.
 
     Raises:
-        DataError: naming what lies there.
+        DataError: naming the file in the way.
     """
     name, source = tokenizer_file(job)
     mine = out / name
@@ -44,7 +45,8 @@ def check_free(out: Path, job: Job) -> None:
     taken += [out / split for split in SPLITS if _holds_something(out / split)]
     if taken:
         raise DataError(
-            f"{taken[0]}: is there already and was not made here; choose another --out or move it"
+            f"{taken[0]}: already exists and was not made by this command; choose another --out or "
+            "move it"
         )
 
 
@@ -53,16 +55,16 @@ def _holds_something(path: Path) -> bool:
 
 
 def tokenizer_file(job: Job) -> tuple[str, Path]:
-    """Name of the tokenizer in the folder, and the file that it is copied from."""
+    """The tokenizer's name in the folder, and the file that it is copied from."""
     source = find_tokenizer(job.tokenizer_path)
     return f"tokenizer{'.json' if source.suffix == '.json' else '.model'}", source
 
 
 def assemble(state: Parts, job: Job, tokenizer: Tokenizer, left_out: list[str]) -> dict[str, Any]:
-    """Join the parts and write the manifest, the last file of all.
+    """Join the parts and write the manifest as the last file.
 
     Raises:
-        DataError: if there is no document, or a file of others lies in the way.
+        DataError: if there is no document, or another file is in the way.
     """
     where: dict[Key, list[Path]] = {}
     for part in state.in_order():
@@ -111,7 +113,7 @@ def assemble(state: Parts, job: Job, tokenizer: Tokenizer, left_out: list[str]) 
 def _join(
     state: Parts, key: Key, prefix: str, stems: list[Path], dtype: Any, files: dict[str, str]
 ) -> dict[str, Any]:
-    """Join one pair and what lies beside it; ``files`` gets their hashes. Returns its entry."""
+    """Join one pair and its other files, add their hashes to ``files``, and return its entry."""
     aside = state.folder / WHOLE
     checksums, digest = Checksums(), hashlib.sha256()
     with (aside / "x.bin").open("wb") as file:
@@ -145,7 +147,7 @@ def _join(
 
 
 def file_names(subsets: Iterable[str]) -> dict[str, str]:
-    """A file name for each subset, different in more than the case of its letters."""
+    """A file name for each subset; no two differ only in upper and lower case."""
     hashed = dict.fromkeys(sorted(subsets), 0)
     while True:
         names = {subset: _file_name(subset, length) for subset, length in hashed.items()}

@@ -1,4 +1,4 @@
-"""Reading of tokens that takes none for granted: an id beyond the vocabulary ends the run."""
+"""Reads tokens and checks each one: an id outside the vocabulary ends the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_pipeline.records import DataError
 
 
 class BoundedReader:
-    """Megatron's reader of a ``.bin``; every token that is read must be in the vocabulary."""
+    """Megatron's reader of a ``.bin`` that refuses tokens outside the vocabulary."""
 
     def __init__(self, reader: Any, data: Path, starts: np.ndarray, size: int) -> None:
         """
@@ -33,7 +33,7 @@ class BoundedReader:
             where = offset + at * np.dtype(dtype).itemsize
             number = int(np.searchsorted(self._starts, where, side="right")) - 1
             raise DataError(
-                f"{self._data}: document {number} has token {found[at]}, the vocabulary "
+                f"{self._data}: document {number} has token {found[at]}, but the vocabulary has "
                 f"{self._size} tokens; tokenise again, or set model.vocabulary_size to more than "
                 "the largest id"
             )

@@ -1,7 +1,7 @@
-"""Checksums of tokens on disk: a bit that flips there would otherwise train the model.
+"""Checksums of tokens on disk: otherwise the model would train on flipped bits.
 
-Beside ``PREFIX.bin`` lies ``PREFIX.crc``: the CRC-32 of every 64 KiB (little-endian uint32). A
-block is checked when a sample first touches it, which costs a read of the block, once.
+``PREFIX.crc`` beside ``PREFIX.bin`` has the CRC-32 of every 64 KiB (little-endian uint32). A block
+is checked when a sample first uses it, which costs one read of the block.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ SUFFIX = ".crc"
 
 
 class Checksums:
-    """CRC-32 of each block of a stream, however it is cut on its way."""
+    """CRC-32 of each block of a stream that arrives in pieces of any size."""
 
     def __init__(self) -> None:
         self._found: list[int] = []
         self._size = 0
 
     def update(self, data: bytes) -> None:
-        """What comes next."""
+        """Add the next piece."""
         view = memoryview(data)
         while view:
             inside = self._size % BLOCK
@@ -60,13 +60,13 @@ def checksums_of(data: Path) -> np.ndarray:
 
 
 def read_checksums(data: Path, path: Path | None = None) -> np.ndarray | None:
-    """The checksums of a ``.bin``, or None where there are none.
+    """The checksums of a ``.bin``, or None if it has none.
 
     Args:
-        path: their file; default beside the ``.bin``.
+        path: the checksums' file; default: beside the ``.bin``.
 
     Raises:
-        DataError: if they are not of a file of that size.
+        DataError: if they do not belong to a file of that size.
     """
     path = path or data.with_suffix(SUFFIX)
     if not path.is_file():
@@ -77,7 +77,7 @@ def read_checksums(data: Path, path: Path | None = None) -> np.ndarray | None:
 
 
 class CheckedReader:
-    """Megatron's reader of a ``.bin``, each block checked when it is first read."""
+    """Megatron's reader of a ``.bin`` that checks each block when it is first read."""
 
     def __init__(self, reader: Any, data: Path, checksums: np.ndarray) -> None:
         self._reader, self._data, self._checksums = reader, data, checksums
@@ -88,7 +88,7 @@ class CheckedReader:
         """``count`` elements from byte ``offset`` on.
 
         Raises:
-            DataError: naming the file and the block that is not as it was written.
+            DataError: naming the file and the block that has changed since it was written.
         """
         stop = offset + count * np.dtype(dtype).itemsize
         for block in range(offset // BLOCK, -(-stop // BLOCK)):
@@ -104,7 +104,7 @@ class CheckedReader:
 
     def _is_whole(self, block: int, fresh: bool = False) -> bool:
         if fresh and hasattr(os, "posix_fadvise"):
-            # Perhaps the bit flipped in memory: have the system forget its copy.
+            # The bit may have flipped in memory: make the system drop its cached copy.
             os.posix_fadvise(self._file, block * BLOCK, BLOCK, os.POSIX_FADV_DONTNEED)
         found = os.pread(self._file, BLOCK, block * BLOCK)
         return zlib.crc32(found) == self._checksums[block]
@@ -116,27 +116,26 @@ class CheckedReader:
 def _damage(data: Path, block: int) -> str:
     return (
         f"{data}: damaged between bytes {block * BLOCK} and {(block + 1) * BLOCK} (its checksum "
-        "differs); bring the file back from a copy or tokenise again, then start again: the run "
-        "goes on from its last checkpoint"
+        "differs); restore the file from a copy or tokenise again, then rerun the same command: "
+        "the run continues from its last checkpoint"
     )
 
 
 def verify(path: Path, files: dict[Path, str]) -> None:
-    """See that a file of a folder is as it was written; each state of a file is read once.
+    """Check that a file of a folder is unchanged; each state of a file is read once.
 
     Args:
-        files: hashes of the folder's files; what has none passes.
+        files: hashes of the folder's files; a file without one passes.
 
     Raises:
         DataError: naming the file, if it is missing or differs.
     """
     if path in files:
         if not path.is_file():
-            raise DataError(f"{path}: missing; bring it back from a copy or tokenise again")
+            raise DataError(f"{path}: missing; restore it from a copy or tokenise again")
         if _hash(path, stamp_of(path)) != files[path]:
             raise DataError(
-                f"{path}: damaged (its checksum differs); bring it back from a copy or tokenise "
-                "again"
+                f"{path}: damaged (its checksum differs); restore it from a copy or tokenise again"
             )
 
 
@@ -146,10 +145,10 @@ def _hash(path: Path, stamp: tuple[int, int, int]) -> str:
 
 
 def load_documents(path: Path) -> np.ndarray:
-    """Bytes and hash of each document of an entry, mapped: no header makes it take memory.
+    """Bytes and hash of each document of an entry, memory-mapped, so that no header can use memory.
 
     Raises:
-        OSError, ValueError: if the file is missing, no regular file or not whole.
+        OSError, ValueError: if the file is missing, not a regular file or incomplete.
     """
     if not path.is_file():
         raise FileNotFoundError(path)
@@ -158,10 +157,10 @@ def load_documents(path: Path) -> np.ndarray:
 
 
 def check_folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[list[str], int]:
-    """Compare every file of a tokenised folder with what the manifest says of it.
+    """Compare every file of a tokenised folder with its entry in the manifest.
 
     Args:
-        progress: told (bytes done, bytes in all).
+        progress: called with (bytes done, bytes in total).
 
     Returns:
         (one line for each thing that is wrong, number of files of tokens without checksums).
@@ -190,9 +189,9 @@ def check_folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[li
 
 
 def _check_blocks(data: Path, checksums: Path) -> bool:
-    """Read a ``.bin`` whole; returns whether there are checksums to compare it with."""
+    """Read a whole ``.bin``, and return whether there are checksums to compare it with."""
     if not data.is_file():
-        raise DataError(f"{data}: missing; bring it back from a copy or tokenise again")
+        raise DataError(f"{data}: missing; restore it from a copy or tokenise again")
     wanted = read_checksums(data, checksums)
     if wanted is None:
         return False
@@ -204,7 +203,7 @@ def _check_blocks(data: Path, checksums: Path) -> bool:
 
 
 def _overlaps(entries: Iterable[Entry]) -> list[str]:
-    """Entries that hold the same documents of one file: one of them is not its own."""
+    """Report two entries that use the same documents of one file: one of them must be wrong."""
     wrong = []
     by_file: dict[Path, list[Entry]] = {}
     for entry in entries:
@@ -215,13 +214,13 @@ def _overlaps(entries: Iterable[Entry]) -> list[str]:
             if after.first < before.first + before.documents:
                 wrong.append(
                     f"{prefix}: {before.split} {before.subset!r} and {after.split} "
-                    f"{after.subset!r} lie in the same file; tokenise again"
+                    f"{after.subset!r} use the same documents of a file; tokenise again"
                 )
     return wrong
 
 
 def _check_counts(entry: Entry, manifest: Manifest) -> list[str]:
-    """Whether index, sizes and documents count what the manifest does."""
+    """Check that index, sizes and documents agree with the manifest."""
     index, data, documents = (entry.path(end) for end in (".idx", ".bin", ".docs.npy"))
     if entry.index:
         documents = manifest.path / entry.index
@@ -234,13 +233,13 @@ def _check_counts(entry: Entry, manifest: Manifest) -> list[str]:
         if header is None or header.file_size != index.stat().st_size:
             wrong.append(f"{index}: the index is damaged")
         elif header.sequences != (entry.file_documents or entry.documents):
-            wrong.append(f"{index}: counts {header.sequences} documents, not {entry.documents}")
+            wrong.append(f"{index}: has {header.sequences} documents, not {entry.documents}")
     size = (entry.file_tokens or entry.tokens) * np.dtype(manifest.dtype).itemsize
     if data.is_file() and data.stat().st_size != size:
         wrong.append(f"{data}: {data.stat().st_size} bytes, not {size}")
     if entry.index or not entry.file_documents:
         wrong += _check_documents(documents, entry)
-    return [f"{line}; bring it back from a copy or tokenise again" for line in wrong]
+    return [f"{line}; restore it from a copy or tokenise again" for line in wrong]
 
 
 def _check_documents(path: Path, entry: Entry) -> list[str]:
@@ -250,5 +249,5 @@ def _check_documents(path: Path, entry: Entry) -> list[str]:
     except (OSError, ValueError, IndexError):
         return [f"{path}: missing or damaged"]
     if counted != (entry.documents, entry.bytes):
-        return [f"{path}: counts {counted[0]} documents of {counted[1]} bytes"]
+        return [f"{path}: has {counted[0]} documents of {counted[1]} bytes"]
     return []

@@ -1,8 +1,8 @@
-"""The embedded default: a Pile-shaped corpus from the Python installation itself.
+"""The default data: a corpus in the Pile's format from the Python installation itself.
 
-Three honestly named subsets from the standard library: its sources (``Github``), their
-docstrings (``Python Docstrings``) and the language reference that pydoc carries (``Python
-Documentation``). All text of one file falls in one split, so that no split has seen another's.
+It has three subsets from the standard library: its sources (``Github``), their docstrings
+(``Python Docstrings``) and the language reference in pydoc (``Python Documentation``). All text of
+one file is in one split, so that no split contains text of another.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _MIN_CHARACTERS = 200
 def write_corpus(out: Path) -> dict[str, int]:
     """Write ``train``, ``val`` and ``test.jsonl.zst`` in the Pile's format.
 
-    The same bytes for one Python version, without a network.
+    The bytes are the same for one Python version, and no network is needed.
 
     Returns:
         Documents per split.
 
     Raises:
-        DataError: if this Python has no readable standard library, or a file of others is there.
+        DataError: if this Python has no readable standard library, or another file is in the way.
     """
     import zstandard
 
     library = Path(sysconfig.get_paths()["stdlib"])
     documents = sorted(_documents(library), key=lambda one: _order(one[1], one[2]))
     if len(documents) < 100:
-        raise DataError(f"{library}: too few sources here; give your own files to `data tokenize`")
+        raise DataError(f"{library}: has too few sources; give your own files to `data tokenize`")
     counts = {}
     with held(out):
         refuse_run(out)
@@ -57,10 +57,10 @@ def write_corpus(out: Path) -> dict[str, int]:
 
 
 def _write_new(path: Path, data: bytes) -> None:
-    """Write a file, but not over one with other contents."""
+    """Write a file, but do not replace one with other contents."""
     if path.exists() and path.read_bytes() != data:
         raise DataError(
-            f"{path}: is there already with other contents; choose another --out or move it"
+            f"{path}: already exists with other contents; choose another --out or move it"
         )
     write_aside(path, data)
 

@@ -1,8 +1,8 @@
 """Tokenised folders: training blends and held-out documents.
 
-Megatron's classes read the files and build the samples. One thing is changed: the epochs of a
-subset are datasets of their own, each shuffled with a seed from (seed, subset, epoch), so that
-the order does not depend on how many samples a run asks for.
+Megatron's classes read the files and build the samples, with one change: each epoch of a subset is
+a separate dataset, shuffled with a seed from (seed, subset, epoch), so that the order does not
+depend on how many samples a run requests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from data_pipeline.sources import DataError
 
 @cache
 def index_classes() -> Any:
-    """Megatron's dataset classes, imported late (1 s) and without their warnings."""
+    """Import Megatron's dataset classes late (it takes 1 s) and without their warnings."""
     parts = ("indexed_dataset", "gpt_dataset", "blended_dataset", "utils", "helpers_cpp")
     try:
         indexed, gpt, blended, utils, _ = import_lean(
@@ -55,10 +55,10 @@ def open_indexed(entry: Entry, dtype: str, size: int) -> Any:
     """Megatron's `IndexedDataset` of an entry, after checks that give one-line errors.
 
     Args:
-        size: of the vocabulary; no token that is read is beyond it.
+        size: of the vocabulary; tokens outside it are refused when they are read.
 
     Raises:
-        DataError: if a file is missing, or the sizes of index and data do not fit.
+        DataError: if a file is missing, or the sizes of index and data do not agree.
     """
     index, data = (entry.prefix.with_name(entry.prefix.name + end) for end in (".idx", ".bin"))
     for file in (index, data):
@@ -71,7 +71,7 @@ def open_indexed(entry: Entry, dtype: str, size: int) -> Any:
     wanted = (entry.file_tokens or entry.tokens) * np.dtype(dtype).itemsize
     if data.stat().st_size != wanted:
         raise DataError(f"{data}: {data.stat().st_size} bytes, expected {wanted}; tokenise again")
-    # Before Megatron reads them: it trusts its index.
+    # Check them before Megatron reads them: it trusts its index.
     for file in (index, entry.checksum_file):
         verify(file, entry.files)
     found = index_classes().IndexedDataset(str(entry.prefix), multimodal=False, mmap=True)
@@ -84,7 +84,7 @@ def open_indexed(entry: Entry, dtype: str, size: int) -> Any:
 
 
 def _fits(header: Header, entry: Entry) -> bool:
-    """Whether an index counts what the manifest does; others' documents may be many sequences."""
+    """Whether an index agrees with the manifest; an adopted document may be many sequences."""
     if entry.file_documents:
         return header.sequences == entry.file_documents
     return header.sequences == entry.documents == header.documents - 1
@@ -110,7 +110,7 @@ def blend_weights(manifest: Manifest, weights: str | dict[str, float]) -> dict[s
         unknown = sorted(set(entries) - set(PILE_WEIGHTS))
         if unknown:
             raise DataError(
-                f"data.weights: pile: {unknown[0]!r} is no subset of the Pile; give weights by "
+                f"data.weights: pile: {unknown[0]!r} is not a subset of the Pile; give weights by "
                 "name, or proportional"
             )
         raw = {name: PILE_WEIGHTS[name] for name in entries}
@@ -128,13 +128,13 @@ def blend_weights(manifest: Manifest, weights: str | dict[str, float]) -> dict[s
     else:
         raise DataError(f"data.weights: {weights!r} is not proportional, pile or a mapping")
     if min(raw.values()) < 0 or sum(raw.values()) <= 0:
-        raise DataError("data.weights: weights are shares: none negative, not all 0")
+        raise DataError("data.weights: weights must not be negative, and not all 0")
     total = sum(raw.values())
     return {name: value / total for name, value in raw.items() if value > 0}
 
 
 class EpochedSubset:
-    """All epochs of one subset as one endless dataset, in the form that Megatron blends."""
+    """All epochs of one subset as one endless dataset that Megatron can blend."""
 
     def __init__(
         self, entry: Entry, manifest: Manifest, context: int, seed: int, size: int
@@ -150,7 +150,7 @@ class EpochedSubset:
         if self._length < 1:
             raise DataError(
                 f"{entry.subset}: {entry.tokens} training tokens are fewer than one sequence of "
-                f"model.context {context} + 1; shorten the context or leave the subset out"
+                f"model.context {context} + 1; shorten the context or leave out the subset"
             )
 
     def __len__(self) -> int:
@@ -193,7 +193,7 @@ class EpochedSubset:
 
 
 class PackedSubset:
-    """Sequences that are samples already, in their order, over and over."""
+    """Sequences that already are samples, in their order, repeated without end."""
 
     def __init__(self, entry: Entry, manifest: Manifest, context: int, size: int) -> None:
         self.index_split = index_classes().Split.train
@@ -218,7 +218,7 @@ class PackedSubset:
 
 
 class TrainingData:
-    """The blend: sample number -> tokens, a function of the seed alone."""
+    """The blend: sample number -> tokens, which depends only on the seed."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class TrainingData:
     ) -> None:
         """
         Args:
-            vocabulary_size: of the model, where it is larger than the manifest's.
+            vocabulary_size: of the model, if it is larger than the manifest's.
         """
         size = max(manifest.vocabulary_size, vocabulary_size)
         self.shares = blend_weights(manifest, weights)
@@ -267,7 +267,7 @@ class HeldOut:
 
     subset: str
     tokens: np.ndarray
-    """Without the end-of-document token."""
+    """The tokens without the end-of-document token."""
     bytes: int
     hash: int
 
@@ -311,6 +311,6 @@ def held_out(
 
 
 def _without_eod(tokens: np.ndarray, eod: int) -> np.ndarray:
-    """A copy (Megatron's view dies with its reader) without the end-of-document token."""
+    """A copy without the end-of-document token (Megatron's view ends with its reader)."""
     stop = len(tokens) - 1 if len(tokens) and tokens[-1] == eod else len(tokens)
     return np.array(tokens[:stop])

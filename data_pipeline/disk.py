@@ -1,4 +1,4 @@
-"""Disks that fail for a moment, folders that go away as a whole, and how much was moved so far."""
+"""Retries for disks that fail briefly, atomic removal of folders, and a count of bytes moved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeVar
 Found = TypeVar("Found")
 
 NO_SUCH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
-"""What a disk answers that works: there is no such file."""
+"""Errors that a working disk reports: there is no such file."""
 _PAUSES = [0.1, 0.4, 1.5]
 """Seconds before each further try."""
 _moved = 0
@@ -24,12 +24,12 @@ _DELETING = re.compile(r"\.{1,2}step-[0-9]{8,18}(\.writing)?\.[0-9a-f]{8}\.delet
 
 
 def moved() -> int:
-    """Bytes that this process has read, written and copied of checkpoints; it only grows."""
+    """Bytes of checkpoints that this process has read, written and copied; it only grows."""
     return _moved
 
 
 def count(size: int) -> None:
-    """Say that bytes were moved: who waits for a disk that works does not hang."""
+    """Count bytes that were moved: while bytes move, waiting for a disk is not a hang."""
     global _moved  # noqa: PLW0603 - the watchdog asks for the whole process
     _moved += size
 
@@ -37,13 +37,13 @@ def count(size: int) -> None:
 def patiently(
     action: Callable[[], Found], final: frozenset[int] = NO_SUCH, pauses: list[float] | None = None
 ) -> Found:
-    """What an action returns that reads a disk, tried a few times.
+    """Call an action that reads a disk, try it again if it fails, and return its result.
 
     Args:
-        final: errors that no second try would change.
+        final: errors after which another try is useless.
 
     Raises:
-        OSError: of the last try.
+        OSError: the error of the last try.
     """
     for pause in _PAUSES if pauses is None else pauses:
         try:
@@ -56,7 +56,7 @@ def patiently(
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A file to read; never waits for a pipe or reads a device.
+    """Open a file for reading; never wait for a pipe or read a device.
 
     Raises:
         ValueError: if it is not a regular file.
@@ -69,10 +69,10 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def hide(folder: Path) -> Path:
-    """Give a folder a name that nothing reads, so that it is gone in one moment.
+    """Rename a folder to a name that nothing reads, so that it disappears in one operation.
 
     Returns:
-        What `remove` takes.
+        The argument for `remove`.
     """
     hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.deleting")
     os.rename(folder, hidden)
@@ -80,10 +80,11 @@ def hide(folder: Path) -> Path:
 
 
 def remove(hidden: Path) -> None:
-    """Delete the files of a checkpoint that was hidden, and its folder.
+    """Delete the files of a hidden checkpoint, and its folder.
 
-    What somebody else put into the folder stays, and the folder gets its name back. What is still
-    open somewhere stays hidden on some network file systems: `remove_hidden` tries again.
+    Files of somebody else in the folder are kept, and the folder gets its name back. On some
+    network
+    file systems, files that are still open somewhere stay hidden: `remove_hidden` tries again.
     """
     left: list[str] = []
     with contextlib.suppress(OSError):
@@ -103,14 +104,14 @@ def remove(hidden: Path) -> None:
 
 
 def remove_hidden(folder: Path) -> None:
-    """Delete what earlier calls of `remove` could not."""
+    """Delete what earlier calls of `remove` could not delete."""
     for path in list(folder.iterdir()):
         if _DELETING.fullmatch(path.name):
             remove(path)
 
 
 def sync_folder(path: Path) -> None:
-    """Bring the names in a folder to disk, where its file system can."""
+    """Write the names in a folder to disk, if its file system supports this."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

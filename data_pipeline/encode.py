@@ -1,6 +1,6 @@
-"""Blocks of records to token ids, in this process or in a pool, in order.
+"""Encodes blocks of records to token ids, in this process or in a pool, in order.
 
-Workers parse and encode; what comes back are arrays, never lists of tokens.
+Workers parse and encode; they return arrays, never lists of tokens.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from data_pipeline.records import Block, DataError, Fields, parse_block, split_b
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 DOCUMENT_TYPE = np.dtype([("bytes", "<u8"), ("hash", "<u8")])
-"""Beside each pair, one entry per document: UTF-8 bytes and a hash of the text."""
+"""A file beside each pair, with one entry per document: UTF-8 bytes and a hash of the text."""
 Key = tuple[str, str]
 """(split, subset)"""
 _WAIT = 5.0
-"""Seconds between two looks at a worker."""
+"""Seconds between two checks of a worker."""
 
 
 @dataclass
 class Encoded:
-    """Documents of one split and subset: tokens one after the other, and their lengths."""
+    """Documents of one split and subset: their concatenated tokens, and their lengths."""
 
     tokens: list[np.ndarray] = field(default_factory=list)
     lengths: list[np.ndarray] = field(default_factory=list)
     documents: list[np.ndarray] = field(default_factory=list)
 
     def extend(self, other: Encoded) -> None:
-        """Append another's documents."""
+        """Append the documents of another batch."""
         self.tokens += other.tokens
         self.lengths += other.lengths
         self.documents += other.documents
@@ -49,7 +49,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Job:
-    """What to do, apart from the sources; its identity decides whether a folder matches."""
+    """The settings apart from the sources; their identity decides whether a folder matches."""
 
     tokenizer_path: Path
     eod_token: str | None = None
@@ -59,7 +59,7 @@ class Job:
     strict: bool = False
     special: SpecialTokens = NO_SPECIAL_TOKENS
     lossless: bool = False
-    """Stop at a document that the tokenizer does not give back."""
+    """Stop at a document that the tokenizer does not reproduce."""
 
     def open_tokenizer(self) -> Tokenizer:
         """The tokenizer, set as asked."""
@@ -78,7 +78,7 @@ class Result:
 
 
 def token_type(vocabulary_size: int) -> type[np.uint16] | type[np.int32]:
-    """Megatron's choice: 16 bits where the largest id allows."""
+    """Megatron's choice: 16 bits if the largest id allows it."""
     return np.uint16 if vocabulary_size < 65_500 else np.int32
 
 
@@ -106,7 +106,7 @@ def _encode_block(tokenizer: Tokenizer, block: Block, fields: Fields, split: str
 
 
 def _stored(parts: list[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
-    """Ids in the type in which they are written, none of them wrapped.
+    """Ids in the type in which they are written, without overflow.
 
     Raises:
         DataError: for an id that the tokenizer should not have.
@@ -114,12 +114,12 @@ def _stored(parts: list[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
     joined, size = np.concatenate(parts), tokenizer.vocabulary_size
     if joined.min() < 0 or joined.max() >= size:
         culprit = joined.min() if joined.min() < 0 else joined.max()
-        raise DataError(f"the tokenizer made token {culprit}, its ids end at {size - 1}")
+        raise DataError(f"the tokenizer made token {culprit}, but its largest id is {size - 1}")
     return joined.astype(token_type(size))
 
 
 def hash_text(text: bytes) -> int:
-    """What orders documents in samples: the same for every tokenizer."""
+    """A key that orders documents in samples, the same for every tokenizer."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
@@ -167,8 +167,8 @@ class Encoder:
                 yield self._result(waiting.popleft())
         except BrokenProcessPool:
             raise DataError(
-                "a worker process was killed, as the system does when memory runs out; repeat the "
-                f"command with fewer than {self.workers} --workers: what was finished is kept"
+                "a worker process was killed, probably because memory ran out; rerun the command "
+                f"with fewer than {self.workers} --workers: what was finished is kept"
             ) from None
 
     def _result(self, future: Future[Result]) -> Result:

@@ -1,7 +1,7 @@
-"""A SentencePiece model as a ``tokenizer.json``, where that gives the same tokens.
+"""Converts a SentencePiece model to a ``tokenizer.json``, if that gives the same tokens.
 
-`tokenizers` has the same two models (unigram, BPE with byte fallback); what is around them is
-written out: no normalisation but the space mark, no words before pieces.
+`tokenizers` has the same two models (unigram, BPE with byte fallback). The settings around them are
+written explicitly: no normalisation except the space mark, no split into words before pieces.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from data_pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 
 _MARK = "\u2581"
 _BPE = 2
-"""``model_type`` of a model that merges; the other is unigram."""
+"""``model_type`` of a BPE model; the other one is unigram."""
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 """Types of pieces (sentencepiece_model.proto)."""
 
 
 def special_names(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """Names of the end-of-document and unknown tokens, as ``tokenizer_config.json`` wants them."""
+    """Names of the end-of-document and unknown tokens, in the form of ``tokenizer_config.json``."""
     names = {"eos_token": tokenizer.eod_name}
     if isinstance(tokenizer, SentencePieceTokenizer):
         pieces = _description(path).pieces
@@ -33,13 +33,13 @@ def special_names(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def other_tokens(text: str, tokenizer: Tokenizer, names: list[str], as_text: bool) -> str:
-    """A trial of which `transformers` would make other tokens than the run; empty if there is none.
+    """A text for which `transformers` would give other tokens than the run; empty if none is found.
 
-    `transformers` takes every token that ``tokenizer_config.json`` names for a special one.
+    `transformers` treats every token that ``tokenizer_config.json`` names as a special one.
 
     Args:
         text: of a ``tokenizer.json``.
-        names: the tokens that are named.
+        names: the tokens that ``tokenizer_config.json`` names.
         as_text: keep the text of special tokens as text (``split_special_tokens``).
     """
     import tokenizers
@@ -52,7 +52,7 @@ def other_tokens(text: str, tokenizer: Tokenizer, names: list[str], as_text: boo
         try:
             ours = tokenizer.inside(tokenizer.encode([trial])[0]).tolist()
         except DataError:
-            continue  # no text for this tokenizer
+            continue  # this tokenizer cannot encode the text
         if theirs.encode(trial, add_special_tokens=False).ids != ours:
             return trial
     return ""
@@ -62,11 +62,11 @@ def fast_tokenizer(path: Path, texts: list[str], eod_name: str | None = None) ->
     """The text of a ``tokenizer.json`` with the tokens of a SentencePiece model.
 
     Args:
-        texts: beside built-in ones, on which both must agree.
+        texts: on which both must agree, in addition to built-in ones.
         eod_name: the piece that ends documents; None: the model's own.
 
     Returns:
-        None where they do not agree (a kind of model that `tokenizers` does not have).
+        None if they do not agree (a kind of model that `tokenizers` does not have).
     """
     import tokenizers
 
@@ -76,8 +76,8 @@ def fast_tokenizer(path: Path, texts: list[str], eod_name: str | None = None) ->
         fast = tokenizers.Tokenizer.from_str(text)
     except Exception:  # the library raises plain Exception
         return None
-    fast.encode_special_tokens = True  # words of a document, not commands
-    # A literal space mark is the one thing that this form cannot tell from a space.
+    fast.encode_special_tokens = True  # text of a document, not commands
+    # Only a literal space mark cannot be distinguished from a space in this format.
     trials = [one.replace(_MARK, " ") for one in [*TRIALS, *texts]]
     for trial in trials:
         if fast.encode(trial, add_special_tokens=False).ids != slow.encode([trial])[0].tolist():
@@ -127,9 +127,9 @@ def _tree(proto: Any) -> dict[str, Any]:
 
 
 def _names_apart(special: list[str]) -> dict[str, Any]:
-    """Cut after the first letter of what only looks like the name of a token, such as <0x0A>.
+    """Cut after the first letter of text that only looks like a token's name, such as <0x0A>.
 
-    `tokenizers` would take it for the token, SentencePiece reads letters.
+    `tokenizers` would treat it as the token, while SentencePiece reads letters.
     """
     rest = "|".join([*(re.escape(name[1:]) for name in special), "0x[0-9A-F]{2}>"])
     pattern = {"Regex": f"(?<=<)(?={rest})"}
@@ -161,7 +161,7 @@ def _bpe(pieces: Any) -> dict[str, Any]:
 
 
 def _merges(pieces: Any) -> list[list[str]]:
-    """Every way that a piece comes from two others, best pieces first."""
+    """Every way to make a piece from two others, best pieces first."""
     known = {
         one.piece: number for number, one in enumerate(pieces)
         if one.type not in (_UNKNOWN, _CONTROL, _BYTE)

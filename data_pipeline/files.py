@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Reads and writes files so that a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from data_pipeline.records import DataError
 
 LOCK = ".lock"
 LARGEST = 1 << 25
-"""Bytes of a file that is read whole into objects of Python, which take some twenty times them."""
+"""Largest file that is read whole into Python objects, which take some twenty times its bytes."""
 _LARGEST_TOKENIZER = 1 << 28
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.tmp")
 
 
 def open_regular(path: Path, most: int | None = None) -> BinaryIO:
-    """A file to read; never waits for a pipe, and never reads a device.
+    """Open a file for reading; never wait for a pipe, and never read a device.
 
     Args:
-        most: bytes that such a file may have; None: any number.
+        most: largest allowed number of bytes; None: any number.
 
     Raises:
-        OSError: that names the file, also if it is none, or larger.
+        OSError: that names the file, also if it is not a regular file, or too large.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -53,7 +53,7 @@ def open_regular(path: Path, most: int | None = None) -> BinaryIO:
 
 
 def read_small(path: Path, most: int = LARGEST) -> bytes:
-    """The bytes of a file that is small by its nature, whatever lies in its place.
+    """The bytes of a file that should be small, whatever is in its place.
 
     Raises:
         OSError: as `open_regular`.
@@ -66,7 +66,7 @@ def read_tokenizer(path: Path) -> bytes:
     """The bytes of a tokenizer's file.
 
     Raises:
-        DataError: if there is none, or one that is larger than any tokenizer.
+        DataError: if there is none, or it is larger than any tokenizer.
     """
     try:
         return read_small(path, _LARGEST_TOKENIZER)
@@ -79,7 +79,7 @@ def read_json(path: Path, most: int = LARGEST) -> Any:
 
     Raises:
         OSError: as `open_regular`.
-        ValueError: if it is no JSON, or nested too deeply.
+        ValueError: if it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(read_small(path, most))
@@ -88,7 +88,7 @@ def read_json(path: Path, most: int = LARGEST) -> Any:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it; a link in its place is refused."""
+    """Write a file and wait until it is on disk; a link in its place is refused."""
     with os.fdopen(os.open(path, _NEW | os.O_TRUNC, 0o666), "wb") as file:
         file.write(data)
         file.flush()
@@ -97,10 +97,10 @@ def write_synced(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file beside ``path``, which takes its place when the block ends well.
+    """Open a temporary file beside ``path``, which replaces ``path`` when the block succeeds.
 
-    Its name is nobody else's, and it has the mode of the file that it replaces. A block that fails
-    leaves nothing; a kill leaves a file that `is_leftover` knows.
+    The name is unique, and the file has the mode of the one that it replaces. A block that fails
+    leaves nothing; a killed process leaves a file that `is_leftover` recognises.
 
     Raises:
         OSError: that names ``path``.
@@ -132,23 +132,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_aside(path: Path, data: bytes) -> None:
-    """Write a file beside ``path`` and rename it, so that a kill leaves the old one or the new."""
+    """Write a file beside ``path`` and rename it, so that a kill leaves either the old or the
+    new."""
     with replacing(path) as aside:
         write_synced(aside, data)
 
 
 def is_leftover(name: str, *of: str) -> bool:
-    """Whether a file name is what a kill during `replacing` leaves, of a file named in ``of``."""
+    """Whether a file name was left by a kill during `replacing`, for a file named in ``of``."""
     found = _ASIDE.fullmatch(name)
     return found is not None and found["name"] in of
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone; the system frees the lock of a dead one.
+    """Lock a folder for this process; the system frees the lock of a dead process.
 
     Raises:
-        DataError: if another process holds it, or it is a run's.
+        DataError: if another process holds the lock, or the folder is a run folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _open_lock(folder / LOCK)
@@ -162,16 +163,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(path: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold the name of a file or folder for this process alone.
+    """Lock the name of a file or folder for this process.
 
-    Meanwhile ``.NAME.lock`` lies beside it; it goes when the block ends, and only the result is
-    left.
+    Until the block ends, ``.NAME.lock`` is beside it; then the lock file is removed, and only the
+    result is left.
 
     Args:
-        patience: seconds to wait for another process that holds the name.
+        patience: seconds to wait for another process that holds the lock.
 
     Raises:
-        DataError: if another process holds it still.
+        DataError: if another process still holds it.
         OSError: that names ``path``.
     """
     lock = path.with_name(f".{path.name[:50]}.lock")
@@ -189,7 +190,7 @@ def held(path: Path, patience: float = 0.0) -> Iterator[None]:
             raise
         if _is_named(descriptor, lock):
             break
-        os.close(descriptor)  # the holder before has removed this file meanwhile
+        os.close(descriptor)  # the previous holder has removed this file in the meantime
     try:
         yield
     finally:
@@ -199,25 +200,25 @@ def held(path: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def refuse_run(folder: Path) -> None:
-    """See that nothing else is written into the folder of a run.
+    """Refuse to write other files into a run folder.
 
     Raises:
-        DataError: if it is one.
+        DataError: if the folder is a run folder.
     """
     if any((folder / name).exists() for name in ("run-id", "checkpoints")):
-        raise DataError(f"{folder}: is the folder of a run; choose another --out")
+        raise DataError(f"{folder}: is a run folder; choose another --out")
 
 
 def _open_lock(path: Path) -> int:
-    """Not through a link: it may lead to a file of somebody else."""
+    """Refuse a link: it may lead to somebody else's file."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
 def _take(descriptor: int, what: Path, patience: float = 0.0) -> None:
-    """Lock an open file and say in it who does.
+    """Lock an open file and write the holder's name into it.
 
     Raises:
-        DataError: if another process has it after so many seconds.
+        DataError: if another process still has the lock after ``patience`` seconds.
     """
     until = time.monotonic() + patience
     while True:
@@ -229,7 +230,7 @@ def _take(descriptor: int, what: Path, patience: float = 0.0) -> None:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                 kind = "folder" if what.is_dir() else "file"
                 raise DataError(
-                    f"{what}: another process writes this {kind} ({holder or 'unknown'}); wait "
+                    f"{what}: another process is writing this {kind} ({holder or 'unknown'}); wait "
                     "for it or choose another --out"
                 ) from None
             time.sleep(0.05)
@@ -237,7 +238,8 @@ def _take(descriptor: int, what: Path, patience: float = 0.0) -> None:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             print(
-                f"warning: {what}: this file system has no locks; start no second process here",
+                f"warning: {what}: this file system has no locks; do not start a second process "
+                "here",
                 file=sys.stderr,
                 flush=True,
             )

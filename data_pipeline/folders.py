@@ -1,4 +1,4 @@
-"""Files of a folder of sources: links are followed, and what is left out is named."""
+"""Lists the files of a folder of sources: follows links, and names what is left out."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from pathlib import Path
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 
 _NAMES = 16
-"""Links that are followed to one folder."""
+"""Number of links to one folder that are followed."""
 
 
 def suffix_of(path: Path) -> str | None:
-    """The suffix of a file that can be read, in any case of its letters."""
+    """The suffix of a readable file, in upper or lower case."""
     name = path.name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
 @dataclass
 class Listing:
-    """The files of a folder that are sources, and the others by the reason they are none."""
+    """The files of a folder that are sources, and the other files by the reason why they are
+    not."""
 
     files: list[Path] = field(default_factory=list)
     left_out: dict[str, list[Path]] = field(default_factory=dict)
 
     def leave_out(self, path: Path, reason: str) -> None:
-        """Name a file or folder that is not read."""
+        """Record a file or folder that is not read."""
         self.left_out.setdefault(reason, []).append(path)
 
     def lines(self) -> Iterator[str]:
@@ -40,7 +41,7 @@ class Listing:
 
 
 def list_folder(folder: Path) -> Listing:
-    """Every file below a folder, those behind links too, in the order of their names.
+    """Every file below a folder, including those behind links, in the order of their names.
 
     Raises:
         OSError: if a folder cannot be read.
@@ -61,7 +62,7 @@ def list_folder(folder: Path) -> Listing:
                 if real in above:
                     found.leave_out(path, "link(s) back to a folder above")
                 elif seen[real] > _NAMES:  # links to links multiply
-                    found.leave_out(path, f"link(s) to a folder that has {_NAMES} names already")
+                    found.leave_out(path, f"link(s) to a folder that already has {_NAMES} names")
                 else:
                     waiting.append((path, (*above, real)))
             else:

@@ -1,4 +1,4 @@
-"""Rows of a dataset of the Hugging Face Hub, streamed."""
+"""Streams the rows of a Hugging Face Hub dataset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def hub_blocks(name: str, split: str) -> Iterator[Block]:
     """Blocks of the rows of one split; none if the dataset has no such split.
 
     Raises:
-        DataError: if the Hub cannot be reached, at the start or on the way.
+        DataError: if the Hub cannot be reached, at the start or later.
     """
     rows: list[Any] = []
     number = 1

@@ -1,4 +1,4 @@
-"""Labelled images as sequences of patches: digits that scikit-learn carries, folders, the Hub."""
+"""Labelled images as sequences of patches: scikit-learn's digits, folders, the Hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_pipeline.records import DataError
 
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _HELD_OUT = 0.2
-"""Share of the digits that no training sees."""
+"""Share of the digits that is held out from training."""
 
 
 class Images:
@@ -89,7 +89,7 @@ class _Hub(Images):
             import datasets
         except ImportError:
             raise DataError(
-                "images of the Hub need datasets: pip install 'rankdecay[vision]'"
+                "images from the Hub need the package datasets: pip install 'rankdecay[vision]'"
             ) from None
         name = "train" if split == "train" else "validation"
         try:
@@ -134,7 +134,7 @@ class ImageSamples:
     ) -> None:
         """
         Args:
-            seed: of the order and the augmentation; None: in order, as they are.
+            seed: of the order and the augmentation; None: in order, without augmentation.
             count: samples of the whole training.
         """
         self.images, self.size, self.patch, self.channels = images, size, patch, channels
@@ -174,13 +174,13 @@ class ImageSamples:
             pixels = _rand_augment(pixels, self.seed, number)
         if pixels.shape != (self.size, self.size, self.channels):
             raise DataError(
-                f"an image is {pixels.shape}, model.image_size and .image_channels say "
+                f"an image is {pixels.shape}, but model.image_size and image_channels need "
                 f"{(self.size, self.size, self.channels)}"
             )
         return pixels * 2 - 1
 
     def _cropped(self, image: Any, rng: np.random.Generator) -> np.ndarray:
-        """A random part of the image, perhaps mirrored; the middle where nothing is random."""
+        """A random part of the image, perhaps mirrored; without augmentation, its middle."""
         from PIL import Image
 
         width, height = image.size
@@ -218,13 +218,13 @@ def _random_box(
 
 
 def _rand_augment(pixels: np.ndarray, seed: int, number: int) -> np.ndarray:
-    """kornia's RandAugment, two operations of magnitude 9, by (seed, number) alone."""
+    """kornia's RandAugment, two operations of magnitude 9; depends only on (seed, number)."""
     import torch
 
     try:
         from kornia.augmentation.auto import RandAugment
     except ImportError:
-        raise DataError("RandAugment is kornia's: pip install 'rankdecay[vision]'") from None
+        raise DataError("RandAugment needs kornia: pip install 'rankdecay[vision]'") from None
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(digest[:7], "little"))

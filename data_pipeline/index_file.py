@@ -1,7 +1,7 @@
-"""Megatron's ``.idx``: where each document begins in the ``.bin`` beside it.
+"""Megatron's ``.idx`` file: where each document begins in the ``.bin`` beside it.
 
-Written here, though Megatron has a writer, since loading that takes longer than tokenising 50 MB;
-samples are read by Megatron's own classes (`data_pipeline.dataset`).
+This module writes it, because importing Megatron's writer takes longer than tokenising 50 MB.
+Samples are read by Megatron's own classes (`data_pipeline.dataset`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
 _HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, type, and the counts of sequences and documents."""
 TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-"""Whole numbers that tokens may be, by Megatron's code."""
+"""Integer types of tokens, by Megatron's type code."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an index says of itself."""
+    """The header of an index."""
 
     code: int
-    """Of the tokens' type, in `TYPES` if they are whole numbers."""
+    """Type code of the tokens, in `TYPES` if they are integers."""
     sequences: int
     documents: int
-    """Their bounds, one more than documents."""
+    """Number of document bounds, one more than documents."""
 
     @property
     def file_size(self) -> int:
@@ -37,7 +37,7 @@ class Header:
 
 
 def read_header(file: BinaryIO) -> Header | None:
-    """The beginning of an index, or None if it is none; the lengths follow, int32."""
+    """The header of an index, or None if it is not an index; the lengths follow, int32."""
     head = file.read(_HEADER.size)
     if len(head) < _HEADER.size:
         return None
@@ -46,7 +46,7 @@ def read_header(file: BinaryIO) -> Header | None:
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: Any) -> None:
-    """Write the index of documents that lie one after the other, each a sequence.
+    """Write the index of consecutive documents of one sequence each.
 
     Args:
         lengths: ``[documents]`` tokens of each.

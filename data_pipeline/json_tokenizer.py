@@ -1,7 +1,8 @@
-"""A ``tokenizer.json`` of Hugging Face's library, used for whole documents.
+"""Uses a Hugging Face ``tokenizer.json`` for whole documents.
 
-Such a file may hold settings that suit a model's inputs and not its training text: truncation,
-padding, dropout of merges, tokens put around every text. What is switched off is said.
+Such a file may have settings that suit a model's inputs but not its training text: truncation,
+padding, dropout of merges, tokens around every text. The settings that are switched off are
+reported.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from data_pipeline.records import DataError
 
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 _LARGEST = 2**31 - 2
-"""Largest id: ids are stored as int32 at most, and the vocabulary has one more."""
+"""Largest id: ids are stored as int32 at most, and the vocabulary size is one more."""
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What becomes of special tokens beside the end of a document."""
+    """How special tokens other than the end of a document are handled."""
 
     add: bool = False
-    """Put around every document what the file's post-processor puts around a text."""
+    """Put the tokens of the file's post-processor around every document."""
     parse: bool = False
-    """Take the text of a special token inside a document for that token."""
+    """Turn the text of a special token inside a document into that token."""
 
 
 NO_SPECIAL_TOKENS = SpecialTokens()
@@ -46,7 +47,7 @@ class HuggingFaceTokenizer:
     def __init__(
         self, path: Path, eod_token: str | None = None, special: SpecialTokens = NO_SPECIAL_TOKENS
     ) -> None:
-        # Parallelism is over processes here; the library's own threads would oversubscribe.
+        # Work is divided among processes; the library's own threads would oversubscribe the cores.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers
 
@@ -68,14 +69,14 @@ class HuggingFaceTokenizer:
         self._eod = int(eods[0])
         largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         if largest > _LARGEST:
-            raise DataError(f"{path}: has token {largest}; ids up to {_LARGEST} can be stored")
+            raise DataError(f"{path}: has token {largest}; only ids up to {_LARGEST} can be stored")
         self._size = int(largest) + 1
         self.notes = self._switch_off()
         self._before, self._after = self._around()
         self._tokenizer.encode_special_tokens = not special.parse
 
     def _switch_off(self) -> list[str]:
-        """Drop what would cut, lengthen or change documents; returns what that was."""
+        """Switch off what would cut, lengthen or change documents, and return what that was."""
         off = []
         if self._tokenizer.truncation is not None:
             off.append(f"truncation to {self._tokenizer.truncation['max_length']} tokens")
@@ -95,7 +96,7 @@ class HuggingFaceTokenizer:
         before, after = self._template()
         names = " … ".join(" ".join(self._name(one) for one in part) for part in (before, after))
         kept = "added to every document" if self._special.add else "left out (--add-special-tokens)"
-        self.notes.append(f"the post-processor puts {names.strip()} around a text: {kept}")
+        self.notes.append(f"tokens of the post-processor around a text, {names.strip()}: {kept}")
         return (before, after) if self._special.add else ([], [])
 
     def _template(self) -> tuple[list[int], list[int]]:
@@ -105,15 +106,15 @@ class HuggingFaceTokenizer:
                     self._tokenizer.encode(probe, add_special_tokens=add).ids
                     for add in (False, True)
                 )
-            except Exception:  # the library raises plain Exception for what a vocabulary lacks
+            except Exception:  # the library raises plain Exception if a token is missing
                 continue
             starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
             if bare and starts:
                 return whole[: starts[0]], whole[starts[0] + len(bare) :]
-        raise DataError(f"{self._path}: cannot tell what its post-processor puts around a text")
+        raise DataError(f"{self._path}: cannot find out what its post-processor puts around a text")
 
     def as_used(self) -> str:
-        """The text of a ``tokenizer.json`` that encodes any text as documents are encoded here."""
+        """The text of a ``tokenizer.json`` that encodes any text in the same way as documents."""
         if not self.notes:
             return self._data.decode()
         tree = {**self._tree, "truncation": None, "padding": None}
@@ -128,7 +129,7 @@ class HuggingFaceTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """Largest id of a token, added ones included, plus 1: some ids may be no token."""
+        """Largest id of a token, added ones included, plus 1; ids may have gaps."""
         return self._size
 
     @property
@@ -143,7 +144,7 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def unknown(self) -> int | None:
-        """The token of what the vocabulary lacks, if there is one."""
+        """The unknown token, if there is one."""
         model = self._tree.get("model") or {}
         if model.get("unk_id") is not None:
             return int(model["unk_id"])
@@ -159,7 +160,7 @@ class HuggingFaceTokenizer:
         """Token ids of each text, int32.
 
         Raises:
-            DataError: with the text that the tokenizer cannot encode.
+            DataError: with a text that the tokenizer cannot encode.
         """
         add = self._special.add
         try:
@@ -170,7 +171,7 @@ class HuggingFaceTokenizer:
             raise DataError(f"{self._path}: {_reason(error)}") from None
         ids = [np.array(one.ids, dtype=np.int32) for one in encoded]
         if self._after[-1:] == [self._eod]:
-            return [one[:-1] for one in ids]  # whoever ends documents adds it
+            return [one[:-1] for one in ids]  # the caller adds the end-of-document token
         return ids
 
     def _name_culprit(self, texts: list[str]) -> None:
@@ -184,12 +185,12 @@ class HuggingFaceTokenizer:
         return str(_ask(lambda: self._tokenizer.decode(listed, skip_special_tokens=False), wrong))
 
     def inside(self, ids: np.ndarray) -> np.ndarray:
-        """The tokens of a document's text alone."""
+        """The tokens of a document's text, without added ones."""
         after = len(self._after) - (self._after[-1:] == [self._eod])
         return ids[len(self._before) : len(ids) - after]
 
     def special_texts(self, text: str) -> int:
-        """How often the text of a special token stands in a text."""
+        """How often the text of a special token occurs in a text."""
         starts, pattern = self._special_pattern
         if not any(start in text for start in starts):
             return 0
@@ -200,7 +201,7 @@ class HuggingFaceTokenizer:
         added = self._tree.get("added_tokens") or []
         names = [one["content"] for one in added if one.get("special") and one["content"]]
         longest_first = sorted(names, key=len, reverse=True)
-        # Without a name, a pattern that is found nowhere.
+        # Without names, a pattern that never matches.
         pattern = "|".join(re.escape(name) for name in longest_first) or r"(?!)"
         return {name[:2] for name in names}, re.compile(pattern)
 
@@ -216,9 +217,9 @@ class HuggingFaceTokenizer:
 
 
 def _merges_fit(tree: Any) -> bool:
-    """Whether second halves of merges have the prefix of continued words.
+    """Whether the second parts of merges have the prefix of continued words.
 
-    The library ends the process where they are shorter than it.
+    The library aborts the process if they are shorter than the prefix.
     """
     model = tree.get("model") if isinstance(tree, dict) else None
     prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
@@ -230,7 +231,7 @@ def _merges_fit(tree: Any) -> bool:
 
 
 def _kinds(part: Any) -> list[str]:
-    """Types of a part of the file, sequences unfolded."""
+    """Types of the components in a part of the file; sequences are flattened."""
     if not isinstance(part, dict):
         return []
     inner = next(
@@ -242,7 +243,7 @@ def _kinds(part: Any) -> list[str]:
 
 
 def _ask(call: Callable[[], _Result], wrong: str) -> _Result:
-    """An answer of the library, or one line.
+    """Call the library and turn its exceptions into one line.
 
     Raises:
         DataError: ``wrong`` and the library's reason.
@@ -255,7 +256,8 @@ def _ask(call: Callable[[], _Result], wrong: str) -> _Result:
 
 
 def _reraise_if_ours(error: BaseException) -> None:
-    """The library raises plain Exception, and where it panics an exception that is not one."""
+    """The reason in an exception; the library raises plain Exception, or BaseException on a
+    panic."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a tokenised folder holds, and with which tokenizer."""
+"""``manifest.json``: the contents of a tokenised folder, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Entry:
     tokens: int
     bytes: int
     first: int = 0
-    """Number of its first document in the file, which may hold other splits too."""
+    """Number of its first document in the file, which may contain other splits too."""
     file_documents: int = 0
     file_tokens: int = 0
-    """Of the whole file; 0: it holds this entry alone."""
+    """Number of documents in the whole file; 0: it contains only this entry."""
     packed: int = 0
-    """Tokens of every sequence, where each is a sample as it lies; 0: documents."""
+    """Tokens of every sequence if each is a sample; 0: sequences are documents."""
     index: str = ""
     """File with the bytes and hashes of the documents; empty: beside the tokens."""
     checksums: str = ""
-    """File in the folder with the checksums of tokens that lie elsewhere; empty: beside them."""
+    """File in the folder with the checksums of tokens that are elsewhere; empty: beside them."""
     files: dict[Path, str] = field(default_factory=dict, compare=False)
-    """SHA-256 of files of the folder, as far as they were recorded."""
+    """SHA-256 of the folder's files, if they were recorded."""
 
     @property
     def checksum_file(self) -> Path:
@@ -64,14 +64,14 @@ class Manifest:
     dtype: str
     malformed: int
     left_out: tuple[str, ...] = ()
-    """Files that were no sources, a line for each reason."""
+    """Files that were left out, one line for each reason."""
     files: dict[Path, str] = field(default_factory=dict)
-    """SHA-256 of the folder's files; empty: made by others, or an earlier version."""
+    """SHA-256 of the folder's files; empty: made by another tool or an earlier version."""
     special: SpecialTokens = SpecialTokens()
-    """What became of special tokens."""
+    """How special tokens were handled."""
 
     def open_tokenizer(self) -> Tokenizer:
-        """The tokenizer as it made the tokens, with the token that ended documents.
+        """The tokenizer with the settings that made the tokens, and its end-of-document token.
 
         Raises:
             DataError: if its file is missing, damaged, or has no such token.
@@ -79,7 +79,8 @@ class Manifest:
         name = name_of_token(self.tokenizer, self.eod)
         if name is None:
             raise DataError(
-                f"{self.tokenizer}: has no token {self.eod}, which ends documents of {self.path}"
+                f"{self.tokenizer}: has no token {self.eod}, which ends the documents of "
+                f"{self.path}"
             )
         return load_tokenizer(self.tokenizer, name, self.special)
 
@@ -109,16 +110,16 @@ def manifest_values(
     special: dict[str, bool] | None = None,
     round_trip: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What ``manifest.json`` says; the inverse of `load_manifest`.
+    """The contents of ``manifest.json``; the inverse of `load_manifest`.
 
     Args:
         tokenizer_file: its name in the folder.
         entries: fields of `Entry`, the prefix relative to the folder.
-        identity: what the folder was made of, for whoever would go on with it.
+        identity: what the folder was made from, to recognise it later.
         files: SHA-256 of each file, by its name in the folder.
-        left_out: files that were no sources, a line for each reason.
-        special: what becomes of special tokens, as values of `SpecialTokens`.
-        round_trip: what came back of the documents, as values of `Account`.
+        left_out: files that were left out, one line for each reason.
+        special: how special tokens are handled, as values of `SpecialTokens`.
+        round_trip: how exactly documents are reproduced, as values of `Account`.
     """
     values = {
         "version": MANIFEST_VERSION,
@@ -148,7 +149,7 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def _places(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """Paths of an entry, from where this process stands."""
+    """Paths of an entry, relative to this process's folder."""
     checksums = entry.get("checksums", "")
     return {
         "prefix": folder / entry["prefix"],
@@ -169,21 +170,19 @@ def load_manifest(path: Path) -> Manifest:
         raise DataError(f"{str(file)[:200]}: cannot be read ({error.strerror})") from None
     if not there:
         if (path / ".parts").is_dir():
-            raise DataError(
-                f"{path}: tokenisation is not finished; repeat `pretrain data tokenize`"
-            )
+            raise DataError(f"{path}: tokenisation is not finished; rerun `pretrain data tokenize`")
         raise DataError(f"{path}: no {MANIFEST}; make the folder with `pretrain data tokenize`")
     try:
         values = read_json(file)
         if values["version"] != MANIFEST_VERSION:
             raise DataError(
-                f"{file}: version {values['version']}, this program reads {MANIFEST_VERSION}; "
-                "tokenise again"
+                f"{file}: has version {values['version']}, but this program reads "
+                f"{MANIFEST_VERSION}; tokenise again"
             )
         if values.get("checksum") not in (None, _checksum(values)):
             raise DataError(
-                f"{file}: does not fit its own checksum; bring it back from a copy or tokenise "
-                "again (whoever edits it takes the line `checksum` out)"
+                f"{file}: does not match its own checksum; restore it from a copy or tokenise "
+                "again (if you edited it, remove its line `checksum`)"
             )
         files = {path / name: digest for name, digest in values.get("files", {}).items()}
         entries = tuple(

@@ -1,4 +1,4 @@
-"""A ``.bin/.idx`` pair of Megatron-LM or GPT-NeoX: its index checked, its tokens each looked at."""
+"""Checks a ``.bin/.idx`` pair of Megatron-LM or GPT-NeoX: its index and every token."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from data_pipeline.records import DataError
 from data_pipeline.tokenizer import Tokenizer
 
 _CHUNK = 4 << 20
-"""Bytes of tokens in memory at a time."""
+"""Number of bytes of tokens in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair and what its index says."""
+    """A pair and the contents of its index."""
 
     prefix: Path
     dtype: str
@@ -31,12 +31,12 @@ class Pair:
 
     @cached_property
     def tokens(self) -> int:
-        """In the whole file."""
+        """Number of tokens in the whole file."""
         return int(self.lengths.sum(dtype=np.int64))
 
     @cached_property
     def packed(self) -> int:
-        """Tokens of every sequence, if all have so many; else 0."""
+        """Tokens of every sequence, if all have the same number; else 0."""
         first = int(self.lengths[0])
         return first if len(self.lengths) > 1 and bool((self.lengths == first).all()) else 0
 
@@ -46,25 +46,25 @@ class Pair:
 
 
 def read_pair(prefix: Path) -> Pair:
-    """Read an index and check that all its parts fit each other and the ``.bin``.
+    """Read an index and check that all its parts agree with each other and with the ``.bin``.
 
     Raises:
-        DataError: naming the file and what does not fit.
+        DataError: naming the file and what does not agree.
     """
     index, data = (prefix.with_name(prefix.name + end) for end in (".idx", ".bin"))
     for file in (index, data):
         if not file.is_file():
-            raise DataError(f"{file}: missing; give PREFIX of PREFIX.bin and PREFIX.idx")
+            raise DataError(f"{file}: missing; give the common PREFIX of PREFIX.bin and PREFIX.idx")
     with index.open("rb") as stream:
         header = read_header(stream)
         if header is None:
             raise DataError(f"{index}: not an index of Megatron-LM or GPT-NeoX")
-        _check_size(index, header)  # before memory is taken for what it claims
+        _check_size(index, header)  # before memory is allocated for the claimed sizes
         lengths = np.fromfile(stream, dtype="<i4", count=header.sequences)
         starts = np.fromfile(stream, dtype="<i8", count=header.sequences)
         bounds = np.fromfile(stream, dtype="<i8", count=header.documents)
     if header.code not in TYPES:
-        raise DataError(f"{index}: tokens of type {header.code}; whole numbers are wanted")
+        raise DataError(f"{index}: tokens have type {header.code}; only integers can be used")
     found = Pair(prefix, TYPES[header.code], lengths, bounds)
     width = np.dtype(found.dtype).itemsize
     if lengths.min() < 0:
@@ -72,18 +72,19 @@ def read_pair(prefix: Path) -> Pair:
         raise DataError(f"{index}: sequence {number} has {lengths[number]} tokens")
     wanted = found.tokens * width
     if data.stat().st_size != wanted:
-        raise DataError(f"{data}: {data.stat().st_size} bytes, its index says {wanted}")
+        raise DataError(f"{data}: has {data.stat().st_size} bytes, but its index says {wanted}")
     ends = np.cumsum(lengths, dtype=np.int64) * width
     wrong = np.flatnonzero(starts != ends - lengths.astype(np.int64) * width)
     if len(wrong):
         raise DataError(
-            f"{index}: sequence {wrong[0]} begins at byte {starts[wrong[0]]}, not where the one "
-            "before it ends; the index is damaged"
+            f"{index}: sequence {wrong[0]} begins at byte {starts[wrong[0]]}, not at the end of "
+            "the previous one; the index is damaged"
         )
     whole = len(bounds) > 1 and bounds[0] == 0 and bounds[-1] == len(lengths)
     if not whole or (np.diff(bounds) < 0).any():
         raise DataError(
-            f"{index}: its documents do not fit its {len(lengths)} sequences; the index is damaged"
+            f"{index}: its documents do not match its {len(lengths)} sequences; the index is "
+            "damaged"
         )
     return found
 
@@ -91,17 +92,17 @@ def read_pair(prefix: Path) -> Pair:
 def _check_size(index: Path, header: Header) -> None:
     size = index.stat().st_size
     if size == header.file_size + header.sequences and header.sequences:
-        raise DataError(f"{index}: an index of several modes (images); text alone is read")
+        raise DataError(f"{index}: an index of several modes (images); only text can be read")
     if not header.sequences or size != header.file_size:
         raise DataError(
-            f"{index}: is cut, or holds no documents ({size} bytes; what it counts takes "
+            f"{index}: is truncated, or has no documents ({size} bytes; its header needs "
             f"{header.file_size})"
         )
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What all tokens of a pair say."""
+    """Counts over all tokens of a pair."""
 
     ended: int
     """Sequences that end with the end-of-document token."""
@@ -116,7 +117,7 @@ def look_at_all(
     """Read every token once, in chunks.
 
     Raises:
-        DataError: naming the document and the id, if a token is none of the tokenizer's.
+        DataError: naming the document and the id, if a token is not one of the tokenizer's.
     """
     ends = np.cumsum(pair.lengths, dtype=np.int64)
     last = ends[pair.lengths > 0] - 1
@@ -130,8 +131,8 @@ def look_at_all(
                 at = int(np.flatnonzero((tokens < 0) | (tokens >= size))[0])
                 number = int(np.searchsorted(ends, done + at, side="right"))
                 raise DataError(
-                    f"{pair.path('.bin')}: document {number} has token {tokens[at]}, the tokenizer "
-                    f"{size} tokens; give the one that it was made with"
+                    f"{pair.path('.bin')}: document {number} has token {tokens[at]}, but the "
+                    f"tokenizer has {size} tokens; give the tokenizer that made the data"
                 )
             first, stop = np.searchsorted(last, (done, done + len(tokens)))
             ended += int((tokens[last[first:stop] - done] == tokenizer.eod).sum())

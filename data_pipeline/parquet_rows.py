@@ -1,4 +1,4 @@
-"""Rows of parquet files: the columns that are wanted, in slices whose texts fit in memory."""
+"""Reads rows of parquet files: only the needed columns, in slices whose texts fit in memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from data_pipeline.records import RECORD_BYTES, Block, DataError, Fields, Unread
 
 _ROWS = 1024
 _ROWS_AT_ONCE = 64
-"""Rows that the library unpacks before their size is known."""
+"""Number of rows that the library unpacks before their size is known."""
 
 
 def parquet_blocks(path: Path, fields: Fields) -> Iterator[Block]:
-    """Blocks of the rows of a file, with the columns of text and subset alone.
+    """Blocks of the rows of a file, with only the columns of text and subset.
 
     Raises:
         DataError: naming a file that is damaged, or of a kind that cannot be read.
@@ -30,10 +30,10 @@ def parquet_blocks(path: Path, fields: Fields) -> Iterator[Block]:
     except (pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{path}: parquet of a kind that cannot be read ({reason}); write it again with "
-            "plain text columns"
+            f"{path}: this kind of parquet cannot be read ({reason}); write it again with plain "
+            "text columns"
         ) from None
-    # What else the library raises for bytes that are no parquet: many kinds.
+    # For bytes that are not parquet, the library raises many kinds of exceptions.
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError) as error:
         if isinstance(error, DataError):
             raise
@@ -43,7 +43,8 @@ def parquet_blocks(path: Path, fields: Fields) -> Iterator[Block]:
 def _rows(path: Path, fields: Fields) -> Iterator[list[Any]]:
     import pyarrow.parquet as pq
 
-    # No metadata of row groups or columns: the library aborts the process where they are damaged.
+    # Do not read metadata of row groups or columns: if they are damaged, the library aborts the
+    # process.
     with pq.ParquetFile(path) as file:
         wanted, groups = file.metadata.num_rows, file.metadata.num_row_groups
         names = file.schema_arrow.names
@@ -55,8 +56,8 @@ def _rows(path: Path, fields: Fields) -> Iterator[list[Any]]:
         yield from _without(f"no column {fields.text!r} (the file has {held})", wanted)
         return
     columns = sorted({*text, *_columns(fields.subset, paths)})
-    # A value that a dictionary holds once may stand in each of a million rows: it stays so
-    # until its slice of the rows becomes text.
+    # A value that a dictionary holds once may occur in each of a million rows: it stays in the
+    # dictionary until its slice of the rows becomes text.
     packed = [one.path for one in leaves if one.physical_type == "BYTE_ARRAY"]
     packed = [one for one in packed if one in columns and one in names]
     counted, size = 0, 0
@@ -74,7 +75,7 @@ def _rows(path: Path, fields: Fields) -> Iterator[list[Any]]:
     if rows:
         yield rows
     if counted != wanted:
-        raise readers.damaged(path, f"{counted:,} of {wanted:,} rows are there")
+        raise readers.damaged(path, f"{counted:,} rows, but the file claims {wanted:,}")
 
 
 def _without(reason: str, rows: int) -> Iterator[list[Any]]:
@@ -83,7 +84,7 @@ def _without(reason: str, rows: int) -> Iterator[list[Any]]:
 
 
 def _columns(wanted: str, leaves: list[str]) -> list[str]:
-    """Leaf columns that hold a field: itself, a string of JSON on the way to it, or a map."""
+    """Leaf columns that contain a field: itself, a JSON string on the path to it, or a map."""
     parts = wanted.split(".")
     for count in range(len(parts), 0, -1):
         prefix = ".".join(parts[:count])
@@ -95,7 +96,7 @@ def _columns(wanted: str, leaves: list[str]) -> list[str]:
 
 
 def _slices(batch: Any) -> Iterator[tuple[list[Any], int]]:
-    """Rows of a batch and their bytes, few at a time where their texts are long."""
+    """Rows of a batch and their bytes, few at a time if their texts are long."""
     size = _unpacked_size(batch)
     if batch.num_rows > 1 and size > readers.BLOCK_BYTES:
         half = batch.num_rows // 2
@@ -108,7 +109,7 @@ def _slices(batch: Any) -> Iterator[tuple[list[Any], int]]:
 
 
 def _unpacked_size(batch: Any) -> int:
-    """Bytes of a batch whose dictionaries are written out."""
+    """Bytes of a batch with its dictionaries expanded."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -123,10 +124,10 @@ def _unpacked_size(batch: Any) -> int:
 
 
 def _readable(batch: Any) -> list[Any]:
-    """Rows as mappings; where one is not to be had, its reason instead."""
+    """Rows as mappings; for a row that cannot be read, the reason instead."""
     try:
         return list(batch.to_pylist())
-    except Exception:  # text that is no UTF-8, dates beyond the calendar, unknown zones
+    except Exception:  # text that is not UTF-8, dates beyond the calendar, unknown time zones
         pass
     rows: list[Any] = []
     for number in range(batch.num_rows):

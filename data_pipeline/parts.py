@@ -1,7 +1,7 @@
 """Progress of a tokenisation on disk: parts, and which blocks of which source are in them.
 
-It lies in a hidden folder beside the results. Each part holds documents of one source, so that a
-source which has changed is read again without the others.
+The progress is in a hidden folder beside the results. Each part holds documents of one source, so
+that a changed source can be read again without the others.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from data_pipeline.strict_json import to_json
 
 FOLDER = ".parts"
 SPECIAL = "use of special tokens"
-"""Key of an identity, where it is not the default."""
+"""Key of an identity, present if it is not the default."""
 WHOLE = "whole"
-"""Folder in it of files that are being joined."""
+"""Folder inside it for files that are being joined."""
 _SHOWN_PROBLEMS = 20
 
 
 @dataclass
 class SourceState:
-    """How far a source is done."""
+    """Progress of one source."""
 
     name: str
     split: str | None
@@ -39,16 +39,16 @@ class SourceState:
     blocks: int = 0
     done: bool = False
     sha256: str | None = None
-    """Of the file as it was read, once it is done."""
+    """SHA-256 of the file as it was read, after it is done."""
     documents: int = 0
     malformed: int = 0
     shown: list[str] = field(default_factory=list)
-    """The first of the malformed records, with their reasons."""
+    """The first malformed records, with their reasons."""
     account: dict[str, Any] = field(default_factory=dict)
-    """What the tokenizer made of its documents, as values of `Account`."""
+    """How exactly its documents are reproduced, as values of `Account`."""
 
     def count(self, account: Account) -> None:
-        """Add what the tokenizer made of some documents."""
+        """Add the counts of some documents."""
         whole = Account(**self.account)
         whole.add(account)
         self.account = whole.values()
@@ -59,10 +59,10 @@ class SourceState:
         self.shown += problems[: max(0, _SHOWN_PROBLEMS - len(self.shown))]
 
     def is_of(self, source: Source) -> bool:
-        """Whether the source is as it was when this was recorded; its bytes decide.
+        """Whether the source is unchanged since this was recorded; its bytes decide.
 
-        Equal size and times are taken for equal bytes: a content that changes sets the time of
-        its last change, which no program can set back.
+        Equal size and times are taken as equal bytes: a change of the contents sets the time of the
+        last change, which no program can set back.
         """
         if self.split != source.split or self.stamp[0] != source.size:
             return False
@@ -88,20 +88,20 @@ def recorded_sources(manifest: dict[str, Any]) -> list[SourceState]:
 
 
 def why_others(identity: dict[str, Any], found: Any) -> str:
-    """What differs between the identities of two folders, in words; empty: nothing."""
+    """A description of what differs between the identities of two folders; empty: nothing."""
     before = found if isinstance(found, dict) else {}
     keys = [key for key in identity if before.get(key) != identity[key]]
     keys += [key for key in (SPECIAL,) if key in before and key not in identity]
     words = {
         "tokenizer": "another tokenizer",
         "fields": "other fields",
-        "dealing": "an earlier rule for dealing documents to splits",
+        "dealing": "an earlier rule for dividing documents into splits",
     }
     return " and ".join(words.get(key, f"another {key}") for key in keys)
 
 
 class Parts:
-    """What is finished, and where it lies."""
+    """What is finished, and where it is."""
 
     def __init__(self, out: Path, identity: dict[str, Any], sources: list[Source]) -> None:
         self.out, self.identity = out, identity
@@ -114,12 +114,12 @@ class Parts:
 
     @property
     def malformed(self) -> int:
-        """Records that were named and skipped."""
+        """Number of records that were reported and skipped."""
         return sum(one.malformed for one in self.sources)
 
     @property
     def account(self) -> Account:
-        """What the tokenizer made of all documents so far."""
+        """The counts over all documents so far."""
         whole = Account()
         for one in self.sources:
             whole.add(Account(**one.account))
@@ -131,10 +131,10 @@ class Parts:
         return [line for one in self.sources for line in one.shown][:_SHOWN_PROBLEMS]
 
     def load(self, sources: list[Source], tell: Tell) -> bool:
-        """Read what an interrupted run left; remove what it had not recorded.
+        """Read the progress of an interrupted run, and remove what it had not recorded.
 
         Returns:
-            Whether there was something.
+            Whether there was any progress.
 
         Raises:
             DataError: if it was made of other sources or in another way.
@@ -153,7 +153,9 @@ class Parts:
             elif is_leftover(one.name, path.name) or one.name == f"{path.name}.tmp":
                 one.unlink()
             else:
-                raise DataError(f"{one}: was not made here; choose another --out or move it")
+                raise DataError(
+                    f"{one}: was not made by this command; choose another --out or move it"
+                )
         self._save()
         return resumed
 
@@ -165,23 +167,23 @@ class Parts:
             self.parts, self.made, self._next = found["parts"], found["made"], found["next"]
         except (KeyError, TypeError, ValueError):
             raise DataError(
-                f"{path}: not of this version; delete {self.folder} to begin again"
+                f"{path}: was written by another version; delete {self.folder} to start again"
             ) from None
         names = [os.path.abspath(one.name) for one in before]  # noqa: PTH100
         if not reason and names != [os.path.abspath(one.name) for one in sources]:  # noqa: PTH100
             reason = "other sources"
         if reason:
-            raise DataError(f"{self.out}: was begun with {reason}; choose another --out")
+            raise DataError(f"{self.out}: was started with {reason}; choose another --out")
         for index, (old, source) in enumerate(zip(before, sources, strict=True)):
             if (not old.blocks and not old.done) or old.is_of(source):
                 old.stamp, old.split = list(source.stamp), source.split
                 self.sources[index] = old
             else:
-                tell(f"{source.name}: has changed since it was read; it is read again")
+                tell(f"{source.name}: has changed since it was read; reading it again")
                 self.parts = [part for part in self.parts if part["source"] != index]
 
     def commit(self, index: int, results: dict[Key, Encoded]) -> None:
-        """Make finished blocks safe: write their files, then name them in the state."""
+        """Save finished blocks: write their files, then record them in the state."""
         if results:
             name = f"{self._next:06d}"
             folder = self.folder / name
@@ -197,20 +199,20 @@ class Parts:
         self._save()
 
     def in_order(self) -> list[dict[str, Any]]:
-        """Parts in the order of their sources, those that were read again among them."""
+        """Parts in the order of their sources, including those that were read again."""
         return sorted(self.parts, key=lambda part: (part["source"], part["folder"]))
 
     def will_make(self, names: list[str]) -> None:
-        """Note that these files of the finished folder are ours from now on.
+        """Record that these files of the finished folder are made by this command.
 
         Raises:
-            DataError: if one is there that we did not make.
+            DataError: if one already exists that this command did not make.
         """
         for name in names:
             if name not in self.made and os.path.lexists(self.out / name):
                 raise DataError(
-                    f"{self.out / name}: is there already and was not made here; choose another "
-                    "--out or move it"
+                    f"{self.out / name}: already exists and was not made by this command; choose "
+                    "another --out or move it"
                 )
         self.made = sorted({*self.made, *names})
         self._save()

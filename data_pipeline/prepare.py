@@ -1,4 +1,4 @@
-"""The verbs of `pretrain data`: what they do, without the command line."""
+"""The commands of `pretrain data`, without their command-line interface."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def train_from_sources(
     """Train a tokenizer on the training documents of some sources and write it to ``out``.
 
     Args:
-        split: takes every source for this split, whatever its name.
+        split: the split of every source, whatever its name.
 
     Returns:
         The size of the vocabulary.
@@ -50,16 +50,16 @@ def train_from_sources(
     chosen = [one for one in found if one not in held_out]
     if not chosen:
         raise DataError(
-            f"{held_out[0].name}: is held out ({split or held_out[0].split}), and so is all that "
-            "was given; a tokenizer learns from training text (--split train takes it for that)"
+            f"{held_out[0].name}: is held out ({split or held_out[0].split}), like all other "
+            "sources; a tokenizer needs training text (--split train uses these sources as such)"
         )
     if held_out:
         _say(f"{len(held_out)} held-out source(s) not read: {held_out[0].name} …")
     fields = Fields(text_field, subset_field, "unknown")
     which: Literal["unigram", "bpe"] = "bpe" if kind == "bpe" else "unigram"
     _say(
-        f"tokenizer: learning {vocabulary_size:,} pieces from up to {max_bytes >> 20} MB; a minute "
-        "for every 50 MB or so"
+        f"tokenizer: learning {vocabulary_size:,} pieces from up to {max_bytes >> 20} MB; about a "
+        "minute per 50 MB"
     )
     texts = _TrainingTexts(chosen, fields, split)
     with held(out):
@@ -70,7 +70,7 @@ def train_from_sources(
 
 
 class _TrainingTexts:
-    """Texts of training documents, those of sources without a split as they will be dealt."""
+    """Texts of training documents; sources without a split are divided as in tokenising."""
 
     def __init__(self, sources: list[Source], fields: Fields, split: str | None) -> None:
         self._sources, self._fields, self._split = sources, fields, split
@@ -87,7 +87,7 @@ class _TrainingTexts:
                         yield document.text
 
     def say_problems(self) -> None:
-        """Name what was malformed, up to the end of what was read."""
+        """Report malformed records, up to the end of what was read."""
         for line in self._problems[:20]:
             _say(f"skipped {line}")
         if len(self._problems) > 20:
@@ -120,7 +120,7 @@ def tokenize_sources(
         )  # fmt: skip
     except MemoryError:
         raise DataError(
-            f"{out}: memory ran out; repeat the command with fewer --workers than {workers}, or "
+            f"{out}: memory ran out; rerun the command with fewer --workers than {workers}, or "
             "on a larger machine: what was finished is kept"
         ) from None
 
@@ -135,7 +135,7 @@ def _say(line: str) -> None:
 
 
 def _find(names: list[str], window_mb: int, split: str | None) -> tuple[list[Source], list[str]]:
-    """The sources, and lines about files that are none; people are told of both."""
+    """The sources, and lines about files that are left out; both are printed."""
     left_out: list[str] = []
     tell = _say if split is None else None
     sources = find_sources(names, window_mb=window_mb, tell=tell, left_out=left_out)
@@ -147,18 +147,18 @@ def _find(names: list[str], window_mb: int, split: str | None) -> tuple[list[Sou
 
 
 def _say_splits(sources: list[Source]) -> None:
-    """One line: which sources are a split by their names, and how many are dealt."""
+    """One line: which sources are a split by their names, and how many are divided."""
     parts = []
     for split in (*SPLITS, None):
         found = [one.name for one in sources if one.split == split]
         if found:
-            what = f"{split} by name" if split else "dealt 98 : 1 : 1 by document"
+            what = f"{split} by name" if split else "divided 98 : 1 : 1 by document"
             parts.append(f"{len(found)} {what} ({found[0]}{' …' if len(found) > 1 else ''})")
     _say(f"sources: {', '.join(parts)}")
 
 
 class _Meter:
-    """A line every few seconds."""
+    """Prints a line every few seconds."""
 
     def __init__(self) -> None:
         self._bytes = self._documents = 0
@@ -180,7 +180,7 @@ class _Meter:
 
 
 def print_info(folder: Path, as_json: bool = False) -> None:
-    """A table of a tokenised folder on standard output."""
+    """Print a table of a tokenised folder to standard output."""
     manifest = load_manifest(folder)
     if as_json:
         print((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""Files in blocks of records: lines, plain or packed, and whole texts; parquet has its own module.
+"""Reads files in blocks of records: lines, plain or compressed, and whole texts (not parquet).
 
-Memory is bounded whatever a file unpacks to: archives are unpacked in small pieces, and a record
-that is longer than `RECORD_BYTES` is named and passed over.
+Memory is bounded whatever the size of the unpacked file: archives are unpacked in small pieces, and
+a record that is longer than `RECORD_BYTES` is reported and skipped.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from data_pipeline.records import RECORD_BYTES, Block, DataError, Unreadable, Wh
 BLOCK_BYTES = 4 << 20
 _PIECE = 1 << 20
 _ZST_PIECE = 1 << 12
-"""Four bytes of zstd may stand for 128 KiB: so many may become 128 MiB."""
+"""Bytes of zstd that are unpacked at a time: four may become 128 KiB, so these may become 128
+MiB."""
 WINDOW_MB = 512
-"""Memory that a zstd frame may ask for, unless more is allowed."""
+"""Memory that a zstd frame may request, unless more is allowed."""
 
 
 def line_blocks(path: Path, window_mb: int = WINDOW_MB) -> Iterator[Block]:
-    """Blocks of the lines of a file, packed or not.
+    """Blocks of the lines of a file, compressed or not.
 
     Raises:
         DataError: naming an archive that is damaged, truncated, or needs more memory.
@@ -42,7 +43,7 @@ def line_blocks(path: Path, window_mb: int = WINDOW_MB) -> Iterator[Block]:
 
 
 def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes | Unreadable]:
-    """Lines without their ends, in time that is linear in their length."""
+    """Lines without their line ends, in time that is linear in their length."""
     pieces: list[bytes] = []
     size = 0
     for chunk in chunks:
@@ -67,14 +68,14 @@ def _joined(pieces: list[bytes], end: bytes, size: int) -> bytes | Unreadable:
 
 
 def too_long(size: int) -> Unreadable:
-    """What stands for a record that is longer than is read."""
+    """The placeholder of a record that is too long to read."""
     return Unreadable(
-        f"{size >> 20:,} MB in one record; the most is {RECORD_BYTES >> 20} MB, cut it into several"
+        f"{size >> 20:,} MB in one record; the limit is {RECORD_BYTES >> 20} MB, split the record"
     )
 
 
 def text_blocks(path: Path) -> Iterator[Block]:
-    """A ``.txt`` file, whole; its folder is its subset."""
+    """A whole ``.txt`` file; its folder is its subset."""
     with path.open("rb") as file:
         data = file.read(RECORD_BYTES + 1)
     if len(data) > RECORD_BYTES:
@@ -109,7 +110,7 @@ def _zst_chunks(path: Path, window_mb: int) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=max(1, window_mb) << 20)
     frame = decompressor.decompressobj()
     head = b""
-    """The frame's first bytes, as far as they are read: its header."""
+    """The frame's first bytes, which contain its header."""
     with path.open("rb") as file:
         while data := file.read(_ZST_PIECE):
             while data:
@@ -137,16 +138,16 @@ def _zst_error(path: Path, error: Exception, head: bytes, window_mb: int) -> Dat
         wanted = 0
     if wanted > window_mb:
         return DataError(
-            f"{path}: was packed with a window of {wanted:,} MB, and {window_mb:,} MB are allowed; "
-            f"give --zst-window-mb {wanted} if the machine has that memory to spare"
+            f"{path}: was compressed with a window of {wanted:,} MB, but only {window_mb:,} MB are "
+            f"allowed; use --zst-window-mb {wanted} if the machine has that much free memory"
         )
     return damaged(path, error)
 
 
 def damaged(path: Path, reason: object) -> DataError:
-    """A file whose bytes are not what its format says."""
+    """The error for a file whose bytes do not follow its format."""
     text = " ".join(str(reason).split())[:200] or type(reason).__name__
     return DataError(
-        f"{path}: the file is truncated or damaged ({text}); fetch it again, then repeat the "
+        f"{path}: the file is truncated or damaged ({text}); download it again, then rerun the "
         "command: finished files are kept"
     )

@@ -7,15 +7,15 @@ from functools import lru_cache
 import numpy as np
 
 _BLOCK = 256
-"""Samples that are drawn together; a sample depends on (seed, number) alone all the same."""
+"""Number of samples that are drawn together; each still depends only on (seed, number)."""
 IGNORED = -1
-"""Label of the positions that are not asked about."""
+"""Label of the positions that do not count."""
 
 
 class RecallSamples:
     """Sequences of 2N + 1 tokens, drawn on demand.
 
-    The x of a sequence are different symbols 0 … S-1, the y are any of S … 2S-1.
+    The x of a sequence are distinct symbols 0 … S-1, the y are any of S … 2S-1.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class RecallSamples:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels of a sample, each ``[2N + 1]`` int64; the last label alone counts."""
+        """Inputs and labels of a sample, each ``[2N + 1]`` int64; only the last label counts."""
         inputs, labels = self._blocks(index // _BLOCK)
         return inputs[index % _BLOCK], labels[index % _BLOCK]
 

@@ -1,4 +1,4 @@
-"""Records of sources: where text and subset stand in them, and what is wrong with some."""
+"""Parses records of sources: finds text and subset, and reports malformed records."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RECORD_BYTES = 300 << 20
-"""The longest record that is read: memory must not depend on where a line happens to end."""
+"""The longest record that is read: memory use must not depend on where a line ends."""
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file and the mend."""
+    """Data that cannot be used; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a record keeps its text and subset; dots lead into objects."""
+    """The fields of a record's text and subset; dots lead into objects."""
 
     text: str = "text"
     subset: str = "meta.pile_set_name"
@@ -27,7 +27,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it belongs."""
+    """One text with its split and subset."""
 
     text: str
     subset: str
@@ -43,14 +43,14 @@ class WholeText:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A record that its reader could not take out of the file."""
+    """A record that its reader could not extract from the file."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive records of one source, not parsed yet."""
+    """Consecutive records of one source, not parsed yet."""
 
     name: str
     first: int
@@ -61,14 +61,14 @@ class Block:
 
 @dataclass
 class Parsed:
-    """The documents of a block, and what was wrong with the others."""
+    """The documents of a block, and the errors of its other records."""
 
     documents: list[Document] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 def parse_block(block: Block, fields: Fields) -> Parsed:
-    """Documents of a block; what is malformed is named ``file:line: reason`` and skipped."""
+    """Parse a block; malformed records are reported as ``file:line: reason`` and skipped."""
     parsed = Parsed()
     for number, record in enumerate(block.records, block.first):
         if isinstance(record, bytes) and not record.strip():
@@ -110,18 +110,18 @@ def _text_and_subset(record: Any, fields: Fields) -> tuple[str, str]:
 
 
 def _name(subset: Any, path: str) -> str:
-    """A subset's name: text, or a whole number; the default is for records that have none."""
+    """A subset's name: text or an integer; records without one get the default."""
     if isinstance(subset, str):
         return subset
     if isinstance(subset, int) and not isinstance(subset, bool):
         return str(subset)
-    raise ValueError(f"the subset in field {path!r} is no name ({repr(subset)[:40]})")
+    raise ValueError(f"the subset in field {path!r} is not a name ({repr(subset)[:40]})")
 
 
 # --- JSON -----------------------------------------------------------------------------------
 
 _TWICE = object()
-"""Value of a key that stands twice in an object, with different values."""
+"""The value of a key that occurs twice in an object, with different values."""
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
@@ -131,9 +131,9 @@ def _parse_line(line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg})") from None
     except RecursionError:
-        raise ValueError("its JSON is nested too deep") from None
+        raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(record, dict):
-        hint = "; write the array's objects a line each" if isinstance(record, list) else ""
+        hint = "; write one object of the array per line" if isinstance(record, list) else ""
         raise ValueError(f"not a JSON object{hint}")
     return record
 
@@ -148,7 +148,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> int | float:
-    """A whole number. Python refuses more than 4,300 digits; nobody asks for these exactly."""
+    """Parse an integer. Python refuses more than 4,300 digits; such numbers need not be exact."""
     return int(digits) if len(digits) < 100 else float("inf")
 
 
@@ -173,7 +173,7 @@ def is_utf8(text: str) -> bool:
 
 
 def _value(record: Any, path: str) -> Any:
-    """The value at ``meta.pile_set_name``: in nested objects, or under that very name.
+    """The value at ``meta.pile_set_name``: in nested objects, or under this full name.
 
     An object may also be a JSON string, bytes of one, or a list of pairs (a parquet map).
     """
@@ -185,7 +185,7 @@ def _value(record: Any, path: str) -> Any:
             if value is not _TWICE:
                 value = _object(value).get(part)
     if value is _TWICE:
-        raise ValueError(f"{path!r} stands twice in it, with different values")
+        raise ValueError(f"{path!r} occurs twice in it, with different values")
     if isinstance(value, bytes):
         value = _utf8(value)
     return value
@@ -208,7 +208,7 @@ def _object(value: Any) -> dict[Any, Any]:
 
 
 def split_by_document(text: str) -> str:
-    """train, val or test (98 : 1 : 1), decided by the text alone."""
+    """train, val or test (98 : 1 : 1); depends only on the text."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=b"split").digest()
     draw = int.from_bytes(digest, "little") % 100
     return "test" if draw == 0 else "val" if draw == 1 else "train"

@@ -1,7 +1,7 @@
 """Raw documents: files in the Pile's formats, folders of them, and Hub datasets.
 
-A source is read in blocks, cut at fixed places, so that work can be shared out, interrupted
-and taken up again; parsing a block is a pure function that runs in any process.
+A source is read in blocks with fixed boundaries, so that work can be divided, interrupted and
+resumed; parsing a block is a pure function that can run in any process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 Tell = Callable[[str], None]
-"""Called with a line for people."""
+"""A function that is called with a line to print."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,23 @@ class Source:
 
     name: str
     split: str | None
-    """train, val or test where the name says so; None: split by document."""
+    """train, val or test if the name means a split; None: divided by document."""
     path: Path | None
-    """None: of the Hub."""
+    """None: a Hub dataset."""
     stamp: tuple[int, int, int]
     """Size, and the times of the last change of contents and of anything, in nanoseconds."""
     blocks: Callable[[Fields], Iterator[Block]] = field(compare=False, repr=False)
 
     @property
     def size(self) -> int:
-        """Bytes of the file; 0: of the Hub."""
+        """Bytes of the file; 0 for a Hub dataset."""
         return self.stamp[0]
 
     def open_blocks(self, fields: Fields | None = None) -> Iterator[Block]:
         """The records, in blocks.
 
         Args:
-            fields: what is wanted of them; parquet reads nothing else.
+            fields: the needed fields; of parquet files nothing else is read.
         """
         return self.blocks(fields or Fields())
 
@@ -67,12 +67,12 @@ def find_sources(
 
     Args:
         names: files, folders, or ``owner/name`` of a Hub dataset.
-        window_mb: memory that a zstd archive may ask for.
-        tell: told about names that may mean a split.
-        left_out: gets a line for each kind of files that are left out.
+        window_mb: memory that a zstd archive may request.
+        tell: called with a line about names that may mean a split.
+        left_out: gets a line for each kind of file that is left out.
 
     Raises:
-        DataError: if a name is neither, or a folder has no usable file.
+        DataError: if a name is none of these, or a folder has no usable file.
     """
     say: Tell = tell or (lambda line: None)
     others = left_out if left_out is not None else []
@@ -84,7 +84,7 @@ def find_sources(
             files += _files_of_folder(path, others)
         elif path.is_file():
             if not suffix_of(path):
-                raise DataError(f"{name}: unknown kind of file; known: {', '.join(SUFFIXES)}")
+                raise DataError(f"{name}: unknown file type; known: {', '.join(SUFFIXES)}")
             files.append((path, _place(path, len(_parts(path)) - 1)))
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix and not _exists(path):
             hubs += [_hub_source(name, split) for split in hub_splits]
@@ -106,7 +106,7 @@ def _files_of_folder(folder: Path, left_out: list[str]) -> list[tuple[Path, Plac
     listing = list_folder(folder)
     left_out += [f"left out of {folder}: {line}" for line in listing.lines()]
     if not listing.files:
-        raise DataError(f"{folder}: no {', '.join(SUFFIXES)} file with contents in this folder")
+        raise DataError(f"{folder}: has no {', '.join(SUFFIXES)} file that is not empty")
     given = len(_parts(folder)) - 1
     return [(file, _place(file, given)) for file in listing.files]
 
@@ -114,7 +114,7 @@ def _files_of_folder(folder: Path, left_out: list[str]) -> list[tuple[Path, Plac
 def _file_sources(
     files: list[tuple[Path, Place]], window_mb: int, say: Tell, left_out: list[str]
 ) -> list[Source]:
-    """Each file once, whatever the names and links that lead to it, with its split."""
+    """Each file once with its split, however many names and links lead to it."""
     splits, passed = splits_of([place for _, place in files])
     found: dict[str, Source] = {}
     for (path, _), split in zip(files, splits, strict=True):
@@ -126,13 +126,13 @@ def _file_sources(
         first = found[real]
         if None not in (split, first.split) and split != first.split:
             raise DataError(f"{path}: is {first.name}, once in {first.split}, once in {split}")
-        left_out.append(f"left out: {path}, which is {first.name} again")
+        left_out.append(f"left out: {path}, which is the same file as {first.name}")
         found[real] = replace(first, split=first.split or split)
     if passed:
         some = ", ".join(str(files[number][0]) for number in passed[:3])
         say(
-            f"{len(passed)} file(s) with the word of a split inside a name that means none: {some};"
-            " dealt 98 : 1 : 1 by document (--split says otherwise)"
+            f"{len(passed)} file(s) whose name contains a split's word but means no split: {some};"
+            " divided 98 : 1 : 1 by document (--split changes this)"
         )
     return list(found.values())
 
@@ -159,7 +159,7 @@ def _file_source(path: Path, split: str | None, window_mb: int) -> Source:
 
 
 def stamp_of(path: Path) -> tuple[int, int, int]:
-    """What tells whether a file may have changed: size and times."""
+    """Size and times of a file, which show whether it may have changed."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 

@@ -1,8 +1,8 @@
-"""Which split the name of a source means.
+"""Decides which split the name of a source means.
 
-A name means a split if it is the split's word, alone or with numbers of shards (``train``,
+A name means a split if it is the split's word, alone or with shard numbers (``train``,
 ``test-00000-of-00007``), or ends with it (``wiki-test``). A word elsewhere in a name
-(``unit-test-code``) means one only where another source has the same name with another split's
+(``unit-test-code``) means a split only if another source has the same name with another split's
 word in that place. The innermost part of a path decides.
 """
 
@@ -20,17 +20,17 @@ SPLIT_WORDS = {
 _NEUTRAL = re.compile(
     r"\d+|of|part|parts|shard|chunk|file|set|split|data|[a-z]?\d+|(?=.*\d)[0-9a-f]{4,}"
 )
-"""Words beside a split's that say nothing: numbers of shards, hashes of their writers."""
+"""Words next to a split's word that mean nothing: shard numbers, hashes of their writers."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a source lies."""
+    """The path of a source."""
 
     parts: tuple[str, ...]
-    """Of its absolute path; the last is its name without the suffix."""
+    """Parts of its absolute path; the last one is its name without the suffix."""
     given: int
-    """The first part that counts by itself: the last one of what was given."""
+    """Index of the first part that counts by itself: the last part of the given path."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class _Candidate:
     index: int
     split: str
     kind: str
-    """whole, last, or the other words of the name, with a gap."""
+    """whole, last, or the other words of the name, with a gap for the split's word."""
 
 
 def splits_of(places: list[Place]) -> tuple[list[str | None], list[int]]:
     """The split that each source's place means, or None.
 
     Returns:
-        (split of each, numbers of the sources with a split's word that was not taken for one).
+        (split of each source, numbers of the sources with a split's word that means no split).
     """
     found = [list(_candidates(place)) for place in places]
     known: dict[tuple[object, ...], set[str]] = {}
@@ -70,7 +70,7 @@ def splits_of(places: list[Place]) -> tuple[list[str | None], list[int]]:
 
 
 def _candidates(place: Place) -> Iterator[_Candidate]:
-    """Words of splits in a path, the innermost part first."""
+    """The words of splits in a path, innermost part first."""
     for index in range(len(place.parts) - 1, -1, -1):
         words = [w for w in re.split(r"[^a-z0-9]+", place.parts[index].lower()) if w]
         telling = [w.rstrip("0123456789") for w in words if not _NEUTRAL.fullmatch(w)]
@@ -95,5 +95,6 @@ def _counts_alone(place: Place, one: _Candidate) -> bool:
 
 
 def _key(place: Place, one: _Candidate) -> tuple[object, ...]:
-    """Sources with one key differ in the split's word alone, as far as this part."""
+    """A key that is equal for sources whose paths, up to this part, differ only in the split's
+    word."""
     return (one.index, place.parts[: one.index], one.kind)

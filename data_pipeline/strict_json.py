@@ -1,6 +1,6 @@
-"""JSON that every parser reads: a number that is not finite becomes null.
+"""Writes JSON that every parser can read: a number that is not finite becomes null.
 
-Python would write ``NaN`` and ``Infinity``, which are no JSON.
+Python would write ``NaN`` and ``Infinity``, which are not JSON.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """``value`` as JSON; null where a number is not finite (`not_finite` says where)."""
+    """``value`` as JSON, with null for numbers that are not finite (`not_finite` lists them)."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

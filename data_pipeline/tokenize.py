@@ -1,8 +1,8 @@
-"""Raw sources to Megatron ``.bin/.idx`` pairs, one per split and subset; restartable.
+"""Turns raw sources into Megatron ``.bin/.idx`` pairs, one per split and subset; restartable.
 
-Blocks of records go to worker processes and come back in order. Every so many bytes the
-results become a *part*: files written aside, then recorded by one rename (`data_pipeline.parts`).
-An interrupted run keeps its parts; the last step joins them and writes ``manifest.json``, whose
+Blocks of records go to worker processes and come back in order. After every N bytes the results
+become a *part*: files with temporary names, recorded by one rename (`data_pipeline.parts`). An
+interrupted run keeps its parts. The last step joins them and writes ``manifest.json``, whose
 presence means that the folder is complete (`data_pipeline.assemble`).
 """
 
@@ -27,13 +27,13 @@ from data_pipeline.watch import Watch
 _LARGE_RECORD = 32 << 20
 
 Progress = Callable[[int, int], None]
-"""Called with (source bytes of finished blocks, documents) as work proceeds."""
+"""A function that is called with (source bytes of finished blocks, documents) during the work."""
 _Encode = Callable[[Iterator[tuple[Block, str | None]]], Iterator[Result]]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was done."""
+    """A summary of what was done."""
 
     manifest: dict[str, Any]
     already_done: bool
@@ -57,15 +57,15 @@ def tokenize(
 
     Args:
         workers: processes that parse and encode.
-        part_bytes: text after which progress is made safe.
-        tell: told what a person should know, a line at a time.
-        left_out: lines about files that are no sources, for the manifest.
+        part_bytes: bytes of text after which progress is saved.
+        tell: called with each line to print.
+        left_out: lines about files that are left out, for the manifest.
 
     Raises:
         DataError: for a damaged source, for a folder made from other sources or with another
-            tokenizer, for one that another process writes, and with ``strict`` for the first
-            malformed record, with ``lossless`` for the first document that the tokenizer does not
-            give back.
+            tokenizer or being written by another process, with ``strict`` for the first malformed
+            record, and with ``lossless`` for the first document that the tokenizer does not
+            reproduce.
     """
     started = time.monotonic()
     say: Tell = tell or (lambda line: None)
@@ -76,7 +76,7 @@ def tokenize(
     if finished is not None:
         return Report(finished, True, False, 0.0, 0, [])
     with locked(out):
-        # Another process may have finished it since.
+        # Another process may have finished it in the meantime.
         finished = _finished(out, identity, sources)
         if finished is not None:
             return Report(finished, True, False, 0.0, 0, [])
@@ -101,9 +101,9 @@ def tokenize(
 
 
 def _identity(sources: list[Source], job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a folder is made with, apart from the sources."""
+    """The settings that a folder is made with, apart from the sources."""
     dealt = job.split is None and any(one.split is None for one in sources)
-    # The default is not named, so that folders of earlier versions are known again.
+    # The default is not recorded, so that folders of earlier versions still match.
     asked = [name for name, value in asdict(job.special).items() if value]
     return {
         "tokenizer": tokenizer.sha256,
@@ -111,13 +111,13 @@ def _identity(sources: list[Source], job: Job, tokenizer: Tokenizer) -> dict[str
         "eod": tokenizer.eod,
         "fields": [job.fields.text, job.fields.subset, job.fields.default_subset],
         "split": job.split,
-        # Earlier versions dealt 97.7 : 1.2 : 1.2 and recorded nothing.
+        # Earlier versions divided 97.7 : 1.2 : 1.2 and recorded nothing.
         "dealing": "98:1:1" if dealt else None,
     }
 
 
 def _finished(out: Path, identity: dict[str, Any], sources: list[Source]) -> dict[str, Any] | None:
-    """The manifest of a folder that is complete, or None.
+    """The manifest of a complete folder, or None.
 
     Raises:
         DataError: if the folder was made of other sources or in another way.
@@ -130,7 +130,7 @@ def _finished(out: Path, identity: dict[str, Any], sources: list[Source]) -> dic
         reason = why_others(identity, found["identity"])
         before = recorded_sources(found)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        raise DataError(f"{path}: is no manifest of tokens; choose another --out") from None
+        raise DataError(f"{path}: is not a manifest of tokens; choose another --out") from None
     same = len(before) == len(sources)
     if not reason and not (same and all(b.is_of(s) for b, s in zip(before, sources, strict=True))):
         reason = "other sources"
@@ -184,17 +184,17 @@ def _tokenize_source(
         mine.sha256 = sha256_of(source.path)
         if stamp_of(source.path)[:2] != source.stamp[:2]:
             raise DataError(
-                f"{source.name}: has changed while it was read; repeat the command when nothing "
-                "writes it any more"
+                f"{source.name}: has changed while it was read; rerun the command when nothing "
+                "writes to it any more"
             )
     mine.done = True
     state.commit(index, pending)
     if not mine.documents and not mine.malformed:
-        say(f"{source.name}: holds no document")
+        say(f"{source.name}: contains no document")
 
 
 def _announce(block: Block, say: Tell) -> None:
-    """Say that a record takes long, before it does."""
+    """Report a record that will take long, before it is encoded."""
     for number, record in enumerate(block.records, block.first):
         if isinstance(record, bytes) and len(record) > _LARGE_RECORD:
             say(f"{block.name}:{number}: one record of {len(record) >> 20:,} MB")

@@ -20,15 +20,15 @@ from data_pipeline.json_tokenizer import (
 from data_pipeline.records import DataError
 
 _SPACE_MARK = "\u2581"
-"""SentencePiece writes spaces as this character, so that a real one needs a detour."""
+"""SentencePiece writes spaces as this character, so a literal one must be encoded as bytes."""
 _MAX_SENTENCE = 4000
 
 
 class Tokenizer(Protocol):
-    """What the pipeline asks of a tokenizer."""
+    """The interface of a tokenizer in the pipeline."""
 
     notes: list[str]
-    """What of the file is not used as it stands, a line each."""
+    """The settings of the file that are not used as they are, one line each."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
 
     @property
     def unknown(self) -> int | None:
-        """The token of what the vocabulary lacks, if there is one."""
+        """The unknown token, if there is one."""
 
     @property
     def sha256(self) -> str:
@@ -54,20 +54,20 @@ class Tokenizer(Protocol):
         """Token ids of each text, int32, without the end-of-document token."""
 
     def inside(self, ids: np.ndarray) -> np.ndarray:
-        """The tokens of a document's text, without those that are put around it."""
+        """The tokens of a document's text, without those that are added around it."""
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of some token ids."""
 
     def special_texts(self, text: str) -> int:
-        """How often the text of a special token stands in a text."""
+        """How often the text of a special token occurs in a text."""
 
     def causes(self) -> list[str]:
         """Parts of the file that may change a text."""
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; decode(encode(x)) == x where the model keeps every byte."""
+    """A SentencePiece model; decode(encode(x)) == x if the model keeps every byte."""
 
     def __init__(self, path: Path, eod_token: str | None = None) -> None:
         import sentencepiece
@@ -85,7 +85,7 @@ class SentencePieceTokenizer:
         if self._mark is not None and self.decode(self._encode_with_marks("a\u2581b", mark)) != (
             "a\u2581b"
         ):
-            self._mark = None  # such as a model that begins every part with a space
+            self._mark = None  # for example a model that begins every part with a space
 
     def _find_eod(self, path: Path, eod_token: str | None) -> int:
         if eod_token is not None:
@@ -103,7 +103,7 @@ class SentencePieceTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of tokens; SentencePiece numbers them without holes."""
+        """Number of tokens; SentencePiece numbers them without gaps."""
         return int(self._processor.GetPieceSize())
 
     @property
@@ -118,7 +118,7 @@ class SentencePieceTokenizer:
 
     @property
     def unknown(self) -> int | None:
-        """The token of what the vocabulary lacks."""
+        """The unknown token."""
         return int(self._processor.unk_id())
 
     @property
@@ -136,7 +136,7 @@ class SentencePieceTokenizer:
         return encoded
 
     def _arrays(self, texts: list[str]) -> list[np.ndarray]:
-        # As arrays from the start: lists of numbers take a quarter of the time to encode.
+        # Request arrays: lists of numbers would take a quarter of the encoding time.
         found: list[np.ndarray] = self._processor.Encode(texts, return_type="numpy", num_threads=1)
         return found
 
@@ -147,7 +147,7 @@ class SentencePieceTokenizer:
         return np.concatenate([first, *(part for one in others for part in (between, one))])
 
     def inside(self, ids: np.ndarray) -> np.ndarray:
-        """The tokens of a document's text: all."""
+        """All tokens of a document's text."""
         return ids
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
@@ -155,7 +155,7 @@ class SentencePieceTokenizer:
         return str(self._processor.Decode(np.asarray(ids, dtype=np.int64).tolist()))
 
     def special_texts(self, text: str) -> int:
-        """None: names of control tokens are letters to SentencePiece."""
+        """Always 0: to SentencePiece, names of control tokens are plain text."""
         return 0
 
     def causes(self) -> list[str]:
@@ -175,7 +175,7 @@ class SentencePieceTokenizer:
 
 
 def find_tokenizer(path: Path) -> Path:
-    """The file of a tokenizer, given it or the folder that holds it.
+    """The file of a tokenizer, given the file or its folder.
 
     Raises:
         DataError: if there is none.
@@ -194,7 +194,7 @@ def load_tokenizer(
     """A SentencePiece ``.model`` or a ``tokenizer.json`` (or a folder that holds one).
 
     Args:
-        special: concerns a ``tokenizer.json`` alone.
+        special: used only for a ``tokenizer.json``.
 
     Raises:
         DataError: if the file is missing or neither.
@@ -241,7 +241,7 @@ def train_tokenizer(
     newlines become pieces of their own.
 
     Args:
-        max_bytes: how much text to learn from; the iteration stops there.
+        max_bytes: how much text to learn from.
 
     Raises:
         DataError: if the texts cannot fill such a vocabulary.

@@ -1,4 +1,4 @@
-"""Says while documents are tokenised what the tokenizer makes of them."""
+"""Reports during tokenisation how exactly the tokenizer reproduces documents."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from data_pipeline.records import DataError
 from data_pipeline.tokenizer import Tokenizer
 
 _SAMPLE = 256
-"""Documents after which it is said for the first time."""
+"""Number of documents after which the first report is made."""
 
 
 class Watch:
-    """Counts documents; tells a person early, and at the end."""
+    """Counts documents and reports early and at the end."""
 
     def __init__(
         self, account: Account, tokenizer: Tokenizer, job: Job, say: Callable[[str], None]
     ) -> None:
         """
         Args:
-            account: of the documents that an interrupted run left.
+            account: counts over the documents of an interrupted run.
         """
         self._account, self._tokenizer, self._job, self._say = account, tokenizer, job, say
         self._said_of = 0
 
     def see(self, account: Account) -> None:
-        """Count some documents more.
+        """Count more documents.
 
         Raises:
-            DataError: with ``lossless``, for a document that does not come back.
+            DataError: with ``lossless``, for a document that is not reproduced.
         """
         self._account.add(account)
         if self._job.lossless and not account.is_exact:
             raise DataError(
-                f"--lossless: {self._job.tokenizer_path} does not give every text back: "
+                f"--lossless: {self._job.tokenizer_path} does not reproduce every text: "
                 f"{account.examples[0]}"
             )
         if not self._said_of and self._account.documents >= _SAMPLE:
             self._tell()
 
     def finish(self) -> None:
-        """Say what holds for all documents, unless that was said."""
+        """Report the result for all documents, unless it was reported already."""
         if self._account.documents != self._said_of:
             self._tell()
 

@@ -1,4 +1,4 @@
-"""A run as one Slurm job: warned before its limit, requeued, its ranks' logs apart."""
+"""A run as one Slurm job: warned before its time limit, requeued, with a log per process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LOOP = """
 run={run}
 mkdir -p "$run/logs"
 node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# This is the first node. Its name may lead back to itself (127.0.1.1 on Debian), where no other
-# node comes; so the first address that leads here from elsewhere, if there is one.
+# This is the first node. Its name may resolve to a loopback address (127.0.1.1 on Debian), which
+# other nodes cannot reach. So take the first address that others can reach, if there is one.
 addresses() {{
   getent ahosts "$node" | awk '{{print $1}}'
   given=$(scontrol --oneliner show node "$node" | tr ' ' '\\n' | sed -n 's/^NodeAddr=//p')
@@ -36,31 +36,31 @@ step() {{
 }}
 newest() {{ cat "$run/checkpoints/latest" 2>/dev/null || echo none; }}
 say() {{ echo "launch $(date +%FT%T): $*"; }}
-# Seconds to the job's limit; many where Slurm does not say.
+# Seconds to the job's time limit; a large number if Slurm does not report it.
 left() {{ echo $((${{SLURM_JOB_END_TIME:-9999999999}} - $(date +%s))); }}
 {doctor}
-# Ranks die by themselves (a signal: started again here) or ask for another start (exit code
-# {again}: warned, hung, or a peer is gone; in a fresh allocation, perhaps without a bad node).
+# A process may be killed by a signal (then it is restarted here) or ask for another start (exit
+# code {again}: warned, hung, or a peer is lost; then a new allocation may leave out a bad node).
 starts=0
 while :; do
-  # Another port each time: the one before may linger.
+  # Another port each time: the previous one may still be in use.
   export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + starts + 1) % 20000))
   say "start on $SLURM_JOB_NUM_NODES node(s) from $(newest), rendezvous $MASTER_ADDR:$MASTER_PORT"
   step --output="$run/logs/rank-%t.log" {words}
   code=$?
   [ "$code" -eq 0 ] && {{ say "complete"; exit 0; }}
   if [ "$code" -eq {again} ]; then break; fi
-  # A rank that the end of the allocation has killed: another start would die with it.
+  # The end of the allocation killed a process: another start would be killed too.
   if [ "$code" -ge 128 ] && [ "$(left)" -le {warning} ]; then break; fi
   starts=$((starts + 1))
   if [ "$code" -lt 128 ] || [ "$starts" -gt {restarts} ]; then
     say "ended with exit code $code; see $run/logs"
     exit "$code"
   fi
-  say "a rank was killed (exit code $code); start $starts of {restarts} again"
+  say "a process was killed (exit code $code); restart $starts of {restarts}"
 done
 
-# A job that gets no further from one allocation to the next is not requeued for ever.
+# A job that makes no progress from one allocation to the next is not requeued for ever.
 record="$run/logs/requeued-from"
 newest >> "$record"
 if [ "$(tail -n 3 "$record" | wc -l)" -eq 3 ] && [ "$(tail -n 3 "$record" | uniq | wc -l)" -eq 1 ]
@@ -77,9 +77,9 @@ def render(site: Site, words: list[str], run: Path, folder: Path, environment: P
     """The batch script of a run.
 
     Args:
-        words: of `pretrain`, after its name.
-        run: the run folder; logs of the ranks go to ``run/logs``.
-        folder: where the job starts.
+        words: arguments of `pretrain`.
+        run: the run folder; the logs of the processes go to ``run/logs``.
+        folder: the job's working directory.
         environment: file with the site's variables (`shell_file`), if it has any.
     """
     settings = site.slurm
@@ -103,7 +103,7 @@ def render(site: Site, words: list[str], run: Path, folder: Path, environment: P
     }
     head = [f"#SBATCH --{name}={_quoted(name, str(value))}" for name, value in options.items()
             if value]  # fmt: skip
-    # The values may be secrets: they stand in a file of their own, which only the user may read.
+    # The values may be secrets: they are in a separate file, which only the user can read.
     values = [f". {shlex.quote(str(environment))}"] if site.variables else []
     program = [*local.program(site.interpreter(_in_image(site))), *words]
     srun = _srun_options(site)
@@ -139,13 +139,13 @@ def shell_file(variables: dict[str, str]) -> str:
 
 
 def _quoted(name: str, value: str) -> str:
-    """A value as sbatch reads it from a batch script: up to a blank, unless it is quoted.
+    """Quote a value for sbatch, which reads an option in a script up to a blank.
 
     Raises:
-        UsageError: for what no option can hold.
+        UsageError: if no option can hold the value.
     """
     if any(mark in value for mark in "\n\r\0"):
-        raise UsageError(f"slurm: --{name}={value!r}: an option is one line")
+        raise UsageError(f"slurm: --{name}={value!r}: an option must be one line")
     if re.fullmatch(r"[\w.,:/@=+%^-]+", value, re.ASCII):
         return value
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
@@ -175,13 +175,15 @@ def _contained(site: Site, program: list[str]) -> list[str]:
 
 
 def submit(script: Path) -> str:
-    """Hand a batch script to Slurm; returns the job's number.
+    """Submit a batch script to Slurm and return the job's number.
 
     Raises:
-        RunError: with what sbatch says.
+        RunError: with sbatch's message.
     """
     if shutil.which("sbatch") is None:
-        raise RunError(f"sbatch: not found here; submit it where it is: sbatch {script}")
+        raise RunError(
+            f"sbatch: not found on this machine; submit on a machine that has it: sbatch {script}"
+        )
     done = subprocess.run(
         ["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False
     )

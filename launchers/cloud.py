@@ -17,9 +17,9 @@ from pretrain.errors import TRY_AGAIN, UsageError
 Tree = dict[str, Any]
 
 _OF_ELASTIC = {**OWN_STORE, "PYTHONSAFEPATH": "1"}
-"""Variables of processes that torchrun starts; the second keeps modules of the folder out."""
+"""Variables of processes that torchrun starts; the second one prevents imports from the folder."""
 _SKY_GRACE = 100
-"""Seconds that clouds leave between their notice and the end: 120 for most."""
+"""Seconds between a cloud's notice and the end of the machine: 120 in most clouds."""
 
 
 _SHOWN, _DIGEST = 31, 8
@@ -28,10 +28,10 @@ a pod's host name, 40 stay within the 63 of a label."""
 
 
 def object_name(run: Path) -> str:
-    """A name that Kubernetes and SkyPilot allow (RFC 1123 label), another one for every run folder.
+    """A name that Kubernetes and SkyPilot allow (RFC 1123 label), different for every run folder.
 
-    Runs of a sweep begin alike, and runs of two sweeps may be named alike: the digest is of the
-    whole path.
+    Names of a sweep's runs start alike, and runs of two sweeps may have the same name, so the
+    name contains a digest of the whole path.
     """
     name = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")
     name = name if name[:1].isalpha() else f"run-{name}"
@@ -46,7 +46,7 @@ def kubernetes(site: Site, words: list[str], name: str) -> Tree:
         UsageError: if the site names no image.
     """
     if not site.container.image:
-        raise UsageError("container.image: missing in the site file, for --on kubernetes")
+        raise UsageError("container.image: missing in the site file; --on kubernetes needs it")
     make = _jobset if site.kubernetes.kind == "JobSet" else _pytorch_job
     manifest = make(site, words, name)
     if site.kubernetes.namespace:
@@ -55,7 +55,7 @@ def kubernetes(site: Site, words: list[str], name: str) -> Tree:
 
 
 def _pytorch_job(site: Site, words: list[str], name: str) -> Tree:
-    """Kubeflow's operator tells torchrun where to meet, by variables of its own (PET_…)."""
+    """A PyTorchJob; Kubeflow's operator sets torchrun's rendezvous in variables (PET_…)."""
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
@@ -82,7 +82,7 @@ def _pytorch_job(site: Site, words: list[str], name: str) -> Tree:
 
 
 def _jobset(site: Site, words: list[str], name: str) -> Tree:
-    """One indexed Job; all pods are started again together, and meet at the first."""
+    """One indexed Job; all pods are restarted together and connect to the first one."""
     meeting = [
         "--nnodes", f"{min(site.sizes)}:{site.nodes}", "--nproc-per-node", str(site.processes),
         "--max-restarts", str(site.restarts), "--rdzv-id", name, "--rdzv-backend", "c10d",
@@ -109,7 +109,7 @@ def _jobset(site: Site, words: list[str], name: str) -> Tree:
 
 
 def _literal(text: str) -> str:
-    """Text that a pod gets as it is: Kubernetes replaces ``$(NAME)``, and ``$$`` by ``$``."""
+    """Escape text for a pod: Kubernetes replaces ``$(NAME)``, and ``$$`` by ``$``."""
     return text.replace("$", "$$")
 
 
@@ -129,7 +129,7 @@ def _pod(site: Site, container: str, meeting: list[str], words: list[str], extra
     variables = {
         "OMP_NUM_THREADS": str(site.cpus_per_process or 1),
         **_OF_ELASTIC,
-        # A few seconds before Kubernetes kills the pod, so that the processes' code is still told.
+        # Seconds before Kubernetes kills the pod, so that the exit code is still reported.
         GRACE: str(max(1, settings.grace - 5)),
         **site.variables,
     }
@@ -177,14 +177,14 @@ exec {start} \\
 
 
 def skypilot(site: Site, words: list[str], name: str) -> Tree:
-    """A task for `sky jobs launch`, which starts it again when its machines are taken away.
+    """A task for `sky jobs launch`, which restarts it when its machines are taken away.
 
     Raises:
         UsageError: if the site names no accelerators though its nodes have GPUs.
     """
     settings = site.skypilot
     if site.gpus_per_node and not settings.accelerators:
-        raise UsageError("skypilot.accelerators: missing in the site file, such as H100:8")
+        raise UsageError("skypilot.accelerators: missing in the site file; add for example H100:8")
     resources: Tree = {
         "job_recovery": {
             "max_restarts_on_errors": site.restarts,

@@ -1,9 +1,9 @@
-"""torchrun for jobs over several machines; time to end, its code and its restarts are put right.
+"""torchrun for jobs on several machines, with a longer grace time and the processes' exit code.
 
-``python -m launchers.elastic`` takes torchrun's words. torchrun kills its processes thirty seconds
-after SIGTERM (some versions whatever ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` says), while a checkpoint
-may take minutes; it ends with 1 whatever its processes said, so that "try again" is lost; and it
-starts again what a mistake of usage ended, which would end the same.
+``python -m launchers.elastic`` takes torchrun's arguments. It corrects three things. torchrun kills
+its processes thirty seconds after SIGTERM (some versions ignore
+``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``), while a checkpoint may take minutes. Its exit code is always 1,
+so that "try again" (75) is lost. It restarts after a usage error, which would end the same way.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from launchers.supervise import FINAL
 from pretrain.errors import TRY_AGAIN
 
 GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""Variable with the seconds; torch reads it from 2.13 on."""
+"""Environment variable with the grace time in seconds; torch reads it from 2.13 on."""
 
 
 def main() -> None:
-    """Run torchrun with the words of this process; ends with its processes' code."""
+    """Run torchrun with this process's arguments and return its processes' exit code."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    # The class is what all versions have in common; each kind of process goes through it.
+    # All versions have this class in common, and each kind of process uses it.
     PContext.close = patient(PContext.close, int(os.environ.get(GRACE, "30")))  # type: ignore[method-assign]
     LocalElasticAgent._monitor_workers = final(LocalElasticAgent._monitor_workers)  # type: ignore[method-assign]
     try:
@@ -49,7 +49,7 @@ def patient(close: Any, grace: int) -> Any:
 
 
 def final(monitor: Any) -> Any:
-    """The agent's look at its processes, after which mistakes and trouble are not tried again."""
+    """Wrap the agent's check of its processes, so that errors that would recur are not retried."""
 
     @wraps(monitor)
     def look(self: Any, *arguments: Any) -> Any:
@@ -63,7 +63,7 @@ def final(monitor: Any) -> Any:
 
 
 def exit_code(error: Any) -> int:
-    """Of a job whose first process to fail ended so: its own, or 128 and its signal."""
+    """The exit code of a job from its first failed process: its code, or 128 plus its signal."""
     _, failure = error.get_first_failure()
     code = int(failure.exitcode)
     return code if code >= 0 else 128 - code

@@ -1,4 +1,4 @@
-"""A run over the hosts of a file: DeepSpeed's launcher, or mpirun."""
+"""A run on the hosts of a hosts file: DeepSpeed's launcher, or mpirun."""
 
 from __future__ import annotations
 
@@ -32,24 +32,26 @@ def read_hosts(path: Path) -> dict[str, int]:
             continue
         name, _, slots = (words[1] if len(words) > 1 else "slots=1").partition("=")
         if len(words) > 2 or name != "slots" or not slots.isdigit() or words[0] in hosts:
-            raise UsageError(f"{path}:{number}: {line.strip()!r} is not `HOST slots=N`, each once")
+            raise UsageError(
+                f"{path}:{number}: {line.strip()!r} is not `HOST slots=N`, with each host once"
+            )
         hosts[words[0]] = int(slots)
     if not hosts:
-        raise UsageError(f"{path}: names no host; a line is `HOST slots=N`")
+        raise UsageError(f"{path}: names no host; write one `HOST slots=N` per line")
     first = next(iter(hosts))
     if len(hosts) > 1 and (first in ("localhost", "::1") or first.startswith("127.")):
         raise UsageError(
-            f"{path}: the ranks meet at the first host, and {first} is another one on each; give "
-            "it the name that the others reach it by"
+            f"{path}: processes connect to the first host, but {first} is a different machine on "
+            "each host; use the name by which the others reach it"
         )
     return hosts
 
 
 def deepspeed_command(site: Site, words: list[str], hosts: dict[str, int]) -> list[str]:
-    """`deepspeed --hostfile …`, as words for the system; it reaches the hosts over ssh.
+    """The command `deepspeed --hostfile …` as a list of arguments; it reaches the hosts over ssh.
 
-    DeepSpeed hands on variables that begin with NCCL, UCX or PYTHON, and those of the file that
-    ``DS_ENV_FILE`` names; the site's are written there by `pretrain launch`.
+    DeepSpeed passes on variables that begin with NCCL, UCX or PYTHON, and those of the file that
+    ``DS_ENV_FILE`` names. `pretrain launch` writes the site's variables to that file.
     """
     if site.hosts.launcher == "pdsh" and len(hosts) > 1:
         _check_folder()
@@ -67,24 +69,24 @@ def _check_folder() -> None:
     if shlex.quote(folder) != folder:
         raise UsageError(
             f"{folder!r}: DeepSpeed's launcher changes into the current folder without quoting it; "
-            "start from one whose path has letters, digits and ._-/ alone"
+            "start from a folder whose path has only letters, digits and ._-/"
         )
 
 
 def _for_pdsh(word: str) -> str:
-    """A word that the shell of another host gives back as it is.
+    """Quote a word so that the shell of another host leaves it unchanged.
 
     DeepSpeed's launcher puts double quotes around words with a blank, and none around others.
 
     Raises:
-        UsageError: for what double quotes do not keep.
+        UsageError: for a word that double quotes do not protect.
     """
     if " " not in word:
         return shlex.quote(word)
     if re.search(r"[$`\\!\n]", word):
         raise UsageError(
-            f"{word!r}: DeepSpeed's launcher cannot hand on a word with a blank and one of "
-            "$ ` \\ !; put it into the recipe, or take --on mpi or slurm"
+            f"{word!r}: DeepSpeed's launcher cannot pass on a word with a blank and one of "
+            "$ ` \\ !; put it into the recipe, or use --on mpi or slurm"
         )
     return word
 
@@ -93,28 +95,28 @@ def exports(variables: dict[str, str]) -> str:
     """Lines of NAME=VALUE for ``DS_ENV_FILE``, which DeepSpeed exports in double quotes.
 
     Raises:
-        UsageError: for values that double quotes do not keep.
+        UsageError: for values that double quotes do not protect.
     """
     for name, value in variables.items():
         if re.search(r"[\"$`\\!\n]", value) or value != value.strip():
             raise UsageError(
-                f"environment.{name}: DeepSpeed's launcher cannot hand on a value with one of "
-                '" $ ` \\ !, or a blank at its end; set it on the hosts, or take --on mpi or slurm'
+                f"environment.{name}: DeepSpeed's launcher cannot pass on a value with one of "
+                '" $ ` \\ !, or a blank at its end; set it on the hosts, or use --on mpi or slurm'
             )
     return "".join(f"{name}={value}\n" for name, value in variables.items())
 
 
 def mpi_command(site: Site, words: list[str], hosts: dict[str, int]) -> list[str]:
-    """`mpirun …` (Open MPI), as words for the system."""
+    """The command `mpirun …` (Open MPI) as a list of arguments."""
     if site.nodes > 1 and not hosts and "MASTER_ADDR" not in os.environ:
         raise UsageError(
-            "hosts.file: missing in the site file: with --on mpi on several nodes, the ranks meet "
-            "at its first host (or export MASTER_ADDR)"
+            "hosts.file: missing in the site file; with --on mpi on several nodes, processes "
+            "connect to its first host (or export MASTER_ADDR)"
         )
     first = next(iter(hosts)) if hosts else os.environ.get("MASTER_ADDR", "127.0.0.1")
     meeting = {"MASTER_ADDR": first, "MASTER_PORT": str(site.port), "PYTHONSAFEPATH": "1"}
     passed = [word for name, value in meeting.items() for word in ("-x", f"{name}={value}")]
-    # By name alone: mpirun takes the values from its own environment, and `ps` shows none.
+    # Only the names: mpirun takes the values from its own environment, and `ps` shows none.
     passed += [word for name in site.variables for word in ("-x", name)]
     spread = ["--hostfile", site.hosts.file] if hosts else []
     count = sum(hosts.values()) or site.nodes * site.processes

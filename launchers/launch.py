@@ -25,7 +25,7 @@ _ENVIRONMENT_FILE = "environment"
 
 @dataclass(frozen=True)
 class Launch:
-    """What is to run, and where."""
+    """What to run, and where."""
 
     recipe: Path
     overrides: list[str]
@@ -35,14 +35,14 @@ class Launch:
 
     @property
     def folder(self) -> Path:
-        """Where what was rendered is kept."""
+        """The folder that keeps the rendered files."""
         return self.run / "launch"
 
     def words(self, on_nodes: bool = True) -> list[str]:
-        """Of `pretrain`, after its name.
+        """The arguments of `pretrain`.
 
         Args:
-            on_nodes: the nodes see this machine's paths (not so in an image).
+            on_nodes: whether the nodes see this machine's paths (in an image they do not).
         """
         run, recipe = (self.run, self.recipe)
         if on_nodes:
@@ -69,21 +69,21 @@ def launch(
         show: print what would be started, and start nothing.
 
     Returns:
-        The exit code: of the run where it runs here, else 0 once it is handed over.
+        The exit code of the run if it runs on this machine, else 0 after it was submitted.
 
     Raises:
         UsageError: if the recipe, the site or their combination is wrong.
         RunError: if the scheduler refuses.
     """
     if on not in PLACES:
-        raise UsageError(f"--on: {on!r} is none of {', '.join(PLACES)}")
+        raise UsageError(f"--on: {on!r} is not one of {', '.join(PLACES)}")
     site = load_site(site_file, {"nodes": nodes, "processes_per_node": processes})
     job = Launch(recipe, overrides, run or Path("runs") / recipe.stem, site, fork)
     config = load_config(recipe, overrides)
     _check_secrets(config, overrides)
     found = hosts.read_hosts(Path(site.hosts.file)) if site.hosts.file else {}
     if on == "hostfile" and not found:
-        raise UsageError("hosts.file: missing in the site file, for --on hostfile")
+        raise UsageError("hosts.file: missing in the site file; --on hostfile needs it")
     sizes = [count * site.processes for count in site.sizes]
     if on in ("hostfile", "mpi") and found:
         sizes = [sum(found.values())]
@@ -95,24 +95,24 @@ def launch(
 
 
 def _check_secrets(config: Config, overrides: list[str]) -> None:
-    """Refuse a secret among the words, which stand on command lines that everybody reads."""
+    """Refuse a secret among the arguments: every user of the machine can read command lines."""
     mirror = config.checkpoint.mirror
     if without_secrets(mirror) != mirror and any("mirror" in word for word in overrides):
         raise UsageError(
-            f"checkpoint.mirror: {without_secrets(mirror)}: others of the machine could read its "
-            "secret among the words of the job; write ${NAME} there, and set NAME in the site's "
-            "environment"
+            f"checkpoint.mirror: {without_secrets(mirror)}: other users of the machine could read "
+            "its secret on the job's command line; write ${NAME} there, and set NAME in the "
+            "site's environment"
         )
 
 
 def _check_size(config: Config, processes: int) -> None:
-    """The grid and the batch must divide, or the job would end where it begins."""
+    """Refuse a grid or batch that does not divide: the job would end at its start."""
     from pretrain.distributed.grid import check_grid
 
     data = check_grid(config.grid, processes)
     if config.train.global_batch % data:
         raise UsageError(
-            f"train.global_batch: {config.train.global_batch} sequences cannot be shared by "
+            f"train.global_batch: {config.train.global_batch} sequences cannot be divided among "
             f"{data} data-parallel ranks ({processes} processes); change nodes, the grid or the "
             "batch"
         )
@@ -124,7 +124,9 @@ def _start_here(job: Launch, on: str, found: dict[str, int], show: bool) -> int:
     variables = dict(site.variables)
     if on == "local":
         if site.nodes > 1:
-            raise UsageError(f"nodes: {site.nodes} are not --on local; take slurm or hostfile")
+            raise UsageError(
+                f"nodes: {site.nodes} nodes cannot be used with --on local; use slurm or hostfile"
+            )
         command = local.command(words, site.processes, site.restarts)
         variables = {**local.start_environment(site.processes), **variables}
     elif on == "mpi":
@@ -143,7 +145,7 @@ def _start_here(job: Launch, on: str, found: dict[str, int], show: bool) -> int:
 
 
 def _write_secret(path: Path, text: str) -> None:
-    """Write what may hold secrets: the user alone may read it, from its first byte on."""
+    """Write a file that may hold secrets: from its first byte on, only the user can read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -159,10 +161,10 @@ def _write_secret(path: Path, text: str) -> None:
 def _hand_over(job: Launch, on: str, show: bool) -> int:
     name = cloud.object_name(job.run)
     if on == "slurm":
-        # Options of a batch script end at a blank; the log's folder must be there before the job.
+        # Options of a batch script end at a blank; the log's folder must exist before the job.
         if any(mark in str(job.run.absolute()) for mark in "%\\\n\r"):
             raise UsageError(
-                f"--out: {str(job.run)!r}: Slurm takes no %, \\ or new line in a log's path"
+                f"--out: {str(job.run)!r}: Slurm allows no %, \\ or new line in a log's path"
             )
         variables = job.folder.absolute() / _ENVIRONMENT_FILE
         text = batch.render(job.site, job.words(), job.run.absolute(), Path.cwd(), variables)
@@ -175,7 +177,7 @@ def _hand_over(job: Launch, on: str, show: bool) -> int:
     if show:
         print(text, end="")
         return 0
-    with held(job.folder):  # what is submitted is what was written here
+    with held(job.folder):  # the submitted script is exactly the one written here
         file.parent.mkdir(parents=True, exist_ok=True)
         (job.run / "logs").mkdir(exist_ok=True)
         if on == "slurm" and job.site.variables:
@@ -185,9 +187,9 @@ def _hand_over(job: Launch, on: str, show: bool) -> int:
     if on == "slurm":
         print(f"submitted: job {number}; logs: {job.run}/logs; squeue --job {number}")
     elif on == "kubernetes":
-        print(f"written: {file}; start it: kubectl apply -f {file}")
+        print(f"written: {file}; start it with: kubectl apply -f {file}")
     else:
         secrets = "".join(f" --secret {name}" for name in job.site.skypilot.secrets)
-        print(f"written: {file}; start it: sky jobs launch{secrets} {file}")
+        print(f"written: {file}; start it with: sky jobs launch{secrets} {file}")
     sys.stdout.flush()
     return 0

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from pretrain.distributed.jobs import Job
 
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""For torchrun: shared with its own, the store of a job would keep addresses of processes that have
-died, and those that are started again could not connect."""
+"""torchrun's variable that gives the job a store of its own. A store shared with the rendezvous
+would keep addresses of dead processes, and restarted processes could not connect."""
 _GRACE = 60.0
-"""Seconds that a job has to end itself."""
+"""Seconds that a job has to end by itself."""
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 def torchrun(processes: int, restarts: int = 0) -> list[str]:
-    """The words that start a Python script or module on ``processes`` processes here.
+    """The command that starts a Python script or module as ``processes`` processes here.
 
     Args:
-        restarts: times that all are started again when one dies.
+        restarts: how often all processes are restarted when one dies.
     """
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     again = ["--max-restarts", str(restarts)] if restarts else []
@@ -37,7 +37,7 @@ def torchrun(processes: int, restarts: int = 0) -> list[str]:
 
 
 def start_environment(processes: int) -> dict[str, str]:
-    """The environment with this machine's cores shared out, unless the user said otherwise."""
+    """The environment, with this machine's cores divided unless the user has set the threads."""
     return {
         "OMP_NUM_THREADS": str(max(1, usable_cores() // processes)),
         **OWN_STORE,
@@ -46,9 +46,9 @@ def start_environment(processes: int) -> dict[str, str]:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment in which a child finds this program, and none of the current folder's files.
+    """The environment in which a child imports this program, and nothing from the current folder.
 
-    A ``yaml.py`` or ``models/`` that lies where a job starts would be run otherwise.
+    Otherwise a ``yaml.py`` or ``models/`` in the folder where a job starts would be imported.
     """
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     paths = environment.get("PYTHONPATH", "").split(os.pathsep)
@@ -58,7 +58,7 @@ def child_environment() -> dict[str, str]:
 
 
 def is_installed() -> bool:
-    """Whether Python finds this program in any folder, by its package's metadata."""
+    """Whether Python finds this program from any folder, by its package's metadata."""
     try:
         metadata.distribution("rankdecay")
     except metadata.PackageNotFoundError:
@@ -67,26 +67,26 @@ def is_installed() -> bool:
 
 
 def program(python: str = sys.executable) -> list[str]:
-    """`pretrain`, as words for the system; -P: the current folder is no place for modules."""
+    """The command `pretrain` as a list; -P: no modules are imported from the current folder."""
     return [python, "-P", "-m", "pretrain"]
 
 
 def command(words: list[str], processes: int, restarts: int = 0) -> list[str]:
-    """`pretrain WORDS...` on so many processes, as words for the system."""
+    """The command `pretrain WORDS...` on N processes, as a list of arguments."""
     many = ["--processes", str(processes)] if processes > 1 else []
     again = ["--restarts", str(restarts)] if restarts else []
     return [*program(), *words, *many, *again]
 
 
 class LocalExecutor:
-    """Jobs side by side on this machine, its cores (or GPUs) shared out among the slots."""
+    """Runs jobs at the same time on this machine and divides its cores (or GPUs) among them."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self._running: dict[str, tuple[subprocess.Popen[bytes], int, IO[bytes]]] = {}
 
     def submit(self, jobs: list[Job]) -> None:
-        """Start jobs, each in a session of its own, so that Ctrl-C reaches the sweep alone."""
+        """Start jobs, each in its own session, so that Ctrl-C reaches only the sweep."""
         for job in jobs:
             taken = {slot for _, slot, _ in self._running.values()}
             slot = next(number for number in range(len(taken) + 1) if number not in taken)
@@ -122,7 +122,7 @@ class LocalExecutor:
         return ended
 
     def stop(self) -> None:
-        """SIGTERM to every job and its workers, then SIGKILL to those that stay."""
+        """Send SIGTERM to every job and its workers, then SIGKILL to those that are left."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             for process, _, _ in self._running.values():
                 if process.poll() is None:
@@ -137,7 +137,7 @@ class LocalExecutor:
 
 
 def default_slots(processes: int) -> int:
-    """Runs at once: one a GPU (or as many GPUs as a run has processes), else one in all."""
+    """The number of runs at once: one per GPU (or per N GPUs, for runs of N processes), else 1."""
     gpus = _gpus()
     return max(1, len(gpus) // processes) if gpus else 1
 

@@ -1,4 +1,4 @@
-"""The sweeps behind the paper's figures: their text prepared, their runs started or resumed."""
+"""The sweeps behind the paper's figures: prepares their text and starts or resumes their runs."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _VOCABULARY = 2048
 
 
 def experiment(name: str, runs: Path, parallel: int, data: Path | None = None) -> Path:
-    """Train the runs of ``configs/paper/NAME.yaml``, or what is missing of them.
+    """Train the runs of ``configs/paper/NAME.yaml`` that are not complete yet.
 
     Args:
-        runs: folder of all of the paper's runs; each sweep has one in it.
-        data: tokenised text instead of the embedded one.
+        runs: folder of all of the paper's runs; each sweep has a folder in it.
+        data: tokenised text to use instead of this Python installation's.
 
     Returns:
         The folder of the sweep's runs.
 
     Raises:
-        UsageError: if the repository's ``configs`` are not there.
+        UsageError: if the repository's ``configs`` do not exist.
         RunError: if a run failed.
     """
     source = CONFIGS / f"{name}.yaml"
     if not source.is_file():
-        raise UsageError(f"{source}: not there; run from a clone of the repository")
+        raise UsageError(f"{source}: does not exist; run from a clone of the repository")
     sweep = read_mapping(source, "sweep", "keys")
     recipe = (source.parent / sweep["recipe"]).resolve()
     sweep["recipe"] = str(recipe)
@@ -46,12 +46,14 @@ def experiment(name: str, runs: Path, parallel: int, data: Path | None = None) -
         file = runs / f"{name}.yaml"
         write_aside(file, yaml.safe_dump(sweep, sort_keys=False).encode())
         if run(file, out, "local", parallel, None, [], False, False, 0.0, as_json=False):
-            raise RunError(f"{out}: a run failed; see {out}/logs, and start again to go on")
+            raise RunError(
+                f"{out}: a run failed; see {out}/logs, then rerun the same command to continue"
+            )
     return out
 
 
 def prepare_text(folder: Path) -> Path:
-    """A corpus from this Python installation, its tokenizer and tokens, once."""
+    """Make a corpus from this Python installation, its tokenizer and tokens, if missing."""
     corpus, model, data = folder / "corpus", folder / "tokenizer.model", folder / "data"
     if not (corpus / "test.jsonl.zst").exists():
         _say("corpus from this Python installation")

@@ -1,4 +1,4 @@
-"""SITE.yaml: what a cluster is like, written once and kept apart from recipes."""
+"""SITE.yaml: the properties of a cluster, written once and kept apart from recipes."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from pretrain.errors import UsageError
 
 
 class ContainerConfig(Section):
-    """The image that the job runs in."""
+    """The image in which the job runs."""
 
     kind: Literal["none", "pyxis", "apptainer"] = Field(
-        "none", description="how Slurm starts it; Kubernetes and SkyPilot take the image alone"
+        "none", description="how Slurm starts it; Kubernetes and SkyPilot use only the image"
     )
     image: str = ""
     mounts: list[str] = Field([], description="HOST:CONTAINER")
 
 
 class SlurmSite(Section):
-    """What `sbatch` is told."""
+    """Options of `sbatch`."""
 
     partition: str = ""
     account: str = ""
     qos: str = ""
-    time: str = Field("", description="limit: minutes, H:MM:SS or D-HH:MM:SS; empty: partition's")
+    time: str = Field(
+        "", description="time limit: minutes, H:MM:SS or D-HH:MM:SS; empty: the partition's"
+    )
     warning: int = Field(
         180, ge=1, description="seconds before the limit when SIGUSR1 asks for a checkpoint"
     )
-    memory: str = Field("", description="of a node, such as 200G")
+    memory: str = Field("", description="memory per node, such as 200G")
     options: dict[str, str | int] = Field(
         {}, description="further long options of sbatch, such as constraint: h100"
     )
@@ -45,7 +47,7 @@ class SlurmSite(Section):
     def _are_options(cls, value: dict[str, str | int]) -> dict[str, str | int]:
         for name in value:
             if not re.fullmatch(r"[a-z][a-z0-9-]*", name, re.ASCII):
-                raise ValueError(f"slurm.options: {name!r} is no long option of sbatch")
+                raise ValueError(f"slurm.options: {name!r} is not a long option of sbatch")
         return value
 
     @field_validator("time", mode="before")
@@ -60,9 +62,9 @@ class SlurmSite(Section):
 
 
 class HostsSite(Section):
-    """For `--on hostfile` and `--on mpi`."""
+    """Settings of `--on hostfile` and `--on mpi`."""
 
-    file: str = Field("", description="lines of `HOST slots=N`")
+    file: str = Field("", description="a file with lines `HOST slots=N`")
     launcher: Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"] = Field(
         "pdsh", description="how DeepSpeed reaches the hosts (--on hostfile)"
     )
@@ -70,7 +72,7 @@ class HostsSite(Section):
 
 
 class KubernetesSite(Section):
-    """For `--on kubernetes`."""
+    """Settings of `--on kubernetes`."""
 
     kind: Literal["PyTorchJob", "JobSet"] = Field(
         "PyTorchJob", description="Kubeflow's training operator, or JobSet with torchrun"
@@ -80,45 +82,56 @@ class KubernetesSite(Section):
         {}, description="persistent volume claims: NAME: /where/it/is/mounted"
     )
     node_selector: dict[str, str] = Field({}, description="labels that a node must have")
-    memory: str = Field("", description="of a pod, such as 200Gi")
+    memory: str = Field("", description="memory per pod, such as 200Gi")
     secrets: list[str] = Field(
-        [], description="names of Secrets whose keys become variables of every process"
+        [], description="names of Secrets whose keys become environment variables of every process"
     )
     grace: int = Field(180, ge=1, description="seconds between SIGTERM and SIGKILL")
     gpu_resource: str = "nvidia.com/gpu"
 
 
 class SkyPilotSite(Section):
-    """For `--on skypilot`."""
+    """Settings of `--on skypilot`."""
 
-    accelerators: str = Field("", description="such as H100:8; of one node")
+    accelerators: str = Field("", description="of one node, such as H100:8")
     infra: str = Field("", description="such as aws, gcp/us-central1 or kubernetes; empty: any")
-    spot: bool = Field(False, description="take instances that may be taken away")
+    spot: bool = Field(False, description="use spot instances, which can be taken away")
     setup: list[str] = Field(
         ["pip install -e ."], description="shell lines that install this program on a node"
     )
     mounts: dict[str, str] = Field({}, description="/remote/path: local path or bucket URL")
     secrets: list[str] = Field(
-        [], description="variables whose values `sky jobs launch --secret NAME` takes from yours"
+        [], description="variables that `sky jobs launch --secret NAME` takes from your environment"
     )
 
 
 class Site(Section):
-    """What is there to launch on, whatever starts the processes."""
+    """The machines to launch on, independent of what starts the processes."""
 
     nodes: int = Field(1, ge=1)
     min_nodes: int = Field(
-        0, ge=0, description="go on with so many where some are missing; 0: all are needed"
+        0,
+        ge=0,
+        description="continue with at least this many if some are missing; 0: all are needed",
     )
     gpus_per_node: int = Field(0, ge=0)
-    processes_per_node: int = Field(0, ge=0, description="0: one a GPU, or one")
+    processes_per_node: int = Field(0, ge=0, description="0: one per GPU, or one")
     cpus_per_process: int = Field(0, ge=0, description="0: the scheduler's default")
-    restarts: int = Field(3, ge=0, description="times that the job is started again by itself")
+    restarts: int = Field(3, ge=0, description="how often the job restarts itself")
     doctor: bool = Field(True, description="check the allocation first (Slurm): `pretrain doctor`")
-    port: int = Field(29_500, ge=1024, le=65_535, description="rendezvous, where it is ours to say")
-    python: str = Field("", description="on the nodes; empty: this one, in an image `python3`")
+    port: int = Field(
+        29_500,
+        ge=1024,
+        le=65_535,
+        description="port of the rendezvous, where the launcher lets us choose it",
+    )
+    python: str = Field(
+        "", description="Python on the nodes; empty: this one, or `python3` in an image"
+    )
     setup: list[str] = Field([], description="shell lines before the job: modules, activation")
-    environment: dict[str, str | int] = Field({}, description="variables of every process")
+    environment: dict[str, str | int] = Field(
+        {}, description="environment variables of every process"
+    )
     container: ContainerConfig = ContainerConfig()
     slurm: SlurmSite = SlurmSite()
     hosts: HostsSite = HostsSite()
@@ -130,7 +143,7 @@ class Site(Section):
     def _are_names(cls, value: dict[str, str | int]) -> dict[str, str | int]:
         for name, text in value.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII):
-                raise ValueError(f"environment: {name!r} is no name of a variable")
+                raise ValueError(f"environment: {name!r} is not a valid variable name")
             if "\0" in str(text) or "\n" in str(text):
                 raise ValueError(f"environment.{name}: must be one line")
         return value
@@ -138,9 +151,11 @@ class Site(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Site:
         if self.min_nodes > self.nodes:
-            raise ValueError(f"min_nodes: {self.min_nodes} is more than nodes, {self.nodes}")
+            raise ValueError(f"min_nodes: {self.min_nodes} is more than nodes ({self.nodes})")
         if self.container.kind != "none" and not self.container.image:
-            raise ValueError(f"container.image: missing, for container.kind {self.container.kind}")
+            raise ValueError(
+                f"container.image: missing; container.kind {self.container.kind} needs it"
+            )
         for mount in self.container.mounts:
             if ":" not in mount:
                 raise ValueError(f"container.mounts: {mount!r} is not HOST:CONTAINER")
@@ -148,12 +163,12 @@ class Site(Section):
 
     @property
     def processes(self) -> int:
-        """Processes on a node."""
+        """Number of processes on a node."""
         return self.processes_per_node or self.gpus_per_node or 1
 
     @property
     def sizes(self) -> range:
-        """Numbers of nodes that the job may run on."""
+        """The numbers of nodes that the job may run on."""
         return range(self.min_nodes or self.nodes, self.nodes + 1)
 
     @property
@@ -170,7 +185,7 @@ def load_site(path: Path | None, values: dict[str, Any]) -> Site:
     """A site file with some of its values replaced.
 
     Args:
-        values: top-level keys; None keeps what the file says.
+        values: top-level keys; None keeps the file's value.
 
     Raises:
         UsageError: one line naming the file and key.

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 _PLAIN = ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb")
 _PORTS = 20_000
-"""Rendezvous ports are taken from here up, by job number."""
+"""The first rendezvous port; the job number is added to it."""
 
 
 def run_job(words: list[str], log: str) -> int:
-    """One task of one array element: `pretrain WORDS...` as this rank of its job.
+    """One task of one array element: `pretrain WORDS...` as this process rank of its job.
 
     Returns:
-        The exit code; 0 also where the run was complete already.
+        The exit code; 0 also if the run was already complete.
     """
     import submitit
 
@@ -59,9 +59,9 @@ def run_job(words: list[str], log: str) -> int:
 
 
 def _address(node: str) -> str:
-    """Where a node is reached: by its name where that resolves, else as Slurm does.
+    """The address of a node: its name if that resolves, else the address that Slurm uses.
 
-    A name may lead back to the node itself there (127.0.1.1 on Debian), and only there.
+    On the node itself, its name may resolve to a loopback address (127.0.1.1 on Debian).
     """
     try:
         found = {str(one[4][0]) for one in socket.getaddrinfo(node, None)}
@@ -76,7 +76,7 @@ def _address(node: str) -> str:
 
 
 class SlurmExecutor:
-    """Jobs as elements of one array; they go on if the sweep's process dies.
+    """Runs jobs as elements of one array; they continue if the sweep's process dies.
 
     Args:
         folder: for submitit's files and the list of submitted jobs.
@@ -106,7 +106,7 @@ class SlurmExecutor:
         self._jobs: dict[str, str] = {}
 
     def submit(self, jobs: list[Job]) -> None:
-        """Adopt what an earlier sweep left in the queue, and submit the rest as one array."""
+        """Adopt jobs that an earlier sweep left in the queue, and submit the rest as one array."""
         queued = _queued()
         known = self._known()
         for job in jobs:
@@ -120,7 +120,7 @@ class SlurmExecutor:
             elements = self._executor.map_array(
                 run_job, [job.words for job in fresh], [str(job.log) for job in fresh]
             )
-        except Exception as error:  # submitit wraps what sbatch says in several classes
+        except Exception as error:  # submitit wraps sbatch's message in several classes
             raise RunError(f"sbatch: {_first_line(error)}") from None
         self._jobs |= {job.name: one.job_id for job, one in zip(fresh, elements, strict=True)}
         text = to_json({**known, **self._jobs})
@@ -148,7 +148,7 @@ class SlurmExecutor:
         if tasks != jobs[0].processes:
             raise UsageError(
                 f"--slurm: {settings['nodes']} nodes of {settings['tasks_per_node']} tasks are "
-                f"{tasks} processes, the sweep's `processes:` says {jobs[0].processes}"
+                f"{tasks} processes, but the sweep's `processes:` is {jobs[0].processes}"
             )
         limit = self._parallel or len(jobs)
         try:
@@ -159,18 +159,18 @@ class SlurmExecutor:
             raise UsageError(f"--slurm: {_first_line(error)}") from None
 
     def poll(self) -> dict[str, int]:
-        """Jobs that have left the queue; how they ended is in their run folders and logs."""
+        """Jobs that have left the queue; their run folders and logs show how they ended."""
         if not self._jobs:
             return {}
         queued = _queued()
         ended = [name for name, number in self._jobs.items() if number not in queued]
         for name in ended:
             del self._jobs[name]
-        # Why is not known here: whether a run got further tells a lost node from a failure.
+        # The reason is not known here; progress of the run tells a lost node from a failure.
         return dict.fromkeys(ended, TRY_AGAIN)
 
     def stop(self) -> None:
-        """Cancel what was submitted or adopted."""
+        """Cancel all jobs that were submitted or adopted."""
         if self._jobs:
             subprocess.run(["scancel", *self._jobs.values()], check=False)
         self._jobs.clear()
@@ -180,7 +180,7 @@ def _queued() -> set[str]:
     """Numbers of this user's jobs that wait or run (array elements as ``12_3``).
 
     Raises:
-        RunError: if the scheduler does not answer: a job must not be taken for ended then.
+        RunError: if the scheduler does not answer; a job must not be considered ended then.
     """
     command = ["squeue", "--noheader", "--array", "--me", "--format=%i %T"]
     for _ in range(5):
@@ -190,7 +190,7 @@ def _queued() -> set[str]:
             gone = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
             return {row[0] for row in rows if len(row) == 2 and row[1] not in gone}
         time.sleep(2.0)
-    raise RunError(f"squeue: {found.stderr.strip() or 'no answer'}; start the sweep again later")
+    raise RunError(f"squeue: {found.stderr.strip() or 'no answer'}; rerun the sweep later")
 
 
 def _first_line(error: Exception) -> str:

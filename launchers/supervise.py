@@ -1,8 +1,8 @@
-"""A job that is started again when it dies or loses its peers.
+"""Restarts a job when it dies or loses its peers.
 
-On one machine all processes of the job are started again together. For jobs over several machines
-whose launcher does not do it (mpirun, DeepSpeed's, one shell a host), each process has a supervisor
-of its own, and they meet again as they met first.
+On one machine all processes of the job are restarted together. For jobs on several machines whose
+launcher does not restart them (mpirun, DeepSpeed's, one shell per host), each process has its own
+supervisor, and the processes connect again as they did first.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from pretrain.errors import TRY_AGAIN
 
 SUPERVISED = "RANKDECAY_SUPERVISED"
 FINAL = (0, 1, 2)
-"""Complete; trouble with files; a mistake: another start would end the same."""
+"""Exit codes after which another start would end the same: complete, file trouble, usage error."""
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
 def is_supervised() -> bool:
-    """Whether this process has a supervisor already."""
+    """Whether this process already has a supervisor."""
     return SUPERVISED in os.environ
 
 
 def run_here(processes: int, words: list[str], run: Path | None = None, restarts: int = 0) -> int:
-    """Run `pretrain WORDS...` on so many processes of this machine.
+    """Run `pretrain WORDS...` on N processes of this machine.
 
     Args:
-        run: folder whose checkpoints say whether a start got further.
+        run: the run folder, whose checkpoints show whether a start made progress.
 
     Returns:
         The exit code.
@@ -50,7 +50,7 @@ def run_here(processes: int, words: list[str], run: Path | None = None, restarts
 
 
 def supervise(words: list[str], run: Path, restarts: int) -> int:
-    """Run `pretrain WORDS...` as this rank of a job that another launcher started.
+    """Run `pretrain WORDS...` as this process rank of a job that another launcher started.
 
     Returns:
         The exit code of the last start.
@@ -73,9 +73,9 @@ def supervise(words: list[str], run: Path, restarts: int) -> int:
 
 
 def _again_and_again(start: Callable[[], int], run: Path, restarts: int) -> int:
-    """Start until it is complete, or got no further for ``restarts`` starts.
+    """Start until the job is complete, or made no progress in ``restarts`` starts.
 
-    A signal is handed on, and is the end: the scheduler will start the job again.
+    A signal is forwarded and ends the job: the scheduler will start it again.
     """
     failures = 0
     while True:
@@ -88,7 +88,7 @@ def _again_and_again(start: Callable[[], int], run: Path, restarts: int) -> int:
             return TRY_AGAIN
         pause = _PAUSES[min(failures, len(_PAUSES) - 1)]
         print(
-            f"supervisor: the process ended ({code}); started again in {pause:g} s from "
+            f"supervisor: the process ended ({code}); restarting in {pause:g} s from "
             f"{_newest(run) or 'the beginning'} ({failures} of {restarts} without progress)",
             file=sys.stderr,
             flush=True,
@@ -97,7 +97,7 @@ def _again_and_again(start: Callable[[], int], run: Path, restarts: int) -> int:
 
 
 def _newest(run: Path) -> str:
-    """Name of the newest checkpoint, as ``RUN/checkpoints/latest`` says."""
+    """The name of the newest checkpoint, from ``RUN/checkpoints/latest``."""
     try:
         return (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""`pretrain sweep`: the sweep's words, an executor for them, and what is said at the end."""
+"""`pretrain sweep`: the commands of a sweep's runs, their executor, and the final summary."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def run(
     price: float,
     as_json: bool,
 ) -> int:
-    """Run or plan a sweep; returns the exit code: 1 if a run failed.
+    """Run or plan a sweep and return the exit code: 1 if a run failed.
 
     Raises:
-        UsageError: if the sweep, a key of its grid or a word for the launcher is wrong.
+        UsageError: if the sweep, a key of its grid or a launcher option is wrong.
     """
     if launcher not in ("local", "slurm"):
-        raise UsageError(f"--launcher: {launcher!r} is neither local nor slurm")
+        raise UsageError(f"--launcher: {launcher!r} is not local or slurm")
     out = out or Path("runs") / file.stem
     sweep = load_sweep(file, out)
     _check_folders(sweep, launcher)
     processes = sweep.config.processes
-    # Cores are shared out among the runs that there are, not among those that there could be.
+    # Cores are divided among the runs that exist, not among the largest possible number.
     slots = min(parallel or default_slots(processes), max(1, len(sweep.tasks)))
 
     def start(words: list[str]) -> subprocess.CompletedProcess[str]:
@@ -79,7 +79,7 @@ def run(
 
 
 def _check_folders(sweep: Sweep, launcher: str) -> None:
-    """Refuse a sweep whose folders hold other runs; where there are none, nothing is loaded."""
+    """Refuse a sweep whose folders hold other runs; without such folders, nothing is imported."""
     if not any(task.run.exists() for task in sweep.tasks):
         from pretrain.decay.lengths import check_lengths
 

@@ -1,7 +1,8 @@
-"""The processes of one job on this machine: started together, watched, ended together.
+"""The processes of one job on this machine: started, watched and ended together.
 
-What torchrun does, but for its store (open to the network), its thirty seconds between SIGTERM and
-SIGKILL (a checkpoint may take longer) and its own exit code 1 for whatever its processes said.
+This does what torchrun does, without three of its properties: a store that is open to the network,
+thirty seconds between SIGTERM and SIGKILL (a checkpoint may take longer), and exit code 1 for every
+failure.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import INTERRUPTED, TRY_AGAIN
 
 _FINAL = (2, 1)
-"""A mistake, trouble with files: what counts, of several codes."""
+"""Exit codes that take precedence over others: a usage error, file trouble."""
 _PATIENCE = 30.0
-"""Seconds that processes have to end by themselves once one of them has failed."""
+"""Seconds that processes have to end by themselves after one of them has failed."""
 _PATIENCE_ASKED = 180.0
-"""The same after a signal: others may be writing what they have."""
+"""The same after a signal: processes may be writing a checkpoint."""
 _PAUSE = 0.05
 
 
 def run_team(command: list[str], processes: int, environment: dict[str, str]) -> int:
-    """Run ``command`` as so many ranks; every signal that comes is handed on to them.
+    """Run ``command`` as N processes and forward every signal to them.
 
     Returns:
-        0 if all ended well; else the code that says most: of a mistake, of trouble, or "try again".
+        0 if all succeeded; else the most informative code: usage error, trouble, or "try again".
     """
-    # Others of this machine must not come in: what lies there is taken for a rank's word.
+    # Other users must have no access: the contents are trusted as messages of the processes.
     folder = tempfile.mkdtemp(prefix="rankdecay-")  # mode 0700
     team: list[subprocess.Popen[bytes]] = []
 
@@ -47,7 +48,7 @@ def run_team(command: list[str], processes: int, environment: dict[str, str]) ->
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                        "LOCAL_WORLD_SIZE": str(processes), MEETING: folder}  # fmt: skip
                 team.append(subprocess.Popen(command, env={**environment, **own}))
-                if SIGNALS.asked:  # it may have come before this one was there
+                if SIGNALS.asked:  # a signal may have arrived before this process existed
                     _send(team[-1], signal.SIGTERM)
             return _watch(team)
     finally:
@@ -72,13 +73,13 @@ def _watch(team: list[subprocess.Popen[bytes]]) -> int:
 
 
 def _say_who_died(team: list[subprocess.Popen[bytes]], failed_at: float | None) -> None:
-    """A process that a signal ended could not say so itself."""
+    """Report a process that was ended by a signal, since it could not do so itself."""
     if failed_at is None or SIGNALS.asked:
         return
     for rank, process in enumerate(team):
         if process.returncode < 0:
             name = signal.Signals(-process.returncode).name
-            text = f"rank {rank} (pid {process.pid}) was ended by {name}"
+            text = f"process rank {rank} (pid {process.pid}) was ended by {name}"
             print(f"launcher: {text}", file=sys.stderr, flush=True)
 
 

@@ -68,7 +68,7 @@ _DIALECTS: dict[str, dict[str, Any]] = {
 
 
 _MOST, _MOST_LAYERS, _MOST_PIXELS, _MOST_CHANNELS = 1 << 24, 10_000, 1 << 14, 1 << 10
-"""Beyond any model; within them a tensor's elements can be counted in 63 bits."""
+"""Limits beyond any model; within them, the elements of a tensor can be counted in 63 bits."""
 
 
 class GPTConfig(BaseModel):
@@ -93,7 +93,8 @@ class GPTConfig(BaseModel):
         128, ge=1, le=_MOST, description="the vocabulary is padded to this"
     )
     position: Literal["learned", "rotary", "none"] = Field(
-        "learned", description="none: a causal mask tells positions apart (Kazemnejad et al. 2023)"
+        "learned",
+        description="none: only the causal mask distinguishes positions (Kazemnejad et al. 2023)",
     )
     rotary_fraction: float = Field(1.0, gt=0, le=1, description="share of head_dim that rotates")
     rotary_base: float = Field(10_000.0, gt=0)
@@ -106,10 +107,10 @@ class GPTConfig(BaseModel):
     qk_norm: bool = Field(False, description="RMSNorm of queries and keys, per head")
     attention: Literal["softmax", "linear", "sigmoid"] = Field(
         "softmax",
-        description="linear: scores as they are, over the number seen; sigmoid: of score - log "
-        "of that number (Ramapuram et al. 2024)",
+        description="linear: scores divided by the number of visible positions; sigmoid: of "
+        "score - log of that number (Ramapuram et al. 2024)",
     )
-    causal: bool = Field(True, description="false: every position sees all")
+    causal: bool = Field(True, description="false: every position sees all others")
     mlp: bool = Field(True, description="false: attention-only blocks")
     image_size: int = Field(
         0, ge=0, le=_MOST_PIXELS, description="> 0: images are classified, not text modelled"
@@ -127,7 +128,7 @@ class GPTConfig(BaseModel):
         image, patch = values.get("image_size"), values.get("patch_size")
         if isinstance(image, int) and isinstance(patch, int) and image > 0 and patch > 0:
             values = {"context": max(2, (image // patch) ** 2), **values}
-        # An unknown dialect falls through to the field's own error.
+        # For an unknown dialect, the field's own validation reports the error.
         return {**_DIALECTS.get(str(values.get("dialect", Dialect.GPT2)), {}), **values}
 
     @model_validator(mode="after")
@@ -153,23 +154,24 @@ class GPTConfig(BaseModel):
                 "pair to rotate; raise it"
             )
         if (self.dialect == Dialect.VIT) != bool(self.image_size):
-            raise ValueError("image_size: goes with dialect vit, and vit needs it")
+            raise ValueError("image_size: set it exactly if dialect is vit")
         if self.image_size:
             if not self.patch_size or self.image_size % self.patch_size:
                 raise ValueError(
                     f"patch_size: {self.patch_size} does not divide image_size {self.image_size}"
                 )
             if self.context != (self.image_size // self.patch_size) ** 2:
-                raise ValueError(
-                    f"context: {self.context} is not the number of patches; leave it out"
-                )
+                raise ValueError(f"context: {self.context} is not the number of patches; remove it")
             if self.tied_head:
-                raise ValueError("tied_head: patches have no embedding that a head could share")
+                raise ValueError(
+                    "tied_head: a vit has no token embedding that the head could share; set it to "
+                    "false"
+                )
         return self
 
     @property
     def patch_dim(self) -> int:
-        """Values of a patch; 0 for text."""
+        """The number of values in a patch; 0 for text."""
         return self.patch_size**2 * self.image_channels if self.image_size else 0
 
     @property
@@ -227,7 +229,7 @@ class GPTConfig(BaseModel):
     def padded_vocabulary(self, tensor_parallel: int = 1) -> int:
         """Rows of the embedding: the vocabulary padded to a multiple that the grid divides.
 
-        The padding never takes part in a loss (its logits are -inf), so results do not
+        The padding never contributes to a loss (its logits are -inf), so results do not
         depend on it.
         """
         multiple = self.vocabulary_multiple

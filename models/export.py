@@ -1,6 +1,7 @@
-"""Our tensors under the names and in the layouts of Hugging Face's classes.
+"""Converts our tensors to the names and layouts of Hugging Face's classes.
 
-Pure functions of a configuration and a reader of tensors by our names; one layer at a time.
+These are pure functions of a configuration and of a function that reads a tensor by our name; they
+handle one layer at a time.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from models.config import GPTConfig
 from models.roles import ModelError
 
 Read = Callable[[str], Tensor]
-"""A global tensor by our name."""
+"""A function that reads a global tensor by our name."""
 
 
 def class_of(config: GPTConfig) -> str:
     """The class that computes exactly this model: gpt2, gpt_neox, llama, qwen3 or smollm3.
 
     Raises:
-        ModelError: naming the switches that no class has.
+        ModelError: naming the settings that no class has.
     """
     common = config.causal and config.attention == "softmax" and config.mlp
     layernorm = common and config.norm == "layernorm" and config.biases and not config.qk_norm
@@ -43,12 +44,12 @@ def class_of(config: GPTConfig) -> str:
         "no Hugging Face class computes this model (model.position "
         f"{config.position}, norm {config.norm}, activation {config.activation}, biases "
         f"{config.biases}, attention {config.attention}, mlp {config.mlp}); the dialects gpt2, "
-        "gpt_neox and llama as they are can be exported"
+        "gpt_neox and llama can be exported with their default settings"
     )
 
 
 def has_free_heads(config: GPTConfig) -> bool:
-    """Whether the class allows heads of another width than hidden_size / heads in both products."""
+    """Whether the class allows heads in both products that are not hidden_size / heads wide."""
     return class_of(config) == "smollm3"
 
 
@@ -68,8 +69,8 @@ def config_json(
     """``config.json`` of the class, for heads of ``head_size``.
 
     Args:
-        eod: the token that begins and ends documents, if there are documents.
-        ids: keys of special tokens as an imported model had them, in place of ``eod``.
+        eod: the token that begins and ends documents, if the data has documents.
+        ids: keys of special tokens from an imported model, which replace ``eod``.
     """
     kind = class_of(config)
     common: dict[str, Any] = {
@@ -124,13 +125,13 @@ def config_json(
 
 
 def shards(config: GPTConfig, read: Read, head_size: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors of the class: the embedding, each layer, the end; one part at a time.
+    """The tensors of the class, one part at a time: the embedding, each layer, the last part.
 
     Args:
-        head_size: of the attention tensors that ``read`` gives; where it is less than the
-            model's, queries are scaled so that 1/√head_size stays what it was.
+        head_size: head width of the attention tensors that ``read`` returns; if it is less than
+            the model's, queries are scaled so that the effective 1/√head_size does not change.
     """
-    # No name of this frame holds a part while the next one is made.
+    # No variable of this frame keeps a part alive while the next one is made.
     yield _first(config, read)
     scale = (head_size / config.head_size) ** 0.5
     for layer in range(config.num_layers):

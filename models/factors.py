@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Heads and widths of the attention of a model, whoever wrote it."""
+    """Heads and widths of the attention of a model of any origin."""
 
     num_layers: int
     num_attention_heads: int
@@ -19,7 +19,7 @@ class AttentionShape:
     rotary_dim: int
     """Leading dimensions of a head that rotate, as pairs (j, j + rotary_dim/2); 0: none."""
     qk_norm: bool
-    """Whether queries and keys are normalised: then the factors' sizes say nothing."""
+    """Whether queries and keys are normalised: then the factors' sizes have no meaning."""
 
     @property
     def group(self) -> int:
@@ -78,7 +78,8 @@ class Factors:
 
         Returns:
             ``qk``: (of W_K's rows, of W_Q's rows), ``vp``: (of P's columns, of W_V's rows), each
-            ``[head]`` float64; query heads that share keys are summed, as the law is the group's.
+            ``[head]`` float64; query heads that share keys are summed, because the balance law
+            applies to the group.
         """
         query, key, value, output = (
             one[0].double().square() for one in (self.query, self.key, self.value, self.output)

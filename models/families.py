@@ -1,7 +1,7 @@
-"""Where the attention of a family of pretrained models lies: a description, not code.
+"""Describes where a family of pretrained models stores its attention, as data and not as code.
 
-``families.yaml`` beside this file describes the known ones; a file of the user's describes
-another in the same words.
+``families.yaml`` in this folder describes the known families; a user's file describes another one
+with the same keys.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from models.factors import AttentionShape
 from models.roles import ModelError
 
 Keys = str | int | list[str | int]
-"""A key of config.json, a number, or alternatives, the first that is there being taken."""
+"""A key of config.json, a number, or a list of alternatives, of which the first present is used."""
 
 EXAMPLE = (
     "model_types: [mine] / layer: 'blocks.{layer}.attn.' / query: q.weight / key: k.weight / "
     "value: v.weight / output: o.weight / layers: n_layers / heads: n_heads / width: d_model / "
     "rotary: 1.0"
 )
-"""Ten lines that describe a family, for the message to who needs them."""
+"""Ten lines that describe a family, for error messages."""
 
 
 class Tower(BaseModel):
@@ -34,7 +34,7 @@ class Tower(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: str | list[str] = Field("", description="section of config.json; empty: the whole")
-    layer: str = Field(description="common head of a layer's tensor names, with {layer}")
+    layer: str = Field(description="common prefix of a layer's tensor names, with {layer}")
     query: str = ""
     key: str = ""
     value: str = ""
@@ -50,10 +50,13 @@ class Tower(BaseModel):
     head_dim: Keys = ""
     width: Keys
     rotary: float | str | list[float | str] = Field(
-        0.0, description="share of a head that rotates, as pairs (j, j + half); or keys"
+        0.0,
+        description="share of a head that rotates, as pairs (j, j + half); or keys of config.json",
     )
-    rotary_layers: str = Field("", description="key of a list with 1 where a layer rotates, or 0")
-    qk_norm: str = Field("", description="a tensor that is there where queries are normalised")
+    rotary_layers: str = Field(
+        "", description="key of a list with 1 for each layer that rotates, else 0"
+    )
+    qk_norm: str = Field("", description="a tensor that exists if queries are normalised")
     beside: list[str] = Field(
         [], description="other tensors of the layer that change no product, such as 'sinks'"
     )
@@ -63,7 +66,7 @@ class Tower(BaseModel):
         if bool(self.qkv) == bool(self.query and self.key and self.value):
             raise ValueError("give query, key and value, or qkv and order")
         if "{layer}" not in self.layer:
-            raise ValueError("layer: has no {layer} in it")
+            raise ValueError("layer: must contain {layer}")
         return self
 
     def shape(self, config: dict[str, Any], qk_norm: bool) -> AttentionShape:
@@ -95,14 +98,14 @@ class Tower(BaseModel):
         """Whether positions rotate in a layer.
 
         Raises:
-            ModelError: if config.json does not say so of every layer.
+            ModelError: if config.json does not define this for every layer.
         """
         if not self.rotary_layers:
             return True
         found = _lookup(self._section(config), self.rotary_layers)
         if not isinstance(found, list) or layer >= len(found) or found[layer] not in (0, 1):
             raise ModelError(
-                f"config.json: {self.rotary_layers} does not say 0 or 1 of layer {layer}; add it"
+                f"config.json: {self.rotary_layers} has no 0 or 1 for layer {layer}; add it"
             )
         return bool(found[layer])
 
@@ -126,13 +129,14 @@ class Tower(BaseModel):
             found[name] = value
         if len(set(found.values())) > 1:
             said = ", ".join(f"{name}={value}" for name, value in found.items())
-            raise ModelError(f"config.json: {said} contradict each other; keep the one that is so")
+            raise ModelError(f"config.json: {said} contradict each other; keep the correct one")
         if found:
             return next(iter(found.values()))
         if default is None:
             raise ModelError(
-                f"config.json: has no {' or '.join(map(str, names))}; add it there (a file without "
-                "it relies on the default of its class in transformers)"
+                f"config.json: has no {' or '.join(map(str, names))}; add it (a file without it "
+                "relies "
+                "on the default of its class in transformers)"
             )
         return default
 
@@ -145,16 +149,16 @@ class Tower(BaseModel):
 
 
 class Family(BaseModel):
-    """One or several towers, and the ``model_type`` words of config.json that mean them."""
+    """One or several towers, and the values of ``model_type`` that belong to them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model_types: list[str] = []
     towers: dict[str, Tower]
-    """By name; the name of an only tower is empty."""
+    """The towers by name; a single tower has an empty name."""
     elsewhere: list[str] = Field(
         [],
-        description="heads of names whose attention is of no tower, such as 'vision_model.head.'",
+        description="name prefixes of attention that is in no tower, such as 'vision_model.head.'",
     )
 
 
@@ -162,7 +166,7 @@ _QK_NORM_KEY = re.compile(r"(use_)?(qk|query_key)_?(l2_?)?(norm|layer_?norm)")
 
 
 def _says_qk_norm(section: dict[str, Any]) -> bool:
-    """Whether config.json asks for normalised queries, which may take no tensor (Llama 4's)."""
+    """Whether config.json asks for normalised queries, which may need no tensor (Llama 4's)."""
     return any(bool(value) and _QK_NORM_KEY.fullmatch(key) for key, value in section.items())
 
 

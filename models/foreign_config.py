@@ -1,7 +1,7 @@
-"""What a ``config.json`` of Hugging Face means in our switches; what means nothing is refused.
+"""Translates a Hugging Face ``config.json`` into our settings, and refuses what has no equivalent.
 
-Every key is read, known to change no logit, or named in an error. A missing key has the default of
-its class in transformers.
+Every key is read, or known to change no logit, or named in an error. A missing key has the default
+of its class in transformers.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 0, "tie_word_embeddings": True, "rope_theta": 2_000_000.0,
     },
 }  # fmt: skip
-"""What transformers takes for a key that is not there; 0: it follows from the others."""
+"""The value that transformers uses for a missing key; 0: it is derived from other keys."""
 KINDS = tuple(DEFAULTS)
 _ALIASES = {
     "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }  # fmt: skip
-"""Words of GPT-2; transformers takes either."""
+"""GPT-2's names of keys; transformers accepts either."""
 
 _WITHOUT_EFFECT = frozenset(
     """
@@ -71,8 +71,8 @@ _WITHOUT_EFFECT = frozenset(
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     """.split()  # noqa: SIM905
 )
-"""Keys that change no logit of these classes: generation, dropout (there is none while logits are
-computed), other heads, the library's own records."""
+"""Keys that change no logit of these classes: generation, dropout (off while logits are computed),
+other heads, the library's own records."""
 
 
 _WORDS: dict[type, str] = {
@@ -88,15 +88,15 @@ class _Keys:
         self.read: set[str] = set()
 
     def given(self, key: str) -> Any:
-        """The value of a key, or None; marked as read."""
+        """Return the value of a key, or None, and mark the key as read."""
         self.read.add(key)
         return self.values.get(key)
 
     def take(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """A value of one type, the class's default where there is none.
+        """A value of one type, or the class's default if there is none.
 
         Raises:
-            ModelError: if it is of another type, or (a number) not above 0.
+            ModelError: if it has another type, or is a number that is not above 0.
         """
         names = [key, _ALIASES[key]] if self.kind == "gpt2" and key in _ALIASES else [key]
         found = {name: self.given(name) for name in names}
@@ -119,15 +119,17 @@ class _Keys:
         return value
 
     def only(self, key: str, *usual: Any) -> None:
-        """Refuse a key that is there and says something else than the usual."""
+        """Refuse a key that is present with a value other than the usual one."""
         found = self.given(key)
         if found is not None and not any(
             found == one and type(found) is type(one) for one in usual
         ):
-            raise ModelError(f"config.json: {key} {found!r}; our models have {usual[0]!r} alone")
+            raise ModelError(
+                f"config.json: {key} is {found!r}, but our models support only {usual[0]!r}"
+            )
 
     def check_all_read(self) -> None:
-        """Refuse what nothing read.
+        """Refuse keys that were not read.
 
         Raises:
             ModelError: naming the key, its value, and what can be done.
@@ -140,8 +142,8 @@ class _Keys:
             key = next(iter(others))
             more = f" (nor {', '.join([*others][1:6])})" if len(others) > 1 else ""
             raise ModelError(
-                f"config.json: nothing here reads {key} {str(others[key])[:80]!r}{more}, which may "
-                "change what the model computes; remove it there if it does not"
+                f"config.json: unknown key {key} {str(others[key])[:80]!r}{more}, which may change "
+                "what the model computes; remove the key if it does not"
             )
 
 
@@ -149,7 +151,7 @@ def model_values(config: dict[str, Any]) -> dict[str, Any]:
     """Values of `GPTConfig` that describe the model of a ``config.json``.
 
     Raises:
-        ModelError: naming what our models do not have.
+        ModelError: naming the feature that our models do not have.
     """
     kind = config.get("model_type")
     if kind not in KINDS:
@@ -158,7 +160,7 @@ def model_values(config: dict[str, Any]) -> dict[str, Any]:
     for key, usual in (("is_causal", True), ("add_cross_attention", False), ("pruned_heads", {})):
         keys.only(key, usual)
         if key in config and config[key] is None:
-            raise ModelError(f"config.json: {key} is null; write {usual!r} or leave it out")
+            raise ModelError(f"config.json: {key} is null; write {usual!r} or remove the key")
     values = {
         "num_layers": keys.take("num_hidden_layers", int),
         "hidden_size": keys.take("hidden_size", int),
@@ -176,7 +178,8 @@ def _activation(keys: _Keys, key: str, default: str, known: dict[str, str]) -> s
     name = keys.take(key, str, default)
     if name not in known:
         raise ModelError(
-            f"config.json: {key}: activation {name!r}; known of a {keys.kind}: {', '.join(known)}"
+            f"config.json: {key}: unknown activation {name!r}; a {keys.kind} can have "
+            f"{', '.join(known)}"
         )
     return known[name]
 
@@ -220,7 +223,7 @@ def _llama(keys: _Keys, common: dict[str, Any]) -> dict[str, Any]:
     kinds = keys.given("layer_types") or ["full_attention"]
     if kinds != ["full_attention"] * len(kinds):
         raise ModelError(
-            f"config.json: layer_types {kinds!r}; our models have full attention alone"
+            f"config.json: layer_types is {kinds!r}, but our models support only full attention"
         )
     if keys.kind == "smollm3" and keys.given("no_rope_layers") != [0] * common["num_layers"]:
         raise ModelError(
@@ -230,13 +233,13 @@ def _llama(keys: _Keys, common: dict[str, Any]) -> dict[str, Any]:
     base, fraction = _rotary(keys, "rope_theta", "partial_rotary_factor")
     if fraction != 1:
         raise ModelError(
-            f"config.json: partial_rotary_factor {fraction}; a {keys.kind} has 1 alone"
+            f"config.json: partial_rotary_factor is {fraction}, but a {keys.kind} supports only 1"
         )
     heads, head = common["num_attention_heads"], keys.take("head_dim", int)
     head = head or common["hidden_size"] // heads
     shared = keys.take("num_key_value_heads", int)
     if keys.values.get("num_key_value_heads", shared) is None:
-        shared = 0  # null is not the default of the class: one per query head
+        shared = 0  # null differs from the class's default: it means one per query head
     if keys.kind != "smollm3" and head % 2:
         raise ModelError(f"config.json: head_dim {head} is odd, so its dimensions form no pairs")
     return {
@@ -253,10 +256,10 @@ def _llama(keys: _Keys, common: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rotary(keys: _Keys, base_key: str, share_key: str) -> tuple[float, float]:
-    """The base and the share of a head that rotates, wherever they are written.
+    """The base and the share of a head that rotates, from any of the keys that can hold them.
 
     Raises:
-        ModelError: for scaled positions, and for two values of one thing.
+        ModelError: for scaled positions, and for two different values of one setting.
     """
     sections = {key: keys.given(key) or {} for key in ("rope_parameters", "rope_scaling")}
     for name, rope in sections.items():
@@ -265,7 +268,9 @@ def _rotary(keys: _Keys, base_key: str, share_key: str) -> tuple[float, float]:
         kinds = {rope.get("rope_type"), rope.get("type")} - {None, "default"}
         scaled = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
         if kinds or scaled:
-            raise ModelError(f"config.json: {name}: rotary scaling {rope!r}; our models have none")
+            raise ModelError(
+                f"config.json: {name}: rotary scaling {rope!r} is not supported by our models"
+            )
     if sections["rope_parameters"] and sections["rope_scaling"]:
         raise ModelError("config.json: has rope_parameters and rope_scaling; keep one of them")
     rope = {**sections["rope_parameters"], **sections["rope_scaling"]}
@@ -281,7 +286,7 @@ def _rotary(keys: _Keys, base_key: str, share_key: str) -> tuple[float, float]:
                 raise ModelError(f"config.json: {name} is {one!r}, not a number above 0")
             if one != value:
                 raise ModelError(
-                    f"config.json: {name} is {one!r}, and transformers takes {value!r}; write one "
+                    f"config.json: {name} is {one!r}, but transformers uses {value!r}; write one "
                     "value for both"
                 )
         found.append(float(value))

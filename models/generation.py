@@ -1,6 +1,6 @@
-"""What a Hugging Face model says about beginning, ending and padding texts.
+"""The special tokens of a Hugging Face model for beginning, ending and padding texts.
 
-No logit depends on it, so nothing here reads it; an export writes it again as it was.
+No logit depends on them, so they are not interpreted here; an export writes them again unchanged.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ _LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
 
 def generation_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The ids in ``config.json`` and all of ``generation_config.json``, to be kept.
+    """The token ids in ``config.json`` and all of ``generation_config.json``.
 
-    A key that is missing stays so: the class in `transformers` then has its own value.
+    A missing key stays missing: the class in `transformers` then uses its own value.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         config: its ``config.json``.
 
     Returns:
         ``{"config": ids by key, "generation_config": the other file's values or None}``.
 
     Raises:
-        ModelError: naming a key that is no token id, or a file that is damaged.
+        ModelError: naming a key that is not a token id, or a damaged file.
     """
     ids = {key: value for key, value in config.items() if _is_id_key(key)}
     file = folder / GENERATION_CONFIG
@@ -54,7 +54,7 @@ def _is_id(value: Any) -> bool:
 
 
 def ends_with(generation: dict[str, Any], token: int) -> bool:
-    """Whether a model's texts end with a token, by either file; one that names no end agrees."""
+    """Whether a model's texts end with ``token`` by either file; a file without an end agrees."""
     both = (generation["generation_config"] or {}, generation["config"])
     found = [values["eos_token_id"] for values in both if values.get("eos_token_id") is not None]
     return all(token in one if isinstance(one, list) else token == one for one in found)

@@ -1,4 +1,4 @@
-"""Transformers as a list of layers, run whole in one process or cut into pipeline stages.
+"""Transformers as a list of layers, run as a whole in one process or cut into pipeline stages.
 
 Every layer takes and returns one tensor, so that a sequence of them is the model and any
 contiguous part of it is a pipeline stage.
@@ -42,7 +42,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: GPTConfig, factory: ParameterFactory) -> None:
         super().__init__()
         shape = (config.hidden_size, config.patch_dim)
-        std = config.patch_dim**-0.5  # patches are of unit size, not one-hot
+        std = config.patch_dim**-0.5  # patches have unit size, they are not one-hot
         self.weight = factory.normal("embedding.weight", shape, Role.EMBEDDING, None, std)
         self.bias = factory.constant("embedding.bias", shape[:1], Role.BIAS, None, 0.0)
 
@@ -170,7 +170,7 @@ def layer_plans(config: GPTConfig, factory: ParameterFactory, kernels: Kernels) 
     check_tensor_parallel(config, factory.tp.size)
     if config.patch_dim and factory.tp.sequence_parallel:
         raise ModelError(
-            "grid.sequence_parallel: not for images, whose patches are few; leave it out"
+            "grid.sequence_parallel: not supported for images, which have few patches; remove it"
         )
     tied = "embedding" if config.tied_head else None
     if config.patch_dim:
@@ -208,7 +208,7 @@ def check_tensor_parallel(config: GPTConfig, size: int) -> None:
 
 
 class GPT(nn.Module):
-    """The whole model in one process (of each tensor-parallel rank)."""
+    """The whole model in one process (or in each tensor-parallel process)."""
 
     def __init__(
         self, config: GPTConfig, factory: ParameterFactory, kernels: Kernels = DEFAULT_KERNELS
@@ -233,12 +233,12 @@ class GPT(nn.Module):
         tokens: torch.Tensor,
         finish: Callable[[Projection], torch.Tensor] = Projection.logits,
     ) -> torch.Tensor:
-        """What ``finish`` makes of the last layer, while its weight is at hand (ZeRO-3 frees it).
+        """Apply ``finish`` to the last layer while its weight is available (ZeRO-3 frees it later).
 
         Args:
             tokens: ``[batch, sequence]`` integers, or ``[batch, patches, values]`` of images.
-            finish: logits ``[sequence, batch, vocabulary / tensor_parallel]`` if nothing else is
-                asked for (of images ``[1, batch, classes / tensor_parallel]``).
+            finish: default: return the logits ``[sequence, batch, vocabulary / tensor_parallel]``
+                (for images ``[1, batch, classes / tensor_parallel]``).
         """
         x: Any = tokens
         for function in self.functions:

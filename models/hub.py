@@ -1,4 +1,4 @@
-"""Models from the Hugging Face Hub: which revisions there are, and their files on this machine."""
+"""Models from the Hugging Face Hub: their revisions, and their files on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_hub_name(text: str) -> bool:
 
 
 def revisions(name: str, pattern: str) -> list[str]:
-    """Branches and tags of a repository that match a pattern with ``*``; itself without one.
+    """Branches and tags of a repository that match a pattern with ``*``; else the name itself.
 
     Raises:
         ModelError: if nothing matches, or the Hub cannot be reached.
@@ -73,7 +73,7 @@ def fetch(name: str, revision: str = "") -> Path:
 
 
 def _cached(name: str, revision: str) -> Path | None:
-    """What an earlier fetch left, for a machine that is off the network."""
+    """The files of an earlier download, for a machine without a network."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -91,12 +91,12 @@ def _api():  # type: ignore[no-untyped-def]
         ) from None
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # it would announce every retry
+    logging.set_verbosity_error()  # it would print every retry
     return HfApi()
 
 
 def _is_off_network() -> bool:
-    """Whether the Hub's name cannot even be resolved: then retrying for half a minute is vain."""
+    """Whether the Hub's name cannot be resolved: then retrying for half a minute is useless."""
     from huggingface_hub import constants
 
     if urllib.request.getproxies():
@@ -111,7 +111,7 @@ def _is_off_network() -> bool:
 def _explained(name: str, error: Exception) -> ModelError:
     kind = type(error).__name__
     if kind in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"):
-        return ModelError(f"{name}: not on the Hub, or not without logging in ({kind})")
+        return ModelError(f"{name}: not on the Hub, or only after logging in ({kind})")
     return ModelError(
         f"{name}: no such folder here, and the Hub cannot be reached ({kind}); download the model "
         "and give its folder"

@@ -1,8 +1,8 @@
 """Attention matrices of pretrained models, read from their files tensor by tensor.
 
-No model is built and no code of the model's authors runs: ``config.json`` gives the heads,
-`models.families` where the matrices lie, and safetensors (or ``pytorch_model.bin``, weights only)
-hands over one tensor at a time.
+No model is built and no code of the model's authors runs. ``config.json`` gives the heads,
+`models.families` says where the matrices are, and safetensors (or ``pytorch_model.bin``, weights
+only) provides one tensor at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _QK_NORM = re.compile(
     re.IGNORECASE,
 )
 _BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq)$|^bias$")
-"""Causal masks and frequencies, which old versions of transformers saved."""
+"""Causal masks and frequencies that old versions of transformers saved."""
 _ATTENTION = re.compile(r"(^|\.|_)[a-z]*att(e?n|ention)s?(\.|_|$)", re.IGNORECASE)
 
 
@@ -36,20 +36,20 @@ class AttentionTower:
     """One stack of attention layers of a pretrained model."""
 
     name: str
-    """Empty, or which of several (``text``, ``vision``)."""
+    """Empty for a single tower, otherwise its name (``text``, ``vision``)."""
     shape: AttentionShape
     files: TensorFiles
     tower: Tower
     rotates: tuple[bool, ...] = ()
-    """By layer; empty: every layer, where any does."""
+    """For each layer, whether it rotates; empty: every layer does, if any."""
 
     def layers(self) -> Iterator[Factors]:
-        """The factors of every layer, in order; at most one layer's weights are held."""
+        """The factors of every layer, in order; at most one layer's weights are in memory."""
         for layer in range(self.shape.num_layers):
             yield self.layer(layer)
 
     def shape_of(self, layer: int) -> AttentionShape:
-        """The shape of one layer, which may have no rotary positions where others have."""
+        """The shape of one layer; some layers of a model may have no rotary positions."""
         if self.rotates and not self.rotates[layer]:
             return replace(self.shape, rotary_dim=0)
         return self.shape
@@ -58,7 +58,7 @@ class AttentionTower:
         """The factors of one layer, in the file's dtype.
 
         Raises:
-            ModelError: naming a tensor that is missing, of another shape than expected, or NaN.
+            ModelError: naming a tensor that is missing, has an unexpected shape, or has NaNs.
         """
         shape, tower = self.shape, self.tower
         rows = shape.num_attention_heads * shape.head_size
@@ -92,11 +92,12 @@ class AttentionTower:
         expected = (rows, columns or self.shape.hidden_size)
         if tuple(values.shape) != expected:
             raise ModelError(
-                f"{self.files.folder}: {name} is {tuple(values.shape)}, the heads and widths of "
-                f"config.json want {expected}; describe the family with --family"
+                f"{self.files.folder}: {name} is {tuple(values.shape)}, but the heads and widths "
+                "of "
+                f"config.json need {expected}; describe the family with --family"
             )
         if not torch.isfinite(values).all():
-            raise ModelError(f"{self.files.folder}: {name} holds NaN or infinity")
+            raise ModelError(f"{self.files.folder}: {name} contains NaN or infinity")
         return values.clone()  # not a view of a mapped file
 
 
@@ -116,8 +117,8 @@ def find_tensor(files: TensorFiles, name: str) -> str:
 
 def _ambiguous(files: TensorFiles, name: str, found: list[str]) -> ModelError:
     return ModelError(
-        f"{files.folder}: {name} could be {' or '.join(found[:3])}; say more in `layer` of a "
-        "--family file"
+        f"{files.folder}: {name} could be {' or '.join(found[:3])}; make `layer` of a --family "
+        "file more specific"
     )
 
 
@@ -125,13 +126,13 @@ def _how_to_describe(files: TensorFiles) -> str:
     attention = [one for one in files.names if "att" in one.lower()] or files.names
     shown = ", ".join(attention[:6]) or "(none)"
     return (
-        f"its tensors are such as {shown}; describe the family in a YAML file for --family, line "
-        f"by line such as: {EXAMPLE}"
+        f"its tensors have names like {shown}; describe the family in a YAML file for --family, "
+        f"with lines such as: {EXAMPLE}"
     )
 
 
 def is_pretrained(folder: Path) -> bool:
-    """Whether a folder holds a model in Hugging Face's form."""
+    """Whether a folder holds a model in Hugging Face's format."""
     return (folder / "config.json").is_file()
 
 
@@ -144,9 +145,9 @@ def open_pretrained(
     """The attention towers of a model on disk; reads no weights yet.
 
     Args:
-        family: where its attention lies; default: by ``model_type``.
-        say: told once of what is done worse than usual.
-        allow_unused: go on where the model has attention that is of no tower.
+        family: where its attention is; default: the family of its ``model_type``.
+        say: called with a message for each thing that is done in a worse way than usual.
+        allow_unused: continue if the model has attention that belongs to no tower.
 
     Raises:
         ModelError: one line naming the file, and for an unknown family how to describe it.
@@ -159,11 +160,14 @@ def open_pretrained(
         family = known_families().get(kind)
         if family is None:
             raise ModelError(
-                f"{folder}: model_type {kind} is of no family known here; {_how_to_describe(files)}"
+                f"{folder}: model_type {kind} belongs to no known family; {_how_to_describe(files)}"
             )
     clipped = bool(config.get("clip_qkv"))
     if clipped:
-        say(f"{folder}: clip_qkv limits queries, keys and values, whose sizes then follow no law")
+        say(
+            f"{folder}: clip_qkv limits queries, keys and values, so the balance law does not "
+            "apply to them"
+        )
     parts = {name: _parts(files, tower) for name, tower in family.towers.items()}
     used = {one for tower in parts.values() for layer in tower.values() for one in layer.values()}
     normed = clipped or any(_QK_NORM.search(one) for one in files.names if one not in used)
@@ -182,7 +186,7 @@ def open_pretrained(
 
 
 Parts = dict[int, dict[str, str]]
-"""Names of the tensors of a tower's attention by layer, and by their part of the name in it."""
+"""Names of a tower's attention tensors, by layer and by the name's part within the layer."""
 
 
 def _parts(files: TensorFiles, tower: Tower) -> Parts:
@@ -209,7 +213,7 @@ def _has_qk_norm(parts: Parts, tower: Tower) -> bool:
 
 
 def _check_layers(files: TensorFiles, parts: Parts, tower: Tower, shape: AttentionShape) -> None:
-    """The layers of the files are those of config.json."""
+    """Refuse files whose layers are not those of config.json."""
     missing = next((layer for layer in range(shape.num_layers) if layer not in parts), None)
     if missing is not None:
         find_tensor(files, tower.layer.format(layer=missing) + (tower.qkv or tower.query))
@@ -217,13 +221,13 @@ def _check_layers(files: TensorFiles, parts: Parts, tower: Tower, shape: Attenti
     if beyond:
         name = next(iter(parts[min(beyond)].values()))
         raise ModelError(
-            f"{files.folder}: holds {name}, and config.json says that there are "
-            f"{shape.num_layers} layers; mend the number there"
+            f"{files.folder}: contains {name}, but config.json says that there are "
+            f"{shape.num_layers} layers; correct the number there"
         )
 
 
 def _check_parts(folder: Path, parts: Parts, tower: Tower) -> None:
-    """Every tensor of a layer's attention is read, or is known to change no product."""
+    """Refuse a tensor of a layer's attention that is not read and may change a product."""
     read = {one for one in (tower.query, tower.key, tower.value, tower.qkv, tower.output) if one}
     biases = {one.removesuffix("weight") + "bias" for one in read if one.endswith("weight")}
     known = read | biases | {tower.qk_norm, *tower.beside}
@@ -231,20 +235,21 @@ def _check_parts(folder: Path, parts: Parts, tower: Tower) -> None:
         for part, name in layer.items():
             if part not in known and not _QK_NORM.search(part) and not _BUFFERS.search(part):
                 raise ModelError(
-                    f"{folder}: {name} is in the attention and nothing here reads it, so the "
-                    "products may not be what the model computes; if it changes none, list "
+                    f"{folder}: {name} is part of the attention but is not read, so the products "
+                    "may differ from what the model computes; if it changes none, list "
                     f"{part} under `beside` of a --family file"
                 )
 
 
 def _check_elsewhere(files: TensorFiles, family: Family, used: set[str]) -> None:
-    """No matrix of an attention is left out without a word."""
+    """Refuse to leave out an attention matrix silently."""
     for name in files.names:
         if name in used or any(f".{one}" in f".{name}" for one in family.elsewhere):
             continue
         module = name.rpartition(".")[0]
         if _ATTENTION.search(module) and len(files.shape(name)) > 1:
             raise ModelError(
-                f"{files.folder}: {name} is of an attention that is not measured; --allow-unused "
+                f"{files.folder}: {name} belongs to an attention that is not measured; "
+                "--allow-unused "
                 "leaves it out, a --family file can describe it"
             )

@@ -1,7 +1,7 @@
-"""The way back from Hugging Face's classes: their tensors under our names, and none left over.
+"""Converts the tensors of Hugging Face's classes to our names, and leaves none over.
 
-The inverse of `models.export`, tensor by tensor, for the classes that our switches describe:
-GPT-2, GPT-NeoX (Pythia), Llama, Qwen3 and SmolLM3 without positions.
+This is the inverse of `models.export`, tensor by tensor, for the classes that our settings
+describe: GPT-2, GPT-NeoX (Pythia), Llama, Qwen3 and SmolLM3 without positions.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from models.roles import ModelError, ParameterInfo, Role
 from models.tensor_files import TensorFiles, read_json
 
 ReadTheirs = Callable[[str], Tensor]
-"""A tensor by its name in the class."""
+"""A function that reads a tensor by its name in the class."""
 _PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}
 _DERIVED = re.compile(
     r"(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.attention\.(bias|masked_bias))"
 )
-"""Causal masks, which old versions of transformers saved; the class makes its own."""
+"""Causal masks that old versions of transformers saved; the class makes its own."""
 _FREQUENCIES = re.compile(r"(layers\.\d+\.(attention|self_attn)\.)?rotary_emb\.inv_freq")
 _OWN = {
     "gpt2": ("wte", "wpe", "h", "ln_f", "lm_head"),
     "gpt_neox": ("embed_in", "layers", "final_layer_norm", "embed_out", "lm_head"),
 }
-"""Modules of the language model itself, of which no tensor can be left out."""
+"""Modules of the language model itself; none of their tensors can be left out."""
 _OWN_LLAMA = ("embed_tokens", "layers", "norm", "lm_head")
 
 
@@ -42,7 +42,7 @@ class ForeignModel:
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         """
         Args:
-            say: told once of what is not read.
+            say: called with a message for what is not read.
 
         Raises:
             ModelError: naming a key of config.json or a file that is not understood.
@@ -59,31 +59,32 @@ class ForeignModel:
         layers = self.values["num_layers"]
         if layers > len(self.files.names):
             raise ModelError(
-                f"{folder}: config.json says that there are {layers} layers, and the files hold "
+                f"{folder}: config.json says that there are {layers} layers, but the files have "
+                "only "
                 f"{len(self.files.names)} tensors"
             )
 
     def tensor(self, config: GPTConfig, name: str) -> Tensor:
-        """A tensor by our name, float32, with its whole vocabulary and no padding.
+        """A tensor by our name, in float32, with its whole vocabulary and no padding.
 
         Raises:
-            ModelError: if it is not there, or not finite.
+            ModelError: if it is missing or not finite.
         """
         found = self._as_ours(config, name, self.files.read).float()
         if not torch.isfinite(found).all():
-            raise ModelError(f"{self.folder}: {name} holds NaN or infinity")
+            raise ModelError(f"{self.folder}: {name} contains NaN or infinity")
         return found
 
     def check(self, config: GPTConfig, infos: Iterable[ParameterInfo], allow_unused: bool) -> None:
-        """Account for every tensor of the files, by names and shapes alone.
+        """Account for every tensor of the files, using only names and shapes.
 
         Args:
-            config: of our model, which may have a shorter context than theirs.
+            config: of our model, which may have a shorter context than the imported one.
             infos: its parameters.
-            allow_unused: leave out tensors that are not of the language model.
+            allow_unused: leave out tensors that do not belong to the language model.
 
         Raises:
-            ModelError: naming a tensor that is missing, of another shape, or read by nothing.
+            ModelError: naming a tensor that is missing, has another shape, or is not read.
         """
         read: set[str] = set()
 
@@ -95,7 +96,7 @@ class ForeignModel:
             found = tuple(self._as_ours(config, info.name, shaped).shape)
             wanted = self._shape(config, info)
             if found != wanted:
-                raise ModelError(f"{info.name}: {found}, config.json wants {wanted}")
+                raise ModelError(f"{info.name}: {found}, but config.json needs {wanted}")
         for name in self.files.names:
             if name not in read and not self._is_derived(config, name):
                 self._refuse(name, allow_unused)
@@ -109,7 +110,7 @@ class ForeignModel:
 
     def _as_ours(self, config: GPTConfig, name: str, read: ReadTheirs) -> Tensor:
         def theirs(name: str) -> Tensor:
-            bare = name.partition(".")[2]  # base models are saved without the first word
+            bare = name.partition(".")[2]  # base models are saved without the name's first part
             found = [one for one in (name, bare) if one in self.files]
             if not found:
                 raise ModelError(f"{self.folder}: has no {name}")
@@ -121,10 +122,10 @@ class ForeignModel:
         return name.removeprefix(_PREFIXES.get(self.kind, "model."))
 
     def _is_derived(self, config: GPTConfig, name: str) -> bool:
-        """Whether a tensor says again what the model is without it.
+        """Whether a tensor repeats what the model already contains.
 
         Raises:
-            ModelError: if it says something else.
+            ModelError: if its values differ.
         """
         bare = self._bare(name)
         if _DERIVED.fullmatch(bare):
@@ -136,7 +137,7 @@ class ForeignModel:
                 found, wanted, rtol=0.02, atol=1e-6
             ):
                 raise ModelError(
-                    f"{self.folder}: {name} holds other frequencies than config.json's rope_theta "
+                    f"{self.folder}: {name} has other frequencies than config.json's rope_theta "
                     f"{config.rotary_base:g}; write the base that the model was trained with"
                 )
             return True
@@ -145,7 +146,7 @@ class ForeignModel:
                 self.files.read(name).float(), self.tensor(config, "embedding.weight")
             ):
                 raise ModelError(
-                    f"{self.folder}: tie_word_embeddings is true, and {name} is not the embedding; "
+                    f"{self.folder}: tie_word_embeddings is true, but {name} is not the embedding; "
                     "write false into config.json"
                 )
             return True
@@ -155,13 +156,14 @@ class ForeignModel:
         own = _OWN.get(self.kind, _OWN_LLAMA)
         if self._bare(name).partition(".")[0] in own:
             raise ModelError(
-                f"{self.folder}: holds {name}, which a {self.kind} with this config.json does not "
-                "have, and our models could not use; it is not the model that config.json describes"
+                f"{self.folder}: contains {name}, which a {self.kind} with this config.json does "
+                "not "
+                "have and our models cannot use; it is not the model that config.json describes"
             )
         if not allow_unused:
             raise ModelError(
-                f"{self.folder}: holds {name}, which is not of the language model; --allow-unused "
-                "leaves such tensors out"
+                f"{self.folder}: contains {name}, which is not part of the language model; "
+                "--allow-unused leaves such tensors out"
             )
 
 

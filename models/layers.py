@@ -20,7 +20,7 @@ from models.wide_sums import layer_norm
 
 @dataclass(frozen=True)
 class ParameterFactory:
-    """Creates parameters whose values depend on (seed, name) alone, never on the grid."""
+    """Creates parameters whose values depend only on (seed, name), never on the grid."""
 
     seed: int
     tp: TensorParallel = TensorParallel()
@@ -37,13 +37,13 @@ class ParameterFactory:
         partition_dim: int | None = None,
         rows: int | None = None,
     ) -> nn.Parameter:
-        """This rank's shard of a Gaussian tensor.
+        """This process's shard of a Gaussian tensor.
 
         Args:
             shape: global shape.
             partition_dim: dimension that tensor parallelism splits.
-            rows: fill only so many leading rows (vocabulary padding stays zero), so that the
-                values do not depend on how far the grid makes the vocabulary be padded.
+            rows: fill only this many leading rows (vocabulary padding stays zero), so that the
+                values do not depend on how much padding the grid needs.
         """
         info = ParameterInfo(name, role, layer, shape, partition_dim)
         if not self.allocate:
@@ -63,14 +63,14 @@ class ParameterFactory:
         value: float,
         partition_dim: int | None = None,
     ) -> nn.Parameter:
-        """This rank's shard of a tensor filled with ``value``."""
+        """This process's shard of a tensor filled with ``value``."""
         info = ParameterInfo(name, role, layer, shape, partition_dim)
         full = torch.full(shape, value)
         return self._stamped(full, info, None) if self.allocate else self._shard(full, info)
 
     def _stamped(self, full: torch.Tensor, info: ParameterInfo, rows: int | None) -> nn.Parameter:
         parameter = self._shard(full, info)
-        stamp(parameter, full[:rows])  # unpadded, as the padding depends on the grid
+        stamp(parameter, full[:rows])  # unpadded, because the padding depends on the grid
         return parameter
 
     def _shard(self, full: torch.Tensor, info: ParameterInfo) -> nn.Parameter:
@@ -204,7 +204,7 @@ class Attention(nn.Module):
             return torch_attention(q, k, v, causal)
         scores = q @ k.mT * self.config.head_size**-0.5
         length = q.shape[-2]
-        # The numbers seen in float32: bf16 has no integers between 256 and 258.
+        # The numbers of visible positions, in float32: bf16 has no integer between 256 and 258.
         counts = torch.promote_types(q.dtype, torch.float32)
         seen = torch.full((length, 1), length, device=q.device, dtype=counts)
         if causal:
@@ -222,7 +222,7 @@ class Attention(nn.Module):
     def _normalised(self, x: torch.Tensor, gain: nn.Parameter | None) -> torch.Tensor:
         if gain is None:
             return x
-        # Every rank sees its own heads only: the shared gain's gradient is their sum.
+        # Every process sees only its own heads: the shared gain's gradient is their sum.
         weight = sum_gradient(gain, self.tp)
         return F.rms_norm(x, weight.shape, weight, self.config.norm_epsilon)
 
@@ -271,7 +271,8 @@ class MLP(nn.Module):
 
 
 def gelu_tanh(x: torch.Tensor, compiled: bool) -> torch.Tensor:
-    """GELU with Hendrycks & Gimpel's tanh; compiled by its other form, whose exp is faster."""
+    """GELU with Hendrycks & Gimpel's tanh; compiled code uses the form with exp, which is
+    faster."""
     if not compiled:
         return F.gelu(x, approximate="tanh")
     wide = x.float()

@@ -1,9 +1,9 @@
 """From the last hidden states to the cross-entropy, without ever holding all logits.
 
 The logits of a batch are by far its largest tensor (tokens x vocabulary, in float32 for the
-softmax). They are made for some tokens at a time, turned into their own gradient in place, and
-multiplied back at once, so that nothing of them is kept for the backward pass. Over a
-vocabulary that tensor parallelism splits, the steps are those of Megatron-core.
+softmax). They are computed for a block of tokens at a time, turned into their own gradient in
+place, and multiplied back at once, so that none are kept for the backward pass. For a vocabulary
+that tensor parallelism splits, the steps are those of Megatron-core.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _LEAST_ROWS = 256
 
 @dataclass(frozen=True)
 class Projection:
-    """Logits that are not computed yet: hidden states, and the matrix that makes logits of them."""
+    """Logits that are not computed yet: hidden states, and the matrix that maps them to logits."""
 
     hidden: Tensor
-    """``[sequence, batch, hidden]``; under sequence parallelism this rank's part."""
+    """``[sequence, batch, hidden]``; under sequence parallelism this process's part."""
     weight: Tensor
     """``[padded vocabulary / tensor_parallel, hidden]``."""
     bias: Tensor | None = None
-    """-inf on padding, where this rank has any."""
+    """-inf on padding, if this process has any."""
     tp: TensorParallel = TensorParallel()
     kernels: Kernels = DEFAULT_KERNELS
 
@@ -42,16 +42,17 @@ class Projection:
 
     @property
     def rows(self) -> int:
-        """Tokens whose logits the loss makes at once; few would waste the matrix products."""
+        """Number of tokens whose logits the loss computes at once; too few make slow matrix
+        products."""
         return max(_LEAST_ROWS, self.kernels.loss_bytes // (4 * self.weight.shape[0]))
 
 
 def mean_loss(projection: Projection, labels: Tensor, partial_labels: bool = False) -> Tensor:
-    """Mean cross-entropy, in nats per token; its gradient is made in the forward pass.
+    """Mean cross-entropy, in nats per token; its gradient is computed in the forward pass.
 
     Args:
         labels: ``[batch, sequence]`` integers.
-        partial_labels: labels below 0 do not count; as many in every micro batch.
+        partial_labels: labels below 0 do not count; every micro batch has the same number of them.
     """
     targets = labels.t().flatten()
     asked = targets >= 0 if partial_labels else None
@@ -67,10 +68,10 @@ def token_losses(projection: Projection, targets: Tensor) -> Tensor:
     """Cross-entropy of every token, in nats, without gradient.
 
     Args:
-        targets: ``[sequence, batch]`` integers, any valid token where the loss is not wanted.
+        targets: ``[sequence, batch]`` integers; any valid token where the loss is not needed.
 
     Returns:
-        ``[sequence, batch]`` float32, equal on every rank of the tensor-parallel group.
+        ``[sequence, batch]`` float32, equal on every process of the tensor-parallel group.
     """
     hidden = enter(projection.hidden, projection.tp).flatten(0, 1)
     flat, rows = targets.flatten(), projection.rows
@@ -83,7 +84,7 @@ def token_losses(projection: Projection, targets: Tensor) -> Tensor:
 
 
 class _CrossEntropy:
-    """Cross-entropy of some tokens, from logits that it overwrites if they are float32."""
+    """Cross-entropy of a block of tokens; overwrites the logits if they are float32."""
 
     def __init__(self, logits: Tensor, targets: Tensor, tp: TensorParallel) -> None:
         self._steps = megatron_module("cross_entropy").VocabParallelCrossEntropy
@@ -107,7 +108,8 @@ class _CrossEntropy:
         )
 
     def gradient(self, upstream: Tensor) -> Tensor:
-        """Of the logits ``[tokens, vocabulary / size]``, given that of every token's loss."""
+        """Gradient of the logits ``[tokens, vocabulary / size]``, given that of every token's
+        loss."""
         operands = self._steps.prepare_gradient_calculation_operands(self._softmax, self._mask)
         flat, rows, update, result = operands
         found: Tensor = self._steps.calculate_gradients(
@@ -119,7 +121,7 @@ class _CrossEntropy:
 def _with_gradient(
     logits: Tensor, targets: Tensor, upstream: Tensor, projection: Projection
 ) -> tuple[Tensor, Tensor]:
-    """Losses of some tokens, and the gradient of their logits."""
+    """Losses of a block of tokens, and the gradient of their logits."""
     if projection.kernels.compiled and projection.tp.size == 1:
         fused: tuple[Tensor, Tensor] = _compiled_steps()(logits, targets, upstream)
         return fused
@@ -133,7 +135,7 @@ def _compiled_steps() -> Any:
 
 
 def _steps(logits: Tensor, targets: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """What `_CrossEntropy` does, in one expression that a compiler turns into two passes."""
+    """The same as `_CrossEntropy`, as one expression that a compiler turns into two passes."""
     wide, index = logits.float(), targets[:, None]
     largest = wide.amax(-1, keepdim=True)
     exponentials = (wide - largest).exp()
@@ -174,8 +176,8 @@ class _MeanCrossEntropy(torch.autograd.Function):
         every = torch.cat(losses)
         loss = every.mean() if asked is None else (every * asked).sum() / asked.sum()
         if sums is not None:
-            # 1, or NaN where the loss is not finite: no update may come of such a loss, and its
-            # own gradient can be finite (a label that the model gives no chance at all).
+            # 1, or NaN if the loss is not finite: such a loss must not lead to an update, but its
+            # own gradient can be finite (a label to which the model gives probability 0).
             ctx.save_for_backward(*sums.finished(), 0.0 * loss + 1.0)
         return loss
 
@@ -183,17 +185,17 @@ class _MeanCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         of_hidden, of_weight, finite = ctx.saved_tensors
         upstream = upstream * finite
-        # Kept for this one call: it may be overwritten.
+        # Saved only for this call: it may be overwritten.
         return of_hidden.mul_(upstream), of_weight.mul_(upstream), None, None, None
 
 
 class _Gradients:
-    """Gradients of hidden states and weight, summed over parts of the tokens."""
+    """Gradients of hidden states and weight, summed over blocks of tokens."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, rows: int) -> None:
         self._hidden, self._weight = hidden, weight
         self._of_hidden = torch.empty_like(hidden)
-        # Sums of bf16 would lose digits with every part.
+        # Sums in bf16 would lose digits with every block.
         several = len(hidden) > rows
         self._of_weight = torch.zeros_like(weight, dtype=torch.float32) if several else None
 

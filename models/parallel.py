@@ -1,9 +1,9 @@
 """Tensor and sequence parallelism of single operations.
 
-Activations are laid out ``[sequence, batch, hidden]``, as in Megatron, since sequence
-parallelism splits the first dimension. Sums over the group are Megatron-core's mappings. The
-sequence is gathered and split by PyTorch's functional collectives: Megatron's write into a tensor
-that they allocate, which torch 2.11 compiles to wrong gradients.
+Activations have the layout ``[sequence, batch, hidden]``, as in Megatron, because sequence
+parallelism splits the first dimension. Sums over the group use Megatron-core's mappings. The
+sequence is gathered and split by PyTorch's functional collectives: Megatron's own write into a
+tensor that they allocate, which torch 2.11 compiles to wrong gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This process's place in its tensor-parallel group; the default is a model held whole."""
+    """This process's place in its tensor-parallel group; the default is an undivided model."""
 
     group: ProcessGroup | None = None
     rank: int = 0
@@ -35,22 +35,22 @@ class TensorParallel:
 
     @property
     def name(self) -> str:
-        """Of the group, as PyTorch registers it."""
+        """The group's name, as PyTorch registers it."""
         assert self.group is not None
         return str(self.group.group_name)
 
 
 @cache
 def megatron_module(module: str) -> Any:
-    """A module of `megatron.core.tensor_parallel`, imported late (3 s) and without its warnings
-    about optional GPU packages."""
+    """Import a module of `megatron.core.tensor_parallel` late (it takes 3 s), and without its
+    warnings about optional GPU packages."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(f"megatron.core.tensor_parallel.{module}")
 
 
 def enter(x: Tensor, tp: TensorParallel) -> Tensor:
-    """Bring ``x`` to a column-parallel product: gather the sequence, or reduce the gradient."""
+    """Prepare ``x`` for a column-parallel product: gather the sequence, or reduce the gradient."""
     if tp.size == 1:
         return x
     if tp.sequence_parallel:
@@ -72,8 +72,8 @@ def leave(x: Tensor, tp: TensorParallel) -> Tensor:
 def sum_gradient(weight: Tensor, tp: TensorParallel) -> Tensor:
     """Identity whose gradient is summed over the group.
 
-    For a replicated weight of which each rank sees a part of the work (other heads, or other
-    positions of the sequence): without the sum the replicas would drift apart.
+    It is for a replicated weight that does a part of the work on each process (other heads, or
+    other positions of the sequence): without the sum the replicas would drift apart.
     """
     if tp.size == 1:
         return weight
@@ -91,10 +91,10 @@ def embed(tokens: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
 
     Args:
         tokens: ``[sequence, batch]`` integers.
-        weight: this rank's ``[vocabulary / size, hidden]`` rows.
+        weight: this process's ``[vocabulary / size, hidden]`` rows.
 
     Returns:
-        ``[sequence, batch, hidden]``, or this rank's part of the sequence.
+        ``[sequence, batch, hidden]``, or this process's part of the sequence.
     """
     if tp.size == 1:
         return embedding(tokens, weight)
@@ -106,7 +106,7 @@ def embed(tokens: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """The whole sequence from every rank's part; its gradient is summed and split."""
+    """The whole sequence from every process's part; its gradient is summed and split."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, size: int) -> Tensor:
@@ -119,7 +119,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _SumAndSplit(torch.autograd.Function):
-    """This rank's part of the sum over the group; its gradient is gathered."""
+    """This process's part of the sum over the group; its gradient is gathered."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, size: int) -> Tensor:

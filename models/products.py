@@ -1,9 +1,9 @@
-"""Attention by batched matrix products, computed again in the backward pass.
+"""Attention by batched matrix products, recomputed in the backward pass.
 
 On a CPU, PyTorch's own attention kernel reaches a third of the rate of its matrix products at
-contexts of a few hundred tokens; plain products over blocks of queries are faster, and keep as
-little: the scores are made again when their gradient is wanted. Both passes are operators of
-their own, which a compiler takes as they are.
+contexts of a few hundred tokens. Plain products over blocks of queries are faster and need as
+little memory, because the scores are recomputed when their gradient is needed. Both passes are
+custom operators, which a compiler leaves unchanged.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK = 128
-"""Queries at a time: under a causal mask a block leaves out the keys behind its last query."""
+"""Queries per block: under a causal mask a block leaves out the keys after its last query."""
 
 
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """softmax(q kᵀ / √head) v.
 
     Args:
-        q, k, v: ``[batch, heads, sequence, head]``, as many queries as keys. In bf16 the scores
-            are rounded to bf16 before the softmax, whose sums are float32.
+        q, k, v: ``[batch, heads, sequence, head]``, with equally many queries and keys. In bf16
+            the scores are rounded to bf16 before the softmax, whose sums are float32.
 
     Returns:
         ``[batch, heads, sequence, head]``.
@@ -86,10 +86,11 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _centered(x: Tensor) -> Tensor:
-    """``[batch x heads, keys, head]`` without its mean over the keys, where digits are few.
+    """``[batch x heads, keys, head]`` minus its mean over the keys, in low precision only.
 
-    The gradients of a query's scores sum to 0, so that what all its keys (or values) share drops
-    out of them. In bf16 it would leave its rounding: up to 2 % of the gradient of early training.
+    The gradients of a query's scores sum to 0, so a part that all its keys (or values) share
+    cancels in them. In bf16 its rounding error would remain: up to 2 % of the gradient in early
+    training.
     """
     if x.dtype.itemsize > 2:
         return x
@@ -100,10 +101,11 @@ def _centered(x: Tensor) -> Tensor:
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """PyTorch's softmax attention; shapes as in `attention_by_products`.
 
-    What all keys of a head share, the softmax cancels, and so do the gradients of the scores; what
-    all values share, the output shows unchanged. PyTorch's kernels round the scores' gradients to
-    16 bits before these cancel, on CPUs and GPUs: up to 14 % of a query's gradient was rounding.
-    Without the means it is as little as with attention in float32 (`tests/test_bf16.py`).
+    A part that all keys of a head share cancels in the softmax and in the gradients of the scores.
+    A part that all values share is added to the output unchanged. PyTorch's kernels round the
+    gradients of the scores to 16 bits before they cancel, on CPUs and GPUs: up to 14 % of a query's
+    gradient was rounding error. Without the means the error is as small as with attention in
+    float32 (`tests/test_bf16.py`).
     """
     if k.dtype.itemsize > 2:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -112,19 +114,20 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def _mean(x: Tensor) -> Tensor:
-    """``[batch, heads, 1, head]``: over the sequence, summed in float32."""
+    """The mean over the sequence, ``[batch, heads, 1, head]``, summed in float32."""
     return x.mean(2, keepdim=True, dtype=torch.float32).to(x.dtype)
 
 
 def _blocks(length: int, causal: bool) -> Iterator[tuple[slice, int]]:
-    """Rows of queries, and how many keys they see."""
+    """Blocks of query rows, and the number of keys that each sees."""
     for start in range(0, length, _BLOCK):
         stop = min(start + _BLOCK, length)
         yield slice(start, stop), stop if causal else length
 
 
 def _weights(q: Tensor, k: Tensor, start: int, causal: bool) -> Tensor:
-    """``[batch x heads, queries, keys]``, rows summing to 1; ``start``: the first query's place."""
+    """``[batch x heads, queries, keys]``, whose rows sum to 1; ``start``: the first query's
+    index."""
     scores = torch.bmm(q, k.mT).mul_(q.shape[-1] ** -0.5)
     if causal:
         unseen = torch.full((q.shape[1], k.shape[1] - start), -torch.inf, device=q.device)

@@ -1,4 +1,4 @@
-"""Weights that a quantiser wrote: told by their config.json and by the names of their parts."""
+"""Recognises quantised weights by their config.json and by the names of their tensors."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _PARTS = {
     "W_q": "HQQ",
     "input_scale": "FP8",
 }
-"""Ends of names that quantisers give to scales, codes and tables."""
+"""Endings of the names that quantisers give to scales, codes and tables."""
 _TAILS = {"_blocks": "MXFP4", "_scales": "MXFP4", "_qdata": "torchao", "_scale_inv": "FP8"}
 _FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
 _ADAPTER = "adapter_config.json"
-_MEND = "give the model that it was made from, in bfloat16, float16 or float32"
+_MEND = "use the model that it was made from, in bfloat16, float16 or float32"
 
 
 def refuse_quantised(folder: Path, config: dict[str, Any], files: TensorFiles) -> None:
-    """Refuse a model whose numbers are codes; their scales are not applied here.
+    """Refuse a model whose numbers are codes, because their scales are not applied here.
 
     Raises:
-        ModelError: naming the method, where it was seen, and the mend.
+        ModelError: naming the method, where it was found, and what to do.
     """
     if (folder / _ADAPTER).is_file():
         raise ModelError(
@@ -45,18 +45,18 @@ def refuse_quantised(folder: Path, config: dict[str, Any], files: TensorFiles) -
             if section.get(key):
                 raise ModelError(
                     f"{folder / 'config.json'}: {key} says that the weights are quantised "
-                    f"({_method(section[key])}); {_MEND} (where these are such numbers already, "
-                    f"remove {key})"
+                    f"({_method(section[key])}); {_MEND} (if they already are, remove "
+                    f"{key})"
                 )
     for name in files.names:
         method = _method_of(name)
         if method:
-            raise ModelError(f"{folder}: {name} is a part of quantised weights ({method}); {_MEND}")
+            raise ModelError(f"{folder}: {name} is part of quantised weights ({method}); {_MEND}")
     for file, method in _FILES.items():
         if (folder / file).is_file():
             raise ModelError(
-                f"{folder / file}: says that the weights are quantised ({method}); {_MEND} (where "
-                "these are such numbers already, remove the file)"
+                f"{folder / file}: says that the weights are quantised ({method}); {_MEND} (if "
+                "they already are, remove the file)"
             )
 
 

@@ -1,7 +1,7 @@
-"""What a parameter is for: the vocabulary that decay rules, probes and checkpoints share.
+"""The roles of parameters: the vocabulary that decay rules, probes and checkpoints share.
 
-The module that creates a parameter declares its role and layer, so that no regular
-expression over names ever decides science.
+The module that creates a parameter declares its role and layer, so that no result ever depends on a
+regular expression over names.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 _STAMP = 1024
-"""Values at either end that stand for a tensor."""
+"""Number of values at either end that represent a tensor in its fingerprint."""
 
 
 class ModelError(ValueError):
-    """A model configuration that cannot be built; the message names the key and the mend."""
+    """A model configuration that cannot be built; the message names the key and what to do."""
 
 
 class Role(StrEnum):
@@ -65,7 +65,7 @@ class ParameterInfo:
     shape: tuple[int, ...]
     """Global shape: all tensor-parallel shards together, vocabulary padding included."""
     partition_dim: int | None
-    """The dimension that tensor parallelism splits, or None if every rank holds it whole."""
+    """The dimension that tensor parallelism splits, or None if every process holds it whole."""
 
     @property
     def numel(self) -> int:
@@ -97,7 +97,7 @@ def info_of(parameter: torch.Tensor) -> ParameterInfo:
 def stamp(parameter: nn.Parameter, values: torch.Tensor) -> None:
     """Attach a hash of a tensor's first values, whole and unpadded, for `fingerprint_of`.
 
-    Its shape and both ends stand for it: the values come from one generator.
+    The shape and both ends are enough, because all values come from one generator.
     """
     flat = values.detach().reshape(-1)
     ends = torch.cat([flat[:_STAMP], flat[-_STAMP:]]).float().cpu().numpy()
@@ -111,7 +111,7 @@ def fingerprint_of(parameter: torch.Tensor) -> str:
 
 
 def declared_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of ``module``, each once, in a fixed order; every one has a role."""
+    """The parameters of ``module``, each once, in a fixed order; each must have a role."""
     parameters = list(module.parameters())
     for parameter in parameters:
         info_of(parameter)

@@ -1,7 +1,7 @@
-"""The tensors in the files of a model that others wrote: which there are, and each by its name.
+"""Lists and reads the tensors in the files of a model from elsewhere.
 
-Nothing in these files is run: safetensors and ``pytorch_model.bin`` (weights only) hand over
-tensors and nothing else.
+Nothing in these files is executed: from safetensors and ``pytorch_model.bin`` (weights only), only
+tensors are loaded.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 
 class TensorFiles:
-    """The tensors of a folder of weights, by name, read on demand."""
+    """The tensors of a folder of weights, read by name on demand."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         """
         Args:
-            say: told once of files that are not read, or read in a worse way.
+            say: called with a message for files that are not read, or read in a worse way.
 
         Raises:
-            ModelError: naming the file that is missing, damaged, or at odds with another.
+            ModelError: naming the file that is missing, damaged, or inconsistent with another.
         """
         self.folder, self._say = folder, say
         self._name, self._legacy = "", False
@@ -72,7 +72,7 @@ class TensorFiles:
         return _NAMES.get(found.dtype, str(found.dtype).removeprefix("torch."))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in the file's dtype; only its file is open, and only until the next one's.
+        """One tensor, in the file's dtype; only its file is open, until the next one is needed.
 
         Raises:
             ModelError: naming a file that is missing or damaged, or a tensor that holds no numbers
@@ -81,20 +81,20 @@ class TensorFiles:
         where, kind = self.folder / self._where[name], self.dtype(name)
         if kind not in _NAMES.values():
             raise ModelError(
-                f"{where}: {name} is stored as {kind}, as quantised weights are; give the model in "
+                f"{where}: {name} is stored as {kind}, as quantised weights are; use the model in "
                 "bfloat16, float16 or float32"
             )
         found = self._look(name, whole=True)
         if found.numel() * found.element_size() > found.untyped_storage().nbytes():
-            raise ModelError(f"{where}: {name} is larger than what the file holds of it")
+            raise ModelError(f"{where}: {name} is larger than its data in the file")
         return found
 
     def close(self) -> None:
-        """Let go of the open file, and of the memory that its pages take."""
+        """Close the open file and release the memory of its pages."""
         self._name, self._handle = "", None
 
     def _look(self, name: str, whole: bool = False) -> Any:
-        """A tensor, or what knows its shape and type."""
+        """A tensor, or an object that has its shape and type."""
         file = self._where[name]
         try:
             handle = self._open(file)
@@ -110,8 +110,8 @@ class TensorFiles:
             chosen = there[0]
             if chosen == "model.safetensors" and "model.safetensors.index.json" in there:
                 self._say(
-                    f"{self.folder}: holds model.safetensors and an index of shards; the single "
-                    "file is read, as transformers reads it"
+                    f"{self.folder}: has model.safetensors and an index of shards; the single file "
+                    "is read, as in transformers"
                 )
             return self._indexed(chosen) if chosen.endswith(".json") else self._names([chosen])
         shards = sorted(one.name for one in self.folder.glob("*.safetensors") if one.is_file())
@@ -138,7 +138,7 @@ class TensorFiles:
         return where
 
     def _indexed(self, index: str) -> dict[str, str]:
-        """What an index says, held to the headers of its shards."""
+        """The entries of an index, checked against the headers of its shards."""
         path = self.folder / index
         said = read_json(path).get("weight_map")
         if not isinstance(said, dict) or not all(isinstance(one, str) for one in said.values()):
@@ -159,15 +159,15 @@ class TensorFiles:
             name = wrong[0]
             places = said.get(name, "no shard"), found.get(name, "no shard")
             raise ModelError(
-                f"{path}: says that {name} is in {places[0]}, and it is in {places[1]}; the index "
-                "is not of these shards, fetch or save the model again"
+                f"{path}: says that {name} is in {places[0]}, but it is in {places[1]}; the index "
+                "does not belong to these shards; download or save the model again"
             )
         return found
 
     def _open(self, file: str) -> Any:
         if self._name != file:
             self._name = ""
-            self._handle = None  # before the next is opened: two shards need not fit
+            self._handle = None  # before the next one is opened: memory may not hold two shards
             path = self.folder / file
             if not path.is_file():
                 raise FileNotFoundError(2, "No such file")
@@ -200,7 +200,7 @@ class TensorFiles:
 
 
 def _check_count(folder: Path, shards: list[str]) -> None:
-    """Shards that say how many they are, without an index, are all there."""
+    """Shards without an index, whose names say how many there are, must all exist."""
     for one in shards:
         match = _NUMBERED.fullmatch(one)
         if match is None:
@@ -209,33 +209,33 @@ def _check_count(folder: Path, shards: list[str]) -> None:
         for number in range(1, min(int(count), len(shards) + 1) + 1):
             wanted = f"{stem}-{number:05d}-of-{count}.{kind}"
             if wanted not in shards:
-                raise ModelError(f"{folder / wanted}: No such file; {one} lies there without it")
+                raise ModelError(f"{folder / wanted}: No such file, although {one} exists")
 
 
 def _check_archive(path: Path) -> None:
-    """A zip as torch writes it: nothing in it is packed, so that it cannot grow in memory."""
+    """Refuse a zip with compressed entries, which torch never writes and which could expand."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             packed = [one for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED]
         if packed:
-            raise ValueError(f"{packed[0].filename} in it is compressed, as torch never writes it")
+            raise ValueError(f"{packed[0].filename} in it is compressed, which torch never does")
 
 
 def _without_weights(folder: Path) -> str:
     if any(folder.glob("*.gguf")):
         return (
-            "holds GGUF, which is quantised or for llama.cpp alone; give the model that it was "
+            "has a GGUF file, which is quantised or only for llama.cpp; use the model that it was "
             "made from, as safetensors"
         )
     if (folder / "qmodel.pt").exists():
-        return "holds an HQQ model, which is quantised; give the model that it was made from"
+        return "has an HQQ model, which is quantised; use the model that it was made from"
     return "no weights (model.safetensors, pytorch_model.bin, or an index of shards)"
 
 
 def first_line(error: Exception) -> str:
-    """What is wrong with a file, for people."""
+    """A readable description of what is wrong with a file."""
     if isinstance(error, pickle.UnpicklingError):
-        return "holds more than tensors, which is not loaded from foreign files"
+        return "contains more than tensors, which is not loaded from foreign files"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip().splitlines()
@@ -249,7 +249,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: one line naming the file.
     """
     try:
-        # A pipe would be waited for, a device has no end.
+        # Reading a pipe would wait, and a device has no end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             size = os.fstat(descriptor).st_size

@@ -1,8 +1,9 @@
 """LayerNorm and embedding whose gradients are summed in float32 on a CPU too.
 
-In bf16 PyTorch's CPU kernels add the gradient of LayerNorm's weight and bias, and of an embedding,
-row by row in bf16: at 16,000 tokens most of it is lost in rounding. CUDA kernels, and what
-`torch.compile` makes of LayerNorm, sum in float32 and are left as they are.
+In bf16, PyTorch's CPU kernels add the gradients of LayerNorm's weight and bias, and of an
+embedding,
+row by row in bf16: at 16,000 tokens most of them is lost in rounding. CUDA kernels, and the code
+that `torch.compile` makes for LayerNorm, sum in float32 and are used unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS = 256
-"""Tokens converted to float32 at a time: they stay in the cache."""
+"""Number of tokens that are converted to float32 at a time, so that they stay in the cache."""
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
@@ -39,7 +40,7 @@ def _sums_narrowly(x: Tensor) -> bool:
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Of a narrow ``x`` and a float32 weight and bias."""
+    """LayerNorm of a low-precision ``x`` with a float32 weight and bias."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -81,7 +82,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         (tokens,) = ctx.saved_tensors
-        # Sums of the tokens that occur alone: a float32 copy of a whole vocabulary is large.
+        # Sums only of the tokens that occur: a float32 copy of a whole vocabulary is large.
         rows, places = tokens.unique(return_inverse=True)
         sums = torch.zeros(len(rows), ctx.shape[1])
         sums.index_add_(0, places.flatten(), upstream.flatten(0, -2).float())

@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported until a verb needs it."""
+"""The command line. Nothing heavy is imported until a command needs it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def accept_local_rank(
         typer.Option("--local_rank", "--local-rank", hidden=True, envvar="LOCAL_RANK"),
     ] = None,
 ) -> None:
-    """The deepspeed launcher puts `--local_rank` before the words; its environment has it too."""
+    """Drop `--local_rank`, which deepspeed's launcher puts first; its environment has it too."""
 
 
 @app.command()
@@ -62,24 +62,24 @@ def train(
         typer.Option("--dry-run", help="Print parameter groups, grid and memory; train nothing."),
     ] = False,
     processes: Annotated[
-        int, typer.Option(min=1, help="Start so many processes on this machine.")
+        int, typer.Option(min=1, help="Number of processes to start on this machine.")
     ] = 1,
     restarts: Annotated[
         int,
         typer.Option(
             min=0,
-            help="When a process dies, hangs or loses its peers, start again, this often without "
-            "a new checkpoint: all processes here, or each by itself under another launcher.",
+            help="Restart when a process dies, hangs or loses its peers, up to N times without a "
+            "new checkpoint: all processes here, or each one by itself under another launcher.",
         ),
     ] = 0,
     json: Json = False,
 ) -> None:
-    """Train a recipe, or go on with it where it stopped.
+    """Train a recipe, or continue its run where it stopped.
 
-    One process as it stands; several with --processes, or under torchrun, deepspeed, mpirun or
-    srun with the same words: `torchrun --nproc-per-node 4 -m pretrain train RECIPE
-    grid.tensor_parallel=2`. Data parallelism takes the processes that the grid leaves.
-    Run again with the same words, an interrupted run goes on as if nothing had happened.
+    By default one process trains. Use --processes for several, or start the same command with
+    torchrun, deepspeed, mpirun or srun: `torchrun --nproc-per-node 4 -m pretrain train RECIPE
+    grid.tensor_parallel=2`. Data parallelism uses the processes that the grid leaves over. If a
+    run is interrupted, rerun the same command: it continues as if nothing had happened.
     """
     if (processes > 1 or restarts) and not dry_run:
         _start_again(processes, out or Path("runs") / recipe.stem, restarts)
@@ -111,7 +111,7 @@ def train(
 
 
 def _start_again(processes: int, run: Path, restarts: int) -> None:
-    """Start processes here, or a supervisor where a launcher made this process."""
+    """Start processes here, or a supervisor if a launcher started this process."""
     from launchers.supervise import is_supervised, run_here, supervise
 
     if "RANK" not in os.environ:
@@ -153,10 +153,10 @@ def sweep(
     launcher: Annotated[str, typer.Option(help="local or slurm.")] = "local",
     parallel: Annotated[
         int,
-        typer.Option(min=0, help="Runs at once on this machine; 0: one, or one a GPU."),
+        typer.Option(min=0, help="Runs at once on this machine; 0: one, or one per GPU."),
     ] = 0,
     retries: Annotated[
-        int | None, typer.Option(min=0, help="Times that a failed run is tried again.")
+        int | None, typer.Option(min=0, help="How often a failed run is tried again.")
     ] = None,
     slurm: Annotated[
         list[str] | None,
@@ -168,14 +168,14 @@ def sweep(
     timing: Annotated[
         bool, typer.Option(help="With --dry-run: time a few steps of one run.")
     ] = True,
-    price: Annotated[float, typer.Option(min=0, help="Of a process for an hour.")] = 0.0,
+    price: Annotated[float, typer.Option(min=0, help="Price of one process for one hour.")] = 0.0,
     json: Json = False,
 ) -> None:
-    """Run a grid of decays over seeds, paired, and go on with it where it stopped.
+    """Run a grid of decays over seeds, or continue it where it stopped.
 
-    Finished runs are kept, interrupted ones go on, failed ones are tried again; a point that is
-    added to the file later runs alone. Runs of one seed share their first weights and the order
-    of their data, so that `pretrain report FOLDER` can compare them in pairs.
+    Finished runs are kept, interrupted runs continue, and failed runs are tried again. If you add a
+    point to the file later, only that point runs. Runs of one seed share their initial weights and
+    the order of their data, so that `pretrain report FOLDER` can compare them in pairs.
     """
     from launchers.sweeps import run
 
@@ -196,17 +196,17 @@ def report(
     ] = "html",
     baseline: Annotated[
         str | None,
-        typer.Option(help='Condition that others are compared with, such as "attention = 0.1".'),
+        typer.Option(help='Condition to compare the others with, such as "attention = 0.1".'),
     ] = None,
     unfinished: Annotated[
-        bool, typer.Option("--unfinished", help="Take runs that are still under way, too.")
+        bool, typer.Option("--unfinished", help="Include runs that are not finished.")
     ] = False,
 ) -> None:
-    """Tables and figures from run folders alone: means, paired differences, rank, balance.
+    """Make tables and figures from run folders: means, paired differences, rank, balance.
 
-    The page (html) needs no network: tables of means and of paired differences with intervals,
-    figures with choices and sliders, the data of each as CSV. Runs that differ in the seed alone
-    are replicates of one condition.
+    The page (html) needs no network. It has tables of means and of paired differences with
+    intervals, figures with menus and sliders, and the data of each as CSV. Runs that differ only
+    in the seed are replicates of one condition.
     """
     from pretrain.report import print_summary, write_report
 
@@ -227,10 +227,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("demo"),
     steps: Annotated[int, typer.Option(min=10, help="Updates per run.")] = 300,
 ) -> None:
-    """The whole pipeline on text that this machine already has, in minutes.
+    """Run the whole pipeline in minutes, on text that this machine already has.
 
-    Corpus, tokenizer, tokens; then the same small model with several decays of its attention
-    and everything else equal; evaluation; one page of plots.
+    It makes a corpus, a tokenizer and tokens, trains the same small model with several decays of
+    its attention and everything else equal, evaluates the models, and writes one page of plots.
     """
     from pretrain.cli.demo import run_demo
 
@@ -238,10 +238,10 @@ def demo(
 
 
 def run_command() -> int:
-    """Run the command that ``sys.argv`` holds; what goes wrong is said on standard error.
+    """Run the command in ``sys.argv``, and report errors on standard error.
 
     Returns:
-        The exit code: 2 for mistakes of usage, 1 for trouble, 75 for "try again", 130 for Ctrl-C.
+        The exit code: 2 for usage errors, 1 for trouble, 75 for "try again", 130 for Ctrl-C.
     """
     write_any_text()
     SIGNALS.listen()

@@ -1,4 +1,4 @@
-"""What a terminal is shown: text as it is, never as markup or as a command to the terminal."""
+"""Prints to a terminal: text is shown literally, never as markup or terminal commands."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import unicodedata
 from typing import Any
 
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Signs that make a reader see other text than there is."""
+"""Characters that make a reader see other text than there is."""
 
 
 def plain(text: str) -> str:
-    """The text with what is no text as visible escapes.
+    """The text, with characters that are not plain text as visible escapes.
 
-    That is control characters (a terminal obeys them), bytes of a file name that are not UTF-8,
-    and signs that turn the direction of reading.
+    Escaped are control characters (which a terminal obeys), bytes of a file name that are not
+    UTF-8, and characters that change the direction of reading.
     """
     if text.isprintable():
         return text
@@ -35,7 +35,7 @@ def on_one_line(text: str) -> str:
 
 
 def console(**settings: Any) -> Any:
-    """A rich console that takes text as it is: no markup, no emoji codes, no escapes."""
+    """A rich console that prints text literally: no markup, no emoji codes, no escapes."""
     from rich.console import Console
 
     class Plain(Console):
@@ -46,24 +46,24 @@ def console(**settings: Any) -> Any:
 
 
 def write_any_text() -> None:
-    """Let the standard streams write what their encoding lacks as escapes, instead of failing."""
+    """Make the standard streams write characters that their encoding lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def show_table(table: Any, width: int) -> None:
-    """Print a rich table on standard output: as wide as the terminal, or ``width`` elsewhere."""
+    """Print a rich table to standard output: as wide as the terminal, or ``width`` elsewhere."""
     console(width=None if sys.stdout.isatty() else width).print(table)
 
 
 def warn(text: str) -> None:
-    """A line on standard error that does not stop anything."""
+    """Print a warning line to standard error."""
     print(f"warning: {on_one_line(text)}", file=sys.stderr, flush=True)
 
 
 class Progress:
-    """A bar on a terminal, a plain line every few seconds elsewhere; silent if not active."""
+    """A progress bar on a terminal, a line every few seconds elsewhere; silent if not active."""
 
     def __init__(self, total: int, what: str, active: bool, start: int = 0) -> None:
         self._total, self._active, self._what = total, active, on_one_line(what)
@@ -103,7 +103,7 @@ class Progress:
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,10 +1,10 @@
-"""Errors that a user can mend: shown as one line, never as a traceback."""
+"""Errors that a user can fix: shown as one line, never as a traceback."""
 
 from __future__ import annotations
 
 TRY_AGAIN = 75
-"""Exit code (EX_TEMPFAIL) of a job that stopped for its machines, not for its recipe: start it
-again with the same words."""
+"""Exit code (EX_TEMPFAIL) of a job that stopped because of its machines, not because of its recipe:
+rerun the same command."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -14,7 +14,7 @@ class RunError(RuntimeError):
 
 
 class MachineError(RunError):
-    """A machine failed; on another one the same words would go on (exit code 75)."""
+    """A machine failed; on another one the same command would continue (exit code 75)."""
 
 
 class UsageError(ValueError):

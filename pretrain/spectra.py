@@ -1,12 +1,12 @@
 """Spectra of a product A·Bᵀ from its factors, without ever forming the product.
 
-The factors are tall (width x head), so everything happens in head x head matrices: the Gram
-matrices AᵀA = L_A L_Aᵀ and BᵀB = L_B L_Bᵀ in float64, and the singular values of L_Aᵀ L_B, which
-are those of A·Bᵀ. L is Cholesky's factor, or V Λ^½ of the eigendecomposition where a matrix is
-singular to working precision. Where cancellation between the factors costs digits
-(ρ = σ₁(A)σ₁(B)/σ₁(ABᵀ) large) the QR decompositions are used instead.
+The factors are tall (width x head), so all computations use head x head matrices: the Gram matrices
+AᵀA = L_A L_Aᵀ and BᵀB = L_B L_Bᵀ in float64, and the singular values of L_Aᵀ L_B, which are those
+of A·Bᵀ. L is the Cholesky factor, or V Λ^½ of the eigendecomposition if a matrix is singular to
+working precision. If cancellation between the factors costs digits (ρ = σ₁(A)σ₁(B)/σ₁(ABᵀ) is
+large), QR decompositions are used instead.
 
-Pure functions of tensors: no distributed code, no model.
+These are pure functions of tensors: no distributed code, no model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RHO_LIMIT = 1e4
 _SLACK = 1e-6
 """Relative slack of the cumulative threshold, so that ties count as reached."""
 _AT_ONCE = 1 << 13
-"""Rows of factors that a thread works on together: their float64 copies stay in its cache."""
+"""Number of rows of factors that a thread handles at once, so that float64 copies stay in cache."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def product_statistics(a: Tensor, b: Tensor, threshold: float = 0.95) -> Product
         threshold: share of Σσ that defines the pseudo-rank.
 
     Returns:
-        float64 statistics; a pair with a NaN or an infinity gives NaN for itself alone.
+        float64 statistics; a pair with a NaN or an infinity gives NaN only for itself.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -204,7 +204,7 @@ def _nonzero(values: Tensor) -> Tensor:
 
 
 def pseudo_rank(sigma: Tensor, threshold: float = 0.95) -> Tensor:
-    """k/n, k the fewest leading singular values whose sum reaches ``threshold`` of the total.
+    """k/n, where k leading singular values are needed to reach ``threshold`` of their sum.
 
     Args:
         sigma: ``[..., n]`` float64, descending.
@@ -220,7 +220,8 @@ def pseudo_rank(sigma: Tensor, threshold: float = 0.95) -> Tensor:
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """Rotary embeddings leave one law per frequency pair, not per head (docs/statistics.md)."""
+    """Statistics per rotary frequency pair, to which the balance law applies
+    (docs/statistics.md)."""
 
     rope_pair_balance: Tensor
     """Σ‖A_p‖‖B_p‖ / ½Σ(‖A_p‖² + ‖B_p‖²) over pairs p: 1 at equilibrium."""
@@ -261,14 +262,14 @@ def _pair_norms(factor: Tensor, rotary_dim: int) -> Tensor:
 
 
 def _in_threads(work: Callable[..., T], batches: list[Tensor], few: int) -> list[T]:
-    """Do ``work`` on ``few`` entries of the batches at a time, in order.
+    """Apply ``work`` to ``few`` entries of the batches at a time, in order.
 
-    A thread a core, as LAPACK gains nothing from more.
+    There is one thread per core, because LAPACK gains nothing from more.
 
     Args:
-        batches: CPU tensors with the same first dimension; on a GPU, which has its own ways to
-            share work, everything is done at once.
-        few: at least 1 is taken, and no more than leaves work for every thread.
+        batches: CPU tensors with the same first dimension; on a GPU, which divides work by itself,
+            everything is done at once.
+        few: at least 1 is used, and at most what leaves work for every thread.
     """
     threads = torch.get_num_threads()
     count = len(batches[0])
@@ -282,4 +283,4 @@ def _in_threads(work: Callable[..., T], batches: list[Tensor], few: int) -> list
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(lambda piece: work(*piece), pieces))
     finally:
-        torch.set_num_threads(threads)  # new threads would begin with what was set last
+        torch.set_num_threads(threads)  # new threads would start with the value that was set last

@@ -144,7 +144,7 @@ def test_packed_samples_are_taken_in_their_order(gpt2_files: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "culprit"),
     [
-        (["{none}", "--tokenizer", "{vocab}"], "none.idx: missing; give PREFIX"),
+        (["{none}", "--tokenizer", "{vocab}"], "none.idx: missing; give the common PREFIX"),
         (["{cut}", "--tokenizer", "{vocab}"], "cut.bin: "),
         (["{pair}", "--tokenizer", "{vocab}", "--split", "1,2"], "--split: '1,2' is not three"),
         (["{pair}", "--tokenizer", "{vocab}", "--packed"], "its sequences differ in length"),

@@ -226,7 +226,7 @@ def test_a_sweep_whose_trunk_ends_elsewhere(trained: Path, data: Path, tmp_path:
     starts = json.loads((arm / ENVIRONMENT).read_text())
     starts[0]["forked"] = {"run": "elsewhere", "step": 2}
     (arm / ENVIRONMENT).write_text(json.dumps(starts))
-    with pytest.raises(UsageError, match=r"forked at step 2, the sweep says fork\.step: 3"):
+    with pytest.raises(UsageError, match=r"forked at step 2, but the sweep has fork\.step: 3"):
         check_runs(sweep, torch.device("cpu"))
 
 

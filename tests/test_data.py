@@ -281,7 +281,7 @@ def test_corpus_is_deterministic_and_disjoint(tmp_path: Path) -> None:
     write_corpus(tmp_path / "b")
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     (tmp_path / "b" / "val.jsonl.zst").write_bytes(b"mine")
-    with pytest.raises(DataError, match=r"val\.jsonl\.zst: is there already"):
+    with pytest.raises(DataError, match=r"val\.jsonl\.zst: already exists"):
         write_corpus(tmp_path / "b")
     assert (tmp_path / "b" / "val.jsonl.zst").read_bytes() == b"mine"
     assert counts["train"] > 500 and counts["test"] > 10

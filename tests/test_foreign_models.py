@@ -203,7 +203,7 @@ def test_a_vocabulary_is_never_filled_up(
             capsys.readouterr()
             out = tmp_path / "run"
             assert run(monkeypatch, "import", str(folder), str(recipe), "--out", str(out)) == 2
-            assert_one_line(capsys.readouterr().err, (f"({rows}, 32)", "config.json wants"))
+            assert_one_line(capsys.readouterr().err, (f"({rows}, 32)", "config.json needs"))
             assert not out.exists()
 
 
@@ -231,7 +231,7 @@ def test_a_vocabulary_is_never_filled_up(
         ({"num_hidden_layers": 10**12}, "1000000000000 layers"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers"),
         ({"num_hidden_layers": 1}, "layers.1"),
-        ({"head_dim": 6}, "config.json wants"),
+        ({"head_dim": 6}, "config.json needs"),
         ({"hidden_act": None, "mine": {"a": 1}}, "mine"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
     ],
@@ -374,7 +374,7 @@ def test_advice_on_missing_and_wrong_numbers_works(tmp_path: Path) -> None:
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         config = {name: value for name, value in LLAMA.items() if name != key}
         folder = write_model(tmp_path / key, llama_tensors(), config)
-        with pytest.raises(ModelError, match=f"has no {key}; add it there"):
+        with pytest.raises(ModelError, match=f"has no {key}; add it (a file"):
             measure(folder)
         (folder / "config.json").write_text(json.dumps(LLAMA))
         assert measure(folder) == plain
@@ -410,7 +410,7 @@ def test_the_example_of_the_messages_is_a_family(tmp_path: Path) -> None:
 def test_two_stacks_of_one_name_are_told_apart_by_a_longer_layer(tmp_path: Path) -> None:
     other = {f"draft.{name}": one for name, one in llama_tensors().items()}
     folder = write_model(tmp_path / "model", llama_tensors() | other)
-    with pytest.raises(ModelError, match="say more in `layer`"):
+    with pytest.raises(ModelError, match="make `layer` of a --family file"):
         measure(folder)
     values = yaml.safe_load(Path("models/families.yaml").read_text())["llama"]
     family = tmp_path / "family.yaml"
@@ -516,7 +516,7 @@ def test_pickles_run_nothing_and_do_not_grow(tmp_path: Path) -> None:
     huge = llama_tensors()
     huge[f"{ATTENTION}q_proj.weight"] = torch.ones(1).expand(32, 32)
     torch.save(huge, path)
-    refused(folder, "larger than what the file holds")
+    refused(folder, "larger than its data in the file")
     torch.save(llama_tensors(), path)
     with zipfile.ZipFile(path) as archive:
         parts = {one: archive.read(one) for one in archive.namelist()}

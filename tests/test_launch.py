@@ -155,13 +155,13 @@ def test_hosts(tmp_path: Path) -> None:
         ({"processes_per_node": 3}, ["--on", "slurm"], "train.global_batch: 8"),
         ({"nodes": 4, "min_nodes": 3}, ["--on", "slurm"], "cannot be shared by 3"),
         ({"nodes": 3}, ["--on", "slurm", "grid.tensor_parallel=2"], "does not divide 3"),
-        ({"nodes": 2}, ["--on", "local"], "nodes: 2 are not --on local"),
+        ({"nodes": 2}, ["--on", "local"], "nodes: 2 nodes cannot be used with --on local"),
         ({}, ["--on", "sge"], "--on: 'sge' is none of local, slurm"),
         ({}, ["--on", "hostfile"], "hosts.file: missing"),
         ({"hosts": {"file": "/none"}}, ["--on", "mpi"], "/none: cannot read the hosts"),
         ({}, ["--on", "kubernetes"], "container.image: missing"),
         ({"container": {"kind": "pyxis"}}, ["--on", "slurm"], "container.image: missing"),
-        ({}, ["--on", "slurm", "--out", "a%b"], "--out: 'a%b': Slurm takes no %"),
+        ({}, ["--on", "slurm", "--out", "a%b"], "--out: 'a%b': Slurm allows no %"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -282,7 +282,7 @@ def test_the_doctor_of_a_program_that_is_not_installed(
         read = text is not None and text.endswith("]")
         (found,) = doctor._requirements(Collected())
         assert found.state == state, text
-        assert ("not known here" in found.text) == (not read)
+        assert ("unknown: the program" in found.text) == (not read)
         if read and state == "warn":
             assert "packaging" in found.text and "not-there is missing" in found.text
 

@@ -89,13 +89,13 @@ def test_the_shell_reads_what_was_meant(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("site", "culprit"),
     [
-        ({"environment": {"A;rm -rf /": 1}}, "is no name of a variable"),
-        ({"environment": {"A$(x)": 1}}, "is no name of a variable"),
-        ({"environment": {"A B": 1}}, "is no name of a variable"),
-        ({"environment": {"": 1}}, "is no name of a variable"),
+        ({"environment": {"A;rm -rf /": 1}}, "is not a valid variable name"),
+        ({"environment": {"A$(x)": 1}}, "is not a valid variable name"),
+        ({"environment": {"A B": 1}}, "is not a valid variable name"),
+        ({"environment": {"": 1}}, "is not a valid variable name"),
         ({"environment": {"A": "x\nB=1"}}, "must be one line"),
-        ({"slurm": {"options": {"wrap x": "y"}}}, "is no long option of sbatch"),
-        ({"slurm": {"options": {"a\n#SBATCH --b": 1}}}, "is no long option of sbatch"),
+        ({"slurm": {"options": {"wrap x": "y"}}}, "is not a long option of sbatch"),
+        ({"slurm": {"options": {"a\n#SBATCH --b": 1}}}, "is not a long option of sbatch"),
     ],
 )
 def test_names_that_are_none(site: dict, culprit: str, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_hosts_meet_at_a_name_that_leads_there(
     file = tmp_path / "hosts"
     for first in ("localhost", "127.0.1.1", "::1"):
         file.write_text(f"{first} slots=1\nother slots=1\n")
-        with pytest.raises(UsageError, match="the ranks meet at the first host"):
+        with pytest.raises(UsageError, match="processes connect to the first host"):
             hosts.read_hosts(file)
         file.write_text(f"{first} slots=2\n")
         assert hosts.read_hosts(file) == {first: 2}

@@ -149,7 +149,7 @@ def index_faults(lengths: np.ndarray, starts: np.ndarray) -> dict[str, tuple]:
         "sequence 0 begins at byte": (lengths, turned, bounds),
         "sequence 3 has -1 tokens": (negative, starts, bounds),
         "its index says": (longer, starts, bounds),
-        "do not fit its": (lengths, starts, bounds[:-1]),
+        "do not match its": (lengths, starts, bounds[:-1]),
         "documents do not fit": (lengths, starts, bounds[::-1]),
         "do not fit": (lengths, starts, np.zeros(1, dtype=np.int64)),
     }
@@ -172,7 +172,7 @@ def test_types_that_are_no_whole_numbers(code: int, tmp_path: Path) -> None:
     content = bytearray(Path(f"{tmp_path}/pile.idx").read_bytes())
     content[17] = code
     (tmp_path / "pile.idx").write_bytes(bytes(content))
-    with pytest.raises(DataError, match=rf"tokens of type {code}"):
+    with pytest.raises(DataError, match=rf"tokens have type {code}"):
         read_pair(tmp_path / "pile")
 
 
@@ -182,7 +182,7 @@ def test_a_giant_in_a_small_file_takes_no_memory(tmp_path: Path) -> None:
     for count in (2**40, 2**63, 2**64 - 1):
         content[18:26] = struct.pack("<Q", count)
         (tmp_path / "pile.idx").write_bytes(bytes(content))
-        with pytest.raises(DataError, match="is cut, or holds no documents"):
+        with pytest.raises(DataError, match="is truncated, or has no documents"):
             read_pair(tmp_path / "pile")
 
 

@@ -235,7 +235,7 @@ def test_what_lies_in_the_folder_stays(tokenizer: Path, tmp_path: Path, name: st
     source, out = write(tmp_path / "train.jsonl", lines(["x"])), tmp_path / "out"
     mine = write(out / name, b"{}" if name == "manifest.json" else b"mine")
     before, first = mine.read_bytes(), Path(name).parts[0]
-    with pytest.raises(DataError, match=rf"{first}.*(not made here|no manifest)"):
+    with pytest.raises(DataError, match=rf"{first}.*(not made by this command|not a manifest)"):
         tokenize_sources([str(source)], tokenizer, out)
     assert mine.read_bytes() == before
     assert {one.name for one in out.iterdir()} <= {first, ".parts", ".lock"}

@@ -33,4 +33,4 @@ def test_a_subset_is_kept_or_named(kind: str, default: str | None, as_row: bool)
         assert [one.subset for one in parsed.documents] == [default]
     else:
         assert not parsed.documents and parsed.problems[0].startswith("a.jsonl:1: ")
-        assert ("no subset" if kind in NONE else "is no name") in parsed.problems[0]
+        assert ("no subset" if kind in NONE else "is not a name") in parsed.problems[0]

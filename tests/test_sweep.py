@@ -287,7 +287,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"grid": {ATTENTION: []}}, "no values"),
     ({"grid": {}, "baseline": None}, "nothing varies"),
     ({"grid": {"seed": [1, 2]}, "baseline": None}, "belongs to seeds"),
-    ({"baseline": {ATTENTION: 0.7, MLP: 0.1}}, "is no point of the sweep"),
+    ({"baseline": {ATTENTION: 0.7, MLP: 0.1}}, "is not a point of the sweep"),
     ({"seeds": [1, 1]}, "seeds"),
     ({"seeds": []}, "seeds"),
     ({"exposure": {ATTENTION: [1]}}, "in grid and in exposure"),
@@ -313,7 +313,7 @@ def test_words_that_are_wrong(
 ) -> None:
     path = str(write_sweep(tmp_path, data))
     assert run(monkeypatch, "sweep", path, "--launcher", "cloud") == 2
-    assert "neither local nor slurm" in capfd.readouterr().err
+    assert "is not local or slurm" in capfd.readouterr().err
     assert run(monkeypatch, "sweep", str(tmp_path / "no.yaml")) == 2
     assert "cannot read the sweep" in capfd.readouterr().err
     assert load_config(tmp_path / "recipe.yaml").train.steps == 50

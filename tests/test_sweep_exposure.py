@@ -76,9 +76,9 @@ def test_the_asked_exposure_is_applied(seed: int) -> None:
 @pytest.mark.parametrize(
     ("policies", "culprit"),
     [
-        ([{"kind": "alpha", "roles": ["attention"], "min_eigenvalues": 4}], "by what it measures"),
+        ([{"kind": "alpha", "roles": ["attention"], "min_eigenvalues": 4}], "by measurements"),
         ([{"kind": "awd", "roles": ["qk"]}], "query, key"),
-        ([{"kind": "rank_target", "roles": ["vo"], "target": 0.5}], "by what it measures"),
+        ([{"kind": "rank_target", "roles": ["vo"], "target": 0.5}], "by measurements"),
         ([{"kind": "schedule", "roles": ["qk"], "stop": 0.2}], "different exposures"),
         ([{"kind": "schedule", "roles": ["attention"], "first": 0, "last": 0}], "0 throughout"),
     ],

@@ -22,11 +22,13 @@ def launch(
         typer.Option("--on", help="local, slurm, hostfile, mpi, kubernetes or skypilot."),
     ] = "local",
     site: Annotated[
-        Path | None, typer.Option(help="SITE.yaml: what the cluster is like; see configs/sites.")
+        Path | None, typer.Option(help="SITE.yaml: describes the cluster; see configs/sites.")
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Instead of the site file's.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Number of nodes, instead of the site file's.")
+    ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="On each node, instead of the site file's.")
+        int | None, typer.Option(min=1, help="GPUs per node, instead of the site file's.")
     ] = None,
     out: Run = None,
     fork: Annotated[
@@ -36,12 +38,13 @@ def launch(
         bool, typer.Option("--print", help="Print the job, manifest or command; start nothing.")
     ] = False,
 ) -> None:
-    """Train a recipe on a cluster: as a Slurm job, over hosts, or in the cloud.
+    """Train a recipe on a cluster: as a Slurm job, on a list of hosts, or in the cloud.
 
-    What the cluster is like stands in a small file, apart from recipes. A Slurm job is warned
-    before its time limit, makes a checkpoint, is requeued and goes on; a job whose rank is killed
-    starts again from its last checkpoint. Logs of each rank are in RUN/logs, what was rendered in
-    RUN/launch. Kubernetes and SkyPilot get a file, and the command that starts it is said.
+    A small file describes the cluster, separately from recipes. A Slurm job is warned before its
+    time limit, writes a checkpoint, is requeued and continues. If a process is killed, the job
+    restarts from its last checkpoint. Each process has a log in RUN/logs; the generated files are
+    in RUN/launch. For Kubernetes and SkyPilot, a file is written and the command that starts it is
+    printed.
     """
     from launchers.launch import launch as start
 
@@ -51,20 +54,20 @@ def launch(
 
 def doctor(
     recipe: Annotated[
-        Path | None, typer.Argument(help="YAML recipe: its grid, data and checkpoints, too.")
+        Path | None, typer.Argument(help="YAML recipe: also checks its grid, data and checkpoints.")
     ] = None,
     overrides: Overrides = None,
     out: Run = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Start so many processes on this machine.")
+        int, typer.Option(min=1, help="Number of processes to start on this machine.")
     ] = 1,
     json: Json = False,
 ) -> None:
     """Check the machines before a long run: versions, devices, links, clocks, disk, data, code.
 
-    Under torchrun, srun, deepspeed or mpirun with the words of the job itself, every rank is
-    asked: do all have the same versions, code and data, how fast is each group of the grid, do
-    all see the run folder. Exit code 1 if something would make the run fail.
+    Start it like the job itself, with torchrun, srun, deepspeed or mpirun. It checks whether all
+    processes have the same versions, code and data, how fast each group of the grid communicates,
+    and whether all processes see the run folder. Exit code 1 if something would make the run fail.
     """
     if processes > 1 and "RANK" not in os.environ:
         from launchers.supervise import run_here
@@ -99,17 +102,20 @@ def doctor(
 def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe; see configs/.")],
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many.")] = 8,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs.")] = 8,
     gpu: Annotated[
-        str, typer.Option(help="a100, a100-40, h100, h200, b200, l40s, mi300x; here: measured.")
+        str,
+        typer.Option(
+            help="a100, a100-40, h100, h200, b200, l40s, mi300x; here: measure this machine."
+        ),
     ] = "h100",
-    show: Annotated[int, typer.Option("--show", min=1, help="Grids in the table.")] = 8,
+    show: Annotated[int, typer.Option("--show", min=1, help="Number of grids in the table.")] = 8,
     json: Json = False,
 ) -> None:
-    """Which grid to ask for: memory by part, traffic, bubble, time and MFU of every grid, ranked.
+    """Rank all grids by time: memory by part, traffic, bubble, time and MFU of each.
 
-    Nothing is run and no data is needed: formulas of the recipe's shapes and the device's published
-    rates. Grids that do not fit stand at the end.
+    Nothing is run and no data is needed: the plan uses formulas of the recipe's shapes and the
+    device's published rates. Grids that do not fit are listed last.
     """
     from pretrain.cluster.plan_table import plan as print_plan
     from pretrain.config.recipe import load_config

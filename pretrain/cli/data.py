@@ -20,19 +20,20 @@ Sources = Annotated[
         "of a Hub dataset (owner/name)."
     ),
 ]
-TextField = Annotated[str, typer.Option(help="Field of the text.")]
-SubsetField = Annotated[str, typer.Option(help="Field of the subset's name.")]
+TextField = Annotated[str, typer.Option(help="Field with the text.")]
+SubsetField = Annotated[str, typer.Option(help="Field with the subset's name.")]
 DefaultSubset = Annotated[
-    str | None, typer.Option(help="Subset of records that name none (else they are malformed).")
+    str | None,
+    typer.Option(help="Subset of records that have none (otherwise they are malformed)."),
 ]
 ZstWindow = Annotated[
-    int, typer.Option(min=1, help="Memory in MB that a .zst written with --long may ask for.")
+    int, typer.Option(min=1, help="Memory in MB that a .zst made with --long may use.")
 ]
 
 
 @data_app.command()
 def corpus(out: Annotated[Path, typer.Option(help="Folder to write.")]) -> None:
-    """A Pile-shaped corpus from the Python installation itself; no network."""
+    """Make a corpus in the Pile's format from this Python installation; needs no network."""
     from data_pipeline.corpus import write_corpus
 
     counts = write_corpus(out)
@@ -45,23 +46,23 @@ def tokenizer(
     out: Annotated[Path, typer.Option(help="The .model file to write.")],
     vocab_size: Annotated[int, typer.Option(min=300, help="Number of tokens.")] = 32_000,
     kind: Annotated[str, typer.Option("--type", help="unigram or bpe")] = "unigram",
-    max_mb: Annotated[int, typer.Option(min=1, help="Learn from so many MB of text.")] = 256,
+    max_mb: Annotated[int, typer.Option(min=1, help="MB of text to learn from.")] = 256,
     text_field: TextField = "text",
     subset_field: SubsetField = "meta.pile_set_name",
     split: Annotated[
-        str | None, typer.Option(help="Take everything for this split; default by file name.")
+        str | None, typer.Option(help="Use everything as this split; default: by file name.")
     ] = None,
     zst_window_mb: ZstWindow = 512,
 ) -> None:
     """Train a SentencePiece tokenizer that keeps every byte of every text.
 
-    Learns from training documents alone, as `data tokenize` deals the same sources.
+    It learns only from training documents, as `data tokenize` divides the same sources.
     """
     from data_pipeline.prepare import train_from_sources
     from pretrain.errors import UsageError
 
     if kind not in ("unigram", "bpe"):
-        raise UsageError(f"--type: {kind!r} is neither unigram nor bpe")
+        raise UsageError(f"--type: {kind!r} is not unigram or bpe")
     size = train_from_sources(
         sources, out, vocab_size, kind, max_mb << 20, text_field, subset_field, split,
         zst_window_mb,
@@ -78,7 +79,7 @@ def tokenize(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
     split: Annotated[
-        str | None, typer.Option(help="Put everything in this split; default by file name.")
+        str | None, typer.Option(help="Put everything into this split; default: by file name.")
     ] = None,
     text_field: TextField = "text",
     subset_field: SubsetField = "meta.pile_set_name",
@@ -91,22 +92,22 @@ def tokenize(
     lossless: Annotated[
         bool,
         typer.Option(
-            "--lossless", help="Stop at a document that the tokenizer does not give back exactly."
+            "--lossless", help="Stop at a document that the tokenizer does not reproduce exactly."
         ),
     ] = False,
     add_special_tokens: Annotated[
         bool,
         typer.Option(
             "--add-special-tokens",
-            help="Put around every document what a tokenizer.json puts around a text (such as a "
-            "beginning-of-sequence token).",
+            help="Put the tokens that a tokenizer.json adds to a text (such as a "
+            "beginning-of-sequence token) around every document.",
         ),
     ] = False,
     parse_special_tokens: Annotated[
         bool,
         typer.Option(
             "--parse-special-tokens",
-            help="Text such as <|endoftext|> inside a document becomes that token; default: it "
+            help="Turn text such as <|endoftext|> inside a document into that token; default: it "
             "stays text.",
         ),
     ] = False,
@@ -115,8 +116,8 @@ def tokenize(
 ) -> None:
     """Tokenise into Megatron .bin/.idx pairs, one per split and subset, with a manifest.
 
-    The split is what the file's name says (train, val, test), else 98:1:1 by document.
-    Interrupted, the same words go on; finished, they do nothing.
+    The file's name decides the split (train, val, test); otherwise documents are divided 98:1:1.
+    If the command is interrupted, rerun it to continue; after it has finished, it does nothing.
     """
     from data_pipeline.json_tokenizer import SpecialTokens
     from data_pipeline.prepare import tokenize_sources
@@ -143,31 +144,35 @@ def tokenize(
 @data_app.command()
 def adopt(
     prefixes: Annotated[
-        list[Path], typer.Argument(help="PREFIX of PREFIX.bin and PREFIX.idx; each a subset.")
+        list[Path],
+        typer.Argument(help="PREFIX of PREFIX.bin and PREFIX.idx; each one is a subset."),
     ],
     tokenizer: Annotated[
         Path,
-        typer.Option(help="tokenizer.json, SentencePiece .model, or vocab.json beside merges.txt."),
+        typer.Option(
+            help="tokenizer.json, SentencePiece .model, or vocab.json with merges.txt beside it."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; the tokens stay where they are.")],
     split: Annotated[
-        str, typer.Option(help="Shares of documents in train, val and test, in their order.")
+        str, typer.Option(help="Shares of documents in train, val and test.")
     ] = "98,1,1",
     name: Annotated[
-        list[str] | None, typer.Option(help="Name of each subset; default the prefix's.")
+        list[str] | None, typer.Option(help="Name of each subset; default: the prefix's.")
     ] = None,
     eod_token: Annotated[str | None, typer.Option(help="End-of-document token.")] = None,
     packed: Annotated[
         bool | None,
         typer.Option(
-            help="Sequences are samples as they lie (Pythia's preshuffled Pile); default: if all "
-            "have one length."
+            help="Use each sequence as a sample (Pythia's preshuffled Pile); default: if all have "
+            "one length."
         ),
     ] = None,
 ) -> None:
-    """Train on tokens that Megatron-LM or GPT-NeoX prepared, as they are.
+    """Prepare to train on tokens of Megatron-LM or GPT-NeoX without copying them.
 
-    Writes a manifest that points to them, with the tokenizer and the sizes of the held-out texts.
+    It writes a manifest that points to them, with the tokenizer and the sizes of the held-out
+    texts.
     """
     from data_pipeline.adopt import adopt as adopt_pairs
     from pretrain.console import Progress
@@ -196,7 +201,7 @@ def check(
 ) -> None:
     """Compare every file with its checksum and its counts; exit code 1 if one is damaged.
 
-    Training does the same with what it reads, when it first reads it.
+    Training makes the same check when it first reads data.
     """
     from data_pipeline.checksums import check_folder
     from pretrain.console import Progress
@@ -207,8 +212,8 @@ def check(
     for line in damaged:
         print(line, file=sys.stderr)
     if without:
-        print(f"{without} file(s) without checksums (made by others, or an earlier version)")
-    print(f"{folder}: {len(damaged)} thing(s) wrong")
+        print(f"{without} file(s) without checksums (made by another tool or an earlier version)")
+    print(f"{folder}: {len(damaged)} problem(s)")
     raise typer.Exit(1 if damaged else 0)
 
 
@@ -216,7 +221,7 @@ def check(
 def info(
     folder: Annotated[Path, typer.Argument(help="Tokenised folder.")], json: Json = False
 ) -> None:
-    """What a tokenised folder holds."""
+    """Show the contents of a tokenised folder."""
     from data_pipeline.prepare import print_info
 
     print_info(folder, as_json=json)

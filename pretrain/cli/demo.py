@@ -1,4 +1,4 @@
-"""`pretrain demo`: the whole pipeline, small, on text that this machine already has."""
+"""`pretrain demo`: runs the whole pipeline at a small size, on text that this machine has."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def demo_config(data: Path, steps: int) -> Config:
 
 
 def run_demo(out: Path, steps: int) -> None:
-    """Corpus, tokenizer, tokens, one run per decay, report."""
+    """Make corpus, tokenizer and tokens, one run per decay, and a report."""
     with locked(out):
         _run(out, steps)
 
@@ -81,8 +81,8 @@ def _run(out: Path, steps: int) -> None:
     least, most = (study.conditions[index].runs[0] for index in (0, -1))
     if most.mean("qk", "pseudo_rank") >= least.mean("qk", "pseudo_rank"):
         raise RunError(
-            f"{out}: the rank of W_QK did not fall with decay; this demo expects it to: please "
-            "report it"
+            f"{out}: the rank of W_QK did not fall with decay, but this demo expects it to; please "
+            "report this"
         )
 
 

@@ -1,8 +1,9 @@
 """How a command ends: its exit code, one line or a traceback, and the end of the process itself.
 
-An error is of one of four kinds. A mistake of usage (code 2) and trouble with files, disks and
-memory (1) are one line, and another start would end the same. What a machine, a GPU or the network
-did (75) is one line too, and the same words go on. All else is a bug: its traceback is shown.
+There are four kinds of errors. Usage errors (code 2) and trouble with files, disks and memory (1)
+are shown as one line, and another start would end the same way. Failures of a machine, a GPU or the
+network (75) are also one line, and rerunning the same command continues. Everything else is a bug:
+its traceback is shown.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from pretrain.errors import TRY_AGAIN
 
 
 def stopped() -> str:
-    """What is said when a signal ended a command."""
+    """The message when a signal ended a command."""
     if SIGNALS.code == TRY_AGAIN:
-        return f"stopped by {SIGNALS.name}; the same words start it again"
-    return "interrupted; the same words go on from the last checkpoint"
+        return f"stopped by {SIGNALS.name}; rerun the same command to start it again"
+    return "interrupted; rerun the same command to continue from the last checkpoint"
 
 
 def report_failure(error: Exception) -> int:
-    """Say what went wrong, with a traceback where it is a bug; returns the exit code."""
+    """Report an error, with a traceback if it is a bug, and return the exit code."""
     code = exit_code(error)
     if code is not None:
         return fail(one_line(error), code)
@@ -37,11 +38,11 @@ def report_failure(error: Exception) -> int:
 
 
 def fail(text: str, code: int) -> int:
-    """Say what is wrong and let go of the process group; returns the exit code.
+    """Print an error, leave the process group, and return the exit code.
 
-    A process of several leaves at once: its peers cannot be waited for.
+    One of several processes leaves at once: it cannot wait for its peers.
     """
-    # Ranks fail together with the same words: one of them says so.
+    # All processes fail together with the same message: one of them prints it.
     if text and os.environ.get("RANK", "0") == "0":
         print(f"error: {plain(text)}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -55,10 +56,10 @@ def fail(text: str, code: int) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process: run what libraries want at the end, flush, and go.
+    """End the process: run the libraries' exit functions, flush output, and exit.
 
-    Not by the interpreter's own end: threads of gloo, or of a library, that are inside C++ then
-    would make it abort (exit code 134, "terminate called without an active exception").
+    The interpreter's own shutdown is not used: threads of gloo, or of a library, that are inside
+    C++ code would make it abort (exit code 134, "terminate called without an active exception").
     """
     SIGNALS.ignore()
     with contextlib.suppress(Exception):

@@ -1,4 +1,4 @@
-"""Verbs on models at rest: evaluate, export, import, ranks. Nothing heavy at import."""
+"""Commands on stored models: evaluate, export, import, ranks. Nothing heavy at import."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AttentionProduct = Annotated[str, typer.Option(help="Which product to cut: qk, v
 
 
 def print_evaluation(figures: dict[str, Any]) -> None:
-    """The figures of ``evaluation.json`` as a table on standard output."""
+    """Print the figures of ``evaluation.json`` as a table to standard output."""
     overall = figures["overall"]
     if "accuracy" in overall:
         print(
@@ -73,7 +73,7 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="Which documents to score.")] = "test",
     documents: Annotated[
-        int | None, typer.Option(help="Score a fixed sample of so many; default all.")
+        int | None, typer.Option(help="Score a fixed sample of N documents; default: all.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 16,
     stride: Annotated[
@@ -82,15 +82,15 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Default: evaluation.json of RUN; other settings, or another step than the run's "
-            "last, get a file named by them (evaluation-step=200-stride=8.json)."
+            help="Default: evaluation.json of RUN; for other settings, or another step than the "
+            "last, a file named after them (evaluation-step=200-stride=8.json)."
         ),
     ] = None,
     attention_rank: AttentionRank = None,
     attention_product: AttentionProduct = "both",
     json: Json = False,
 ) -> None:
-    """Held-out loss, perplexity and bits per byte, overall and per subset, on any grid."""
+    """Measure held-out loss, perplexity and bits per byte, overall and per subset, on any grid."""
     from pretrain.offline.evaluate import evaluate_checkpoint
     from pretrain.offline.truncate import parse_rank
 
@@ -115,17 +115,17 @@ def export(
     attention_rank: AttentionRank = None,
     attention_product: AttentionProduct = "both",
     data: Annotated[
-        Path | None, typer.Option(help="The run's tokenised folder, where it lies elsewhere now.")
+        Path | None, typer.Option(help="The run's tokenised folder, if it was moved.")
     ] = None,
 ) -> None:
-    """A checkpoint as a Hugging Face model: config.json and sharded safetensors.
+    """Write a checkpoint as a Hugging Face model: config.json and sharded safetensors.
 
     The dialects gpt2, gpt_neox and llama become GPT2, GPTNeoX and Llama (Qwen3 with QK-norm,
-    SmolLM3 without positions). With --attention-rank the heads are written as narrow as what is
-    kept, where the class allows it.
+    SmolLM3 without positions). With --attention-rank the heads are only as wide as the rank that is
+    kept, if the class allows it.
     """
     if form != "huggingface":
-        raise typer.BadParameter(f"--format: {form} is not huggingface, the only one so far")
+        raise typer.BadParameter(f"--format: {form} is not supported; use huggingface")
     from pretrain.offline.export import export_checkpoint
     from pretrain.offline.truncate import parse_rank
 
@@ -147,16 +147,16 @@ def import_(
         typer.Option("--allow-unused", help="Leave out tensors outside the language model."),
     ] = False,
 ) -> None:
-    """A run that begins with a pretrained model: its weights are the checkpoint of step 0.
+    """Make a run that starts from a pretrained model: its weights are the checkpoint of step 0.
 
-    GPT-2, GPT-NeoX (Pythia), Llama, Qwen3 and SmolLM3 without positions. Data, decay, schedule
-    and grid are the recipe's; the data must be tokenised with the model's tokenizer.
+    Supported are GPT-2, GPT-NeoX (Pythia), Llama, Qwen3 and SmolLM3 without positions. Data, decay,
+    schedule and grid are the recipe's; the data must be tokenised with the model's tokenizer.
     """
     from pretrain.offline.import_model import import_model, next_words
 
     run = out or Path("runs") / recipe.stem
     import_model(source, recipe, overrides or [], run, allow_unused)
-    print(f"written: {run}, at step 0; train it: {next_words(run)}")
+    print(f"written: {run}, at step 0; train it with: {next_words(run)}")
 
 
 def ranks(
@@ -177,26 +177,27 @@ def ranks(
     ] = "head",
     spectra: Annotated[bool, typer.Option("--spectra", help="Store singular values too.")] = False,
     family: Annotated[
-        Path | None, typer.Option(help="YAML that says where an unknown model's attention lies.")
+        Path | None,
+        typer.Option(help="YAML file that describes where an unknown model stores its attention."),
     ] = None,
     batch_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens per step of a pretrained model, for the table.")
     ] = 0,
     allow_unused: Annotated[
         bool,
-        typer.Option("--allow-unused", help="Leave out attention that is of no measured stack."),
+        typer.Option("--allow-unused", help="Leave out attention that cannot be measured."),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Rank statistics of attention at rest: a run's, or any pretrained model's.
+    """Compute rank statistics of the attention of a run, or of any pretrained model.
 
-    Read tensor by tensor without building the model; the table has the columns of a run's own
-    ranks.parquet, and several revisions (EleutherAI/pythia-160m@step*) make one table over
-    training. Families known: llama, mistral, qwen 2/3, gemma, gpt2, gpt_neox, gpt_neo, opt, phi,
-    olmo 1/2, bert, vit, deit, clip; others with --family.
+    The model is read tensor by tensor and not built. The table has the columns of a run's own
+    ranks.parquet; several revisions (EleutherAI/pythia-160m@step*) make one table over training.
+    Known families: llama, mistral, qwen 2/3, gemma, gpt2, gpt_neox, gpt_neo, opt, phi, olmo 1/2,
+    bert, vit, deit, clip; describe others with --family.
     """
     if denominator not in ("head", "model"):
-        raise typer.BadParameter(f"--denominator: {denominator} is neither head nor model")
+        raise typer.BadParameter(f"--denominator: {denominator} is not head or model")
     if not 0 < threshold <= 1:
         raise typer.BadParameter(f"--threshold: {threshold} is not above 0 and at most 1")
     from pretrain.config.run import RanksConfig

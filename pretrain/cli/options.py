@@ -1,4 +1,4 @@
-"""Words that several verbs of the command line share."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="key.path=value, for example optimizer.weight_decay.attention=0.3"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

@@ -94,7 +94,7 @@ def fig3(
     out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
     data: Data = None,
 ) -> None:  # fmt: skip
-    """Language model: rank in the paper's layer 5 (its place) against attention decay.
+    """Language model: rank in the paper's layer 5 (at its depth) against attention decay.
 
     At the paper's scale: configs/paper/fig3-125m.yaml, then --from its runs.
     """
@@ -109,7 +109,7 @@ def fig7(
     out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
     data: Data = None,
 ) -> None:  # fmt: skip
-    """The same for the places of layers 7 and 9."""
+    """The same for the layers at the depth of layers 7 and 9."""
     from pretrain.paper.fig3 import figure
 
     figure("fig7", _runs("fig3", runs, given, parallel, data), out)
@@ -227,9 +227,9 @@ def everything(
         Path | None, typer.Option(help="The page that shows them all; default OUT/paper.md.")
     ] = None,
 ) -> None:
-    """Every figure at the embedded scale, and one page: the paper's claim, our figure, our number.
+    """Make every figure at a small scale, and one page with claims, figures and measured numbers.
 
-    Half an hour or so on two cores; started again, it goes on where it stopped.
+    It takes about half an hour on two cores. If it is interrupted, rerun it to continue.
     """
     from data_pipeline.files import held
 

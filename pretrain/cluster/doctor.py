@@ -1,4 +1,4 @@
-"""`pretrain doctor`: is this allocation fit for a long run? Checked by the ranks themselves."""
+"""`pretrain doctor`: the processes of an allocation check whether it is fit for a long run."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from pretrain.runs.folder import environment
 _TOP = Path(__file__).resolve().parents[2]
 _CODE = ("pretrain", "models", "data_pipeline", "launchers")
 _SKEW = 1.0
-"""Seconds that clocks may differ: logs are compared by them, and file systems are."""
+"""Seconds that clocks may differ; times are used to compare logs and files."""
 _MESSAGE = 16 << 20
-"""Bytes of the all-reduce whose bandwidth is told."""
+"""Bytes of the all-reduce whose bandwidth is reported."""
 _WRITTEN = 64 << 20
 _SAMPLE = 1 << 20
 _BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: master and two moments, float32."""
+"""Bytes per parameter in a checkpoint: master and two moments, float32."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     check: str
     state: str
@@ -44,11 +44,11 @@ class Finding:
 
 
 def examine(grid: Grid, config: Config | None, run: Path, size: int = _MESSAGE) -> list[Finding]:
-    """All checks, on every rank together; the same findings everywhere.
+    """Run all checks on every process together; the findings are the same everywhere.
 
     Args:
-        config: with a recipe, its data is compared and its checkpoints are given room.
-        run: run folder, there or not; nothing is left in it.
+        config: with a recipe, its data is compared and space for its checkpoints is checked.
+        run: the run folder, which need not exist; nothing is left in it.
         size: bytes of the messages whose bandwidth is measured.
     """
     here = environment()
@@ -75,7 +75,7 @@ def as_json(findings: list[Finding]) -> list[dict[str, str]]:
 
 
 def code_hash() -> str:
-    """Of this program's source files, names and contents."""
+    """Hash of the names and contents of this program's source files."""
     digest = hashlib.sha256()
     for package in _CODE:
         for path in sorted((_TOP / package).rglob("*")):
@@ -85,10 +85,10 @@ def code_hash() -> str:
 
 
 def data_hash(folder: Path) -> str:
-    """Of a tokenised folder: its manifest, and of every file the size and three samples.
+    """Hash of a tokenised folder: its manifest, and the size and three samples of every file.
 
-    Three megabytes a file see another tokenisation or a cut copy, not every flipped bit: that is
-    what the checksums beside the tokens are for (``data.verify``).
+    Three megabytes per file detect another tokenisation or a truncated copy, not every flipped bit;
+    the checksums beside the tokens are for that (``data.verify``).
     """
     digest = hashlib.sha256()
     try:
@@ -105,17 +105,23 @@ def data_hash(folder: Path) -> str:
 
 
 def _alike(grid: Grid, check: str, value: Any) -> list[Finding]:
-    """The same value on every rank, or who differs."""
+    """Check that a value is the same on every process, and name those that differ."""
     values = grid.gather((socket.gethostname(), value))
     _, first = values[0]
     shown = first if isinstance(first, str) else _first_versions(first)
     if isinstance(first, str) and first.startswith("unreadable"):
-        return [Finding(check, "fail", f"rank 0 on {values[0][0]}: {first}")]
+        return [Finding(check, "fail", f"process rank 0 on {values[0][0]}: {first}")]
     for rank, (host, other) in enumerate(values):
         if other != first:
             text = other if isinstance(other, str) else _different(first, other)
-            return [Finding(check, "fail", f"rank {rank} on {host} has {text}; rank 0 has {shown}")]
-    return [Finding(check, "ok", f"{shown}, the same on {grid.world_size} rank(s)")]
+            return [
+                Finding(
+                    check,
+                    "fail",
+                    f"process rank {rank} on {host} has {text}; process rank 0 has {shown}",
+                )
+            ]
+    return [Finding(check, "ok", f"{shown}, the same on {grid.world_size} process(es)")]
 
 
 def _first_versions(versions: dict[str, Any]) -> str:
@@ -127,14 +133,14 @@ def _different(first: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _requirements(grid: Grid) -> list[Finding]:
-    """Installed versions within the ranges of pyproject.toml."""
+    """Check that installed versions are within the ranges of pyproject.toml."""
     from importlib import metadata
 
     from packaging.requirements import Requirement
 
     lines = _required()
     if lines is None:
-        text = "not known here: the program is neither installed nor beside its pyproject.toml"
+        text = "unknown: the program is neither installed nor beside its pyproject.toml"
         return [Finding("requirements", "warn", text)]
     wrong = []
     for line in lines:
@@ -146,7 +152,7 @@ def _requirements(grid: Grid) -> list[Finding]:
         except metadata.PackageNotFoundError:
             found = ""
         if not found or not wanted.specifier.contains(found, prereleases=True):
-            wrong.append(f"{wanted.name} {found or 'is missing'} (wants {wanted.specifier})")
+            wrong.append(f"{wanted.name} {found or 'is missing'} (needs {wanted.specifier})")
     every = sorted({text for texts in grid.gather(wrong) for text in texts})
     if every:
         return [Finding("requirements", "warn", "; ".join(every))]
@@ -154,7 +160,7 @@ def _requirements(grid: Grid) -> list[Finding]:
 
 
 def _required() -> list[str] | None:
-    """Requirements as the installed package has them, else the pyproject.toml beside it."""
+    """Requirements of the installed package, else of the pyproject.toml beside it."""
     import tomllib
     from importlib import metadata
 
@@ -185,14 +191,14 @@ def _devices(grid: Grid) -> list[Finding]:
     hosts: dict[str, int] = {}
     for one in every:
         hosts[one["host"]] = hosts.get(one["host"], 0) + 1
-    text = f"{grid.world_size} rank(s) on {len(hosts)} host(s): {', '.join(sorted(names))}"
+    text = f"{grid.world_size} process(es) on {len(hosts)} host(s): {', '.join(sorted(names))}"
     findings = [Finding("devices", "ok" if len(names) == 1 else "warn", text)]
     if grid.device.type == "cpu" and shutil.which("nvidia-smi"):
-        findings.append(Finding("devices", "warn", "nvidia-smi is here, but torch sees no GPU"))
+        findings.append(Finding("devices", "warn", "nvidia-smi exists, but torch sees no GPU"))
     for one in every:
         if one["threads"] * hosts[one["host"]] > (one["cores"] or 1) * 1.5:
             text = (
-                f"{one['host']}: {hosts[one['host']]} ranks of {one['threads']} threads share "
+                f"{one['host']}: {hosts[one['host']]} processes of {one['threads']} threads share "
                 f"{one['cores']} cores; set OMP_NUM_THREADS"
             )
             findings.append(Finding("threads", "warn", text))
@@ -201,7 +207,8 @@ def _devices(grid: Grid) -> list[Finding]:
 
 
 def _clocks(grid: Grid) -> Finding:
-    """Clocks of hosts against rank 0's, read after a barrier: good to what that takes to leave."""
+    """Compare the hosts' clocks with process rank 0's after a barrier, to the barrier's
+    accuracy."""
     tries = []
     for _ in range(5):
         grid.barrier()
@@ -211,7 +218,9 @@ def _clocks(grid: Grid) -> Finding:
     worst = max(range(grid.world_size), key=lambda rank: abs(offsets[rank]))
     if abs(offsets[worst]) > _SKEW:
         return Finding(
-            "clocks", "warn", f"rank {worst}'s clock is {offsets[worst]:+.1f} s off rank 0's"
+            "clocks",
+            "warn",
+            f"the clock of process rank {worst} is {offsets[worst]:+.1f} s off process rank 0's",
         )
     return Finding("clocks", "ok", f"within {abs(offsets[worst]) * 1e3:.1f} ms")
 
@@ -220,9 +229,9 @@ def _clocks(grid: Grid) -> Finding:
 
 
 def _links(grid: Grid, size: int) -> list[Finding]:
-    """Latency and bandwidth of all-reduce in each kind of group, the slowest group of each."""
+    """Latency and bandwidth of all-reduce in each kind of group; reports the slowest group."""
     if grid.world_size == 1:
-        return [Finding("links", "ok", "one rank: none")]
+        return [Finding("links", "ok", "one process: none")]
     kinds: list[tuple[str, Group, int]] = [
         ("world", dist.group.WORLD, grid.world_size),
         ("tensor", grid.tensor_group, grid.tensor),
@@ -239,11 +248,11 @@ def _links(grid: Grid, size: int) -> list[Finding]:
         every = grid.gather(mine)
         right = all(one[0] >= 0 and one[1] >= 0 for one in every)
         slowest = max(every, key=lambda one: one[1])
-        # What one rank sends and receives in a ring (nccl-tests: busbw).
+        # What one process sends and receives in a ring (nccl-tests: busbw).
         moved = 2 * (members - 1) / members * size
         text = (
             f"all-reduce {max(one[0] for one in every) * 1e6:.0f} µs, "
-            f"{moved / slowest[1] / 1e9:.2f} GB/s (slowest: ranks "
+            f"{moved / slowest[1] / 1e9:.2f} GB/s (slowest: process ranks "
             f"{', '.join(map(str, slowest[2][:8]))})"
         )
         fastest = min(one[1] for one in every if one[1] > 0)
@@ -268,14 +277,14 @@ def _all_reduce(grid: Grid, group: Group, members: int, size: int, times: int = 
             torch.cuda.synchronize(grid.device)
         lasted.append(time.monotonic() - began)
         right &= bool((tensor == members).all())
-    return median(lasted[1:]) if right else -1.0  # the first one connects
+    return median(lasted[1:]) if right else -1.0  # the first one sets up the connection
 
 
 # --- disk -----------------------------------------------------------------------------------------
 
 
 def _disk(grid: Grid, run: Path, config: Config | None) -> list[Finding]:
-    """Every rank sees the main rank's files; speed and room of the run folder's disk."""
+    """Check that every process sees the run folder, and measure its disk's speed and free space."""
     folder = run
     while not folder.is_dir():
         folder = folder.parent
@@ -296,7 +305,10 @@ def _disk(grid: Grid, run: Path, config: Config | None) -> list[Finding]:
     if grid.is_main:
         probe.unlink(missing_ok=True)
     if missing:
-        text = f"{folder}: rank(s) {missing[:8]} do not see what rank 0 writes; share the folder"
+        text = (
+            f"{folder}: process ranks {missing[:8]} do not see what process rank 0 writes; "
+            "share the folder"
+        )
         findings.append(Finding("disk", "fail", text))
     needed = _needed(config) if config is not None else 0
     text = f"{folder}: {speed / 1e6:.0f} MB/s written, {free / 1e9:.1f} GB free"
@@ -320,7 +332,7 @@ def _write_speed(probe: Path) -> float:
 
 
 def _needed(config: Config) -> int:
-    """Bytes of the checkpoints that retention keeps, and of the one being written."""
+    """Bytes of the checkpoints that are kept, and of the one that is being written."""
     from pretrain.training.setup import prepare
 
     infos = prepare(config, config.grid.tensor_parallel).infos

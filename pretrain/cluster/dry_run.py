@@ -1,4 +1,4 @@
-"""`pretrain train --dry-run`: what would be trained, with which λ, grid and memory."""
+"""`pretrain train --dry-run`: shows what would be trained, with λ, grid and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pretrain.training.setup import Setup, prepare
 
 
 def dry_run(config: Config, as_json: bool) -> None:
-    """Print parameter groups, grid and memory; build and train nothing."""
+    """Print parameter groups, grid and memory without building or training anything."""
     setup = prepare(config, config.grid.tensor_parallel)
     summary = describe(setup)
     if as_json:
@@ -55,7 +55,7 @@ def dry_run(config: Config, as_json: bool) -> None:
         f"{grid['data_parallel']}, ZeRO {grid['zero_stage']}, {summary['precision']}"
     )
     parts = ", ".join(f"{name} {value:.2f}" for name, value in memory.items() if name != "total")
-    print(f"memory per rank, estimated: {memory['total']:.2f} GiB ({parts})")
+    print(f"memory per process, estimated: {memory['total']:.2f} GiB ({parts})")
     print(
         f"{summary['steps']:,} steps of {summary['tokens_per_step']:,} tokens: "
         f"{summary['tokens']:,} tokens"
@@ -90,7 +90,8 @@ def describe(setup: Setup) -> dict[str, Any]:
     data = max(1, processes // model_ranks)
     if config.train.global_batch % data:
         raise UsageError(
-            f"train.global_batch: {config.train.global_batch} cannot be shared by {data} ranks"
+            f"train.global_batch: {config.train.global_batch} cannot be divided among {data} "
+            "data-parallel ranks"
         )
     control = DecayControl(config, setup.plan)
     groups = [
@@ -128,11 +129,11 @@ def describe(setup: Setup) -> dict[str, Any]:
 
 
 _LOOKED_AT = 100_000
-"""Updates whose λ is looked at; of longer runs, so many that lie evenly."""
+"""Number of updates whose λ is examined; in longer runs, they are evenly spaced."""
 
 
 def _exposure(control: DecayControl, group: DecayGroup, config: Config) -> float | None:
-    """Σ rate·λ of a group over the run; None where λ depends on what is measured."""
+    """Σ rate·λ of a group over the run; None if λ depends on measurements."""
     if control.is_adaptive(group.role):
         return None
     total, site = 0.0, site_of(group.parameters[0])
@@ -146,7 +147,7 @@ def _exposure(control: DecayControl, group: DecayGroup, config: Config) -> float
 
 
 def memory(setup: Setup, data: int, device: torch.device) -> dict[str, float]:
-    """GiB per rank by part, estimated as `pretrain plan` does."""
+    """GiB per process by part, estimated as `pretrain plan` does."""
     config, grid = setup.config, setup.config.grid
     count = data * grid.tensor_parallel * grid.pipeline_parallel
     base, slack = process_bytes(device.type)

@@ -1,7 +1,7 @@
-"""This machine as a device of `pretrain plan`: its rates measured, in seconds.
+"""Measures this machine's rates in a few seconds, as a device of `pretrain plan`.
 
-A process of a run has a share of the CPU's cores, or a GPU of its own. Measured are a matrix
-product, an elementwise pass over more than a cache holds, and, for several processes, a ring
+A process of a run has a share of the CPU's cores, or its own GPU. The measurements are a matrix
+product, an elementwise pass over more data than a cache holds and, for several processes, a ring
 reduction between two of them.
 """
 
@@ -23,11 +23,11 @@ from pretrain.engine.deepspeed_adapter import resolve_precision
 from pretrain.errors import RunError
 
 _SECONDS = 0.5
-"""Of each measurement; the best of as many tries as fit."""
+"""Seconds for each measurement, which takes the best of as many tries as fit."""
 
 
 def measure_here(processes: int, config: Config) -> Device:
-    """What one of ``processes`` processes has of this machine, in the precision of a recipe."""
+    """The share of this machine of one of ``processes`` processes, in the recipe's precision."""
     on_gpu = torch.cuda.is_available()
     shared = 1 if on_gpu else processes
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -53,14 +53,14 @@ def measure_here(processes: int, config: Config) -> Device:
 
 
 def product_rate(width: int) -> float:
-    """Flops a second of a square matrix product, in bf16 (2 bytes) or float32 (4)."""
+    """Flops per second of a square matrix product, in bf16 (2 bytes) or float32 (4)."""
     size = 8192 if torch.cuda.is_available() else 1536
     a, b = _values(size, size, width=width), _values(size, size, width=width)
     return 2.0 * size**3 / _best(lambda: a @ b)
 
 
 def elementwise_rate(width: int) -> float:
-    """Bytes a second that what lies between products reads and writes: GELU, norm and sum."""
+    """Bytes per second that operations between products read and write: GELU, norm and sum."""
     size = 8192 if torch.cuda.is_available() else 1536
     x = _values(4 * size, size, width=width)
 
@@ -73,7 +73,7 @@ def elementwise_rate(width: int) -> float:
 
 
 def link_rate() -> float:
-    """Bytes a second that each of two processes here sends in a reduction of 4 MB."""
+    """Bytes per second that each of two processes sends in a reduction of 4 MB."""
     from launchers.local import start_environment
     from launchers.team import run_team
 
@@ -108,14 +108,14 @@ def _best(work: Callable[[], object]) -> float:
 
 
 def _memory() -> int:
-    """Bytes of the GPU, or of the machine."""
+    """Memory of the GPU or of the machine, in bytes."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _reduce(answer: Path) -> None:
-    """What each of two processes does for `link_rate`; the first writes the rate."""
+    """The work of each of the two processes of `link_rate`; the first one writes the rate."""
     import torch.distributed as dist
 
     from pretrain.distributed.grid import connect

@@ -1,9 +1,9 @@
-"""`pretrain plan`: which grid to ask for, before any machine is: memory, traffic, bubble, time.
+"""`pretrain plan`: compares grids before there is a machine: memory, traffic, bubble, time.
 
-Every number is a formula of the recipe's shapes and the machine's rates: published ones, or those
-that `pretrain.cluster.local_rates` measures of the machine at hand (only the allocator of a CPU is
-fitted to runs). Grids are those that `pretrain train` accepts, with every key that the recipe sets
-(`plan_grids`); the bubble is (p - 1)/m, Narayanan et al. 2021.
+Every number is a formula of the recipe's shapes and the machine's rates. The rates are published,
+or measured on this machine by `pretrain.cluster.local_rates` (only the allocator of a CPU was
+fitted to runs). The grids are those that `pretrain train` accepts, with every key that the recipe
+sets (`plan_grids`). The bubble is (p - 1)/m, Narayanan et al. 2021.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pretrain.config.recipe import Config
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, dense rates as published, a direction of its links."""
+    """One accelerator: published dense rates, and the rates of its links in one direction."""
 
     name: str
     tflops: float
-    """bf16 matrix products."""
+    """Rate of bf16 matrix products."""
     tflops32: float
-    """float32 matrix products: without TF32, which PyTorch does not use unless asked."""
+    """Rate of float32 matrix products, without TF32, which PyTorch uses only on request."""
     memory: float
     """GB (10⁹ bytes)."""
     bandwidth: float
-    """GB/s of its memory."""
+    """Bandwidth of its memory in GB/s."""
     node_link: float
     """GB/s to its neighbours in the node."""
     network: float
@@ -39,11 +39,11 @@ class Device:
     efficiency: float = 0.70
     """Share of the rate that the products of a step reach."""
     base: float = GPU_LIBRARIES
-    """Bytes that a process takes before it has a model."""
+    """Bytes that a process uses before it has a model."""
     type: str = "cuda"
-    """As PyTorch calls it."""
+    """PyTorch's name of the device type."""
     slack: float = 0.0
-    """What the allocator keeps beside what is used, as a share of it."""
+    """Unused memory that the allocator keeps, as a share of the used memory."""
 
 
 DEVICES = {
@@ -58,20 +58,20 @@ DEVICES = {
 _LINK = 0.80
 """Share of a link's rate that a ring of large messages reaches."""
 _OVERLAP = 0.5
-"""Share of data-parallel traffic that is hidden behind the backward pass."""
+"""Share of data-parallel traffic that overlaps with the backward pass."""
 _LAUNCHES, _LAUNCH = 60, 5e-6
-"""Kernels that a layer starts forward and backward, and seconds that starting one takes."""
+"""Kernel launches of a layer, forward and backward, and the seconds of one launch."""
 _RESERVE = 0.08
 """Share of a device's memory for the allocator's gaps."""
 _ROOM = 0.8
-"""Share of a device's memory that a larger micro batch may fill where it saves no time."""
+"""Share of a device's memory that a larger micro batch may fill if it saves no time."""
 _EQUAL = 0.01
-"""Difference of two times, as a share, below which the plan does not tell them apart."""
+"""Relative difference of two times below which the plan treats them as equal."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One grid with what it costs on a rank."""
+    """One grid with its cost per process."""
 
     tensor: int
     pipeline: int
@@ -81,23 +81,23 @@ class Choice:
     recompute: bool
     precision: str
     memory: dict[str, float]
-    """Bytes by part, of the fullest rank."""
+    """Bytes by part, on the process that uses most memory."""
     traffic: dict[str, float]
-    """Bytes that a rank sends in a step, by group."""
+    """Bytes that a process sends in a step, by group."""
     bubble: float
-    """Share of a step that stages wait."""
+    """Share of a step that stages spend waiting."""
     seconds: dict[str, float]
-    """Of a step: products, memory, tensor, data, pipeline, and what is left of them in all."""
+    """Seconds of a step by part: products, memory, tensor, data, pipeline, and the total."""
     mfu: float
     fits: bool
 
     @property
     def total(self) -> float:
-        """Bytes in all."""
+        """Total bytes."""
         return sum(self.memory.values())
 
     def plain(self) -> dict[str, Any]:
-        """As JSON."""
+        """The plan as values for JSON."""
         return {**asdict(self), "memory_total": self.total}
 
 
@@ -107,11 +107,11 @@ def rank(config: Config, device: Device, count: int, limit: int = 0) -> list[Cho
     The fastest that fits is first; those that do not fit are at the end.
 
     Args:
-        config: what it sets in ``grid`` and ``train.micro_batch`` is kept.
-        limit: keep so many; 0: all.
+        config: keys that it sets in ``grid``, and ``train.micro_batch``, are kept.
+        limit: the largest number of grids to return; 0: all.
 
     Raises:
-        UsageError: if `pretrain train` would accept no grid of so many devices.
+        UsageError: if `pretrain train` would accept no grid of this number of devices.
     """
     found: dict[tuple[int, int], list[Choice]] = {}
     sizes: dict[int, Sizes] = {}
@@ -126,7 +126,7 @@ def rank(config: Config, device: Device, count: int, limit: int = 0) -> list[Cho
 
 
 def _best(choices: list[Choice], device: Device) -> Choice:
-    """Of one grid: the fastest; of those as fast, the largest micro batch that leaves room."""
+    """The fastest variant of one grid; of equally fast ones, the largest micro batch that fits."""
     fitting = [one for one in choices if one.fits]
     if not fitting:
         return min(choices, key=lambda one: one.total)
@@ -137,12 +137,13 @@ def _best(choices: list[Choice], device: Device) -> Choice:
 
 
 def _order(one: Choice) -> tuple[bool, float, float]:
-    """Fast first, and of equals the smaller; what does not fit at the end, the smallest first."""
+    """A sort key: fastest first, then smallest memory; grids that do not fit last, smallest
+    first."""
     return (not one.fits, round(one.seconds["step"], 6) if one.fits else one.total, one.total)
 
 
 def choose(config: Config, device: Device, count: int, sizes: Sizes | None = None) -> Choice:
-    """What the grid of a recipe costs on ``count`` devices."""
+    """The cost of a recipe's grid on ``count`` devices."""
     sizes = sizes or sizes_of(config)
     on = layout_of(config, device.type, count, device.base, device.slack)
     memory = memory_of(sizes, on)
@@ -159,7 +160,7 @@ def choose(config: Config, device: Device, count: int, sizes: Sizes | None = Non
 
 
 def _rate(device: Device, on: Layout) -> float:
-    """Flops a second of products."""
+    """Flops per second of products."""
     return (device.tflops if on.width == 2 else device.tflops32) * 1e12
 
 
@@ -169,13 +170,13 @@ def _seconds(
     tokens = sizes.context * on.micro * on.count  # of a rank
     again = 4 / 3 if on.recompute else 1.0
     layers = sizes.stage(on.pipeline)
-    # The fullest stage sets the pace: the last one has the head, too.
+    # The largest stage sets the pace: the last one also has the head.
     fullest = sizes.block.whole * layers + sizes.head
     uneven = fullest * on.pipeline / sizes.matrices if on.pipeline > 1 else 1.0
     rate = on.world * _rate(device, on) * device.efficiency
     products = again * uneven * sizes.flops(tokens * on.data) / rate
-    # What is not a product is bound by memory: norms, activations and residuals are read and
-    # written about six times what is kept; the optimizer reads and writes 28 bytes a parameter.
+    # Operations other than products are bound by memory: norms, activations and residuals read and
+    # write about six times what is kept; the optimizer reads and writes 28 bytes per parameter.
     moved = 6 * kept_by_layer(sizes, on) * on.count * layers
     predicted = sizes.outputs * on.micro * on.count
     logits = 6 * 4 * predicted * sizes.vocabulary / on.tensor / on.pipeline
@@ -183,7 +184,7 @@ def _seconds(
     memory = (again * moved + logits + optimizer) / (device.bandwidth * 1e9)
     inside = device.node_link * 1e9 * _LINK
     outside = device.network * 1e9 * _LINK
-    # Data-parallel neighbours share a node only where tensor ranks leave room.
+    # Data-parallel neighbours are in one node only if tensor parallelism does not fill it.
     reach = inside if on.tensor * on.data <= device.per_node else outside
     parts = {
         "products": products,

@@ -1,6 +1,6 @@
-"""Which grids a recipe may have on so many devices: those that `pretrain train` accepts.
+"""Finds the grids that `pretrain train` accepts for a recipe on N devices.
 
-The rules stand where training keeps them; here each grid is put into the recipe and given to them.
+The rules are those of training itself: each grid is put into the recipe and checked by them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def candidates(config: Config, device: str, per_node: int, count: int) -> Iterat
 
     Args:
         device: their type (cuda, cpu).
-        per_node: tensor parallelism is planned within a node alone.
+        per_node: devices per node; tensor parallelism is planned only within a node.
 
     Raises:
-        UsageError: if there is none, with the first reason; or if the recipe is wrong by itself.
+        UsageError: if there is no grid, with the first reason; or if the recipe itself is wrong.
     """
     check_vocabulary(config.model)
     infos = whole_model(config.model)
@@ -55,7 +55,7 @@ def candidates(config: Config, device: str, per_node: int, count: int) -> Iterat
 
 
 def accept(config: Config, device: str, count: int) -> Config:
-    """The recipe, after all that training refuses before its first update.
+    """The recipe, after all checks that training makes before its first update.
 
     Raises:
         UsageError, ModelError: as training does.
@@ -69,7 +69,7 @@ def accept(config: Config, device: str, count: int) -> Config:
 
 
 def empty_grid(config: Config, device: str, count: int) -> Grid:
-    """The first rank of a recipe's grid, without its groups.
+    """The first process of a recipe's grid, without its groups.
 
     Raises:
         UsageError: if the grid does not fill the devices.
@@ -81,14 +81,14 @@ def empty_grid(config: Config, device: str, count: int) -> Grid:
 
 
 def layout_of(config: Config, device: str, count: int, base: float, slack: float) -> Layout:
-    """How a recipe lies on each of ``count`` devices.
+    """How a recipe is divided among ``count`` devices.
 
     Args:
         device: their type (cuda, cpu).
-        base, slack: of a process, as `plan_memory.process_bytes` gives them.
+        base, slack: of a process, from `plan_memory.process_bytes`.
 
     Raises:
-        UsageError: if its grid does not fill them, or cannot share the batch.
+        UsageError: if its grid does not use all devices, or cannot divide the batch.
     """
     grid = empty_grid(config, device, count)
     micro, passes = micro_batches(config, grid)
@@ -115,7 +115,7 @@ def layout_of(config: Config, device: str, count: int, base: float, slack: float
 
 
 def _grids(config: Config, per_node: int, count: int) -> Iterator[dict[str, Any]]:
-    """Values of the keys of ``grid`` that vary."""
+    """All combinations of the keys of ``grid`` that vary."""
     divisors = _divisors(count)
     stages = (0, 1, 2, 3) if config.precision == "fp32" else (1, 2, 3)  # auto at 0 is fp32
     for tensor in _free(config, "tensor_parallel", [n for n in divisors if n <= per_node]):
@@ -152,7 +152,7 @@ def _divisors(number: int) -> list[int]:
 def _refuse(config: Config, count: int, refusals: list[str]) -> None:
     if any(text.startswith("train.global_batch") for text in refusals):
         raise UsageError(
-            f"train.global_batch: {config.train.global_batch} sequences cannot be shared by any "
+            f"train.global_batch: {config.train.global_batch} sequences cannot be divided by any "
             f"grid of {count} devices; change one of them"
         )
     raise UsageError(f"no grid of {count} devices is accepted: {refusals[0]}")

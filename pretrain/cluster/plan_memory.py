@@ -1,6 +1,6 @@
-"""Memory of a rank: weights, gradients, optimizer, and what a forward pass keeps.
+"""Memory of a process: weights, gradients, optimizer, and what a forward pass keeps.
 
-Activations are those of Korthikanti et al. 2022, for what these layers keep.
+Activations follow Korthikanti et al. 2022, adapted to what these layers keep.
 """
 
 from __future__ import annotations
@@ -8,33 +8,33 @@ from __future__ import annotations
 from pretrain.cluster.plan_shapes import Layout, Sizes
 
 CPU_LIBRARIES = 0.42e9
-"""Bytes of a process of ours on a CPU beside its model: Python, PyTorch, DeepSpeed, Megatron, and
+"""Bytes of a process on a CPU in addition to its model: Python, PyTorch, DeepSpeed, Megatron, and
 what their first update adds."""
 CPU_SLACK = 0.25
-"""What glibc's allocator keeps beside what is used, as a share of it. These two are the numbers of
-the plan that were chosen to fit runs: six, of 7 to 125 M parameters (docs/performance.md)."""
+"""Unused memory that glibc's allocator keeps, as a share of the used memory. Only these two numbers
+of the plan were chosen to fit runs: six runs of 7 to 125 M parameters (docs/performance.md)."""
 GPU_LIBRARIES = 1.5e9
-"""Bytes of a GPU that a process takes beside PyTorch's allocator: the CUDA context with the kernels
+"""Bytes of a GPU that a process uses outside PyTorch's allocator: the CUDA context with the kernels
 of PyTorch and cuBLAS, and NCCL's buffers for a few groups. Assumed, not measured."""
 _BUCKET = 5e8
-"""Gradients that DeepSpeed reduces at once."""
+"""Number of gradients that DeepSpeed reduces at once."""
 
 
 def process_bytes(device: str) -> tuple[float, float]:
-    """What a process takes on a device of that type (cuda, cpu) beside its model.
+    """What a process uses on a device of this type (cuda, cpu) in addition to its model.
 
     Returns:
-        (bytes, share that the allocator keeps beside what is used).
+        (bytes, unused memory that the allocator keeps as a share of the used memory).
     """
     return (CPU_LIBRARIES, CPU_SLACK) if device == "cpu" else (GPU_LIBRARIES, 0.0)
 
 
 def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
-    """Bytes on the fullest rank, by part, at the moment when they are most.
+    """Peak bytes by part, on the process that uses most memory.
 
-    That is either the end of a forward pass, with what it keeps and the loss, or the update. On
-    flat buffers the float32 gradients are always there, and those of one layer beside them as they
-    come. DeepSpeed has all of them as they come, in its bucket, and in float32.
+    The peak is either at the end of a forward pass, with its activations and the loss, or in the
+    update. On flat buffers, the float32 gradients always exist, and beside them one layer's gradients
+    as computed. DeepSpeed has all of them as computed, in its bucket, and in float32.
     """
     here = sizes.held(on.pipeline)
     local = here.on(on.tensor)
@@ -67,7 +67,7 @@ def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
         arriving = max(sizes.block.on(on.tensor), sizes.tied.on(on.tensor))
         update = {"gradients": gradients, "arriving gradients": arriving * on.width}
     if sizes.largest:
-        # The update and its orthogonal form, flat; matrices and products of one at a time.
+        # The update and its orthogonal form, flat, and the matrices and products of one parameter.
         mine = here.orthogonal / on.tensor / shards
         update["orthogonal"] = 8 * mine + 6 * 4 * sizes.largest
     found = always | max(forward, update, key=lambda parts: sum(parts.values()))
@@ -80,14 +80,14 @@ def kept_by_layer(sizes: Sizes, on: Layout) -> float:
 
 
 def _between(sizes: Sizes, on: Layout) -> float:
-    """Bytes of what one layer hands to the next."""
+    """Bytes of the activations between two layers."""
     whole = sizes.context * on.micro * sizes.hidden * on.width
     return whole / on.tensor if on.sequence else whole
 
 
 def _kept(sizes: Sizes, on: Layout) -> float:
     """Bytes that a layer keeps for its backward pass."""
-    norms = 2.0 * sizes.hidden  # inputs of both; what they give goes into the products whole
+    norms = 2.0 * sizes.hidden  # inputs of both; their outputs are inputs of the products
     norms = norms / on.tensor if on.sequence else norms
     # q, mixed; k, v, which are repeated for each head of a group.
     shared = (

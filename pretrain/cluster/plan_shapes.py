@@ -1,4 +1,4 @@
-"""What the formulas of a plan need to know: of a model, its sizes; of a grid, how it lies there."""
+"""Inputs of a plan's formulas: the sizes of a model, and how a grid divides it."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from pretrain.engine.optimizers import is_muon_role, rule_of
 from pretrain.errors import UsageError
 
 _MOMENTS = {"adamw": 8, "lion": 4, "sgd": 4, "muon": 4}
-"""Bytes of float32 that an update rule remembers of a parameter."""
+"""Bytes of float32 optimizer state per parameter, by update rule."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters of a part of the model."""
+    """Number of parameters in a part of the model."""
 
     split: int = 0
-    """Those that tensor parallelism cuts."""
+    """Parameters that tensor parallelism splits."""
     replicated: int = 0
-    """Those that every tensor-parallel rank holds: norms, some biases, positions."""
+    """Parameters that every tensor-parallel process holds: norms, some biases, positions."""
     moments: int = 0
     """Bytes of optimizer state, of split and replicated parameters together."""
     orthogonal: int = 0
-    """Those that Muon updates; all of them are split."""
+    """Parameters that Muon updates; all of them are split."""
 
     @property
     def whole(self) -> int:
-        """On one process."""
+        """Number on one process without tensor parallelism."""
         return self.split + self.replicated
 
     def on(self, tensor: int) -> float:
-        """On each of so many tensor-parallel ranks."""
+        """Number on each of N tensor-parallel processes."""
         return self.split / tensor + self.replicated
 
     def with_more(self, other: Part, times: int = 1) -> Part:
-        """This part and another, so many times."""
+        """This part plus another one, N times."""
         return Part(
             self.split + times * other.split,
             self.replicated + times * other.replicated,
@@ -48,22 +48,22 @@ class Part:
         )
 
     def state(self, tensor: int) -> float:
-        """Bytes of the optimizer's moments on each of so many tensor-parallel ranks."""
+        """Bytes of the optimizer's moments on each of N tensor-parallel processes."""
         return self.moments * self.on(tensor) / self.whole if self.whole else 0.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the formulas need to know of a model."""
+    """The sizes of a model that the formulas need."""
 
     block: Part
-    """Of one layer."""
+    """Parameters of one layer."""
     first: Part
-    """Of what is before the layers: embedding and positions."""
+    """Parameters before the layers: embedding and positions."""
     last: Part
-    """Of what is after them: the norm and the head, a tied one included."""
+    """Parameters after the layers: the norm and the head, a tied one included."""
     tied: Part
-    """Of the embedding that is the head as well; empty where they are two."""
+    """Parameters of an embedding that is also the head; empty if they are separate."""
     layers: int
     hidden: int
     ffn: int
@@ -75,28 +75,28 @@ class Sizes:
     """Parameters of a layer's norms of queries and keys."""
     context: int
     outputs: int
-    """Positions of a sequence that are predicted: all, or one of an image."""
+    """Number of predicted positions of a sequence: all, or one for an image."""
     vocabulary: int
     gated: bool
     causal: bool
-    """Whether attention leaves out what comes later, and half of its products with it."""
+    """Whether attention leaves out later positions, and with them half of its products."""
     attention: str
     largest: int
     """Parameters of the largest matrix that Muon updates."""
 
     @property
     def parameters(self) -> int:
-        """Of all blocks."""
+        """Parameters of all blocks."""
         return self.block.whole * self.layers
 
     @property
     def ends(self) -> int:
-        """Of embedding, positions and head."""
+        """Parameters of embedding, positions and head."""
         return self.first.whole + self.last.whole - self.tied.whole
 
     @property
     def head(self) -> float:
-        """Parameters of the head, as many times as a position is predicted."""
+        """Parameters of the head, times the share of positions that are predicted."""
         return self.vocabulary * self.hidden * self.outputs / self.context
 
     @property
@@ -105,11 +105,11 @@ class Sizes:
         return self.parameters + self.head
 
     def stage(self, pipeline: int) -> int:
-        """Layers of the fullest stage."""
+        """Number of layers in the largest stage."""
         return -(-self.layers // pipeline)
 
     def held(self, pipeline: int) -> Part:
-        """What the fullest stage has."""
+        """Parameters of the largest stage."""
         end = max(self.first, self.last, key=lambda part: part.whole)
         if pipeline == 1:
             end = self.first.with_more(self.last).with_more(self.tied, -1)
@@ -124,7 +124,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lies on a rank."""
+    """How a model is divided on one process."""
 
     width: int
     """Bytes of a number in products; masters and moments are float32."""
@@ -134,29 +134,29 @@ class Layout:
     stage: int
     micro: int
     count: int
-    """Micro batches of a rank in a step."""
+    """Micro batches of a process in a step."""
     recompute: bool
     flat: bool = False
     """Whether updates are made on flat buffers, without DeepSpeed."""
     sequence: bool = False
-    """Whether tensor-parallel ranks share the positions between their products."""
+    """Whether tensor-parallel processes divide the positions between their products."""
     loss_bytes: float = 512 << 20
-    """Of float32 logits at once."""
+    """Number of float32 logits at once."""
     live: float = 1e9
     """Parameters that ZeRO 3 keeps gathered, at most."""
     reuse: float = 1e9
     """Parameters until its next use up to which ZeRO 3 keeps one gathered."""
     base: float = 0.0
     slack: float = 0.0
-    """As of a `Device`."""
+    """The same as in `Device`."""
 
     @property
     def world(self) -> int:
-        """Ranks in all."""
+        """Total number of processes."""
         return self.tensor * self.pipeline * self.data
 
     def parameters(self, sizes: Sizes) -> float:
-        """Of the fullest rank, whatever ZeRO cuts."""
+        """Parameters of the process with the most, before ZeRO divides them."""
         return sizes.held(self.pipeline).on(self.tensor)
 
     def kept_gathered(self, sizes: Sizes) -> float:

@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints, without a training engine."""
+"""Evaluates checkpoints without a training engine."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def evaluate_checkpoint(
     out: Path | None,
     choice: RankChoice | None = None,
 ) -> tuple[dict[str, Any], Path, bool]:
-    """Score a checkpoint on the processes at hand; a collective call.
+    """Score a checkpoint on all processes; a collective call.
 
     Args:
-        overrides: of the run's recipe, for example another grid.
+        overrides: to the run's recipe, for example another grid.
         choice: cut the attention products before scoring.
 
     Returns:
@@ -65,7 +65,7 @@ def evaluate_checkpoint(
             if grid.is_main and out:
                 ours.enter_context(held(out))
             elif grid.is_main and not os.access(_place(checkpoint)[0], os.W_OK):
-                raise RunError(f"{_place(checkpoint)[0]}: cannot be written; say --out FILE")
+                raise RunError(f"{_place(checkpoint)[0]}: cannot be written; give --out FILE")
         figures = _measure(checkpoint, config, task, grid, split, documents, batch, stride, choice)
         with grid.together(""):
             path = out
@@ -86,7 +86,7 @@ def _measure(
     stride: int,
     choice: RankChoice | None,
 ) -> dict[str, Any]:
-    """The figures and their settings, as the file has them; a collective call."""
+    """The figures and their settings, in the form of the file; a collective call."""
     module = build_model(config, grid)
     load_into_module(checkpoint, module, grid)
     precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
@@ -123,11 +123,11 @@ def _measure(
 def _write(
     checkpoint: Checkpoint, figures: dict[str, Any], words: list[str], out: Path | None
 ) -> Path:
-    """Write the file, and no other settings' file over; returns its path."""
+    """Write the file without replacing one of other settings, and return its path."""
     if out:
         write_text(out, to_json(figures, indent=1))
         return out
-    # Of several that end at once, each sees what the ones before have written.
+    # If several end at once, each sees the files of the previous ones.
     with held(_place(checkpoint)[0] / EVALUATION, patience=60):
         path = result_path(checkpoint, figures, words)
         write_text(path, to_json(figures, indent=1))
@@ -135,10 +135,10 @@ def _write(
 
 
 def _task(checkpoint: Checkpoint, config: Config, data: Path | None, stride: int) -> Task:
-    """What the checkpoint is scored on."""
+    """The data on which the checkpoint is scored."""
     if config.task.kind != "text":
         if data or stride:
-            raise UsageError(f"--data, --stride: are for text, not for {config.task.kind}")
+            raise UsageError(f"--data, --stride: only for text, not for {config.task.kind}")
         return open_task(config)
     task = Text(load_manifest(data or Path(config.data.path)))
     if task.tokenizer != checkpoint.state["tokenizer"]:
@@ -150,14 +150,14 @@ def _task(checkpoint: Checkpoint, config: Config, data: Path | None, stride: int
 
 
 def _one_process(config: Config) -> Config:
-    """The recipe with the grid that one process can hold; overrides may set another."""
+    """The recipe with the grid of one process; overrides can set another."""
     single = {"tensor_parallel": 1, "pipeline_parallel": 1, "sequence_parallel": False}
     grid = config.grid.model_copy(update=single)
     return config.model_copy(update={"grid": grid})
 
 
 def _words(checkpoint: Checkpoint, config: Config, task: Task, documents: int | None) -> list[str]:
-    """What was asked for besides the run's own data, model and task, for the file's name."""
+    """Settings that differ from the run's own data, model and task, for the file's name."""
     words = [] if documents is None else [f"documents={documents}"]
     if task.identity != checkpoint.state["data"]:
         name = re.sub(r"[^\w.+-]", "_", Path(task.source).name)
@@ -169,20 +169,20 @@ def _words(checkpoint: Checkpoint, config: Config, task: Task, documents: int | 
 
 _SETTINGS = ("split", "step", "stride", "context", "precision", "documents_sha256",
              "attention_rank", "attention_products")  # fmt: skip
-"""Keys of an evaluation that tell its settings."""
+"""Keys of an evaluation that describe its settings."""
 
 
 def result_path(checkpoint: Checkpoint, figures: dict[str, Any], words: list[str]) -> Path:
-    """Where figures go by default: a file of their settings, so that none replaces another's.
+    """The default file of some figures: one for each combination of settings.
 
-    ``evaluation.json`` is for the settings of the run itself: its last step, all documents of the
-    test split, in windows without overlap, in the precision that it trained in.
+    ``evaluation.json`` is for the run's own settings: its last step, all documents of the test
+    split, in windows without overlap, in the precision of training.
 
-    A checkpoint gets no file that it was not saved with: its figures lie in the run folder, or
-    beside a checkpoint that is in none.
+    Nothing is added to a checkpoint's folder: the figures go into the run folder, or beside a
+    checkpoint that is in no run folder.
 
     Args:
-        figures: the body of the file.
+        figures: the contents of the file.
         words: further settings, for the name.
     """
     run = checkpoint.path.parent.parent
@@ -201,7 +201,7 @@ def result_path(checkpoint: Checkpoint, figures: dict[str, Any], words: list[str
         share = share if isinstance(share, str) else f"{share:g}"
         parts.append(f"{'+'.join(figures['attention_products'])}-rank-{share}")
     path = folder / f"{'-'.join(['evaluation', *parts])}.json"
-    if _is_of_others(path, figures):  # as the run's own may be of a sample of another split
+    if _is_of_others(path, figures):  # because the run's own may be for a sample of another split
         settings = to_json([figures.get(key) for key in _SETTINGS])
         digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
         path = path.with_name(f"{path.stem}-{figures['split']}-{digest}.json")
@@ -209,7 +209,7 @@ def result_path(checkpoint: Checkpoint, figures: dict[str, Any], words: list[str
 
 
 def _place(checkpoint: Checkpoint) -> tuple[Path, list[str]]:
-    """The folder for a checkpoint's figures, and what their name must say of the checkpoint."""
+    """The folder for a checkpoint's figures, and the part of their name for the checkpoint."""
     run = checkpoint.path.parent.parent
     if checkpoint.path.parent.name == CHECKPOINTS and (run / CONFIG).is_file():
         return run, []
@@ -217,7 +217,7 @@ def _place(checkpoint: Checkpoint) -> tuple[Path, list[str]]:
 
 
 def _trained_in(run: Path) -> str | None:
-    """The precision of the run's last start; None where it is not known."""
+    """The precision of the run's last start; None if it is not known."""
     try:
         return str(read_starts(run)[-1]["precision"])
     except (RunError, KeyError, IndexError):
@@ -225,13 +225,13 @@ def _trained_in(run: Path) -> str | None:
 
 
 def _is_of_others(path: Path, figures: dict[str, Any]) -> bool:
-    """Whether a file holds figures of other settings (what it does not say counts as the same)."""
+    """Whether a file has figures of other settings (missing settings count as the same)."""
     try:
         there = read_json(path)
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
-        return True  # whatever it is, it is not ours to replace
+        return True  # unknown contents: do not replace it
     told = isinstance(there, dict) and all(
         there.get(key, figures.get(key)) == figures.get(key) for key in _SETTINGS
     )

@@ -1,4 +1,4 @@
-"""`pretrain export`: a checkpoint as a Hugging Face model, layer by layer."""
+"""`pretrain export`: writes a checkpoint as a Hugging Face model, layer by layer."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def export_checkpoint(
 
     Args:
         choice: cut the attention products and write the smaller heads.
-        data: where the run's data lies now; None: where it lay.
+        data: the present place of the run's data; None: its place in the recipe.
 
     Returns:
-        One line on what was written.
+        One line about what was written.
 
     Raises:
         UsageError, ModelError: if no class computes the model, or none with smaller heads, or
-            nothing says which token ends documents.
+            the token that ends documents is not known.
     """
     path = resolve_checkpoint(target)
     checkpoint = Checkpoint(path)
@@ -97,14 +97,14 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, head_size: int) -> None
 
 
 def _manifest(checkpoint: Checkpoint, data: Path | None) -> tuple[Manifest | None, str]:
-    """Of the run's data, if it is at hand, and why it is not.
+    """The manifest of the run's data if it is available, else the reason why it is not.
 
     Raises:
         UsageError, DataError: if ``data`` is not the run's.
     """
     if checkpoint.config.task.kind != "text":
         if data:
-            raise UsageError(f"--data: is for text, not for {checkpoint.config.task.kind}")
+            raise UsageError(f"--data: only for text, not for {checkpoint.config.task.kind}")
         return None, "its task has no text"
     place = data or Path(checkpoint.config.data.path)
     try:
@@ -112,18 +112,18 @@ def _manifest(checkpoint: Checkpoint, data: Path | None) -> tuple[Manifest | Non
     except (OSError, ValueError, DataError):
         if data:
             raise
-        return None, f"{place} is not here"
+        return None, f"{place} does not exist"
     own = (checkpoint.state["tokenizer"], checkpoint.state.get("eod", manifest.eod))
     if (manifest.tokenizer_sha256, manifest.eod) == own:
         return manifest, ""
-    problem = f"{place} has another tokenizer or end of document than the run's data had"
+    problem = f"{place} has another tokenizer or end-of-document token than the run's data had"
     if data:
-        raise UsageError(f"--data: {problem}; give the run's own")
+        raise UsageError(f"--data: {problem}; give the run's own data")
     return None, problem
 
 
 def _eod(checkpoint: Checkpoint, manifest: Manifest | None, problem: str) -> int | None:
-    """The token that begins and ends documents; None: there are none."""
+    """The token that begins and ends documents; None if the data has no documents."""
     if checkpoint.config.task.kind != "text":
         return None
     found: int | None = checkpoint.state.get("eod", manifest.eod if manifest else None)
@@ -136,19 +136,19 @@ def _eod(checkpoint: Checkpoint, manifest: Manifest | None, problem: str) -> int
 
 
 def _pad(generation: dict[str, Any] | None) -> int | None:
-    """The token that an imported model pads with."""
+    """The padding token of an imported model."""
     found = generation["config"].get("pad_token_id") if generation else None
     return found if isinstance(found, int) and found >= 0 else None
 
 
 def _differs(checkpoint: Checkpoint, eod: int | None) -> list[str]:
-    """What to know about the ids of special tokens in ``config.json``."""
+    """Notes about the ids of special tokens in ``config.json``."""
     generation = checkpoint.state.get(GENERATION)
     if generation is None:
         if was_imported(checkpoint.path.parent.parent) and checkpoint.config.task.kind == "text":
             return [
-                "the ids of bos, eos and pad are the data's: an earlier version imported the model "
-                "and did not keep its own"
+                "the ids of bos, eos and pad are those of the data: an earlier version imported "
+                "the model and did not keep the model's own"
             ]
         return []
     if eod is None or ends_with(generation, eod):

@@ -1,4 +1,4 @@
-"""`pretrain import`: a run whose step 0 is a model that was trained elsewhere."""
+"""`pretrain import`: makes a run whose step 0 is a model that was trained elsewhere."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def import_model(
 ) -> Setup:
     """Make a run folder whose first checkpoint, at step 0, holds a pretrained model.
 
-    The recipe's ``model`` section is replaced by what ``config.json`` says (``model.context`` may
-    be set shorter with an override); everything else is the recipe's.
+    The recipe's ``model`` section is replaced by the values of ``config.json`` (an override may
+    make ``model.context`` shorter); everything else is the recipe's.
 
     Args:
         source: folder of a Hugging Face model, or a name on the Hub.
-        allow_unused: leave out tensors that are not of the language model.
+        allow_unused: leave out tensors that do not belong to the language model.
 
     Raises:
         UsageError, ModelError, RunError: one line.
@@ -78,13 +78,13 @@ def _folder(source: str) -> Path:
 
 
 def _check_tokenizer(folder: Path, task: Text) -> None:
-    """Say so where the data seems to be of another tokenizer."""
+    """Warn if the data seems to be made with another tokenizer."""
     there = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
     hashes = [hashlib.sha256(read_tokenizer(file)).hexdigest() for file in there]
     if there and task.tokenizer not in hashes:
         warn(
-            f"{task.source} was tokenised with {task.manifest.tokenizer}, which is not the "
-            f"{there[0].name} of {folder}: its tokens must mean the same"
+            f"{task.source} was tokenised with {task.manifest.tokenizer}, which differs from "
+            f"{there[0].name} of {folder}: make sure that their tokens mean the same"
         )
 
 
@@ -96,12 +96,12 @@ def write_masters(
     step: int,
     read: Callable[[ParameterInfo], Tensor],
 ) -> dict[str, Any]:
-    """A checkpoint of weights alone: a file for each part of the model, one part in memory.
+    """Write a checkpoint with only weights: a file per part of the model, one part in memory.
 
     Args:
-        folder: of the checkpoint; made here.
-        state: what else to remember (see `describe`).
-        read: a parameter's whole tensor, float32.
+        folder: of the checkpoint; this function makes it.
+        state: further state to save (see `describe`).
+        read: returns a parameter's whole tensor, float32.
 
     Returns:
         The files' entries.
@@ -150,7 +150,7 @@ def _write(setup: Setup, theirs: ForeignModel, folder: Path) -> None:
 
 
 def _fitted(values: Tensor, info: ParameterInfo) -> Tensor:
-    """With the zero rows that pad the vocabulary; positions beyond the context are left out."""
+    """Add the zero rows that pad the vocabulary, and drop positions beyond the context."""
     if info.role in (Role.EMBEDDING, Role.HEAD):
         values = torch.nn.functional.pad(values, (0, 0, 0, info.shape[0] - values.shape[0]))
     if info.role is Role.POSITION:
@@ -159,5 +159,5 @@ def _fitted(values: Tensor, info: ParameterInfo) -> Tensor:
 
 
 def next_words(run: Path) -> str:
-    """How to go on."""
+    """The command that continues the run."""
     return f"pretrain train {run / CONFIG} --out {run}"

@@ -1,4 +1,4 @@
-"""What goes beside exported weights: the tokenizer, and a card with recipe, decay and scores."""
+"""Writes the files beside exported weights: the tokenizer, and a card with recipe and scores."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from pretrain.runs.folder import CONFIG, EVALUATION, read_evaluation, was_import
 from pretrain.training.state import GENERATION
 
 _SAMPLE = 64
-"""Held-out documents on which a converted tokenizer must agree."""
+"""Number of held-out documents on which a converted tokenizer must agree."""
 
 
 def write_tokenizer(folder: Path, manifest: Manifest, context: int, pad: int | None = None) -> str:
-    """Put the data's tokenizer into the folder; returns what was put there, for people.
+    """Write the data's tokenizer to the folder, and return a description of what was written.
 
-    As ``tokenizer.json`` where that gives the same tokens; a SentencePiece model is copied beside
-    it, as it was trained. Settings that were switched off for documents are off there too.
+    It is written as ``tokenizer.json`` if that gives the same tokens; a SentencePiece model is
+    copied beside it. Settings that were switched off for documents are also off there.
 
     Args:
-        pad: the token that an imported model pads with.
+        pad: the padding token of an imported model.
     """
     source = manifest.tokenizer
     if not source.is_file():
-        return f"no tokenizer ({source} is not here)"
+        return f"no tokenizer ({source} does not exist)"
     tokenizer = manifest.open_tokenizer()
     parses = manifest.special.parse and isinstance(tokenizer, HuggingFaceTokenizer)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
-        # Unless the run took the names of special tokens in documents for tokens, they are letters.
+        # Names of special tokens in documents are plain text, unless the run parsed them as tokens.
         "split_special_tokens": not parses,
     }
     names = special_names(source, tokenizer)
@@ -57,11 +57,11 @@ def write_tokenizer(folder: Path, manifest: Manifest, context: int, pad: int | N
         text = fast_tokenizer(source, _texts(manifest, tokenizer), tokenizer.eod_name)
         told = "tokenizer.json and tokenizer.model"
     if text is None:
-        return "tokenizer.model alone (tokenizer.json would give other tokens)"
+        return "only tokenizer.model (tokenizer.json would give other tokens)"
     write_text(folder / "tokenizer.json", text)
     other = other_tokens(text, tokenizer, list(names.values()), not parses)
     if other:
-        told += f" (transformers makes other tokens of some texts, such as {other[:40]!r})"
+        told += f" (transformers gives other tokens for some texts, such as {other[:40]!r})"
     write_text(folder / "tokenizer_config.json", to_json(settings, indent=1))
     return told
 
@@ -76,7 +76,7 @@ def _texts(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
 
 
 def write_card(folder: Path, checkpoint: Checkpoint, kind: str, name: str, width: str) -> None:
-    """README.md: what this is, how it was trained, with which λ, and how it scores."""
+    """Write README.md: what the model is, how and with which λ it was trained, its scores."""
     config = checkpoint.config
     decay = config.optimizer.weight_decay
     count = sum(_numel(entry["shape"]) for entry in checkpoint.parameters.values())
@@ -101,7 +101,10 @@ def write_card(folder: Path, checkpoint: Checkpoint, kind: str, name: str, width
         *(f"| {role} | {value} |" for role, value in _decays(checkpoint).items()), "",
     ]  # fmt: skip
     if decay.policies:
-        lines += ["λ changed while it trained (`policies` in the recipe); these are the last.", ""]
+        lines += [
+            "λ changed during training (`policies` in the recipe); these are the last values.",
+            "",
+        ]
     lines += _scores(checkpoint)
     lines += ["## Recipe", "", "```yaml", dump_config(config).strip(), "```", ""]
     write_text(folder / "README.md", "\n".join(lines))
@@ -115,7 +118,7 @@ def _numel(shape: list[int]) -> int:
 
 
 def _decays(checkpoint: Checkpoint) -> dict[str, str]:
-    """λ by role; several where layers differ."""
+    """λ by role; several values if layers differ."""
     found: dict[str, set[float]] = {}
     for entry in checkpoint.parameters.values():
         found.setdefault(entry["role"], set()).add(entry["decay"])
@@ -123,7 +126,7 @@ def _decays(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _scores(checkpoint: Checkpoint) -> list[str]:
-    """The run's final evaluation, if it is of this checkpoint."""
+    """The run's final evaluation, if it belongs to this checkpoint."""
     path = checkpoint.path.parent.parent / EVALUATION
     try:
         figures = read_evaluation(path)
@@ -144,6 +147,6 @@ def _scores(checkpoint: Checkpoint) -> list[str]:
 
 
 def name_of(checkpoint: Checkpoint) -> str:
-    """What people call it: the run's folder, or the checkpoint's."""
+    """The model's name: that of the run folder, or of the checkpoint."""
     run = checkpoint.path.parent.parent
     return run.name if (run / CONFIG).exists() else checkpoint.path.name

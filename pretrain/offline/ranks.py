@@ -1,7 +1,7 @@
-"""Rank statistics of weights at rest: a run, a checkpoint, or any pretrained model, one table.
+"""Rank statistics of a run, a checkpoint, or any pretrained model, in one table.
 
-The same columns as a run's own ``ranks.parquet``, so that a run can be laid beside a model that
-others trained, or beside the checkpoints of its training.
+The columns are those of a run's own ``ranks.parquet``, so that a run can be compared with a model
+from elsewhere, or with the checkpoints of its training.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from pretrain.ranks.probe import lawful as lawful_rows
 from pretrain.runs.folder import CONFIG, resolve_checkpoint
 
 _CHUNK = 1 << 22
-"""Elements of a matrix that are brought to float64 at once."""
+"""Number of elements of a matrix that are converted to float64 at once."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One stack of attention layers at rest."""
+    """One stack of attention layers of a stored model."""
 
     name: str
-    """Empty, or which of several in one model."""
+    """Empty, or the name of one of several stacks in a model."""
     shape: AttentionShape
     layer: Callable[[int], Factors]
     shape_of: Callable[[int], AttentionShape]
-    """Of one layer."""
+    """Returns the factors of one layer."""
     books: Books | None
 
 
@@ -63,18 +63,18 @@ class Weights:
 def find_weights(
     target: str, family: Path | None = None, batch_tokens: int = 0, allow_unused: bool = False
 ) -> list[Weights]:
-    """What ``target`` names, in order of steps.
+    """The models that ``target`` names, in order of steps.
 
     Args:
         target: RUN, RUN@STEP, RUN@* (all its checkpoints), a checkpoint folder, a folder of a
             Hugging Face model, a folder of several of either, or a name on the Hub, with
             @REVISION, which may have a ``*``.
-        family: describes a model's files, where its family is not known.
+        family: describes a model's files if its family is not known.
         batch_tokens: tokens per step of pretrained models, for the table; 0: not known.
-        allow_unused: go on where a pretrained model has attention that is not measured.
+        allow_unused: continue if a pretrained model has attention that is not measured.
 
     Raises:
-        UsageError, ModelError: one line naming what was not found.
+        UsageError, ModelError: one line that names what was not found.
     """
     described = None
     if family:
@@ -94,7 +94,7 @@ def find_weights(
     if wanted == "*":
         found = list_checkpoints(path / CHECKPOINTS)
         if not found:
-            raise UsageError(f"{path}: no checkpoint of the run there")
+            raise UsageError(f"{path}: the run has no checkpoint")
         return [_checkpoint(one) for one in found]
     if path.is_dir() and not wanted and not (path / CONFIG).exists():
         parts = sorted((one for one in path.iterdir() if one.is_dir()), key=_number)
@@ -186,7 +186,7 @@ def _layer(factors: Factors, layer: int, stack: Stack, config: RanksConfig) -> l
 
 
 def write_table(rows: list[Row], out: Path) -> None:
-    """The long table as Parquet, its types those of a run's own."""
+    """Write the long table as Parquet, with the types of a run's own."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -210,8 +210,8 @@ _COLUMNS = {
 def means(rows: list[Row]) -> dict[str, float]:
     """Means over heads: pseudo-rank, balance, and discrepancy as a share of the bound.
 
-    Where heads share keys, balance and discrepancy are of the groups, whose law it is; NaN where
-    queries are normalised, since sizes then say nothing.
+    If heads share keys, balance and discrepancy are those of the groups, to which the balance law
+    applies; they are NaN if queries are normalised, because sizes then have no meaning.
     """
     found = {}
     for product in ("qk", "vp"):
@@ -231,7 +231,7 @@ def _mean(values: list[float]) -> float:
 
 
 def print_ranks(rows: list[Row], as_json: bool) -> None:
-    """Means per layer, or per step for several checkpoints, on standard output."""
+    """Print means per layer, or per step for several checkpoints, to standard output."""
     step = rows[0]["step"]
     series = "revision" in rows[0]
     parts: dict[str, list[Row]] = {}
@@ -263,7 +263,7 @@ def print_ranks(rows: list[Row], as_json: bool) -> None:
 
 
 def _why_missing(rows: list[Row]) -> list[str]:
-    """What the table's gaps come from."""
+    """The reasons for missing values in the table."""
     reasons = []
     heads = [row for row in rows if row["level"] == "head"]
     lost = [row for row in heads if row["nonfinite"]]
@@ -274,7 +274,9 @@ def _why_missing(rows: list[Row]) -> list[str]:
             f"layer {one['layer']}, {one['product']}, head {one['head']}"
         )
     if any(math.isnan(row["balance"]) and not row["nonfinite"] for row in heads):
-        reasons.append("queries and keys are normalised, so the sizes of their factors say nothing")
+        reasons.append(
+            "queries and keys are normalised, so the sizes of their factors have no meaning"
+        )
     return reasons
 
 
@@ -292,7 +294,7 @@ def rank_command(
     as_json: bool,
     allow_unused: bool,
 ) -> None:
-    """`pretrain ranks`."""
+    """Run `pretrain ranks`."""
     found = find_weights(target, family, batch_tokens, allow_unused)
     with contextlib.ExitStack() as ours:
         for path in filter(None, (out, figures / "scatter" if figures else None)):

@@ -1,4 +1,4 @@
-"""Figures 4 and 6: are a model's attention factors balanced, and its norms at their bound?"""
+"""Figures 4 and 6: show whether attention factors are balanced and norms are at their bound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.ranks.probe import Row
 from pretrain.runs.outputs import write_csv, write_figure
 
 _DECADE = 20
-"""Points that span more than this are drawn on logarithmic axes."""
+"""Points that span more than this factor are drawn on logarithmic axes."""
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Scatter:
     points: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, tower: str, layer: int, factors: Factors, rows: list[Row]) -> None:
-        """Take the points of one layer."""
+        """Add the points of one layer."""
         for product, (a, b) in factors.row_norms().items():
             self.points += [
                 self._point("row", tower, layer, product, index, x, y)
@@ -65,7 +65,7 @@ class Scatter:
         return [x for x, _ in chosen], [y for _, y in chosen]
 
     def correlation(self, panel: str, product: str) -> float:
-        """Of the logarithms of the points: 1 on a line through the diagonal's direction."""
+        """Correlation of the logarithms of the points: 1 on a line in the diagonal's direction."""
         import numpy as np
 
         x, y = (np.array(one) for one in self.values(panel, product))
@@ -75,12 +75,12 @@ class Scatter:
         return float(np.corrcoef(np.log(x[keep]), np.log(y[keep]))[0, 1])
 
     def balance(self, product: str) -> float:
-        """Σ nuclear norm / Σ bound over all heads: 1 where every head is at its bound."""
+        """Σ nuclear norm / Σ bound over all heads: 1 if every head is at its bound."""
         nuclear, bound = self.values("norm", product)
         return sum(nuclear) / sum(bound) if bound and sum(bound) else math.nan
 
     def write(self, folder: Path, name: str = "scatter", title: str = "") -> None:
-        """``NAME.png`` and ``NAME.csv``."""
+        """Write ``NAME.png`` and ``NAME.csv``."""
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / f"{name}.csv", self.points)
         self._draw(folder / f"{name}.png", title)

@@ -1,9 +1,9 @@
-"""What would it cost to use the low rank? Attention products cut to their leading directions.
+"""Cuts attention products to their leading directions, to measure what a lower rank would cost.
 
 W = A·Bᵀ is replaced by its best approximation of rank k (Eckart & Young 1936), as factors of the
-same shapes with k columns in use, so that the same code runs the cut model; with ``smaller`` the
-k columns are handed out alone. Biases are absorbed as one more input, the constant 1 (paper,
-section 2), so that nothing but the product's rank changes.
+same shapes with k columns in use, so that the same code runs the cut model. With ``smaller``, only
+the k columns are returned. Biases are treated as one more input, the constant 1 (paper, section 2),
+so that only the product's rank changes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RankChoice:
     """How many singular values each product of each head keeps."""
 
     share: float | None
-    """Of the head's width; None: the measured pseudo-rank."""
+    """Share of the head's width; None: the measured pseudo-rank."""
     products: tuple[str, ...] = ("qk", "vp")
     threshold: float = 0.95
 
@@ -50,7 +50,7 @@ def parse_rank(text: str, products: str = "both") -> RankChoice:
         UsageError: naming the option.
     """
     if products not in _PRODUCTS:
-        raise UsageError(f"--attention-product: {products} is none of qk, vp, both")
+        raise UsageError(f"--attention-product: {products} is not one of qk, vp, both")
     if text == "measured":
         return RankChoice(None, _PRODUCTS[products])
     try:
@@ -59,7 +59,7 @@ def parse_rank(text: str, products: str = "both") -> RankChoice:
         share = -1.0
     if not 0 < share <= 1:
         raise UsageError(
-            f"--attention-rank: {text} is neither a share above 0 and at most 1, nor `measured`"
+            f"--attention-rank: {text} is not a share above 0 and at most 1, or `measured`"
         )
     return RankChoice(share, _PRODUCTS[products])
 
@@ -69,11 +69,11 @@ def _check(shape: AttentionShape, choice: RankChoice) -> None:
         return
     reason = ""
     if shape.qk_norm:
-        reason = "QK-norm stands between W_Q and W_K, so W_QK is no single product"
+        reason = "QK-norm is applied between W_Q and W_K, so W_QK is not a single product"
     elif shape.rotary_dim:
-        reason = "rotary positions stand between W_Q and W_K, so W_QK is no single product"
+        reason = "rotary positions are applied between W_Q and W_K, so W_QK is not a single product"
     elif shape.group > 1:
-        reason = "query heads share keys, so that W_K cannot be cut for each"
+        reason = "query heads share keys, so W_K cannot be cut for each of them"
     if reason:
         raise UsageError(f"--attention-rank: {reason}; cut W_VP with --attention-product vp")
 
@@ -102,15 +102,15 @@ def cut_product(a: Tensor, b: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class CutCheckpoint(Checkpoint):
-    """A checkpoint whose attention products are cut; every other tensor is as it was."""
+    """A checkpoint whose attention products are cut; every other tensor is unchanged."""
 
     def __init__(self, path: Path, choice: RankChoice, smaller: bool = False) -> None:
         """
         Args:
-            smaller: heads as narrow as the largest rank kept anywhere, instead of zero columns.
+            smaller: make heads as narrow as the largest rank that is kept, instead of zero columns.
 
         Raises:
-            UsageError: if a product of this model is not one that can be cut.
+            UsageError: if a product of this model cannot be cut.
         """
         super().__init__(path)
         self.choice, self.smaller = choice, smaller
@@ -121,10 +121,10 @@ class CutCheckpoint(Checkpoint):
         if smaller:
             layers = range(self.shape.num_layers)
             widest = max(int(self._keeps(layer).max()) for layer in layers)
-            self.head_size = widest + widest % 2  # classes with rotary code want it even
+            self.head_size = widest + widest % 2  # classes with rotary code need an even width
 
     def full(self, name: str, key: str = MASTER) -> Tensor:
-        """As `Checkpoint.full`; of the attention, what is left of it."""
+        """As `Checkpoint.full`, with the attention cut."""
         parts = name.split(".")
         of_attention = len(parts) == 5 and parts[2] == "attention" and parts[3] in ATTENTION_PARTS
         if not of_attention or name == f"blocks.{parts[1]}.attention.output.bias" or key != MASTER:
@@ -135,7 +135,7 @@ class CutCheckpoint(Checkpoint):
         return self._tensors[".".join(parts[3:])]
 
     def local(self, info: ParameterInfo, key: str, rank: int, size: int) -> Tensor:
-        """As `Checkpoint.local`, through the whole tensor."""
+        """As `Checkpoint.local`, cut from the whole tensor."""
         if ".attention." not in info.name:
             return super().local(info, key, rank, size)
         values = self.full(info.name, key)
@@ -144,7 +144,8 @@ class CutCheckpoint(Checkpoint):
         return values.reshape(-1)
 
     def _keeps(self, layer: int) -> Tensor:
-        """Ranks kept by (product, key/value head), of the weights alone, as the probe has them."""
+        """Ranks kept by (product, key/value head), of the weights without biases, as in the
+        probe."""
         return torch.stack([self._keep(layer, product) for product in ("qk", "vp")])
 
     def _keep(self, layer: int, product: str) -> Tensor:

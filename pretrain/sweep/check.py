@@ -1,4 +1,4 @@
-"""What the folders of a sweep hold must be runs of its file: of these recipes and trunks."""
+"""Checks that the folders of a sweep hold runs of its file, with its recipes and trunks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_runs(sweep: Sweep, device: torch.device | None) -> None:
     """Refuse a sweep whose folders hold runs of another recipe, before anything is written.
 
     Args:
-        device: on which the runs train, which says what precision auto means; None: not known.
+        device: on which the runs train, which decides what precision auto means; None: not known.
 
     Raises:
         UsageError: naming the run, the key and both values.
@@ -29,7 +29,9 @@ def check_runs(sweep: Sweep, device: torch.device | None) -> None:
         known = known_recipe(task.run)
         check_lengths(task.config, known)
         if (task.run / CONFIG).is_file():
-            with contextlib.suppress(RunError):  # damaged: its own start says so, and what to do
+            with contextlib.suppress(
+                RunError
+            ):  # damaged: the run's own start reports it, and what to do
                 _check(task, device, known)
 
 
@@ -43,17 +45,19 @@ def _check(task: Task, device: torch.device | None, known: Config | None) -> Non
         before = forked_from(task.run)
         if before and before["step"] != task.trunk.last:
             raise UsageError(
-                f"{task.run}: holds a run that was forked at step {before['step']}, the sweep says "
-                f"fork.step: {task.trunk.last}; choose another --out"
+                f"{task.run}: holds a run that was forked at step {before['step']}, but the sweep "
+                f"has fork.step: {task.trunk.last}; choose another --out"
             )
-        with contextlib.suppress(UsageError):  # not trained so far: it is begun with anew
+        with contextlib.suppress(
+            UsageError
+        ):  # not trained that far: it starts from the trunk again
             fork = resolve_checkpoint(f"{task.trunk.run}@{task.trunk.last}")
     setup = prepare(config, config.grid.tensor_parallel, known)
     begin(setup, task.run, fork, task.until, word)
 
 
 def _meaning(task: Task, config: Config, device: torch.device | None) -> str:
-    """What precision auto means where the runs train."""
+    """The meaning of precision auto on the device of the runs."""
     if device is None:
         return recipe_of(task.run).precision
     return resolve_precision(config.precision, device, config.grid.zero_stage)

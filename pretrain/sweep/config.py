@@ -24,7 +24,7 @@ Values = dict[str, Any]
 
 
 MOST_RUNS = 10_000
-"""Of a sweep; more are a slip of the pen."""
+"""Largest number of runs of a sweep; more are assumed to be a mistake."""
 
 
 class Range(Section):
@@ -47,27 +47,29 @@ class Range(Section):
 
 
 class ForkConfig(Section):
-    """One trunk for each seed, from which every arm goes on with its own values."""
+    """One trunk run for each seed, from which every arm continues with its own values."""
 
-    step: int = Field(ge=1, description="the trunk trains so far")
-    set: Values = Field({}, description="values of the trunk, over the recipe's")
+    step: int = Field(ge=1, description="last step of the trunk")
+    set: Values = Field({}, description="values of the trunk, instead of the recipe's")
 
 
 class SweepConfig(Section):
-    """What a sweep file may say."""
+    """The keys of a sweep file."""
 
     recipe: str = Field(description="YAML recipe, relative to the sweep file")
     set: Values = Field({}, description="values that all runs share")
-    grid: dict[str, list[Any] | Range] = Field({}, description="keys whose values are crossed")
+    grid: dict[str, list[Any] | Range] = Field({}, description="keys whose values are combined")
     exposure: dict[str, list[float] | Range] = Field(
-        {}, description="λ keys given as Σηλ over the run, crossed with the grid"
+        {}, description="λ keys given as Σηλ over the run, combined with the grid"
     )
-    points: list[Values] = Field([], description="further points, beside the grid")
-    seeds: list[int] | int = Field(1, description="list, or how many from the recipe's on")
+    points: list[Values] = Field([], description="further points, in addition to the grid")
+    seeds: list[int] | int = Field(
+        1, description="list, or the number of seeds from the recipe's on"
+    )
     baseline: Values | None = Field(None, description="the point that others are compared with")
     fork: ForkConfig | None = None
     processes: int = Field(1, ge=1, description="processes of each run")
-    retries: int = Field(1, ge=0, description="times that a failed run is tried again")
+    retries: int = Field(1, ge=0, description="how often a failed run is tried again")
     wandb: str = Field("", description="W&B project; the sweep is one group of it")
 
 
@@ -77,9 +79,9 @@ class Point:
 
     name: str
     given: Values
-    """As the sweep file has it (λ or exposure)."""
+    """Values as in the sweep file (λ or exposure)."""
     values: Values
-    """As the recipe takes it (λ)."""
+    """Values for the recipe (λ)."""
 
 
 @dataclass(frozen=True)
@@ -90,23 +92,23 @@ class Task:
     run: Path
     config: Config
     point: Point | None
-    """None: a trunk."""
+    """The point; None for a trunk."""
     until: int | None = None
     trunk: Task | None = None
 
     @property
     def last(self) -> int:
-        """The step that it ends with."""
+        """The last step."""
         return self.until or self.config.train.steps
 
     @property
     def steps(self) -> int:
-        """Steps that it trains itself, after its trunk's."""
+        """Number of steps that the run itself trains, after its trunk."""
         return self.last - (self.trunk.last if self.trunk else 0)
 
     @property
     def tokens(self) -> int:
-        """Tokens that it trains on itself."""
+        """Number of tokens that the run itself trains on."""
         return self.steps * self.config.train.global_batch * self.config.model.context
 
 
@@ -133,7 +135,7 @@ def load_sweep(path: Path, out: Path | None = None) -> Sweep:
         out: folder of the runs; default ``runs/NAME``.
 
     Raises:
-        UsageError: one line that names the file, the key and the mend.
+        UsageError: one line that names the file, the key and what to do.
     """
     config = _read(path)
     base = load_config(_recipe(path, config))
@@ -150,7 +152,7 @@ def load_sweep(path: Path, out: Path | None = None) -> Sweep:
     if isinstance(seeds, int):
         seeds = [base.seed + index for index in range(seeds)]
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"{path}: seeds: empty, or one twice; give different numbers")
+        raise UsageError(f"{path}: seeds: empty, or one occurs twice; give different numbers")
     tasks: list[Task] = []
     for seed in seeds:
         trunk = _trunk(path, config, base, seed, folder)
@@ -192,7 +194,7 @@ def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
     if not axes and not config.points:
         raise UsageError(f"{path}: grid: nothing varies; give keys and their values")
     if math.prod(len(values) for values in axes.values()) > MOST_RUNS:
-        raise UsageError(f"{path}: grid: more than {MOST_RUNS:,} points; take fewer values")
+        raise UsageError(f"{path}: grid: more than {MOST_RUNS:,} points; use fewer values")
     givens = [dict(zip(axes, chosen)) for chosen in itertools.product(*axes.values())]
     givens = (givens if axes else []) + [
         {key: number(value) for key, value in point.items()} for point in config.points
@@ -216,7 +218,9 @@ def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
             values[key] = _round(float(given[key]) / sums[which])
         with_values(base, values, f"{path}: grid")
         if name in points and points[name].given != given:
-            raise UsageError(f"{path}: two points are both named {name}; tell them apart by more")
+            raise UsageError(
+                f"{path}: two points would both be named {name}; make their values differ more"
+            )
         points[name] = Point(name, given, values)
     return list(points.values())
 
@@ -235,7 +239,7 @@ def _baseline(path: Path, config: SweepConfig, points: list[Point]) -> Point | N
         if point.given == {key: number(value) for key, value in config.baseline.items()}:
             return point
     raise UsageError(
-        f"{path}: baseline: {config.baseline} is no point of the sweep; they are "
+        f"{path}: baseline: {config.baseline} is not a point of the sweep; the points are "
         f"{'; '.join(point.name for point in points[:6])}{' ...' * (len(points) > 6)}"
     )
 
@@ -246,7 +250,8 @@ def _trunk(path: Path, config: SweepConfig, base: Config, seed: int, folder: Pat
     run = with_values(base, {**config.fork.set, "seed": seed}, f"{path}: fork.set")
     if config.fork.step >= run.train.steps:
         raise UsageError(
-            f"{path}: fork.step: {config.fork.step} leaves no steps of {run.train.steps}"
+            f"{path}: fork.step: {config.fork.step} leaves no steps of "
+            f"train.steps={run.train.steps}"
         )
     name = f"trunk,seed={seed}"
     return Task(name, folder / name, run, None, until=config.fork.step)
@@ -259,7 +264,7 @@ def _logging(path: Path, config: SweepConfig) -> Values:
 
 
 def short_names(keys: list[str]) -> dict[str, str]:
-    """The fewest last parts of each dotted key that tell the keys apart."""
+    """The shortest endings of the dotted keys that distinguish them."""
     unique = list(dict.fromkeys(keys))
     names = {}
     for key in unique:
@@ -273,7 +278,7 @@ def short_names(keys: list[str]) -> dict[str, str]:
 
 
 _LARGEST = 10**300
-"""Whole numbers beyond it are none as floats."""
+"""Integers beyond this are not exact as floats."""
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""`pretrain sweep --dry-run`: the runs, their tokens, and the time and cost from a short timing."""
+"""`pretrain sweep --dry-run`: lists runs and tokens, and estimates time and cost by a short
+timing."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ from pretrain.sweep.config import Sweep, Task
 from pretrain.sweep.run import is_done
 
 _STEPS = 8
-"""Steps of the timing; the first two are not counted."""
+"""Number of steps of the timing; the first two are not counted."""
 
 Starter = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
-"""Runs `pretrain WORDS...` as one run of the sweep would be run."""
+"""A function that runs `pretrain WORDS...` like one run of the sweep."""
 
 
 def plan(sweep: Sweep, slots: int, start: Starter | None, price: float) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def plan(sweep: Sweep, slots: int, start: Starter | None, price: float) -> dict[
     Args:
         slots: runs at once.
         start: how to start the short timing; None: no timing.
-        price: of one process for an hour, in any currency.
+        price: price of one process for one hour, in any currency.
     """
     open_tasks = [task for task in sweep.tasks if not is_done(task)]
     found: dict[str, Any] = {
@@ -105,7 +106,7 @@ def _seconds(task: Task, speed: dict[str, float]) -> float:
 
 
 def print_plan(found: dict[str, Any], slots: int) -> None:
-    """The dry run as a table on standard output."""
+    """Print the dry run as a table to standard output."""
     from rich.table import Table
 
     table = Table(title=f"{len(found['runs'])} runs, {found['open']} to do")
@@ -120,7 +121,8 @@ def print_plan(found: dict[str, Any], slots: int) -> None:
     if "timing" in found:
         minutes = found["seconds"] / 60
         print(
-            f"timed: {found['timing']['step'] * 1000:.0f} ms a step, {found['seconds_a_run']:.0f} "
-            f"s a run (without its last evaluation); {slots} at once: about {minutes:.0f} min, "
-            f"{found['process_hours']:.2f} process-hours, cost {found['cost']:.2f}"
+            f"timed: {found['timing']['step'] * 1000:.0f} ms per step, "
+            f"{found['seconds_a_run']:.0f} s per run (without its last evaluation); {slots} at "
+            f"once: about {minutes:.0f} min, {found['process_hours']:.2f} process-hours, cost "
+            f"{found['cost']:.2f}"
         )

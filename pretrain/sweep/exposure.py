@@ -1,4 +1,4 @@
-"""λ that gives a run a wanted exposure Σηλ, whatever schedules move it on the way."""
+"""Computes the λ that gives a run a certain exposure Σηλ under the recipe's schedules."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
 
 _PROBE = 2.0**-10
-"""A λ that is small enough for every coupling, and that divides without rounding."""
+"""A λ that is small enough for every coupling, and by which division is exact."""
 _ANSWERS = 128
-"""Stands for a vocabulary that the data will say: λ does not depend on it."""
+"""Placeholder for a vocabulary size that the data determines; λ does not depend on it."""
 
 
 def exposure_per_decay(config: Config, key: str, first: int, source: str) -> float:
     """Exposure of a run for λ = 1 at a dotted key: Σ rate·(what schedules make of 1).
 
     Args:
-        first: step from which the run trains itself, after its trunk.
-        source: begins messages.
+        first: the step from which the run itself trains, after its trunk.
+        source: the first part of messages.
 
     Raises:
-        UsageError: if λ there depends on what is measured, or not all its roles get the same.
+        UsageError: if λ there depends on measurements, or differs between the key's roles.
     """
     if config.optimizer.weight_decay.coupling != "lr":
-        raise UsageError(f"{source}: exposure: is Σηλ, for {KEY}.coupling lr alone")
+        raise UsageError(f"{source}: exposure: Σηλ is defined only for {KEY}.coupling=lr")
     control = _control(with_values(config, {key: _PROBE}, source))
     other = _control(with_values(config, {key: 2 * _PROBE}, source))
-    # By role: schedules do not tell layers apart.
+    # By role, because schedules do not distinguish layers.
     sites: dict[str, Site] = {
         site[0].value: site for site, decay in control.base.items() if decay != other.base[site]
     }
@@ -39,8 +39,8 @@ def exposure_per_decay(config: Config, key: str, first: int, source: str) -> flo
     measured = [role for role, site in sites.items() if control.is_adaptive(site[0])]
     if measured:
         raise UsageError(
-            f"{source}: exposure: a policy moves λ of {', '.join(measured)} by what it measures, "
-            f"so that no {key} gives a set exposure; give λ in grid: instead"
+            f"{source}: exposure: a policy changes λ of {', '.join(measured)} by measurements, "
+            f"so no {key} gives a fixed exposure; give λ in grid: instead"
         )
     totals = dict.fromkeys(sites, 0.0)
     for step in range(first, config.train.steps):
@@ -50,15 +50,15 @@ def exposure_per_decay(config: Config, key: str, first: int, source: str) -> flo
     if not all(totals.values()):
         none = [role for role, total in totals.items() if not total]
         raise UsageError(
-            f"{source}: exposure: rate x λ of {', '.join(none)} is 0 throughout; look at "
+            f"{source}: exposure: rate x λ of {', '.join(none)} is always 0; check "
             "optimizer.learning_rate and the schedules of λ"
         )
     least, most = min(totals.values()), max(totals.values())
     if not math.isclose(least, most, rel_tol=1e-9):
         parts = ", ".join(f"{role} {total / _PROBE:.4g}" for role, total in totals.items())
         raise UsageError(
-            f"{source}: exposure: schedules make {key}=1 different exposures ({parts}); give the "
-            "roles keys of their own"
+            f"{source}: exposure: schedules give {key}=1 different exposures ({parts}); give each "
+            "role its own key"
         )
     return most / _PROBE
 

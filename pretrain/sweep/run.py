@@ -1,7 +1,7 @@
-"""Run the points of a sweep: what is done is kept, what was cut short goes on, failures are said.
+"""Runs the points of a sweep: keeps finished runs, continues interrupted ones, reports failures.
 
-All state is in the run folders and their locks. The loop asks each folder what it holds, starts
-what is missing through an executor, and looks again; killed at any moment, it can start again.
+All state is in the run folders and their locks. The loop checks each folder, starts missing runs
+through an executor, and repeats; it can be killed at any moment and started again.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def is_done(task: Task) -> bool:
 
 
 def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list[Status]:
-    """Run what is missing.
+    """Run all tasks that are not done.
 
     Returns:
-        The state of every task; those that failed have the last line of their log as note.
+        The state of every task; failed tasks have the last line of their log as a note.
 
     Raises:
         Stopped: by a signal, after a clean stop.
@@ -48,7 +48,7 @@ def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list
 
 
 def _files(sweep: Sweep, out: Path) -> dict[Path, bytes]:
-    """What the folder says of its runs before they begin."""
+    """Write the files about the sweep before its runs start."""
     recipes = {_recipe(out, task): dump_config(task.config).encode() for task in sweep.tasks}
     return {out / SWEEP: to_json(describe(sweep), indent=1).encode(), **recipes}
 
@@ -70,7 +70,7 @@ def _run(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list[Stat
 
 
 def describe(sweep: Sweep) -> dict[str, Any]:
-    """What a reader of the folder needs: which key varies, and what is the baseline."""
+    """The information that a reader of the folder needs: the varied keys and the baseline."""
     return {
         "name": sweep.name,
         "keys": sweep.keys,
@@ -91,7 +91,7 @@ def _settled(statuses: list[Status]) -> bool:
 def _round(
     statuses: list[Status], out: Path, executor: Executor, processes: int, retries: int
 ) -> None:
-    """Look at what ended, at every folder, and start what can start."""
+    """Check jobs that ended and every folder, and start what can start."""
     by_name = {status.task.name: status for status in statuses}
     for name, code in executor.poll().items():
         _ended(by_name[name], code, out, retries)
@@ -112,10 +112,10 @@ def _round(
 def _ended(status: Status, code: int, out: Path, retries: int) -> None:
     if is_done(status.task):
         status.state = "done"
-    elif is_busy(status.task.run):  # another sweep was quicker
+    elif is_busy(status.task.run):  # another sweep was faster
         status.state, status.tries = "elsewhere", status.tries - 1
     elif code == TRY_AGAIN and _newest(status.task.run) != status.checkpoint:
-        # Preempted, or its machine failed, but it got further: no failure of its own.
+        # Preempted, or its machine failed, but it made progress: this is not a failure of the run.
         status.state, status.tries, status.note = "waiting", status.tries - 1, "goes on"
     elif status.tries > retries:
         status.state = "failed"
@@ -168,7 +168,7 @@ def _log(out: Path, task: Task) -> Path:
 
 
 def _progress(run: Path) -> tuple[int, float | None]:
-    """The last step in the metrics, and its loss, from the file's end."""
+    """The last step in the metrics and its loss, read from the end of the file."""
     try:
         with (run / METRICS).open("rb") as file:
             file.seek(0, 2)
@@ -197,7 +197,7 @@ def _last_line(path: Path) -> str:
 
 
 def summary(statuses: Iterable[Status]) -> dict[str, Any]:
-    """The end of a sweep as plain data."""
+    """The result of a sweep as plain data."""
     return {
         status.task.name: {
             "state": status.state,

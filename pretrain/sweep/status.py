@@ -1,4 +1,4 @@
-"""What is known of a run of a sweep."""
+"""The state of a run of a sweep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pretrain.sweep.config import Task
 
 @dataclass
 class Status:
-    """What is known of a task."""
+    """The state of a task."""
 
     task: Task
     state: str = "waiting"
@@ -22,11 +22,11 @@ class Status:
     started: float | None = None
     first_step: int = 0
     checkpoint: str = ""
-    """The newest one when this start began."""
+    """The newest checkpoint at the beginning of this start."""
 
     @property
     def left(self) -> float | None:
-        """Seconds to the end, from this start's own speed."""
+        """Seconds to the end, estimated from the speed of this start."""
         done = self.step - self.first_step
         if self.state != "running" or self.started is None or done < 1:
             return None

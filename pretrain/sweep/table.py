@@ -1,4 +1,4 @@
-"""The live table of a sweep: on a terminal redrawn, elsewhere a line for each change."""
+"""The live table of a sweep: redrawn on a terminal, one line per change elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pretrain.sweep.status import Status
 
 
 class Table:
-    """Shows the state of every run while a sweep goes on."""
+    """Shows the state of every run during a sweep."""
 
     def __init__(self, title: str) -> None:
         self._title = title

@@ -88,7 +88,7 @@ def test_a_prediction_that_fails_fails_the_command(
     text = capsys.readouterr()
     assert "FAILS  recall is learned" in text.out and "recall is learned" in text.err
     checks = {check["claim"]: check["holds"] for check in read_checks(tmp_path, "fig2")}
-    assert checks["‖AᵀA − BᵀB‖ of W_VP falls the faster the larger λ"]
+    assert checks["‖AᵀA − BᵀB‖ of W_VP falls faster with larger λ"]
     assert (tmp_path / "fig2.png").stat().st_size > 10_000
 
 
@@ -205,6 +205,6 @@ def test_page(tmp_path: Path) -> None:
     write_page(tmp_path / "paper.md", tmp_path / "figures", list(TITLES))
     text = (tmp_path / "paper.md").read_text()
     assert "| a\\|b falls | 0.5 | 0.1 (1) | agrees |" in text
-    assert "disagrees (told, not required)" in text and "(figures/fig1.png)" in text
+    assert "disagrees (not required)" in text and "(figures/fig1.png)" in text
     assert text.count("not run") == len(TITLES) - 1
     assert "1 of 1; 0 of 1 told" in text

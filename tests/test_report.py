@@ -376,7 +376,7 @@ def test_wrong_words(
         ([str(tmp_path / "empty")], "no run folder"),
         ([str(tmp_path / "nowhere")], "nowhere"),
         ([str(recipe.parent / "recipe.yaml")], "recipe.yaml"),
-        ([str(next(few.iterdir())), str(next(few.iterdir()))], "report one of them"),
+        ([str(next(few.iterdir())), str(next(few.iterdir()))], "report only one of them"),
     ):
         assert run(monkeypatch, "report", *words, "--out", str(tmp_path / "x.html")) == 2, words
         error = capfd.readouterr().err.strip().splitlines()[-1]

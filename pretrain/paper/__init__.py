@@ -1,1 +1,1 @@
-"""The experiments of "Weight decay induces low-rank attention layers", one module a figure."""
+"""The experiments of "Weight decay induces low-rank attention layers", one module per figure."""

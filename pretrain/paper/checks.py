@@ -1,4 +1,4 @@
-"""What a figure claims, with the number that decides it."""
+"""The predictions of a figure, each with the number that decides it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Check:
     deviation: float
     tolerance: float
     value: str = ""
-    """What was measured, in words, where the deviation alone says little."""
+    """The measured values as text, if the deviation alone is not clear."""
     decides: bool = True
-    """False: told, but not required, as the setting is too small to decide it."""
+    """False: reported but not required, because the setting is too small to decide it."""
 
     @property
     def holds(self) -> bool:

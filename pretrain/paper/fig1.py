@@ -22,7 +22,8 @@ from pretrain.spectra import product_statistics
 LEVELS = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2], dtype=torch.float64)
 SHOWN = (0.0, 0.1, 0.2, 0.4, 0.8)
 CHECKED = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Half of each lies between two levels: at a level itself the approach is slower than any rate."""
+"""λ values whose halves lie between two levels; at a level itself, convergence is not
+exponential."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def start(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def descend(decays: tuple[float, ...], rate: float, steps: int, every: int) -> Trajectory:
-    """Gradient descent for all λ at once, measured every so many steps."""
+    """Gradient descent for all λ at once, measured every ``every`` steps."""
     a, b = start(len(decays))
     target = torch.diag(LEVELS)
     decay = torch.tensor(decays, dtype=torch.float64)[:, None, None]
@@ -79,7 +80,8 @@ def checks() -> list[Check]:
     long = descend(CHECKED, rate=0.05, steps=12_000, every=12_000)
     expected = (LEVELS - torch.tensor(CHECKED, dtype=torch.float64)[:, None] / 2).clamp_min(0)
     closed_form = (long.singular_values[-1] - expected).abs().max()
-    # A small rate, as the law of the discrepancy is gradient flow's: per step its error is η².
+    # A small rate, because the law of the discrepancy is for gradient flow: the error per step is
+    # η².
     rate, steps = 2e-4, 20_000
     fine = descend((0.0, *CHECKED), rate, steps, every=1000)
     fall = (fine.discrepancy[-1] / fine.discrepancy[0])[1:].log()
@@ -91,11 +93,13 @@ def checks() -> list[Check]:
         Check("singular values end at max(s − λ/2, 0)", closed_form.item(), 1e-6),
         Check("the gap closes for λ > 0", long.gap[-1].max().item(), 1e-6),
         Check(
-            "‖AᵀA − BᵀB‖ falls at rate 2ηλ a step", (fall / predicted - 1).abs().max().item(), 0.02
+            "‖AᵀA − BᵀB‖ falls at rate 2ηλ per step",
+            (fall / predicted - 1).abs().max().item(),
+            0.02,
         ),
-        Check("without decay ‖AᵀA − BᵀB‖ does not move", still.item(), 1e-3),
+        Check("without decay ‖AᵀA − BᵀB‖ does not change", still.item(), 1e-3),
         Check("a single matrix ends at s/(1 + λ/2)", (single - shrunk).abs().max().item(), 1e-6),
-        Check("and its rank never falls", float((single < 1e-3).sum()), 0.0),
+        Check("and the single matrix's rank never falls", float((single < 1e-3).sum()), 0.0),
     ]
 
 

@@ -1,7 +1,7 @@
 """Figure 2: associative recall in a two-layer attention-only transformer.
 
-The rank of the first layer's products falls with decay, and ‖AᵀA − BᵀB‖ decays the faster the
-larger λ: to first order as exp(−2Σηλ), also under AdamW with noise, down to a floor (Prop. B.2).
+The rank of the first layer's products falls with decay, and ‖AᵀA − BᵀB‖ decays faster with larger
+λ: to first order as exp(−2Σηλ), also under AdamW with noise, down to a floor (Prop. B.2).
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def figure(runs_folder: Path, out: Path) -> None:
 
 
 def accuracy(run: RunData) -> float:
-    """Share of right answers on held-out samples."""
+    """Share of correct answers on held-out samples."""
     return float((run.evaluation or {})["overall"]["accuracy"])
 
 
 def checks(runs: list[RunData]) -> list[Check]:
-    """What the figure shows, in numbers."""
+    """The predictions of the figure, with numbers."""
     chance = 1 / runs[0].config.task.pairs
     usual = [run for run in runs if given_decay(run) <= _PAPER]
     worst = min(accuracy(run) for run in usual)
@@ -74,13 +74,13 @@ def checks(runs: list[RunData]) -> list[Check]:
         found.append(Check(claim, largest_rise(ranks), 0.0, arrow(ranks)))
         rates = [fall_rate(run, product) for run in runs]
         least = min(later - earlier for earlier, later in pairwise(rates))
-        claim = f"‖AᵀA − BᵀB‖ of {name} falls the faster the larger λ"
+        claim = f"‖AᵀA − BᵀB‖ of {name} falls faster with larger λ"
         words = "per 1,000 steps " + arrow([1000 * rate for rate in rates], 2)
         found.append(Check(claim, -least, 0.0, words))
         size = series(runs[0], product, "discrepancy", 0)[1]
         kept = size[-1] / size[0]
         claim = f"without decay it does not vanish ({name})"
-        found.append(Check(claim, 1 - kept, 0.5, f"{kept:.2f} of its first size is left"))
+        found.append(Check(claim, 1 - kept, 0.5, f"{kept:.2f} of its initial size is left"))
     return found
 
 

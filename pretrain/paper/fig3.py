@@ -1,7 +1,7 @@
 """Figures 3 (left) and 7 and Table 1: the language model, attention decay x MLP decay.
 
-The paper shows layers 5, 7 and 9 of 12; of a shallower model the layers at the same depth are
-shown. Table 1 is perplexity on held-out text, mean ± standard error over seeds.
+The paper shows layers 5, 7 and 9 of 12. For a shallower model, the layers at the same relative
+depth are shown. Table 1 is perplexity on held-out text, mean ± standard error over seeds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PAPER_LAYERS = 12
 
 
 def layers_of(figure: str, depth: int) -> list[int]:
-    """The layers of a model of ``depth`` that stand where the paper's stand in 12."""
+    """The layers of a model of ``depth`` at the relative depth of the paper's layers of 12."""
     return sorted({layer * depth // _PAPER_LAYERS for layer in _SHOWN[figure]})
 
 
@@ -118,7 +118,8 @@ def _error(found: list[float]) -> float:
 
 
 def table_checks(runs: list[RunData], rows: list[dict[str, Any]]) -> list[Check]:
-    """The pairing, which must hold; and the paper's two findings, which scale may undo."""
+    """Check the pairing, which must hold, and the paper's two findings, which need not hold
+    here."""
     seeds = {run.seed for run in runs}
     paired = sum(
         len({(run.identity or {}).get("data_order") for run in runs if run.seed == seed}) - 1

@@ -11,7 +11,7 @@ from pretrain.report.load import RunData
 from pretrain.runs.outputs import write_csv, write_figure
 
 _NEEDED = 0.95
-"""Accuracy on held-out digits that some λ must reach; on other images nothing is promised."""
+"""Accuracy on held-out digits that some λ must reach; not required for other images."""
 
 
 def figure(runs_folder: Path, out: Path) -> None:

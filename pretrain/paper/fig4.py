@@ -1,6 +1,6 @@
-"""Figures 4 and 6: are the attention factors of trained models balanced, its norms at the bound?
+"""Figures 4 and 6: check that attention factors of trained models are balanced, norms at the bound.
 
-Of a pretrained model (LLaMA-2-7B and ViT-B/16 in the paper), or of runs of our own.
+The model is a pretrained one (LLaMA-2-7B and ViT-B/16 in the paper) or one of our own runs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def figure(
 
     Args:
         name: ``fig4`` or ``fig6``.
-        target: as of `pretrain ranks`.
-        contrast: a run without decay, whose numbers are told beside.
+        target: as in `pretrain ranks`.
+        contrast: a run without decay, whose numbers are shown for comparison.
     """
     _, scatter = measure_weights(find_weights(target, family)[-1:], RanksConfig())
     scatter.write(out, name, target)

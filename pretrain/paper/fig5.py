@@ -1,9 +1,9 @@
-"""Figure 5: what AdamW's decay is equivalent to, for two scalars.
+"""Figure 5: the penalty to which AdamW's decay is equivalent, for two scalars.
 
 The loss is the squared distance of w = (w₁, w₂) to the line S: 2w₁ + w₂ = 2. AdamW with decay λ
-comes to rest where the gradient balances an L2 penalty of strength λ_L2 = λε/(1 − λ|w|)
-(elementwise; λε only while λ|w| ≪ 1): at the point of S with the least L2 norm. Written as
-w = a·b, decay of a and b acts as an L1 penalty, and the end is S's point of least L1 norm.
+converges to the point where the gradient balances an L2 penalty of strength λ_L2 = λε/(1 − λ|w|)
+(elementwise; λε only while λ|w| ≪ 1): the point of S with the least L2 norm. With w = a·b, decay of
+a and b acts as an L1 penalty, and the end point is the point of S with the least L1 norm.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def run(out: Path) -> None:
 
 
 def checks(found: dict[tuple[str, str], tuple[list[Any], Tensor, Tensor]]) -> list[Check]:
-    """End points, and the exact fixed point of AdamW beside the approximate one."""
+    """Check the end points, and compare AdamW's exact fixed point with the approximate one."""
     results = []
     for (form, optimizer), (path, *_) in found.items():
         name, point = ("L2", L2_POINT) if form == "direct" else ("L1", L1_POINT)
@@ -102,7 +102,7 @@ def checks(found: dict[tuple[str, str], tuple[list[Any], Tensor, Tensor]]) -> li
     exact = DECAY * EPSILON / (1 - DECAY * w.abs())
     measured = -gradient / w
     error = (measured / exact - 1).abs().max().item()
-    results.append(Check("AdamW rests where λ_L2 = λε/(1 − λ|w|)", error, 1e-4))
+    results.append(Check("AdamW converges to the point where λ_L2 = λε/(1 − λ|w|)", error, 1e-4))
     naive = (measured / (DECAY * EPSILON) - 1).abs().max().item()
     print(f"note   the paper's λ_L2 = λε is approximate here: off by {naive:.3g} (λ|w| = "
           f"{(DECAY * w.abs()).max():.3g})")  # fmt: skip

@@ -1,10 +1,10 @@
-"""Beyond the paper: where attention today differs, on trained small models.
+"""Beyond the paper: variants of attention in use today, on trained small models.
 
 The plain theory is for multi-head attention without rotary positions or QK-norm
-(docs/statistics.md): under grouped queries the law is the group's, as far as gradients rule (AdamW
-gives every matrix its size by its steps); under rotary positions the law is a frequency pair's;
-under QK-norm decay has no nuclear mechanism on W_QK; with biases that do not decay, it is the
-weights' alone.
+(docs/statistics.md). With grouped queries the law applies to the group, as long as gradients
+determine sizes (under AdamW, the step size determines the size of every matrix). With rotary
+positions the law applies to each frequency pair. With QK-norm, decay has no nuclear mechanism on
+W_QK. With biases that do not decay, it applies only to the weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pretrain.runs.outputs import write_csv, write_figure
 from pretrain.spectra import product_statistics
 
 _FALL = 0.5
-"""Share of its rank without decay below which a product's rank has fallen."""
+"""A rank counts as fallen if it is below this share of the rank without decay."""
 
 
 def variant(config: Config) -> str:
@@ -46,7 +46,7 @@ def variant(config: Config) -> str:
 
 
 Pair = tuple[RunData, RunData]
-"""A variant without decay of attention, and with."""
+"""A variant without and with decay of attention."""
 
 
 def _pairs(runs: list[RunData]) -> dict[str, Pair]:
@@ -54,7 +54,7 @@ def _pairs(runs: list[RunData]) -> dict[str, Pair]:
     for run in runs:
         found.setdefault(variant(run.config), []).append(run)
     if not all(len(pair) >= 2 for pair in found.values()) or "plain" not in found:
-        raise UsageError("modern: a run without and one with decay are wanted of every variant")
+        raise UsageError("modern: every variant needs one run without and one with decay")
     names = sorted(found, key=lambda name: (name != "plain", name))
     return {name: (found[name][0], found[name][-1]) for name in names}
 
@@ -104,10 +104,12 @@ def checks(pairs: dict[str, Pair]) -> list[Check]:
     if "QK-norm" in pairs:
         normed, bare = _ratio(pairs["QK-norm"], "qk"), _ratio(plain, "qk")
         words = f"{normed:.2f} of the rank without decay is left, against {bare:.2f} plain"
-        claim = "QK-norm: decay takes less rank of W_QK than without (no nuclear mechanism)"
+        claim = (
+            "QK-norm: decay removes less rank of W_QK than without QK-norm (no nuclear mechanism)"
+        )
         found.append(Check(claim, bare - normed, 0.0, words))
         left = _ratio(pairs["QK-norm"], "vp")
-        claim = "QK-norm: the rank of W_VP falls all the same"
+        claim = "QK-norm: the rank of W_VP still falls"
         found.append(Check(claim, left - _FALL, 0.0, f"{left:.2f} is left"))
     if "biases" in pairs:
         found += _biased(pairs["biases"])
@@ -118,7 +120,7 @@ def checks(pairs: dict[str, Pair]) -> list[Check]:
         qk, vp = (_ratio(pairs["Muon"], product) for product in ("qk", "vp"))
         adam = max(_ratio(plain, product) for product in ("qk", "vp"))
         words = f"W_QK {qk:.2f}, W_VP {vp:.2f} of the rank is left"
-        claim = "Muon: decay takes less rank than under AdamW (its step is of full rank)"
+        claim = "Muon: decay removes less rank than under AdamW (Muon's step has full rank)"
         found.append(Check(claim, adam - min(qk, vp), 0.0, words))
     return found
 
@@ -153,7 +155,7 @@ def _grouped_by_gradients(pair: Pair) -> list[Check]:
     for product, word in (("qk", "W_QK"), ("vp", "W_VP")):
         group, head = _group_and_head(pair, product)
         words = f"group {group:.3f}, single heads {head:.3f}"
-        claim = f"grouped queries, SGD: the law is the group's, its stacked {word} nears the bound"
+        claim = f"grouped queries, SGD: the law is the group's; its stacked {word} nears the bound"
         found.append(Check(claim, 1 - group, 0.12, words))
     return found
 
@@ -178,7 +180,7 @@ def _rotary(pair: Pair) -> list[Check]:
 
 
 def _biased(pair: Pair) -> list[Check]:
-    """Balance of W_QK without and with its biases as one more row of the factors."""
+    """Balance of W_QK without its biases, and with them as one more row of the factors."""
     checkpoint = Checkpoint(resolve_checkpoint(str(pair[1].path)))
     balances: list[list[float]] = [[], []]
     for layer in range(checkpoint.config.model.num_layers):

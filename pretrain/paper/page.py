@@ -1,4 +1,4 @@
-"""One page of all figures: the paper's claim, our figure, our number, agrees or not."""
+"""One page with all figures: the paper's claim, our figure, our number, and whether they agree."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ TITLES = {
     "fig7": ("Figure 7: other layers", "The same in layers 7 and 9 of 12 (here at their depth)."),
     "table1": (
         "Table 1: perplexity by attention and MLP decay",
-        "MLP: more decay than 0.1 keeps helping. Attention: a sweet spot near 0.1, more hurts. A "
-        "model of a quarter of a million tokens need not show either: here they are told, not "
-        "required. `configs/paper/fig3-125m.yaml` is the experiment at the paper's scale.",
+        "The paper's findings: for the MLP, more decay than 0.1 continues to help; for attention, "
+        "decay near 0.1 is best and more hurts. A model trained on a quarter of a million tokens "
+        "need not show either, so both are reported here but not required. "
+        "`configs/paper/fig3-125m.yaml` is the experiment at the paper's scale.",
     ),
     "fig3-vit": (
         "Figure 3, right: a Vision Transformer",
@@ -43,9 +44,9 @@ TITLES = {
     ),
     "fig4": (
         "Figure 4: a trained language model's factors",
-        "Row norms of W_Q and W_K, of W_V and P lie on the diagonal, and norms at their bound "
-        "(paper: LLaMA-2-7B, `pretrain paper fig4 --model FOLDER`; here our run whose exposure is "
-        "nearest to the paper's).",
+        "The row norms of W_Q and W_K, and of W_V and P, lie on the diagonal, and norms are at "
+        "their bound (paper: LLaMA-2-7B, `pretrain paper fig4 --model FOLDER`; here our run whose "
+        "exposure is nearest to the paper's).",
     ),
     "fig6": (
         "Figure 6: a trained Vision Transformer's factors",
@@ -53,27 +54,28 @@ TITLES = {
     ),
     "fig5": (
         "Figure 5: AdamW's decay and L2",
-        "For a plain parameter both end at the L2 point of the curve, for a product of two at its "
-        "L1 point; λ_L2 = λ_wd·ε/(1 − λ_wd|w|) exactly, λ_wd·ε (the paper's) approximately.",
+        "For a plain parameter, both end at the L2 point of the curve; for a product of two, at "
+        "its L1 point. λ_L2 = λ_wd·ε/(1 − λ_wd|w|) is exact, λ_wd·ε (the paper's) is approximate.",
     ),
     "modern": (
-        "Beyond the paper: where attention today differs",
-        "Grouped queries, rotary positions, QK-norm, biases, other mixing functions, Muon: trained "
-        "two-layer models without decay of attention and with an exposure of 3. The SGD models of "
-        "grouped queries are one of five settings tried (rate x momentum): at rates of 0.2 and "
-        "more the group nears its bound, at 0.03 and 0.1, where attention hardly learns, W_QK of "
-        "the group does not (0.77, 0.86).",
+        "Beyond the paper: variants of attention in use today",
+        "Grouped queries, rotary positions, QK-norm, biases, other mixing functions and Muon: "
+        "two-layer models, trained without decay of attention and with an exposure of 3. The SGD "
+        "models of grouped queries are one of five settings that were tried (rate x momentum). At "
+        "rates of 0.2 and more, the group nears its bound. At 0.03 and 0.1, where attention hardly "
+        "learns, W_QK of the group does not (0.77, 0.86).",
     ),
     "rank-cost": (
         "Beyond the paper: the cost of using the low rank",
-        "Every head's W_QK and W_VP cut after training to a share of its singular values: language "
-        "models (whose small attention matters little) and recall (which is attention alone).",
+        "After training, every head's W_QK and W_VP are cut to a share of their singular values, "
+        "in language models (whose small attention matters little) and in recall models (which "
+        "consist of attention only).",
     ),
 }
 
 
 def write_page(path: Path, figures: Path, names: list[str]) -> None:
-    """Gather ``NAME.json`` and ``NAME.png`` of every figure into one Markdown page."""
+    """Collect ``NAME.json`` and ``NAME.png`` of every figure in one Markdown page."""
     parts = [_head(names, figures)]
     for name in names:
         source = figures / f"{name}.json"
@@ -101,7 +103,9 @@ def _head(names: list[str], figures: Path) -> str:
         required = [check for check in checks if check["decides"]]
         told = [check for check in checks if not check["decides"]]
         held = sum(check["holds"] for check in required)
-        extra = f"; {sum(check['holds'] for check in told)} of {len(told)} told" if told else ""
+        extra = (
+            f"; {sum(check['holds'] for check in told)} of {len(told)} not required" if told else ""
+        )
         anchor = "".join(c for c in TITLES[name][0].lower() if c.isalnum() or c in " -")
         link = f"[{TITLES[name][0]}](#{anchor.replace(' ', '-')})"
         rows.append(f"| {link} | `pretrain paper {name}` | {held} of {len(required)}{extra} |")
@@ -110,9 +114,9 @@ def _head(names: list[str], figures: Path) -> str:
         "",
         f"Written by `pretrain paper all` on {datetime.now(UTC):%Y-%m-%d}: {machine['cores']} CPU "
         f"cores, {machine['gpu'] or 'no GPU'}, Python {machine['python']}, {versions}. Each figure "
-        "has a command, a CSV and a JSON file of its checks; a check that fails makes the command "
-        "fail. The paper's experiments are run at a size for two cores, with decays chosen by "
-        "exposure Σηλ.",
+        "has a command, a CSV and a JSON file with its checks; a check that fails makes the "
+        "command fail. The paper's experiments are repeated at a size for two cores, with decays "
+        "chosen by exposure Σηλ.",
         "",
         "| figure | command | predictions that hold |",
         "|---|---|---|",
@@ -126,7 +130,7 @@ def _checks(checks: list[dict[str, Any]]) -> list[str]:
     for check in checks:
         verdict = "agrees" if check["holds"] else "disagrees"
         if not check["decides"]:
-            verdict += " (told, not required)"
+            verdict += " (not required)"
         cells = (
             check["claim"],
             check["value"] or "–",

@@ -1,8 +1,8 @@
-"""What would it cost to use the low rank? Perplexity against the rank that is kept.
+"""The cost of using the low rank: perplexity against the rank that is kept.
 
-Models of small and large decay, every head's two products cut to a share of their singular values:
-a language model, and associative recall, which attention alone has to do. (LASER, Sharma et al.
-2023, found that cutting attention after training hurts.)
+In models trained with small and large decay, every head's two products are cut to a share of their
+singular values: a language model, and associative recall, which only attention can do. (LASER,
+Sharma et al. 2023, found that cutting attention after training hurts.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DOCUMENTS = 40
 _LEARNED = 0.9
 """Accuracy from which recall counts as learned."""
 _TEXT_SHARE, _RECALL_SHARE = 0.0625, 0.25
-"""Where the models are compared: a small language model hardly leans on its attention."""
+"""The shares at which models are compared; a small language model hardly uses its attention."""
 Rows = list[dict[str, Any]]
 
 
@@ -34,7 +34,7 @@ def figure(
     """Score the models of one seed at every share, draw, write, check.
 
     Args:
-        data: tokenised text instead of the runs' own.
+        data: tokenised text to use instead of the runs' own.
         recall: runs of Figure 2, for the second panel.
     """
     found = load_runs(runs_folder)
@@ -57,7 +57,7 @@ def figure(
 
 
 class _Panel:
-    """Perplexities of some runs by the share that is kept."""
+    """Perplexities of runs by the share that is kept."""
 
     def __init__(self, name: str, runs: list[RunData], out: Path, data: Path | None) -> None:
         self.name, self.runs = name, runs
@@ -89,12 +89,12 @@ class _Panel:
         return float(found[0]["perplexity"])
 
     def unchanged(self) -> Check:
-        """Nothing cut changes nothing."""
+        """Check that cutting nothing changes nothing."""
         worst = max(abs(self.at(run, 1.0) / self._perplexity(run, None) - 1) for run in self.runs)
         return Check(f"{self.name}: at rank 1 the perplexity is that of the model", worst, 1e-5)
 
     def compared(self, small: RunData, large: RunData, share: float) -> Check:
-        """The model of more decay loses less."""
+        """Check that the model with more decay loses less."""
         losses = [self.at(run, share) / self.at(run, 1.0) - 1 for run in (small, large)]
         words = f"+{100 * losses[0]:.2f} % against +{100 * losses[1]:.2f} %"
         claim = (
@@ -104,7 +104,7 @@ class _Panel:
         return Check(claim, losses[1] - losses[0], 0.0, words)
 
     def table(self) -> str:
-        """Markdown."""
+        """The table as Markdown."""
         shares: list[object] = [*SHARES, "measured"]
         head = "| λ | exposure | measured rank QK / VP | " + " | ".join(map(str, shares)) + " |"
         lines = [head, "|---" * (len(shares) + 3) + "|"]

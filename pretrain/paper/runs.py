@@ -1,4 +1,4 @@
-"""What the figures of trained models read from run folders."""
+"""Reads run folders for the figures of trained models."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def load_runs(folder: Path) -> list[RunData]:
         UsageError: if there is none.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder of runs")
+        raise UsageError(f"{folder}: no such folder; give a folder of runs")
     runs = [load_run(one) for one in sorted(folder.iterdir()) if (one / CONFIG).is_file()]
     runs = [run for run in runs if run.is_finished]
     if not runs:
-        raise UsageError(f"{folder}: no finished runs there")
+        raise UsageError(f"{folder}: contains no finished runs")
     return sorted(runs, key=lambda run: (given_decay(run), run.seed))
 
 
@@ -67,7 +67,7 @@ def values(
 
 
 def mean(found: Sequence[float]) -> float:
-    """Mean, NaN of nothing."""
+    """Mean; NaN if there are no values."""
     return sum(found) / len(found) if found else math.nan
 
 
@@ -80,7 +80,7 @@ def series(
 
 
 def largest_rise(falling: Sequence[float]) -> float:
-    """By how much a sequence that should fall rises at most; 0 where it never does."""
+    """The largest rise in a sequence that should fall; 0 or less if it never rises."""
     return max((later - earlier for earlier, later in pairwise(falling)), default=0.0)
 
 
@@ -98,7 +98,7 @@ def by_decay(runs: list[RunData]) -> dict[float, list[RunData]]:
 
 
 def colours(count: int) -> list[Any]:
-    """Of conditions in order, from dark to light."""
+    """Colours of conditions in order, from dark to light."""
     import matplotlib
 
     scale = matplotlib.colormaps["viridis"]
@@ -106,7 +106,7 @@ def colours(count: int) -> list[Any]:
 
 
 def long_rows(runs: list[RunData], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a run, step, layer and product: means over heads, for CSV."""
+    """One row per run, step, layer and product, with means over heads, for CSV."""
     found = []
     for run in runs:
         keys = sorted({(row["step"], row["layer"]) for row in run.ranks})

@@ -1,4 +1,4 @@
-"""`pretrain report`: tables and figures from run folders alone, as a page, text or images."""
+"""`pretrain report`: makes tables and figures from run folders, as a page, text or images."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def write_report(
         paths: run folders, or folders of them (a sweep's).
         out: the file to write; for ``csv`` and ``png`` a folder. ``md`` and ``latex`` put their
             images into a folder beside it.
-        form: html, md, latex, csv, png or pdf (figures alone).
+        form: html, md, latex, csv, png or pdf (only figures).
 
     Raises:
-        UsageError: if there is nothing to report, or the runs do not compare.
+        UsageError: if there is nothing to report, or the runs cannot be compared.
     """
     if form not in FORMATS:
-        raise UsageError(f"--format: {form!r} is none of {', '.join(FORMATS)}")
+        raise UsageError(f"--format: {form!r} is not one of {', '.join(FORMATS)}")
     with held(out):
         return _write(paths, out, form, baseline, unfinished)
 
@@ -128,7 +128,7 @@ _WRITERS = {"html": _html, "md": _md, "latex": _latex, "csv": _csv, "png": _png,
 
 
 def print_summary(study: Study) -> None:
-    """One row a condition, on standard output."""
+    """Print one row per condition to standard output."""
     from rich.table import Table
 
     table = summary(study)

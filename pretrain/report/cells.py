@@ -1,4 +1,4 @@
-"""What a table of a report is made of."""
+"""Cells and tables of a report."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as text, with what a page may do with it."""
+    """A value as text, with its colour and mark."""
 
     text: str
     shade: float = 0.0
-    """-1 to 1: clearly less or more than the baseline, by size; 0: no colour."""
+    """-1 to 1: by how much it is clearly less or more than the baseline; 0: no colour."""
     mark: bool = False
     """A star: the difference from the baseline is clear (`Difference.is_clear`)."""
 

@@ -1,4 +1,4 @@
-"""What may be compared with what: checked before any mean or pair, with both values said."""
+"""Checks which runs may be compared, before any mean or pair; messages name both values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.report.runs import RunData
 
 
 def check_same(runs: list[RunData]) -> None:
-    """Refuse runs whose figures are of different things.
+    """Refuse runs whose figures measure different things.
 
     Raises:
         UsageError: naming two runs and what differs.
@@ -22,15 +22,15 @@ def check_same(runs: list[RunData]) -> None:
         for index, what in ((1, "tokenizer"), (0, "data")):
             if run.source[index] != known[0].source[index]:  # type: ignore[index]
                 raise UsageError(
-                    f"{run.path}: is of another {what} than {known[0].path}; their figures do not "
-                    "compare: report them apart"
+                    f"{run.path}: has another {what} than {known[0].path}, so their figures cannot "
+                    "be compared; report them separately"
                 )
     for run in runs[1:]:
         mine, other = _definition(run), _definition(runs[0])
         if mine != other:
             raise UsageError(
-                f"{run.path}: its pseudo-rank is of {mine}, that of {runs[0].path} of {other}; "
-                "they do not compare: report them apart"
+                f"{run.path}: its pseudo-rank uses {mine}, that of {runs[0].path} uses {other}; "
+                "they cannot be compared; report them separately"
             )
 
 
@@ -47,7 +47,7 @@ def _documents(found: dict[str, Any]) -> str | None:
 
 
 def _stride(run: RunData, found: dict[str, Any]) -> Any:
-    """Windows without overlap are a setting of their own, whatever the context."""
+    """The stride as a setting; windows without overlap are one setting for every context."""
     context = found.get("context", run.config.model.context)
     stride = found.get("stride")
     return "the context" if stride == context else stride
@@ -69,7 +69,7 @@ _SETTINGS: dict[str, Callable[[RunData, dict[str, Any]], Any]] = {
 
 
 def with_comparable_scores(runs: list[RunData]) -> tuple[list[RunData], list[str]]:
-    """The runs without held-out figures that are of other settings than most, and why.
+    """The runs, without held-out figures whose settings differ from those of most runs.
 
     Returns:
         The runs in their order, and notes that name each run whose figures are left out.
@@ -88,14 +88,14 @@ def with_comparable_scores(runs: list[RunData]) -> tuple[list[RunData], list[str
 
 
 def _usual(runs: list[RunData], name: str) -> Any:
-    """The value that most runs have; of equals, the first."""
+    """The value that most runs have; in a tie, the first."""
     values = [_SETTINGS[name](run, run.evaluation) for run in runs if run.evaluation]
     known = Counter(value for value in values if value is not None)
     return known.most_common(1)[0][0] if known else None
 
 
 def _odd(run: RunData, wanted: dict[str, Any]) -> str:
-    """Why held-out figures do not compare, with both values."""
+    """Why held-out figures cannot be compared, with both values."""
     if run.evaluation is None:
         return ""
     reasons = []
@@ -110,14 +110,14 @@ def _odd(run: RunData, wanted: dict[str, Any]) -> str:
 
 
 def differences_of_pair(run: RunData, other: RunData, only: set[str]) -> list[str]:
-    """Why two runs of one seed are no pair, each reason with both values; empty for a pair.
+    """Why two runs of one seed are not a pair, each reason with both values; empty for a pair.
 
     Args:
-        only: keys in which their conditions differ: a single one is what is studied.
+        only: keys in which their conditions differ; if it is a single key, it is being studied.
     """
     if not run.identity or not other.identity:
         lacking = run if not run.identity else other
-        return [f"{lacking.path} has no hashes of its start"]
+        return [f"{lacking.path} has no hashes of its initial weights and data order"]
     reasons = [
         f"differ in {key.replace('_', ' ')}"
         for key in ("initial_weights", "data_order")
@@ -141,9 +141,9 @@ def _few(values: tuple[int, ...]) -> str:
 
 
 def mixed(name: str, runs: list[RunData]) -> list[str]:
-    """A note on a condition whose seeds did not train in one precision."""
+    """A note on a condition whose runs were trained in different precisions."""
     counts = Counter(run.precision for run in runs if run.precision)
     if len(counts) < 2:
         return []
     words = ", ".join(f"{precision} ({n})" for precision, n in counts.items())
-    return [f"{name}: its runs trained in different precisions: {words}"]
+    return [f"{name}: its runs were trained in different precisions: {words}"]

@@ -11,11 +11,11 @@ from pretrain.report.comparable import differences_of_pair
 from pretrain.report.load import Condition, RunData, Study
 
 LEVEL = 0.05
-"""A difference is clear where its corrected p is below this."""
+"""A difference is clear if its corrected p is below this."""
 _ROUNDING = 1e-12
 """A spread below this share of the figures themselves is rounding, not variance."""
 FEW = 3
-"""Pairs below which a test says little."""
+"""With fewer pairs, a test has little meaning."""
 Measure = Callable[[RunData], float | None]
 
 MEASURES: dict[str, tuple[str, Measure]] = {
@@ -24,7 +24,7 @@ MEASURES: dict[str, tuple[str, Measure]] = {
     "rank_qk": ("rank W_QK", lambda run: run.mean("qk", "pseudo_rank")),
     "rank_vp": ("rank W_VP", lambda run: run.mean("vp", "pseudo_rank")),
 }
-"""What is compared: title and value of a run."""
+"""The figures that are compared: title, and a function that gives a run's value."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _finite(value: float | None) -> bool:
 
 
 def condition_mean(condition: Condition, measure: Measure) -> Mean:
-    """Over the seeds of a condition whose figure is finite."""
+    """Mean over the seeds of a condition whose figure is finite."""
     found = [measure(run) for run in condition.runs]
     return mean_of([value for value in found if value is not None and math.isfinite(value)])
 
@@ -66,12 +66,12 @@ class Difference:
     condition: Condition
     mean: float
     low: float
-    """95 % interval by Student's t over the pairs; NaN for fewer than two, or equal ones."""
+    """95 % interval by Student's t over the pairs; NaN for fewer than two pairs, or equal ones."""
     high: float
     n: int
     p: float
     corrected: float
-    """p after Holm's correction for the comparisons made together."""
+    """p after Holm's correction for the comparisons that are made together."""
 
     @property
     def is_clear(self) -> bool:
@@ -80,14 +80,14 @@ class Difference:
 
     @property
     def why_untested(self) -> str:
-        """Why there is no p; empty where there is one."""
+        """Why there is no p; empty if there is one."""
         if not math.isnan(self.p):
             return ""
         return "no two pairs" if self.n < 2 else f"{self.n} equal differences, without a variance"
 
 
 def pairs_of(condition: Condition, baseline: Condition) -> list[tuple[RunData, RunData]]:
-    """Runs of one seed that differ by their recipe alone (`differences_of_pair`)."""
+    """Runs of one seed that differ only in their recipe (`differences_of_pair`)."""
     others = {run.seed: run for run in baseline.runs}
     only = differing(condition, baseline)
     return [
@@ -103,7 +103,7 @@ def differing(condition: Condition, baseline: Condition) -> set[str]:
 
 
 def unpaired(study: Study) -> list[str]:
-    """Runs that are in no pair, and why."""
+    """Notes about runs that are in no pair, with the reason."""
     notes = []
     others = {run.seed: run for run in study.baseline.runs}
     for condition in study.conditions:
@@ -121,7 +121,7 @@ def unpaired(study: Study) -> list[str]:
 
 
 def uncounted(study: Study) -> list[str]:
-    """Figures that are not finite, comparisons without a test, and tests of few pairs."""
+    """Notes about figures that are not finite, comparisons without a test, and few pairs."""
     notes: list[str] = []
     few: dict[str, int] = {}
     for title, measure in MEASURES.values():
@@ -129,7 +129,7 @@ def uncounted(study: Study) -> list[str]:
             value = measure(run)
             if value is not None and not math.isfinite(value):
                 why = f" ({run.nonfinite[0]}: weights are not finite)" if run.nonfinite else ""
-                notes.append(f"left out of {title}: {run.path}: it is {value}{why}")
+                notes.append(f"left out of {title}: {run.path}: its value is {value}{why}")
         found = differences_from(study, measure)
         if not any(_finite(measure(run)) for run in study.runs):
             continue
@@ -144,14 +144,14 @@ def uncounted(study: Study) -> list[str]:
     if few:
         words = ", ".join(f"{name} ({n})" for name, n in few.items())
         notes.append(
-            f"fewer than {FEW} pairs, of which intervals and p say little: {words}; use {FEW} "
+            f"fewer than {FEW} pairs, so intervals and p have little meaning: {words}; use {FEW} "
             "seeds or more"
         )
     return notes
 
 
 def differences_from(study: Study, measure: Measure) -> list[Difference]:
-    """Every other condition against the baseline, in the study's order."""
+    """Differences of every other condition from the baseline, in the study's order."""
     return differences_of([measure], study)[0]
 
 
@@ -171,7 +171,7 @@ def differences_of(measures: Sequence[Measure], study: Study) -> list[list[Diffe
 
 
 def _values(measure: Measure, pairs: list[tuple[RunData, RunData]]) -> list[tuple[float, float]]:
-    """Both figures of every pair that has them, finite."""
+    """The figures of both runs, for every pair in which both are finite."""
     found = [(measure(run), measure(other)) for run, other in pairs]
     return [
         (a, b)

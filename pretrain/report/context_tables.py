@@ -1,4 +1,4 @@
-"""The tables around the figures: recipes, data, machines, and what is left out."""
+"""The tables beside the figures: recipes, data, machines, and what is left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.report.load import Study
 
 
 def configuration(study: Study) -> list[DataTable]:
-    """What differs between the runs' recipes, and nothing else."""
+    """The keys in which the runs' recipes differ."""
     runs = study.runs
     sections = tuple(type(runs[0].config).model_fields)
     keys: dict[str, None] = {}
@@ -36,7 +36,7 @@ def _short(value: Any) -> str:
 
 
 def environment(study: Study) -> DataTable:
-    """Machine and versions, and how many runs had each."""
+    """Machine and versions, with the number of runs that had each."""
     counts: dict[str, dict[str, int]] = {}
     for run in study.runs:
         flat = {
@@ -61,7 +61,7 @@ def environment(study: Study) -> DataTable:
 
 
 def data_seen(study: Study) -> list[DataTable]:
-    """Tokens and epochs of every subset, for each group of runs that take the same."""
+    """Tokens and epochs of every subset, for each group of runs that use the same."""
     groups: dict[str, list[str]] = {}
     for condition in study.conditions:
         for run in condition.runs:
@@ -81,19 +81,19 @@ def data_seen(study: Study) -> list[DataTable]:
     if not rows:
         return []
     caption = (
-        "Training data by subset: how much there is, how much a run sees (repetitions counted), "
-        "and how often that is each of them."
+        "Training data by subset: the amount in the data, the amount that a run sees (repetitions "
+        "counted), and the number of epochs."
     )
     head = ["conditions", "subset", "unit", "in the data", "seen", "epochs"]
     return [DataTable("data", "Data", caption, head, rows, raw)]
 
 
 def notes_table(notes: list[str]) -> DataTable:
-    """What was left out, not paired or not tested, with the reason, one row each."""
+    """What was left out, not paired or not tested, with the reason: one row each."""
     return DataTable(
         "notes",
         "Left out and not compared",
-        "Every run, figure and comparison that the tables and figures do not count, and why.",
+        "Every run, figure and comparison that is not in the tables and figures, with the reason.",
         ["note"],
         [[Cell(note)] for note in notes],
         [{"note": note} for note in notes],

@@ -1,4 +1,4 @@
-"""What the figures share: products, colours, samples and means."""
+"""Parts that figures share: products, colours, samples and means."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 def shade(index: int, count: int) -> float:
-    """A place on the colour scale for the index-th of an ordered few."""
+    """A position on the colour scale for the index-th of a few ordered items."""
     return 0.9 * index / max(1, count - 1)
 
 
@@ -32,19 +32,19 @@ def pick(rows: Iterable[Row], product: str, layer: int | None) -> list[Row]:
 
 
 def mean_over(values: list[float]) -> float:
-    """Mean of what is finite; NaN of nothing. The report's notes name what is not."""
+    """Mean of the finite values; NaN if there are none. The report's notes name the others."""
     finite = [value for value in values if not math.isnan(value)]
     return sum(finite) / len(finite) if finite else math.nan
 
 
 def ends(values: list[float]) -> tuple[float, float]:
-    """Least and greatest of what is finite; NaN of nothing."""
+    """Least and greatest of the finite values; NaN if there are none."""
     finite = [value for value in values if not math.isnan(value)] or [math.nan]
     return min(finite), max(finite)
 
 
 def about(study: Study) -> str:
-    """What was measured, for captions."""
+    """A description of the runs, for captions."""
     config, runs = study.runs[0].config, study.runs
     seeds = sorted({run.seed for run in runs})
     model = config.model
@@ -52,12 +52,12 @@ def about(study: Study) -> str:
     return (
         f"{len(runs)} runs, {len(study.conditions)} conditions, n = {len(seeds)} seed"
         f"{'s' * (len(seeds) > 1)}; {model.dialect.value} of {model.num_layers} layers x "
-        f"{model.num_attention_heads} heads, width {model.hidden_size}, {tokens:,} tokens a run."
+        f"{model.num_attention_heads} heads, width {model.hidden_size}, {tokens:,} tokens per run."
     )
 
 
 def some_of(values: Sequence[_T], most: int) -> list[_T]:
-    """At most so many, evenly chosen, first and last among them."""
+    """At most ``most`` items, evenly spaced, including the first and the last."""
     if len(values) <= most:
         return list(values)
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

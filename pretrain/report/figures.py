@@ -15,7 +15,7 @@ from pretrain.report.training_figures import losses, settings
 
 
 def figures_of(study: Study) -> list[Figure]:
-    """Every figure that the study's runs have data for."""
+    """Every figure for which the study's runs have data."""
     found = [
         over_decay(study),
         over_training(study),

@@ -49,12 +49,12 @@ def escape(text: str) -> str:
 
 
 def _for_plotly(text: str) -> str:
-    """A name for plotly, which reads some HTML and fills in what stands in ``%{...}``."""
+    """Escape a name for plotly, which interprets some HTML and ``%{...}``."""
     return escape(text).replace("%{", "%&#123;")
 
 
 def data_link(name: str, text: str) -> str:
-    """A link that saves a table's CSV, which the page carries; the script makes its address."""
+    """A link that saves a table's CSV, which is in the page; the script makes its address."""
     return (
         f'<a class="data" download="{name}.csv" href="#{name}">data</a>'
         f'<script type="text/csv">{html.escape(plain(text), quote=False)}</script>'
@@ -67,7 +67,7 @@ def _json(value: Any) -> str:
 
 
 def _clean(value: Any) -> Any:
-    """JSON has no NaN; plotly takes null for a gap. Seven digits are more than a plot shows."""
+    """JSON for plotly: null for NaN, which is a gap; seven digits, more than a plot shows."""
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     if isinstance(value, dict):

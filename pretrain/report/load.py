@@ -1,4 +1,4 @@
-"""Run folders -> conditions, a baseline, and what is left out with its reason."""
+"""Sorts run folders into conditions and a baseline, and lists what is left out and why."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _SETTINGS = tuple(section for section in SCIENCE if section != "seed")
 
 @dataclass(frozen=True)
 class Condition:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     name: str
     values: dict[str, Any]
-    """What varies between the conditions, by dotted key."""
+    """The values of the keys that vary between conditions, by dotted key."""
     runs: list[RunData]
 
     def mean_of(self, value: Callable[[RunData], float]) -> float:
@@ -53,13 +53,13 @@ class Condition:
 
 @dataclass(frozen=True)
 class Study:
-    """What a report is about."""
+    """The runs of a report."""
 
     title: str
     conditions: list[Condition]
     baseline: Condition
     notes: list[str] = field(default_factory=list)
-    """What a reader must know: folders left out, runs not paired."""
+    """Notes for the reader: folders that were left out, runs that are not paired."""
 
     @property
     def runs(self) -> list[RunData]:
@@ -75,10 +75,10 @@ def load_study(
     Args:
         baseline: name of a condition; default: the sweep's, else that of the least exposure of
             attention to decay.
-        unfinished: take runs that are not finished too.
+        unfinished: also include runs that are not finished.
 
     Raises:
-        UsageError: if nothing is left to report, or the runs are of different data.
+        UsageError: if nothing is left to report, or the runs have different data.
     """
     paths = list(paths)
     notes: list[str] = []
@@ -97,13 +97,13 @@ def load_study(
             if run.is_finished or unfinished:
                 runs.append(run)
             if not run.is_finished:
-                taken = "taken all the same" if unfinished else "left out"
+                taken = "included although not finished" if unfinished else "left out"
                 notes.append(f"{taken}: {folder}: {run.why_unfinished}")
     if not runs:
         many = f"; {notes[0]}" if notes else ""
         raise UsageError(
-            f"{', '.join(map(str, paths))}: no finished run to report{many} (--unfinished takes "
-            "those under way)"
+            f"{', '.join(map(str, paths))}: no finished run to report{many} (--unfinished "
+            "includes the others)"
         )
     check_same(runs)
     runs, odd = with_comparable_scores(runs)
@@ -117,7 +117,7 @@ def load_study(
 
 
 def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:
-    """The run folders that a path stands for, its sweep, and what is missing or not of it."""
+    """The run folders of a path, its sweep, and notes about missing runs and other runs."""
     if (path / CONFIG).is_file() or not path.is_dir():
         return [path], None, []
     sweep = None
@@ -132,22 +132,22 @@ def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:
     if sweep:
         wanted, there = set(sweep["runs"]), {one.name for one in found}
         notes += [
-            f"left out: {path / name}: planned by {SWEEP}, but no run is there"
+            f"left out: {path / name}: planned by {SWEEP}, but the run does not exist"
             for name in sorted(wanted - there)
         ]
         notes += [
-            f"left out: {path / name}: no run of {SWEEP}"
+            f"left out: {path / name}: not a run of {SWEEP}"
             for name in sorted(there - wanted)
             if not name.startswith("trunk,")
         ]
         found = [one for one in found if one.name in wanted]
     if not found:
-        raise UsageError(f"{path}: no run folder in it; let its runs start")
+        raise UsageError(f"{path}: contains no run folder; wait until its runs have started")
     return found, sweep, notes
 
 
 def _conditions(runs: list[RunData]) -> list[Condition]:
-    """Runs by what varies between their recipes, least exposure of attention first."""
+    """Group runs by the keys that vary between recipes, least exposure of attention first."""
     keys: dict[str, None] = {}
     for run in runs[1:]:
         for key in differences(runs[0].config, run.config, _SETTINGS):
@@ -167,7 +167,7 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
         if any(other.seed == run.seed for other in group.runs):
             other = next(one for one in group.runs if one.seed == run.seed)
             raise UsageError(
-                f"{run.path}: has the recipe and the seed of {other.path}; report one of them"
+                f"{run.path}: has the same recipe and seed as {other.path}; report only one of them"
             )
         group.runs.append(run)
     return sorted(
@@ -194,19 +194,19 @@ def _text(value: Any) -> str:
 def _choose(
     conditions: list[Condition], wanted: str | None, named: str | None
 ) -> tuple[Condition, list[str]]:
-    """The baseline, and a note where it is not the one that the sweep names."""
+    """The baseline, and a note if it is not the one that the sweep names."""
     if wanted is not None:
         for condition in conditions:
             if wanted.replace(" ", "") == condition.name.replace(" ", ""):
                 return condition, []
         names = "; ".join(condition.name for condition in conditions)
-        raise UsageError(f"--baseline: {wanted!r} is none of the conditions: {names}")
+        raise UsageError(f"--baseline: {wanted!r} is not one of the conditions: {names}")
     if named is None:
         return conditions[0], []
     for condition in conditions:
         if any(run.path.name.startswith(f"{named},seed=") for run in condition.runs):
             return condition, []
     return conditions[0], [
-        f"baseline: the sweep's is {named}, of which no run is reported; compared with "
-        f"{conditions[0].name}, of the least exposure (--baseline names another)"
+        f"baseline: the sweep's is {named}, but none of its runs is reported; compared with "
+        f"{conditions[0].name} instead, which has the least exposure (--baseline changes this)"
     ]

@@ -1,4 +1,4 @@
-"""The page: tables, figures, their data and the script that draws them, in one file."""
+"""The HTML page: tables, figures, their data and the script that draws them, in one file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ figcaption,.caption{color:#555;font-size:.85rem}
 
 
 def page(study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str]) -> str:
-    """The whole report as HTML that needs nothing else."""
+    """The whole report as self-contained HTML."""
     warnings = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     places = [(one.key, one.title) for one in tables] + [(one.key, one.title) for one in figures]
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title in places)

@@ -1,4 +1,4 @@
-"""Figures for print: matplotlib, at their default choice."""
+"""Draws figures for print with matplotlib, at their default choice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STYLE: dict[str, Any] = {
 
 
 def draw(figure: Figure, kind: str = "png") -> bytes:
-    """The figure as an image file."""
+    """Write the figure as an image file."""
     plt = _pyplot()
     with plt.rc_context(_STYLE):
         page = _page(plt, figure)
@@ -35,7 +35,7 @@ def draw(figure: Figure, kind: str = "png") -> bytes:
 
 
 def booklet(figures: Iterable[Figure]) -> bytes:
-    """All figures as one PDF, a page each, with their captions."""
+    """Write all figures to one PDF, one page each, with their captions."""
     plt = _pyplot()
     from matplotlib.backends.backend_pdf import PdfPages
 
@@ -65,7 +65,7 @@ def _wrapped(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text for matplotlib, which reads what stands between two dollars as a formula."""
+    """Escape text for matplotlib, which reads text between two dollars as a formula."""
     return plain(text).replace("$", r"\$")
 
 
@@ -119,13 +119,13 @@ def _panel(page: Any, axes: Any, panel: Panel) -> None:
 
 
 def _label(series: Series, named: set[str]) -> str | None:
-    """The legend's words: what a dotted line is, "CONDITION: WHAT", is said once for all."""
+    """The legend's entries; for lines named "CONDITION: WHAT", WHAT is shown only once."""
     what = series.name.rpartition(": ")[2] if series.dash else series.name
     if what in named:
         return None
     named.add(what)
     text = _plain(what)
-    return f" {text}" if text.startswith("_") else text  # it hides names that begin so
+    return f" {text}" if text.startswith("_") else text  # matplotlib hides names that begin with it
 
 
 def _scales(axes: Any, panel: Panel) -> None:
@@ -133,7 +133,7 @@ def _scales(axes: Any, panel: Panel) -> None:
         (x, y)
         for series in panel.series
         for x, y in zip(series.x, series.y, strict=True)
-        if math.isfinite(x) and math.isfinite(y)  # matplotlib draws no other
+        if math.isfinite(x) and math.isfinite(y)  # matplotlib draws no other kind
     ]
     values = sorted({x for x, _ in points})
     if panel.log_x and any(x > 0 for x in values):
@@ -146,7 +146,7 @@ def _scales(axes: Any, panel: Panel) -> None:
         else:
             axes.set_xscale("log")
     heights = [y for _, y in points]
-    if panel.log_y and any(y > 0 for y in heights):  # it refuses an empty panel
+    if panel.log_y and any(y > 0 for y in heights):  # matplotlib refuses an empty panel
         axes.set_yscale("log")
     if panel.y_range:
         axes.set_ylim(*panel.y_range)

@@ -22,7 +22,7 @@ _ALL = "all layers"
 
 
 def over_decay(study: Study) -> Figure:
-    """Pseudo-rank at the end against λ or exposure, layer by layer."""
+    """Final pseudo-rank against λ or exposure, layer by layer."""
     layers = layers_of(study)
     axis = Control("axis", ["λ of attention", "exposure Σηλ"])
 
@@ -62,9 +62,9 @@ def over_decay(study: Study) -> Figure:
         "Rank against decay",
         f"Pseudo-rank at the end of training (the paper's figures 3 and 7). {about(study)} Line: "
         "mean over heads and seeds; band: from the least to the greatest head (mean over seeds). "
-        "Theory: decay acts as a nuclear norm on each product, so rank falls as λ, or the exposure "
-        "Σηλ, grows. λ is that applied (Σ rate·λ / Σ rate over the updates), "
-        "on a symmetric logarithmic axis. Click a layer in the legend to hide it.",
+        "Theory: decay acts like a nuclear norm penalty on each product, so rank falls as λ or the "
+        "exposure Σηλ grows. λ is the applied λ (Σ rate·λ / Σ rate over the updates), on a "
+        "symmetric logarithmic axis. Click a layer in the legend to hide it.",
         [axis],
         view,
     )
@@ -80,7 +80,7 @@ def _by_head(condition: Condition, product: str, layer: int | None) -> list[floa
 
 
 def over_training(study: Study) -> Figure:
-    """Pseudo-rank over the steps, one line a condition."""
+    """Pseudo-rank over the steps, one line per condition."""
     layers = layers_of(study)
     control = Control("layer", [_ALL, *(f"layer {layer}" for layer in layers)])
 
@@ -102,7 +102,7 @@ def over_training(study: Study) -> Figure:
 
     return Figure(
         "rank-over-training",
-        "Rank while training",
+        "Rank during training",
         f"Pseudo-rank of both products over training. {about(study)} Line: mean over heads and "
         "seeds; band: from the least to the greatest head (mean over seeds). Choose a layer above.",
         [control],
@@ -165,8 +165,8 @@ def heads(study: Study) -> Figure:
     return Figure(
         "rank-by-head",
         "Every head",
-        f"Pseudo-rank of every head, mean over seeds. {about(study)} Move the slider through the "
-        "steps of training.",
+        f"Pseudo-rank of every head, mean over seeds. {about(study)} Move the slider to choose "
+        "a step of training.",
         [conditions, products, slider],
         view,
     )

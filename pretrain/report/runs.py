@@ -1,4 +1,4 @@
-"""One run folder -> what a report needs of it."""
+"""Reads what a report needs from one run folder."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _SHOWN = (
     *(f"{name}_{side}" for name in ("decay", "exposure", "retention") for side in "ab"),
     "pseudo_rank", "nuclear_norm", "frobenius_bound", "balance", "discrepancy",
 )  # fmt: skip
-"""Columns of the rank table that a report cannot do without."""
+"""Columns of the rank table that a report needs."""
 _OF_THE_LAW = ("balance", "discrepancy", "rope_pair_balance")
-"""Columns whose law is a group's where heads share keys."""
+"""Columns to which the balance law applies per group if heads share keys."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What the report needs of one run folder."""
+    """The contents of one run folder that a report needs."""
 
     path: Path
     config: Config
@@ -45,19 +45,19 @@ class RunData:
     held_out: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     identity: dict[str, str] | None
-    """Hashes of first weights and order of data."""
+    """Hashes of initial weights and data order."""
     source: tuple[str, str] | None
     """Hashes of the data and of its tokenizer."""
     starts: list[dict[str, Any]] = field(default_factory=list)
-    """Machine and versions, start by start."""
+    """Machine and versions of each start."""
     jumped: tuple[int, ...] = ()
     """Blocks of samples that were left out after a fault."""
     skipped: tuple[int, ...] = ()
-    """Updates that were skipped, as something was not finite."""
+    """Updates that were skipped because a value was not finite."""
 
     @property
     def seed(self) -> int:
-        """The seed: what tells replicates apart."""
+        """The seed, which distinguishes replicates."""
         return self.config.seed
 
     @property
@@ -67,7 +67,7 @@ class RunData:
 
     @property
     def precision(self) -> str:
-        """What it trained in: ``bf16``, or ``fp32 then bf16``; empty if it is not known."""
+        """The precision of training: ``bf16``, or ``fp32 then bf16``; empty if it is not known."""
         found = dict.fromkeys(start["precision"] for start in self.starts if "precision" in start)
         return " then ".join(found)
 
@@ -79,20 +79,20 @@ class RunData:
 
     @property
     def why_unfinished(self) -> str:
-        """What is missing to a finished run; empty for a finished one."""
+        """Why the run is not finished; empty if it is."""
         steps = self.config.train.steps
         if self.last_step < steps:
             return f"not finished ({self.last_step} of {steps} steps)"
         if self.evaluation is None and self.config.evaluation.at_end != "none":
             return (
-                f"trained to its last step, {steps}, but not evaluated (no {EVALUATION}); start it "
-                "again with the same words"
+                f"trained to its last step, {steps}, but not evaluated (no {EVALUATION}); rerun "
+                "the same command"
             )
         return ""
 
     @property
     def is_finished(self) -> bool:
-        """Whether it trained to its last step and was evaluated, if it should be."""
+        """Whether it was trained to its last step, and evaluated if the recipe asks for it."""
         return not self.why_unfinished
 
     @cached_property
@@ -102,7 +102,7 @@ class RunData:
 
     @cached_property
     def final(self) -> list[Row]:
-        """Rows of the last measurement, heads only."""
+        """Rows of the last measurement, only heads."""
         return self._heads_at(max(row["step"] for row in self.ranks))
 
     def _heads_at(self, step: int) -> list[Row]:
@@ -110,9 +110,9 @@ class RunData:
 
     @cached_property
     def decay(self) -> float:
-        """λ of the attention matrices as applied: constant, or Σ rate·λ / Σ rate of the updates.
+        """Applied λ of the attention matrices: the constant, or Σ rate·λ / Σ rate of the updates.
 
-        Mean over the matrices.
+        It is the mean over the matrices.
         """
         constant = _both(self.final, "decay")
         if self._is_constant:
@@ -126,13 +126,13 @@ class RunData:
         return _rounded(taken / rates if rates else constant)
 
     def _taken(self, first: int, last: int) -> list[int]:
-        """Updates (counted from 0) that were taken: a skipped one moves nothing."""
+        """Updates (counted from 0) that were made: a skipped one changes nothing."""
         skipped = set(self.skipped)
         return [step for step in range(first, last) if step + 1 not in skipped]
 
     @property
     def _is_constant(self) -> bool:
-        """Whether nothing moved λ of attention during the run."""
+        """Whether λ of attention was constant during the run."""
         for policy in self.config.optimizer.weight_decay.policies:
             if any(role in ATTENTION for word in policy.roles for role in ALIASES.get(word, ())):
                 return False
@@ -144,7 +144,7 @@ class RunData:
         return all(len(values) == 1 for values in seen.values())
 
     def _rate(self, step: int) -> float:
-        """What λ was multiplied by in an update (counted from 0), mean over the matrices."""
+        """The rate that multiplied λ in an update (counted from 0), mean over the matrices."""
         rate, peak = self.config.learning_rate(step), self.config.optimizer.learning_rate
         return math.fsum(coupled_rate(word, rate, peak) for word in self._couplings) / 4
 
@@ -154,14 +154,14 @@ class RunData:
 
     @cached_property
     def exposure(self) -> float:
-        """Σ rate·λ of the attention matrices over the run, their mean."""
+        """Σ rate·λ over the run, mean over the attention matrices."""
         return _both(self.final, "exposure")
 
     @cached_property
     def mlp_decay(self) -> float:
-        """λ of the MLP as applied: Σ rate·λ / Σ rate of the updates, mean over what the log names.
+        """Applied λ of the MLP: Σ rate·λ / Σ rate of the updates, mean over the logged entries.
 
-        Between two logged updates λ is taken to move evenly (`logging.every`).
+        Between two logged updates λ is interpolated linearly (`logging.every`).
         """
         names = {name for row in self.metrics for name in row["weight_decay"]}
         found = [self._logged_decay(name) for name in sorted(names) if name.startswith("mlp_")]
@@ -186,7 +186,7 @@ class RunData:
     def mean(self, product: str, column: str) -> float:
         """Mean over the heads of all layers at the last measurement.
 
-        Balance and discrepancy are means over groups where heads share keys (`lawful`).
+        Balance and discrepancy are means over groups if heads share keys (`lawful`).
         """
         rows = self.final
         if column in _OF_THE_LAW:
@@ -208,7 +208,7 @@ class RunData:
         """``perplexity``, ``bits_per_byte`` or ``loss`` on the held-out split.
 
         Returns:
-            None where there is none, NaN where it was not finite.
+            None if there is none, NaN if it was not finite.
         """
         if self.evaluation is None:
             return None
@@ -217,12 +217,12 @@ class RunData:
             part = self.evaluation["subsets"].get(subset, {})
         if key not in part:
             return None
-        value = part[key]  # JSON has null for what is not finite
+        value = part[key]  # JSON has null for a value that is not finite
         return math.nan if value is None else float(value)
 
 
 def _both(rows: Iterable[Row], column: str) -> float:
-    """Mean over rows of a column of both factors."""
+    """Mean over rows of a column that exists for both factors."""
     values = [(row[f"{column}_a"] + row[f"{column}_b"]) / 2 for row in rows]
     return sum(values) / max(1, len(values))
 
@@ -232,7 +232,7 @@ def _rounded(value: float) -> float:
 
 
 def _coupling(config: Config, role: Role) -> str:
-    """The recipe's coupling of a role: the narrowest word that names it."""
+    """The recipe's coupling of a role, from the most specific key that covers it."""
     setting = config.optimizer.weight_decay.coupling
     if isinstance(setting, str):
         return setting
@@ -252,11 +252,11 @@ def load_run(path: Path) -> RunData:
     config = recipe_of(path)
     ranks = read_ranks(path)
     if not ranks:
-        raise UsageError(f"{path}: nothing measured yet; let it train")
+        raise UsageError(f"{path}: nothing was measured yet; let it train")
     missing = [name for name in _SHOWN if name not in ranks[0]]
     if missing:
         raise RunError(
-            f"{path}: its table of ranks has no {missing[0]}, as an older version's; train it again"
+            f"{path}: its rank table has no {missing[0]}, as in an older version; train it again"
         )
     for row in ranks:
         row.update({name: math.nan for name in _SHOWN if row[name] is None})

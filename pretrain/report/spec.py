@@ -1,6 +1,6 @@
-"""Figures as data: panels of lines, points or heat, with choices; renderers draw them.
+"""Figures as data: panels of lines, points or heat maps, with choices.
 
-One description serves the page (interactive), print (matplotlib) and CSV.
+Renderers draw one description for the page (interactive), for print (matplotlib) and as CSV.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class Series:
     x: list[float]
     y: list[float]
     colour: float = 0.0
-    """Place on an ordered scale, 0 to 1: the same thing has the same colour in every panel."""
+    """Position on an ordered scale, 0 to 1: the same item has the same colour in every panel."""
     low: list[float] | None = None
     high: list[float] | None = None
     dash: bool = False
     points: bool = False
-    """Markers alone, no line."""
+    """Only markers, no line."""
     texts: list[str] | None = None
-    """What hovering says beside the values."""
+    """Texts that are shown with the values when hovering."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Control:
-    """Something a reader chooses."""
+    """A choice of the reader."""
 
     name: str
     options: list[str]
@@ -78,14 +78,14 @@ class Figure:
     key: str
     title: str
     caption: str
-    """What was measured, on what, n, and what theory predicts; plain text."""
+    """Plain text: what was measured, on which runs, n, and what theory predicts."""
     controls: list[Control]
     view: Callable[[Choice], list[Panel]]
     """The panels for a choice."""
 
     @property
     def default(self) -> Choice:
-        """The choice that is shown first, and in print."""
+        """The choice that is shown first and in print."""
         return tuple(control.default for control in self.controls)
 
     def choices(self) -> list[Choice]:

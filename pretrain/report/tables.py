@@ -37,7 +37,7 @@ def _scored(study: Study, measure: Measure) -> bool:
 
 
 def summary(study: Study) -> DataTable:
-    """One row a condition."""
+    """One row per condition."""
     rows, raw = [], []
     columns = {
         "λ": lambda run: run.decay,
@@ -67,11 +67,11 @@ def summary(study: Study) -> DataTable:
     return DataTable(
         "summary",
         "Conditions",
-        "Means over seeds ± standard error of the mean, of (n) seeds where others have no figure. "
-        "λ: of attention as applied, Σ rate·λ / Σ rate over the updates. At the end of training: "
-        "pseudo-rank over all heads; balance (nuclear norm / its bound) over all heads, or over "
-        "the groups of heads that share keys, which is what the law is about; – under QK-norm. "
-        "Perplexity and bits per byte on the held-out split.",
+        "Means over seeds ± standard error of the mean; (n) is the number of seeds if some have no "
+        "figure. λ is the applied λ of attention, Σ rate·λ / Σ rate over the updates. Values at "
+        "the end of training: pseudo-rank over all heads; balance (nuclear norm / its bound) over "
+        "all heads, or over groups of heads that share keys, to which the law applies; – with "
+        "QK-norm; perplexity and bits per byte on the held-out split.",
         ["condition", "seeds", *columns],
         rows,
         raw,
@@ -79,14 +79,14 @@ def summary(study: Study) -> DataTable:
 
 
 def _pair_balance(study: Study) -> dict[str, Measure]:
-    """The balance that rotary positions leave a law for."""
+    """The balance of rotary pairs, to which the law applies with rotary positions."""
     if not any(run.config.model.rotary_dim for run in study.runs):
         return {}
     return {"balance QK, rotary pairs": lambda run: run.mean("qk", "rope_pair_balance")}
 
 
 def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable:
-    """λ_attention x λ_mlp (the paper's Table 1), or one row a condition where that is no grid."""
+    """λ_attention x λ_mlp (the paper's Table 1), or one row per condition if it is not a grid."""
     versus = {one.condition.name: one for one in differences_from(study, measure)}
     places: dict[tuple[float, float], Condition] = {}
     for condition in study.conditions:
@@ -159,7 +159,7 @@ def _against(one: Difference | None) -> dict[str, Any]:
 
 
 def _varies_by_role(study: Study) -> bool:
-    """Whether conditions differ in constant λ alone: then λ names them."""
+    """Whether conditions differ only in a constant λ: then λ names them."""
     head = "optimizer.weight_decay."
     words = {*ALIASES, "default"}
     return all(
@@ -202,10 +202,10 @@ def paired(study: Study) -> DataTable:
         "differences",
         "Paired differences from the baseline",
         f"Each condition minus the baseline ({study.baseline.name}), seed by seed: runs of one "
-        "seed share their first weights and the order of their data. 95 % intervals and p by "
+        "seed share their initial weights and the order of their data. 95 % intervals and p are by "
         "Student's t over the pairs, not corrected; the last column is corrected for the number "
-        f"of comparisons with the baseline, figure by figure (Holm). * and coloured where it is "
-        f"below {LEVEL:g}. – where there is no test: fewer than two pairs, or equal differences.",
+        f"of comparisons with the baseline, figure by figure (Holm). * and coloured: below "
+        f"{LEVEL:g}. –: no test, with fewer than two pairs or equal differences.",
         ["figure", "condition", "pairs", "difference", "95 % interval", "p", "p, Holm"],
         rows,
         raw,
@@ -276,7 +276,7 @@ def _subset_measure(key: str, subset: str) -> Measure:
 
 
 def _plus_minus(mean: Mean, seeds: int, plain: bool = False) -> str:
-    """``3.1416 ± 0.0010``, and ``(2)`` where only so many of the seeds have the figure."""
+    """``3.1416 ± 0.0010``, with ``(2)`` if only two of the seeds have the figure."""
     if math.isnan(mean.value):
         return "–"
     few = f" ({mean.n})" if mean.n < seeds else ""

@@ -1,4 +1,4 @@
-"""Tables as Markdown, LaTeX and CSV, and reports made of them."""
+"""Writes tables and reports as Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LATEX = {
 
 
 def table_csv(table: DataTable) -> str:
-    """The unrounded values."""
+    """The unrounded values as CSV."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for row in table.raw for name in row)) or table.head
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -57,7 +57,7 @@ def _markdown_table(table: DataTable) -> str:
 
 
 def _md(text: str) -> str:
-    """Text for Markdown: on one line, without effect as markup or HTML."""
+    """Escape text for Markdown: on one line, without effect as markup or HTML."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", on_one_line(text)).replace("<", "&lt;")
 
 
@@ -100,6 +100,6 @@ def _latex_table(table: DataTable) -> str:
 
 
 def escape(text: str) -> str:
-    """Plain text for LaTeX; what it has no sign for is shown by its number."""
+    """Escape plain text for LaTeX; characters that LaTeX lacks are shown by their number."""
     found = "".join(_LATEX.get(letter, letter) for letter in on_one_line(text))
     return re.sub(r"[^\x20-\x7e]", lambda sign: f"(U+{ord(sign[0]):04X})", found)

@@ -1,4 +1,4 @@
-"""What theory is about: discrepancy, bound, row norms (the paper's figures 2 and 4), spectra."""
+"""Figures of the theory: discrepancy, bound, row norms (the paper's figures 2 and 4), spectra."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pretrain.report.spec import Choice, Control, Figure, Panel, Series
 
 
 def _why_empty(study: Study, product: str) -> str:
-    """Why a panel has no values: QK-norm takes the law away, else the weights are lost."""
+    """Why a panel has no values: the law does not apply with QK-norm, or weights are not finite."""
     if product == "qk" and all(run.config.model.qk_norm for run in study.runs):
         return "does not apply (QK-norm)"
     return "no finite values"
 
 
 def _law(run: RunData, product: str) -> tuple[str, str, str]:
-    """(level, column, words) of the quantity that the theory's law is about in this model."""
+    """(level, column, title) of the quantity to which the balance law applies in this model."""
     if product == "qk" and run.config.model.rotary_dim:
         return _level(run), "rope_pair_discrepancy", "of rotary pairs √Σ(‖A_p‖² − ‖B_p‖²)²"
     return _level(run), "discrepancy", "‖AᵀA − BᵀB‖"
@@ -36,7 +36,7 @@ def _level(run: RunData) -> str:
 
 
 def discrepancy(study: Study) -> Figure:
-    """Discrepancy relative to its start, with what decay alone would leave of it."""
+    """Discrepancy relative to its start, beside what decay alone would leave of it."""
     first = study.runs[0]
     words = {product: _law(first, product)[2] for product in PRODUCTS}
 
@@ -68,9 +68,9 @@ def discrepancy(study: Study) -> Figure:
         "Discrepancy between the two factors of each product, relative to its first measurement, "
         f"mean over heads and seeds (the paper's figure 2). {about(study)} Dashed: ∏(1 − ηλ)² "
         "with the learning rate and λ that were used, which is the law under gradient flow "
-        "(Lemma B.1). AdamW's steps put discrepancy back: a floor, higher the smaller λ, is "
-        "expected. Rotary positions and grouped-query attention: the law holds per frequency pair "
-        "and per group, which is what is shown then.",
+        "(Lemma B.1). AdamW's steps add discrepancy again, so a floor is expected, which is higher "
+        "for smaller λ. With rotary positions and grouped-query attention, the law holds per "
+        "frequency pair and per group, and these are shown.",
         [],
         view,
     )
@@ -140,16 +140,16 @@ def bounds(study: Study) -> Figure:
         "bound",
         "Nuclear norm against its bound",
         "Every head at the end of training (the paper's figure 4): the nuclear norm of the product "
-        f"against ½(‖A‖² + ‖B‖²). {about(study)} Theory: never above the diagonal, and on it "
-        "where the factors balance, as decay makes them. Not shown for the QK product under "
-        "QK-norm, whose logits do not depend on the factors' sizes.",
+        f"against ½(‖A‖² + ‖B‖²). {about(study)} Theory: points are never above the diagonal, "
+        "and on it if the factors balance, which decay causes. The QK product is not shown with "
+        "QK-norm, because the logits do not depend on the factors' sizes.",
         [],
         view,
     )
 
 
 def row_norms_if_any(study: Study) -> list[Figure]:
-    """Row norms of W_Q against W_K, and of W_V against P, where checkpoints are at hand."""
+    """Row norms of W_Q against W_K, and of W_V against P, if there are checkpoints."""
     from pretrain.report.weights import row_norms
 
     chosen = [condition.runs[0] for condition in study.conditions]
@@ -176,8 +176,9 @@ def row_norms_if_any(study: Study) -> list[Figure]:
             "Row norms of the two factors",
             "Squared norm of each row of W_Q (W_V) of the first head of each layer against that of "
             "the same row of W_K (column of P), from the last checkpoint of each condition's first "
-            f"seed (the paper's figure 4). {about(study)} Theory: on the diagonal where "
-            "AᵀA = BᵀB. Grouped-query attention: the rows of a group's queries are summed.",
+            f"seed (the paper's figure 4). {about(study)} Theory: points are on the "
+            "diagonal if AᵀA = BᵀB. With grouped-query attention, the rows of a group's queries "
+            "are summed.",
             [],
             view,
         )
@@ -188,7 +189,7 @@ _MOST_HEADS, _MOST_STEPS = 24, 8
 
 
 def spectra_if_any(study: Study) -> list[Figure]:
-    """Singular values of a chosen head at some steps, where they were stored."""
+    """Singular values of a chosen head at some steps, if they were stored."""
     if any("singular_values" not in run.heads[0] for run in study.runs):
         return []
     places = sorted({(row["layer"], row["head"]) for row in study.runs[0].final})
@@ -229,7 +230,7 @@ def spectra_if_any(study: Study) -> list[Figure]:
             "Spectrum of a head",
             "Singular values of both products of one head at some steps of training, from the "
             f"condition's first seed. {about(study)} Theory: decay subtracts from every singular "
-            "value, and those that the loss does not hold up vanish.",
+            "value, and those that the loss does not maintain vanish.",
             [conditions, control],
             view,
         )

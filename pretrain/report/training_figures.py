@@ -1,4 +1,4 @@
-"""How the runs trained: losses, and what the optimizer did."""
+"""Figures of training: losses, and what the optimizer did."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.report.load import Condition, RunData, Study
 from pretrain.report.spec import Choice, Figure, Panel, Series
 
 _MOST_POINTS = 1000
-"""Of a line over the steps, evenly chosen."""
+"""Largest number of points of a line over the steps, evenly spaced."""
 
 
 def losses(study: Study) -> Figure:
@@ -59,7 +59,7 @@ def _averaged(
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Running mean over the last thirtieth; values that are not finite count for nothing."""
+    """Running mean over the last thirtieth of the run; values that are not finite do not count."""
     finite = [math.isfinite(value) for value in values]
     sums = [0.0, *accumulate(v if ok else 0.0 for v, ok in zip(values, finite, strict=True))]
     counts = [0, *accumulate(map(int, finite))]
@@ -74,7 +74,7 @@ def _smooth(values: list[float]) -> list[float]:
 
 
 def _line(name: str, x: list[float], y: list[float], colour: float) -> Series:
-    """A line of as many points as a reader can see."""
+    """A line with only as many points as a reader can see."""
     kept = some_of(range(len(x)), _MOST_POINTS)
     return Series(name, [x[i] for i in kept], [y[i] for i in kept], colour)
 

@@ -1,4 +1,4 @@
-"""What a report reads from checkpoints: row norms of the factors of the first heads."""
+"""Reads row norms of the factors of the first heads from checkpoints, for a report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints
 from pretrain.report.load import RunData
 
 Norms = dict[str, tuple[list[float], list[float], list[str]]]
-"""By product: squared norms of A's and of B's columns, and what each is."""
+"""By product: squared norms of A's and of B's columns, and the label of each."""
 
 
 def row_norms(run: RunData) -> Norms | None:

@@ -88,7 +88,7 @@ def test_two_processes_on_one_gpu_are_told_all_of_them(count: int, tmp_path: Pat
     own = [f"GPU-{number}" for number in range(count)]
     assert meet(own, tmp_path / "own") == [""] * count
     shared = meet([*own[:-1], own[0]], tmp_path / "shared")
-    assert all("two processes have one GPU (GPU-0)" in line for line in shared), shared
+    assert all("two processes use the same GPU (GPU-0)" in line for line in shared), shared
 
 
 def test_a_second_start_counts_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""How many cores this process may use."""
+"""Finds out how many cores this process may use."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores by affinity, or fewer where the container or job has a quota of their time.
+    """Number of cores by affinity, or fewer if the container or job has a quota of processor time.
 
-    A quota of less than a core counts as one. With more threads than the quota the kernel stops all
-    of them for a part of every period.
+    A quota of less than a core counts as one. With more threads than the quota, the kernel stops
+    all of them for a part of every period.
 
     Args:
         cgroups: where the control groups are mounted.
-        own: the file that says which of them this process is in.
+        own: the file that names the control groups of this process.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -25,15 +25,15 @@ def usable_cores(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")
 
 
 def fit_threads(threads: int) -> int:
-    """So many threads, or fewer where the quota of this process's time is less.
+    """Use ``threads`` threads, or fewer if this process's quota is smaller.
 
-    A launcher or user who set ``OMP_NUM_THREADS`` has decided.
+    If a launcher or user has set ``OMP_NUM_THREADS``, that value is kept.
     """
     return threads if os.environ.get("OMP_NUM_THREADS") else min(threads, usable_cores())
 
 
 def _folders(cgroups: Path, own: Path) -> list[Path]:
-    """This process's control groups and those above them, of either version."""
+    """This process's control groups and their parents, of either version."""
     tops = {cgroups: "/"}
     try:
         for line in own.read_text(encoding="utf-8").splitlines():
@@ -53,7 +53,7 @@ def _folders(cgroups: Path, own: Path) -> list[Path]:
 
 
 def _quota(folder: Path) -> float | None:
-    """Cores' worth of time in each period; None without a limit."""
+    """Number of cores that the time in each period is worth; None without a limit."""
     try:
         if (folder / "cpu.max").exists():
             limit, period = (folder / "cpu.max").read_text(encoding="utf-8").split()

@@ -1,4 +1,4 @@
-"""Which GPU a process takes, and that no other process has it."""
+"""Chooses the GPU of a process, and checks that no other process has it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch.distributed as dist
 from pretrain.errors import UsageError
 
 _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-"""Variables by which DeepSpeed takes its GPU; they must agree."""
+"""Variables from which DeepSpeed takes its GPU; they must agree."""
 
 
 def own_gpu(visible: int) -> int:
     """Index of this process's GPU, among those that it sees.
 
-    Some launchers show each process all GPUs of the node, others (`srun --gpus-per-task`) its own
-    alone.
+    Some launchers show each process all GPUs of the node, others (`srun --gpus-per-task`) only its
+    own.
 
     Args:
         visible: number of GPUs that this process sees, 1 or more.
@@ -42,7 +42,7 @@ def own_gpu(visible: int) -> int:
 
 
 def refuse_shared(gpu: str, size: int, store: Any, timeout: timedelta) -> None:
-    """See that every process has a GPU of its own; NCCL would fail later, and at length.
+    """Check that every process has its own GPU; otherwise NCCL would fail later with a long error.
 
     Every process of the job calls it.
 
@@ -62,7 +62,7 @@ def refuse_shared(gpu: str, size: int, store: Any, timeout: timedelta) -> None:
         found = place.get("shared").decode()
         _wait_for_all(place, "told", size, timeout)  # the store may end with this process
         raise UsageError(
-            f"two processes have one GPU ({found}); start one process for each GPU, or set "
+            f"two processes use the same GPU ({found}); start one process per GPU, or set "
             "CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
 

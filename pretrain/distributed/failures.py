@@ -1,4 +1,4 @@
-"""Kinds of errors: mistakes, trouble with files, failures of machines, and bugs."""
+"""Classifies errors: usage errors, trouble with files, failures of machines, and bugs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WRONG_INSTALLATION = (
 )  # fmt: skip
 _OURS = ("device-side assert", "invalid argument", "invalid configuration argument",
          "invalid resource handle")  # fmt: skip
-"""Words of GPU errors that a wrong index or shape makes: bugs, on every machine."""
+"""Texts of GPU errors that a wrong index or shape causes: these are bugs on every machine."""
 _GPU = re.compile(
     r"CUDA error|CUDA driver error|CUDNN_STATUS_|CUBLAS_STATUS_|cuDNN error|NCCL error|HIP error"
     r"|uncorrectable (ECC|NVLink)|ECC error|\bXid\b|fallen off the bus"
@@ -38,16 +38,16 @@ _OF_MACHINES = {
                  "EREMOTEIO", "ENODEV", "ENXIO", "EFBIG", "ETXTBSY", "EBUSY")
     if hasattr(errno, name)
 }  # fmt: skip
-"""Numbers of an OSError that no program makes by itself."""
+"""Error numbers of an OSError that no program causes by itself."""
 _OF_PATHS = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM,
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY,
 }  # fmt: skip
-"""Numbers that a wrong path makes: a person's, or one that a bug put together."""
+"""Error numbers that a wrong path causes: a user's path, or one that a bug made."""
 
 
 def exit_code(error: BaseException) -> int | None:
-    """2: mistakes of usage; 1: trouble with files and memory; 75: try again; None: bugs."""
+    """2: usage errors; 1: trouble with files and memory; 75: try again; None: bugs."""
     names = {part.__name__ for part in type(error).__mro__}
     if names & _USAGE:
         return 2
@@ -59,19 +59,19 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def is_of_machine(error: BaseException) -> bool:
-    """Whether another machine, or another moment, would not have had this error."""
+    """Whether this error would probably not occur on another machine or at another time."""
     return exit_code(error) == TRY_AGAIN
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, of the machine or its GPU, did not do."""
+    """Whether the memory of the machine or its GPU was not enough."""
     if isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__:
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _OUT_OF_MEMORY)
 
 
 def _is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed since another process or the network is gone."""
+    """Whether a collective failed because another process or the network was lost."""
     if {part.__name__ for part in type(error).__mro__} & {"DistBackendError", "DistNetworkError"}:
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)
@@ -92,7 +92,7 @@ def _is_wrong_installation(error: BaseException) -> bool:
 
 
 def _is_of_files(error: OSError) -> bool:
-    """Whether the machine did it, or a path that the user gave; all else is a bug."""
+    """Whether the machine or a path of the user caused the error; anything else is a bug."""
     if error.errno in _OF_MACHINES or isinstance(error, ConnectionError | TimeoutError):
         return True
     return error.errno in _OF_PATHS and error.filename is not None and _was_given(error.filename)
@@ -119,17 +119,17 @@ def _resolved(word: str) -> Path:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, for people: a file and a reason, without a traceback."""
+    """A readable description of an error: a file and a reason, without a traceback."""
     short = " ".join(str(error).split())
     if _is_lost_peer(error):
         return (
-            "another process of the job, or the network, is gone; started again, the run goes on "
-            f"from its last checkpoint ({short[:160]})"
+            "another process of the job, or the network, was lost; rerun the same command: the run "
+            f"continues from its last checkpoint ({short[:160]})"
         )
     if _is_of_gpu(error):
         return (
-            "this machine's GPU failed; started again, elsewhere if it is seen here twice, the run "
-            f"goes on from its last checkpoint ({short[:160]})"
+            "this machine's GPU failed; rerun the same command, on another machine if it fails "
+            f"here again: the run continues from its last checkpoint ({short[:160]})"
         )
     if is_out_of_memory(error):
         return (

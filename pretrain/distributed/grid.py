@@ -1,7 +1,7 @@
-"""The process grid: pipeline x data x tensor. The only place that knows ranks.
+"""The process grid: pipeline x data x tensor. The only place that knows process ranks.
 
-Rank order: tensor-parallel neighbours are adjacent, then data, then pipeline; it is
-DeepSpeed's `PipeModelDataParallelTopology` and Megatron's default order.
+In the order of process ranks, tensor-parallel neighbours are adjacent, then data, then pipeline.
+This is the order of DeepSpeed's `PipeModelDataParallelTopology` and Megatron's default.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Group = Any
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes of the axes, this process's coordinates, and its groups."""
+    """The sizes of the axes, this process's coordinates, and its groups."""
 
     tensor: int
     pipeline: int
@@ -75,17 +75,17 @@ class Grid:
 
     @property
     def tensor_parallel(self) -> TensorParallel:
-        """What the model needs to know of the grid."""
+        """The part of the grid that the model needs."""
         return TensorParallel(
             self.tensor_group, self.tensor_rank, self.tensor, self.sequence_parallel
         )
 
     def global_rank(self, *, pipeline: int, data: int, tensor: int) -> int:
-        """Rank of the process at these coordinates."""
+        """Process rank at these coordinates."""
         return (pipeline * self.data + data) * self.tensor + tensor
 
     def describe(self) -> str:
-        """One line for people."""
+        """A readable description in one line."""
         return (
             f"{self.world_size} process{'es' * (self.world_size > 1)} on {self.device.type}: "
             f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
@@ -97,22 +97,22 @@ class Grid:
             dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
-        """A picklable value of every rank, in rank order, on every rank."""
+        """Return, on every process, the picklable values of all processes in rank order."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
-        """The value that rank ``source`` has, on every rank."""
+        """Return, on every process, the value of process rank ``source``."""
         box = [value]
         dist.broadcast_object_list(box, src=source)
         return box[0]
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Run a block on every rank; if it fails on one, all raise the same one-line error.
+        """Run a block on every process; if it fails on one, all raise the same one-line error.
 
-        Without this, the ranks that did not fail would wait for ever in their next collective.
+        Otherwise the processes that did not fail would wait for ever in their next collective.
         """
         failure: Exception | None = None
         try:
@@ -139,7 +139,7 @@ def _kind(error: Exception) -> str:
 
 
 def _line(error: Exception, what: str) -> str:
-    """One line: the file and the reason, whatever raised it."""
+    """One line with the file and the reason, for any exception."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -158,7 +158,7 @@ def check_grid(config: GridConfig, processes: int) -> int:
     """The data-parallel size.
 
     Raises:
-        UsageError: if the grid does not fill the processes.
+        UsageError: if the grid does not divide the processes.
     """
     model = config.tensor_parallel * config.pipeline_parallel
     if processes % model:
@@ -183,7 +183,7 @@ def connect() -> torch.device:
         device = torch.device("cuda", own_gpu(gpus))
         torch.cuda.set_device(device)
     else:
-        # DeepSpeed would otherwise look for CUDA when its toolkit is installed without a GPU.
+        # Otherwise DeepSpeed would look for CUDA if its toolkit is installed without a GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")
     torch.set_num_threads(fit_threads(torch.get_num_threads()))
@@ -200,10 +200,10 @@ def connect() -> torch.device:
 
 
 def build_grid(config: GridConfig, device: torch.device) -> Grid:
-    """Lay the axes over the processes that are connected.
+    """Map the axes to the connected processes.
 
     Raises:
-        UsageError: if the grid does not fill the processes.
+        UsageError: if the grid does not use all processes.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     data = check_grid(config, world)
@@ -238,7 +238,7 @@ def disconnect() -> None:
 
 
 _LAUNCHERS = (
-    # rank, world size, local rank: as srun and Open MPI name them
+    # process rank, world size, local rank: the names of srun and Open MPI
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )

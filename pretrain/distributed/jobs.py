@@ -1,4 +1,4 @@
-"""What a sweep hands to whoever can start processes."""
+"""The jobs of a sweep, and the interface of executors that start them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 MEETING = "RANKDECAY_MEETING"
-"""Variable with the folder where the processes of one start meet on one machine."""
+"""Environment variable with the folder in which processes on one machine connect."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run, as words after `pretrain`."""
+    """One run, as arguments of `pretrain`."""
 
     name: str
     words: list[str]
@@ -21,10 +21,10 @@ class Job:
 
 
 class Executor(Protocol):
-    """Starts jobs and says how they ended."""
+    """Starts jobs and reports how they ended."""
 
     slots: int
-    """Jobs at once; what another process runs in this sweep's folders counts too."""
+    """Number of jobs at once, including those of another process in this sweep's folders."""
 
     def submit(self, jobs: list[Job]) -> None:
         """Start jobs."""
@@ -33,4 +33,4 @@ class Executor(Protocol):
         """Exit codes of the jobs that have ended since the last call."""
 
     def stop(self) -> None:
-        """End everything that is under way, cleanly where possible."""
+        """End all running jobs, cleanly if possible."""

@@ -1,9 +1,9 @@
-"""Where the processes of a job meet, and what they tell each other beside the collectives.
+"""How the processes of a job connect, and exchange messages apart from the collectives.
 
-What lies in torch's store is unpickled, so it is run; and the store asks nobody for a password. On
-one machine, where `launchers.team` starts the processes, it is a file in a folder that this user
-alone may enter. Between machines rank 0 listens on the address that the others are told, and on
-no other.
+The contents of torch's store are unpickled, so they can run code, and the store has no password. On
+one machine, where `launchers.team` starts the processes, the store is a file in a folder that only
+this user can enter. Between machines, process rank 0 listens only on the address that the others
+are given.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from pretrain.distributed.jobs import MEETING
 
 
 class Board(Protocol):
-    """Small texts by key, seen by every rank."""
+    """Short texts by key, visible to every process."""
 
     def set(self, key: str, value: str) -> Any:
         """Replace the text of a key."""
 
     def get(self, key: str) -> Any:
-        """The text of a key (bytes or str); empty, or waits and raises, if there is none."""
+        """The text of a key (bytes or str); if there is none: empty, or waits and raises."""
 
 
 def open_store(rank: int, size: int, timeout: timedelta) -> Any:
-    """The store through which a process group is made."""
+    """The store that is used to make a process group."""
     if size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
     folder = os.environ.get(MEETING)
     if folder:
         return dist.FileStore(str(Path(folder) / "store"), size)  # type: ignore[attr-defined]
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent may have opened it already.
+    # torchrun's agent may already have opened it.
     listens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
     listener = _listen(host, port) if listens else None
     extra = {"master_listen_fd": listener.detach()} if listener else {"multi_tenant": True}
@@ -49,7 +49,8 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Any:
 
 
 def open_board(size: int, timeout: timedelta) -> Board | None:
-    """A board of its own connection, apart from the collectives' store; None where no one reads."""
+    """A board with its own connection, separate from the collectives' store; None for one
+    process."""
     if size == 1:
         return None
     folder = os.environ.get(MEETING)
@@ -66,7 +67,7 @@ def open_board(size: int, timeout: timedelta) -> Board | None:
 
 
 class FolderBoard:
-    """A file a key: a store in a file would grow with every text that is replaced."""
+    """A board with one file per key: a store in a file would grow with every replaced text."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -84,10 +85,10 @@ class FolderBoard:
 
 
 def _listen(host: str, port: int) -> socket.socket | None:
-    """A listening socket on the address of ``host`` alone.
+    """A socket that listens only on the address of ``host``.
 
-    None where that would keep others out: the name is another machine's (a service in front of
-    this one), or it leads back to this machine while ranks run elsewhere.
+    It is None if that would exclude other processes: the name belongs to another machine (a service
+    in front of this one), or it resolves to a loopback address while processes run elsewhere.
     """
     with contextlib.suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(
@@ -113,7 +114,7 @@ def _is_loopback(address: str | int) -> bool:
 
 
 def _on_one_machine(host: str) -> bool:
-    """Whether all ranks run here, as far as the launcher or the address itself says."""
+    """Whether all processes run on this machine, according to the launcher or the address."""
     if host in ("localhost", "::1") or host.startswith("127.0.0."):
         return True
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")

@@ -1,7 +1,7 @@
-"""Memory that fails silently: copies of a weight that should be equal, compared bit by bit.
+"""Detects memory that fails silently: compares copies of weights that should be equal in every bit.
 
-Data-parallel ranks hold the same working weights (ZeRO 0-2). Sums of their bits are compared, a few
-bytes a parameter; a flipped bit in any copy changes its sum.
+Data-parallel processes hold the same working weights (ZeRO 0-2). Sums of their bits are compared,
+which takes a few bytes per parameter; a flipped bit in any copy changes its sum.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def are_replicated(grid: Grid, zero_stage: int) -> bool:
-    """Whether there are copies to compare."""
+    """Whether weights have copies to compare."""
     return grid.data > 1 and zero_stage < 3
 
 
 @torch.no_grad()
 def bit_sums(module: nn.Module) -> torch.Tensor:
-    """``[parameters]`` int64: sum of each parameter's bits as integers, modulo 2⁶⁴."""
+    """``[parameters]`` int64: the sum of each parameter's bits as integers, modulo 2⁶⁴."""
     sums = [
         parameter.detach().view(_BITS[parameter.element_size()]).sum(dtype=torch.int64)
         for parameter in declared_parameters(module)
@@ -34,7 +34,8 @@ def bit_sums(module: nn.Module) -> torch.Tensor:
 
 
 def disagreement(module: nn.Module, grid: Grid) -> str:
-    """Where copies differ over data-parallel ranks, in one line; empty if nowhere. Collective."""
+    """One line on which copies differ between data-parallel processes; empty if none.
+    Collective."""
     mine = bit_sums(module)
     copies = [torch.empty_like(mine) for _ in range(grid.data)]
     dist.all_gather(copies, mine, group=grid.data_group)
@@ -54,7 +55,7 @@ def _odd_ones(values: list[int], grid: Grid) -> str:
         for data in range(grid.data)
     ]
     (usual, count), *_ = Counter(values).most_common()
-    if 2 * count <= len(values):  # nobody can say which is right
-        return f"over ranks {', '.join(map(str, ranks))}"
+    if 2 * count <= len(values):  # it is not known which copy is right
+        return f"between process ranks {', '.join(map(str, ranks))}"
     odd = [str(rank) for rank, value in zip(ranks, values, strict=True) if value != usual]
-    return f"on rank {', '.join(odd)} from the others"
+    return f"on process rank {', '.join(odd)} from the others"

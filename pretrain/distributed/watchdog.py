@@ -1,9 +1,10 @@
-"""A job that hangs: every rank's stack on disk, who waits for whom, and an end.
+"""Ends a job that hangs, with every process's stack on disk and a summary of who waits where.
 
-A thread of every rank watches the main thread's progress and tells the others, through the
-launcher's store, that its process lives. When no step was finished for too long, the ranks that
-live write their stacks; the first of them says who waits where and who gives no sign of life.
-While any rank's checkpoint is on its way to a disk or a mirror and moves, waiting is no hang.
+A thread of every process watches the main thread's progress and tells the others, through the
+launcher's store, that its process is alive. If no step was finished for too long, the living
+processes write their stacks; the first of them reports which process waits where, and which gives
+no sign of life. While bytes of any process's checkpoint move to a disk or a mirror, waiting does
+not count as a hang.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from pretrain.distributed.meeting import open_board
 from pretrain.errors import TRY_AGAIN
 
 STACKS = "stacks"
-"""Folder of a run: one file a rank, and summary.txt."""
+"""Folder in a run folder: one file per process, and summary.txt."""
 _STORE_TIMEOUT = timedelta(seconds=5)
 
 
 class Watchdog:
-    """Ends the process when nothing was finished for ``limit`` seconds (0: never)."""
+    """Ends the process if nothing was finished for ``limit`` seconds (0: never)."""
 
     def __init__(self, grid: Grid, run: Path, limit: float) -> None:
         self._grid, self._folder, self._limit = grid, run / STACKS, limit
@@ -45,7 +46,7 @@ class Watchdog:
         self._store: Any = None
         self._count = 0
         self._traffic: tuple[float, list[Any]] = (0.0, [])
-        """When bytes of checkpoints were last seen to move, and how many had, by rank."""
+        """When bytes of checkpoints last moved, and how many had moved, by process rank."""
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
@@ -60,7 +61,7 @@ class Watchdog:
             self._thread.join(_STORE_TIMEOUT.total_seconds())
 
     def beat(self, step: int, phase: str = "training") -> None:
-        """Something was finished; cheap enough for every batch."""
+        """Report that something was finished; cheap enough for every batch."""
         self._beat = (time.monotonic(), step, phase)
 
     # --- in the thread --------------------------------------------------------------------------
@@ -74,13 +75,13 @@ class Watchdog:
                 self._end()
 
     def _hangs(self) -> bool:
-        """Whether nothing was finished, and no checkpoint moved on any rank, for too long."""
+        """Whether nothing was finished, and no checkpoint moved on any process, for too long."""
         beat, now = self._beat[0], time.monotonic()
         if now - beat <= self._limit / 2:
             self._traffic = (beat, [])
             return False
         counts = [moved(), *(told and told["moved"] for told in self._read_all())]
-        seen, before = self._traffic  # the first look is but what later ones are compared with
+        seen, before = self._traffic  # the first count only serves for comparison with later ones
         if any(None not in (old, new) and old != new for old, new in zip(before, counts)):
             seen = now
         self._traffic = (seen, counts)
@@ -94,24 +95,24 @@ class Watchdog:
         self._try_store(lambda: self._store.set(str(self._grid.rank), json.dumps(known)))
 
     def _try_store(self, action: Callable[[], Any]) -> Any:
-        """What the store answers; None once it does not.
+        """The store's answer; None after it has failed to answer.
 
-        In a thread of its own: with the cable pulled, a call to the store may never return,
-        whatever its time-out, and this thread is the one that must end the process.
+        The call runs in a separate thread: if a cable is unplugged, it may never return, whatever
+        its timeout, and the watchdog's own thread must be able to end the process.
         """
         if self._store is None:
             return None
         found: list[Any] = []
 
         def ask() -> None:
-            with contextlib.suppress(Exception):  # the launcher or the network is gone
+            with contextlib.suppress(Exception):  # the launcher or the network is lost
                 found.append(action())
 
         asking = threading.Thread(target=ask, name="watchdog-store", daemon=True)
         asking.start()
         asking.join(min(_STORE_TIMEOUT.total_seconds() + 1.0, max(1.0, self._limit / 8)))
         if not found:
-            self._store = None  # what is local can still be said
+            self._store = None  # local information can still be reported
             return None
         return found[0]
 
@@ -119,7 +120,7 @@ class Watchdog:
         return self._store.get(str(rank))
 
     def _read_all(self) -> list[dict[str, Any] | None]:
-        """What each rank last told."""
+        """The last message of each process."""
         found: list[dict[str, Any] | None] = []
         for rank in range(self._grid.world_size):
             text = self._try_store(partial(self._get, rank))
@@ -130,7 +131,7 @@ class Watchdog:
         where = _where(self._main)
         limited = threading.Thread(target=self._write_stacks, args=(where,), daemon=True)
         limited.start()
-        limited.join(5.0)  # a disk that hangs may be why we are here
+        limited.join(5.0)  # a hanging disk may be the reason for this
         before = self._read_all()
         for _ in range(3):
             time.sleep(self._turn)
@@ -149,13 +150,15 @@ class Watchdog:
         after: list[dict[str, Any] | None],
         where: str,
     ) -> list[str]:
-        """What the first rank that lives says; nothing on the others."""
+        """The report of the first living process; empty on the others."""
         me, step = self._grid.rank, self._beat[1]
         head = f"error: nothing was finished for {self._limit:g} s (step {step}, {self._beat[2]})"
-        see = f"stacks are in {self._folder}; started again, the run goes on from its checkpoint"
+        see = (
+            f"stacks are in {self._folder}; rerun the same command to continue from the checkpoint"
+        )
         if after[me] is None and self._grid.world_size > 1:
-            why = "the launcher's store does not answer: its machine or the network is gone"
-            return [f"{head}; rank {me} waits {where}; {why}; {see}"]
+            why = "the launcher's store does not answer: its machine or the network was lost"
+            return [f"{head}; process rank {me} waits {where}; {why}; {see}"]
         living: list[int] = []
         silent: list[int] = []
         for rank, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -166,14 +169,14 @@ class Watchdog:
         lines = [f"{head}; {see}"]
         for rank in living:
             known = after[rank] or {}
-            place = where if rank == me else known.get("where", "no one: it is still at work")
-            lines.append(f"rank {rank} (step {known.get('step', step)}): waits {place}")
+            place = where if rank == me else known.get("where", "no process: it is still working")
+            lines.append(f"process rank {rank} (step {known.get('step', step)}): waits {place}")
         for rank in silent:
             known = after[rank] or {}
             which = f"{known.get('host', 'unknown host')}, pid {known.get('pid', 'unknown')}"
             lines.append(
-                f"rank {rank} (step {known.get('step', '?')}; {which}): gives no sign of life; the "
-                "others wait for it"
+                f"process rank {rank} (step {known.get('step', '?')}; {which}): gives no sign of "
+                "life; the others wait for it"
             )
         return lines
 
@@ -183,7 +186,9 @@ class Watchdog:
             path = self._folder / f"rank-{self._grid.rank:05d}.txt"
             with path.open("w", encoding="utf-8") as file:
                 host = socket.gethostname()
-                file.write(f"rank {self._grid.rank}, pid {os.getpid()} on {host}, waits {where}\n")
+                file.write(
+                    f"process rank {self._grid.rank}, pid {os.getpid()} on {host}, waits {where}\n"
+                )
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
@@ -197,7 +202,7 @@ class Watchdog:
 
 
 def _where(thread: int) -> str:
-    """The innermost function of a thread, and the place of this program that called it."""
+    """The innermost function of a thread, and the line of this program that called it."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "nowhere"

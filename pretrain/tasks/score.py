@@ -30,7 +30,7 @@ _PAD_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class Window:
-    """One forward pass's worth of a document."""
+    """The part of a document that is scored in one forward pass."""
 
     document: int
     inputs: np.ndarray
@@ -46,9 +46,9 @@ def windows(
 
     Args:
         prefix: the token before the first one (end of document).
-        context: most tokens that the model sees.
-        stride: tokens predicted by each window after the first; ``context`` is lm-eval's
-            disjoint windows, less gives every token more context.
+        context: largest number of tokens that the model sees.
+        stride: tokens predicted by each window after the first; ``context`` means disjoint
+            windows as in lm-eval, a smaller stride gives every token more context.
     """
     first = min(context, len(tokens))
     if first:
@@ -58,7 +58,7 @@ def windows(
     while done < len(tokens):
         count = min(len(tokens) - done, stride)
         end = done + count
-        # As lm-eval: the window is full, so that the last, shorter one sees more context.
+        # As in lm-eval, the window is full, so that the last, shorter part sees more context.
         start = end - 1 - context
         yield Window(document, tokens[start : end - 1], tokens[done:end])
         done = end
@@ -77,13 +77,13 @@ def score(
     """Negative log-likelihood of each document, in nats; a collective call.
 
     Args:
-        module: this rank's part of the model (whole, or a pipeline stage).
+        module: this process's part of the model (whole, or a pipeline stage).
         batch: windows per forward pass; changes only the speed.
         stride: see `windows`; 0: the context.
-        progress: called with (batches done, batches in all).
+        progress: called with (batches done, batches in total).
 
     Returns:
-        ``[documents]`` float64, equal on every rank.
+        ``[documents]`` float64, equal on every process.
     """
     cut = [
         window
@@ -92,7 +92,7 @@ def score(
     ]
     cut.sort(key=lambda window: (-len(window.inputs), window.document))
     batches = [cut[start : start + batch] for start in range(0, len(cut), batch)]
-    # Every rank passes as often, as ZeRO-3 gathers in every forward pass.
+    # Every process makes the same number of passes, because ZeRO-3 gathers in each of them.
     rounds = -(-len(batches) // grid.data)
     totals = torch.zeros(len(documents), dtype=torch.float64)
     was_training = module.training
@@ -119,7 +119,7 @@ def score(
 def _forward(
     module: nn.Module, grid: Grid, model: GPTConfig, part: list[Window]
 ) -> torch.Tensor | None:
-    """Token losses ``[batch, length]`` on the rank that reports them, else None."""
+    """Token losses ``[batch, length]`` on the process that reports them, else None."""
     longest = max(len(window.inputs) for window in part)
     length = min(-(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE, model.context)
     inputs = torch.zeros(len(part), length, dtype=torch.int64)
@@ -142,13 +142,13 @@ def forward_pass(
     inputs: torch.Tensor,
     finish: Callable[[Projection], torch.Tensor],
 ) -> torch.Tensor | None:
-    """A batch through all pipeline stages; a collective call.
+    """Pass a batch through all pipeline stages; a collective call.
 
     Args:
         inputs: tokens ``[batch, length]``, or patches ``[batch, patches, values]``.
 
     Returns:
-        What ``finish`` makes of the projection, on the last stage, else None.
+        The result of ``finish`` on the last stage, else None.
     """
     x = inputs.to(grid.device)
     here = {"data": grid.data_rank, "tensor": grid.tensor_rank}
@@ -169,10 +169,10 @@ def forward_pass(
 
 
 def summarize(documents: list[HeldOut], nats: np.ndarray) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte, overall, per subset, and weighted as the Pile.
+    """Loss, perplexity and bits per byte: overall, per subset, and weighted like the Pile.
 
     Returns:
-        The body of ``evaluation.json``.
+        The contents of ``evaluation.json``.
     """
     subsets: dict[str, list[int]] = {}
     for number, document in enumerate(documents):
@@ -208,7 +208,7 @@ def _figures(documents: list[HeldOut], nats: np.ndarray) -> dict[str, float]:
 
 
 def _perplexity(loss: float) -> float:
-    """exp(loss); infinity where that is beyond a float, NaN for NaN."""
+    """exp(loss); infinity if that is too large for a float, NaN for NaN."""
     return math.exp(loss) if not loss > 709 else math.inf
 
 

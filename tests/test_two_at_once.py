@@ -174,7 +174,7 @@ def test_a_folder_is_moved_into_place_last(
     (tmp_path / ".third.export-77").mkdir()
     with whole_folder(tmp_path / "third", "export"):
         pass
-    assert "left by a process that was killed" in capsys.readouterr().err
+    assert "left by a killed process" in capsys.readouterr().err
     file = tmp_path / "file"
     file.write_text("theirs")
     with pytest.raises(UsageError, match="not empty"), whole_folder(file, "export"):

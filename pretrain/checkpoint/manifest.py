@@ -1,4 +1,4 @@
-"""``manifest.json`` of a checkpoint: what it says of itself, sealed, and read as a schema."""
+"""``manifest.json`` of a checkpoint: its description, with a checksum, validated by a schema."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ VERSION = 1
 SEAL = "sha256"
 MASTER = "master"
 _HEAD = 1024
-"""Bytes that hold a manifest's first keys: version, step and run."""
+"""Number of bytes that contain a manifest's first keys: version, step and run."""
 _STEP = re.compile(rb'"step": ([0-9]+)')
 _RUN = re.compile(rb'"run": "([^"]*)"')
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 Fragment = tuple[Count, Count, list[str]]
-"""First element in the local shard, number of elements, and what is stored of them."""
+"""First element in the local shard, number of elements, and the stored keys."""
 
 
 class DamagedError(RunError):
-    """Files of a checkpoint are not as they were written."""
+    """Files of a checkpoint have changed since they were written."""
 
 
 class UnreadableError(RunError):
-    """A disk does not answer, or a newer program wrote this: nothing is known to be damaged."""
+    """A disk does not respond, or a newer program wrote this: nothing is known to be damaged."""
 
 
 class _Part(BaseModel):
@@ -46,7 +46,7 @@ class _Part(BaseModel):
 
 
 class FileEntry(_Part):
-    """One file, and which elements of which tensors it has."""
+    """One file, and the elements of tensors in it."""
 
     size: Count
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
@@ -71,7 +71,7 @@ class GridEntry(_Part):
 
 
 class StateEntry(BaseModel):
-    """What every checkpoint remembers, beside what is the business of who restores it."""
+    """The state that every checkpoint has, apart from the state of the caller."""
 
     model_config = ConfigDict(extra="allow")
     tokenizer: str
@@ -84,11 +84,11 @@ class StateEntry(BaseModel):
 
 
 class Manifest(_Part):
-    """A manifest whose parts fit each other."""
+    """A manifest whose parts agree with each other."""
 
     step: Annotated[int, Field(ge=0, lt=10**18, strict=True)]
     run: str = ""
-    """Id of the run that wrote it; empty in those of the first versions."""
+    """Id of the run that wrote it; empty in manifests of the first versions."""
     state: StateEntry
     config: dict[str, Any]
     grid: GridEntry
@@ -103,10 +103,10 @@ def describe(
     state: dict[str, Any],
     grid: dict[str, int],
 ) -> dict[str, Any]:
-    """What a checkpoint says of itself, but for its files (``files``: name -> entry).
+    """The description of a checkpoint without its files (``files``: name -> entry).
 
     Args:
-        state: what else to remember (JSON), for example the data's identity.
+        state: further state to save (JSON), for example the data's identity.
         grid: sizes of the axes and the ZeRO stage that wrote it.
     The id of the run (``run``) is empty until it is known.
     """
@@ -134,16 +134,16 @@ def describe(
 
 
 def sealed(manifest: dict[str, Any]) -> bytes:
-    """A manifest as text, with the hash of what it says."""
+    """A manifest as text, with the hash of its contents."""
     manifest = json.loads(to_json(manifest))
     return to_json({**manifest, SEAL: _digest(manifest)}).encode()
 
 
 def head_of(path: Path) -> tuple[int | None, str | None]:
-    """Step and run of a manifest from its first bytes, which is quick; None where they are not.
+    """Read step and run from a manifest's first bytes, which is fast; None if they are not there.
 
     Raises:
-        UnreadableError: if the disk does not answer.
+        UnreadableError: if the disk does not respond.
     """
     try:
         with patiently(lambda: open_regular(path)) as file:
@@ -159,19 +159,19 @@ def head_of(path: Path) -> tuple[int | None, str | None]:
 
 
 def unreadable(path: Path, error: OSError) -> UnreadableError:
-    """What is said of a disk that does not answer."""
+    """The error for a disk that does not respond."""
     return UnreadableError(
-        f"{path}: cannot be read ({error.strerror}), also after a while; nothing was changed: "
-        "start again when its disk answers"
+        f"{path}: cannot be read ({error.strerror}), even after some retries; nothing was changed: "
+        "rerun the same command when the disk responds"
     )
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
-    """The manifest of a checkpoint, checked, and the same as it was written.
+    """Read the manifest of a checkpoint and check that it is unchanged and consistent.
 
     Raises:
         UnreadableError: if there is none, it cannot be read, or a newer program wrote it.
-        DamagedError: if it is not as it was written, or its parts do not fit each other.
+        DamagedError: if it has changed since it was written, or its parts do not agree.
     """
     path = folder / MANIFEST
     try:
@@ -179,7 +179,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
             text = patiently(lambda: file.read(LARGEST + 1))
     except OSError as error:
         if error.errno in NO_SUCH:
-            raise UnreadableError(f"{folder}: no checkpoint here ({error.strerror})") from None
+            raise UnreadableError(f"{folder}: contains no checkpoint ({error.strerror})") from None
         raise unreadable(path, error) from None
     except ValueError:
         raise damaged(path, "not a regular file") from None
@@ -202,9 +202,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
 
 
 def damaged(path: Path, why: str) -> DamagedError:
-    """What is said of a file that is not as it was written."""
+    """The error for a file that has changed since it was written."""
     return DamagedError(
-        f"{path}: damaged ({why}); delete {path.parent.name} to go on from the checkpoint before"
+        f"{path}: damaged ({why}); delete {path.parent.name} to use the checkpoint before it"
     )
 
 
@@ -213,18 +213,18 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _check_seal(path: Path, written: dict[str, Any]) -> None:
-    """Take the seal off. Manifests of the first versions have none, nor a run.
+    """Check and remove the checksum. Manifests of the first versions have neither it nor a run.
 
     Raises:
-        ValueError: if it is not that of what is written.
+        ValueError: if it is not the checksum of the contents.
     """
     seal = written.pop(SEAL, None)
     version = written.get("version")
     whole = seal == _digest(written)
     if isinstance(version, int) and version > VERSION and (whole or seal is None):
         raise UnreadableError(
-            f"{path}: has format {version} of a newer version of this program, which reads "
-            f"{VERSION}; install that version"
+            f"{path}: has format {version} of a newer version of this program, but this one reads "
+            f"{VERSION}; install the newer version"
         )
     if version != VERSION:
         raise ValueError(f"version {version!r}")
@@ -233,7 +233,7 @@ def _check_seal(path: Path, written: dict[str, Any]) -> None:
 
 
 def _check_coverage(manifest: Manifest) -> None:
-    """Every element of every master is stored once, and of what else is stored, too.
+    """Check that every element of every master and of every other stored key is stored once.
 
     Raises:
         ValueError: naming the tensor.
@@ -243,14 +243,14 @@ def _check_coverage(manifest: Manifest) -> None:
         stored = 0
         for name, (offset, numel, keys) in entry.fragments.items():
             if name not in manifest.parameters:
-                raise ValueError(f"{file}: {name} is no parameter")
+                raise ValueError(f"{file}: {name} is not a parameter")
             if len(set(keys)) != len(keys):
-                raise ValueError(f"{file}: {name} is there twice")
+                raise ValueError(f"{file}: {name} occurs twice")
             stored += numel * len(keys) * 4
             for key in keys:
                 found[name, key, entry.tensor_rank].append((offset, numel))
         if stored > entry.size:
-            raise ValueError(f"{file}: is smaller than what it holds")
+            raise ValueError(f"{file}: is smaller than its contents")
     for name, parameter in manifest.parameters.items():
         sizes = shard_sizes(parameter, manifest.grid.tensor)
         for rank, size in sizes.items():
@@ -271,15 +271,15 @@ def _check_pieces(what: str, pieces: list[tuple[int, int]], size: int) -> None:
 
 
 def shard_sizes_of(manifest: Manifest, name: str) -> Mapping[int, int]:
-    """Elements of a parameter's shard by tensor-parallel rank that stores one."""
+    """Elements of a parameter's shard, by the tensor-parallel rank that stores it."""
     return shard_sizes(manifest.parameters[name], manifest.grid.tensor)
 
 
 def shard_sizes(parameter: ParameterEntry, tensor: int) -> dict[int, int]:
-    """Elements of a parameter's shard by tensor-parallel rank that stores one.
+    """Elements of a parameter's shard, by the tensor-parallel rank that stores it.
 
     Raises:
-        ValueError: if it cannot be split so.
+        ValueError: if it cannot be split in this way.
     """
     numel = 1
     for length in parameter.shape:

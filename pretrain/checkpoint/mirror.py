@@ -1,8 +1,8 @@
-"""A copy of a run's checkpoints elsewhere: another disk, or an object store, by fsspec.
+"""Copies a run's checkpoints to another disk or an object store, by fsspec.
 
-One place serves any number of runs: each has a folder ``NAME-ID`` there, with the name of its run
-folder and the id that its checkpoints carry. Copies of the first versions lie in the place itself;
-they are read, and never deleted.
+One mirror can serve any number of runs: each has a folder ``NAME-ID`` there, with the name of its
+run folder and the id in its checkpoints. Copies of the first versions are in the mirror's root;
+they are read and never deleted.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from pretrain.config.run import CheckpointConfig, without_secrets
 from pretrain.errors import RunError, UsageError
 
 ABOUT = "run.json"
-"""File of a run's folder at the mirror: its id, and the run folder that it is a copy of."""
+"""File in a run's folder at the mirror: the run's id, and the run folder that was copied."""
 _BLOCK = 8 << 20
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 
 
 class Mirror:
-    """Checkpoints of a run at a folder or URL; one there is whole once its manifest is."""
+    """Checkpoints of a run at a folder or URL; a copy is complete when its manifest is there."""
 
     def __init__(self, url: str, run: Path) -> None:
         """
@@ -50,8 +50,8 @@ class Mirror:
             run: the run folder.
 
         Raises:
-            UsageError: if the protocol needs a package that is not installed, or the environment
-                lacks what the URL names.
+            UsageError: if the protocol needs a package that is not installed, or a variable that
+                the URL names is not set.
         """
         from fsspec.core import url_to_fs
 
@@ -64,7 +64,7 @@ class Mirror:
             raise UsageError(f"checkpoint.mirror: {self.url}: {self._line(error)}") from None
 
     def _whole_url(self, url: str) -> str:
-        """The URL with what it takes from the environment."""
+        """The URL with its environment variables filled in."""
         if "***" in url:
             raise UsageError(
                 f"checkpoint.mirror: {url}: its secret was left out when the recipe was written; "
@@ -80,7 +80,7 @@ class Mirror:
         return whole
 
     def _line(self, error: Exception) -> str:
-        """One line of an error, without what is secret."""
+        """One line of an error, without secrets."""
         text = without_secrets(_line(error))
         for secret in sorted(self._secrets, key=len, reverse=True):
             text = text.replace(secret, "***")
@@ -89,7 +89,7 @@ class Mirror:
     # --- to the mirror --------------------------------------------------------------------------
 
     def push(self, folder: Path, settings: CheckpointConfig) -> None:
-        """Copy a checkpoint, its manifest last, then delete what retention does not keep.
+        """Copy a checkpoint, its manifest last, then delete copies that are not kept.
 
         Only checkpoints of this run are ever deleted, and only in its own folder.
 
@@ -98,7 +98,9 @@ class Mirror:
         """
         run = run_id_of(self._run)
         if not run:
-            raise RunError(f"{self.url}: {folder.name} not copied ({self._run / RUN_ID} is gone)")
+            raise RunError(
+                f"{self.url}: {folder.name} not copied ({self._run / RUN_ID} does not exist)"
+            )
         place = f"{self._root}/{self._name}-{run}"
         target = f"{place}/{folder.name}"
         try:
@@ -116,14 +118,14 @@ class Mirror:
             raise RunError(f"{self.url}: {folder.name} not copied ({self._line(error)})") from None
 
     def _copy(self, source: Path, target: str) -> None:
-        """A file, block by block, so that a slow mirror can be told from one that hangs."""
+        """Copy a file block by block, so that a slow mirror can be distinguished from a hang."""
         with open_regular(source) as read, self._system.open(target, "wb") as write:
             while block := read.read(_BLOCK):
                 write.write(block)
                 count(len(block))
 
     def _superseded(self, place: str, pushed: Path, settings: CheckpointConfig) -> list[str]:
-        """Copies that retention does not keep, and those after a step that the run went back to."""
+        """Copies that are not kept, and those after a step to which the run went back."""
         names = [name for _, name in self._whole(place)]
         future = [name for name in names if step_of(Path(name)) > step_of(pushed)]
         past = [Path(name) for name in names if name not in future]
@@ -136,15 +138,15 @@ class Mirror:
     # --- from the mirror ------------------------------------------------------------------------
 
     def pull(self, misfit: Callable[[Checkpoint], str]) -> list[str]:
-        """Bring the newest whole checkpoint of this run into its folder, if there is one.
+        """Fetch the newest complete checkpoint of this run into its folder, if there is one.
 
-        It is the one of the run's id; of a run folder that was lost, one of its name and recipe.
+        It must have the run's id or, if the run folder was lost, the run's name and recipe.
 
         Args:
-            misfit: why a checkpoint is not of this run's recipe; empty if it is.
+            misfit: says why a checkpoint does not fit this run's recipe; empty if it does.
 
         Returns:
-            One line for what was fetched, was damaged there, or is of another recipe.
+            One line for each copy that was fetched, is damaged, or has another recipe.
 
         Raises:
             RunError: if the mirror cannot be read.
@@ -176,7 +178,7 @@ class Mirror:
             raise RunError(f"{self.url}: cannot be read ({self._line(error)})") from None
 
     def _candidates(self) -> list[tuple[str, str]]:
-        """(folder, name) of whole copies: of this run, of its name, of the first versions."""
+        """(folder, name) of complete copies: of this run, of its name, of the first versions."""
         mine = run_id_of(self._run)
         pattern = re.compile(re.escape(self._name) + "-[0-9a-f]{8}")
         named = [name for name in self._names(self._root) if pattern.fullmatch(name)]
@@ -189,7 +191,7 @@ class Mirror:
         return [(where, name) for _, _, where, name in sorted(found, reverse=True)] + first
 
     def _fetch(self, source: str, aside: Path, misfit: Callable[[Checkpoint], str]) -> str:
-        """Bring a checkpoint here; returns why it is not to be taken."""
+        """Fetch a checkpoint, and return why it cannot be used, if so."""
         try:
             self._get(f"{source}/{MANIFEST}", aside / MANIFEST, None)
             checkpoint = Checkpoint(aside)
@@ -203,7 +205,7 @@ class Mirror:
             return "damaged there, and left alone"
 
     def _get(self, source: str, target: Path, size: int | None) -> None:
-        """Bring a file here; a pipe, a device or what has another size is none."""
+        """Fetch a file; refuse a pipe, a device or a file of another size."""
         about = self._system.info(source)
         if about["type"] != "file" or size not in (None, about["size"]):
             raise FileNotFoundError(source)
@@ -212,8 +214,8 @@ class Mirror:
     def _take(self, place: str, aside: Path) -> None:
         """Make a fetched checkpoint the run's own.
 
-        A run that lost its folder takes its id up again; a copy for another folder gets another,
-        so that two runs never write to one place.
+        A run that lost its folder gets its id back; a copy for another folder gets another id, so
+        that two runs never write to one place.
         """
         mine = run_id_of(self._run)
         about: dict[str, Any] = {}
@@ -240,29 +242,29 @@ class Mirror:
         return [PurePosixPath(str(one).rstrip("/")).name for one in found]
 
 
-_MISFIT = "is of another recipe"
+_MISFIT = "has another recipe"
 
 
 class Pusher:
-    """Copies checkpoints to a mirror in a thread of its own, beside training, one after another."""
+    """Copies checkpoints to a mirror one after another, in a thread, while training continues."""
 
     def __init__(
         self, mirror: Mirror, settings: CheckpointConfig, tell: Callable[[Path, float, str], None]
     ) -> None:
         """
         Args:
-            tell: takes the checkpoint, seconds, and what went wrong, after each.
+            tell: called after each copy with the checkpoint, seconds, and what went wrong.
         """
         self._mirror, self._settings, self._tell = mirror, settings, tell
         self._waiting: list[Path] = []
         self._thread: threading.Thread | None = None
         self.lock = threading.Lock()
-        """Held by whoever changes what is copied, or deletes a checkpoint."""
+        """Lock for changing what is copied, or deleting a checkpoint."""
         self.current: Path | None = None
-        """What is being copied: it must stay."""
+        """The checkpoint that is being copied, which must not be deleted."""
 
     def add(self, folder: Path) -> None:
-        """Copy a checkpoint when those before it are copied."""
+        """Queue a checkpoint for copying."""
         with self.lock:
             self._waiting.append(folder)
             if self._thread is None:
@@ -270,7 +272,7 @@ class Pusher:
                 self._thread.start()
 
     def join(self, timeout: float | None = None) -> None:
-        """Until all is copied, or some seconds have passed."""
+        """Wait until all is copied, or some seconds have passed."""
         thread = self._thread
         if thread is not None:
             thread.join(timeout)
@@ -278,7 +280,8 @@ class Pusher:
     def _work(self) -> None:
         while True:
             with self.lock:
-                # One that was superseded while it waited is gone, and not missed.
+                # A checkpoint that was superseded while it waited may be deleted; this is not an
+                # error.
                 self._waiting = [one for one in self._waiting if one.is_dir()]
                 if not self._waiting:
                     self.current, self._thread = None, None

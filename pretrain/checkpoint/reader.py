@@ -1,9 +1,10 @@
 """Checkpoints: every tensor by its global name, in safetensors, readable on any grid.
 
-A checkpoint is a folder ``step-00000100/``: one file per writing rank with the fp32 masters and
-optimizer moments that the rank owns, and ``manifest.json``, which says where every element is.
-Nothing is keyed by position, so that no restore can hand a tensor another's λ, and nothing is
-pickled. The folder is written aside and renamed: it is whole or it is not there.
+A checkpoint is a folder ``step-00000100/``: one file per writing process with the fp32 masters and
+optimizer moments that the process owns, and ``manifest.json``, which says where every element is.
+Nothing is keyed by position, so a restore can never give a tensor the λ of another one, and nothing
+is pickled. The folder is written under a temporary name and renamed: it is either complete or
+absent.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ from pretrain.errors import RunError, UsageError
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-"""File in ``RUN/checkpoints`` with the name of the newest whole one, for people and scripts."""
+"""File in ``RUN/checkpoints`` with the name of the newest complete one, for people and scripts."""
 RUN_ID = "run-id"
-"""File of a run folder with the id that its checkpoints carry."""
+"""File in a run folder with the id that its checkpoints contain."""
 ATTENTION_PARTS = ("query", "key", "value", "output")
 _NAME = re.compile(r"step-([0-9]{8,18})")
 _BLOCK = 8 << 20
@@ -62,30 +63,30 @@ def checkpoint_name(step: int) -> str:
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether a name is one that a checkpoint has: a copy's, such as ``step-8.bak``, is not."""
+    """Whether a name has a checkpoint's form; a copy's name, such as ``step-8.bak``, has not."""
     return _NAME.fullmatch(name) is not None
 
 
 def step_of(path: Path) -> int:
-    """Updates that a checkpoint's folder name stands for."""
+    """The step in a checkpoint's folder name."""
     return int(path.name.split("-")[1])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of the run in ``RUN/checkpoints``, oldest first; what else lies there is not.
+    """Checkpoints of the run in ``RUN/checkpoints``, oldest first, without anything else there.
 
     Raises:
-        UnreadableError: if the disk does not answer.
+        UnreadableError: if the disk does not respond.
     """
     run = run_id_of(folder.parent)
     return [path for path in named_so(folder) if not stranger(path, run)]
 
 
 def names_in(folder: Path) -> list[str]:
-    """Names of what a folder holds, sorted; none where there is no folder.
+    """Sorted names in a folder; empty if there is no folder.
 
     Raises:
-        UnreadableError: if the disk does not answer.
+        UnreadableError: if the disk does not respond.
     """
     try:
         return sorted(patiently(lambda: [path.name for path in folder.iterdir()]))
@@ -96,7 +97,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def named_so(folder: Path) -> list[Path]:
-    """What has a checkpoint's name, by its step."""
+    """Paths with a checkpoint's name, by step."""
     found = [folder / name for name in names_in(folder) if is_checkpoint_name(name)]
     return sorted(found, key=lambda path: (step_of(path), path.name))
 
@@ -115,25 +116,25 @@ def run_id_of(run: Path) -> str:
 
 
 def new_run_id() -> str:
-    """An id for a run folder that has none."""
+    """Make an id for a run folder that has none."""
     return secrets.token_hex(4)
 
 
 def stranger(path: Path, run: str) -> str:
-    """Why a path with a checkpoint's name is none of this run; empty if it is one.
+    """Why a path with a checkpoint's name is not a checkpoint of this run; empty if it is.
 
     Args:
         run: id of the run; empty: not known.
 
     Raises:
-        UnreadableError: if the disk does not answer.
+        UnreadableError: if the disk does not respond.
     """
     try:
         kind = patiently(lambda: os.lstat(path)).st_mode
         if stat.S_ISLNK(kind):
             return "is a link"
         if not stat.S_ISDIR(kind):
-            return "is no folder"
+            return "is not a folder"
         kind = patiently((path / MANIFEST).stat).st_mode
     except OSError as error:
         if error.errno in NO_SUCH:
@@ -145,7 +146,7 @@ def stranger(path: Path, run: str) -> str:
     if step not in (None, step_of(path)):
         return f"is of step {step}"
     if run and its_run and its_run != run:
-        return "is of another run (--fork goes on from it)"
+        return "belongs to another run (--fork continues from it)"
     return ""
 
 
@@ -166,10 +167,10 @@ class _Place:
 
 
 class Checkpoint:
-    """A checkpoint on disk, read element-wise, whatever grid wrote it.
+    """A checkpoint on disk, read element by element, whatever grid wrote it.
 
     Raises:
-        DamagedError: if its bytes are not those that were written.
+        DamagedError: if its bytes have changed since they were written.
         UnreadableError: if they cannot be read.
     """
 
@@ -196,37 +197,37 @@ class Checkpoint:
         self._trusted = False
 
     def trust(self) -> None:
-        """Do not hash files again: somebody just did (`problem`)."""
+        """Do not hash files again, because `problem` has just done so."""
         self._trusted = True
 
     @property
     def files(self) -> dict[str, int]:
-        """Its files, but for the manifest, and their sizes in bytes."""
+        """Its files, without the manifest, and their sizes in bytes."""
         return {name: self._files[name]["size"] for name in sorted(self._files)}
 
     @property
     def taken(self) -> int:
-        """Updates that the optimizer took: a skipped one does not count in Adam's corrections."""
+        """Number of updates of the optimizer: skipped ones do not count in Adam's corrections."""
         skipped: int = self.state.get("faults", {}).get("skipped", 0)
         return self.step - skipped
 
     @property
     def decays(self) -> dict[str, float]:
-        """λ by parameter name, as it was when the checkpoint was written."""
+        """λ by parameter name, at the time when the checkpoint was written."""
         return {name: entry["decay"] for name, entry in self.parameters.items()}
 
     @property
     def digest(self) -> str:
-        """Hash of all it holds: two runs that fork from equal ones begin equally."""
+        """Hash of its contents: two runs that fork from equal checkpoints begin equally."""
         sums = sorted(entry["sha256"] for entry in self._files.values())
         return hashlib.sha256("".join(sums).encode()).hexdigest()
 
     def problem(self, part: int = 0, parts: int = 1) -> str:
-        """What is wrong with the files, in one line; empty if each is as it was written.
+        """One line about what is wrong with the files; empty if all are unchanged.
 
         Args:
-            part, parts: look at every ``parts``-th file from ``part`` on, so that ranks share the
-                reading of a large checkpoint.
+            part, parts: check every ``parts``-th file from ``part`` on, so that processes divide
+                the reading of a large checkpoint.
         """
         for file in sorted(self._files)[part::parts]:
             try:
@@ -236,19 +237,19 @@ class Checkpoint:
         return ""
 
     def keys(self, name: str) -> list[str]:
-        """What is stored for a parameter: the master and the optimizer's moments."""
+        """The stored keys of a parameter: the master and the optimizer's moments."""
         return sorted(key for one, key in self._places if one == name)
 
     def full(self, name: str, key: str = MASTER) -> Tensor:
-        """The global tensor, float32, without regard to how it was split."""
+        """The global tensor in float32, however it was split."""
         if name not in self.parameters:
-            raise DamagedError(f"{self.path}: has no {name}, which its recipe says")
+            raise DamagedError(f"{self.path}: has no {name}, which its recipe requires")
         entry = self.parameters[name]
         shape, dim = list(entry["shape"]), entry["partition_dim"]
         if dim is None or self.tensor_parallel == 1:
             return self._shard(name, key, 0, shape)
         for place in self._places[name, key]:
-            self._file(place.file)  # of the right size, before memory is taken
+            self._file(place.file)  # of the right size, before memory is allocated
         whole = torch.empty(shape)
         for rank, part in enumerate(whole.chunk(self.tensor_parallel, dim)):
             part.copy_(self._shard(name, key, rank, list(part.shape)))
@@ -262,7 +263,7 @@ class Checkpoint:
     def local(self, info: ParameterInfo, key: str, rank: int, size: int) -> Tensor:
         """The flat shard of tensor-parallel rank ``rank`` of ``size``."""
         if info.name not in self.parameters:
-            raise RunError(f"{self.path}: has no {info.name}; it is of another model")
+            raise RunError(f"{self.path}: has no {info.name}; it belongs to another model")
         stored, dim = tuple(self.parameters[info.name]["shape"]), info.partition_dim
         if stored == info.shape and dim is not None and size == self.tensor_parallel:
             shape = list(stored)
@@ -276,11 +277,12 @@ class Checkpoint:
         return values.reshape(-1)
 
     def _repadded(self, values: Tensor, info: ParameterInfo) -> Tensor:
-        """Vocabulary matrices are padded as the grid needs; the padding is zero."""
+        """Pad vocabulary matrices with zeros as the grid needs."""
         vocabulary = self.config.model.vocabulary_size
         if info.role not in (Role.EMBEDDING, Role.HEAD) or values.shape[1:] != info.shape[1:]:
             raise RunError(
-                f"{self.path}: {info.name} is {tuple(values.shape)}, the model wants {info.shape}"
+                f"{self.path}: {info.name} is {tuple(values.shape)}, but the model needs "
+                f"{info.shape}"
             )
         fresh = torch.zeros(info.shape)
         fresh[:vocabulary] = values[:vocabulary]
@@ -300,7 +302,7 @@ class Checkpoint:
         return flat.view(shape)
 
     def _file(self, name: str) -> TensorFile:
-        """A file that is as it was written."""
+        """Open a file after checking that it is unchanged."""
         if name not in self._known:
             self._known[name] = self._read(name, lambda: self._checked(name))
         return self._known[name]
@@ -315,11 +317,11 @@ class Checkpoint:
         return TensorFile(path)
 
     def _read(self, name: str, action: Callable[[], Found]) -> Found:
-        """What an action returns that reads a file.
+        """Call an action that reads a file, and return its result.
 
         Raises:
-            DamagedError: if the file is gone or wrong, beside a manifest that is there.
-            UnreadableError: if the disk does not answer, or has lost the whole folder.
+            DamagedError: if the file is missing or wrong although the manifest exists.
+            UnreadableError: if the disk does not respond, or has lost the whole folder.
         """
         path = self.path / name
         try:
@@ -332,7 +334,7 @@ class Checkpoint:
             raise damaged(path, str(error).splitlines()[0] or type(error).__name__) from None
 
     def rng_state(self, rank: int) -> Tensor | None:
-        """The random state of a rank, if it wrote one."""
+        """The random state of a process, if it wrote one."""
         name = f"rank-{rank:05d}.safetensors"
         if name not in self._files:
             return None
@@ -351,9 +353,9 @@ def _sha256(file: BinaryIO) -> str:
 
 @torch.no_grad()
 def load_into_engine(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Set masters, moments and working weights of every rank from ``checkpoint``.
+    """Set masters, moments and working weights of every process from ``checkpoint``.
 
-    λ is not restored here: it is the plan's, and `Engine.audit_decay` proves it.
+    λ is not restored here: it comes from the plan, and `Engine.audit_decay` checks it.
     """
     grid = engine.grid
     masters = restore_weights(checkpoint, engine.module, grid)
@@ -377,7 +379,7 @@ def load_into_engine(checkpoint: Checkpoint, engine: Engine) -> None:
 
 
 def _moments(checkpoint: Checkpoint, info: ParameterInfo, optimizer: str) -> tuple[str, ...]:
-    """Keys of the moments that ``optimizer`` goes on with: none of another update rule's."""
+    """Keys of the moments that ``optimizer`` can use: none of another update rule."""
     if rule_of(checkpoint.config.optimizer.name, info.role) != rule_of(optimizer, info.role):
         return ()
     return tuple(key for key in checkpoint.keys(info.name) if key != MASTER)
@@ -386,10 +388,10 @@ def _moments(checkpoint: Checkpoint, info: ParameterInfo, optimizer: str) -> tup
 def restore_weights(
     checkpoint: Checkpoint, module: nn.Module, grid: Grid
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Set the working weights of this rank's part of the model, one parameter at a time.
+    """Set the working weights of this process's part of the model, one parameter at a time.
 
     Yields:
-        Each parameter with its local shard, flat float32, for whoever restores masters too.
+        Each parameter with its local shard, flat float32, for restoring masters too.
     """
     for parameter in declared_parameters(module):
         values = checkpoint.local(info_of(parameter), MASTER, grid.tensor_rank, grid.tensor)
@@ -400,6 +402,6 @@ def restore_weights(
 
 
 def load_into_module(checkpoint: Checkpoint, module: nn.Module, grid: Grid) -> None:
-    """Set the working weights of this rank's part of the model."""
+    """Set the working weights of this process's part of the model."""
     for _ in restore_weights(checkpoint, module, grid):
         pass

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, when files are damaged, gone, or not its own."""
+"""Finds the checkpoint to continue from when files are damaged, missing, or from another run."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from pretrain.distributed.grid import Grid
 from pretrain.errors import RunError
 
 Misfit = Callable[[Checkpoint], str]
-"""Why a checkpoint is not one of this recipe; empty if it is."""
+"""Says why a checkpoint does not fit the recipe; empty if it does."""
 
 
 def find_whole(
     folder: Path, grid: Grid, mirror: str = "", misfit: Misfit | None = None
 ) -> list[str]:
-    """Put damaged newest checkpoints aside until the newest is whole; a collective call.
+    """Rename damaged newest checkpoints until the newest one is complete; a collective call.
 
-    The ranks share the reading. A damaged one is renamed ``damaged-step-…``, so that nothing takes
-    it again and nothing is lost. What is of a person or of another run stays as it is, and is
-    named. Where none is left, the mirror's newest of this recipe is fetched.
+    The processes divide the reading. A damaged checkpoint is renamed to ``damaged-step-…``, so that
+    nothing uses it again and nothing is lost. Files of a person or of another run are left alone
+    and named. If no checkpoint is left, the mirror's newest one that fits the recipe is fetched.
 
     Args:
         folder: ``RUN/checkpoints``.
-        misfit: says which checkpoints of the mirror are not of this run.
+        misfit: says why a checkpoint of the mirror does not belong to this run.
 
     Returns:
-        One line for each that was put aside, and what was left alone or fetched.
+        One line for each checkpoint that was renamed, left alone or fetched.
 
     Raises:
-        RunError: if there were checkpoints and none is whole, or a disk does not answer; then
-            nothing was renamed.
+        RunError: if there were checkpoints and none is complete, or if a disk does not respond; in
+            the latter case nothing was renamed.
     """
     told: list[str] = []
     with grid.together(""):
@@ -68,7 +68,7 @@ def find_whole(
         if not found:
             return told
         damaged += 1
-        told.append(f"{found[0]}; put aside, and on from the one before")
+        told.append(f"{found[0]}; renamed, and continuing from the one before")
         with grid.together(""):
             if grid.is_main:
                 warn(told[-1])
@@ -86,14 +86,14 @@ def find_whole(
         told += lines
     if damaged:
         raise RunError(
-            f"{folder}: no whole checkpoint is left (damaged-… are what there was); choose another "
-            "--out to begin anew, or bring one back"
+            f"{folder}: no complete checkpoint is left (the others were renamed damaged-…); choose "
+            "another --out to start from the beginning, or restore one from a copy"
         )
     return told
 
 
 def _own(folder: Path) -> list[Path]:
-    """Checkpoints of the run, whole or damaged, oldest first."""
+    """Checkpoints of the run, complete or damaged, oldest first."""
     run = run_id_of(folder.parent)
     return [path for path in named_so(folder) if not stranger(path, run) or is_damaged(path)]
 
@@ -102,14 +102,15 @@ _PIECE = re.compile(r"rank-\d{5}\.safetensors")
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether what has a checkpoint's name is one whose manifest is gone or wrong.
+    """Whether a path with a checkpoint's name is a checkpoint whose manifest is missing or wrong.
 
-    A manifest that is as it was written, but of another step or run, is somebody's copy.
+    If the manifest is unchanged but for another step or run, the path is somebody's copy.
     """
     if path.is_symlink() or not path.is_dir():
         return False
     if not (path / MANIFEST).exists():
-        # A run moves whole folders into place; with anything else in it, it is somebody's.
+        # A run moves complete folders into place; with anything else in it, a folder is somebody
+        # else's.
         names = names_in(path)
         return bool(names) and all(name == MANIFEST or _PIECE.fullmatch(name) for name in names)
     try:
@@ -120,7 +121,7 @@ def is_damaged(path: Path) -> bool:
 
 
 def _left_alone(folder: Path) -> str:
-    """One line on what looks like a checkpoint and is none of this run; empty without any."""
+    """One line about paths that look like checkpoints but are not of this run; empty if none."""
     run = run_id_of(folder.parent)
     why: dict[str, str] = {}
     for name in names_in(folder):
@@ -129,7 +130,7 @@ def _left_alone(folder: Path) -> str:
             if reason and not is_damaged(folder / name):
                 why[name] = reason
         elif name.startswith("step-"):
-            why[name] = "is no checkpoint's name"
+            why[name] = "is not a checkpoint's name"
     if not why:
         return ""
     shown = ", ".join(f"{name} ({reason})" for name, reason in list(why.items())[:4])
@@ -138,12 +139,12 @@ def _left_alone(folder: Path) -> str:
 
 
 def _newest(folder: Path) -> tuple[Path | None, str]:
-    """The newest checkpoint of the run, and what is wrong with it at first sight."""
+    """The newest checkpoint of the run, and what is wrong with its manifest."""
     found = _own(folder)
     if not found:
         return None, ""
     gone = not (found[-1] / MANIFEST).exists()
-    return found[-1], f"{found[-1]}: damaged (its {MANIFEST} is gone)" if gone else ""
+    return found[-1], f"{found[-1]}: damaged (its {MANIFEST} is missing)" if gone else ""
 
 
 def _problem(path: Path, grid: Grid) -> str:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept."""
+"""Decides which checkpoints of a run are kept."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ HELD_OUT_LOSS = "held_out_loss"
 
 
 def held_out_loss(path: Path) -> float | None:
-    """The loss that a checkpoint of the disk remembers; None if it has none, or is damaged.
+    """The held-out loss in a checkpoint on disk; None if it has none or is damaged.
 
     Raises:
-        UnreadableError: if the disk does not answer: which is the best is not known then.
+        UnreadableError: if the disk does not respond, since the best is then not known.
     """
     try:
         text = patiently(lambda: read_small(path / MANIFEST))
@@ -30,7 +30,7 @@ def held_out_loss(path: Path) -> float | None:
 
 
 def loss_in(manifest: bytes) -> float | None:
-    """The held-out loss that the text of a manifest has, or None."""
+    """The held-out loss in the text of a manifest, or None."""
     try:
         loss: float | None = json.loads(manifest)["state"].get(HELD_OUT_LOSS)
         return loss
@@ -43,10 +43,10 @@ def superseded(
     settings: CheckpointConfig,
     loss_of: Callable[[Path], float | None] = held_out_loss,
 ) -> list[Path]:
-    """Checkpoints that the retention rules do not keep, of all whole ones, oldest first.
+    """The complete checkpoints that the recipe's rules do not keep, oldest first.
 
     Args:
-        loss_of: the held-out loss that a checkpoint remembers, or None.
+        loss_of: returns the held-out loss in a checkpoint, or None.
     """
     if not settings.keep:
         return []

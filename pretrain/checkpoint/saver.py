@@ -1,8 +1,8 @@
-"""Writing checkpoints, beside the training that goes on.
+"""Writes checkpoints while training continues.
 
-The state is copied to host memory, and a thread of every rank brings its copy to disk. The ranks
-meet in a process group of the threads' own; the first then writes the manifest and renames the
-folder, so that a checkpoint is whole or not there, whatever dies meanwhile.
+The state is copied to host memory, and a thread of every process writes its copy to disk. The
+threads wait for each other in their own process group. Process rank 0 then writes the manifest and
+renames the folder, so that a checkpoint is complete or absent, whatever fails meanwhile.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from pretrain.engine.masters import Fragment, is_replicated
 from pretrain.errors import RunError
 
 _AT_EXIT = 120.0
-"""Seconds that a run which fails waits for a checkpoint under way."""
+"""Seconds that a failing run waits for a checkpoint that is being written."""
 _PATIENCE = timedelta(days=1)
-"""For a rank whose disk is slower than the others': the watchdog sees whether it works."""
+"""Timeout for a process whose disk is slower than the others'; the watchdog sees whether it
+works."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank owns, copied off the device."""
+    """The state that one process owns, copied from the device."""
 
     name: str
     """File name."""
@@ -59,28 +60,29 @@ class Outcome:
     step: int
     seconds: float
     problem: str = ""
-    """One line; empty: it is there."""
+    """One line; empty if the checkpoint was written."""
     note: str = ""
-    """What went wrong beside it, such as at the mirror."""
+    """Other problems, such as at the mirror."""
 
 
 @dataclass
 class Saver:
-    """Saves an engine's state into ``folder`` (``RUN/checkpoints``); made by all ranks together."""
+    """Saves an engine's state to ``folder`` (``RUN/checkpoints``); all processes make one
+    together."""
 
     engine: Engine
     folder: Path
     settings: CheckpointConfig
     outcomes: list[Outcome] = field(default_factory=list)
-    """Of writes that have ended, for whoever logs them (and takes them away)."""
+    """Results of finished writes; the code that logs them removes them."""
     urgent: bool = False
-    """Somebody waits for the next one: its thread does not give way to those that train."""
+    """Whether the job waits for the next one: its thread then runs at normal priority."""
     _last: Outcome | None = None
     _thread: threading.Thread | None = None
     _group: Any = None
     _pusher: Pusher | None = None
     _buffers: dict[str, Tensor] = field(default_factory=dict)
-    """Host memory of the last copy, taken again: fresh pages cost more than the copying."""
+    """Host memory of the last copy, used again: new pages cost more than the copying."""
 
     def __post_init__(self) -> None:
         if self._grid.world_size > 1:
@@ -97,11 +99,12 @@ class Saver:
     def save(
         self, step: int, state: dict[str, Any], beside: Callable[[], None] | None = None
     ) -> None:
-        """Copy the state after ``step`` updates and begin to write it; a collective call.
+        """Copy the state after ``step`` updates and start to write it; a collective call.
 
         Args:
-            state: what else to remember (JSON), for example the data's identity.
-            beside: what the main rank's thread does first; no fault of it stops a checkpoint.
+            state: further state to save (JSON), for example the data's identity.
+            beside: a function that the main process's thread calls first; its failure does not
+                stop a checkpoint.
         """
         self.wait()
         piece = snapshot(self.engine, self._buffers)
@@ -117,31 +120,33 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until nothing is being written."""
         if self._thread is not None:
             _schedule(self._thread.native_id, getattr(os, "SCHED_OTHER", None))
             self._thread.join()
             self._thread = None
 
     def finish(self) -> None:
-        """Wait for the last checkpoint, and for its copy at the mirror, on every rank.
+        """Wait for the last checkpoint, and for its copy at the mirror, on every process.
 
         Raises:
-            RunError: on every rank, if it could not be written; earlier ones are untouched.
+            RunError: on every process, if it could not be written; earlier ones are untouched.
         """
         self.wait()
-        if self.settings.mirror:  # a launcher ends a job whose first ranks end much later
+        if (
+            self.settings.mirror
+        ):  # a launcher kills a job if some processes end much later than others
             self._thread = threading.Thread(target=self._drain, name="checkpoint", daemon=True)
             self._thread.start()
             self.wait()
         if self._last is not None and self._last.problem:
             raise RunError(
-                f"{self._last.problem}; free space or fix {self.folder}, then start again: the run "
-                "goes on from its last checkpoint"
+                f"{self._last.problem}; free space or fix {self.folder}, then rerun the same "
+                "command: the run continues from its last checkpoint"
             )
 
     def close(self) -> None:
-        """Give a checkpoint under way, and its copy, a chance where the run has failed already."""
+        """Wait a limited time for a checkpoint and its copy after the run has failed."""
         until = time.monotonic() + _AT_EXIT
         if self._thread is not None:
             self._thread.join(_AT_EXIT)
@@ -159,7 +164,7 @@ class Saver:
     ) -> None:
         began = time.monotonic()
         if self.settings.asynchronous and not self.urgent:
-            _give_way()  # for good, where the user may not raise a priority
+            _give_way()  # permanent, because a user may not be allowed to raise the priority again
         aside = self.folder / f".{checkpoint_name(step)}.writing"
         notes: list[str] = []
         if beside is not None and self._grid.is_main:
@@ -176,7 +181,7 @@ class Saver:
                     notes += self._follow_up(target, step)
             problem = self._gather(problem)[0]
         except Exception as error:  # another rank is gone
-            problem = f"the other ranks do not answer ({type(error).__name__})"
+            problem = f"the other processes do not answer ({type(error).__name__})"
         if problem and self._grid.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         if problem:
@@ -191,7 +196,7 @@ class Saver:
             self._gather(None)
 
     def _tell_copied(self, target: Path, seconds: float, problem: str) -> None:
-        """In the mirror's thread."""
+        """Report a copy; called in the mirror's thread."""
         if problem:
             self.outcomes.append(Outcome(step_of(target), seconds, "", problem))
 
@@ -203,7 +208,7 @@ class Saver:
         return found
 
     def _commit(self, aside: Path, step: int, described: dict[str, Any]) -> Path:
-        """Make what was written a checkpoint: the rename is the moment from which it is there."""
+        """Turn the written files into a checkpoint; it exists from the rename on."""
         _make_own(aside)
         described["run"] = run_id_of(self.folder.parent)
         write_synced(aside / MANIFEST, sealed(described))
@@ -216,16 +221,16 @@ class Saver:
         return target
 
     def _follow_up(self, target: Path, step: int) -> list[str]:
-        """What is done once a checkpoint is there, and no fault of which undoes it.
+        """Do the work after a checkpoint exists; its failures do not undo the checkpoint.
 
         Returns:
-            What went wrong, one line each.
+            One line for each failure.
         """
         notes: list[str] = []
         if target.name != checkpoint_name(step):
             notes.append(
-                f"{checkpoint_name(step)} is in the way and no checkpoint of this run: left alone, "
-                f"this one is {target.name}"
+                f"{checkpoint_name(step)} exists but is not a checkpoint of this run: left alone; "
+                f"this one is named {target.name}"
             )
         _, problem = _attempt(lambda: write_aside(self.folder / LATEST, target.name.encode()))
         notes.append(problem)
@@ -240,22 +245,22 @@ class Saver:
         for old in superseded(list_checkpoints(self.folder), self.settings):
             with self._pusher.lock if self._pusher is not None else contextlib.nullcontext():
                 if self._pusher is not None and old == self._pusher.current:
-                    continue  # after the next checkpoint, then
+                    continue  # tried again after the next checkpoint
                 hidden = hide(old)
             remove(hidden)
 
 
 def _make_own(folder: Path) -> None:
-    """A folder of this program's own: a link in its place is refused."""
+    """Make a folder for this program's files; a link in its place is refused."""
     folder.mkdir(parents=True, exist_ok=True)
     if folder.is_symlink():
         raise RunError(f"{folder}: is a link; remove it")
 
 
 def _free_name(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step goes: in the place of the run's own of that step, if any.
+    """The path for the checkpoint of a step; it replaces the run's own checkpoint of that step.
 
-    What else has that name is left alone: a zero more gives a name that is read all the same.
+    Anything else with that name is left alone: one more zero gives a name that is still recognised.
     """
     own = list_checkpoints(folder)
     digits = 8
@@ -267,18 +272,18 @@ def _free_name(folder: Path, step: int) -> Path:
 
 
 def _give_way() -> None:
-    """Take only what the threads that train leave: Linux schedules each thread by itself."""
+    """Use only the processor time that training leaves; Linux schedules each thread separately."""
     _schedule(threading.get_native_id(), getattr(os, "SCHED_IDLE", None))
 
 
 def _schedule(thread: int | None, policy: int | None) -> None:
     if thread is not None and policy is not None:
-        with contextlib.suppress(OSError):  # not allowed here: as it was, then
+        with contextlib.suppress(OSError):  # not allowed: keep the old priority
             os.sched_setscheduler(thread, policy, os.sched_param(0))
 
 
 def _attempt(action: Any) -> tuple[Any, str]:
-    """(what it returns, "") or (None, one line on what went wrong)."""
+    """Call a function; return (its result, "") or (None, one line about what went wrong)."""
     try:
         return action(), ""
     except Exception as error:
@@ -288,10 +293,10 @@ def _attempt(action: Any) -> tuple[Any, str]:
 
 
 def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> Piece | None:
-    """A copy of what this rank writes, in host memory; None where another holds the same.
+    """A copy in host memory of what this process writes; None if another process writes the same.
 
     Args:
-        buffers: memory of an earlier copy, by name, which is overwritten, and added to.
+        buffers: memory of an earlier copy, by name, which is overwritten and extended.
     """
     grid = engine.grid
     if is_replicated(engine.deepspeed) and grid.data_rank > 0:
@@ -313,7 +318,7 @@ def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> Piece 
 
 
 def _copied(value: Tensor, buffers: dict[str, Tensor], name: str) -> Tensor:
-    """``value`` in host memory (on the way there, from a GPU), flat or not as it is."""
+    """``value`` in host memory (from a GPU, still being copied), in its own shape."""
     buffer = buffers.get(name)
     if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
         pinned = value.device.type == "cuda"
@@ -323,14 +328,14 @@ def _copied(value: Tensor, buffers: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _writes(fragment: Fragment, grid: Grid) -> bool:
-    """Whether this rank's copy is the one that is kept, where several ranks hold the same."""
+    """Whether this process's copy is the one that is written, if several hold the same."""
     if getattr(fragment.parameter, "ds_pipe_replicated", False):
         return False
     return fragment.info.partition_dim is not None or grid.tensor_rank == 0
 
 
 def _write_piece(piece: Piece | None, aside: Path) -> tuple[str, dict[str, Any]] | None:
-    """Bring a piece to disk; returns (file name, its entry in the manifest)."""
+    """Write a piece to disk, and return (file name, its entry in the manifest)."""
     if piece is None:
         return None
     _make_own(aside)

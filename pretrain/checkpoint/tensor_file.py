@@ -1,10 +1,10 @@
-"""Safetensors files as checkpoints want them: written beside a thread that trains, read in place.
+"""Safetensors files for checkpoints: written without stopping training, read without copies.
 
-`safetensors.torch.save_file` copies every tensor into Python bytes first, holding the interpreter's
-lock: a training thread beside it stands still. The format is a header and the bytes themselves
-(https://huggingface.co/docs/safetensors): here the bytes are written where they lie, in blocks,
-and each block is hashed, both without the lock. Reading goes straight into the tensor that is
-wanted, with no mapped pages and no second copy, so that an export holds one layer and no more.
+`safetensors.torch.save_file` first copies every tensor into Python bytes while it holds the
+interpreter's lock, which stops a training thread. The format is a header and the bytes themselves
+(https://huggingface.co/docs/safetensors). Here the bytes are written in blocks from where they are,
+and each block is hashed, both without the lock. Reading goes directly into the destination tensor,
+without mapped pages and without a second copy, so that an export holds only one layer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from data_pipeline.disk import count, open_regular
 _NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float64: "F64"}
 _BLOCK = 8 << 20
 _SYNC_EVERY = 32
-"""Blocks after which the disk is waited for: what it has taken is progress that can be seen."""
+"""Number of blocks after which to wait for the disk; what it has written is visible progress."""
 
 
 def write_tensors(
@@ -33,10 +33,10 @@ def write_tensors(
     """Write contiguous CPU tensors and sync the file.
 
     Returns:
-        Size in bytes, and SHA-256 of what was meant to be written.
+        Size in bytes, and SHA-256 of the intended contents.
 
     Raises:
-        OSError: as the disk says.
+        OSError: the disk's error.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
@@ -63,13 +63,13 @@ def write_tensors(
                     os.fdatasync(file.fileno())
                 count(len(block))
             os.fsync(file.fileno())
-    except OSError as error:  # of a descriptor: it does not know its file
+    except OSError as error:  # an error of a descriptor does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from None
     return 8 + len(text) + offset, digest.hexdigest()
 
 
 def _blocks(header: bytes, tensors: list[Tensor]) -> Iterator[memoryview]:
-    """The file, piece by piece, where the bytes lie."""
+    """The pieces of the file, without copying the tensors."""
     yield memoryview(len(header).to_bytes(8, "little"))
     yield memoryview(header)
     for value in tensors:
@@ -80,19 +80,19 @@ def _blocks(header: bytes, tensors: list[Tensor]) -> Iterator[memoryview]:
 
 
 def _write(descriptor: int, block: memoryview) -> None:
-    """All of a block: the system may take a part of it."""
+    """Write a whole block; the system may accept only a part at a time."""
     while block:
         block = block[os.write(descriptor, block) :]
 
 
 class TensorFile:
-    """A safetensors file, read tensor by tensor into memory that the caller has.
+    """A safetensors file that is read tensor by tensor into the caller's memory.
 
-    The file is open only while something is read: a checkpoint may have more files than a process
-    may open.
+    The file is open only during a read, because a checkpoint may have more files than a process may
+    open.
 
     Raises:
-        ValueError: if the file is not one, or is cut.
+        ValueError: if the file is not a safetensors file, or is truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,10 +106,10 @@ class TensorFile:
         self._header.pop("__metadata__", None)
         self._start = 8 + length
         if any(entry["data_offsets"][1] > size - self._start for entry in self._header.values()):
-            raise ValueError(f"{path}: cut")
+            raise ValueError(f"{path}: truncated")
 
     def read_into(self, name: str, flat: Tensor) -> None:
-        """Fill a flat contiguous CPU tensor with a stored one of as many elements and its type."""
+        """Fill a flat contiguous CPU tensor with a stored one of the same size and type."""
         entry = self._header[name]
         begin, end = entry["data_offsets"]
         if entry["dtype"] != _NAMES[flat.dtype] or end - begin != flat.nbytes:
@@ -121,7 +121,7 @@ class TensorFile:
             while view:
                 length = file.readinto(view[:_BLOCK])  # type: ignore[attr-defined]
                 if not length:
-                    raise ValueError(f"{name}: cut")
+                    raise ValueError(f"{name}: truncated")
                 count(length)
                 view = view[length:]
 

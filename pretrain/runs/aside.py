@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: written beside their place, moved into it last."""
+"""Writes folders that are complete or absent: under a temporary name first, then renamed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 @contextmanager
 def whole_folder(out: Path, verb: str) -> Iterator[Path]:
-    """A folder of this process's own beside ``out``, which becomes ``out`` when the block ends.
+    """Make a temporary folder beside ``out``, which becomes ``out`` when the block ends.
 
-    Of several processes that write one folder, the first to end has it; the others find it taken
-    and remove only what they wrote. A kill leaves nothing under the name of ``out``.
+    If several processes write one folder, the first to end keeps it; the others find it taken and
+    remove only what they wrote. A killed process leaves nothing under the name of ``out``.
 
     Args:
-        verb: what writes it, for the name of the folder and for messages.
+        verb: the command that writes it, for the folder's name and for messages.
 
     Raises:
         UsageError: if ``out`` is not empty, before or after the block.
@@ -42,7 +42,7 @@ def whole_folder(out: Path, verb: str) -> Iterator[Path]:
     try:
         yield aside
         try:
-            aside.rename(place)  # takes the place of an empty folder, of nothing else
+            aside.rename(place)  # replaces an empty folder, and nothing else
         except OSError as error:
             if error.errno not in _TAKEN:
                 raise
@@ -60,19 +60,19 @@ def _taken(out: Path) -> UsageError:
 
 
 def _tell_leftovers(parent: Path, head: str) -> None:
-    """Name what a killed process left; it is not ours to delete."""
+    """Report folders that a killed process left; they are not deleted automatically."""
     for one in sorted(parent.glob(f"{head.replace('[', '[[]')}*")):
-        with suppress(OSError):  # a file system without locks cannot say
+        with suppress(OSError):  # a file system without locks cannot show this
             mark = os.open(one, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(mark, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                warn(f"{one}: was left by a process that was killed; delete it")
+                warn(f"{one}: was left by a killed process; delete it")
             finally:
                 os.close(mark)
 
 
 def _locked(folder: Path) -> int:
-    """The folder itself, open and locked while this process lives, so that others can tell."""
+    """Open and lock the folder while this process lives, so that others can see it."""
     mark = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     with suppress(OSError):
         fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,7 +80,7 @@ def _locked(folder: Path) -> int:
 
 
 def _sync(folder: Path) -> None:
-    """Make the disk remember the new name."""
+    """Write the new name to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

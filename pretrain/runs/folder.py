@@ -1,4 +1,4 @@
-"""The run folder: what every tool reads, and what makes a killed run resumable.
+"""The run folder, which every tool reads and which makes a killed run resumable.
 
 ``RUN/config.yaml metrics.jsonl ranks.parquet checkpoints/ evaluation.json environment.json``
 """
@@ -50,28 +50,30 @@ LAUNCHED = ("launch", "logs")
 FREE = ("data.path", "data.prefetch", "task.workers", "train.micro_batch")
 """Keys inside the science sections that change no number (or are checked by content)."""
 _SAMPLE = ("evaluation.split", "evaluation.documents")
-"""Keys of the held-out sample: the losses of a run are of one."""
+"""Keys of the held-out sample, which must stay the same for all losses of a run."""
 _OWN = (CONFIG, RUN_ID, RANKS, METRICS, ENVIRONMENT)
-"""Files that training alone writes aside: what a kill leaves of them is deleted."""
+"""Files that only training writes under a temporary name: leftovers of a kill are deleted."""
 _WRITING = re.compile(r"\.step-[0-9]{8,18}\.writing")
 _DYNAMIC = ("policies", "form", "coupling", "adadecay_slope", "nuclear_every")
-"""Keys of ``optimizer.weight_decay`` that act on λ while a run goes on."""
+"""Keys of ``optimizer.weight_decay`` that change λ during a run."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside, then rename it."""
+    """Write a file under a temporary name, then rename it."""
     write_aside(path, text.encode("utf-8"))
 
 
 def create_run(run: Path, config: Config, setting: dict[str, Any]) -> None:
-    """Make the folder and say in it what runs, where and with which versions.
+    """Make the folder and record what runs in it, where and with which versions.
 
     Args:
-        setting: what the machine decided (grid, precision) and the data gives, for the record.
+        setting: values that the machine (grid, precision) and the data determine.
     """
     run.mkdir(parents=True, exist_ok=True)
     if (run / METRICS).is_symlink():
-        raise RunError(f"{run / METRICS}: is a link, which nothing is written through; remove it")
+        raise RunError(
+            f"{run / METRICS}: is a link, and nothing is written through links; remove it"
+        )
     write_text(run / CONFIG, dump_config(config))  # first: it makes the folder a run
     _clear_leftovers(run)
     if not run_id_of(run):
@@ -81,7 +83,7 @@ def create_run(run: Path, config: Config, setting: dict[str, Any]) -> None:
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
-    """Machine, versions and setting of each start of a run; none where nothing says so.
+    """Machine, versions and setting of each start of a run; empty if they are not recorded.
 
     Raises:
         RunError: if the file is damaged.
@@ -94,18 +96,18 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
 
 
 def was_imported(run: Path) -> bool:
-    """Whether a run folder began with a model that was trained elsewhere, as far as it says."""
+    """Whether a run started from an imported model, according to its records."""
     return any("imported" in start for start in _starts(run))
 
 
 def forked_from(run: Path) -> dict[str, Any] | None:
-    """The run folder and the step that a run was forked from, as far as it says."""
+    """The run folder and the step from which a run was forked, according to its records."""
     found = [start["forked"] for start in _starts(run) if "forked" in start]
     return found[-1] if found else None
 
 
 def _starts(run: Path) -> list[dict[str, Any]]:
-    """The record of starts; empty where there is none, or it is damaged."""
+    """The record of starts; empty if there is none or it is damaged."""
     try:
         return read_starts(run)
     except RunError:
@@ -113,7 +115,7 @@ def _starts(run: Path) -> list[dict[str, Any]]:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """An ``evaluation.json``; a figure that was not finite, null in the file, is NaN again.
+    """Read an ``evaluation.json``; null, which means not finite, becomes NaN again.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -128,13 +130,13 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def _id_of_checkpoints(run: Path) -> str:
-    """The id that the newest checkpoint carries."""
+    """The id in the newest checkpoint."""
     newest = newest_checkpoint(run / CHECKPOINTS)
     return Checkpoint(newest).run if newest else ""
 
 
 def _clear_leftovers(run: Path) -> None:
-    """Delete what a kill during a write left; the folder is locked."""
+    """Delete leftovers of a killed write; the folder is locked."""
     (run / CHECKPOINTS).mkdir(exist_ok=True)
     for name in names_in(run / CHECKPOINTS):
         if _WRITING.fullmatch(name):
@@ -148,7 +150,7 @@ def _clear_leftovers(run: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the reader of results; no secrets."""
+    """Versions and machine, for readers of the results; no secrets."""
     import torch
 
     names = ("rankdecay", "torch", "deepspeed", "megatron-core", "sentencepiece", "tokenizers")
@@ -171,9 +173,9 @@ def environment() -> dict[str, Any]:
 
 
 def recipe_of(run: Path) -> Config:
-    """The recipe of a run folder, with the precision that the run began with.
+    """The recipe of a run folder, with the precision with which the run began.
 
-    Earlier versions kept the word auto there, and what it meant in the record of starts.
+    Earlier versions kept the value auto there, and its meaning in the record of starts.
     """
     config = load_config(run / CONFIG)
     if config.precision != "auto":
@@ -184,17 +186,17 @@ def recipe_of(run: Path) -> Config:
 
 
 def known_recipe(run: Path) -> Config | None:
-    """The recipe of a run, or None where no run is, or its recipe cannot be read."""
+    """The recipe of a run, or None if there is no run or its recipe cannot be read."""
     if not (run / CONFIG).is_file():
         return None
     try:
         return recipe_of(run)
-    except (RunError, UsageError):  # who needs it says so
+    except (RunError, UsageError):  # code that needs it reports the error
         return None
 
 
 def _changes(old: Config, new: Config) -> dict[str, Any]:
-    """`differences` that matter; what auto meant in an old checkpoint may be unknown."""
+    """The `differences` that matter; the meaning of auto in an old checkpoint may be unknown."""
     return {
         key: values
         for key, values in differences(old, new).items()
@@ -203,16 +205,16 @@ def _changes(old: Config, new: Config) -> dict[str, Any]:
 
 
 def resume_point(run: Path, config: Config, asked: str = "") -> Checkpoint | None:
-    """The checkpoint that a run in this folder goes on from, or None to begin.
+    """The checkpoint from which a run in this folder continues, or None for a new run.
 
     Args:
-        asked: the recipe's word for the precision, where ``config`` has what it means here.
+        asked: the recipe's value of precision; ``config`` has its meaning on this machine.
 
     Raises:
         UsageError: if the folder holds a run with another recipe.
     """
     if not (run / CONFIG).exists():
-        # What a kill leaves, what the mirror's checkpoint is fetched into, what a launcher writes.
+        # Leftovers of a kill, the folder for the mirror's checkpoint, and files of a launcher.
         known = {f"{CONFIG}.tmp", LOCK, CHECKPOINTS, RUN_ID, *LAUNCHED, ".launch.lock"}
         unknown = {name for name in names_in(run) if not is_leftover(name, *_OWN)} - known
         if unknown:
@@ -232,7 +234,7 @@ def resume_point(run: Path, config: Config, asked: str = "") -> Checkpoint | Non
             after = f"{asked}, which is {after} here"
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UsageError(
-            f"{run}: holds a run with {key}={before}, the recipe says {after}{more}; choose "
+            f"{run}: holds a run with {key}={before}, but the recipe has {after}{more}; choose "
             f"another --out, or continue from it with --fork {run}@STEP"
         )
     check_definition(run, config.ranks)
@@ -240,7 +242,7 @@ def resume_point(run: Path, config: Config, asked: str = "") -> Checkpoint | Non
 
 
 def misfit(checkpoint: Checkpoint, config: Config, task: Task) -> str:
-    """Why a checkpoint is not one of this recipe and its data; empty if it is."""
+    """Why a checkpoint does not fit this recipe and its data; empty if it does."""
     for key, (before, after) in _changes(checkpoint.config, config).items():
         return f"{key} {before}, here {after}"
     if (checkpoint.state["tokenizer"], checkpoint.state["data"]) != (task.tokenizer, task.identity):
@@ -252,7 +254,7 @@ def misfit(checkpoint: Checkpoint, config: Config, task: Task) -> str:
 
 def _newest_readable(run: Path) -> Checkpoint | None:
     for path in reversed(list_checkpoints(run / CHECKPOINTS)):
-        with contextlib.suppress(DamagedError):  # `find_whole` says so, once the run is ours
+        with contextlib.suppress(DamagedError):  # `find_whole` reports it after the run is locked
             return Checkpoint(path)
     return None
 
@@ -266,18 +268,18 @@ def resolve_checkpoint(text: str) -> Path:
     name, _, wanted = text.rpartition("@") if "@" in text else (text, "", "")
     path = Path(name)
     if (path / "manifest.json").is_file() and not wanted:
-        # The run is found by the folders above, which a path such as "." does not name.
+        # The run is found from parent folders, which a path such as "." does not contain.
         return path.resolve() if len(path.parts) < 3 or ".." in path.parts else path
     found = list_checkpoints(path / CHECKPOINTS)
     if not found:
         raise UsageError(
-            f"{name}: no checkpoint there (a run folder, RUN@STEP or a step-... folder)"
+            f"{name}: has no checkpoint (give a run folder, RUN@STEP or a step-... folder)"
         )
     if not wanted or wanted == "last":
         return found[-1]
     steps = {step_of(one): one for one in found}
     if not wanted.isdigit() or int(wanted) not in steps:
-        raise UsageError(f"{text}: no such step; there are {', '.join(map(str, steps))}")
+        raise UsageError(f"{text}: no such step; the run has {', '.join(map(str, steps))}")
     return steps[int(wanted)]
 
 
@@ -287,8 +289,7 @@ def plan_for_resume(
     """The plan that holds after a restore, by ``resume.decay``.
 
     Raises:
-        UsageError: with ``error``, if the λ, or what moves them, differ; the message has the
-            table.
+        UsageError: with ``error``, if λ, or what changes λ, differs; the message has the table.
     """
     infos = [info for group in plan.groups for info in group.parameters]
     if policy == "recipe":
@@ -299,13 +300,13 @@ def plan_for_resume(
     if not changed:
         return plan
     raise UsageError(
-        f"{checkpoint.path}: was trained with another weight decay: {changed}; say which "
-        "holds with resume.decay=recipe or resume.decay=checkpoint (or --fork to a new run)"
+        f"{checkpoint.path}: was trained with another weight decay: {changed}; choose one "
+        "with resume.decay=recipe or resume.decay=checkpoint (or --fork to a new run)"
     )
 
 
 def decay_changes(plan: DecayPlan, checkpoint: Checkpoint, config: Config) -> str:
-    """How the λ of a checkpoint, or what moves them, differ from a plan's; empty if they do not."""
+    """How λ of a checkpoint, or what changes λ, differs from a plan; empty if it does not."""
     infos = [info for group in plan.groups for info in group.parameters]
     changed = _table(compare(infos, checkpoint.decays, plan.by_name))
     if changed:
@@ -326,28 +327,28 @@ def _table(changed: list[DecayDifference]) -> str:
 
 
 def check_continues(checkpoint: Checkpoint, config: Config, task: Task) -> None:
-    """Refuse to go on with another model or other samples than the checkpoint's.
+    """Refuse to continue with another model or other samples than the checkpoint's.
 
     Raises:
         UsageError: naming what differs.
     """
     if checkpoint.step > config.train.steps:
         raise UsageError(
-            f"train.steps: {config.train.steps} is before {checkpoint.path}; ask for more steps"
+            f"train.steps: {config.train.steps} is before {checkpoint.path}; set more steps"
         )
     if checkpoint.config.model != config.model:
         old, new = (c.model.model_dump() for c in (checkpoint.config, config))
         key = next(key for key in old if old[key] != new[key])
         raise UsageError(
-            f"{checkpoint.path}: is of a model with {key}={old[key]}, the recipe and its data say "
-            f"{new[key]}; use the recipe and the data that the checkpoint was trained with"
+            f"{checkpoint.path}: has a model with {key}={old[key]}, but the recipe and its data "
+            f"give {new[key]}; use the recipe and the data that the checkpoint was trained with"
         )
     for key in ("seed", "data.weights", "train.global_batch"):
         before, after = (attrgetter(key)(one) for one in (checkpoint.config, config))
         if before != after:
             raise UsageError(
-                f"{key}: {after} is not the {before} of {checkpoint.path}: its order of samples "
-                "could not be continued; use the same"
+                f"{key}: {after} is not the {before} of {checkpoint.path}, so its order of samples "
+                "cannot be continued; use the same value"
             )
     if checkpoint.state["tokenizer"] != task.tokenizer:
         raise UsageError(
@@ -356,17 +357,17 @@ def check_continues(checkpoint: Checkpoint, config: Config, task: Task) -> None:
         )
     if checkpoint.state.get("eod", task.eod) != task.eod:
         raise UsageError(
-            f"{task.source}: its documents end with token {task.eod}, those of {checkpoint.path} "
-            f"with {checkpoint.state['eod']}; use that run's data"
+            f"{task.source}: its documents end with token {task.eod}, but those of "
+            f"{checkpoint.path} end with {checkpoint.state['eod']}; use that run's data"
         )
     if checkpoint.state["data"] != task.identity:
         raise UsageError(
-            f"{task.source}: holds other tokens than {checkpoint.path} was trained on; use "
-            "that run's data (its order could not be continued)"
+            f"{task.source}: has other tokens than {checkpoint.path} was trained on; use that "
+            "run's data (otherwise its order of samples cannot be continued)"
         )
 
 
 def rewind(run: Path, step: int) -> None:
-    """Forget what was logged and measured after ``step``."""
+    """Remove what was logged and measured after ``step``."""
     rewind_metrics(run, step)
     rewind_ranks(run, step)

@@ -1,6 +1,6 @@
-"""What makes two runs comparable: the same first weights and the same samples in the same order.
+"""Hashes that show whether two runs are comparable: initial weights, and samples and their order.
 
-Runs of one seed that agree in both differ by their recipe alone, and their results may be paired.
+Runs of one seed that agree in both differ only in their recipe, and their results may be paired.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IDENTITY = "identity.json"
 
 
 def data_order(config: Config, task: Task, data: Samples) -> str:
-    """Hash of the data, of what decides its order, and of the samples of the first update."""
+    """Hash of the data, of what determines its order, and of the samples of the first update."""
     first = hashlib.sha256()
     for number in range(min(config.train.global_batch, len(data))):
         first.update(data[number][0].tobytes())
@@ -40,9 +40,9 @@ def data_order(config: Config, task: Task, data: Samples) -> str:
 
 
 def initial_weights(module: nn.Module, grid: Grid) -> str:
-    """Hash of the names, shapes and first values of a model as its factory made it; collective.
+    """Hash of the names, shapes and initial values of a model; a collective call.
 
-    The same on every process grid, since every tensor is drawn whole.
+    It is the same on every process grid, because every tensor is drawn whole.
     """
     mine = {info_of(p).name: fingerprint_of(p) for p in declared_parameters(module)}
     found: dict[str, str] = {}
@@ -52,8 +52,8 @@ def initial_weights(module: nn.Module, grid: Grid) -> str:
 
 
 def write_identity(run: Path, weights: str, order: str, task: Task, precision: str) -> None:
-    """Put the hashes into the run folder, with those of the data and its tokenizer, and the
-    precision that the run computes in."""
+    """Write the hashes to the run folder, with those of the data and its tokenizer, and the
+    precision of the run."""
     identity = {
         "initial_weights": weights,
         "data_order": order,
@@ -67,7 +67,7 @@ def write_identity(run: Path, weights: str, order: str, task: Task, precision: s
 def read_identity(
     run: Path, keys: tuple[str, ...] = ("initial_weights", "data_order")
 ) -> dict[str, str] | None:
-    """Hashes of a run, or None where one is missing or unreadable."""
+    """Hashes of a run, or None if one is missing or unreadable."""
     try:
         found = read_json(run / IDENTITY)
         return {key: str(found[key]) for key in keys}

@@ -1,4 +1,4 @@
-"""Tables and figures as files."""
+"""Writes tables and figures to files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_pipeline.files import write_aside
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows of equal keys as CSV."""
+    """Write rows with equal keys as CSV."""
     rows = list(rows)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
@@ -22,7 +22,7 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_figure(path: Path, figure: Any) -> None:
-    """A figure of matplotlib as an image, in the format of the path's ending."""
+    """Save a matplotlib figure as an image, in the format of the path's ending."""
     image = io.BytesIO()
     figure.savefig(image, format=path.suffix[1:], dpi=130)
     write_aside(path, image.getvalue())

@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_put_aside(
     began = time.monotonic()
     done = pretrain("train", str(recipe), "--out", str(run))
     assert done.returncode == 0, done.stderr
-    assert str(newest) in done.stderr and "on from the one before" in done.stderr
+    assert str(newest) in done.stderr and "from the one before" in done.stderr
     assert (run / "checkpoints" / f"damaged-{newest.name}").is_dir()
     same_weights(run, undisturbed("one"))
     what = {"bit": "flipped bit in a checkpoint", "cut": "truncated checkpoint file",

@@ -33,8 +33,8 @@ def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
     """Peak bytes by part, on the process that uses most memory.
 
     The peak is either at the end of a forward pass, with its activations and the loss, or in the
-    update. On flat buffers, the float32 gradients always exist, and beside them one layer's gradients
-    as computed. DeepSpeed has all of them as computed, in its bucket, and in float32.
+    update. On flat buffers, the float32 gradients always exist, and one layer's gradients as
+    computed. DeepSpeed has all of them as computed, in its bucket, and in float32.
     """
     here = sizes.held(on.pipeline)
     local = here.on(on.tensor)

@@ -216,7 +216,7 @@ def test_a_vocabulary_is_never_filled_up(
         ({"rope_scaling": [4.0]}, "not a mapping"),
         ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, "rope_theta"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rotary scaling"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"sliding_window": 8}, "sliding_window"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ({"attention_multiplier": 0.1}, "attention_multiplier"),
@@ -374,7 +374,7 @@ def test_advice_on_missing_and_wrong_numbers_works(tmp_path: Path) -> None:
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         config = {name: value for name, value in LLAMA.items() if name != key}
         folder = write_model(tmp_path / key, llama_tensors(), config)
-        with pytest.raises(ModelError, match=f"has no {key}; add it (a file"):
+        with pytest.raises(ModelError, match=rf"has no {key}; add it \(a file"):
             measure(folder)
         (folder / "config.json").write_text(json.dumps(LLAMA))
         assert measure(folder) == plain

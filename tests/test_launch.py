@@ -153,10 +153,10 @@ def test_hosts(tmp_path: Path) -> None:
         ({"slurm": {"time": 3600}}, ["--on", "slurm"], "slurm.time: 3600 is a number; write it"),
         ({"nodes": 1, "min_nodes": 2}, ["--on", "slurm"], "min_nodes: 2 is more than nodes"),
         ({"processes_per_node": 3}, ["--on", "slurm"], "train.global_batch: 8"),
-        ({"nodes": 4, "min_nodes": 3}, ["--on", "slurm"], "cannot be shared by 3"),
+        ({"nodes": 4, "min_nodes": 3}, ["--on", "slurm"], "cannot be divided among 3"),
         ({"nodes": 3}, ["--on", "slurm", "grid.tensor_parallel=2"], "does not divide 3"),
         ({"nodes": 2}, ["--on", "local"], "nodes: 2 nodes cannot be used with --on local"),
-        ({}, ["--on", "sge"], "--on: 'sge' is none of local, slurm"),
+        ({}, ["--on", "sge"], "--on: 'sge' is not one of local, slurm"),
         ({}, ["--on", "hostfile"], "hosts.file: missing"),
         ({"hosts": {"file": "/none"}}, ["--on", "mpi"], "/none: cannot read the hosts"),
         ({}, ["--on", "kubernetes"], "container.image: missing"),
@@ -215,7 +215,7 @@ def test_doctor(data: Path, tmp_path: Path) -> None:
         found
     )
     assert all(one["state"] != "fail" for one in found.values())
-    assert "the same on 2 rank(s)" in found["data"]["text"]
+    assert "the same on 2 process(es)" in found["data"]["text"]
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".doctor*"))
 
 

@@ -93,7 +93,7 @@ def test_a_lost_folder_finds_its_own(tmp_path: Path) -> None:
 def test_a_run_without_its_id_pushes_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", (2,), "0000aaaa")
     (run / RUN_ID).unlink()
-    with pytest.raises(RunError, match="run-id is gone"):
+    with pytest.raises(RunError, match="run-id does not exist"):
         push_all(run, tmp_path / "mirror")
     assert not (tmp_path / "mirror").exists()
 

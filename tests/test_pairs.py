@@ -115,7 +115,9 @@ def test_folders_of_earlier_versions_are_checked_as_they_are_read(
     write_pair(tmp_path / "pile", documents)
     manifest = load_manifest(tmp_path / "out")
     data = TrainingData(manifest, "proportional", 8, 1, 200)
-    with pytest.raises(DataError, match=r"document 7 has token 400, the vocabulary 3\d\d tokens"):
+    with pytest.raises(
+        DataError, match=r"document 7 has token 400, but the vocabulary has 3\d\d tokens"
+    ):
         [data[number] for number in range(200)]
     with pytest.raises(DataError, match="document 38 has token 400"):
         held_out(manifest, "test")
@@ -150,8 +152,8 @@ def index_faults(lengths: np.ndarray, starts: np.ndarray) -> dict[str, tuple]:
         "sequence 3 has -1 tokens": (negative, starts, bounds),
         "its index says": (longer, starts, bounds),
         "do not match its": (lengths, starts, bounds[:-1]),
-        "documents do not fit": (lengths, starts, bounds[::-1]),
-        "do not fit": (lengths, starts, np.zeros(1, dtype=np.int64)),
+        "documents do not match": (lengths, starts, bounds[::-1]),
+        "do not match": (lengths, starts, np.zeros(1, dtype=np.int64)),
     }
 
 

@@ -68,7 +68,7 @@ def test_planned_runs_that_are_gone(study: Path) -> None:
     shutil.copytree(study / "attention=1,seed=1", study / "attention=9,seed=9")
     found = notes(study)
     assert any(ODD in note and "planned" in note for note in found)
-    assert any("attention=9,seed=9" in note and "no run of sweep.json" in note for note in found)
+    assert any("attention=9,seed=9" in note and "not a run of sweep.json" in note for note in found)
     assert any("fewer than 3 pairs" in note for note in found) and pairs(study) == 2
 
 
@@ -199,7 +199,7 @@ def test_ranks_of_other_definitions_are_refused(study: Path, key: str, value: An
     shutil.rmtree(study / ODD)
     values = recipe(seed=2, optimizer__weight_decay__attention=1.0, **{key: value})
     write_run(study / ODD, values, np.random.default_rng(0))
-    with pytest.raises(UsageError, match=r"ranks\.threshold.*of ranks\.threshold") as error:
+    with pytest.raises(UsageError, match=r"ranks\.threshold.*uses ranks\.threshold") as error:
         load_study([study])
     assert ODD in str(error.value) and str(value) in str(error.value)
 

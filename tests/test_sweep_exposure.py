@@ -80,7 +80,7 @@ def test_the_asked_exposure_is_applied(seed: int) -> None:
         ([{"kind": "awd", "roles": ["qk"]}], "query, key"),
         ([{"kind": "rank_target", "roles": ["vo"], "target": 0.5}], "by measurements"),
         ([{"kind": "schedule", "roles": ["qk"], "stop": 0.2}], "different exposures"),
-        ([{"kind": "schedule", "roles": ["attention"], "first": 0, "last": 0}], "0 throughout"),
+        ([{"kind": "schedule", "roles": ["attention"], "first": 0, "last": 0}], "always 0"),
     ],
 )
 def test_an_exposure_that_cannot_be_set_is_refused(policies: list[Any], culprit: str) -> None:

@@ -73,15 +73,15 @@ def account_of(tokenizer: Tokenizer, texts: list[str], ids: list[np.ndarray]) ->
     found = Account(documents=len(texts))
     for text, whole in zip(texts, ids, strict=True):
         inside = tokenizer.inside(whole)
-        size = len(text.encode("utf-8"))
-        found.bytes += size
+        raw = text.encode("utf-8")
+        found.bytes += len(raw)
         found.tokens += len(inside)
         _count(found, "eod_inside", "eod_documents", int((inside == tokenizer.eod).sum()))
         if tokenizer.unknown is not None:
             unknown = int((inside == tokenizer.unknown).sum())
             _count(found, "unknown", "unknown_documents", unknown)
         _count(found, "special_texts", "special_documents", tokenizer.special_texts(text))
-        _compare(found, text, size, tokenizer, inside)
+        _compare(found, text, raw, tokenizer, inside)
     return found
 
 
@@ -106,11 +106,11 @@ def _decoded(tokenizer: Tokenizer, ids: np.ndarray) -> str:
         return ""
 
 
-def _compare(found: Account, text: str, size: int, tokenizer: Tokenizer, ids: np.ndarray) -> None:
-    back = _decoded(tokenizer, ids)
+def _compare(found: Account, text: str, raw: bytes, tokenizer: Tokenizer, ids: np.ndarray) -> None:
+    back = text if tokenizer.spells(ids, raw) else _decoded(tokenizer, ids)
     if back == text:
         found.exact += 1
-        found.bytes_back += size
+        found.bytes_back += len(raw)
         return
     # The name of the unknown token does not count as reproduced text.
     known = ids if tokenizer.unknown is None else ids[ids != tokenizer.unknown]

@@ -178,6 +178,10 @@ class HuggingFaceTokenizer:
         for text in texts:
             _ask(lambda: self._tokenizer.encode(text), f"{self._path}: cannot encode {text[:60]!r}")  # noqa: B023
 
+    def spells(self, ids: np.ndarray, text: bytes) -> bool:
+        """Whether ids are quickly seen to decode to a text: never, its decoder says."""
+        return False
+
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of some token ids."""
         listed = np.asarray(ids, dtype=np.int64).tolist()

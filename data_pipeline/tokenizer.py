@@ -18,6 +18,7 @@ from data_pipeline.json_tokenizer import (
     SpecialTokens,
 )
 from data_pipeline.records import DataError
+from data_pipeline.spelling import spelling_of
 
 _SPACE_MARK = "\u2581"
 """SentencePiece writes spaces as this character, so a literal one must be encoded as bytes."""
@@ -59,6 +60,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of some token ids."""
 
+    def spells(self, ids: np.ndarray, text: bytes) -> bool:
+        """Whether ids are quickly seen to decode to a text (UTF-8); False says nothing."""
+
     def special_texts(self, text: str) -> int:
         """How often the text of a special token occurs in a text."""
 
@@ -78,6 +82,7 @@ class SentencePieceTokenizer:
             self._processor.LoadFromSerializedProto(self._data)
         except RuntimeError:
             raise DataError(f"{path}: not a SentencePiece model") from None
+        self._spelling = spelling_of(self._processor, self._data)
         self._eod = self._find_eod(path, eod_token)
         self.notes: list[str] = []
         mark = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
@@ -153,6 +158,10 @@ class SentencePieceTokenizer:
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of some token ids."""
         return str(self._processor.Decode(np.asarray(ids, dtype=np.int64).tolist()))
+
+    def spells(self, ids: np.ndarray, text: bytes) -> bool:
+        """Whether ids are quickly seen to decode to a text (UTF-8); False says nothing."""
+        return self._spelling is not None and self._spelling.is_of(ids, text)
 
     def special_texts(self, text: str) -> int:
         """Always 0: to SentencePiece, names of control tokens are plain text."""

@@ -1,0 +1,65 @@
+"""What token ids spell, without a decoder: their pieces put together, in a few array operations."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_SPACE_MARK = "\u2581"
+
+
+class Spelling:
+    """Spells the ids of a SentencePiece model that changes no text before it cuts it.
+
+    Args:
+        processor: a `sentencepiece.SentencePieceProcessor`.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        texts = [_bytes_of(processor, piece) for piece in range(processor.GetPieceSize())]
+        self._lengths = np.array([len(one) for one in texts], dtype=np.int32)
+        self._starts = np.cumsum(self._lengths, dtype=np.int32) - self._lengths
+        self._letters = np.frombuffer(b"".join(texts), dtype=np.uint8)
+
+    def is_of(self, ids: np.ndarray, text: bytes) -> bool:
+        """Whether ``ids`` spell exactly ``text`` (UTF-8); then they decode to it, too."""
+        lengths = self._lengths[ids]
+        total = int(lengths.sum(dtype=np.int64))
+        if total != len(text):
+            return False
+        first = self._starts[ids] - (np.cumsum(lengths, dtype=np.int32) - lengths)
+        places = np.repeat(first, lengths)
+        places += np.arange(total, dtype=np.int32)
+        return bool(np.array_equal(self._letters[places], np.frombuffer(text, dtype=np.uint8)))
+
+
+def spelling_of(processor: Any, model: bytes) -> Spelling | None:
+    """The spelling of a model; None where decoding is more than putting pieces together."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 (made at run time)
+    proto.ParseFromString(model)
+    norm, trainer = proto.normalizer_spec, proto.trainer_spec
+    is_plain = (
+        norm.name == "identity"
+        and not norm.add_dummy_prefix
+        and not norm.remove_extra_whitespaces
+        and norm.escape_whitespaces
+        and not trainer.treat_whitespace_as_suffix
+        and not proto.denormalizer_spec.precompiled_charsmap
+    )
+    return Spelling(processor) if is_plain else None
+
+
+def _bytes_of(processor: Any, piece: int) -> bytes:
+    """What a piece adds to a text; nothing where that depends on its neighbours."""
+    name = str(processor.IdToPiece(piece))
+    if processor.IsControl(piece) or processor.IsUnknown(piece) or processor.IsUnused(piece):
+        return b""
+    if processor.IsByte(piece):
+        found = _BYTE_PIECE.fullmatch(name)
+        return bytes([int(found[1], 16)]) if found else b""
+    return name.replace(_SPACE_MARK, " ").encode("utf-8")

@@ -1,0 +1,68 @@
+"""What a SentencePiece model spells is what it decodes, for every way to make such a model."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from data_pipeline.account import account_of
+from data_pipeline.tokenizer import SentencePieceTokenizer
+
+ALPHABET = [*"abc AB \n\t", "  ", "\u2581", "é", "漢", "🙂", "ﬁ", "½", "\0", "\x7f", "\u0301",
+            "</s>", "<unk>", "<0x41>", "<mark>", "\r\n", "\u200b", "\ufeff"]  # fmt: skip
+WAYS = [
+    dict(zip(("normalization_rule_name", "add_dummy_prefix", "remove_extra_whitespaces",
+              "byte_fallback", "treat_whitespace_as_suffix"), values, strict=True))
+    for values in itertools.product(("identity", "nmt_nfkc"), *[(False, True)] * 4)
+]  # fmt: skip
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return ["".join(draw.choices(ALPHABET, k=draw.randint(0, 30))) for _ in range(count)]
+
+
+def made(folder: Path, kind: str, way: dict[str, object]) -> SentencePieceTokenizer:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([one.replace("\0", "") for one in texts(300, 1)]),
+        model_writer=model, model_type=kind, vocab_size=300, character_coverage=0.98,
+        hard_vocab_limit=False, user_defined_symbols=["<mark>"], minloglevel=2, **way,
+    )  # fmt: skip
+    path = folder / "some.model"
+    path.write_bytes(model.getvalue())
+    return SentencePieceTokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_what_is_spelt_is_decoded(kind: str, tmp_path: Path) -> None:
+    seen = 0
+    for way in WAYS:
+        tokenizer = made(tmp_path, kind, way)
+        every = texts(200)
+        for text, ids in zip(every, tokenizer.encode(every), strict=True):
+            comes_back = tokenizer.decode(ids) == text
+            spelt = tokenizer.spells(ids, text.encode())
+            assert comes_back or not spelt, (way, text)
+            if way == WAYS[2]:  # identity, byte fallback, nothing added or removed: as ours
+                assert spelt == comes_back and comes_back, text
+            seen += spelt
+            for other in (text + " ", text[:-1], text[::-1]):
+                if tokenizer.spells(ids, other.encode()):
+                    assert tokenizer.decode(ids) == other, (way, text, other)
+    assert seen >= 200
+
+
+def test_the_account_is_that_of_the_decoder(tmp_path: Path) -> None:
+    for way in WAYS[:6]:
+        tokenizer = made(tmp_path, "unigram", way)
+        every = texts(300)
+        ids = tokenizer.encode(every)
+        found = account_of(tokenizer, every, ids)
+        tokenizer.spells = lambda ids, text: False  # type: ignore[method-assign]
+        assert found == account_of(tokenizer, every, ids)

@@ -103,12 +103,21 @@ def rankdecay(shape: Shape, compiled: bool = True, grid: dict[str, int] | None =
     return rankdecay_engine(shape, compiled, grid)[1]
 
 
+def rankdecay_deepspeed(shape: Shape) -> Step:
+    """This program as it comes, its updates made by DeepSpeed (`speed.update`)."""
+    return rankdecay_engine(shape, compiled=False, update="deepspeed")[1]
+
+
 def rankdecay_engine(
-    shape: Shape, compiled: bool = True, grid: dict[str, int] | None = None
+    shape: Shape,
+    compiled: bool = True,
+    grid: dict[str, int] | None = None,
+    update: str = "auto",
 ) -> tuple[Any, Step]:
     """Its engine, and what makes an update.
 
     Args:
+        update: `speed.update` of the recipe.
         grid: as in a recipe; pipeline stages work on micro batches of one sequence.
     """
     from pretrain.config.recipe import parse_config
@@ -120,6 +129,7 @@ def rankdecay_engine(
 
     keep_freed_memory(device())
     values = recipe_values(shape, compiled, grid)
+    values["speed"]["update"] = update
     config = parse_config(values)
     where = connect()
     load_libraries()
@@ -245,8 +255,9 @@ GRIDS: dict[str, dict[str, int]] = {
 }  # fmt: skip
 """This program as it comes, without the compiler: on one process, or on two (``-2``)."""
 CONTENDERS: dict[str, Callable[[Shape], Step]] = {
-    "rankdecay": rankdecay, "plain": plain, "plain-eager": plain_eager, "litgpt": litgpt,
-    "trainer": trainer, "trainer-eager": trainer_eager,
+    "rankdecay": rankdecay, "rankdecay-deepspeed": rankdecay_deepspeed,
+    "plain": plain, "plain-eager": plain_eager, "litgpt": litgpt, "trainer": trainer,
+    "trainer-eager": trainer_eager,
     **{name: partial(rankdecay, compiled=False, grid=grid) for name, grid in GRIDS.items()},
 }  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""`pretrain paper …`: one command a figure. Part of the command line: it hands the figures to the
-sweeps that they are made of. Nothing heavy is imported until a figure needs it."""
+"""`pretrain paper …`: one command per figure, which runs the figure's sweep. Nothing heavy is
+imported until a figure needs it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 
 paper_app = typer.Typer(
-    help='The experiments of "Weight decay induces low-rank attention layers", one command a '
-    "figure; each prints its checks, and one that fails makes the exit code 1. The trained ones "
-    "run a sweep of configs/paper at a size for two cores, or read yours with --from; run again, "
-    "they go on where they stopped.",
+    help='The experiments of "Weight decay induces low-rank attention layers", one command per '
+    "figure. Each prints its checks; if one fails, the exit code is 1. Figures of trained models "
+    "run a sweep of configs/paper at a size for two cores, or read your runs with --from. If a "
+    "sweep is interrupted, rerun the command to continue.",
     no_args_is_help=True,
 )
 
@@ -23,17 +23,17 @@ Out = Annotated[Path, typer.Option(help="Folder for the figure and its numbers."
 Runs = Annotated[Path, typer.Option(help="Folder of the runs.")]
 From = Annotated[
     Path | None,
-    typer.Option("--from", help="Runs that are there already, such as a sweep at full scale."),
+    typer.Option("--from", help="Use existing runs, such as a sweep at full scale."),
 ]
 Parallel = Annotated[
-    int, typer.Option(min=0, help="Runs at once; 0: one for each core up to two, or one a GPU.")
+    int, typer.Option(min=0, help="Runs at once; 0: one per core up to two, or one per GPU.")
 ]
 Data = Annotated[
     Path | None, typer.Option(help="Tokenised text; default: this Python installation's.")
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="A pretrained model: folder, or name on the Hub; default: runs of ours."),
+    typer.Option(help="A pretrained model: folder, or name on the Hub; default: our own runs."),
 ]
 _PAPER, _RUNS = Path("paper"), Path("runs/paper")
 
@@ -224,7 +224,7 @@ def everything(
     runs: Runs = _RUNS,
     parallel: Parallel = 0,
     page: Annotated[
-        Path | None, typer.Option(help="The page that shows them all; default OUT/paper.md.")
+        Path | None, typer.Option(help="The page that shows them all; default: OUT/paper.md.")
     ] = None,
 ) -> None:
     """Make every figure at a small scale, and one page with claims, figures and measured numbers.

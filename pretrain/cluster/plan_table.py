@@ -1,4 +1,4 @@
-"""`pretrain plan` for people and machines."""
+"""Prints `pretrain plan` as a table or JSON."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pretrain.errors import UsageError
 
 _CAUTION = (
     "from published rates (70 % of the peak in products, 80 % of the links), not from a measured "
-    "run on this device: time a few steps before you order a week; "
+    "run on this device: time a few steps before you reserve a week; "
     f"{GPU_LIBRARIES / 1e9:g} GB of a GPU are assumed for libraries (CUDA context, NCCL)"
 )
 _HERE = (
-    "from the rates of this machine, measured now; more processes than it has seen are "
+    "from the rates of this machine, measured now; more processes than were measured are "
     "extrapolated as if they shared its links"
 )
 
@@ -27,7 +27,7 @@ def plan(config: Config, device: str, count: int, limit: int, as_json: bool) -> 
         UsageError: for an unknown device, or a batch that no grid can share.
     """
     if device not in DEVICES and device != "here":
-        raise UsageError(f"--gpu: {device!r} is none of {', '.join(DEVICES)}, here")
+        raise UsageError(f"--gpu: {device!r} is not one of {', '.join(DEVICES)}, here")
     sizes = sizes_of(config)
     if device == "here":
         from pretrain.cluster.local_rates import measure_here
@@ -51,7 +51,7 @@ def _print(config: Config, sizes: Sizes, device: Device, count: int, found: list
 
     tokens = config.train.global_batch * sizes.context
     table = Table(title=f"{count} x {device.name}, {sizes.parameters + sizes.ends:,} parameters")
-    columns = ("tensor", "pipeline", "data", "ZeRO", "micro", "recompute", "GB a rank", "bubble",
+    columns = ("tensor", "pipeline", "data", "ZeRO", "micro", "recompute", "GB/process", "bubble",
                "s/step", "tokens/s", "MFU")  # fmt: skip
     for column in columns:
         table.add_column(column, justify="right")
@@ -66,9 +66,9 @@ def _print(config: Config, sizes: Sizes, device: Device, count: int, found: list
     show_table(table, 120)
     best = found[0]
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in best.memory.items())
-    print(f"memory of the first, GB a rank: {parts}")
+    print(f"memory of the first, GB per process: {parts}")
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in best.traffic.items())
-    print(f"sent by a rank in a step, GB: {parts}")
+    print(f"sent by a process in a step, GB: {parts}")
     parts = ", ".join(f"{name} {value:.3g}" for name, value in best.seconds.items())
     print(f"seconds of a step: {parts}")
     days = best.seconds["step"] * config.train.steps / 86_400
@@ -79,4 +79,4 @@ def _print(config: Config, sizes: Sizes, device: Device, count: int, found: list
     ]  # fmt: skip
     if best.recompute:
         words.append("grid.activation_checkpointing=true")
-    print(f"train it: pretrain train RECIPE {' '.join(words)}")
+    print(f"train it with: pretrain train RECIPE {' '.join(words)}")

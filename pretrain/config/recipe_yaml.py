@@ -1,7 +1,7 @@
-"""YAML as people mean it: every key once, and numbers that look like what they are.
+"""Strict YAML: every key only once, and only unambiguous numbers.
 
-PyYAML reads YAML 1.1: ``010`` is 8, ``1:30`` is 90, ``on`` is true, and of a key that is given
-twice the last wins in silence.
+PyYAML reads YAML 1.1: ``010`` is 8, ``1:30`` is 90, ``on`` is true, and if a key is given twice,
+the last one wins silently.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import yaml
 
 
 class RecipeError(Exception):
-    """What is wrong with a text, in words; ``line`` counts from 1, 0 if unknown."""
+    """A description of what is wrong with a text; ``line`` counts from 1, 0 if unknown."""
 
     def __init__(self, problem: str, line: int = 0) -> None:
         super().__init__(problem)
@@ -21,9 +21,9 @@ class RecipeError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Of YAML 1.1's numbers and truth values those that are nothing else, and no key twice.
+    """A loader with only the unambiguous numbers and booleans of YAML 1.1, and no key twice.
 
-    What PyYAML writes plainly as text stays text, so that a recipe is read back as it was.
+    Text that PyYAML writes without quotes stays text, so that a recipe can be read back unchanged.
     """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -73,14 +73,14 @@ _TAGS = {
     for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge")
 }
 _MOST_VALUES = 100_000
-"""With every alias written out: a text of some hundred bytes may stand for 10^9 values."""
+"""Check the size with every alias expanded: a hundred bytes may stand for 10^9 values."""
 
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        RecipeError: if it is not YAML, gives a key twice, is nested too deeply, or stands for more
+        RecipeError: if it is not YAML, gives a key twice, is nested too deeply, or expands to more
             values than a recipe has.
     """
     try:
@@ -90,7 +90,7 @@ def load_yaml(text: str) -> Any:
             if node is None:
                 return None
             if _count(node, {}) > _MOST_VALUES:
-                raise RecipeError(f"stands for more than {_MOST_VALUES:,} values")
+                raise RecipeError(f"expands to more than {_MOST_VALUES:,} values")
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -100,27 +100,27 @@ def load_yaml(text: str) -> Any:
         raise RecipeError(f"not valid YAML ({problem})", mark.line + 1 if mark else 0) from None
     except RecursionError:
         raise RecipeError("nested too deeply") from None
-    except ValueError as error:  # a date that is none, an integer of thousands of digits
+    except ValueError as error:  # an impossible date, or an integer with thousands of digits
         raise RecipeError(f"not valid YAML ({error})") from None
 
 
 def _count(node: Any, known: dict[int, int]) -> int:
-    """Values that a node stands for, aliases written out; each node is looked at once.
+    """Number of values in a node with aliases expanded; each node is visited once.
 
     Args:
-        known: what was counted, by the node's identity.
+        known: the numbers counted so far, by the node's identity.
 
     Raises:
         RecipeError: if the node is part of itself.
     """
     if node.tag not in _TAGS:
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        raise RecipeError(f"{kind}: is no kind of value here", node.start_mark.line + 1)
+        raise RecipeError(f"{kind}: this kind of value is not allowed", node.start_mark.line + 1)
     if id(node) not in known:
-        known[id(node)] = 0  # under way
+        known[id(node)] = 0  # being counted
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
         found = [part for one in parts for part in (one if isinstance(one, tuple) else (one,))]
         known[id(node)] = 1 + sum(_count(part, known) for part in found)
     if not known[id(node)]:
-        raise RecipeError("has an alias that stands for a part of itself", node.start_mark.line + 1)
+        raise RecipeError("has an alias that contains itself", node.start_mark.line + 1)
     return known[id(node)]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def constant(progress: float) -> float:
-    """1 throughout."""
+    """Always 1."""
     return 1.0
 
 
@@ -74,7 +74,7 @@ def decay_multiplier(
     first: float = 1.0,
     last: float = 0.0,
 ) -> float:
-    """What λ is multiplied by in the update number ``step`` (the first is 0).
+    """The multiplier of λ in update number ``step`` (the first is 0).
 
     Args:
         shape: ``linear`` and ``cosine`` go from ``first`` (until ``start``) to ``last`` (from
@@ -96,5 +96,5 @@ def decay_multiplier(
 
 
 def exposure(rates: list[float], decay: float) -> float:
-    """Σ ηλ over a run: what a decay does to a weight under AdamW, whatever the run's length."""
+    """Σ ηλ over a run: the effect of a decay on a weight under AdamW, for any length of run."""
     return sum(rates) * decay

@@ -1,7 +1,7 @@
-"""Flat buffers of parameters, gradients and fp32 masters, shared out over data-parallel ranks.
+"""Flat buffers of parameters, gradients and fp32 masters, divided among data-parallel processes.
 
-The parameters of a buffer are views of one tensor, so that what an update does to all of them
-(casts, norms, clipping, reductions) is one operation on one tensor.
+The parameters of a buffer are views of one tensor, so that each operation of an update on all of
+them (casts, norms, clipping, reductions) is one operation on one tensor.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from models.roles import info_of
 
 _ALIGNMENT = 8
-"""Elements; each rank's part of a buffer is a multiple of it."""
+"""Number of elements; each process's part of a buffer is a multiple of it."""
 SMALLEST = 1 << 20
-"""Elements of gradients that are worth a reduction of their own."""
+"""Number of gradient elements that are worth a separate reduction."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank owns of one parameter: elements of a master, and where they come from."""
+    """The part of one parameter that this process owns: elements of a master, and their place."""
 
     parameter: nn.Parameter
     offset: int
@@ -36,12 +36,12 @@ class Piece:
 
 @dataclass
 class Owner:
-    """A run of this rank's masters that one param group updates."""
+    """Contiguous masters of this process that one param group updates."""
 
     tensor: Tensor
-    """1-D float32, empty where this rank has none; its ``grad`` is a view of the buffer's."""
+    """1-D float32, empty if this process has none; its ``grad`` is a view of the buffer's."""
     parameters: list[nn.Parameter]
-    """All that lie in the run on any rank."""
+    """All parameters in it on any process."""
     pieces: list[Piece] = field(default_factory=list)
 
 
@@ -49,9 +49,9 @@ class FlatBuffer:
     """Some parameters in one tensor.
 
     Args:
-        members: (param group name, parameters) in the order in which they are laid out.
+        members: (param group name, parameters) in the order of the buffer.
         precision: of the working weights.
-        parts, part: over how many ranks the masters are shared out, and which share is this rank's.
+        parts, part: the number of parts of the masters, and the index of this process's part.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class FlatBuffer:
         self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
         self._starts: dict[int, int] = {}
         self.views: dict[int, Tensor] = {}
-        """Of the gradient, by ``id`` of the parameter, in its shape."""
+        """Views of the gradient, by ``id`` of the parameter, in its shape."""
         self._lay_out()
         width = size // parts
         self.low, self.high = part * width, (part + 1) * width
@@ -107,7 +107,7 @@ class FlatBuffer:
         return owner
 
     def own_gradients(self, counted: set[int]) -> list[Tensor]:
-        """This rank's gradients of the parameters whose ``id`` is in ``counted``, 1-D views."""
+        """This process's gradients of the parameters with ``id`` in ``counted``, as 1-D views."""
         return [
             self.own_gradient.narrow(0, place + piece.start, piece.count)
             for owner in self.owners.values()
@@ -117,7 +117,7 @@ class FlatBuffer:
         ]
 
     def refresh(self) -> None:
-        """Set this rank's working weights from its masters."""
+        """Set this process's working weights from its masters."""
         if self.working.dtype != torch.float32:
             self.own_working.copy_(self.master)
 
@@ -125,7 +125,8 @@ class FlatBuffer:
 def in_buckets(
     parameters: Iterable[nn.Parameter], smallest: int = SMALLEST
 ) -> list[list[nn.Parameter]]:
-    """Parameters in their order, cut between layers, of ``smallest`` elements or more."""
+    """Parameters in their order, split between layers into parts of at least ``smallest``
+    elements."""
     found: list[list[nn.Parameter]] = []
     current: list[nn.Parameter] = []
     for _, layer in groupby(parameters, lambda one: info_of(one).layer):
@@ -141,7 +142,7 @@ def in_buckets(
 def by_group(
     parameters: Iterable[nn.Parameter], groups: list[dict[str, Any]]
 ) -> list[tuple[str, list[nn.Parameter]]]:
-    """Parameters by param group, in the order of the groups; groups without any left out."""
+    """Parameters by param group, in the order of the groups, without empty groups."""
     wanted = {id(one) for one in parameters}
     found = []
     for group in groups:

@@ -1,9 +1,9 @@
 """The update of ZeRO 0 and 1 on flat buffers, in a few operations for each group of parameters.
 
 No hook does work for a single parameter. When the gradients of a bucket of layers are complete, one
-operation packs them into a flat float32 buffer, where micro batches add up; with the last micro
-batch the reduction over data-parallel ranks starts, while the backward pass goes on. Then one norm,
-one clipping, one optimizer step for each param group, and one cast back.
+operation packs them into a flat float32 buffer, in which micro batches are summed. With the last
+micro batch, the reduction over data-parallel processes starts while the backward pass continues.
+Then there is one norm, one clipping, one optimizer step for each param group, and one cast back.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class FlatUpdate:
     Args:
         module: the model; its parameters become views of flat buffers.
         groups: param groups, each with ``name`` and ``params``.
-        build: makes the optimizer of such groups, whose ``params`` are this rank's flat masters.
+        build: makes the optimizer of such groups; their ``params`` are this process's flat masters.
         precision: of the working weights and activations; masters and gradients are float32.
-        shared: data-parallel ranks share the masters out (ZeRO 1); otherwise each holds all.
-        micro_batches: of an update.
+        shared: data-parallel processes divide the masters (ZeRO 1); otherwise each holds all.
+        micro_batches: number of micro batches per update.
         clipping: the largest norm of the gradient; 0 for none.
-        smallest: elements of a bucket, at least.
+        smallest: least number of elements of a bucket.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class FlatUpdate:
         self._grid, self._count, self._clipping = grid, micro_batches, clipping
         buckets = in_buckets(declared_parameters(module), smallest)
         parts, part = (grid.data, grid.data_rank) if self.shared else (1, 0)
-        # A reduction wants what a bucket completes in one tensor; alone, a group is one tensor.
+        # A reduction needs a bucket's parameters in one tensor; without it, a group is one tensor.
         laid_out = (
             [by_group(bucket, groups) for bucket in buckets]
             if grid.data > 1
@@ -89,17 +89,18 @@ class FlatUpdate:
             ]
         )
         self._done = 0
-        """Micro batches of the update under way."""
+        """Number of micro batches of the current update so far."""
         self._reductions: list[Any] = []
         self.gradient_norm = torch.zeros((), device=grid.device)
         """Global norm of the last gradient before clipping; infinite or NaN if it is not finite."""
 
     def _owned(self, name: str) -> list[Tensor]:
-        """This rank's masters of a param group."""
+        """This process's masters of a param group."""
         return [one.owners[name].tensor for one in self.buffers if name in one.owners]
 
     def _counted(self) -> set[int]:
-        """``id`` of the parameters that count here in the global norm, each element once."""
+        """``id`` of the parameters that this process counts in the global norm, each element
+        once."""
         grid = self._grid
         if not self.shared and grid.data_rank:  # the others hold the same
             return set()
@@ -122,12 +123,12 @@ class FlatUpdate:
             bucket.begin()
         (loss / self._count).backward()
         for bucket in self._buckets:
-            if not bucket.is_complete:  # a parameter that the loss does not depend on
+            if not bucket.is_complete:  # a parameter on which the loss does not depend
                 bucket.finish()
                 self._complete(bucket)
 
     def _complete(self, bucket: _Bucket) -> None:
-        """All gradients of a bucket are there: pack them, and reduce the last ones."""
+        """Pack the complete gradients of a bucket, and reduce them in the last micro batch."""
         bucket.pack(first=self._done == 1)
         buffer = bucket.buffer
         if buffer is None or self._done < self._count:
@@ -144,8 +145,8 @@ class FlatUpdate:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update the weights, where the micro batch was the last; a gradient that is not finite
-        moves nothing."""
+        """Update the weights after the last micro batch; a gradient that is not finite changes
+        nothing."""
         if self._done < self._count:
             return
         for one in self._reductions:
@@ -186,7 +187,7 @@ class FlatUpdate:
         return self.gradient_norm
 
     def owner_groups(self) -> list[tuple[dict[str, Any], Owner]]:
-        """Each owner with the optimizer's param group that it is in."""
+        """Each owner with its param group in the optimizer."""
         of = {
             id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]
         }
@@ -202,9 +203,9 @@ class _Bucket:
     """Parameters whose gradients are packed, and reduced, together.
 
     Args:
-        views: where the gradients go, in the order of ``parameters``.
-        buffer: the flat buffer that the bucket fills, where it fills one.
-        complete: called when the last gradient of a backward pass is there.
+        views: the destinations of the gradients, in the order of ``parameters``.
+        buffer: the flat buffer that the bucket fills, if it fills one.
+        complete: called when the last gradient of a backward pass has arrived.
     """
 
     def __init__(
@@ -221,14 +222,14 @@ class _Bucket:
         self._hooks = [one.register_post_accumulate_grad_hook(self._arrived) for one in parameters]
 
     def begin(self) -> None:
-        """A backward pass is to come."""
+        """Prepare for a backward pass."""
         self._missing = len(self._parameters)
         for one in self._parameters:
-            one.grad = None  # so that autograd hands over its tensors and adds nothing
+            one.grad = None  # so that autograd passes its tensors on and adds nothing
 
     @property
     def is_complete(self) -> bool:
-        """Whether every gradient of this backward pass is there."""
+        """Whether every gradient of this backward pass has arrived."""
         return self._missing == 0
 
     def _arrived(self, _: Tensor) -> None:
@@ -237,7 +238,7 @@ class _Bucket:
             self._report(self)
 
     def finish(self) -> None:
-        """Take the gradients that did not come for zero."""
+        """Treat missing gradients as zero."""
         for one in self._parameters:
             if one.grad is None:
                 one.grad = torch.zeros_like(one)
@@ -245,7 +246,7 @@ class _Bucket:
 
     @torch.no_grad()
     def pack(self, first: bool) -> None:
-        """Set or add the gradients in the buffer, and let go of them."""
+        """Set or add the gradients in the buffer, and release them."""
         gradients = [one.grad for one in self._parameters if one.grad is not None]
         if first:
             torch._foreach_copy_(self._views, gradients)

@@ -13,7 +13,7 @@ _PARTS = (
 
 
 def load_libraries() -> None:
-    """Import them, once the process has a device; those of another version come when needed."""
+    """Import them after the process has a device; parts that are missing here load when needed."""
     for part in _PARTS:
         with contextlib.suppress(ModuleNotFoundError):
             import_lean(part)

@@ -1,7 +1,8 @@
-"""The update rules, as torch optimizers whose own weight decay is off except for AdamW's.
+"""The update rules, as torch optimizers; their own weight decay is off, except AdamW's.
 
-Under ZeRO an optimizer sees flat pieces of many tensors; AdamW, SGD and Lion work element by
-element and do not mind. Muon works on whole matrices: it asks for them (`MuonWithAdamW.whole`).
+Under ZeRO an optimizer sees flat pieces of many tensors. This does not matter for AdamW, SGD and
+Lion, which work element by element. Muon needs whole matrices and requests them
+(`MuonWithAdamW.whole`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pretrain.errors import UsageError
 
 Groups = list[dict[str, Any]]
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration (Jordan et al. 2024)."""
+"""Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024)."""
 _ITERATIONS = 5
 
 
@@ -30,7 +31,7 @@ def build_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Opti
     Raises:
         UsageError: if Lion's package is not installed.
     """
-    # η is 0 until the first step sets it, so that no constructor can decay anything.
+    # η is 0 until the first step sets it, so that a constructor cannot decay anything.
     betas, rate = (config.beta1, config.beta2), 0.0
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.epsilon, fused=True)
@@ -53,7 +54,7 @@ def is_muon_role(role: Role) -> bool:
 
 
 def rule_of(name: str, role: Role) -> str:
-    """Which update rule an optimizer of the recipe has for a role: what its moments mean."""
+    """The update rule that an optimizer of the recipe has for a role, which defines its moments."""
     if name == "muon" and not is_muon_role(role):
         return "adamw"
     return name
@@ -62,10 +63,10 @@ def rule_of(name: str, role: Role) -> str:
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for groups with ``muon`` true, AdamW for the others.
 
-    A matrix moves by η·0.2·√max(rows, columns) times its orthogonalised Nesterov momentum, which
-    has AdamW's usual root mean square (Liu et al. 2025, "Muon is scalable"), so that one learning
-    rate serves both. In float32 throughout, unlike torch.optim.Muon's bfloat16 iteration, so that
-    the update does not depend on the process grid. No weight decay of its own.
+    A matrix moves by η·0.2·√max(rows, columns) times its orthogonalised Nesterov momentum. This has
+    AdamW's usual root mean square (Liu et al. 2025, "Muon is scalable"), so one learning rate works
+    for both. All computations are in float32, unlike torch.optim.Muon's bfloat16 iteration, so that
+    the update does not depend on the process grid. It has no weight decay of its own.
     """
 
     def __init__(
@@ -79,11 +80,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "muon": False}
         super().__init__(groups, {**defaults, "weight_decay": 0.0})
         self.whole: Callable[[Tensor, Tensor], Tensor] = _one_matrix
-        """(owner, its flat update) -> the orthogonalised update in the owner's shape."""
+        """A function (owner, its flat update) -> the orthogonalised update in the owner's shape."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update."""
+        """Make one update."""
         for group in self.param_groups:
             for owner in group["params"]:
                 if owner.grad is not None:
@@ -119,7 +120,7 @@ def _one_matrix(owner: Tensor, update: Tensor) -> Tensor:
 
 
 def muon_update(momentum: Tensor) -> Tensor:
-    """The step of a whole matrix for a learning rate of 1: 0.2·√max(rows, columns)·U Vᵀ, nearly.
+    """The step of a whole matrix for learning rate 1: about 0.2·√max(rows, columns)·U Vᵀ.
 
     Args:
         momentum: ``[rows, columns]`` float32.
@@ -128,7 +129,7 @@ def muon_update(momentum: Tensor) -> Tensor:
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Singular values to within about [0.7, 1.2], singular vectors kept (Newton-Schulz)."""
+    """Bring singular values into about [0.7, 1.2] and keep singular vectors (Newton-Schulz)."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix

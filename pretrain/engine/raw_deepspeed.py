@@ -1,7 +1,7 @@
-"""Which raw DeepSpeed keys a recipe may set: those that change speed or memory, and are tested.
+"""The raw DeepSpeed keys that a recipe may set: tested keys that change only speed or memory.
 
-DeepSpeed has some hundred others. Some change the numbers, some write files outside the run, and
-some import whatever module they name.
+DeepSpeed has about a hundred others. Some change results, some write files outside the run, and
+some import any module that they name.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ IMPLIED = frozenset((
     "pipeline.pipe_partitioned", "train_batch_size", "train_micro_batch_size_per_gpu",
     "zero_optimization.stage",
 ))  # fmt: skip
-"""What the recipe decides: a raw key may say the same."""
+"""Keys that the recipe decides: a raw key may only have the same value."""
 _SECTIONS = {key.rpartition(".")[0] for key in (*ALLOWED, *IMPLIED)}
 _DEVICES = ("cpu", "none")
 
 
 def check_raw(raw: dict[str, Any]) -> None:
-    """Refuse what is not known to work, before anything is built.
+    """Refuse keys that are not known to work, before anything is built.
 
     Raises:
         UsageError: naming the first such key.
@@ -57,17 +57,17 @@ def check_raw(raw: dict[str, Any]) -> None:
             continue
         if key not in ALLOWED:
             raise UsageError(
-                f"deepspeed.{key}: not among the raw keys that are known to work; remove it, or "
-                f"use one of {', '.join(ALLOWED)}"
+                f"deepspeed.{key}: is not one of the raw keys that are known to work; remove it, "
+                f"or use one of {', '.join(ALLOWED)}"
             )
         kind = ALLOWED[key]
         if type(value) is not kind or (isinstance(value, int) and value < 0):
-            raise UsageError(f"deepspeed.{key}: {value!r} is no {_WORDS[kind]}")
+            raise UsageError(f"deepspeed.{key}: {value!r} is not {_WORDS[kind]}")
         if kind is str and value not in _DEVICES:
             raise UsageError(f"deepspeed.{key}: {value!r} is not {' or '.join(_DEVICES)}")
 
 
-_WORDS = {int: "whole number from 0", bool: "true or false", str: "name"}
+_WORDS = {int: "an integer from 0 on", bool: "true or false", str: "a name"}
 
 
 def _leaves(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:

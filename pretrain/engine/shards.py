@@ -1,6 +1,7 @@
-"""Whole tensors from what each rank's optimizer owns, one at a time; collective within a stage.
+"""Assembles whole tensors from the parts that each process's optimizer owns, one tensor at a time.
 
-A stage is the (tensor x data) group of ranks that hold the same layers.
+The calls are collective within a stage: the (tensor x data) group of processes with the same
+layers.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from pretrain.engine.masters import local_shape
 def local_shard(
     parameter: nn.Parameter, parts: Iterable[tuple[int, Tensor]], grid: Grid, replicated: bool
 ) -> Tensor:
-    """The flat tensor-parallel shard of this rank, put together over its data-parallel group.
+    """The flat tensor-parallel shard of this process, assembled over its data-parallel group.
 
     Args:
-        parts: (offset, values) of what this rank owns of it; none is allowed.
-        replicated: every data-parallel rank owns all of it (ZeRO 0): nothing is sent.
+        parts: (offset, values) of the parts that this process owns; there may be none.
+        replicated: every data-parallel process owns all of it (ZeRO 0): nothing is sent.
     """
     shape = local_shape(parameter)
     flat = torch.zeros(shape.numel(), device=grid.device)
@@ -45,7 +46,7 @@ def whole_tensor(parameter: nn.Parameter, flat: Tensor, grid: Grid) -> Tensor:
 
 
 def own_shard(parameter: nn.Parameter, whole: Tensor, grid: Grid) -> Tensor:
-    """This rank's flat tensor-parallel shard of a global tensor."""
+    """This process's flat tensor-parallel shard of a global tensor."""
     dim = info_of(parameter).partition_dim
     if dim is not None and grid.tensor > 1:
         whole = whole.chunk(grid.tensor, dim)[grid.tensor_rank]
@@ -53,7 +54,7 @@ def own_shard(parameter: nn.Parameter, whole: Tensor, grid: Grid) -> Tensor:
 
 
 def sum_over_stage(values: Tensor, grid: Grid, replicated: bool) -> Tensor:
-    """Sum over the ranks that share a stage's tensors; in place."""
+    """Sum over the processes that share a stage's tensors, in place."""
     if grid.data > 1 and not replicated:
         dist.all_reduce(values, group=grid.data_group)
     if grid.tensor > 1:

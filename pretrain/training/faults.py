@@ -1,9 +1,9 @@
-"""Updates that go wrong: skipped, or undone by going back to a checkpoint and past their samples.
+"""Decides what to do about bad updates: skip them, or go back and leave out their samples.
 
-A loss or gradient that is not finite changes nothing (`Engine.train_step` skips the update, on all
-ranks, as the global gradient norm is theirs together). Several in a row, or a spike of the loss
-where the recipe asks for it, mean that the run goes back. What is decided here depends on figures
-that every rank has, so that all decide alike.
+A loss or gradient that is not finite changes nothing: `Engine.train_step` skips the update on all
+processes, because they share the global gradient norm. After several in a row, or after a spike of
+the loss if the recipe asks for it, the run goes back to a checkpoint. Decisions depend only on
+figures that every process has, so that all decide alike.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pretrain.errors import RunError
 from pretrain.runs.records import Step, read_record
 
 SKIPPED = "the update is skipped"
-"""How the message of a skipped update ends; the report looks for it."""
+"""The end of the message of a skipped update; the report searches for it."""
 JUMPS = "jumps.json"
-"""File of a run folder: blocks of samples that no update takes any more."""
+"""File in a run folder with the blocks of samples that updates leave out."""
 
 
 class GoBackError(RunError):
@@ -33,7 +33,7 @@ class GoBackError(RunError):
     def __init__(self, step: int, reason: str, jump: tuple[int, ...] = ()) -> None:
         """
         Args:
-            step: the first update that must not stay.
+            step: the first update that must be undone.
             jump: updates whose samples are left out from now on.
         """
         super().__init__(reason)
@@ -41,9 +41,9 @@ class GoBackError(RunError):
 
 
 def block_of(update: int, jumped: Iterable[int]) -> int:
-    """Number of the block of samples that an update takes, the first being 0.
+    """Number of the block of samples that an update uses, counted from 0.
 
-    Without jumps update s takes block s; each jumped block moves the later ones up by one.
+    Without jumps, update s uses block s; each jumped block shifts the later ones by one.
     """
     block = update
     for other in sorted(jumped):
@@ -62,25 +62,25 @@ def read_jumps(run: Path) -> list[int]:
 
 
 def write_jumps(run: Path, jumped: list[int]) -> None:
-    """Remember jumped blocks, for a start before the next checkpoint."""
+    """Save jumped blocks, for a start before the next checkpoint."""
     write_aside(run / JUMPS, to_json(jumped).encode())
 
 
 class Judge:
-    """Looks at every update's loss and says which must not stay."""
+    """Checks every update's loss and decides which updates must be undone."""
 
     def __init__(self, config: FaultsConfig) -> None:
         self._config = config
         self._losses: deque[float] = deque(maxlen=config.spike_window)
         self._row: list[int] = []
         self.skipped = 0
-        """Updates skipped since the run began."""
+        """Number of updates skipped since the run began."""
 
     def observe(self, step: int, loss: float, skipped: bool) -> str:
-        """Take the loss of update ``step`` (the first is 1).
+        """Check the loss of update ``step`` (the first is 1).
 
         Returns:
-            What to tell of it, or nothing.
+            A message about it, or an empty text.
 
         Raises:
             GoBackError: if the run should go back.
@@ -97,7 +97,7 @@ class Judge:
         self._row.clear()
         if self._is_spike(loss):
             raise GoBackError(
-                step, f"the loss {loss:.4f} is a spike over {statistics.fmean(self._losses):.4f}",
+                step, f"the loss {loss:.4f} is a spike above {statistics.fmean(self._losses):.4f}",
                 (step,),
             )  # fmt: skip
         self._losses.append(loss)
@@ -115,12 +115,12 @@ class Judge:
         return bool(self._row)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must know (JSON)."""
+        """The state that a resumed run needs (JSON)."""
         losses = list(self._losses) if self._config.spike else []
         return {"losses": losses, "row": list(self._row), "skipped": self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         self._losses.clear()
         self._losses.extend(state["losses"])
         self._row = list(state["row"])

@@ -49,14 +49,36 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(CpuTimes(Path(config.getoption("--cpu-times"))))
 
 
+LONG_FILES = (
+    "faults/test_processes", "test_policies", "faults/test_machines", "test_sweep",
+    "faults/test_storage", "test_writing_pairs", "test_paper", "test_grid_sums", "test_speed",
+    "test_norms", "test_raw_deepspeed", "test_exchange", "test_tasks", "faults/test_files",
+    "faults/test_numbers", "test_every_signal", "test_signals", "test_report_notes", "test_grid",
+    "test_report", "test_resume", "test_decay_applied", "test_grid_gradients", "test_bf16",
+    "test_bombs", "test_report_names", "test_report_numbers", "test_damaged_folders",
+    "test_source_limits", "test_two_at_once", "test_team", "test_elastic", "test_launch",
+    "test_data", "test_skipped", "test_plan",
+)  # fmt: skip
+"""Files that take more than five seconds of CPU, about the longest first (`--cpu-times` tells)."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of the long form are skipped in the short one, and counted."""
-    if config.getoption("--long"):
-        return
+    """Long files begin first, so that workers end together; ``-m "not slow"`` leaves them out.
+
+    Tests of the long form are skipped in the short one, and counted.
+    """
+    places = {f"tests/{name}.py": place for place, name in enumerate(LONG_FILES)}
     skip = pytest.mark.skip(reason="long form: make faults")
     for item in items:
-        if "long" in item.keywords:
+        if _file_of(item) in places:
+            item.add_marker("slow")
+        if "long" in item.keywords and not config.getoption("--long"):
             item.add_marker(skip)
+    items.sort(key=lambda item: places.get(_file_of(item), len(places)))
+
+
+def _file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -1,0 +1,62 @@
+"""Forked processes of the tests behave as started ones: files, environment, signals, codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.forks import started_by
+from tests.tools import ROOT, run_processes, start_processes
+
+SCRIPT = ROOT / "tests/started.py"
+
+
+def test_what_a_forked_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own environment, folder, session, output and code; the parent's lock is not its own."""
+    monkeypatch.chdir(tmp_path)
+    done = run_processes(["start"], 1, 60, SCRIPT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["popen"] == "ForkingPopen" and found["program"] == "x\n"
+    assert found["0"] == [0, "x False inner True\n", ""]
+    assert found["7"] == [7, "x False inner True\n", ""]
+    assert found["locked"] == 1
+
+
+def test_which_commands_are_forked() -> None:
+    here = str(ROOT / "tests/worker.py")
+    for words in (["-m", "pretrain", "x"], ["-P", "-m", "pretrain"], ["-u", here, "a"]):
+        assert started_by([sys.executable, *words]), words
+    for words in (["-c", "1"], ["-m", "torch.distributed.run"], [], ["/tmp/x.py"]):
+        assert started_by([sys.executable, *words]) is None, words
+    assert started_by(["sh", "-c", "true"]) is None
+
+
+def test_a_process_beside_the_test_is_signalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each signal goes to every rank; the code is a launcher's, and nobody is left."""
+    monkeypatch.chdir(tmp_path)
+    process = start_processes(["end", "3"], 1, SCRIPT)
+    stdout, stderr = process.communicate(60)
+    assert process.returncode == 3 and "True" in stdout and not stderr
+    for number, processes, code in ((signal.SIGKILL, 1, -9), (signal.SIGTERM, 2, 1)):
+        process = start_processes(["sleep", "1000"], processes, SCRIPT)
+        assert process.poll() is None and len(process.pids) == processes
+        process.send_signal(number)
+        assert process.wait(30) == process.poll() == code
+        for pid in process.pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+
+def test_a_job_that_takes_too_long() -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_processes(["sleep", "1000"], 1, 0.5, SCRIPT)
+    assert run_processes(["sleep", "0"], 1, 60, SCRIPT).returncode == 0  # the server goes on

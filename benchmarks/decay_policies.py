@@ -85,7 +85,7 @@ def main() -> None:
     engine = engines["alpha"][0]
     apart = {}
     for what, call in (
-        ("exponents", lambda: engine.shrinker.exponents(engine.control.alpha[0])),
+        ("exponents", lambda: engine.shrinker.figures(engine.control.wanting("weights")[0])),
         ("ranks", lambda: measure(engine, 0, 0, engine.config.ranks)),
     ):
         began = time.perf_counter()

@@ -32,6 +32,7 @@ class Launch:
     run: Path
     site: Site
     fork: str | None = None
+    code: tuple[Path, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -48,7 +49,9 @@ class Launch:
         if on_nodes:
             run, recipe = run.absolute(), recipe.absolute()
         fork = ["--fork", self.fork] if self.fork else []
-        return ["train", str(recipe), *self.overrides, "--out", str(run), *fork]
+        files = [file.absolute() if on_nodes else file for file in self.code]
+        code = [word for file in files for word in ("--code", str(file))]
+        return ["train", str(recipe), *self.overrides, "--out", str(run), *fork, *code]
 
 
 def launch(
@@ -61,11 +64,13 @@ def launch(
     run: Path | None,
     fork: str | None,
     show: bool,
+    code: list[Path],
 ) -> int:
     """Check a recipe against a site and start it there.
 
     Args:
         on: one of `PLACES`.
+        code: files of the user's own that the recipe may run (`--code`).
         show: print what would be started, and start nothing.
 
     Returns:
@@ -78,8 +83,8 @@ def launch(
     if on not in PLACES:
         raise UsageError(f"--on: {on!r} is not one of {', '.join(PLACES)}")
     site = load_site(site_file, {"nodes": nodes, "processes_per_node": processes})
-    job = Launch(recipe, overrides, run or Path("runs") / recipe.stem, site, fork)
-    config = load_config(recipe, overrides)
+    job = Launch(recipe, overrides, run or Path("runs") / recipe.stem, site, fork, tuple(code))
+    config = load_config(recipe, overrides, code)
     _check_secrets(config, overrides)
     found = hosts.read_hosts(Path(site.hosts.file)) if site.hosts.file else {}
     if on == "hostfile" and not found:

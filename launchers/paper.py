@@ -11,7 +11,8 @@ from data_pipeline.corpus import write_corpus
 from data_pipeline.files import held, write_aside
 from data_pipeline.prepare import tokenize_sources, train_from_sources
 from launchers.sweeps import run
-from pretrain.config.recipe import load_config, read_mapping
+from pretrain.config.mapping import read_mapping
+from pretrain.config.recipe import load_config
 from pretrain.errors import RunError, UsageError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "paper"

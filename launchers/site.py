@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pretrain.config.decay import Section
 from pretrain.config.explain import explain
-from pretrain.config.recipe import read_mapping
+from pretrain.config.mapping import read_mapping
+from pretrain.config.section import Section
 from pretrain.errors import UsageError
 
 

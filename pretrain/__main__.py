@@ -13,7 +13,7 @@ from pretrain.cli.cluster import doctor, launch, plan
 from pretrain.cli.data import data_app
 from pretrain.cli.exits import fail, leave, report_failure, stopped
 from pretrain.cli.models import evaluate, export, import_, print_evaluation, ranks
-from pretrain.cli.options import Json, Overrides
+from pretrain.cli.options import Code, Json, Overrides
 from pretrain.cli.paper import paper_app
 from pretrain.console import plain, write_any_text
 from pretrain.distributed.signals import SIGNALS, Stopped
@@ -72,6 +72,7 @@ def train(
             "new checkpoint: all processes here, or each one by itself under another launcher.",
         ),
     ] = 0,
+    code: Code = None,
     json: Json = False,
 ) -> None:
     """Train a recipe, or continue its run where it stopped.
@@ -85,7 +86,7 @@ def train(
         _start_again(processes, out or Path("runs") / recipe.stem, restarts)
     from pretrain.config.recipe import load_config
 
-    config = load_config(recipe, overrides)
+    config = load_config(recipe, overrides, code or [])
     if dry_run:
         from pretrain.cluster.dry_run import dry_run as describe
 

@@ -13,11 +13,13 @@ from models.config import GPTConfig
 from models.roles import ALIASES, ATTENTION
 from pretrain.config.recipe import Config, parse_config
 from pretrain.config.schedule import decay_multiplier
-from pretrain.decay.control import Adaptive, Alpha, DecayControl, coupled_rate, label
+from pretrain.decay.control import DecayControl
+from pretrain.decay.nuclear import nuclear_subgradient
 from pretrain.decay.plan import plan_decay
-from pretrain.decay.policies.alpha import eigenvalues, hill_exponent
-from pretrain.decay.policies.nuclear import nuclear_subgradient
+from pretrain.decay.policies.alpha import Alpha, eigenvalues, hill_exponent
+from pretrain.decay.policies.awd import Adaptive
 from pretrain.decay.policies.rank_target import RankController
+from pretrain.decay.sites import coupled_rate, label
 from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
 
@@ -54,6 +56,11 @@ def rows(control: DecayControl, rank: float) -> list[dict[str, Any]]:
     ]
 
 
+def controllers(control: DecayControl) -> list[RankController]:
+    """The rank targets of a recipe."""
+    return [one for one in control.policies if isinstance(one, RankController)]
+
+
 POLICIES: dict[str, dict[str, Any]] = {
     "alpha": {"kind": "alpha", "min_eigenvalues": 8},
     "awd": {"kind": "awd"},
@@ -83,16 +90,16 @@ def test_before_a_policy_acts_the_recipe_holds(seed: int) -> None:
     rng = random.Random(seed)
     config, control = build(drawn(rng))
     schedules = [one for one in config.optimizer.weight_decay.policies if one.kind == "schedule"]
-    begins = min((one.config.start for one in control.rank_controllers), default=1.0)
+    begins = min((one.config.start for one in controllers(control)), default=1.0)
     rates = [
         coupled_rate(config.optimizer.weight_decay.coupling, config.learning_rate(step), 0.01)
         for step in range(STEPS)
     ]
     for step in range(STEPS):
         spent, total = sum(rates[:step]), sum(rates)
-        if control.rank_controllers and spent / total >= begins:
+        if controllers(control) and spent / total >= begins:
             break
-        for one in control.rank_controllers:
+        for one in controllers(control):
             one.observe(rows(control, rng.random()), step)
         control.begin(step, config.learning_rate(step))
         for site, base in control.base.items():
@@ -109,7 +116,7 @@ def test_before_a_policy_acts_the_recipe_holds(seed: int) -> None:
 def test_rank_target_begins_with_its_share_of_the_rate() -> None:
     """Both factors have the recipe's own λ, and one λ from the measurement at `start` on."""
     config, control = build({"query": 3.0, "key": 1.0, "policies": [POLICIES["rank_target"]]})
-    (one,) = control.rank_controllers
+    (one,) = controllers(control)
     queries = [(site, base) for site, base in control.base.items() if site[0].value == "query"]
     began, spent = None, 0.0
     total = sum(config.learning_rate(step) for step in range(STEPS))
@@ -140,7 +147,7 @@ def test_rank_target_at_its_boundaries(threshold: float, denominator: str, targe
             build(decay, ranks=ranks)
         return
     config, control = build(decay, ranks=ranks)
-    (one,) = control.rank_controllers
+    (one,) = controllers(control)
     found = (0.0, 1.0, threshold, math.nan, 1 / 8, math.inf, 0.5, math.nan)
     said: list[str] = []
     for step, rank in enumerate(found):
@@ -162,7 +169,7 @@ def test_rank_target_counts_the_coupled_rate() -> None:
     for coupling in ("lr", "lr2", "none"):
         decay = {"default": 0.005, "coupling": coupling, "policies": [POLICIES["rank_target"]]}
         config, control = build(decay)
-        (one,) = control.rank_controllers
+        (one,) = controllers(control)
         total = 0.0
         for step in range(STEPS):
             control.begin(step, config.learning_rate(step))
@@ -178,10 +185,10 @@ def test_a_saved_state_does_not_bring_an_old_decay_back() -> None:
     policy = {"kind": "rank_target", "target": 0.5}
     _, old = build({"attention": 0.5, "policies": [policy]})
     _, new = build({"attention": 3.0, "policies": [policy]})
-    old.rank_controllers[0].observe(rows(old, 0.9), 0)
+    controllers(old)[0].observe(rows(old, 0.9), 0)
     new.restore(old.state(), same_policies=True)
     assert {new.now(site).decay for site in new.base if site[0] in ATTENTION} == {3.0}
-    state = new.rank_controllers[0].state()
+    state = controllers(new)[0].state()
     assert {one["base"] for one in state.values()} == {3.0}
     assert all(one["place"] is not None for one in state.values())  # what was measured stays
 
@@ -208,7 +215,7 @@ def test_what_is_not_finite_moves_nothing() -> None:
     _, control = build({"attention": 0.5, "policies": [POLICIES["alpha"]]})
     (alpha,) = (one for one in control.policies if isinstance(one, Alpha))
     names = [label(site) for site in control.base if site[0] in ATTENTION]
-    alpha.observe({name: (math.nan, math.inf, 2.0)[i % 3] for i, name in enumerate(names)})
+    alpha.observe({name: (math.nan, math.inf, 2.0)[i % 3] for i, name in enumerate(names)}, 0)
     assert {control.now(site).decay for site in control.base if site[0] in ATTENTION} == {0.5}
 
 

@@ -12,6 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     ["models", "data_pipeline"],
     ["pretrain.errors", "pretrain.spectra"],
+    ["pretrain.extension"],
+    ["pretrain.config.section", "pretrain.config.schedule"],
+    ["pretrain.decay.sites", "pretrain.decay.policy", "pretrain.decay.guard"],
+    ["pretrain.decay.registry"],
+    ["pretrain.decay.policies"],
     ["pretrain.config"],
     ["pretrain.console"],
     ["pretrain.distributed"],

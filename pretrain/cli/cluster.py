@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pretrain.cli.options import Json, Overrides
+from pretrain.cli.options import Code, Json, Overrides
 
 Run = Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/NAME-OF-RECIPE.")]
 
@@ -34,6 +34,7 @@ def launch(
     fork: Annotated[
         str | None, typer.Option(help="Begin a new run from RUN@STEP, as `pretrain train` does.")
     ] = None,
+    code: Code = None,
     show: Annotated[
         bool, typer.Option("--print", help="Print the job, manifest or command; start nothing.")
     ] = False,
@@ -48,8 +49,8 @@ def launch(
     """
     from launchers.launch import launch as start
 
-    code = start(recipe, overrides or [], on, site, nodes, processes, out, fork, show)
-    raise typer.Exit(code)
+    status = start(recipe, overrides or [], on, site, nodes, processes, out, fork, show, code or [])
+    raise typer.Exit(status)
 
 
 def doctor(
@@ -61,6 +62,7 @@ def doctor(
     processes: Annotated[
         int, typer.Option(min=1, help="Number of processes to start on this machine.")
     ] = 1,
+    code: Code = None,
     json: Json = False,
 ) -> None:
     """Check the machines before a long run: versions, devices, links, clocks, disk, data, code.
@@ -76,7 +78,7 @@ def doctor(
     from pretrain.config.recipe import Config, load_config
     from pretrain.distributed.grid import build_grid, check_grid, connect, disconnect, process_count
 
-    config = load_config(recipe, overrides) if recipe else None
+    config = load_config(recipe, overrides, code or []) if recipe else None
     shape = (config or Config()).grid
     check_grid(shape, process_count())
     grid = build_grid(shape, connect())
@@ -110,6 +112,7 @@ def plan(
         ),
     ] = "h100",
     show: Annotated[int, typer.Option("--show", min=1, help="Number of grids in the table.")] = 8,
+    code: Code = None,
     json: Json = False,
 ) -> None:
     """Rank all grids by time: memory by part, traffic, bubble, time and MFU of each.
@@ -120,4 +123,4 @@ def plan(
     from pretrain.cluster.plan_table import plan as print_plan
     from pretrain.config.recipe import load_config
 
-    print_plan(load_config(recipe, overrides), gpu, gpus, show, json)
+    print_plan(load_config(recipe, overrides, code or []), gpu, gpus, show, json)

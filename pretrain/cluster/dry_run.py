@@ -12,9 +12,10 @@ from pretrain.cluster.plan_memory import memory_of, process_bytes
 from pretrain.cluster.plan_shapes import sizes_of
 from pretrain.config.recipe import Config
 from pretrain.console import plain, show_table
-from pretrain.decay.control import DecayControl, site_of
+from pretrain.decay.control import DecayControl
 from pretrain.decay.lengths import remarks
 from pretrain.decay.plan import DecayGroup
+from pretrain.decay.sites import site_of
 from pretrain.distributed.grid import process_count
 from pretrain.engine.deepspeed_adapter import resolve_precision
 from pretrain.errors import UsageError

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo
+
+from pretrain.config.explain import explain, explained
+from pretrain.config.section import Section
+from pretrain.decay.policy import PolicySection
+from pretrain.decay.registry import section_class
+from pretrain.extension import ExtensionError
 
 Coupling = Literal["lr", "lr2", "none"]
 Form = Literal["decoupled", "l2", "cautious", "adadecay", "nuclear"]
-
-
-_NUMBERS = (int, float, int | float, float | None, int | float | None)
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers_are_numbers(cls, values: Any) -> Any:
-        """`true` would be taken for 1, and no float holds a number of hundreds of digits."""
-        for key, field in cls.model_fields.items():
-            value = values.get(key) if isinstance(values, dict) else None
-            if isinstance(value, bool) and field.annotation in _NUMBERS:
-                raise ValueError(f"{key}: a number is wanted, got {str(value).lower()}")
-            if isinstance(value, int) and abs(value) >= 1 << 63:
-                raise ValueError(
-                    f"{key}: a number of {value.bit_length()} bits is none of a recipe"
-                )
-        return values
+FOLDER = "folder"
+"""Key of a validation's context: where files of code are looked for (`pretrain.extension.find`)."""
 
 
 class DecayRule(Section):
@@ -41,66 +27,23 @@ class DecayRule(Section):
     decay: float = Field(ge=0)
 
 
-class ScheduleDecay(Section):
-    """λ times a multiplier that is a function of the step (`decay_multiplier` in
-    `pretrain.config.schedule`).
-
-    ``{shape: window, roles: [attention], stop: 0.2}``: decay of attention in the first fifth only.
-    """
-
-    kind: Literal["schedule"]
-    roles: list[str] = Field(min_length=1)
-    shape: Literal["linear", "cosine", "step", "warmup", "window"] = "linear"
-    start: int | float = Field(0.0, ge=0, description="< 1: share of the steps; else steps")
-    stop: int | float | None = Field(None, ge=0, description="as start; empty: the end of the run")
-    first: float = Field(1.0, ge=0, description="multiplier before (window: inside)")
-    last: float = Field(0.0, ge=0, description="multiplier after (window: outside)")
-
-
-class AlphaDecay(Section):
-    """AlphaDecay (He et al. 2025, arXiv 2506.14562): λ of a matrix by the tail of its spectrum."""
-
-    kind: Literal["alpha"]
-    roles: list[str] = ["attention", "mlp"]
-    low: float = Field(0.67, ge=0, description="multiplier of the heaviest tail (smallest α)")
-    high: float = Field(5.0, ge=0, description="of the lightest; the paper: 5 AdamW, 3 Adam")
-    hill: Literal["paper", "released"] = Field("paper", description="form of the Hill exponent")
-    refresh: int = Field(500, ge=1, description="steps between measurements")
-    normalize_mean: bool = Field(False, description="rescale the multipliers to mean 1")
-    min_eigenvalues: int = Field(50, ge=4, description="smaller matrices keep λ")
+def _validated(value: Any, info: ValidationInfo) -> PolicySection:
+    """An entry of the policies, by the class that its kind stands for."""
+    if isinstance(value, PolicySection):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        raise explained("kind: missing; a policy is a mapping with a kind")
+    try:
+        section, values = section_class(value, (info.context or {}).get(FOLDER))
+    except ExtensionError as error:
+        raise explained(f"kind: {error}") from None
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise explained(explain(error.errors()[0], section)) from None
 
 
-class AdaptiveDecay(Section):
-    """AWD (Ghiasi et al. 2023): λ·‖∇‖/‖w‖ of the whole model, smoothed, as L2 in the gradient."""
-
-    kind: Literal["awd"]
-    roles: list[str] = ["attention", "mlp"]
-    memory: float = Field(0.1, ge=0, lt=1, description="share of the running mean that stays")
-    form: Literal["l2", "decoupled"] = "l2"
-
-
-class RankTarget(Section):
-    """λ of each layer's query/key (value/output) that brings its pseudo-rank to a set value
-    (`pretrain.decay.policies.rank_target`)."""
-
-    kind: Literal["rank_target"]
-    roles: list[str] = Field(["qk", "vo"], description="qk, vo or attention")
-    target: float = Field(gt=0, le=1, description="mean pseudo-rank of the layer's heads")
-    minimum: float | None = Field(None, gt=0, description="of λ; empty: maximum / 1000")
-    maximum: float | None = Field(
-        None, gt=0, description="of λ; empty: what gives the whole run the exposure 2.5"
-    )
-    every: int = Field(0, ge=0, description="steps between measurements; 0: 1/100 of the run")
-    start: float = Field(0.15, ge=0, lt=1, description="share of Ση spent when control begins")
-    until: float = Field(0.8, gt=0, le=1, description="share of Ση when the target is due")
-    horizon: float = Field(0.2, gt=0, le=1, description="share of Ση in which errors are mended")
-    memory: float = Field(0.05, gt=0, le=1, description="share of Ση over which drift is averaged")
-    margin: float = Field(0.01, ge=0, description="aim so much above: a fall cannot be undone")
-
-
-DecayPolicy = Annotated[
-    ScheduleDecay | AlphaDecay | AdaptiveDecay | RankTarget, Field(discriminator="kind")
-]
+DecayPolicy = Annotated[SerializeAsAny[PolicySection], BeforeValidator(_validated)]
 
 
 class WeightDecayConfig(Section):
@@ -140,3 +83,9 @@ class WeightDecayConfig(Section):
     adadecay_slope: float = Field(4.0, gt=0, description="steepness of AdaDecay's sigmoid")
     nuclear_every: int = Field(1, ge=1, description="steps between nuclear steps, each so often")
     policies: list[DecayPolicy] = Field(default=[], description="what moves λ during training")
+
+
+def same_policies(one: Iterable[PolicySection], other: Iterable[PolicySection]) -> bool:
+    """Whether two recipes have the same policies, of the same code."""
+    first, second = ([part.model_dump(mode="json") for part in parts] for parts in (one, other))
+    return first == second

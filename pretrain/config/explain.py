@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
-from pretrain.config.decay import (
-    AdaptiveDecay,
-    AlphaDecay,
-    DecayRule,
-    RankTarget,
-    ScheduleDecay,
-    Section,
-)
 from pretrain.config.run import without_secrets
 
 _ALTERNATIVE = re.compile(r"(list|dict|literal)\[")
 """How pydantic names one of several types that a value may have, between the keys."""
+_EXPLAINED = "explained"
+"""Type of an error whose text is ready."""
 
 
 def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
@@ -37,10 +31,15 @@ def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
         text = str(error.get("ctx", {}).get("error", error["msg"]))
         head = text.split(":", maxsplit=1)[0]
         return text if not path or head.endswith(path[-1]) or "." in head else f"{key}.{text}"
-    if error["type"] == "union_tag_not_found":
-        return f"{key}.kind: missing"
+    if error["type"] == _EXPLAINED:
+        return f"{key}.{error['msg']}"
     value = without_secrets(repr(error.get("input")))
     return f"{key}: {cut(error['msg'].lower())}, got {cut(value)}"
+
+
+def explained(text: str) -> PydanticCustomError:
+    """A validator's error that `explain` shows as it is, after the key."""
+    return PydanticCustomError(_EXPLAINED, "{text}", {"text": text})
 
 
 def cut(text: str, most: int = 200) -> str:
@@ -51,15 +50,15 @@ def cut(text: str, most: int = 200) -> str:
 def _keys_beside(path: list[str], root: type[BaseModel]) -> list[str]:
     model: Any = root
     for part in path[:-1]:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            break
+        if part.isdigit() and get_args(model):  # an item of a list
+            model = get_args(model)[0]
+            continue
+        if not _is_section(model):
+            return []
         field = model.model_fields.get(part)
         model = field.annotation if field else None
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        return sorted(model.model_fields)
-    if "policies" in path:  # ..., index, kind, key
-        kinds: dict[str, type[Section]] = {
-            "schedule": ScheduleDecay, "alpha": AlphaDecay, "awd": AdaptiveDecay
-        }  # fmt: skip
-        return sorted(kinds.get(path[-2], RankTarget).model_fields)
-    return sorted(DecayRule.model_fields) if "rules" in path else []
+    return sorted(model.model_fields) if _is_section(model) else []
+
+
+def _is_section(model: Any) -> bool:
+    return isinstance(model, type) and issubclass(model, BaseModel)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
-
-from data_pipeline.files import read_small
-from models.config import GPTConfig
-from pretrain.config.decay import (
-    Section,
-    WeightDecayConfig,
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
 )
-from pretrain.config.explain import cut, explain
-from pretrain.config.recipe_yaml import RecipeError, load_yaml
+
+from models.config import GPTConfig
+from pretrain.config.decay import FOLDER, WeightDecayConfig
+from pretrain.config.explain import explain
+from pretrain.config.mapping import apply_value_overrides, read_mapping, set_value
 from pretrain.config.run import (
     CheckpointConfig,
     EvaluationConfig,
@@ -26,10 +29,13 @@ from pretrain.config.run import (
     RanksConfig,
     ResumeConfig,
     SpeedConfig,
-    without_secrets,
 )
 from pretrain.config.schedule import in_steps, learning_rate
+from pretrain.config.section import Section
+from pretrain.decay.registry import absent
+from pretrain.decay.sites import KEY
 from pretrain.errors import UsageError
+from pretrain.extension import Code, ExtensionError, folder_of, run_file, running
 
 
 class DataConfig(Section):
@@ -132,6 +138,8 @@ class Config(Section):
     resume: ResumeConfig = ResumeConfig()
     faults: FaultsConfig = FaultsConfig()
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings, for experts")
+    _folder: Path | None = PrivateAttr(None)
+    """Where the files of code that it names are looked for; None: it may run none."""
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -241,55 +249,37 @@ class Config(Section):
         return every
 
 
-LARGEST_RECIPE = 1 << 20
-"""Bytes of a YAML file."""
 SCIENCE = ("seed", "model", "task", "data", "train", "optimizer", "precision")
 """Sections that a resumed run must keep; the others (grid, logging, ...) may change."""
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+def load_config(
+    path: Path, overrides: list[str] | None = None, code: Iterable[Path] | None = None
+) -> Config:
     """Read a YAML recipe and apply ``key.path=value`` overrides, each value as YAML.
+
+    Args:
+        code: files of code that the command line names: they are run, and so is what the recipe
+            names, unless it lies in a folder that this program wrote (`pretrain.extension`). None:
+            nothing is run.
 
     Raises:
         UsageError: one line naming the file or key and the mend.
     """
     values = read_mapping(path, "recipe", "sections, such as `model:`")
     apply_value_overrides(values, overrides or [])
-    return parse_config(values, str(path))
-
-
-def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
-    """A YAML file that is a mapping.
-
-    Args:
-        what, content: for the messages: "a recipe is a mapping of sections".
-
-    Raises:
-        UsageError: one line naming the file and the mend.
-    """
+    if code is None:
+        return parse_config(values, str(path))
     try:
-        text = read_small(path, LARGEST_RECIPE).decode("utf-8-sig")
-        values = load_yaml(text) or {}
-    except OSError as error:
-        mend = "; save it as a file" if error.errno == errno.ENXIO else ""
-        raise UsageError(f"{path}: cannot read the {what} ({error.strerror}){mend}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except RecipeError as error:
-        raise UsageError(f"{path}{f':{error.line}' * bool(error.line)}: {error}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a {what} is a mapping of {content}")
-    return values
-
-
-def apply_value_overrides(values: dict[str, Any], overrides: list[str]) -> None:
-    """Put ``key.path=value`` overrides into a plain mapping.
-
-    Raises:
-        UsageError: naming the override.
-    """
-    for override in overrides:
-        _apply(values, override)
+        for file in code:
+            run_file(file)
+    except ExtensionError as error:
+        raise UsageError(f"--code: {error}") from None
+    config = parse_config(values, str(path), folder_of(path))
+    for index, section in enumerate(config.optimizer.weight_decay.policies):
+        if missing := absent(section):
+            raise UsageError(f"{path}: {KEY}.policies[{index}]: {missing}")
+    return config
 
 
 def apply_overrides(config: Config, overrides: list[str]) -> Config:
@@ -300,7 +290,7 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
     """
     values = config.model_dump(mode="json")
     apply_value_overrides(values, overrides)
-    return parse_config(values, "override")
+    return parse_config(values, "override", config._folder)
 
 
 def with_values(config: Config, values: dict[str, Any], source: str) -> Config:
@@ -311,44 +301,34 @@ def with_values(config: Config, values: dict[str, Any], source: str) -> Config:
     """
     tree = config.model_dump(mode="json")
     for key, value in values.items():
-        _set(tree, key, value, f"{source}: {key}")
-    return parse_config(tree, source)
+        set_value(tree, key, value, f"{source}: {key}")
+    return parse_config(tree, source, config._folder)
 
 
-def parse_config(values: dict[str, Any], source: str = "recipe") -> Config:
+def parse_config(
+    values: dict[str, Any], source: str = "recipe", folder: Path | None = None
+) -> Config:
     """Validate a plain mapping.
+
+    Args:
+        folder: where files of code that it names are looked for; None: it may run none.
 
     Raises:
         UsageError: the first mistake, with a suggestion where a key is nearly right.
     """
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values, context={FOLDER: folder})
     except ValidationError as error:
         raise UsageError(f"{source}: {explain(error.errors()[0], Config)}") from None
+    config._folder = folder
+    return config
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UsageError(f"{override!r}: an override is written key.path=value")
-    try:
-        value = load_yaml(text)
-    except RecipeError as error:
-        shown = cut(without_secrets(repr(override)))
-        raise UsageError(f"{shown}: the value is {error}") from None
-    _set(values, key, value, cut(without_secrets(repr(override))))
-
-
-def _set(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
-    """Put a value at a dotted key, making the sections on the way."""
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
-        if not isinstance(tree, dict):
-            raise UsageError(f"{source}: {parent} is a value, not a section")
-    tree[leaf] = number(value)
+def code_of(config: Config) -> list[Code]:
+    """The files of a user's own that a recipe runs, once each."""
+    sections = config.optimizer.weight_decay.policies
+    found = [running(getattr(section, "sha256", "")) for section in sections]
+    return list({code.sha256: code for code in found if code}.values())
 
 
 def value_at(config: Config, key: str) -> Any:
@@ -367,16 +347,6 @@ def _value_in(tree: Any, key: str) -> Any:
     parts = (part for part in tree if key.startswith(f"{part}."))
     found = (_value_in(tree[part], key[len(part) + 1 :]) for part in parts)
     return next((value for value in found if value is not None), None)
-
-
-def number(value: Any) -> Any:
-    """YAML 1.1 reads 3e-4 as text; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def dump_config(config: Config) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_serializer
 
-from pretrain.config.decay import Section
+from pretrain.config.section import Section
 
 _PASSWORD = re.compile(r"(?<=://)([^/?#:]*):(?!\$\{\w+\}@|[0-9]+/)[^?#]*@")
 _QUERY = re.compile(r"([?&][^=&#]*=)(?!\$\{\w+\}(?:[&#]|$))[^&#]+")

@@ -8,189 +8,19 @@ weights is `pretrain.engine.shrink`'s.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+import hashlib
+from typing import Any, get_args
 
-from models.roles import ALIASES, QK, VO, ParameterInfo, Role
-from pretrain.config.decay import AdaptiveDecay, AlphaDecay, ScheduleDecay
+from data_pipeline.strict_json import to_json
+from models.roles import ParameterInfo, Role
+from pretrain.config.decay import Form
 from pretrain.config.recipe import Config
-from pretrain.config.schedule import decay_multiplier
-from pretrain.decay.plan import KEY, DecayPlan, roles_of
-from pretrain.decay.policies.alpha import alpha_multipliers
-from pretrain.decay.policies.rank_target import RankController
+from pretrain.decay.by_role import by_role, check_directions, named
+from pretrain.decay.plan import DecayPlan
+from pretrain.decay.policy import Policy, PolicySection, Setting, Want
+from pretrain.decay.registry import make_policy
+from pretrain.decay.sites import KEY, Applied, Book, Books, Site, coupled_rate, label, site_of
 from pretrain.errors import UsageError
-
-Site = tuple[Role, int | None]
-"""A role in a block (None: outside the blocks): the finest place that has a λ of its own."""
-
-_MOST_A_STEP = 0.01
-"""With ``coupling: none`` a larger λ forgets a weight within a hundred updates."""
-
-
-@dataclass(frozen=True)
-class Book:
-    """What decay has done at a site."""
-
-    decay: float
-    """λ of the last update."""
-    exposure: float
-    """Σ rate·λ over the updates so far."""
-    retention: float
-    """∏ (1 − rate·λ): what would be left of a weight that nothing else moves."""
-
-
-Books = dict[str, Book]
-"""By site label."""
-
-
-def site_of(info: ParameterInfo) -> Site:
-    """Where a parameter belongs."""
-    return info.role, info.layer
-
-
-def label(site: Site) -> str:
-    """``query[3]``, or ``head`` outside the blocks."""
-    role, layer = site
-    return role.value if layer is None else f"{role.value}[{layer}]"
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What one update does at a site: w ← w − times·rate·λ·direction."""
-
-    decay: float
-    rate: float
-    times: int = 1
-    """Updates that this one stands for: with ``nuclear_every`` n it is n in every n-th update,
-    else 0."""
-
-    @property
-    def shrink(self) -> float:
-        """times·rate·λ: what is taken."""
-        return self.times * (self.decay * self.rate)
-
-
-def coupled_rate(coupling: str, rate: float, peak: float) -> float:
-    """The rate that λ is multiplied by in an update.
-
-    Args:
-        coupling: ``lr``: η; ``lr2``: η²/η_peak; ``none``: 1.
-        rate: η of the update.
-        peak: the largest η of the recipe.
-    """
-    if coupling == "none":
-        return 1.0
-    if coupling == "lr2":
-        return rate * rate / peak if peak else 0.0
-    return rate
-
-
-class Policy(Protocol):
-    """Moves λ at the sites of its roles."""
-
-    roles: frozenset[Role]
-    per_layer: bool
-
-    def move(self, site: Site, decay: float, step: int) -> float:
-        """λ in the update number ``step`` from the λ so far."""
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run must know (JSON)."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
-
-
-class _Schedule:
-    """A multiplier that is a function of the step."""
-
-    per_layer = False
-
-    def __init__(self, config: ScheduleDecay, roles: frozenset[Role], steps: int) -> None:
-        self.roles, self._config, self._steps = roles, config, steps
-
-    def move(self, site: Site, decay: float, step: int) -> float:
-        one = self._config
-        return decay * decay_multiplier(
-            step, self._steps, one.shape, one.start, one.stop, one.first, one.last
-        )
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to know."""
-
-
-class Alpha:
-    """AlphaDecay (He et al. 2025): multipliers from the exponents of the last measurement."""
-
-    per_layer = True
-
-    def __init__(self, config: AlphaDecay, roles: frozenset[Role]) -> None:
-        self.config, self.roles = config, roles
-        self.exponents: dict[str, float] | None = None
-        self._multipliers: dict[str, float] = {}
-
-    def measures(self, info: ParameterInfo) -> bool:
-        """Whether the parameter is a matrix of its roles, large enough for an exponent."""
-        large = len(info.shape) == 2 and min(info.shape) >= self.config.min_eigenvalues
-        return large and info.role in self.roles
-
-    def observe(self, exponents: dict[str, float]) -> dict[str, float]:
-        """Take new exponents by site label; returns mean, least and greatest multiplier."""
-        config = self.config
-        self.exponents = exponents
-        self._multipliers = alpha_multipliers(
-            exponents, config.low, config.high, config.normalize_mean
-        )
-        values = list(self._multipliers.values()) or [1.0]
-        return {
-            "multiplier_mean": sum(values) / len(values),
-            "multiplier_min": min(values),
-            "multiplier_max": max(values),
-        }
-
-    def move(self, site: Site, decay: float, step: int) -> float:
-        return decay * self._multipliers.get(label(site), 1.0)
-
-    def state(self) -> dict[str, Any]:
-        return {"exponents": self.exponents, "multipliers": self._multipliers}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.exponents, self._multipliers = state["exponents"], state["multipliers"]
-
-
-class Adaptive:
-    """AWD (Ghiasi et al. 2023): λ_t = λ‖∇‖₂/‖w‖₂ of the whole model, λ̄ ← m·λ̄ + (1−m)·λ_t."""
-
-    per_layer = False
-
-    def __init__(self, config: AdaptiveDecay, roles: frozenset[Role]) -> None:
-        self.config, self.roles = config, roles
-        self.mean = 0.0
-        self._began = False
-
-    def observe(self, ratio: float) -> None:
-        """Take ‖∇‖₂/‖w‖₂ of this update: the unscaled gradient, before clipping.
-
-        A ratio that is not finite would stay in the mean for ever and is not taken.
-        """
-        if math.isfinite(ratio):
-            self.mean = self.config.memory * self.mean + (1.0 - self.config.memory) * ratio
-            self._began = True
-
-    def move(self, site: Site, decay: float, step: int) -> float:
-        return decay * self.mean if self._began else decay
-
-    def state(self) -> dict[str, Any]:
-        return {"mean": self.mean}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.mean = state["mean"]
-        self._began = self.mean > 0
 
 
 class DecayControl:
@@ -204,111 +34,69 @@ class DecayControl:
     def __init__(self, config: Config, plan: DecayPlan) -> None:
         decay = config.optimizer.weight_decay
         infos = [info for group in plan.groups for info in group.parameters]
+        roles = frozenset(info.role for info in infos)
+        self._config, self._plan = config, plan
         self._peak = config.optimizer.learning_rate
-        self._plan = plan
         self.base = {site_of(info): plan.by_name[info.name] for info in infos}
-        self._roles = frozenset(info.role for info in infos)
-        self.coupling = self._by_role(decay.coupling, "coupling", "lr")
-        self.form = self._by_role(decay.form, "form", "decoupled")
+        self.coupling = by_role(decay.coupling, "coupling", "lr", roles)
+        self.form = by_role(decay.form, "form", "decoupled", roles)
         self.policies: list[Policy] = []
-        for index, one in enumerate(decay.policies):
-            roles = self._named(one.roles, f"policies[{index}].roles")
-            if isinstance(one, ScheduleDecay):
-                self.policies.append(_Schedule(one, roles, config.train.steps))
-            elif isinstance(one, AlphaDecay):
-                alpha = Alpha(one, roles)
-                if not any(map(alpha.measures, infos)):
-                    raise UsageError(
-                        f"{KEY}.policies[{index}].min_eigenvalues: no matrix of these roles has "
-                        f"{one.min_eigenvalues} eigenvalues; lower it"
-                    )
-                self.policies.append(alpha)
-            elif isinstance(one, AdaptiveDecay):
-                self.policies.append(Adaptive(one, roles))
-                self.form |= dict.fromkeys(roles, one.form)
-            else:
-                sites = [site for site in self.base if site[0] in roles]
-                rates = self._rates(config, roles)
-                self.policies.append(RankController(one, roles, sites, self.base, rates, config))
-        self._check(decay.nuclear_every)
+        for index, section in enumerate(decay.policies):
+            moved = named(section.roles, f"policies[{index}].roles", roles)
+            setting = self._setting(f"{KEY}.policies[{index}]", moved, infos)
+            policy = make_policy(section, setting)
+            if policy.form is not None:
+                _check_form(policy.form, setting.key)
+                self.form |= dict.fromkeys(moved, policy.form)
+            self.policies.append(policy)
+        self._check_policies()
+        check_directions(self.form, self.coupling, self.base, decay.nuclear_every)
         self._nuclear_every = decay.nuclear_every
         self.used: dict[Site, Applied] = {}
         self.exposure = dict.fromkeys(self.base, 0.0)
         self.retention = dict.fromkeys(self.base, 1.0)
         self._step, self._rate = 0, 0.0
 
-    # --- what holds by role -------------------------------------------------------------------
+    def _setting(self, key: str, roles: frozenset[Role], infos: list[ParameterInfo]) -> Setting:
+        """What a policy may know of the run."""
+        config, model = self._config, self._config.model
+        return Setting(
+            key=key,
+            roles=roles,
+            parameters=tuple(info for info in infos if info.role in roles),
+            base={site: decay for site, decay in self.base.items() if site[0] in roles},
+            steps=config.train.steps,
+            coupling={role: self.coupling[role] for role in roles},
+            rate=self._rate_at,
+            model=model,
+            threshold=config.ranks.threshold,
+            full_rank=(
+                model.head_size / model.hidden_size if config.ranks.denominator == "model" else 1.0
+            ),
+        )
 
-    def _named(self, words: Iterable[str], key: str) -> frozenset[Role]:
-        roles: set[Role] = set()
-        for word in words:
-            here = self._roles.intersection(roles_of(word, f"{KEY}.{key}"))
-            if not here:
-                raise UsageError(f"{KEY}.{key}: this model has no {word!r}; remove it")
-            roles |= here
-        return frozenset(roles)
+    def _rate_at(self, role: Role, step: int) -> float:
+        """What λ of a role is multiplied by in an update."""
+        return coupled_rate(self.coupling[role], self._config.learning_rate(step), self._peak)
 
-    def _by_role(self, setting: str | Mapping[str, str], key: str, default: str) -> dict[Role, str]:
-        if isinstance(setting, str):
-            return dict.fromkeys(self._roles, setting)
-        found = dict.fromkeys(self._roles, setting.get("default", default))
-        # Wide words first, so that narrower ones have the last say.
-        words = [word for word in setting if word != "default"]
-        for word in sorted(words, key=lambda word: -len(ALIASES.get(word, ()))):
-            found |= dict.fromkeys(self._named([word], key), setting[word])
-        return found
-
-    def _rates(self, config: Config, roles: frozenset[Role]) -> list[float]:
-        """The rate of every update of the run, which some roles share."""
-        couplings = {self.coupling[role] for role in roles}
-        if len(couplings) > 1:
-            raise UsageError(
-                f"{KEY}.coupling: rank_target needs one coupling for its roles, not "
-                f"{' and '.join(sorted(couplings))}"
-            )
-        (coupling,) = couplings
-        return [
-            coupled_rate(coupling, config.learning_rate(step), self._peak)
-            for step in range(config.train.steps)
-        ]
-
-    def _check(self, nuclear_every: int) -> None:
-        adaptive: dict[Role, Policy] = {}
-        for policy in self.policies:
-            if isinstance(policy, _Schedule):
+    def _check_policies(self) -> None:
+        """Refuse two that both answer to what they measure: one would undo the other."""
+        movers: dict[Role, str] = {}
+        for section, policy in zip(self._sections, self.policies, strict=True):
+            if policy.wants is None:
                 continue
-            for role in policy.roles:
-                if role in adaptive:
+            for role in sorted(policy.roles):
+                if role in movers:
                     raise UsageError(
-                        f"{KEY}.policies: {role} is moved by two of alpha, awd and rank_target; "
-                        "keep one of them (schedules may be added to it)"
+                        f"{KEY}.policies: {role} is moved by {movers[role]} and by {section.kind}, "
+                        "which both answer to what they measure; keep one of them (schedules may "
+                        "be added to it)"
                     )
-                adaptive[role] = policy
-        for pair in (QK, VO):
-            forms = {self.form[role] for role in pair if role in self.form}
-            if "nuclear" in forms and len(forms) > 1:
-                raise UsageError(
-                    f"{KEY}.form: nuclear acts on a product: set it for both "
-                    f"{' and '.join(pair)} (or for {'qk' if pair is QK else 'vo'})"
-                )
-        for role, form in self.form.items():
-            if form == "nuclear" and role not in QK + VO and self._some(role):
-                raise UsageError(
-                    f"{KEY}.form: nuclear is for the products of attention, not for {role}; write "
-                    "form: {attention: nuclear}"
-                )
-            if self.coupling[role] == "none":
-                most = max(value for site, value in self.base.items() if site[0] is role)
-                if most > _MOST_A_STEP:
-                    raise UsageError(
-                        f"{KEY}.coupling: none takes the share λ of a weight in every update, and "
-                        f"{role} has λ = {most:g}; 1e-4 is usual, at most {_MOST_A_STEP:g}"
-                    )
-        if nuclear_every > 1 and "nuclear" not in self.form.values():
-            raise UsageError(f"{KEY}.nuclear_every: no form is nuclear; remove it")
+                movers[role] = section.kind
 
-    def _some(self, role: Role) -> bool:
-        return any(value > 0 for site, value in self.base.items() if site[0] is role)
+    @property
+    def _sections(self) -> list[PolicySection]:
+        return self._config.optimizer.weight_decay.policies
 
     def is_plain(self, role: Role) -> bool:
         """Whether λ of the role is constant, decoupled and at rate η: any AdamW does that."""
@@ -317,22 +105,11 @@ class DecayControl:
 
     def is_adaptive(self, role: Role) -> bool:
         """Whether λ of the role depends on what is measured while training."""
-        return any(role in p.roles for p in self.policies if not isinstance(p, _Schedule))
+        return any(role in policy.roles for policy in self.policies if policy.wants)
 
-    @property
-    def needs_norms(self) -> bool:
-        """Whether `commit` wants ‖∇‖/‖w‖."""
-        return any(isinstance(policy, Adaptive) for policy in self.policies)
-
-    @property
-    def alpha(self) -> list[Alpha]:
-        """Policies that want spectra of weights."""
-        return [policy for policy in self.policies if isinstance(policy, Alpha)]
-
-    @property
-    def rank_controllers(self) -> list[RankController]:
-        """Policies that want measured ranks."""
-        return [policy for policy in self.policies if isinstance(policy, RankController)]
+    def wanting(self, want: Want) -> list[Policy]:
+        """The policies that observe something."""
+        return [policy for policy in self.policies if policy.wants == want]
 
     # --- one update -----------------------------------------------------------------------------
 
@@ -364,12 +141,11 @@ class DecayControl:
         """Settle what the update takes, and enter it in the books; once an update.
 
         Args:
-            ratio: ‖∇‖₂/‖w‖₂ of the whole model, where `needs_norms`.
+            ratio: ‖∇‖₂/‖w‖₂ of the whole model, where a policy wants ``norms``.
         """
         if ratio is not None:
-            for policy in self.policies:
-                if isinstance(policy, Adaptive):
-                    policy.observe(ratio)
+            for policy in self.wanting("norms"):
+                policy.observe(ratio, self._step)
         self.used = {site: self.now(site) for site in self.base}
         for site, applied in self.used.items():
             self.exposure[site] += applied.shrink
@@ -398,6 +174,17 @@ class DecayControl:
             for site in self.base
         }
 
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of what must be the same on every process: each policy, and the books."""
+        parts: dict[str, Any] = {
+            f"{KEY}.policies[{index}] ({section.kind})": [section.model_dump(), policy.state()]
+            for index, (section, policy) in enumerate(zip(self._sections, self.policies))
+        }
+        parts["λ as applied"] = list(self.exposure.values())
+        return {
+            name: hashlib.sha256(to_json(part).encode()).hexdigest() for name, part in parts.items()
+        }
+
     # --- saved with the run ---------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
@@ -421,3 +208,8 @@ class DecayControl:
         if same_policies:
             for policy, saved in zip(self.policies, state["policies"], strict=True):
                 policy.restore(saved)
+
+
+def _check_form(form: str, key: str) -> None:
+    if form not in get_args(Form):
+        raise UsageError(f"{key}: wants the form {form!r}; it is {', '.join(get_args(Form))}")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pretrain.config.decay import AlphaDecay, RankTarget, ScheduleDecay
 from pretrain.config.recipe import Config, ScheduleConfig
-from pretrain.config.schedule import decay_multiplier, in_steps
-from pretrain.decay.plan import KEY
+from pretrain.config.schedule import in_steps
+from pretrain.decay.policy import PolicySection
+from pretrain.decay.registry import own_of
+from pretrain.decay.sites import KEY
 from pretrain.errors import UsageError
 
 _RATE = "optimizer.schedule"
@@ -45,15 +46,8 @@ def check_lengths(config: Config, known: Config | None = None) -> None:
             raise UsageError(
                 f"{key}: {value:g} is neither a share (below 1) nor a whole number of steps"
             )
-    for key, one in _schedules(config):
-        if one.stop is None or one.shape == "step":
-            continue
-        comparable = (one.start < 1) == (one.stop < 1)
-        if (comparable and one.start >= one.stop) or _span(one, steps) < 0:
-            raise UsageError(
-                f"{key}.stop: {one.stop:g} is not after start {one.start:g} in a run of {steps} "
-                "steps; exchange them"
-            )
+    for key, section in _policies(config):
+        section.check_lengths(key, steps)
     _check_best(config)
 
 
@@ -68,8 +62,13 @@ def _check_best(config: Config) -> None:
 
 
 def remarks(config: Config) -> list[str]:
-    """What a recipe asks for that a run of its length does not have, one line each."""
-    return [*_of_the_rate(config), *_of_policies(config), *_of_checkpoints(config)]
+    """What a recipe asks for that its run does not have, and the code that it runs, by line."""
+    return [
+        *_of_the_rate(config),
+        *_of_policies(config),
+        *_of_checkpoints(config),
+        *_of_code(config),
+    ]
 
 
 def _lengths(config: Config) -> Iterator[tuple[str, float]]:
@@ -78,22 +77,14 @@ def _lengths(config: Config) -> Iterator[tuple[str, float]]:
     yield f"{_RATE}.warmup", schedule.warmup
     if schedule.kind == "wsd":
         yield f"{_RATE}.decay", schedule.decay
-    for key, one in _schedules(config):
-        yield f"{key}.start", one.start
-        if one.stop is not None:
-            yield f"{key}.stop", one.stop
+    for key, section in _policies(config):
+        for name, value in section.lengths().items():
+            yield f"{key}.{name}", value
 
 
-def _schedules(config: Config) -> Iterator[tuple[str, ScheduleDecay]]:
-    for index, one in enumerate(config.optimizer.weight_decay.policies):
-        if isinstance(one, ScheduleDecay):
-            yield f"{KEY}.policies[{index}]", one
-
-
-def _span(one: ScheduleDecay, steps: int) -> int:
-    """Steps from start to stop."""
-    stop = steps if one.stop is None else in_steps(one.stop, steps)
-    return stop - in_steps(one.start, steps)
+def _policies(config: Config) -> Iterator[tuple[str, PolicySection]]:
+    for index, section in enumerate(config.optimizer.weight_decay.policies):
+        yield f"{KEY}.policies[{index}]", section
 
 
 def _of_the_rate(config: Config) -> Iterator[str]:
@@ -126,50 +117,18 @@ def _of_the_rate(config: Config) -> Iterator[str]:
 
 def _of_policies(config: Config) -> Iterator[str]:
     steps, decay = config.train.steps, config.optimizer.weight_decay
-    for key, one in _schedules(config):
-        yield from _of_a_schedule(key, one, steps)
-    for index, policy in enumerate(decay.policies):
-        key = f"{KEY}.policies[{index}]"
-        if isinstance(policy, AlphaDecay) and policy.refresh >= steps:
-            yield (
-                f"{key}.refresh: {policy.refresh:,} steps in a run of {steps:,}: the exponents are "
-                "those of the first weights throughout"
-            )
-        if isinstance(policy, RankTarget) and policy.every >= steps:
-            yield f"{key}.every: {policy.every:,} steps in a run of {steps:,}: never in control"
+    for key, section in _policies(config):
+        yield from section.length_remarks(key, steps)
     if decay.nuclear_every > steps:
         yield f"{KEY}.nuclear_every: {decay.nuclear_every:,} steps in a run of {steps:,}"
 
 
-def _of_a_schedule(key: str, one: ScheduleDecay, steps: int) -> Iterator[str]:
-    begin, span = in_steps(one.start, steps), _span(one, steps)
-    if one.shape == "step" and one.stop is not None:
-        yield f"{key}.stop: does nothing to the shape step, which jumps at start"
-    if one.shape == "warmup" and one.last:
-        yield f"{key}.last: does nothing to the shape warmup, which ends at first"
-    found = _multipliers(one, steps)
-    if len(found) == 1 and one.first != one.last:
-        yield f"{key}: λ is multiplied by {found.pop():g} in every update of a run of {steps:,}"
-    elif one.shape != "step":
-        if begin + span > steps:
-            yield f"{key}.stop: step {begin + span:,} is after the last of a run of {steps:,}"
-        if span < 2 and one.shape != "window":
-            yield (
-                f"{key}: {one.shape} has {'one step' if span else 'no step'} from start to stop in "
-                f"a run of {steps:,}"
-            )
-
-
-def _multipliers(one: ScheduleDecay, steps: int) -> set[float]:
-    """What λ is multiplied by in the updates where that could change."""
-    begin = in_steps(one.start, steps)
-    end = begin + _span(one, steps)
-    places = {0, begin - 1, begin, begin + 1, end - 1, end, steps - 1}
-    return {
-        decay_multiplier(step, steps, one.shape, one.start, one.stop, one.first, one.last)
-        for step in places
-        if 0 <= step < steps
-    }
+def _of_code(config: Config) -> Iterator[str]:
+    """Which file of the user's own runs: whoever starts it should know."""
+    for key, section in _policies(config):
+        own = own_of(section)
+        if own is not None and own.code is not None:
+            yield f"{key}: runs {own.code.path} (SHA-256 {own.code.sha256})"
 
 
 def _of_checkpoints(config: Config) -> Iterator[str]:

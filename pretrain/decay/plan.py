@@ -13,9 +13,9 @@ from functools import cached_property
 
 from models.roles import ALIASES, MLP, QK, VO, ParameterInfo, Role
 from pretrain.config.decay import DecayRule, WeightDecayConfig
+from pretrain.decay.sites import KEY
 from pretrain.errors import UsageError
 
-KEY = "optimizer.weight_decay"
 _WIDER: dict[Role, tuple[str, ...]] = {
     **dict.fromkeys(QK, ("qk", "attention")),
     **dict.fromkeys(VO, ("vo", "attention")),

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from models.config import GPTConfig
 from models.gpt import attention_layers
 from models.roles import info_of
-from pretrain.decay.control import Alpha, Applied, DecayControl, Site, label, site_of
-from pretrain.decay.policies.alpha import eigenvalues, hill_exponent
-from pretrain.decay.policies.nuclear import nuclear_subgradient
+from pretrain.decay.control import DecayControl
+from pretrain.decay.nuclear import nuclear_subgradient
+from pretrain.decay.policy import Policy
+from pretrain.decay.sites import Applied, Site, label, site_of
 from pretrain.distributed.grid import Grid
 from pretrain.engine.masters import Fragment, fragments, is_replicated, norm_in_step, tensors_of
 from pretrain.engine.norms import square_sum
 from pretrain.engine.optimizers import MuonWithAdamW, muon_update
 from pretrain.engine.shards import local_shard, own_shard, sum_over_stage, whole_tensor
+from pretrain.errors import UsageError
 
 _WITH_GRADIENT = frozenset(("l2", "cautious", "adadecay"))
 """Forms that need the gradient or the update of each piece of masters."""
@@ -86,7 +88,7 @@ class Shrinker:
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._fresh:
             self._fresh = False
-            ratio = self._norm_ratio() if self._control.needs_norms else None
+            ratio = self._norm_ratio() if self._control.wanting("norms") else None
             self._applied = self._control.commit(ratio)
             self._decoupled()
             self._nuclear()
@@ -249,12 +251,15 @@ class Shrinker:
         return result
 
     @torch.no_grad()
-    def exponents(self, policy: Alpha) -> dict[str, float]:
-        """PL_Alpha_Hill of every matrix of the policy's roles, by site label; collective.
+    def figures(self, policy: Policy) -> dict[str, float]:
+        """A policy's figure of every matrix that it measures, by site label; collective.
 
         The matrices of a stage are shared out over its ranks.
+
+        Raises:
+            UsageError: on every rank, if the policy's code fails on one.
         """
-        grid, mine = self._grid, {}
+        grid, mine, problem = self._grid, {}, ""
         ranks = grid.tensor * grid.data
         turn = 0
         for parameter in self._module.parameters():
@@ -263,10 +268,14 @@ class Shrinker:
                 continue
             matrix = whole_tensor(parameter, self._local(parameter), grid)
             if turn % ranks == grid.data_rank * grid.tensor + grid.tensor_rank:
-                exponent = hill_exponent(eigenvalues(matrix), policy.config.hill)
-                mine[label(site_of(info))] = exponent
+                try:
+                    mine[label(site_of(info))] = policy.figure(info, matrix)
+                except UsageError as error:  # the others wait in the next collective
+                    problem = problem or str(error)
             turn += 1
         found: dict[str, float] = {}
-        for part in grid.gather(mine):
+        for part, wrong in grid.gather((mine, problem)):
+            if wrong:
+                raise UsageError(wrong)
             found |= part
         return dict(sorted(found.items()))

@@ -19,11 +19,13 @@ from models.roles import ParameterInfo, Role
 from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, sealed
 from pretrain.checkpoint.reader import CHECKPOINTS, checkpoint_name
 from pretrain.checkpoint.tensor_file import write_tensors
-from pretrain.config.recipe import Config, apply_value_overrides, parse_config, read_mapping
+from pretrain.config.mapping import apply_value_overrides, read_mapping
+from pretrain.config.recipe import Config, parse_config
 from pretrain.console import Progress, warn
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import DecayPlan
 from pretrain.errors import UsageError
+from pretrain.extension import folder_of
 from pretrain.runs.aside import whole_folder
 from pretrain.runs.folder import CONFIG, create_run
 from pretrain.tasks.tasks import Text
@@ -55,7 +57,7 @@ def import_model(
     values = read_mapping(recipe, "recipe", "sections, such as `model:`")
     values["model"] = theirs.values
     apply_value_overrides(values, overrides)
-    setup = prepare(parse_config(values, str(recipe)), 1)
+    setup = prepare(parse_config(values, str(recipe), folder_of(recipe)), 1)
     if not isinstance(setup.task, Text):
         raise UsageError(f"{recipe}: task.kind is not text")
     infos = [info for group in setup.plan.groups for info in group.parameters]

@@ -23,10 +23,10 @@ from models.hub import fetch, is_hub_name, revisions
 from models.huggingface import is_pretrained, open_pretrained
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints
-from pretrain.config.recipe import read_mapping
+from pretrain.config.mapping import read_mapping
 from pretrain.config.run import RanksConfig
 from pretrain.console import Progress, show_table, warn
-from pretrain.decay.control import Book, Books
+from pretrain.decay.sites import Book, Books
 from pretrain.errors import UsageError
 from pretrain.offline.scatter import Scatter
 from pretrain.ranks.probe import Row, layer_rows

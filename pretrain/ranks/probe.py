@@ -20,7 +20,7 @@ from models.gpt import attention_layers
 from models.layers import Attention
 from models.roles import Role, info_of
 from pretrain.config.run import RanksConfig
-from pretrain.decay.control import Book, Books, label
+from pretrain.decay.sites import Book, Books, label
 from pretrain.distributed.grid import Grid
 from pretrain.engine.engine import Engine
 from pretrain.engine.masters import Fragment, is_replicated, local_shape

@@ -15,7 +15,7 @@ from models.roles import ALIASES, ATTENTION, QK, VO, Role
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.reader import CHECKPOINTS, list_checkpoints
 from pretrain.config.recipe import Config
-from pretrain.decay.control import coupled_rate
+from pretrain.decay.sites import coupled_rate
 from pretrain.errors import RunError, UsageError
 from pretrain.ranks.probe import Row, lawful
 from pretrain.runs.folder import CONFIG, EVALUATION, read_ranks, read_starts, recipe_of

@@ -34,9 +34,11 @@ from pretrain.checkpoint.reader import (
 )
 from pretrain.config.recipe import Config, differences, dump_config, load_config
 from pretrain.decay.plan import DecayDifference, DecayPlan, compare, plan_from
+from pretrain.decay.registry import absent
 from pretrain.errors import RunError, UsageError
 from pretrain.ranks.table import RANKS, check_definition, rewind_ranks
 from pretrain.ranks.table import read_ranks as read_ranks  # noqa: PLC0414 - tools read it from here
+from pretrain.runs.code import changed_code, keep_code, kept_code
 from pretrain.runs.lock import LOCK
 from pretrain.runs.metrics import METRICS, rewind_metrics
 from pretrain.runs.records import Evaluation, Start, read_record
@@ -75,6 +77,7 @@ def create_run(run: Path, config: Config, setting: dict[str, Any]) -> None:
             f"{run / METRICS}: is a link, and nothing is written through links; remove it"
         )
     write_text(run / CONFIG, dump_config(config))  # first: it makes the folder a run
+    keep_code(run, config)
     _clear_leftovers(run)
     if not run_id_of(run):
         write_text(run / RUN_ID, _id_of_checkpoints(run) or new_run_id())
@@ -295,13 +298,23 @@ def plan_for_resume(
     if policy == "recipe":
         return plan
     if policy == "checkpoint":
+        for section in checkpoint.config.optimizer.weight_decay.policies:
+            if missing := absent(section):
+                raise UsageError(f"resume.decay: the checkpoint's {missing}")
         return plan_from(infos, checkpoint.decays)
     changed = decay_changes(plan, checkpoint, config)
     if not changed:
         return plan
+    words = "resume.decay=recipe or resume.decay=checkpoint"
+    if changed_code(checkpoint.config, config):
+        kept = " ".join(kept_code(checkpoint.path.parent.parent, checkpoint.config))
+        words = (
+            "resume.decay=recipe (the new file, which begins without the memory of the old) or "
+            f"resume.decay=checkpoint {kept}"
+        )
     raise UsageError(
         f"{checkpoint.path}: was trained with another weight decay: {changed}; choose one "
-        "with resume.decay=recipe or resume.decay=checkpoint (or --fork to a new run)"
+        f"with {words} (or --fork to a new run)"
     )
 
 
@@ -311,6 +324,8 @@ def decay_changes(plan: DecayPlan, checkpoint: Checkpoint, config: Config) -> st
     changed = _table(compare(infos, checkpoint.decays, plan.by_name))
     if changed:
         return changed
+    if code := changed_code(checkpoint.config, config):
+        return "; ".join(code)
     moved = differences(checkpoint.config, config, ("optimizer",))
     return ", ".join(
         f"{key} {before} -> {after}"

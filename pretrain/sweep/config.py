@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from pretrain.config.decay import Section
 from pretrain.config.explain import explain
-from pretrain.config.recipe import Config, load_config, number, read_mapping, with_values
+from pretrain.config.mapping import number, read_mapping
+from pretrain.config.recipe import Config, load_config, with_values
+from pretrain.config.section import Section
 from pretrain.errors import UsageError
 from pretrain.sweep.exposure import exposure_per_decay
 
@@ -138,7 +139,7 @@ def load_sweep(path: Path, out: Path | None = None) -> Sweep:
         UsageError: one line that names the file, the key and what to do.
     """
     config = _read(path)
-    base = load_config(_recipe(path, config))
+    base = load_config(_recipe(path, config), code=[])
     base = with_values(base, config.set, f"{path}: set")
     points = _points(path, config, base)
     baseline = _baseline(path, config, points)
@@ -290,7 +291,7 @@ def _text(value: Any) -> str:
         return re.sub(r"[^\w.+-]", "_", value)
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     kinds = kinds_of(value)
-    return f"{kinds}-{digest[:4]}" if kinds else digest[:8]
+    return re.sub(r"[^\w.+-]", "_", f"{kinds}-{digest[:4]}") if kinds else digest[:8]
 
 
 def kinds_of(value: Any) -> str:
@@ -298,7 +299,8 @@ def kinds_of(value: Any) -> str:
     if value == []:
         return "none"
     if isinstance(value, list) and all(isinstance(one, dict) and "kind" in one for one in value):
-        return "+".join(str(one["kind"]) for one in value)
+        # Of a user's own file, ``my_file.py:LayerCosine`` without its folder.
+        return "+".join(str(one["kind"]).rpartition("/")[2] for one in value)
     return ""
 
 

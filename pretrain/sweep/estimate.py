@@ -16,7 +16,7 @@ from pretrain.console import show_table
 from pretrain.errors import RunError
 from pretrain.runs.metrics import read_metrics
 from pretrain.sweep.config import Sweep, Task
-from pretrain.sweep.run import is_done
+from pretrain.sweep.run import code_words, is_done
 
 _STEPS = 8
 """Number of steps of the timing; the first two are not counted."""
@@ -74,7 +74,8 @@ def _timing(task: Task, start: Starter) -> dict[str, float]:
         logging = task.config.logging.model_copy(update={"wandb": "", "every": 1})
         recipe.write_text(dump_config(task.config.model_copy(update={"logging": logging})))
         began = time.monotonic()
-        done = start(["train", str(recipe), "--out", str(run), "--until", str(steps)])
+        words = ["train", str(recipe), "--out", str(run), "--until", str(steps)]
+        done = start([*words, *code_words(task)])
         wall = time.monotonic() - began
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

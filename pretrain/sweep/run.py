@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipeline.strict_json import to_json
 from pretrain.checkpoint.reader import CHECKPOINTS, newest_checkpoint
-from pretrain.config.recipe import dump_config
+from pretrain.config.recipe import code_of, dump_config
 from pretrain.distributed.jobs import Executor, Job
 from pretrain.distributed.signals import Stopped
 from pretrain.errors import TRY_AGAIN
@@ -156,7 +156,12 @@ def _job(task: Task, out: Path, processes: int) -> Job:
         words += ["--until", str(task.until)]
     if task.trunk is not None:
         words += ["--fork", f"{task.trunk.run}@{task.trunk.last}"]
-    return Job(task.name, words, processes, _log(out, task))
+    return Job(task.name, [*words, *code_words(task)], processes, _log(out, task))
+
+
+def code_words(task: Task) -> list[str]:
+    """The words that let a run have the files of code that the sweep's recipe names."""
+    return [word for code in code_of(task.config) for word in ("--code", str(code.path))]
 
 
 def _recipe(out: Path, task: Task) -> Path:

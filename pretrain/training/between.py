@@ -24,24 +24,28 @@ OWES_EVALUATION = "owes_evaluation"
 
 
 def measure_if_due(job: Job, step: int) -> None:
-    """Measure for the table, for rank targets, or once for both."""
-    controllers = [one for one in job.engine.control.rank_controllers if step % one.every == 0]
+    """Measure for the table, for policies that want ranks, or once for both."""
+    policies = [one for one in job.engine.control.wanting("ranks") if one.due(step)]
     rows: list[Row] = []
     if job.is_due("ranks", step):
         rows = _measure(job, step)
-    elif controllers:
+    elif policies:
         rows = measure(job.engine, step, 0, job.config.ranks)
-    for controller in controllers:
-        for message in controller.observe(rows, step):
+    for policy in policies:
+        for message in policy.observe(rows, step):
             job.say(step, message)
 
 
-def refresh_exponents(job: Job, step: int) -> None:
-    """New exponents for AlphaDecay, before the update number ``step``, where one is due."""
-    for policy in job.engine.control.alpha:
-        if step % policy.config.refresh == 0 or policy.exponents is None:
-            figures = policy.observe(job.engine.shrinker.exponents(policy))
-            job.tracker.log("alpha", step, {**figures, "exponents": policy.exponents})
+def measure_weights(job: Job, step: int) -> None:
+    """Figures of weights for policies that want them, before the update number ``step``."""
+    for policy in job.engine.control.wanting("weights"):
+        if not policy.due(step):
+            continue
+        for message in policy.observe(job.engine.shrinker.figures(policy), step):
+            job.say(step, message)
+        figures = policy.figures()
+        if figures:
+            job.tracker.log(policy.log_kind, step, figures)
 
 
 def _measure(job: Job, step: int) -> list[Row]:

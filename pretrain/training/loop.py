@@ -14,6 +14,7 @@ from pretrain.checkpoint.reader import (
     step_of,
 )
 from pretrain.checkpoint.recover import find_whole
+from pretrain.config.decay import same_policies
 from pretrain.console import Progress
 from pretrain.distributed.replicas import are_replicated, disagreement
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
@@ -80,7 +81,7 @@ def _loop(job: Job, loader: Loader, first: int) -> None:
     began, logged = time.monotonic(), first
     for step in range(first + 1, steps + 1):
         rate = config.learning_rate(step - 1)
-        between.refresh_exponents(job, step - 1)
+        between.measure_weights(job, step - 1)
         engine.begin_step(step - 1, rate)
         loss = engine.train_step(loader)
         job.watchdog.beat(step)
@@ -111,6 +112,7 @@ def _loop(job: Job, loader: Loader, first: int) -> None:
         if saving:
             with engine.grid.together(f"step {step}"):
                 engine.audit_decay()
+            _compare_decay(job, step)
         paused = time.monotonic()
         between.measure_if_due(job, step)
         if job.is_due("evaluation", step) and not between.evaluate(job, step):
@@ -140,9 +142,8 @@ def _loop(job: Job, loader: Loader, first: int) -> None:
 def restore(start: Checkpoint, engine: Engine, judge: Judge) -> None:
     """Put an engine where a checkpoint is, with λ of its own plan."""
     load_into_engine(start, engine)
-    policies = engine.config.optimizer.weight_decay.policies
-    same = start.config.optimizer.weight_decay.policies == policies
-    engine.control.restore(start.state["decay"], same)
+    before, now = (one.optimizer.weight_decay.policies for one in (start.config, engine.config))
+    engine.control.restore(start.state["decay"], same_policies(before, now))
     if "faults" in start.state:
         judge.restore(start.state["faults"])
     engine.begin_step(start.step, 0.0)
@@ -197,6 +198,22 @@ def _samples(job: Job, updates: tuple[int, ...]) -> str:
     size = job.config.train.global_batch
     blocks = [block_of(update - 1, job.jumped) for update in updates]
     return ", ".join(f"{block * size}-{(block + 1) * size - 1}" for block in blocks)
+
+
+def _compare_decay(job: Job, step: int) -> None:
+    """Compare policies and λ over ranks: code of a user's own may depend on the rank.
+
+    Raises:
+        RunError: on every rank, if they differ.
+    """
+    found = job.grid.gather(job.engine.control.fingerprints())
+    for rank, other in enumerate(found):
+        for what, digest in other.items():
+            if digest != found[0].get(what):
+                raise RunError(
+                    f"step {step}: {what} differs between ranks 0 and {rank}: a policy must depend "
+                    "on its keys, the step and what it observes alone"
+                )
 
 
 def _compare_if_due(job: Job, step: int, saving: bool) -> None:

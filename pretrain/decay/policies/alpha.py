@@ -1,18 +1,102 @@
-"""Heavy-tailed exponents of weight matrices, and AlphaDecay's multipliers from them.
-
-Pure functions of tensors and numbers: no distributed code, no model.
-"""
+"""AlphaDecay (He et al. 2025): λ of a matrix by the heavy-tailed exponent of its spectrum."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from models.roles import ParameterInfo
+from pretrain.decay.policy import Policy, PolicySection, Setting
+from pretrain.decay.registry import built_in
+from pretrain.decay.sites import Site, label
+from pretrain.errors import UsageError
 
 _FLOOR = 1e-12
 """Eigenvalues below this share of the largest count as this: their logarithm would be −∞."""
+
+
+class AlphaDecay(PolicySection):
+    """AlphaDecay (He et al. 2025, arXiv 2506.14562): λ of a matrix by the tail of its spectrum."""
+
+    roles: list[str] = Field(["attention", "mlp"], min_length=1)
+    low: float = Field(0.67, ge=0, description="multiplier of the heaviest tail (smallest α)")
+    high: float = Field(5.0, ge=0, description="of the lightest; the paper: 5 AdamW, 3 Adam")
+    hill: Literal["paper", "released"] = Field("paper", description="form of the Hill exponent")
+    refresh: int = Field(500, ge=1, description="steps between measurements")
+    normalize_mean: bool = Field(False, description="rescale the multipliers to mean 1")
+    min_eigenvalues: int = Field(50, ge=4, description="smaller matrices keep λ")
+
+    def length_remarks(self, key: str, steps: int) -> Iterator[str]:
+        if self.refresh >= steps:
+            yield (
+                f"{key}.refresh: {self.refresh:,} steps in a run of {steps:,}: the exponents are "
+                "those of the first weights throughout"
+            )
+
+
+@built_in("alpha")
+class Alpha(Policy):
+    """AlphaDecay (He et al. 2025): multipliers from the exponents of the last measurement."""
+
+    Config = AlphaDecay
+    wants, log_kind = "weights", "alpha"
+    config: AlphaDecay
+
+    def __init__(self, config: AlphaDecay, setting: Setting) -> None:
+        super().__init__(config, setting)
+        self.every = config.refresh
+        self.exponents: dict[str, float] | None = None
+        self._multipliers: dict[str, float] = {}
+        if not any(map(self.measures, setting.parameters)):
+            raise UsageError(
+                f"{setting.key}.min_eigenvalues: no matrix of these roles has "
+                f"{config.min_eigenvalues} eigenvalues; lower it"
+            )
+
+    def due(self, step: int) -> bool:
+        """Every ``refresh`` steps, and before the first update of a fork."""
+        return super().due(step) or self.exponents is None
+
+    def measures(self, info: ParameterInfo) -> bool:
+        """Whether the parameter is a matrix of its roles, large enough for an exponent."""
+        return super().measures(info) and min(info.shape) >= self.config.min_eigenvalues
+
+    def figure(self, info: ParameterInfo, matrix: Tensor) -> float:
+        """PL_Alpha_Hill of a matrix."""
+        return hill_exponent(eigenvalues(matrix), self.config.hill)
+
+    def observe(self, measured: dict[str, float], step: int) -> list[str]:
+        """Take new exponents by site label."""
+        config = self.config
+        self.exponents = measured
+        self._multipliers = alpha_multipliers(
+            measured, config.low, config.high, config.normalize_mean
+        )
+        return []
+
+    def figures(self) -> dict[str, Any]:
+        """Mean, least and greatest multiplier, and the exponents."""
+        values = list(self._multipliers.values()) or [1.0]
+        return {
+            "multiplier_mean": sum(values) / len(values),
+            "multiplier_min": min(values),
+            "multiplier_max": max(values),
+            "exponents": self.exponents,
+        }
+
+    def move(self, site: Site, decay: float, step: int) -> float:
+        return decay * self._multipliers.get(label(site), 1.0)
+
+    def state(self) -> dict[str, Any]:
+        return {"exponents": self.exponents, "multipliers": self._multipliers}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.exponents, self._multipliers = state["exponents"], state["multipliers"]
 
 
 def eigenvalues(weight: Tensor) -> Tensor:

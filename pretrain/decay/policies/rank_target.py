@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import Field
+
 from models.roles import QK, VO, Role
-from pretrain.config.decay import RankTarget
-from pretrain.config.recipe import Config
-from pretrain.decay.plan import KEY
+from pretrain.decay.policy import Policy, PolicySection, Setting
+from pretrain.decay.registry import built_in
+from pretrain.decay.sites import KEY, Site
 from pretrain.errors import UsageError
 
 Loop = tuple[int, str]
@@ -25,6 +27,28 @@ _PATIENCE = 10
 _OFF = 0.05
 _LEAST = 0.02
 """Least L/B that is told from none."""
+
+
+class RankTarget(PolicySection):
+    """λ of each layer's query/key (value/output) that brings its pseudo-rank to a set value
+    (`RankController`)."""
+
+    roles: list[str] = Field(["qk", "vo"], min_length=1, description="qk, vo or attention")
+    target: float = Field(gt=0, le=1, description="mean pseudo-rank of the layer's heads")
+    minimum: float | None = Field(None, gt=0, description="of λ; empty: maximum / 1000")
+    maximum: float | None = Field(
+        None, gt=0, description="of λ; empty: what gives the whole run the exposure 2.5"
+    )
+    every: int = Field(0, ge=0, description="steps between measurements; 0: 1/100 of the run")
+    start: float = Field(0.15, ge=0, lt=1, description="share of Ση spent when control begins")
+    until: float = Field(0.8, gt=0, le=1, description="share of Ση when the target is due")
+    horizon: float = Field(0.2, gt=0, le=1, description="share of Ση in which errors are mended")
+    memory: float = Field(0.05, gt=0, le=1, description="share of Ση over which drift is averaged")
+    margin: float = Field(0.01, ge=0, description="aim so much above: a fall cannot be undone")
+
+    def length_remarks(self, key: str, steps: int) -> Iterator[str]:
+        if self.every >= steps:
+            yield f"{key}.every: {self.every:,} steps in a run of {steps:,}: never in control"
 
 
 @dataclass
@@ -41,7 +65,8 @@ class _State:
     stuck: int = 0
 
 
-class RankController:
+@built_in("rank_target")
+class RankController(Policy):
     """λ of each layer's query/key and value/output, so that their mean pseudo-rank is the target.
 
     A head's spectrum is, nearly, a flat bulk of mass B and a few learned directions of mass L.
@@ -61,31 +86,22 @@ class RankController:
     an exponential, not at all at first and then too much.)
     """
 
-    per_layer = True
+    Config = RankTarget
+    wants = "ranks"
+    config: RankTarget
 
-    def __init__(
-        self,
-        config: RankTarget,
-        roles: frozenset[Role],
-        sites: Iterable[tuple[Role, int | None]],
-        base: Mapping[tuple[Role, int | None], float],
-        rates: Iterable[float],
-        run: Config,
-    ) -> None:
+    def __init__(self, config: RankTarget, setting: Setting) -> None:
         """
-        Args:
-            sites: what is controlled.
-            base: λ of the recipe at every site.
-            rates: what λ is multiplied by, update by update (η, but for another coupling).
-
         Raises:
             UsageError: if the settings exclude each other or the roles are not both factors of a
                 product.
         """
-        _check_roles(roles)
-        if run.ranks.threshold >= 1:
+        super().__init__(config, setting)
+        rates = _rates(setting)
+        _check_roles(setting.roles)
+        if setting.threshold >= 1:
             raise UsageError(
-                f"ranks.threshold: at {run.ranks.threshold:g} the pseudo-rank counts every "
+                f"ranks.threshold: at {setting.threshold:g} the pseudo-rank counts every "
                 "singular value and decay does not move it: rank_target has nothing to control; "
                 "use 0.95"
             )
@@ -102,24 +118,19 @@ class RankController:
                 f"{KEY}.policies: rank_target.minimum {self.minimum:g} is not below maximum "
                 f"{self.maximum:g}"
             )
-        self.config, self.roles = config, roles
-        self._threshold = run.ranks.threshold
-        model = run.model
-        in_model = run.ranks.denominator == "model"
-        self._unit = model.head_size / model.hidden_size if in_model else 1.0
-        """What a head's full rank counts as."""
+        self._threshold, self._unit = setting.threshold, setting.full_rank
         self._goal = self._place(config.target + config.margin * self._unit)
-        self.every = config.every or max(1, run.train.steps // 100)
+        self.every = config.every or max(1, setting.steps // 100)
         self._loops: dict[Loop, _State] = {}
         self._blind: set[Loop] = set()
         factors: dict[Loop, list[float]] = defaultdict(list)
-        for role, layer in sites:
+        for (role, layer), decay in setting.base.items():
             if layer is not None:
-                factors[layer, _PRODUCTS[role]].append(base[role, layer])
+                factors[layer, _PRODUCTS[role]].append(decay)
         for loop, decays in factors.items():
             self._loops[loop] = _State(sum(decays) / len(decays))
 
-    def observe(self, rows: list[dict[str, Any]], step: int) -> list[str]:
+    def observe(self, measured: list[dict[str, Any]], step: int) -> list[str]:
         """Take the measurement after ``step`` updates (rows of `pretrain.ranks.probe.measure`).
 
         Returns:
@@ -131,7 +142,7 @@ class RankController:
         for loop, state in sorted(self._loops.items()):
             ranks = [
                 row["pseudo_rank"]
-                for row in rows
+                for row in measured
                 if (row["layer"], row["product"]) == loop and row["level"] == "head"
             ]
             rank = sum(ranks) / len(ranks) if ranks else math.nan
@@ -180,7 +191,7 @@ class RankController:
             return None
         return "minimum" if wanted <= self.minimum else "maximum"
 
-    def move(self, site: tuple[Role, int | None], decay: float, step: int) -> float:
+    def move(self, site: Site, decay: float, step: int) -> float:
         """λ of the site's loop; until its control begins, λ as it comes (the recipe's)."""
         role, layer = site
         if layer is None:
@@ -204,6 +215,18 @@ class RankController:
             loop = int(layer), product
             values: dict[str, Any] = {k: math.nan if v is None else v for k, v in saved.items()}
             self._loops[loop] = _State(**{**values, "base": self._loops[loop].base})
+
+
+def _rates(setting: Setting) -> list[float]:
+    """The rate of every update of the run, which all roles of the policy must share."""
+    couplings = {setting.coupling[role] for role in setting.roles}
+    if len(couplings) > 1:
+        raise UsageError(
+            f"{KEY}.coupling: rank_target needs one coupling for its roles, not "
+            f"{' and '.join(sorted(couplings))}"
+        )
+    role = min(setting.roles)
+    return [setting.rate(role, step) for step in range(setting.steps)]
 
 
 def _check_roles(roles: frozenset[Role]) -> None:

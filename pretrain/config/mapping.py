@@ -1,0 +1,84 @@
+"""A recipe, sweep or site file as a plain mapping, and overrides put into it."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files import read_small
+from pretrain.config.explain import cut
+from pretrain.config.recipe_yaml import RecipeError, load_yaml
+from pretrain.config.run import without_secrets
+from pretrain.errors import UsageError
+
+LARGEST_RECIPE = 1 << 20
+"""Bytes of a YAML file."""
+
+
+def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
+    """A YAML file that is a mapping.
+
+    Args:
+        what, content: for the messages: "a recipe is a mapping of sections".
+
+    Raises:
+        UsageError: one line naming the file and the mend.
+    """
+    try:
+        text = read_small(path, LARGEST_RECIPE).decode("utf-8-sig")
+        values = load_yaml(text) or {}
+    except OSError as error:
+        mend = "; save it as a file" if error.errno == errno.ENXIO else ""
+        raise UsageError(f"{path}: cannot read the {what} ({error.strerror}){mend}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except RecipeError as error:
+        raise UsageError(f"{path}{f':{error.line}' * bool(error.line)}: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a {what} is a mapping of {content}")
+    return values
+
+
+def apply_value_overrides(values: dict[str, Any], overrides: list[str]) -> None:
+    """Put ``key.path=value`` overrides into a plain mapping.
+
+    Raises:
+        UsageError: naming the override.
+    """
+    for override in overrides:
+        _apply(values, override)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UsageError(f"{override!r}: an override is written key.path=value")
+    try:
+        value = load_yaml(text)
+    except RecipeError as error:
+        shown = cut(without_secrets(repr(override)))
+        raise UsageError(f"{shown}: the value is {error}") from None
+    set_value(values, key, value, cut(without_secrets(repr(override))))
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Put a value at a dotted key, making the sections on the way."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise UsageError(f"{source}: {parent} is a value, not a section")
+    tree[leaf] = number(value)
+
+
+def number(value: Any) -> Any:
+    """YAML 1.1 reads 3e-4 as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

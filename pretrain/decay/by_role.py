@@ -1,0 +1,83 @@
+"""Rate and direction of decay by role: what a recipe's words mean for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from models.roles import ALIASES, QK, VO, Role
+from pretrain.decay.plan import roles_of
+from pretrain.decay.sites import KEY, Site
+from pretrain.errors import UsageError
+
+_MOST_A_STEP = 0.01
+"""With ``coupling: none`` a larger λ forgets a weight within a hundred updates."""
+
+
+def named(words: Iterable[str], key: str, present: frozenset[Role]) -> frozenset[Role]:
+    """The roles of a model that some words stand for.
+
+    Args:
+        key: where the words stand in the section, for the message.
+        present: roles of the model.
+
+    Raises:
+        UsageError: if a word is no role, or none of the model's.
+    """
+    roles: set[Role] = set()
+    for word in words:
+        here = present.intersection(roles_of(word, f"{KEY}.{key}"))
+        if not here:
+            raise UsageError(f"{KEY}.{key}: this model has no {word!r}; remove it")
+        roles |= here
+    return frozenset(roles)
+
+
+def by_role(
+    setting: str | Mapping[str, str], key: str, default: str, present: frozenset[Role]
+) -> dict[Role, str]:
+    """A setting of one word, or of a word by role, as a word for every role of a model."""
+    if isinstance(setting, str):
+        return dict.fromkeys(present, setting)
+    found = dict.fromkeys(present, setting.get("default", default))
+    # Wide words first, so that narrower ones have the last say.
+    words = [word for word in setting if word != "default"]
+    for word in sorted(words, key=lambda word: -len(ALIASES.get(word, ()))):
+        found |= dict.fromkeys(named([word], key, present), setting[word])
+    return found
+
+
+def check_directions(
+    form: Mapping[Role, str],
+    coupling: Mapping[Role, str],
+    base: Mapping[Site, float],
+    nuclear_every: int,
+) -> None:
+    """Refuse directions and rates that cannot be.
+
+    Args:
+        base: λ of the recipe at every site.
+
+    Raises:
+        UsageError: naming the key and the mend.
+    """
+    for pair in (QK, VO):
+        forms = {form[role] for role in pair if role in form}
+        if "nuclear" in forms and len(forms) > 1:
+            raise UsageError(
+                f"{KEY}.form: nuclear acts on a product: set it for both "
+                f"{' and '.join(pair)} (or for {'qk' if pair is QK else 'vo'})"
+            )
+    for role, word in form.items():
+        most = max(value for site, value in base.items() if site[0] is role)
+        if word == "nuclear" and role not in QK + VO and most > 0:
+            raise UsageError(
+                f"{KEY}.form: nuclear is for the products of attention, not for {role}; write "
+                "form: {attention: nuclear}"
+            )
+        if coupling[role] == "none" and most > _MOST_A_STEP:
+            raise UsageError(
+                f"{KEY}.coupling: none takes the share λ of a weight in every update, and "
+                f"{role} has λ = {most:g}; 1e-4 is usual, at most {_MOST_A_STEP:g}"
+            )
+    if nuclear_every > 1 and "nuclear" not in form.values():
+        raise UsageError(f"{KEY}.nuclear_every: no form is nuclear; remove it")

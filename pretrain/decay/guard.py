@@ -1,0 +1,103 @@
+"""A policy of a user's own, whose mistakes are one line with the place in the user's file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from data_pipeline.strict_json import to_json
+from models.roles import ParameterInfo
+from pretrain.decay.policy import Policy, PolicySection, Setting
+from pretrain.decay.sites import Site, label
+from pretrain.errors import RunError, UsageError
+from pretrain.extension import Extension
+
+Answer = TypeVar("Answer")
+
+
+class Guarded(Policy):
+    """A user's policy: what it raises, or returns wrongly, is the user's to mend."""
+
+    def __init__(self, own: Extension, config: PolicySection, setting: Setting) -> None:
+        super().__init__(config, setting)
+        self.kind, self._code = own.kind, own.code
+        self._inner: Policy = self._ask("__init__", lambda: own.found(config, setting))
+        self.wants, self.per_layer = own.found.wants, bool(own.found.per_layer)
+        self.form, self.every = self._inner.form, self._inner.every
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise self._wrong(f"every is {self.every!r}; it is a number of steps, 1 or more")
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """λ of some updates, and the state there and back: before anything is trained."""
+        steps = self.setting.steps
+        for step in sorted({0} if self.wants else {0, steps // 2, steps - 1}):
+            for site, decay in self.setting.base.items():
+                self.move(site, decay, step)
+        saved = self._saved()
+        self._ask("restore", lambda: self._inner.restore(saved))
+
+    def move(self, site: Site, decay: float, step: int) -> float:
+        where = f"move at {label(site)} in update {step}"
+        found = self._ask(where, lambda: self._inner.move(site, decay, step))
+        if isinstance(found, bool) or not isinstance(found, Real):
+            raise self._wrong(f"{where} returns {_shown(found)}, which is no number")
+        decay = float(found)
+        if not 0 <= decay < math.inf:
+            raise self._wrong(f"{where} returns {decay:g}; λ is a finite number, 0 or more")
+        return decay
+
+    def due(self, step: int) -> bool:
+        return bool(self._ask("due", lambda: self._inner.due(step)))
+
+    def observe(self, measured: Any, step: int) -> list[str]:
+        said = self._ask(f"observe at step {step}", lambda: self._inner.observe(measured, step))
+        return [" ".join(str(line).split()) for line in said or []]
+
+    def measures(self, info: ParameterInfo) -> bool:
+        return bool(self._ask("measures", lambda: self._inner.measures(info)))
+
+    def figure(self, info: ParameterInfo, matrix: Tensor) -> float:
+        return float(self._ask(f"figure of {info.name}", lambda: self._inner.figure(info, matrix)))
+
+    def figures(self) -> dict[str, Any]:
+        found = dict(self._ask("figures", self._inner.figures))
+        return {"policy": self.kind, **found} if found else {}
+
+    def state(self) -> dict[str, Any]:
+        return self._saved()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._ask("restore", lambda: self._inner.restore(state))
+
+    def _saved(self) -> dict[str, Any]:
+        """The state as a checkpoint gives it back."""
+        found = self._ask("state", self._inner.state)
+        try:
+            saved: Any = json.loads(to_json(found))
+        except (TypeError, ValueError) as error:
+            raise self._wrong(f"state returns what is no JSON ({error})") from None
+        if not isinstance(saved, dict):
+            raise self._wrong(f"state returns {_shown(found)}, which is no mapping")
+        return saved
+
+    def _ask(self, what: str, call: Callable[[], Answer]) -> Answer:
+        try:
+            return call()
+        except (UsageError, RunError):  # the user's own words
+            raise
+        except Exception as error:
+            place = self._code.place_of(error) if self._code else f"{type(error).__name__}: {error}"
+            raise self._wrong(f"{what} fails: {place}") from error
+
+    def _wrong(self, text: str) -> UsageError:
+        return UsageError(f"{self.setting.key}: {self.kind}: {text}")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())[:80]

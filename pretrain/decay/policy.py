@@ -1,0 +1,159 @@
+"""What a decay policy is: its keys in a recipe, what it is given, how it moves λ, what it saves.
+
+A policy is one file with two classes: a `PolicySection` (its keys, with bounds and defaults) and a
+`Policy`. The built-in ones lie in `pretrain.decay.policies`; docs/extending.md says how a user's
+own file, or an installed package, adds another. Nothing here knows the whole recipe, processes or
+DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from models.config import GPTConfig
+from models.roles import ParameterInfo, Role
+from pretrain.config.section import Section
+from pretrain.decay.sites import Site
+
+Want = Literal["ranks", "weights", "norms"]
+"""What a policy may ask for: rows of the rank table, a figure of each matrix, or ‖∇‖₂/‖w‖₂ of the
+whole model."""
+
+
+class PolicySection(Section):
+    """An entry of ``optimizer.weight_decay.policies``; subclasses add keys of their own."""
+
+    kind: str
+    roles: list[str] = Field(min_length=1)
+
+    def lengths(self) -> dict[str, float]:
+        """The keys that are a share of the run (below 1) or a number of steps."""
+        return {}
+
+    def check_lengths(self, key: str, steps: int) -> None:
+        """Refuse lengths that no run can have.
+
+        Args:
+            key: where the section stands in the recipe, for the message.
+
+        Raises:
+            UsageError: naming the key and the mend.
+        """
+
+    def length_remarks(self, key: str, steps: int) -> Iterator[str]:
+        """What the section asks for that a run of so many steps does not have, one line each."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The run, as far as a policy may know it: the same on every process."""
+
+    key: str
+    """Where the policy stands in the recipe, for messages."""
+    roles: frozenset[Role]
+    """What it moves."""
+    parameters: tuple[ParameterInfo, ...]
+    """The parameters of these roles, of the whole model."""
+    base: Mapping[Site, float]
+    """λ of the recipe at every site of these roles."""
+    steps: int
+    """Updates of the run."""
+    coupling: Mapping[Role, str]
+    """``lr``, ``lr2`` or ``none``, by role."""
+    rate: Callable[[Role, int], float]
+    """What λ of a role is multiplied by in the update number ``step`` (the first is 0)."""
+    model: GPTConfig
+    threshold: float
+    """Share of Σσ that the pseudo-rank covers."""
+    full_rank: float
+    """What the full rank of a head counts as: 1, or head width / model width."""
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return self.model.num_layers
+
+
+class Policy:
+    """Moves λ at the sites of its roles.
+
+    A policy depends on its section, its `Setting`, the step and what it observes alone: every
+    process has a copy, and all copies must give the same λ.
+    """
+
+    Config: ClassVar[type[PolicySection]] = PolicySection
+    """Its keys in a recipe."""
+    wants: Want | None = None
+    """What `observe` gets; None: nothing, λ is a function of the step."""
+    per_layer: bool = True
+    """Whether λ may differ between the layers of a role: the log has it by layer then."""
+    every: int = 1
+    """Steps between observations of ranks or weights."""
+    log_kind: str = "policy"
+    """Kind of the lines of metrics that hold its `figures`."""
+    form: str | None = None
+    """The direction of decay that it needs for its roles (``optimizer.weight_decay.form``)."""
+
+    def __init__(self, config: Any, setting: Setting) -> None:
+        """
+        Args:
+            config: its section of the recipe, an instance of `Config`.
+            setting: the run.
+
+        Raises:
+            UsageError: if the section does not fit the run.
+        """
+        self.config, self.setting, self.roles = config, setting, setting.roles
+
+    def move(self, site: Site, decay: float, step: int) -> float:
+        """λ in the update number ``step`` (the first is 0), from the λ so far.
+
+        It is called several times for an update and changes nothing.
+        """
+        raise NotImplementedError
+
+    # --- what it measures -----------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """Whether it observes ranks after, or weights before, the update number ``step``."""
+        return step % self.every == 0
+
+    def observe(self, measured: Any, step: int) -> list[str]:
+        """Take a measurement.
+
+        Args:
+            measured: by `wants`. ``ranks``: rows of the rank table, after ``step`` updates.
+                ``weights``: `figure` of each matrix by site label (``query[3]``), before the update
+                number ``step``. ``norms``: ‖∇‖₂/‖w‖₂ in that update, before clipping.
+
+        Returns:
+            What a person should know, one line each; of ``norms`` it is not shown.
+        """
+        return []
+
+    def measures(self, info: ParameterInfo) -> bool:
+        """Whether `figure` is wanted of a parameter, where `wants` is ``weights``."""
+        return len(info.shape) == 2 and info.role in self.roles
+
+    def figure(self, info: ParameterInfo, matrix: Tensor) -> float:
+        """A figure of a whole matrix, in fp32, on the device; one process computes it."""
+        raise NotImplementedError
+
+    def figures(self) -> dict[str, Any]:
+        """What is logged after an observation of weights; nothing where it is empty."""
+        return {}
+
+    # --- saved with the run ---------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know, as JSON."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""

@@ -1,0 +1,213 @@
+"""Code of a user's own: a file that a recipe names, or an entry point of an installed package.
+
+This is the only module that runs code which is not part of an installed package. It runs a file
+when a recipe that the user gave on the command line names it, or when the command line does
+(``--code``), and never because a run folder, a checkpoint, a mirror or an exported model says so: a
+recipe that is read from there (``folder`` None) finds only what already runs in this process. The
+bytes that run are the bytes whose SHA-256 is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from data_pipeline.files import read_small
+
+_FILE = re.compile(r"(.*\.py):(\w+)", re.S)
+_LARGEST = 1 << 20
+"""Bytes of a file of code."""
+_WRITTEN = ("run-id", "run.json", "sweep.json", "manifest.json", "environment.json")
+"""Files that mark a folder as written by this program: a run, a mirror's copy, a sweep, a
+checkpoint or tokenised data."""
+
+
+class ExtensionError(ValueError):
+    """Code of a user's own is missing or wrong; one line, without the key."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """A file that runs in this process."""
+
+    path: Path
+    sha256: str
+    data: bytes
+    module: ModuleType
+
+    def place_of(self, error: BaseException) -> str:
+        """``my_file.py:12: ZeroDivisionError: division by zero``, with the line in this file."""
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(self.path)
+        ]
+        line = f":{lines[-1]}" if lines else ""
+        if isinstance(error, SyntaxError) and error.lineno:
+            line = f":{error.lineno}"
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        text = " ".join(reason.split())[:200]
+        return f"{self.path.name}{line}: {type(error).__name__}{f': {text}' * bool(text)}"
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A class of a user's own, and what identifies it."""
+
+    found: Any
+    kind: str
+    """As a run folder keeps it: ``my_file.py:LayerCosine``, or the name of an entry point."""
+    pin: tuple[str, str]
+    """``("sha256", ...)`` of the file, or ``("package", "name version")``."""
+    code: Code | None = None
+
+
+_RUNNING: dict[str, Code] = {}
+"""By SHA-256."""
+_LOADED: dict[tuple[str, str, str], Extension] = {}
+"""Entry points, by group, name and package."""
+PINS = ("sha256", "package")
+"""Keys that a run folder adds to the entry of a class of a user's own."""
+
+
+def find(group: str, kind: str, pin: Mapping[str, Any], folder: Path | None) -> Extension | None:
+    """The class that a kind of a recipe stands for.
+
+    Args:
+        group: of entry points, such as ``rankdecay.policies``.
+        pin: the entry of the recipe; one out of a run folder has a key of `PINS`.
+        folder: where files are looked for; None: nothing may be run that does not run already.
+
+    Returns:
+        None where nothing may be run, and what is wanted does not run in this process.
+
+    Raises:
+        ExtensionError: if the class cannot be had.
+    """
+    match = _FILE.fullmatch(kind)
+    if match:
+        return _in_file(match[1], match[2], str(pin.get("sha256", "")), folder)
+    return _in_package(group, kind, str(pin.get("package", "")), folder)
+
+
+def run_file(path: Path) -> Code:
+    """Run a file of the user's, once in this process.
+
+    Raises:
+        ExtensionError: if it cannot be read, or fails.
+    """
+    try:
+        data = read_small(path, _LARGEST)
+    except OSError as error:
+        raise ExtensionError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ExtensionError(f"{path}: cannot be read ({error})") from None
+    digest = hashlib.sha256(data).hexdigest()
+    if digest in _RUNNING:
+        return _RUNNING[digest]
+    name = f"rankdecay_code_{digest[:16]}"
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    code = Code(path, digest, data, module)
+    sys.modules[name] = module  # where dataclasses and pydantic look names up
+    try:
+        exec(compile(data, str(path), "exec", dont_inherit=True), module.__dict__)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        more = ""
+        if isinstance(error, ModuleNotFoundError):
+            more = "; a file of code stands alone: it may import installed packages only"
+        raise ExtensionError(f"{path}: cannot be run ({code.place_of(error)}){more}") from None
+    _RUNNING[digest] = code
+    return code
+
+
+def running(sha256: str) -> Code | None:
+    """The file of that hash, if it runs in this process."""
+    return _RUNNING.get(sha256)
+
+
+def running_files() -> list[Code]:
+    """Every file of a user's own that runs in this process."""
+    return list(_RUNNING.values())
+
+
+def names(group: str) -> list[str]:
+    """Names of the entry points of a group."""
+    return sorted({one.name for one in entry_points(group=group)})
+
+
+def folder_of(recipe: Path) -> Path | None:
+    """Where the files of code that a recipe names are looked for: beside it.
+
+    None for a recipe in a folder that this program wrote, or below one: what lies there may be a
+    stranger's.
+    """
+    home = recipe.resolve().parent
+    for folder in (home, *home.parents):
+        exported = (folder / "config.json").exists() and any(folder.glob("*.safetensors*"))
+        if exported or any((folder / name).exists() for name in _WRITTEN):
+            return None
+    return home
+
+
+def _in_file(name: str, word: str, wanted: str, folder: Path | None) -> Extension | None:
+    code = _RUNNING.get(wanted)
+    if code is None:
+        if folder is None:
+            if wanted:
+                return None
+            raise ExtensionError(
+                f"{name}: a recipe in a folder that this program wrote runs no code of its "
+                f"own accord; name the file with --code, or copy the recipe elsewhere"
+            )
+        code = run_file(folder / Path(name).expanduser())
+        if wanted and code.sha256 != wanted:
+            raise ExtensionError(
+                f"{code.path} has SHA-256 {code.sha256}, the recipe wants {wanted}; bring "
+                "that file back, or take sha256 out"
+            )
+    found = getattr(code.module, word, None)
+    if found is None:
+        there = [key for key, value in vars(code.module).items() if _is_own(value, code)]
+        listed = f"it has {', '.join(there)}" if there else "it has no class of its own"
+        raise ExtensionError(f"{code.path}: has no {word}; {listed}")
+    return Extension(found, f"{Path(name).name}:{word}", ("sha256", code.sha256), code)
+
+
+def _is_own(value: Any, code: Code) -> bool:
+    return isinstance(value, type) and value.__module__ == code.module.__name__
+
+
+def _in_package(group: str, kind: str, wanted: str, folder: Path | None) -> Extension | None:
+    if folder is None:
+        return _LOADED.get((group, kind, wanted))
+    chosen = next(iter(entry_points(group=group, name=kind)), None)
+    if chosen is None:
+        return None
+    package = _package_of(chosen)
+    if wanted and wanted != package:
+        raise ExtensionError(f"{kind} is of {package} here, the recipe wants {wanted}")
+    key = group, kind, package
+    if key not in _LOADED:
+        try:
+            found = chosen.load()
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ExtensionError(
+                f"{kind}: {package} cannot be imported ({type(error).__name__}: {reason})"
+            ) from None
+        _LOADED[key] = Extension(found, kind, ("package", package))
+    return _LOADED[key]
+
+
+def _package_of(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value

@@ -1,0 +1,61 @@
+"""The files of a user's own code that a run runs: copies in its folder, and what has changed.
+
+A copy is a record: nothing runs it unless the command line names it (``--code``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.files import write_aside
+from pretrain.config.recipe import Config, code_of
+from pretrain.errors import RunError
+from pretrain.extension import PINS
+
+CODE = "code"
+"""Folder of a run folder, with a folder for each SHA-256."""
+
+
+def keep_code(run: Path, config: Config) -> None:
+    """Copy the files of code that a recipe runs into a run folder.
+
+    Raises:
+        RunError: if a link lies in the place of a folder.
+    """
+    for code in code_of(config):
+        path = _path(run, code.path.name, code.sha256)
+        for folder in (path.parent.parent, path.parent):
+            if folder.is_symlink():
+                raise RunError(f"{folder}: is a link, which nothing is written through; remove it")
+            folder.mkdir(exist_ok=True)
+        write_aside(path, code.data)
+
+
+def kept_code(run: Path, config: Config) -> Iterator[str]:
+    """The words that let the copies of a run folder be used for its recipe."""
+    for section in config.optimizer.weight_decay.policies:
+        if digest := getattr(section, "sha256", ""):
+            yield f"--code {_path(run, section.kind.rpartition(':')[0], digest)}"
+
+
+def changed_code(old: Config, new: Config) -> list[str]:
+    """Policies that are the same but for their code: ``my_file.py:Mine, OLD -> NEW``."""
+    before, after = (
+        [part.model_dump(mode="json") for part in one.optimizer.weight_decay.policies]
+        for one in (old, new)
+    )
+    if len(before) != len(after):
+        return []
+    found = []
+    for one, other in zip(before, after):
+        pin = next((key for key in PINS if key in one and key in other), "")
+        if pin and one[pin] != other[pin] and {**one, pin: other[pin]} == other:
+            name = "SHA-256 " * (pin == "sha256")
+            found.append(f"{one['kind']}, {name}{one[pin]} -> {other[pin]}")
+    return found
+
+
+def _path(run: Path, name: str, sha256: str) -> Path:
+    """Where a run keeps its copy of a file."""
+    return run / CODE / sha256[:16] / name

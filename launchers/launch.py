@@ -16,7 +16,7 @@ from data_pipeline.files import held
 from launchers import batch, cloud, hosts, local
 from launchers.site import Site, load_site
 from pretrain.config.recipe import Config, load_config
-from pretrain.config.run import without_secrets
+from pretrain.config.urls import without_secrets
 from pretrain.errors import UsageError
 
 PLACES = ("local", "slurm", "hostfile", "mpi", "kubernetes", "skypilot")

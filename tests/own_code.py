@@ -10,7 +10,8 @@ from typing import Any
 from tests.tools import ROOT, base_recipe
 
 PAGE = ROOT / "docs" / "extending.md"
-EXAMPLE, REMEMBERS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+EXAMPLE, REMEMBERS, TRACKER = BLOCKS
 FILE = "layer_cosine.py"
 COSINE = {"kind": f"{FILE}:LayerCosine", "roles": ["attention"], "deepest": 3}
 STABLE = {"kind": "sub/stable.py:StableRank", "roles": ["mlp"], "every": 2}
@@ -30,10 +31,11 @@ class Wrong(Policy):
 
 
 def write_example(folder: Path) -> None:
-    """Both files of the page, beside a recipe."""
+    """The files of the page, beside a recipe."""
     (folder / "sub").mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(EXAMPLE)
     (folder / "sub" / "stable.py").write_text(REMEMBERS)
+    (folder / "table.py").write_text(TRACKER)
 
 
 def recipe_with(data: Path, *policies: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -382,7 +382,7 @@ def test_mistakes_under_way_end_every_process(data: Path, tmp_path: Path) -> Non
 
 def test_a_policy_of_a_package(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry point: found, pinned by name and version, and refused under another version."""
-    from pretrain.decay import registry
+    from pretrain.decay.registry import POLICIES
 
     site = tmp_path / "site"
     site.mkdir()
@@ -397,7 +397,7 @@ def test_a_policy_of_a_package(data: Path, tmp_path: Path, monkeypatch: pytest.M
             f"Metadata-Version: 2.1\nName: my-cosine\nVersion: {version}\n"
         )
         (info / "entry_points.txt").write_text(
-            f"[{registry.GROUP}]\nmine = my_cosine:LayerCosine\n"
+            f"[{POLICIES.group}]\nmine = my_cosine:LayerCosine\n"
         )
 
     install("1.2")

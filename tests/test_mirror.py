@@ -21,7 +21,8 @@ from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.mirror import Mirror, Pusher
 from pretrain.checkpoint.reader import RUN_ID, Checkpoint, list_checkpoints, run_id_of
 from pretrain.checkpoint.recover import find_whole
-from pretrain.config.run import CheckpointConfig, without_secrets
+from pretrain.config.run import CheckpointConfig
+from pretrain.config.urls import without_secrets
 from pretrain.errors import RunError, UsageError
 from pretrain.runs.folder import misfit
 from tests.checkpoints import Alone, small_config, write_checkpoint, write_run

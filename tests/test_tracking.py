@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from pretrain.config.recipe import Config
+from pretrain.config.recipe import Config, load_config
 from pretrain.runs.metrics import Tracker, read_metrics, rewind_metrics
+from tests.own_code import write_example
+from tests.tools import write_recipe
 
 
 def config(**logging: object) -> Config:
@@ -37,7 +39,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # no account there
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracker = Tracker(tmp_path, config(wandb="project"), active=True)
-    assert tracker._wandb is not None
+    assert [name for name, *_ in tracker._services] == ["W&B"]
     tracker.log("train", 1, {"loss": 1.0, "weight_decay": {"query": 0.1}})
     tracker.close()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
@@ -92,3 +94,84 @@ def test_a_dead_service_stops_nothing(
     assert asked["group"] == "sweep" and asked["config"]["optimizer"]["weight_decay"]
     assert "no route to host" in capsys.readouterr().err
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
+
+
+# --- a user's own -----------------------------------------------------------------------------
+
+
+def own(folder: Path, *entries: dict[str, Any]) -> Config:
+    """A recipe with trackers of the user's own, read as `pretrain train` does."""
+    recipe = write_recipe(folder / "r.yaml", {"logging": {"trackers": list(entries)}})
+    return load_config(recipe, code=[])
+
+
+def test_a_tracker_of_docs_extending(tmp_path: Path) -> None:
+    write_example(tmp_path)
+    found = own(tmp_path, {"kind": "table.py:Table", "file": "train.csv"})
+    tracker = Tracker(tmp_path, found, active=True)
+    tracker.log("train", 1, {"loss": 2.5})
+    tracker.log("evaluation", 1, {"loss": 9.0})
+    tracker.rewind(0)
+    tracker.log("train", 1, {"loss": 2.25})
+    tracker.close()
+    assert (tmp_path / "train.csv").read_text().split() == ["1,2.5", "1,2.25"]
+    Tracker(tmp_path, found, active=False).log("train", 2, {"loss": 0.0})
+    assert (tmp_path / "train.csv").read_text().count("\n") == 2
+
+
+BASE = """from pretrain.runs.service import Service, ServiceSection
+
+
+class Mine(Service):
+    def log(self, numbers, step):
+        {log}
+"""
+FAILURES = {
+    "its start": (
+        BASE.format(log="pass") + "\n    def __init__(self, config, run):\n        1 / 0\n",
+        "mine.py:9: ZeroDivisionError"),
+    "a line": (BASE.format(log="numbers['none']"), "mine.py:6: KeyError"),
+    "going back": (BASE.format(log="pass") + "\n    def rewind(self, step):\n        1 / 0\n",
+                   "mine.py:9: ZeroDivisionError"),
+    "its end": (BASE.format(log="pass") + "\n    def close(self):\n        1 / 0\n",
+                "mine.py:9: ZeroDivisionError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_tracker_that_fails_stops_alone(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One warning with the place in the user's file; every other line is written."""
+    text, place = FAILURES[case]
+    write_example(tmp_path)
+    (tmp_path / "mine.py").write_text(text)
+    entries = {"kind": "mine.py:Mine"}, {"kind": "table.py:Table"}
+    tracker = Tracker(tmp_path, own(tmp_path, *entries), active=True)
+    for step in (1, 2):
+        tracker.log("train", step, {"loss": 1.0})
+    tracker.rewind(1)
+    tracker.log("train", 2, {"loss": 0.5})
+    tracker.close()
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [1.0, 0.5]
+    assert (tmp_path / "losses.csv").read_text().split() == ["1,1.0", "2,1.0", "2,0.5"]
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "mine.py:Mine" in said and place in said
+
+
+@pytest.mark.parametrize(("text", "culprit"), [
+    (BASE.format(log="pass").replace("def log", "def logs"), "has no method log"),
+    (BASE.format(log="pass").replace("numbers, step", "numbers"), "log(self, numbers, step)"),
+    (BASE.format(log="pass").replace("(Service)", ""), "pretrain.runs.service.Service"),
+])  # fmt: skip
+def test_a_tracker_that_is_none_is_refused(text: str, culprit: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=r"logging\.trackers\.0\.kind: ") as error:
+        own(tmp_path, {"kind": "mine.py:Mine"})
+    assert culprit in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_shorthands_are_entries_of_the_list() -> None:
+    short = config(wandb="p", wandb_group="g", tensorboard=True)
+    entries = [{"kind": "wandb", "project": "p", "group": "g"}, {"kind": "tensorboard"}]
+    assert short.logging.services() == config(trackers=entries).logging.services()

@@ -32,7 +32,8 @@ from pretrain.checkpoint.reader import (
     step_of,
 )
 from pretrain.checkpoint.retention import loss_in, superseded
-from pretrain.config.run import CheckpointConfig, without_secrets
+from pretrain.config.run import CheckpointConfig
+from pretrain.config.urls import without_secrets
 from pretrain.errors import RunError, UsageError
 
 ABOUT = "run.json"

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
-from pretrain.config.explain import explain, explained
 from pretrain.config.section import Section
 from pretrain.decay.policy import PolicySection
-from pretrain.decay.registry import section_class
-from pretrain.extension import ExtensionError
+from pretrain.decay.registry import POLICIES
 
 Coupling = Literal["lr", "lr2", "none"]
 Form = Literal["decoupled", "l2", "cautious", "adadecay", "nuclear"]
-FOLDER = "folder"
-"""Key of a validation's context: where files of code are looked for (`pretrain.extension.find`)."""
 
 
 class DecayRule(Section):
@@ -27,23 +23,7 @@ class DecayRule(Section):
     decay: float = Field(ge=0)
 
 
-def _validated(value: Any, info: ValidationInfo) -> PolicySection:
-    """An entry of the policies, by the class that its kind stands for."""
-    if isinstance(value, PolicySection):
-        return value
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        raise explained("kind: missing; a policy is a mapping with a kind")
-    try:
-        section, values = section_class(value, (info.context or {}).get(FOLDER))
-    except ExtensionError as error:
-        raise explained(f"kind: {error}") from None
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise explained(explain(error.errors()[0], section)) from None
-
-
-DecayPolicy = Annotated[SerializeAsAny[PolicySection], BeforeValidator(_validated)]
+DecayPolicy = Annotated[SerializeAsAny[PolicySection], BeforeValidator(POLICIES.validate)]
 
 
 class WeightDecayConfig(Section):

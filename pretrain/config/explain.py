@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from pretrain.config.run import without_secrets
+from pretrain.config.urls import without_secrets
 
 _ALTERNATIVE = re.compile(r"(list|dict|literal)\[")
 """How pydantic names one of several types that a value may have, between the keys."""

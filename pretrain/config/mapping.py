@@ -9,7 +9,7 @@ from typing import Any
 from data_pipeline.files import read_small
 from pretrain.config.explain import cut
 from pretrain.config.recipe_yaml import RecipeError, load_yaml
-from pretrain.config.run import without_secrets
+from pretrain.config.urls import without_secrets
 from pretrain.errors import UsageError
 
 LARGEST_RECIPE = 1 << 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from pydantic import (
 )
 
 from models.config import GPTConfig
-from pretrain.config.decay import FOLDER, WeightDecayConfig
+from pretrain.config.decay import WeightDecayConfig
 from pretrain.config.explain import explain
+from pretrain.config.kinds import FOLDER, KindSection
 from pretrain.config.mapping import apply_value_overrides, read_mapping, set_value
 from pretrain.config.run import (
     CheckpointConfig,
@@ -32,10 +33,11 @@ from pretrain.config.run import (
 )
 from pretrain.config.schedule import in_steps, learning_rate
 from pretrain.config.section import Section
-from pretrain.decay.registry import absent
+from pretrain.decay.registry import POLICIES
 from pretrain.decay.sites import KEY
 from pretrain.errors import UsageError
 from pretrain.extension import Code, ExtensionError, folder_of, run_file, running
+from pretrain.runs.service import SERVICES
 
 
 class DataConfig(Section):
@@ -276,10 +278,18 @@ def load_config(
     except ExtensionError as error:
         raise UsageError(f"--code: {error}") from None
     config = parse_config(values, str(path), folder_of(path))
-    for index, section in enumerate(config.optimizer.weight_decay.policies):
-        if missing := absent(section):
-            raise UsageError(f"{path}: {KEY}.policies[{index}]: {missing}")
+    for key, section in _entries(config):
+        if missing := POLICIES.absent(section) or SERVICES.absent(section):
+            raise UsageError(f"{path}: {key}: {missing}")
     return config
+
+
+def _entries(config: Config) -> Iterator[tuple[str, KindSection]]:
+    """The entries that may be of a user's own classes, and where they stand."""
+    for index, policy in enumerate(config.optimizer.weight_decay.policies):
+        yield f"{KEY}.policies[{index}]", policy
+    for index, tracker in enumerate(config.logging.trackers):
+        yield f"logging.trackers[{index}]", tracker
 
 
 def apply_overrides(config: Config, overrides: list[str]) -> Config:
@@ -326,8 +336,7 @@ def parse_config(
 
 def code_of(config: Config) -> list[Code]:
     """The files of a user's own that a recipe runs, once each."""
-    sections = config.optimizer.weight_decay.policies
-    found = [running(getattr(section, "sha256", "")) for section in sections]
+    found = [running(getattr(section, "sha256", "")) for _, section in _entries(config)]
     return list({code.sha256: code for code in found if code}.values())
 
 

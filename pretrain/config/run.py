@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_serializer
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_serializer
 
 from pretrain.config.section import Section
-
-_PASSWORD = re.compile(r"(?<=://)([^/?#:]*):(?!\$\{\w+\}@|[0-9]+/)[^?#]*@")
-_QUERY = re.compile(r"([?&][^=&#]*=)(?!\$\{\w+\}(?:[&#]|$))[^&#]+")
-
-
-def without_secrets(url: str) -> str:
-    """A URL as it may be shown: without its password, and the values of its query."""
-    return _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))
+from pretrain.config.urls import without_secrets
+from pretrain.runs.service import SERVICES, ServiceSection
 
 
 class CheckpointConfig(Section):
@@ -66,6 +59,9 @@ class RanksConfig(Section):
     spectra: bool = Field(False, description="store every singular value too")
 
 
+TrackerEntry = Annotated[SerializeAsAny[ServiceSection], BeforeValidator(SERVICES.validate)]
+
+
 class LoggingConfig(Section):
     """Where metrics go, besides RUN/metrics.jsonl."""
 
@@ -73,6 +69,18 @@ class LoggingConfig(Section):
     wandb: str = Field("", description="W&B project; empty: off; offline without an account")
     wandb_group: str = Field("", description="W&B group, for example the sweep's name")
     tensorboard: bool = False
+    trackers: list[TrackerEntry] = Field(
+        default=[], description="further services, also of your own: docs/extending.md"
+    )
+
+    def services(self) -> list[ServiceSection]:
+        """Everything that takes metrics beside the file."""
+        found: list[dict[str, str]] = []
+        if self.wandb:
+            found.append({"kind": "wandb", "project": self.wandb, "group": self.wandb_group})
+        if self.tensorboard:
+            found.append({"kind": "tensorboard"})
+        return [*map(SERVICES.section, found), *self.trackers]
 
 
 class ResumeConfig(Section):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pretrain.config.recipe import Config, ScheduleConfig
 from pretrain.config.schedule import in_steps
 from pretrain.decay.policy import PolicySection
-from pretrain.decay.registry import own_of
+from pretrain.decay.registry import POLICIES
 from pretrain.decay.sites import KEY
 from pretrain.errors import UsageError
 
@@ -126,7 +126,7 @@ def _of_policies(config: Config) -> Iterator[str]:
 def _of_code(config: Config) -> Iterator[str]:
     """Which file of the user's own runs: whoever starts it should know."""
     for key, section in _policies(config):
-        own = own_of(section)
+        own = POLICIES.own_of(section)
         if own is not None and own.code is not None:
             yield f"{key}: runs {own.code.path} (SHA-256 {own.code.sha256})"
 

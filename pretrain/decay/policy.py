@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.config import GPTConfig
 from models.roles import ParameterInfo, Role
-from pretrain.config.section import Section
+from pretrain.config.kinds import KindSection
 from pretrain.decay.sites import Site
 
 Want = Literal["ranks", "weights", "norms"]
@@ -25,10 +25,9 @@ Want = Literal["ranks", "weights", "norms"]
 whole model."""
 
 
-class PolicySection(Section):
+class PolicySection(KindSection):
     """An entry of ``optimizer.weight_decay.policies``; subclasses add keys of their own."""
 
-    kind: str
     roles: list[str] = Field(min_length=1)
 
     def lengths(self) -> dict[str, float]:

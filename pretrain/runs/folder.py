@@ -34,7 +34,7 @@ from pretrain.checkpoint.reader import (
 )
 from pretrain.config.recipe import Config, differences, dump_config, load_config
 from pretrain.decay.plan import DecayDifference, DecayPlan, compare, plan_from
-from pretrain.decay.registry import absent
+from pretrain.decay.registry import POLICIES
 from pretrain.errors import RunError, UsageError
 from pretrain.ranks.table import RANKS, check_definition, rewind_ranks
 from pretrain.ranks.table import read_ranks as read_ranks  # noqa: PLC0414 - tools read it from here
@@ -299,7 +299,7 @@ def plan_for_resume(
         return plan
     if policy == "checkpoint":
         for section in checkpoint.config.optimizer.weight_decay.policies:
-            if missing := absent(section):
+            if missing := POLICIES.absent(section):
                 raise UsageError(f"resume.decay: the checkpoint's {missing}")
         return plan_from(infos, checkpoint.decays)
     changed = decay_changes(plan, checkpoint, config)

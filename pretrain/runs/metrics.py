@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +16,7 @@ from pretrain.config.recipe import Config
 from pretrain.console import warn
 from pretrain.errors import RunError
 from pretrain.runs.records import LINES, Line, check_record
+from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
 
 METRICS = "metrics.jsonl"
 _LARGEST, _LONGEST = 1 << 31, 1 << 20
@@ -110,17 +110,25 @@ class Tracker:
             first: the step that training goes on from; TensorBoard hides what is after it.
         """
         self.active = active
-        self._wandb: Any = None
-        self._board: Any = None
+        self._services: list[tuple[str, ServiceSection, Service]] = []
         if not active:
             return
         self._run = run
         self._waiting: list[str] = []
         self._refused = False
-        if config.logging.wandb:
-            self._wandb = _start_wandb(run, config)
-        if config.logging.tensorboard:
-            self._board = _start_tensorboard(run, first)
+        about = TrackedRun(run, first, config.model_dump(mode="json"))
+        for section in config.logging.services():
+            self._start(section, about)
+
+    def _start(self, section: ServiceSection, about: TrackedRun) -> None:
+        """Start a service; where it cannot start, the run goes on without it."""
+        service = SERVICES.class_of(section)
+        name = service.name or section.kind
+        try:
+            self._services.append((name, section, service(section, about)))
+        except Exception as error:  # missing package, dead network, bad key, a user's mistake
+            reason = _reason(section, error)
+            warn(f"{name} is not available ({reason}); metrics go to {METRICS} without it")
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line: ``kind``, ``step`` and ``values``.
@@ -135,15 +143,14 @@ class Tracker:
             message = f"{kind}: {', '.join(missing)} not finite, null in {METRICS}"
             self._write(to_json({"kind": "event", "step": step, "message": message}) + "\n")
         numbers = {f"{kind}/{k}": v for k, v in _flatten(values).items()}
-        if self._wandb is not None:
+        for one in list(self._services):
+            name, section, service = one
             try:
-                self._wandb.log(numbers, step=step)
+                service.log(numbers, step)
             except Exception as error:  # a dead service must not stop a run
-                warn(f"W&B stopped ({error}); metrics go on in {METRICS}")
-                self._wandb = None
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+                reason = _reason(section, error)
+                warn(f"{name} stopped ({reason}); metrics go on in {METRICS}")
+                self._services.remove(one)
 
     def _write(self, line: str) -> None:
         """A line in the file; what a full or vanished disk refuses waits for the next one."""
@@ -163,19 +170,30 @@ class Tracker:
         """Drop what was logged after ``step``, as the run goes back there."""
         if self.active:
             rewind_metrics(self._run, step)
-        if self._board is not None:
-            self._board.close()
-            self._board = _start_tensorboard(self._run, step)
+        for one in list(self._services):
+            name, section, service = one
+            try:
+                service.rewind(step)
+            except Exception as error:
+                reason = _reason(section, error)
+                warn(f"{name} stopped ({reason}); metrics go on in {METRICS}")
+                self._services.remove(one)
 
     def close(self) -> None:
         """Flush everything."""
-        if self._wandb is not None:
+        for name, section, service in self._services:
             try:
-                self._wandb.finish()  # its settings are silent
+                service.close()
             except Exception as error:
-                warn(f"W&B did not finish ({error})")
-        if self._board is not None:
-            self._board.close()
+                warn(f"{name} did not finish ({_reason(section, error)})")
+
+
+def _reason(section: ServiceSection, error: Exception) -> str:
+    """One line of an error, with the place in a user's own file."""
+    own = SERVICES.own_of(section)
+    if own is not None and own.code is not None:
+        return own.code.place_of(error)
+    return " ".join(str(error).split())
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -186,41 +204,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             flat[prefix + key] = value
     return flat
-
-
-def _start_wandb(run: Path, config: Config) -> Any:
-    """A W&B run, offline unless an account is configured; None if it cannot start."""
-    try:
-        import wandb
-
-        identity = run / "wandb-id"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
-        known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
-        return wandb.init(
-            project=config.logging.wandb,
-            name=run.name,
-            group=config.logging.wandb_group or None,
-            id=identity.read_text(),
-            dir=str(run),
-            resume="allow",
-            mode=mode,
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, init_timeout=30),
-        )
-    except Exception as error:  # missing package, dead network, bad key
-        warn(f"W&B is not available ({error}); metrics go to {METRICS} alone")
-        return None
-
-
-def _start_tensorboard(run: Path, step: int) -> Any:
-    """A writer for what comes after ``step``: what was written of later steps is hidden."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # A start from the beginning hides whatever an earlier one left.
-        return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else 0)
-    except ImportError:
-        warn("TensorBoard is not installed: pip install 'rankdecay[tensorboard]'")
-        return None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.roles import ParameterInfo
 from pretrain.decay.policy import Policy, PolicySection, Setting
-from pretrain.decay.registry import built_in
+from pretrain.decay.registry import POLICIES
 from pretrain.decay.sites import Site, label
 from pretrain.errors import UsageError
 
@@ -39,7 +39,7 @@ class AlphaDecay(PolicySection):
             )
 
 
-@built_in("alpha")
+@POLICIES.built_in("alpha")
 class Alpha(Policy):
     """AlphaDecay (He et al. 2025): multipliers from the exponents of the last measurement."""
 

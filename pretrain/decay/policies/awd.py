@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pretrain.decay.policy import Policy, PolicySection, Setting
-from pretrain.decay.registry import built_in
+from pretrain.decay.registry import POLICIES
 from pretrain.decay.sites import Site
 
 
@@ -20,7 +20,7 @@ class AdaptiveDecay(PolicySection):
     form: Literal["l2", "decoupled"] = "l2"
 
 
-@built_in("awd")
+@POLICIES.built_in("awd")
 class Adaptive(Policy):
     """AWD (Ghiasi et al. 2023): λ_t = λ‖∇‖₂/‖w‖₂ of the whole model, λ̄ ← m·λ̄ + (1−m)·λ_t."""
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from models.roles import QK, VO, Role
 from pretrain.decay.policy import Policy, PolicySection, Setting
-from pretrain.decay.registry import built_in
+from pretrain.decay.registry import POLICIES
 from pretrain.decay.sites import KEY, Site
 from pretrain.errors import UsageError
 
@@ -65,7 +65,7 @@ class _State:
     stuck: int = 0
 
 
-@built_in("rank_target")
+@POLICIES.built_in("rank_target")
 class RankController(Policy):
     """λ of each layer's query/key and value/output, so that their mean pseudo-rank is the target.
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pretrain.config.schedule import decay_multiplier, in_steps
 from pretrain.decay.policy import Policy, PolicySection
-from pretrain.decay.registry import built_in
+from pretrain.decay.registry import POLICIES
 from pretrain.decay.sites import Site
 from pretrain.errors import UsageError
 
@@ -78,7 +78,7 @@ class ScheduleDecay(PolicySection):
         return {self.multiplier(step, steps) for step in places if 0 <= step < steps}
 
 
-@built_in("schedule")
+@POLICIES.built_in("schedule")
 class Schedule(Policy):
     """A multiplier that is a function of the step."""
 

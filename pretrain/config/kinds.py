@@ -1,0 +1,182 @@
+"""Lists of a recipe whose entries are of classes that register themselves, or of a user's own.
+
+An entry has a ``kind``; the kind stands for two classes: a section that validates the entry, and
+what is made of it. One `Kinds` serves each list that is open.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError, ValidationInfo, create_model
+
+from pretrain.config.explain import explain, explained
+from pretrain.config.section import Section
+from pretrain.extension import PINS, Extension, ExtensionError, find, names, running_files
+
+FOLDER = "folder"
+"""Key of a validation's context: where files of code are looked for (`pretrain.extension.find`)."""
+
+
+class KindSection(Section):
+    """An entry of an open list; subclasses add keys of their own."""
+
+    kind: str
+
+
+Entry = TypeVar("Entry", bound=KindSection)
+Made = TypeVar("Made")
+Registered = TypeVar("Registered", bound=type[Any])
+
+
+class Kinds(Generic[Entry, Made]):
+    """The classes that the entries of one list may be of."""
+
+    def __init__(
+        self,
+        what: str,
+        group: str,
+        package: str,
+        section: type[Entry],
+        base: type[Made],
+        check: Callable[[Extension], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            what: ``policy``, for messages.
+            group: of entry points, such as ``rankdecay.policies``.
+            package: whose modules register what is built in.
+            section: base of the sections.
+            base: base of what is made; its class attribute ``Config`` is a section.
+            check: what else a class of a user's own must be; raises `ExtensionError`.
+        """
+        self._what, self._package = what, package
+        self._section, self._base, self._check = section, base, check
+        self.group = group
+        self._built_in: dict[str, type[Made]] = {}
+        self._own: dict[type[KindSection], Extension] = {}
+        self._pinned: dict[Extension, type[Entry]] = {}
+        self._loaded = False
+        self._absent: type[Entry] = create_model(
+            "Absent", __base__=section, __module__=__name__, __cls_kwargs__={"extra": "allow"}
+        )
+
+    def built_in(self, kind: str) -> Callable[[Registered], Registered]:
+        """Register a class of the package under the kind that recipes have."""
+
+        def register(made: Registered) -> Registered:
+            self._built_in[kind] = made
+            return made
+
+        return register
+
+    def validate(self, value: Any, info: ValidationInfo) -> Entry:
+        """An entry of a recipe, by the class that its kind stands for (a pydantic validator)."""
+        if isinstance(value, self._section):
+            return value
+        if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+            raise explained(f"kind: missing; a {self._what} is a mapping with a kind")
+        return self.section(value, (info.context or {}).get(FOLDER))
+
+    def section(self, entry: dict[str, Any], folder: Path | None = None) -> Entry:
+        """The section of an entry, validated.
+
+        Args:
+            folder: of the recipe (`pretrain.extension.find`).
+
+        Raises:
+            PydanticCustomError: naming the key and the mend.
+        """
+        try:
+            section, values = self._class_of(entry, folder)
+        except ExtensionError as error:
+            raise explained(f"kind: {error}") from None
+        try:
+            return section.model_validate(values)
+        except ValidationError as error:
+            raise explained(explain(error.errors()[0], section)) from None
+
+    def class_of(self, section: KindSection) -> type[Made]:
+        """What is made of a section whose code runs here (`absent`)."""
+        own = self.own_of(section)
+        found: type[Made] = own.found if own else self._built_in[section.kind]
+        return found
+
+    def own_of(self, section: KindSection) -> Extension | None:
+        """The user's class of a section, if it is one of a user's own."""
+        return self._own.get(type(section))
+
+    def absent(self, section: KindSection) -> str:
+        """What is said of a class of a user's own that does not run here; empty where it does."""
+        if not isinstance(section, self._absent):
+            return ""
+        pins = section.model_extra or {}
+        if "sha256" not in pins:
+            return f"{section.kind} is of {pins['package']}, which does not run here; install it"
+        there = ", ".join(f"{code.path.name} {code.sha256}" for code in running_files())
+        return (
+            f"{section.kind} with SHA-256 {pins['sha256']} does not run here ({there or 'no file'} "
+            "does); name the file with --code (a run keeps its own under code/)"
+        )
+
+    def _class_of(
+        self, values: Mapping[str, Any], folder: Path | None
+    ) -> tuple[type[Entry], Mapping[str, Any]]:
+        kind = values["kind"]
+        self._load()
+        if kind in self._built_in:
+            return self._built_in[kind].Config, values  # type: ignore[attr-defined]
+        found = find(self.group, kind, values, folder)
+        if found is not None:
+            return self._pin(found), {**values, "kind": found.kind}
+        if any(pin in values for pin in PINS):
+            return self._absent, values
+        known = ", ".join([*sorted(self._built_in), *names(self.group)])
+        raise ExtensionError(f"{kind!r} is no {self._what}; known: {known}, or FILE.py:CLASS")
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        package = import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            import_module(f"{self._package}.{module.name}")
+
+    def _pin(self, own: Extension) -> type[Entry]:
+        """The section of a class of a user's own, with the key that pins its code."""
+        if own not in self._pinned:
+            self._check_class(own)
+            config: type[Entry] = own.found.Config
+            key, value = own.pin
+            fields: dict[str, Any] = {key: (str, value)}
+            pinned = create_model(config.__name__, __base__=config, **fields)
+            self._pinned[own], self._own[pinned] = pinned, own
+        return self._pinned[own]
+
+    def _check_class(self, own: Extension) -> None:
+        found, base, section = own.found, self._base, self._section
+        if not (isinstance(found, type) and issubclass(found, base)):
+            place = f"{base.__module__}.{base.__name__}"
+            raise ExtensionError(f"{own.kind} is no class derived from {place}")
+        config = getattr(found, "Config", None)
+        if not (isinstance(config, type) and issubclass(config, section)):
+            place = f"{section.__module__}.{section.__name__}"
+            raise ExtensionError(f"{own.kind}.Config is no class derived from {place}")
+        for name, method in vars(base).items():
+            if not inspect.isfunction(method) or (name[0] == "_" and name != "__init__"):
+                continue
+            wanted = inspect.signature(method)
+            try:
+                inspect.signature(getattr(found, name)).bind(*range(len(wanted.parameters)))
+            except (TypeError, ValueError):
+                raise ExtensionError(
+                    f"{own.kind}.{name} has another signature than "
+                    f"{name}({', '.join(wanted.parameters)})"
+                ) from None
+        if self._check is not None:
+            self._check(own)

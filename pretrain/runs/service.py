@@ -1,0 +1,66 @@
+"""What takes metrics beside ``metrics.jsonl``: W&B, TensorBoard, or a tracker of a user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pretrain.config.kinds import Kinds, KindSection
+from pretrain.extension import Extension, ExtensionError
+
+
+class ServiceSection(KindSection):
+    """An entry of ``logging.trackers``; subclasses add keys of their own."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """The run whose metrics are taken."""
+
+    folder: Path
+    first: int
+    """The step that training continues from; what was logged after it is outdated."""
+    recipe: dict[str, Any]
+    """The whole recipe as plain data, without secrets."""
+
+
+class Service:
+    """Takes metrics on process rank 0. Whatever it raises stops it, never the run.
+
+    Its constructor may raise, too: the run goes on without it.
+    """
+
+    Config: ClassVar[type[ServiceSection]] = ServiceSection
+    """Its keys in a recipe."""
+    name: str = ""
+    """What messages call it; empty: its kind."""
+
+    def __init__(self, config: Any, run: TrackedRun) -> None:
+        """
+        Args:
+            config: its section of the recipe, an instance of `Config`.
+            run: the run.
+        """
+        self.config, self.run = config, run
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """Take the numbers of one line, by name: ``train/loss``, ``evaluation/loss``, ..."""
+        raise NotImplementedError
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after a step: the run goes back there."""
+
+    def close(self) -> None:
+        """The run ends: bring everything where it belongs."""
+
+
+def _check(own: Extension) -> None:
+    if own.found.log is Service.log:
+        raise ExtensionError(f"{own.kind} has no method log")
+
+
+SERVICES: Kinds[ServiceSection, Service] = Kinds(
+    "tracker", "rankdecay.trackers", "pretrain.runs.services", ServiceSection, Service, _check
+)
+"""What ``logging.trackers`` may name."""

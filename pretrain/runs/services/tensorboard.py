@@ -1,0 +1,39 @@
+"""TensorBoard: event files in ``RUN/tensorboard``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
+
+
+@SERVICES.built_in("tensorboard")
+class TensorBoard(Service):
+    """Scalars by step; what was written of later steps is hidden when a run goes back."""
+
+    name = "TensorBoard"
+
+    def __init__(self, config: ServiceSection, run: TrackedRun) -> None:
+        super().__init__(config, run)
+        self._writer = self._open(run.first)
+
+    def _open(self, step: int) -> Any:
+        """A writer for what comes after ``step``."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ImportError("not installed: pip install 'rankdecay[tensorboard]'") from None
+        # A start from the beginning hides whatever an earlier one left.
+        folder = str(self.run.folder / "tensorboard")
+        return SummaryWriter(folder, purge_step=step + 1 if step else 0)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(step)
+
+    def close(self) -> None:
+        self._writer.close()

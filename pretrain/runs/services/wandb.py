@@ -1,0 +1,55 @@
+"""Weights & Biases: online where an account is configured, else offline in ``RUN/wandb``."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
+
+
+class WandbSection(ServiceSection):
+    """A run of W&B."""
+
+    project: str = Field(min_length=1)
+    group: str = Field("", description="for example the sweep's name")
+
+
+@SERVICES.built_in("wandb")
+class Wandb(Service):
+    """One run of W&B for a run folder, also after restarts."""
+
+    Config = WandbSection
+    name = "W&B"
+    config: WandbSection
+
+    def __init__(self, config: WandbSection, run: TrackedRun) -> None:
+        super().__init__(config, run)
+        import wandb
+
+        identity = run.folder / "wandb-id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4))
+        known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+        self._run = wandb.init(
+            project=config.project,
+            name=run.folder.name,
+            group=config.group or None,
+            id=identity.read_text(),
+            dir=str(run.folder),
+            resume="allow",
+            mode=mode,
+            config=run.recipe,
+            settings=wandb.Settings(silent=True, init_timeout=30),
+        )
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._run.finish()  # its settings are silent

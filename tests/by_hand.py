@@ -18,7 +18,7 @@ from models.layers import ParameterFactory
 from models.loss import mean_loss
 from models.roles import ATTENTION, MLP, Role, info_of
 from pretrain.config.recipe import Config, parse_config
-from pretrain.tasks.tasks import Text
+from pretrain.tasks.text import Text
 from tests.tools import DIALECTS, base_recipe
 
 STEPS = 4

@@ -11,7 +11,7 @@ from tests.tools import ROOT, base_recipe
 
 PAGE = ROOT / "docs" / "extending.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-EXAMPLE, REMEMBERS, TRACKER = BLOCKS
+EXAMPLE, REMEMBERS, TRACKER, TASK = BLOCKS
 FILE = "layer_cosine.py"
 COSINE = {"kind": f"{FILE}:LayerCosine", "roles": ["attention"], "deepest": 3}
 STABLE = {"kind": "sub/stable.py:StableRank", "roles": ["mlp"], "every": 2}
@@ -36,6 +36,7 @@ def write_example(folder: Path) -> None:
     (folder / FILE).write_text(EXAMPLE)
     (folder / "sub" / "stable.py").write_text(REMEMBERS)
     (folder / "table.py").write_text(TRACKER)
+    (folder / "parity.py").write_text(TASK)
 
 
 def recipe_with(data: Path, *policies: dict[str, Any], **more: Any) -> dict[str, Any]:

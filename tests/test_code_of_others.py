@@ -162,11 +162,11 @@ def test_only_verbs_that_train_let_recipes_run_code() -> None:
                     callers.add(str(file.relative_to(ROOT)))
                 if name == "load_config" and any(one.arg == "code" for one in node.keywords):
                     callers.add(str(file.relative_to(ROOT)))
-                if name in ("run_file", "folder_of"):
+                if name in ("run_file", "run_code", "folder_of"):
                     callers.add(str(file.relative_to(ROOT)))
     assert callers == {
         "pretrain/__main__.py", "pretrain/cli/cluster.py", "launchers/launch.py",
-        "pretrain/sweep/config.py", "pretrain/offline/import_model.py",
+        "pretrain/sweep/config.py", "pretrain/offline/import_model.py", "pretrain/cli/models.py",
         "pretrain/extension.py", "pretrain/config/recipe.py",
     }  # fmt: skip
 

@@ -20,7 +20,8 @@ from pretrain.config.recipe import parse_config
 from pretrain.report import write_report
 from pretrain.runs.metrics import Tracker
 from pretrain.tasks.epochs import in_words, uses_of
-from pretrain.tasks.tasks import Text, open_task
+from pretrain.tasks.tasks import open_task
+from pretrain.tasks.text import Text
 from tests.tools import base_recipe, run, write_recipe
 
 

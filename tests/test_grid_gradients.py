@@ -18,7 +18,7 @@ from models.layers import ParameterFactory
 from models.loss import mean_loss
 from models.roles import info_of
 from pretrain.config.recipe import parse_config
-from pretrain.tasks.tasks import Text
+from pretrain.tasks.text import Text
 from tests.moved import moved_constants
 from tests.test_bf16 import MOST, SHAPE, TEXT, TOKENS
 from tests.test_grid_sums import gradients_of

@@ -20,6 +20,7 @@ ORDER = [
     ["pretrain.decay.policies"],
     ["pretrain.runs.service"],
     ["pretrain.runs.services"],
+    ["pretrain.tasks.samples"],
     ["pretrain.config"],
     ["pretrain.console"],
     ["pretrain.distributed"],
@@ -112,6 +113,16 @@ def test_decay_and_spectra_know_no_processes() -> None:
                 one for one in names if f"{one}.".startswith(tuple(f"{f}." for f in forbidden))
             ]
             assert not wrong, (name, wrong)
+
+
+@pytest.mark.parametrize("package", ["pretrain.decay.policies", "pretrain.runs.services"])
+def test_what_registers_itself_is_named_by_nobody(package: str) -> None:
+    """A new policy or tracker is one file: no other module imports one."""
+    members = [name for name in MODULES if name.startswith(f"{package}.")]
+    assert len(members) > 1
+    for name, path in MODULES.items():
+        if not name.startswith(package):
+            assert not {module_of(one) for one in imported(path)}.intersection(members), name
 
 
 def test_only_the_engine_imports_deepspeed() -> None:

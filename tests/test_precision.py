@@ -17,7 +17,7 @@ from pretrain.config.recipe import dump_config, load_config, parse_config
 from pretrain.errors import UsageError
 from pretrain.runs.folder import CONFIG, ENVIRONMENT, EVALUATION, misfit, recipe_of, resume_point
 from pretrain.runs.identity import IDENTITY, read_identity
-from pretrain.tasks.tasks import Text
+from pretrain.tasks.text import Text
 from tests.tools import base_recipe, run, write_recipe
 
 

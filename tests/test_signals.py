@@ -218,11 +218,11 @@ def test_an_evaluation_that_is_owed_at_the_end(
 ) -> None:  # fmt: skip
     """Cut short at the last step, and again at the next start: each ends with 75, and the third
     start makes up for it."""
-    import pretrain.tasks.tasks
+    import pretrain.tasks.text
 
     recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
     words = ["train", str(recipe), "--out", str(tmp_path / "run"), GRID[1][0]]
-    score, calls = pretrain.tasks.tasks.score, 0
+    score, calls = pretrain.tasks.text.score, 0
 
     def signal_at(number: int) -> None:
         nonlocal calls
@@ -235,7 +235,7 @@ def test_an_evaluation_that_is_owed_at_the_end(
                 os.kill(os.getpid(), signal.SIGTERM)
             return score(*arguments, **more)
 
-        monkeypatch.setattr(pretrain.tasks.tasks, "score", call)
+        monkeypatch.setattr(pretrain.tasks.text, "score", call)
 
     for number in (3, 1, 1):  # of step 6, after those of steps 0 and 3; then the one that is owed
         signal_at(number)
@@ -244,6 +244,6 @@ def test_an_evaluation_that_is_owed_at_the_end(
         assert calls == number and not is_busy(tmp_path / "run")
         assert not (tmp_path / "run/evaluation.json").exists()
         assert len(metrics_of(tmp_path / "run")) == len(metrics_of(undisturbed)) - 1
-    monkeypatch.setattr(pretrain.tasks.tasks, "score", score)
+    monkeypatch.setattr(pretrain.tasks.text, "score", score)
     assert run(monkeypatch, *words) == 0
     assert metrics_of(tmp_path / "run") == metrics_of(undisturbed)

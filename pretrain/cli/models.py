@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pretrain.cli.options import Json, Overrides
+from pretrain.cli.options import Code, Json, Overrides
 from pretrain.console import plain
 
 AttentionRank = Annotated[
@@ -88,12 +88,15 @@ def evaluate(
     ] = None,
     attention_rank: AttentionRank = None,
     attention_product: AttentionProduct = "both",
+    code: Code = None,
     json: Json = False,
 ) -> None:
     """Measure held-out loss, perplexity and bits per byte, overall and per subset, on any grid."""
+    from pretrain.config.recipe import run_code
     from pretrain.offline.evaluate import evaluate_checkpoint
     from pretrain.offline.truncate import parse_rank
 
+    run_code(code or [])
     choice = parse_rank(attention_rank, attention_product) if attention_rank else None
     figures, path, is_main = evaluate_checkpoint(
         target, overrides or [], data, split, documents, batch, stride, out, choice

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.config.recipe import Config
+from pretrain.config.recipe import Config, code_of
 from pretrain.distributed.cores import usable_cores
 from pretrain.distributed.grid import Grid, Group
 from pretrain.runs.folder import environment
@@ -63,6 +63,9 @@ def examine(grid: Grid, config: Config | None, run: Path, size: int = _MESSAGE) 
     ]
     if config is not None and config.data.path:
         findings += _alike(grid, "data", data_hash(Path(config.data.path)))
+    own = code_of(config) if config is not None else []
+    if own:
+        findings += _alike(grid, "own code", " ".join(one.sha256[:16] for one in own))
     return findings
 
 

@@ -19,8 +19,9 @@ from pretrain.decay.sites import site_of
 from pretrain.distributed.grid import process_count
 from pretrain.engine.deepspeed_adapter import resolve_precision
 from pretrain.errors import UsageError
-from pretrain.tasks.epochs import Uses, in_words
 from pretrain.tasks.epochs import describe as describe_data
+from pretrain.tasks.epochs import in_words
+from pretrain.tasks.task import Uses
 from pretrain.training.setup import Setup, prepare
 
 

@@ -50,7 +50,7 @@ class Kinds(Generic[Entry, Made]):
         Args:
             what: ``policy``, for messages.
             group: of entry points, such as ``rankdecay.policies``.
-            package: whose modules register what is built in.
+            package: whose modules register what is built in; empty: nothing is.
             section: base of the sections.
             base: base of what is made; its class attribute ``Config`` is a section.
             check: what else a class of a user's own must be; raises `ExtensionError`.
@@ -140,7 +140,7 @@ class Kinds(Generic[Entry, Made]):
         raise ExtensionError(f"{kind!r} is no {self._what}; known: {known}, or FILE.py:CLASS")
 
     def _load(self) -> None:
-        if self._loaded:
+        if self._loaded or not self._package:
             return
         self._loaded = True
         package = import_module(self._package)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     Field,
     PrivateAttr,
+    SerializeAsAny,
     ValidationError,
     field_validator,
     model_validator,
@@ -38,6 +40,7 @@ from pretrain.decay.sites import KEY
 from pretrain.errors import UsageError
 from pretrain.extension import Code, ExtensionError, folder_of, run_file, running
 from pretrain.runs.service import SERVICES
+from pretrain.tasks.samples import SAMPLE_TASKS, SamplesSection
 
 
 class DataConfig(Section):
@@ -51,10 +54,13 @@ class DataConfig(Section):
     prefetch: int = Field(4, ge=0, description="batches read ahead; 0: none")
 
 
+OwnSamples = Annotated[SerializeAsAny[SamplesSection], BeforeValidator(SAMPLE_TASKS.validate)]
+
+
 class TaskConfig(Section):
     """What is learned: text by default."""
 
-    kind: Literal["text", "recall", "images"] = "text"
+    kind: Literal["text", "recall", "images", "own"] = "text"
     pairs: int = Field(20, ge=1, le=1 << 20, description="recall: pairs (x, y) before the question")
     symbols: int = Field(
         32, ge=2, le=1 << 20, description="recall: different x, and as many different y"
@@ -72,6 +78,9 @@ class TaskConfig(Section):
         "none", description="images: random crop and flip; with RandAugment (Cubuk et al. 2020)"
     )
     workers: int = Field(0, ge=0, description="images: processes that read and augment")
+    own: OwnSamples | None = Field(
+        None, description="own: a class of samples in a file of yours (docs/extending.md)"
+    )
 
 
 class TrainConfig(Section):
@@ -179,6 +188,8 @@ class Config(Section):
             )
         if (self.task.kind == "images") != bool(self.model.image_size):
             raise ValueError("task.kind: images goes with model.dialect vit, and no other does")
+        if (self.task.kind == "own") != (self.task.own is not None):
+            raise ValueError("task.own: goes with task.kind own, and no other does")
         if self.task.kind == "recall" and self.model.context != 2 * self.task.pairs + 1:
             raise ValueError(
                 f"model.context: {self.model.context} is not {2 * self.task.pairs + 1}, as "
@@ -272,24 +283,38 @@ def load_config(
     apply_value_overrides(values, overrides or [])
     if code is None:
         return parse_config(values, str(path))
-    try:
-        for file in code:
-            run_file(file)
-    except ExtensionError as error:
-        raise UsageError(f"--code: {error}") from None
+    run_code(code)
     config = parse_config(values, str(path), folder_of(path))
-    for key, section in _entries(config):
-        if missing := POLICIES.absent(section) or SERVICES.absent(section):
+    for key, section in entries(config):
+        if missing := next(filter(None, (one.absent(section) for one in _OPEN)), ""):
             raise UsageError(f"{path}: {key}: {missing}")
     return config
 
 
-def _entries(config: Config) -> Iterator[tuple[str, KindSection]]:
+def run_code(files: Iterable[Path]) -> None:
+    """Run files of code that the command line names.
+
+    Raises:
+        UsageError: if one cannot be read, or fails.
+    """
+    try:
+        for file in files:
+            run_file(file)
+    except ExtensionError as error:
+        raise UsageError(f"--code: {error}") from None
+
+
+_OPEN = (POLICIES, SERVICES, SAMPLE_TASKS)
+
+
+def entries(config: Config) -> Iterator[tuple[str, KindSection]]:
     """The entries that may be of a user's own classes, and where they stand."""
     for index, policy in enumerate(config.optimizer.weight_decay.policies):
         yield f"{KEY}.policies[{index}]", policy
     for index, tracker in enumerate(config.logging.trackers):
         yield f"logging.trackers[{index}]", tracker
+    if config.task.own is not None:
+        yield "task.own", config.task.own
 
 
 def apply_overrides(config: Config, overrides: list[str]) -> Config:
@@ -336,7 +361,7 @@ def parse_config(
 
 def code_of(config: Config) -> list[Code]:
     """The files of a user's own that a recipe runs, once each."""
-    found = [running(getattr(section, "sha256", "")) for _, section in _entries(config)]
+    found = [running(getattr(section, "sha256", "")) for _, section in entries(config)]
     return list({code.sha256: code for code in found if code}.values())
 
 

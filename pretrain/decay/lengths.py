@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pretrain.config.recipe import Config, ScheduleConfig
+from pretrain.config.recipe import Config, ScheduleConfig, entries
 from pretrain.config.schedule import in_steps
 from pretrain.decay.policy import PolicySection
-from pretrain.decay.registry import POLICIES
 from pretrain.decay.sites import KEY
 from pretrain.errors import UsageError
+from pretrain.extension import running
 
 _RATE = "optimizer.schedule"
 
@@ -125,10 +125,10 @@ def _of_policies(config: Config) -> Iterator[str]:
 
 def _of_code(config: Config) -> Iterator[str]:
     """Which file of the user's own runs: whoever starts it should know."""
-    for key, section in _policies(config):
-        own = POLICIES.own_of(section)
-        if own is not None and own.code is not None:
-            yield f"{key}: runs {own.code.path} (SHA-256 {own.code.sha256})"
+    for key, section in entries(config):
+        code = running(getattr(section, "sha256", ""))
+        if code is not None:
+            yield f"{key}: runs {code.path} (SHA-256 {code.sha256})"
 
 
 def _of_checkpoints(config: Config) -> Iterator[str]:

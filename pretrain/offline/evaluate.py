@@ -25,7 +25,9 @@ from pretrain.errors import RunError, UsageError
 from pretrain.offline.truncate import CutCheckpoint, RankChoice
 from pretrain.runs.folder import CONFIG, EVALUATION, read_starts, resolve_checkpoint, write_text
 from pretrain.tasks.score import score, summarize
-from pretrain.tasks.tasks import Task, Text, open_task
+from pretrain.tasks.task import Task
+from pretrain.tasks.tasks import open_task
+from pretrain.tasks.text import Text
 
 
 def evaluate_checkpoint(

@@ -28,7 +28,7 @@ from pretrain.errors import UsageError
 from pretrain.extension import folder_of
 from pretrain.runs.aside import whole_folder
 from pretrain.runs.folder import CONFIG, create_run
-from pretrain.tasks.tasks import Text
+from pretrain.tasks.text import Text
 from pretrain.training.setup import Setup, prepare
 from pretrain.training.state import GENERATION
 

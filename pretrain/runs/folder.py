@@ -42,7 +42,7 @@ from pretrain.runs.code import changed_code, keep_code, kept_code
 from pretrain.runs.lock import LOCK
 from pretrain.runs.metrics import METRICS, rewind_metrics
 from pretrain.runs.records import Evaluation, Start, read_record
-from pretrain.tasks.tasks import Task
+from pretrain.tasks.task import Task
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"

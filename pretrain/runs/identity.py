@@ -17,7 +17,7 @@ from data_pipeline.strict_json import to_json
 from models.roles import declared_parameters, fingerprint_of, info_of
 from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
-from pretrain.tasks.tasks import Samples, Task
+from pretrain.tasks.task import Samples, Task
 
 IDENTITY = "identity.json"
 

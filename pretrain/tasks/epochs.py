@@ -4,34 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_pipeline.dataset import blend_weights
 from pretrain.config.recipe import Config
-from pretrain.tasks.tasks import ImageClasses, Task, Text
+from pretrain.tasks.task import Task, Uses
 
-Uses = dict[str, dict[str, float]]
-"""By subset: ``corpus``, its training tokens (or images); ``seen``, those that the run takes,
-repetitions counted; ``epochs``, how often each is seen."""
 _MOST = 6
 """Subsets that a line names."""
 
 
 def uses_of(task: Task, config: Config) -> Uses:
     """What a run of this recipe takes from every subset; empty where samples are made up."""
-    samples = config.train.steps * config.train.global_batch
-    if isinstance(task, Text):
-        shares = blend_weights(task.manifest, config.data.weights)
-        sizes = {entry.subset: entry.tokens for entry in task.manifest.split("train")}
-        tokens = samples * config.model.context
-        return {
-            name: _use(sizes[name], round(share * tokens)) for name, share in sorted(shares.items())
-        } | {name: _use(sizes[name], 0) for name in sorted(sizes.keys() - shares.keys())}
-    if isinstance(task, ImageClasses):
-        return {"images": _use(task.images, samples)}
-    return {}
-
-
-def _use(corpus: int, seen: int) -> dict[str, float]:
-    return {"corpus": corpus, "seen": seen, "epochs": float(f"{seen / max(1, corpus):.6g}")}
+    return task.uses(config)
 
 
 def in_words(uses: Uses, unit: str) -> str:

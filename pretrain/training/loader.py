@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from pretrain.distributed.grid import Grid
 from pretrain.engine.engine import Batch
-from pretrain.tasks.tasks import Samples
+from pretrain.tasks.task import Samples
 from pretrain.training.faults import block_of
 
 

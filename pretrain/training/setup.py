@@ -11,7 +11,8 @@ from pretrain.decay.lengths import check_lengths
 from pretrain.decay.plan import DecayPlan, plan_decay
 from pretrain.engine.engine import whole_model
 from pretrain.engine.raw_deepspeed import check_raw
-from pretrain.tasks.tasks import Task, open_task
+from pretrain.tasks.task import Task
+from pretrain.tasks.tasks import open_task
 
 
 @dataclass(frozen=True)

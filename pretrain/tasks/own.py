@@ -1,0 +1,117 @@
+"""The task of a user's own samples (`pretrain.tasks.samples`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from models.config import GPTConfig
+from pretrain.config.recipe import Config
+from pretrain.errors import RunError, UsageError
+from pretrain.tasks.labelled import Labelled
+from pretrain.tasks.samples import SAMPLE_TASKS, Numbered
+from pretrain.tasks.task import Samples, digest
+
+_EVERYTHING = 2048
+"""Held-out samples of the last evaluation."""
+Answer = TypeVar("Answer")
+
+
+class OwnTask(Labelled):
+    """Samples of a user's class, trained and scored as every labelled task.
+
+    Raises:
+        UsageError: one line with the place in the user's file.
+    """
+
+    def __init__(self, config: Config) -> None:
+        section = config.task.own
+        if section is None:
+            raise UsageError(
+                "task.own: not set; name a class of samples, as docs/extending.md says"
+            )
+        if missing := SAMPLE_TASKS.absent(section):
+            raise UsageError(f"task.own: {missing}")
+        self._extension, self.source = SAMPLE_TASKS.own_of(section), section.kind
+        self._inner = self._ask("__init__", lambda: SAMPLE_TASKS.class_of(section)(section))
+        self.answers = self._ask("answers", self._inner.answers)
+        if isinstance(self.answers, bool) or not isinstance(self.answers, int) or self.answers < 2:
+            raise self._wrong(f"answers returns {self.answers!r}; it is a number, 2 or more")
+        self.identity = digest(["own", json.loads(section.model_dump_json())])
+
+    def training(self, config: Config) -> Samples:
+        """The user's samples of the run."""
+        count = config.train.steps * config.train.global_batch
+        model = self.complete(config.model)
+        found = self._ask("training", lambda: self._inner.training(config.seed, count, model))
+        return self._checked(found, count, model)
+
+    def held_out(self, config: Config, everything: bool = False) -> Samples:
+        """The user's held-out samples."""
+        count = _EVERYTHING if everything else config.evaluation.documents
+        model = self.complete(config.model)
+        found = self._ask("held_out", lambda: self._inner.held_out(count, model))
+        return self._checked(found, count, model)
+
+    def _checked(self, samples: Numbered, count: int, model: GPTConfig) -> Samples:
+        checked = _Checked(self, samples, count, model.context)
+        checked[0], checked[count - 1]
+        return checked
+
+    def sample(self, samples: Numbered, number: int, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """One sample, of the right shape and range.
+
+        Raises:
+            UsageError: naming the sample.
+        """
+        pair = self._ask(f"sample {number}", lambda: samples[number])
+        try:
+            inputs, labels = (np.asarray(part) for part in pair)
+        except (TypeError, ValueError):
+            raise self._wrong(f"sample {number} is no pair of inputs and labels") from None
+        for name, part, least in (("inputs", inputs, 0), ("labels", labels, None)):
+            if part.shape != (context,) or part.dtype.kind not in "iu":
+                raise self._wrong(
+                    f"sample {number}: {name} are {part.dtype} of shape {part.shape}; they are "
+                    f"integers of shape ({context},), as model.context"
+                )
+            if part.max() >= self.answers or (least is not None and part.min() < least):
+                raise self._wrong(
+                    f"sample {number}: {name} reach from {part.min()} to {part.max()}; answers is "
+                    f"{self.answers}"
+                )
+        return inputs.astype(np.int64), labels.astype(np.int64)
+
+    def _ask(self, what: str, call: Callable[[], Answer]) -> Answer:
+        try:
+            return call()
+        except (UsageError, RunError):  # the user's own words
+            raise
+        except Exception as error:
+            code = self._extension.code if self._extension else None
+            place = code.place_of(error) if code else f"{type(error).__name__}: {error}"
+            raise self._wrong(f"{what} fails: {place}") from error
+
+    def _wrong(self, text: str) -> UsageError:
+        return UsageError(f"task.own: {self.source}: {text}")
+
+
+@dataclass
+class _Checked:
+    """Samples of a user's, each looked at when it is taken."""
+
+    task: OwnTask
+    samples: Numbered
+    count: int
+    context: int
+    shares: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.task.sample(self.samples, index, self.context)

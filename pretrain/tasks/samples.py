@@ -1,0 +1,68 @@
+"""A task of a user's own: samples with answers, as a class in the user's file.
+
+Only data is the user's: loss and score are those of this program, which work on every grid. Nothing
+here knows the recipe, processes or DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from models.config import GPTConfig
+from pretrain.config.kinds import Kinds, KindSection
+from pretrain.extension import Extension, ExtensionError
+
+
+class SamplesSection(KindSection):
+    """The section ``task.own``; subclasses add keys of their own."""
+
+
+class Numbered(Protocol):
+    """Samples by number."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class SampleTask:
+    """Sequences of tokens, and what is asked at some of their positions."""
+
+    Config: ClassVar[type[SamplesSection]] = SamplesSection
+    """Its keys in a recipe."""
+
+    def __init__(self, config: Any) -> None:
+        """
+        Args:
+            config: its section of the recipe, an instance of `Config`.
+        """
+        self.config = config
+
+    def answers(self) -> int:
+        """Number of tokens: inputs and labels are below it."""
+        raise NotImplementedError
+
+    def training(self, seed: int, count: int, model: GPTConfig) -> Numbered:
+        """``count`` samples, a function of the seed, the number and the section alone.
+
+        Returns:
+            For each number ``(inputs, labels)``: int64 arrays of ``model.context`` tokens; a label
+            below 0 asks nothing.
+        """
+        raise NotImplementedError
+
+    def held_out(self, count: int, model: GPTConfig) -> Numbered:
+        """``count`` samples that no seed trains on, the same for every seed."""
+        raise NotImplementedError
+
+
+def _check(own: Extension) -> None:
+    for name in ("answers", "training", "held_out"):
+        if getattr(own.found, name) is getattr(SampleTask, name):
+            raise ExtensionError(f"{own.kind} has no method {name}")
+
+
+SAMPLE_TASKS: Kinds[SamplesSection, SampleTask] = Kinds(
+    "task", "rankdecay.tasks", "", SamplesSection, SampleTask, _check
+)
+"""What ``task.own`` may name."""

@@ -1,0 +1,96 @@
+"""Next-token prediction on a tokenised corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from data_pipeline.dataset import HeldOut, TrainingData, blend_weights, held_out
+from data_pipeline.manifest import Manifest, load_manifest
+from models.config import GPTConfig
+from pretrain.config.recipe import Config
+from pretrain.distributed.grid import Grid
+from pretrain.errors import UsageError
+from pretrain.tasks.score import score, summarize
+from pretrain.tasks.task import Report, Samples, Uses, digest, use
+
+
+class Text:
+    """Next-token prediction on a tokenised corpus."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.source = str(manifest.path)
+        self.tokenizer = manifest.tokenizer_sha256
+        self.eod: int | None = manifest.eod
+        counts = [
+            (one.split, one.subset, one.documents, one.tokens, one.bytes)
+            for one in manifest.entries
+        ]
+        self.identity = digest([counts, manifest.tokenizer_sha256])
+
+    @classmethod
+    def open(cls, config: Config) -> Text:
+        """The task of a recipe.
+
+        Raises:
+            UsageError, DataError: if the data is missing.
+        """
+        if not config.data.path:
+            raise UsageError(
+                "data.path: not set; give the folder that `pretrain data tokenize` wrote"
+            )
+        return cls(load_manifest(Path(config.data.path)))
+
+    def uses(self, config: Config) -> Uses:
+        """Tokens of every subset."""
+        shares = blend_weights(self.manifest, config.data.weights)
+        sizes = {entry.subset: entry.tokens for entry in self.manifest.split("train")}
+        tokens = config.train.steps * config.train.global_batch * config.model.context
+        return {
+            name: use(sizes[name], round(share * tokens)) for name, share in sorted(shares.items())
+        } | {name: use(sizes[name], 0) for name in sorted(sizes.keys() - shares.keys())}
+
+    def complete(self, model: GPTConfig) -> GPTConfig:
+        """The model with the tokenizer's vocabulary, unless it asks for a larger one."""
+        size = model.vocabulary_size or self.manifest.vocabulary_size
+        if size < self.manifest.vocabulary_size:
+            raise UsageError(
+                f"model.vocabulary_size: {size} is less than the {self.manifest.vocabulary_size} "
+                f"tokens of {self.manifest.tokenizer}; leave it out to take the data's"
+            )
+        return model.model_copy(update={"vocabulary_size": size})
+
+    def training(self, config: Config) -> Samples:
+        """Megatron's blend of the subsets."""
+        samples = config.train.steps * config.train.global_batch
+        return TrainingData(
+            self.manifest, config.data.weights, config.model.context, config.seed, samples,
+            config.model.vocabulary_size,
+        )  # fmt: skip
+
+    def held_out(self, config: Config, everything: bool = False) -> list[HeldOut]:
+        """Documents."""
+        limit = None if everything else config.evaluation.documents
+        size = config.model.vocabulary_size
+        return held_out(self.manifest, self.split(config, everything), limit, size)
+
+    def split(self, config: Config, everything: bool = False) -> str:
+        """``test`` for everything, where the data has one; else the recipe's."""
+        splits = {entry.split for entry in self.manifest.entries}
+        return "test" if everything and "test" in splits else config.evaluation.split
+
+    def figures(
+        self,
+        module: nn.Module,
+        grid: Grid,
+        config: Config,
+        chosen: list[HeldOut],
+        report: Report | None,
+    ) -> dict[str, Any]:
+        """Loss, perplexity and bits per byte, overall and per subset."""
+        batch, eod = config.evaluation.batch, self.manifest.eod
+        nats = score(module, grid, config.model, chosen, eod, batch, progress=report)
+        return {"stride": config.model.context, **summarize(chosen, nats)}

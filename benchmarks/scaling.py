@@ -95,7 +95,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(found)
     draw(found, options.gpu, options.out / "scaling.png")
-    print("| model | GPUs | tensor x pipeline x data, ZeRO | GB a GPU | tokens/s | MFU |")
+    print("| model | GPUs | tensor x pipeline x data, ZeRO | GB per GPU | tokens/s | MFU |")
     print("|---|---:|---|---:|---:|---:|")
     for row in found:
         if row["gpus"] in (1, 8, 64, 512, 1024):

@@ -99,13 +99,13 @@ def _is_of_files(error: OSError) -> bool:
 
 
 def _was_given(name: str | bytes | int) -> bool:
-    """Whether a path is, or lies in, one of the command line or of the default run folder."""
+    """Whether a path is, or is in, a path of the command line or of the default run folder."""
     if isinstance(name, int):
         return False
     path = _resolved(os.fsdecode(name))
     words = [part for word in sys.argv[1:] for part in (word, word.rpartition("=")[2])]
     given = [_resolved(word.partition("@")[0]) for word in words if word.strip("-")]
-    # A folder may be named by a file in it: RECIPE's other files lie beside it.
+    # A folder may be named by a file in it: RECIPE's other files are beside it.
     near = [one.parent for one in given if one.suffix and one.parent != Path.cwd()]
     return any(
         path == one or one in path.parents for one in [*given, *near, Path("runs").resolve()]

@@ -1,9 +1,10 @@
-"""What a signal does to this process, from its first line to its last.
+"""Handles signals to this process, from its start to its end.
 
 SIGTERM, SIGUSR1 (a scheduler's warning) and SIGINT raise `Stopped` in the main thread, so that
-every verb ends at any moment with the code that launchers read. While updates run, the first two
-are only remembered: the loop then makes a checkpoint and ends by itself. What comes after the first
-signal changes nothing, so that a checkpoint under way is not cut off.
+every command can end at any moment with the exit code that launchers read. While updates run, the
+first two
+are only recorded: the loop then writes a checkpoint and ends by itself. Signals after the first one
+change nothing, so that they do not interrupt a checkpoint that is being written.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _AGAIN = 10.0
-"""Seconds after which a signal counts anew: a library may have swallowed the first one."""
+"""Seconds after which a signal counts again: a library may have swallowed the first one."""
 _IMPATIENT = 1.0
 """Seconds after which a second Ctrl-C ends the process at once."""
 
@@ -31,19 +32,19 @@ Answer = Callable[[signal.Signals], None]
 
 
 class StopRequestedError(RunError):
-    """The run stopped because it was asked to; the same words go on with it."""
+    """The run stopped because it was asked to; rerunning the same command continues it."""
 
 
 class Stopped(BaseException):
     """A signal asks the process to end; raised between two instructions of the main thread.
 
-    No `Exception`, which code on the way up may swallow, and no `KeyboardInterrupt`, which Typer
-    turns into an exit code of its own.
+    It is not an `Exception`, which calling code may swallow, and not a `KeyboardInterrupt`, which
+    Typer turns into its own exit code.
     """
 
 
 class StopSignals:
-    """Which signal came, and what it does now."""
+    """The signal that arrived, and how the process reacts to signals now."""
 
     def __init__(self) -> None:
         self._asked: signal.Signals | None = None
@@ -55,40 +56,40 @@ class StopSignals:
     # --- for the process --------------------------------------------------------------------------
 
     def listen(self) -> None:
-        """Take the signals over; nothing happens outside the main thread or for a second time."""
+        """Install the handlers; does nothing outside the main thread or a second time."""
         if self._before:
             return
         self._asked = None
         try:
             for number in _SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
-        except ValueError:  # not the main thread: whoever called decides about signals
+        except ValueError:  # not the main thread: the caller decides about signals
             self._before.clear()
 
     def restore(self) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
 
     def ignore(self) -> None:
-        """Nothing disturbs the process any more: it is about to end."""
+        """Ignore all signals from now on, because the process is about to end."""
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
 
     @property
     def code(self) -> int:
-        """Exit code of a process that ends for the signal that came."""
+        """Exit code of a process that ends because of the signal."""
         return TRY_AGAIN if self.asked and self._asked != signal.SIGINT else INTERRUPTED
 
     # --- for what runs in it ----------------------------------------------------------------------
 
     def handed_to(self, answer: Answer) -> AbstractContextManager[None]:
-        """For the time of a block, every signal calls ``answer`` instead of raising `Stopped`."""
+        """During a block, every signal calls ``answer`` instead of raising `Stopped`."""
         return self._while(answer)
 
     def remembered(self) -> AbstractContextManager[None]:
-        """For a block that looks at `agreed` by itself: only Ctrl-C raises."""
+        """During a block that checks `agreed` by itself, only Ctrl-C raises."""
         return self._while(None)
 
     @contextmanager
@@ -107,16 +108,16 @@ class StopSignals:
 
     @property
     def asked(self) -> bool:
-        """Whether a signal came to this process."""
+        """Whether this process received a signal."""
         return self._asked is not None
 
     @property
     def name(self) -> str:
-        """The signal that came here, or what is said where it came to another rank."""
+        """The name of the signal, or a general term if another process received it."""
         return self._asked.name if self._asked else "a signal"
 
     def agreed(self, grid: Grid) -> bool:
-        """Whether any rank was asked to stop; collective."""
+        """Whether any process was asked to stop; a collective call."""
         if grid.world_size == 1:
             return self.asked
         import torch

@@ -116,7 +116,7 @@ def _ended(status: Status, code: int, out: Path, retries: int) -> None:
         status.state, status.tries = "elsewhere", status.tries - 1
     elif code == TRY_AGAIN and _newest(status.task.run) != status.checkpoint:
         # Preempted, or its machine failed, but it made progress: this is not a failure of the run.
-        status.state, status.tries, status.note = "waiting", status.tries - 1, "goes on"
+        status.state, status.tries, status.note = "waiting", status.tries - 1, "continues"
     elif status.tries > retries:
         status.state = "failed"
         status.note = _last_line(_log(out, status.task)) or f"exit code {code}"

@@ -223,7 +223,7 @@ def test_a_run_folder_that_vanishes_for_a_while(
     again = pretrain(*words) if process.returncode else None
     assert process.returncode == 0 or again.returncode == 0, stderr
     same_weights(run, undisturbed("one"))
-    how = "goes on" if again is None else "the next start"
+    how = "the run continues" if again is None else "the next start"
     row("run folder gone for 4 s", "the next write", how)
 
 

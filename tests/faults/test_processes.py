@@ -170,7 +170,7 @@ def test_a_rank_that_stands_still(
     assert again.returncode == 0, again.stderr
     same_weights(tmp_path / "run", undisturbed("data"))
     assert metrics_of(tmp_path / "run") == metrics_of(undisturbed("data"))
-    row("SIGSTOP of one rank of two", "its 15 s, and who it is", "the next start")
+    row("SIGSTOP of one rank of two", "its 15 s, and the process is named", "the next start")
 
 
 def test_a_process_that_hangs_alone(data: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from pretrain.training.setup import prepare
 from pretrain.training.start import train
 from tests.counting import Counting, Operations
 from tests.moved import moved_constants
+from tests.private_deepspeed import run_private
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -101,12 +102,6 @@ def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:
                 moment.zero_()  # what is left then is decay alone
     measured = engine.loss
     engine.loss = lambda projection, labels: 0.0 * measured(projection, labels)
-    if grid.pipeline > 1:
-        true_loss = engine.module.loss_fn
-        engine.deepspeed.module.loss_fn = lambda projection, labels: (
-            0.0 * true_loss(projection, labels)
-        )
-        engine.deepspeed.loss_model = engine.deepspeed.module.loss_fn
     samples = config.train.steps * config.train.global_batch
     data = TrainingData(setup.task.manifest, "proportional", config.model.context, 1, samples)
     micro = config.train.global_batch // grid.data // engine.micro_batches
@@ -180,7 +175,7 @@ def run_both_updates(case: dict, grid: Grid, config: Config) -> dict[str, Any]:
             engine.begin_step(step, 3e-3)
             figures.append((engine.train_step(data), engine.gradient_norm))
         weights = {info_of(one).name: one.detach().clone() for one in engine.module.parameters()}
-        found[type(engine.deepspeed).__name__] = (figures, weights)
+        found[engine.updates_by] = (figures, weights)
         engine.close()
     (first, before), (second, after) = found.values()
     figures = [
@@ -227,6 +222,7 @@ TASKS = {
     "train": run_train,
     "decay": run_decay,
     "traffic": run_traffic,
+    "private": run_private,
 }
 
 

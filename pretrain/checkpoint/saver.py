@@ -32,7 +32,7 @@ from pretrain.checkpoint.tensor_file import write_tensors
 from pretrain.config.run import CheckpointConfig
 from pretrain.distributed.grid import Grid
 from pretrain.engine.engine import Engine
-from pretrain.engine.masters import Fragment, is_replicated
+from pretrain.engine.masters import Fragment, is_tied_copy
 from pretrain.errors import RunError
 
 _AT_EXIT = 120.0
@@ -299,7 +299,7 @@ def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> Piece 
         buffers: memory of an earlier copy, by name, which is overwritten and extended.
     """
     grid = engine.grid
-    if is_replicated(engine.deepspeed) and grid.data_rank > 0:
+    if engine.is_replicated and grid.data_rank > 0:
         return None
     buffers = {} if buffers is None else buffers
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
@@ -328,8 +328,8 @@ def _copied(value: Tensor, buffers: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _writes(fragment: Fragment, grid: Grid) -> bool:
-    """Whether this process's copy is the one that is written, if several hold the same."""
-    if getattr(fragment.parameter, "ds_pipe_replicated", False):
+    """Whether this rank's copy is the one that is kept, where several ranks hold the same."""
+    if is_tied_copy(fragment.parameter):
         return False
     return fragment.info.partition_dim is not None or grid.tensor_rank == 0
 

@@ -22,7 +22,9 @@ from data_pipeline.lean import import_lean
 from models.roles import info_of
 from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
+from pretrain.engine.masters import is_tied_copy
 from pretrain.engine.norms import square_sum
+from pretrain.engine.private import check_private
 from pretrain.engine.raw_deepspeed import check_raw
 from pretrain.errors import UsageError
 
@@ -106,8 +108,13 @@ def mark_for_norms(module: nn.Module, grid: Grid) -> None:
     """
     for parameter in module.parameters():
         split = info_of(parameter).partition_dim is not None
-        tied_copy = getattr(parameter, "ds_pipe_replicated", False)
-        parameter.tensor_model_parallel = (split or grid.tensor_rank == 0) and not tied_copy  # type: ignore[attr-defined]
+        counts = (split or grid.tensor_rank == 0) and not is_tied_copy(parameter)
+        parameter.tensor_model_parallel = counts  # type: ignore[attr-defined]
+
+
+def counts_in_norms(parameter: nn.Parameter) -> bool:
+    """Whether this rank's elements of a parameter are those that norms count."""
+    return bool(getattr(parameter, "tensor_model_parallel", True))
 
 
 class ModelParallelUnit:
@@ -145,6 +152,31 @@ class ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
+def adapt(engine: Any, grid: Grid) -> None:
+    """Put right what DeepSpeed's optimizers do with norms and tied weights.
+
+    Raises:
+        RunError: if this version of DeepSpeed lacks something private that is used here.
+    """
+    stage, pipeline = engine.zero_optimization_stage(), grid.pipeline > 1
+    check_private(
+        stage,
+        pipeline,
+        {
+            "engine": [engine],
+            "optimizer": [engine.optimizer],
+            "parameter": engine.module.parameters(),
+            "pipeline": [engine.module] if pipeline else [],
+        },
+    )
+    if stage == 0:
+        record_plain_norm(engine, grid)
+    elif stage < 3:
+        norm_in_one_reduction(engine.optimizer, grid)
+        if pipeline and engine.optimizer.use_grad_accum_attribute:
+            sum_tied_gradients_in_float32(engine)
+
+
 def record_plain_norm(engine: Any, grid: Grid) -> None:
     """Clip a plain fp32 optimizer's gradients by a norm in one reduction, and keep that norm."""
 
@@ -153,7 +185,7 @@ def record_plain_norm(engine: Any, grid: Grid) -> None:
         gradients = [one.grad for one in engine.module.parameters() if one.grad is not None]
         if grid.data_rank == 0:  # the others hold the same
             for parameter in engine.module.parameters():
-                if parameter.grad is not None and parameter.tensor_model_parallel:
+                if parameter.grad is not None and counts_in_norms(parameter):
                     total += square_sum(parameter.grad)
         dist.all_reduce(total)
         norm = total.sqrt().float()
@@ -186,6 +218,7 @@ def one_optimizer_for_every_stage() -> Iterator[None]:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
+    check_private(1, False, {"class": [DeepSpeedEngine]})
     choose = DeepSpeedEngine._do_optimizer_sanity_check
 
     def check(engine: Any, optimizer: Any) -> Any:
@@ -244,7 +277,7 @@ def norm_in_one_reduction(zero: Any, grid: Grid) -> None:
         total = torch.zeros((), dtype=torch.float64, device=grid.device)
         for index, parameters in enumerate(zero.params_in_partition):
             for parameter, gradient in zip(parameters, gradients(index), strict=False):
-                if parameter.tensor_model_parallel:
+                if counts_in_norms(parameter):
                     total += square_sum(gradient)
         dist.all_reduce(total)
         # In bf16 it skips an update whose norm is not finite only where it checks for overflow;
@@ -268,4 +301,5 @@ def prepare_deepspeed() -> None:
         import deepspeed
     # On a CPU it would compile this operation on first use, for inference alone, and fail where
     # there is no compiler.
+    check_private(0, False, {"package": [deepspeed.ops]})
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

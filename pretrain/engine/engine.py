@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,24 +27,25 @@ from pretrain.decay.plan import DecayPlan
 from pretrain.distributed.grid import Grid
 from pretrain.engine.deepspeed_adapter import (
     ModelParallelUnit,
+    adapt,
     deepspeed_settings,
     mark_for_norms,
-    norm_in_one_reduction,
     one_optimizer_for_every_stage,
     prepare_deepspeed,
-    record_plain_norm,
     resolve_precision,
-    sum_tied_gradients_in_float32,
 )
 from pretrain.engine.flat_update import FlatUpdate
-from pretrain.engine.masters import Fragment, fragments
+from pretrain.engine.masters import Fragment, fragments, is_replicated
 from pretrain.engine.optimizers import build_optimizer, is_muon_role
+from pretrain.engine.private import check_private
 from pretrain.engine.shrink import Shrinker
 from pretrain.engine.speed import choose_kernels
 from pretrain.errors import RunError, UsageError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and labels, each ``[micro batch, context]`` int64."""
+Loss = Callable[[Projection, torch.Tensor], torch.Tensor]
+"""From the model's output and labels to the mean loss of a micro batch, in nats per token."""
 
 
 def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterInfo]:
@@ -59,17 +60,20 @@ def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterIn
     return [info_of(parameter) for parameter in declared_parameters(model)]
 
 
-def build_model(config: Config, grid: Grid) -> nn.Module:
-    """This process's part of the model: the whole, or a `PipelineModule` stage."""
+def build_model(config: Config, grid: Grid, loss: Loss | None = None) -> nn.Module:
+    """This process's part of the model: the whole, or a `PipelineModule` stage.
+
+    Args:
+        loss: what the last stage of a pipeline asks for in training.
+    """
     factory = ParameterFactory(config.seed, grid.tensor_parallel)
     kernels = choose_kernels(config, grid)
     if grid.pipeline == 1:
         return GPT(config.model, factory, kernels).to(grid.device)
-    loss = partial(mean_loss, partial_labels=config.task.kind != "text")
     return _pipeline_module(layer_plans(config.model, factory, kernels), grid, loss)
 
 
-def _pipeline_module(plans: list[LayerPlan], grid: Grid, loss: Any) -> nn.Module:
+def _pipeline_module(plans: list[LayerPlan], grid: Grid, loss: Loss | None) -> nn.Module:
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -98,6 +102,7 @@ def _pipeline_module(plans: list[LayerPlan], grid: Grid, loss: Any) -> nn.Module
             partition_method="type:block",
             activation_checkpoint_interval=0,
         )
+    check_private(0, True, {"pipeline": [module]})
     for tied in module.tied_comms.values():
         # DeepSpeed keeps one replica of a tied weight; the others must not count in norms.
         if grid.rank != min(tied["ranks"]):
@@ -108,9 +113,10 @@ def _pipeline_module(plans: list[LayerPlan], grid: Grid, loss: Any) -> nn.Module
 
 @dataclass
 class Engine:
-    """A model in training. `deepspeed` is the engine underneath, for what is not wrapped."""
+    """A model in training, on this rank."""
 
-    deepspeed: Any
+    _inner: Any
+    """DeepSpeed's engine, or the `FlatUpdate` with the same calls."""
     module: nn.Module
     grid: Grid
     config: Config
@@ -130,10 +136,10 @@ class Engine:
         self.module.train()
         self.shrinker.arm()
         if self.grid.pipeline > 1:
-            loss = self.deepspeed.train_batch(data_iter=batches)
+            loss = self._inner.train_batch(data_iter=batches)
         else:
             loss = self._accumulate(batches)
-        norm = self.deepspeed.get_global_grad_norm()
+        norm = self._inner.get_global_grad_norm()
         if norm is not None:
             self.gradient_norm = float(norm)
         return float(loss)
@@ -147,9 +153,9 @@ class Engine:
         total = torch.zeros((), device=self.grid.device)
         for _ in range(self.micro_batches):
             inputs, labels = next(batches)
-            loss = self.deepspeed(inputs, partial(self.loss, labels=labels))
-            self.deepspeed.backward(loss)
-            self.deepspeed.step()
+            loss = self._inner(inputs, partial(self.loss, labels=labels))
+            self._inner.backward(loss)
+            self._inner.step()
             total += loss.detach()
         total /= self.micro_batches
         if self.grid.data > 1:
@@ -164,7 +170,7 @@ class Engine:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of the innermost optimizer, as they are on this rank."""
-        optimizer = self.deepspeed.optimizer
+        optimizer = self._inner.optimizer
         inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
         return list(inner.param_groups)
 
@@ -181,9 +187,19 @@ class Engine:
         native = self.shrinker.native and self.control.is_plain(group.role)
         return group.decay if native else 0.0
 
+    @property
+    def updates_by(self) -> str:
+        """Name of the class that makes the updates."""
+        return type(self._inner).__name__
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every data-parallel rank holds all masters (no ZeRO)."""
+        return is_replicated(self._inner)
+
     def fragments(self) -> list[Fragment]:
         """What this rank's optimizer owns."""
-        return fragments(self.deepspeed)
+        return fragments(self._inner)
 
     def audit_decay(self) -> None:
         """Check that the λ this rank's optimizer holds for each tensor is the plan's.
@@ -207,7 +223,7 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         with contextlib.suppress(Exception):
-            self.deepspeed.destroy()
+            self._inner.destroy()
 
 
 def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
@@ -217,7 +233,11 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
         UsageError: if the batch cannot be divided or a raw DeepSpeed key contradicts the recipe.
     """
     micro, count = micro_batches(config, grid)
-    module = build_model(config, grid)
+
+    def loss(projection: Projection, labels: torch.Tensor) -> torch.Tensor:
+        return engine.loss(projection, labels)
+
+    module = build_model(config, grid, loss)
     mark_for_norms(module, grid)
     control = DecayControl(config, plan)
     groups = optimizer_groups(module, plan)
@@ -287,12 +307,7 @@ def _deepspeed_engine(
             config=settings,
             mpu=None if pipeline else ModelParallelUnit(grid),
         )
-    if isinstance(wrapped.optimizer, torch.optim.Optimizer):
-        record_plain_norm(wrapped, grid)
-    elif hasattr(wrapped.optimizer, "averaged_gradients") and config.grid.zero_stage < 3:
-        norm_in_one_reduction(wrapped.optimizer, grid)
-        if pipeline and getattr(wrapped.optimizer, "use_grad_accum_attribute", False):
-            sum_tied_gradients_in_float32(wrapped)
+    adapt(wrapped, grid)
     return wrapped
 
 

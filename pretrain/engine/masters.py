@@ -52,14 +52,10 @@ class Fragment:
 
 def fragments(engine: Any) -> list[Fragment]:
     """This rank's fragments of a DeepSpeed engine, in a fixed order; empty ones left out."""
-    optimizer = engine.optimizer
     if isinstance(engine, FlatUpdate):
         return list(_flat(engine))
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        return list(_zero3(optimizer))
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return list(_zero12(optimizer))
-    return list(_plain(optimizer))
+    of = (_plain, _zero12, _zero12, _zero3)[engine.zero_optimization_stage()]
+    return list(of(engine.optimizer))
 
 
 def tensors_of(engine: Any) -> dict[int, list[nn.Parameter]]:
@@ -67,15 +63,15 @@ def tensors_of(engine: Any) -> dict[int, list[nn.Parameter]]:
 
     The same lists on every rank of a stage, also where a rank's piece misses a parameter.
     """
-    optimizer = engine.optimizer
     if isinstance(engine, FlatUpdate):
         return {id(owner.tensor): owner.parameters for owner in engine.owners}
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        pairs = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
-    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-        pairs = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
-    else:
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
         return {id(p): [p] for group in optimizer.param_groups for p in group["params"]}
+    if stage == 3:
+        pairs = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+    else:
+        pairs = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
     return {id(flat): list(parameters) for flat, parameters in pairs}
 
 
@@ -84,6 +80,11 @@ def is_replicated(engine: Any) -> bool:
     if isinstance(engine, FlatUpdate):
         return not engine.shared
     return isinstance(engine.optimizer, torch.optim.Optimizer)
+
+
+def is_tied_copy(parameter: nn.Parameter) -> bool:
+    """Whether another pipeline stage holds the same tied weight and counts and saves it."""
+    return bool(getattr(parameter, "ds_pipe_replicated", False))
 
 
 def norm_in_step(engine: Any) -> float:

@@ -23,6 +23,7 @@ from pretrain.decay.nuclear import nuclear_subgradient
 from pretrain.decay.policy import Policy
 from pretrain.decay.sites import Applied, Site, label, site_of
 from pretrain.distributed.grid import Grid
+from pretrain.engine.deepspeed_adapter import counts_in_norms
 from pretrain.engine.masters import Fragment, fragments, is_replicated, norm_in_step, tensors_of
 from pretrain.engine.norms import square_sum
 from pretrain.engine.optimizers import MuonWithAdamW, muon_update
@@ -176,7 +177,7 @@ class Shrinker:
         total = torch.zeros((), dtype=torch.float64, device=self._grid.device)
         if not (self._replicated and self._grid.data_rank):
             for fragment in self._fragments:
-                if getattr(fragment.parameter, "tensor_model_parallel", True):
+                if counts_in_norms(fragment.parameter):
                     total += square_sum(fragment.master)
         if self._grid.world_size > 1:
             dist.all_reduce(total)

@@ -23,7 +23,7 @@ from pretrain.config.run import RanksConfig
 from pretrain.decay.sites import Book, Books, label
 from pretrain.distributed.grid import Grid
 from pretrain.engine.engine import Engine
-from pretrain.engine.masters import Fragment, is_replicated, local_shape
+from pretrain.engine.masters import Fragment, local_shape
 from pretrain.spectra import pair_statistics, product_statistics
 
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list
     names = {info_of(p).name for layer in layers for p in _matrices(layer)}
     spans = _spans(engine, {name: held[name] for name in names if name in held})
     for layer in layers:
-        units, factors = _collect(layer, model, grid, held, spans, is_replicated(engine.deepspeed))
+        units, factors = _collect(layer, model, grid, held, spans, engine.is_replicated)
         if units:
             first = grid.tensor_rank * (model.key_value_heads // grid.tensor)
             indices = [first + unit for unit in units]

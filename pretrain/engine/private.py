@@ -1,0 +1,132 @@
+"""What this package uses of DeepSpeed that DeepSpeed does not promise to keep.
+
+One list: a new version that renames or drops something on it is refused at the start with one line
+that says what, and `tests/test_private_deepspeed.py` says the same for every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+from pretrain.errors import RunError
+
+Holder = Literal["package", "class", "engine", "optimizer", "parameter", "pipeline", "gradient"]
+"""What an attribute belongs to: `deepspeed.ops`, the class DeepSpeedEngine, an engine, ZeRO's
+optimizer, a parameter, a PipelineModule, a piece of ZeRO's gradients."""
+_EVERY = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Private:
+    """One private attribute of DeepSpeed."""
+
+    holder: Holder
+    name: str
+    """Dotted where it lies inside another."""
+    why: str
+    zero: tuple[int, ...] = _EVERY
+    """ZeRO stages that use it."""
+    pipeline: bool = False
+    """Used with pipeline stages alone."""
+    use: Literal["read", "set", "replaced"] = "read"
+    """Replaced: a function of this package stands in its place, and DeepSpeed calls it."""
+
+    def __str__(self) -> str:
+        return f"{self.holder}.{self.name}"
+
+
+_MASTERS = "where the fp32 master weights lie"
+_NORM = "the gradient norm in one reduction"
+PRIVATE = (
+    Private("package", "__compatible_ops__", "no operation is compiled at run time"),
+    Private("class", "_do_optimizer_sanity_check", "one optimizer class for ZeRO 1 and 2",
+            use="replaced"),
+    Private("engine", "_global_grad_norm", "the gradient norm inside the step", (0,), use="set"),
+    Private("engine", "clip_fp32_gradients", "a norm that counts each parameter once", (0,),
+            use="replaced"),
+    Private("optimizer", "_global_grad_norm", "the gradient norm inside the step", (1, 2, 3)),
+    Private("optimizer", "optimizer", "the recipe's optimizer, inside ZeRO's", (1, 2, 3)),
+    Private("optimizer", "single_partition_of_fp32_groups", _MASTERS, (1, 2)),
+    Private("optimizer", "bit16_groups", _MASTERS, (1, 2)),
+    Private("parameter", "_hp_mapping.lp_fragment_address.start", _MASTERS, (1, 2)),
+    Private("parameter", "_hp_mapping.hp_fragment_address.start", _MASTERS, (1, 2)),
+    Private("parameter", "_hp_mapping.hp_fragment", _MASTERS, (1, 2)),
+    Private("optimizer", "averaged_gradients", _NORM, (1, 2)),
+    Private("optimizer", "params_in_partition", _NORM, (1, 2)),
+    Private("optimizer", "cpu_offload", _NORM, (1, 2)),
+    Private("optimizer", "scaled_global_norm", _NORM, (1, 2), use="replaced"),
+    Private("optimizer", "check_grad_overflow", "an update that is not finite changes nothing",
+            (1, 2), use="set"),
+    Private("gradient", "_zero_padding", _NORM, (1, 2)),
+    Private("optimizer", "grad_position", _MASTERS + ", and offloaded gradients", (1, 2, 3)),
+    Private("optimizer", "get_param_id", _MASTERS + ", and offloaded gradients", (1, 2, 3)),
+    Private("optimizer", "fp32_partitioned_groups_flat", _MASTERS, (3,)),
+    Private("optimizer", "fp16_groups", _MASTERS, (3,)),
+    Private("optimizer", "sub_group_to_group_id", _MASTERS, (3,)),
+    Private("parameter", "ds_numel", _MASTERS, (3,)),
+    Private("parameter", "ds_shape", "the shape of a parameter that is freed", (3,)),
+    Private("parameter", "ds_tensor", "the working copy of a parameter", (3,)),
+    Private("parameter", "ds_process_group", _MASTERS, (3,)),
+    Private("parameter", "tensor_model_parallel", "each parameter counts once in norms",
+            use="set"),
+    Private("optimizer", "use_grad_accum_attribute", "tied weights' gradients", (1, 2), True),
+    Private("parameter", "grad_accum", "tied weights' gradients", (1, 2), True),
+    Private("pipeline", "get_tied_weights_and_groups", "tied weights' gradients", (1, 2), True,
+            use="replaced"),
+    Private("pipeline", "tied_comms", "tied weights count once", pipeline=True),
+    Private("parameter", "ds_pipe_replicated", "tied weights count once", pipeline=True,
+            use="set"),
+)  # fmt: skip
+
+
+def used(stage: int, pipeline: bool) -> list[Private]:
+    """What a ZeRO stage uses, with pipeline stages or without."""
+    return [one for one in PRIVATE if stage in one.zero and (pipeline or not one.pipeline)]
+
+
+def missing(stage: int, pipeline: bool, holders: dict[Holder, Iterable[Any]]) -> Iterable[Private]:
+    """What is used of some holders and is not there.
+
+    Args:
+        holders: the objects of each kind that there are; the other kinds are not looked at.
+    """
+    for one in used(stage, pipeline):
+        if not all(_has(each, one.name) for each in holders.get(one.holder, ())):
+            yield one
+
+
+def check_private(stage: int, pipeline: bool, holders: dict[Holder, Iterable[Any]]) -> None:
+    """Refuse a DeepSpeed that lacks what is used of it.
+
+    Raises:
+        RunError: naming the first such attribute, what it is for, and the versions that have it.
+    """
+    held: dict[Holder, Iterable[Any]] = {kind: list(each) for kind, each in holders.items()}
+    for one in missing(stage, pipeline, held):
+        raise RunError(
+            f"DeepSpeed {metadata.version('deepspeed')} has no {one} any more ({one.why}; ZeRO "
+            f"{stage}{', pipelines' if pipeline else ''}): pip install '{_known_to_work()}'"
+        )
+
+
+def _has(holder: Any, dotted: str) -> bool:
+    """Whether an attribute is there; what lies inside one that is None is not asked for."""
+    for name in dotted.split("."):
+        if holder is None:
+            return True
+        if not hasattr(holder, name):
+            return False
+        holder = getattr(holder, name)
+    return True
+
+
+def _known_to_work() -> str:
+    """The requirement that this package states, as pip takes it."""
+    try:
+        stated = metadata.requires("rankdecay") or []
+    except metadata.PackageNotFoundError:
+        stated = []
+    return next((one for one in stated if one.startswith("deepspeed")), "deepspeed")

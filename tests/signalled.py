@@ -24,14 +24,14 @@ MOMENTS = {
     "data": ("pretrain.training.start", "prepare", 1),
     "folder": ("pretrain.training.start", "create_run", 1),
     "engine": ("pretrain.training.start", "build_engine", 1),
-    "first ranks": ("pretrain.training.between", "measure", 1),
-    "first evaluation": ("pretrain.tasks.text", "score", 1),
+    "first ranks": ("pretrain.training.periodic", "measure", 1),
+    "first evaluation": ("pretrain.tasks.tasks", "score", 1),
     "first update": ("pretrain.engine.engine", "Engine.train_step", 1),
     "update": ("pretrain.engine.engine", "Engine.train_step", 4),
-    "ranks": ("pretrain.training.between", "measure", 2),
+    "ranks": ("pretrain.training.periodic", "measure", 2),
     "evaluation": ("pretrain.tasks.score", "_forward", 5),
     "checkpoint": ("pretrain.checkpoint.saver", "_write_piece", 1),
-    "last evaluation": ("pretrain.training.between", "finish", 1),
+    "last evaluation": ("pretrain.training.periodic", "finish", 1),
     "engine's end": ("pretrain.engine.engine", "Engine.close", 1),
 }
 

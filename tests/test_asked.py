@@ -334,7 +334,7 @@ def test_auto_is_said_with_what_it_means(
     shutil.copytree(trained, folder)
     values = yaml.safe_load((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(yaml.safe_dump({**values, "precision": "bf16"}))
-    monkeypatch.setattr("pretrain.training.start.resolve_precision", lambda *_: "fp32")
+    monkeypatch.setattr("pretrain.engine.precision.resolve_precision", lambda *_: "fp32")
     for word, shown in (("auto", "auto, which is fp32 here"), ("fp32", "fp32")):
         words = ["train", str(folder / CONFIG), "--out", str(folder), f"precision={word}"]
         assert run(monkeypatch, *words) == 2

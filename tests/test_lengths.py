@@ -6,6 +6,7 @@ import json
 import random
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from pretrain.config.schedule import decay_multiplier
 from pretrain.decay.lengths import check_lengths, remarks
 from pretrain.errors import UsageError
 from pretrain.runs.metrics import read_metrics
-from pretrain.training import between
+from pretrain.training import periodic
+from pretrain.training.state import Moving
 from tests.tools import base_recipe, run, write_recipe
 
 LENGTHS = [0, 0.0, 0.001, 0.01, 0.2, 0.5, 0.97, 0.999, 1, 1.0, 1.5, 2, 3, 7, 30, 59, 60, 61, 1000]
@@ -194,7 +196,7 @@ class Scripted:
     def __call__(self, job: Any, chosen: Any, step: int, show: Any = None) -> dict[str, Any]:
         if step in self.cut:
             self.cut.remove(step)
-            raise between._CutShortError
+            raise periodic._CutShortError
         return {"overall": {"loss": self.losses[step]}}
 
 
@@ -217,7 +219,7 @@ def test_the_best_is_kept(
     best = rng.choice([2, 4, 6])
     losses[best] = 1.0
     losses[best + 1] = 0.5  # of no checkpoint
-    monkeypatch.setattr(between, "_figures", Scripted(losses, [best] if seed else []))
+    monkeypatch.setattr(periodic, "_figures", Scripted(losses, [best] if seed else []))
     words = ["train", path, "--out", str(tmp_path / "run")]
     codes = [run(monkeypatch, *words)]
     if seed:
@@ -238,16 +240,11 @@ def test_a_loss_from_before_a_jump_is_not_remembered(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An evaluation that is cut short leaves no loss of the same step, evaluated earlier."""
-
-    class Here:
-        """As much of a job as `evaluate` reads."""
-
-        sample, held_out_loss, owes_evaluation = None, (6, 1.0), False
-
-    monkeypatch.setattr(between, "_figures", Scripted({6: 9.0}, [6]))
-    job = Here()
-    assert not between.evaluate(job, 6)  # type: ignore[arg-type]
-    assert job.held_out_loss[0] != 6
+    monkeypatch.setattr(periodic, "_figures", Scripted({6: 9.0}, [6]))
+    moving = Moving(jumped=[], held_out_loss=(6, 1.0))
+    training: Any = SimpleNamespace(samples=SimpleNamespace(held_out=None), moving=moving)
+    assert not periodic.evaluate(training, 6)
+    assert moving.held_out_loss[0] != 6 and moving.owes_evaluation
 
 
 def test_lengths_that_a_run_has_are_not_asked_about_again() -> None:

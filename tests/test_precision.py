@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import pretrain.engine.deepspeed_adapter
-import pretrain.training.start
+import pretrain.engine.precision
+import pretrain.training.origin
 from data_pipeline.manifest import load_manifest
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
 from pretrain.config.recipe import dump_config, load_config, parse_config
@@ -41,7 +41,7 @@ def test_every_file_says_what_was_meant(
     at_end: str,
     split: str,
 ) -> None:
-    monkeypatch.setattr(pretrain.engine.deepspeed_adapter, "multiplies_bf16", lambda: fast)
+    monkeypatch.setattr(pretrain.engine.precision, "multiplies_bf16", lambda: fast)
     values = {**base_recipe(data), "precision": "auto"}
     values["train"] = {"steps": 3, "global_batch": 8}
     values["evaluation"] |= {"at_end": at_end}
@@ -77,10 +77,10 @@ def test_another_precision_does_not_resume(
 
 def test_a_fork_does_not_change_precision_unasked(trained: Path) -> None:
     trunk = Checkpoint(list_checkpoints(trained / "checkpoints")[-1])
-    pretrain.training.start._check_precision(trunk, "fp32", "auto")
-    pretrain.training.start._check_precision(trunk, "bf16", "bf16")  # asked for
+    pretrain.training.origin._check_precision(trunk, "fp32", "auto")
+    pretrain.training.origin._check_precision(trunk, "bf16", "bf16")  # asked for
     with pytest.raises(UsageError, match="say precision=fp32, or precision=bf16"):
-        pretrain.training.start._check_precision(trunk, "bf16", "auto")
+        pretrain.training.origin._check_precision(trunk, "bf16", "auto")
     other = load_config(trained / CONFIG, ["precision=bf16"])
     task = Text(load_manifest(Path(other.data.path)))
     assert "precision fp32, here bf16" in misfit(
@@ -94,7 +94,7 @@ def test_a_fork_under_auto_is_refused_in_another_precision(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(pretrain.engine.deepspeed_adapter, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(pretrain.engine.precision, "multiplies_bf16", lambda: True)
     words = ["train", str(trained.parent / "recipe.yaml"), "precision=auto"]
     words += ["--fork", f"{trained}@3", "--out", str(tmp_path / "fork")]
     assert run(monkeypatch, *words) == 2

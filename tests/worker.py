@@ -15,7 +15,7 @@ import torch
 torch.set_num_threads(1)
 
 import pretrain.engine.engine
-import pretrain.training.between
+import pretrain.training.periodic
 from data_pipeline.dataset import TrainingData
 from models.loss import mean_loss
 from models.roles import info_of
@@ -39,15 +39,15 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 def interrupt_after(step: int) -> None:
     """Stop the next training in this process once it has saved ``step``."""
-    save = pretrain.training.between.save
+    save = pretrain.training.periodic.save
 
     def save_and_stop(job: Any, at: int) -> None:
         save(job, at)
         if at == step:
-            pretrain.training.between.save = save
+            pretrain.training.periodic.save = save
             raise Interrupted
 
-    pretrain.training.between.save = save_and_stop
+    pretrain.training.periodic.save = save_and_stop
 
 
 def lose(updates: list[int]) -> Any:

@@ -32,7 +32,7 @@ def device() -> torch.device:
 
 def half() -> bool:
     """bf16 where it is fast, as `precision: auto` decides."""
-    from pretrain.engine.deepspeed_adapter import multiplies_bf16
+    from pretrain.engine.precision import multiplies_bf16
 
     return device().type == "cuda" or multiplies_bf16()
 

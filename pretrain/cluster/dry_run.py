@@ -17,7 +17,7 @@ from pretrain.decay.lengths import remarks
 from pretrain.decay.plan import DecayGroup
 from pretrain.decay.sites import site_of
 from pretrain.distributed.grid import process_count
-from pretrain.engine.deepspeed_adapter import resolve_precision
+from pretrain.engine.precision import with_precision
 from pretrain.errors import UsageError
 from pretrain.tasks.epochs import describe as describe_data
 from pretrain.tasks.epochs import in_words
@@ -110,7 +110,6 @@ def describe(setup: Setup) -> dict[str, Any]:
     ]
     tokens = config.train.global_batch * config.model.context
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = resolve_precision(config.precision, device, grid.zero_stage)
     return {
         "groups": groups,
         "parameters": sum(group.numel for group in setup.plan.groups),
@@ -120,7 +119,7 @@ def describe(setup: Setup) -> dict[str, Any]:
             "data_parallel": data,
             "zero_stage": grid.zero_stage,
         },
-        "precision": precision,
+        "precision": with_precision(config, device).precision,
         "memory_gib": memory(setup, data, device),
         "steps": config.train.steps,
         "tokens_per_step": tokens,

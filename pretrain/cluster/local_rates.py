@@ -19,7 +19,7 @@ import torch
 from pretrain.cluster.plan import Device
 from pretrain.cluster.plan_memory import process_bytes
 from pretrain.config.recipe import Config
-from pretrain.engine.deepspeed_adapter import resolve_precision
+from pretrain.engine.precision import with_precision
 from pretrain.errors import RunError
 
 _SECONDS = 0.5
@@ -31,8 +31,7 @@ def measure_here(processes: int, config: Config) -> Device:
     on_gpu = torch.cuda.is_available()
     shared = 1 if on_gpu else processes
     device = torch.device("cuda" if on_gpu else "cpu")
-    stage = config.grid.zero_stage
-    width = 2 if resolve_precision(config.precision, device, stage) == "bf16" else 4
+    width = 2 if with_precision(config, device).precision == "bf16" else 4
     base, slack = process_bytes(device.type)
     rate, bandwidth = product_rate(width), elementwise_rate(width)
     link = link_rate() if processes > 1 else 1e12

@@ -19,8 +19,9 @@ from pretrain.config.recipe import Config, with_values
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
 from pretrain.distributed.grid import Grid, check_grid
-from pretrain.engine.deepspeed_adapter import deepspeed_settings, resolve_precision
+from pretrain.engine.deepspeed_adapter import deepspeed_settings
 from pretrain.engine.engine import micro_batches, whole_model
+from pretrain.engine.precision import with_precision
 from pretrain.errors import UsageError
 
 
@@ -64,7 +65,7 @@ def accept(config: Config, device: str, count: int) -> Config:
     factory = ParameterFactory(0, grid.tensor_parallel, allocate=False)
     layer_plans(config.model, factory, DEFAULT_KERNELS)
     micro, passes = micro_batches(config, grid)
-    deepspeed_settings(config, grid, micro, passes, 1)
+    deepspeed_settings(with_precision(config, grid.device), grid, micro, passes, 1)
     return config
 
 
@@ -93,10 +94,9 @@ def layout_of(config: Config, device: str, count: int, base: float, slack: float
     grid = empty_grid(config, device, count)
     micro, passes = micro_batches(config, grid)
     stage = config.grid.zero_stage
-    precision = resolve_precision(config.precision, torch.device(device), stage)
     zero = config.deepspeed.get("zero_optimization") or {}
     return Layout(
-        width=2 if precision == "bf16" else 4,
+        width=2 if with_precision(config, grid.device).precision == "bf16" else 4,
         tensor=grid.tensor,
         pipeline=grid.pipeline,
         data=grid.data,

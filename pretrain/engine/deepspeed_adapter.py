@@ -32,40 +32,26 @@ _BUCKET = 500_000_000
 """DeepSpeed's own default of the elements that it reduces at once."""
 
 
-def resolve_precision(precision: str, device: torch.device, zero_stage: int) -> str:
-    """What ``auto`` means here: bf16 on GPUs and on CPUs that multiply it, fp32 elsewhere."""
-    if precision != "auto":
-        return precision
-    fast = device.type == "cuda" or multiplies_bf16()
-    return "bf16" if fast and zero_stage > 0 else "fp32"
-
-
-def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products: AMX (6 x fp32) or AVX512-BF16 (2 x)."""
-    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in known)
-
-
 def deepspeed_settings(
     config: Config, grid: Grid, micro: int, count: int, parameters: int
 ) -> dict[str, Any]:
     """The DeepSpeed configuration that the recipe implies, with the raw block merged in.
 
     Args:
+        config: with its precision resolved.
         micro, count: sequences of a micro batch, and micro batches of an update, of a rank.
         parameters: how many this rank holds.
 
     Raises:
         UsageError: if a raw key contradicts the recipe or is not known to work.
     """
-    precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
     implied: dict[str, Any] = {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": count,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_optimization": {"stage": config.grid.zero_stage},
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": config.precision == "bf16"},
         # Sums of bf16 would lose digits with every micro batch and every rank.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -37,6 +37,7 @@ from pretrain.engine.deepspeed_adapter import (
 from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.masters import Fragment, fragments, is_replicated
 from pretrain.engine.optimizers import build_optimizer, is_muon_role
+from pretrain.engine.precision import with_precision
 from pretrain.engine.private import check_private
 from pretrain.engine.shrink import Shrinker
 from pretrain.engine.speed import choose_kernels
@@ -232,6 +233,7 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
     Raises:
         UsageError: if the batch cannot be divided or a raw DeepSpeed key contradicts the recipe.
     """
+    config = with_precision(config, grid.device)
     micro, count = micro_batches(config, grid)
 
     def loss(projection: Projection, labels: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ import torch
 from models.kernels import Kernels
 from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
-from pretrain.engine.deepspeed_adapter import resolve_precision
 
 _PRODUCTS_UP_TO = 2048
 """Tokens of context up to which products were seen to be faster (benchmarks/attention.py)."""
@@ -19,12 +18,15 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
 
 
 def choose_kernels(config: Config, grid: Grid) -> Kernels:
-    """The kernels that the recipe asks for; what it leaves open by device and precision."""
+    """The kernels that the recipe asks for; what it leaves open by device and precision.
+
+    Args:
+        config: with its precision resolved.
+    """
     speed = config.speed
     attention = speed.attention
     if attention == "auto":
-        precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
-        fast = grid.device.type == "cpu" and precision == "bf16"
+        fast = grid.device.type == "cpu" and config.precision == "bf16"
         attention = "products" if fast and config.model.context <= _PRODUCTS_UP_TO else "sdpa"
     return Kernels(
         recompute=config.grid.activation_checkpointing,

@@ -17,9 +17,10 @@ from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, load_into_module
 from pretrain.config.recipe import Config, apply_overrides, differences
 from pretrain.console import Progress
 from pretrain.distributed.grid import Grid, build_grid, check_grid, connect, process_count
-from pretrain.engine.deepspeed_adapter import prepare_deepspeed, resolve_precision
+from pretrain.engine.deepspeed_adapter import prepare_deepspeed
 from pretrain.engine.engine import build_model
 from pretrain.engine.libraries import load_libraries
+from pretrain.engine.precision import with_precision
 from pretrain.engine.speed import keep_freed_memory
 from pretrain.errors import RunError, UsageError
 from pretrain.offline.truncate import CutCheckpoint, RankChoice
@@ -88,11 +89,11 @@ def _measure(
     stride: int,
     choice: RankChoice | None,
 ) -> dict[str, Any]:
-    """The figures and their settings, in the form of the file; a collective call."""
+    """The figures and their settings, as the file has them; a collective call."""
+    config = with_precision(config, grid.device)
     module = build_model(config, grid)
     load_into_module(checkpoint, module, grid)
-    precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
-    if precision == "bf16":
+    if config.precision == "bf16":
         module.bfloat16()
     progress = Progress(1, "evaluate", grid.is_main)
     header = {
@@ -101,7 +102,7 @@ def _measure(
         "step": checkpoint.step,
         "checkpoint": str(checkpoint.path),
         "data": task.source,
-        "precision": precision,
+        "precision": config.precision,
         "context": config.model.context,
     }
     if choice is not None:

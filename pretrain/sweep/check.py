@@ -8,12 +8,12 @@ import torch
 
 from pretrain.config.recipe import Config
 from pretrain.decay.lengths import check_lengths
-from pretrain.engine.deepspeed_adapter import resolve_precision
+from pretrain.engine.precision import with_precision
 from pretrain.errors import RunError, UsageError
 from pretrain.runs.folder import CONFIG, forked_from, known_recipe, recipe_of, resolve_checkpoint
 from pretrain.sweep.config import Sweep, Task
+from pretrain.training.origin import Asked, begin
 from pretrain.training.setup import prepare
-from pretrain.training.start import begin
 
 
 def check_runs(sweep: Sweep, device: torch.device | None) -> None:
@@ -37,9 +37,11 @@ def check_runs(sweep: Sweep, device: torch.device | None) -> None:
 
 def _check(task: Task, device: torch.device | None, known: Config | None) -> None:
     config = task.config
-    word = config.precision
-    if word == "auto":
-        config = config.model_copy(update={"precision": _meaning(task, config, device)})
+    if config.precision == "auto" and device is None:
+        meant = recipe_of(task.run).precision
+        config = config.model_copy(update={"precision": meant})
+    elif device is not None:
+        config = with_precision(config, device)
     fork = None
     if task.trunk is not None:
         before = forked_from(task.run)
@@ -53,11 +55,4 @@ def _check(task: Task, device: torch.device | None, known: Config | None) -> Non
         ):  # not trained that far: it starts from the trunk again
             fork = resolve_checkpoint(f"{task.trunk.run}@{task.trunk.last}")
     setup = prepare(config, config.grid.tensor_parallel, known)
-    begin(setup, task.run, fork, task.until, word)
-
-
-def _meaning(task: Task, config: Config, device: torch.device | None) -> str:
-    """The meaning of precision auto on the device of the runs."""
-    if device is None:
-        return recipe_of(task.run).precision
-    return resolve_precision(config.precision, device, config.grid.zero_stage)
+    begin(setup, Asked(task.run, fork, task.until, task.config.precision))

@@ -66,8 +66,8 @@ def write_jumps(run: Path, jumped: list[int]) -> None:
     write_aside(run / JUMPS, to_json(jumped).encode())
 
 
-class Judge:
-    """Checks every update's loss and decides which updates must be undone."""
+class FaultDetector:
+    """Looks at every update's loss and says which must not stay."""
 
     def __init__(self, config: FaultsConfig) -> None:
         self._config = config

@@ -21,77 +21,81 @@ from pretrain.distributed.signals import SIGNALS, StopRequestedError
 from pretrain.engine.engine import Engine, micro_batches
 from pretrain.errors import RunError
 from pretrain.ranks.table import rewind_ranks
-from pretrain.training import between
-from pretrain.training.faults import GoBackError, Judge, block_of, write_jumps
+from pretrain.training import periodic
+from pretrain.training.faults import FaultDetector, GoBackError, block_of, write_jumps
 from pretrain.training.loader import Loader
-from pretrain.training.state import Job
+from pretrain.training.origin import Origin
+from pretrain.training.state import Training
 
 
-def run_job(job: Job, first: int, fresh: bool, forked: bool) -> None:
-    """From step ``first`` to the end, going back where faults ask for it."""
+def run_training(training: Training, origin: Origin) -> None:
+    """From the origin to the end, going back where faults ask for it."""
+    first = origin.step
     try:
-        if fresh:
-            between.measure_if_due(job, 0)
-            between.evaluate(job, 0)
-        elif forked:
-            if job.config.checkpoint.keep_best:
-                between.evaluate(job, first)  # it may be the best
-            between.save(job, first)  # a fork stands on its own feet from here on
-        elif job.owes_evaluation:
-            made = between.evaluate(job, first)
-            if made and job.config.checkpoint.keep_best:
-                between.save(job, first)  # now with its loss
+        if origin.kind in ("new", "imported"):
+            periodic.measure_if_due(training, 0)
+            periodic.evaluate(training, 0)
+        elif origin.kind == "forked":
+            if training.config.checkpoint.keep_best:
+                periodic.evaluate(training, first)  # it may be the best
+            periodic.save(training, first)  # a fork stands on its own feet from here on
+        elif training.moving.owes_evaluation:
+            made = periodic.evaluate(training, first)
+            if made and training.config.checkpoint.keep_best:
+                periodic.save(training, first)  # now with its loss
         with SIGNALS.remembered():
             while True:
-                loader = _loader(job, first)
+                loader = _loader(training, first)
                 try:
-                    _loop(job, loader, first)
+                    _loop(training, loader, first)
                     break
                 except GoBackError as fault:
-                    first = _go_back(job, fault)
+                    first = _go_back(training, fault)
                 finally:
                     loader.close()
-            job.saver.wait()
-            between.tell_saved(job)
-            job.saver.finish()
+            training.saver.wait()
+            periodic.tell_saved(training)
+            training.saver.finish()
     finally:
-        job.saver.close()
-        between.tell_saved(job)
-        job.tracker.close()
-        job.engine.close()
+        training.saver.close()
+        periodic.tell_saved(training)
+        training.tracker.close()
+        training.engine.close()
 
 
-def _loader(job: Job, first: int) -> Loader:
-    config = job.config
-    micro, _ = micro_batches(config, job.grid)
-    data = job.data
-    if job.jumped:  # so many blocks more are wanted
-        more = {"steps": config.train.steps + len(job.jumped)}
+def _loader(training: Training, first: int) -> Loader:
+    config = training.config
+    micro, _ = micro_batches(config, training.grid)
+    data = training.samples.training
+    if training.moving.jumped:  # so many blocks more are wanted
+        more = {"steps": config.train.steps + len(training.moving.jumped)}
         longer = config.model_copy(update={"train": config.train.model_copy(update=more)})
-        data = job.setup.task.training(longer)
+        data = training.setup.task.training(longer)
     prefetch, workers = config.data.prefetch, config.task.workers
     batch = config.train.global_batch
-    return Loader(data, job.grid, batch, micro, first, prefetch, workers, tuple(job.jumped))
+    return Loader(
+        data, training.grid, batch, micro, first, prefetch, workers, tuple(training.moving.jumped)
+    )
 
 
-def _loop(job: Job, loader: Loader, first: int) -> None:
-    config, engine = job.config, job.engine
-    steps, tokens_per_step = job.last, config.train.global_batch * config.model.context
-    progress = Progress(steps, job.run.name, engine.grid.is_main, first)
+def _loop(training: Training, loader: Loader, first: int) -> None:
+    config, engine = training.config, training.engine
+    steps, tokens_per_step = training.last, config.train.global_batch * config.model.context
+    progress = Progress(steps, training.run.name, engine.grid.is_main, first)
     began, logged = time.monotonic(), first
     for step in range(first + 1, steps + 1):
         rate = config.learning_rate(step - 1)
-        between.measure_weights(job, step - 1)
+        periodic.refresh_exponents(training, step - 1)
         engine.begin_step(step - 1, rate)
         loss = engine.train_step(loader)
-        job.watchdog.beat(step)
-        skipped = job.judge.observe(step, loss, engine.skipped)
+        training.watchdog.beat(step)
+        skipped = training.faults.observe(step, loss, engine.skipped)
         if skipped:
-            job.say(step, skipped)
+            training.say(step, skipped)
         elif step % config.logging.every == 0 or step == steps:
             now = time.monotonic()
             speed = (step - logged) * tokens_per_step / (now - began)
-            job.tracker.log(
+            training.tracker.log(
                 "train",
                 step,
                 {
@@ -107,125 +111,109 @@ def _loop(job: Job, loader: Loader, first: int) -> None:
             progress.update(step, f"loss {loss:.3f} {speed:,.0f} tokens/s")
             began, logged = now, step
         stopping = SIGNALS.agreed(engine.grid)
-        saving = stopping or job.is_due("checkpoint", step)
-        _compare_if_due(job, step, saving)
+        saving = stopping or training.is_due("checkpoint", step)
+        _compare_if_due(training, step, saving)
         if saving:
             with engine.grid.together(f"step {step}"):
                 engine.audit_decay()
             _compare_decay(job, step)
         paused = time.monotonic()
-        between.measure_if_due(job, step)
-        if job.is_due("evaluation", step) and not between.evaluate(job, step):
+        periodic.measure_if_due(training, step)
+        if training.is_due("evaluation", step) and not periodic.evaluate(training, step):
             stopping = saving = True  # the next start makes up for it
         if saving:
-            job.saver.urgent = stopping or step == steps
-            between.save(job, step)
-        between.tell_saved(job)
-        job.watchdog.beat(step)
-        if stopping and (step < steps or job.owes_evaluation):
+            training.saver.urgent = stopping or step == steps
+            periodic.save(training, step)
+        periodic.tell_saved(training)
+        training.watchdog.beat(step)
+        if stopping and (step < steps or training.moving.owes_evaluation):
             progress.close()
-            job.say(step, f"stopped by {SIGNALS.name}", warning=False)
-            job.saver.finish()
+            training.say(step, f"stopped by {SIGNALS.name}", warning=False)
+            training.saver.finish()
             raise StopRequestedError(
-                f"{job.run}: stopped by {SIGNALS.name} at step {step}, with a checkpoint; the same "
-                "words go on"
+                f"{training.run}: stopped by {SIGNALS.name} at step {step}, with a checkpoint; "
+                "the same words go on"
             )
         began += time.monotonic() - paused  # the speed is of training alone
     progress.close()
-    if job.last == config.train.steps:
-        between.finish(job)
+    if training.last == config.train.steps:
+        periodic.finish(training)
 
 
 # --- faults ---------------------------------------------------------------------------------
 
 
-def restore(start: Checkpoint, engine: Engine, judge: Judge) -> None:
+def restore(start: Checkpoint, engine: Engine, faults: FaultDetector) -> None:
     """Put an engine where a checkpoint is, with λ of its own plan."""
     load_into_engine(start, engine)
     before, now = (one.optimizer.weight_decay.policies for one in (start.config, engine.config))
     engine.control.restore(start.state["decay"], same_policies(before, now))
     if "faults" in start.state:
-        judge.restore(start.state["faults"])
+        faults.restore(start.state["faults"])
     engine.begin_step(start.step, 0.0)
     engine.audit_decay()
 
 
-def _go_back(job: Job, fault: GoBackError) -> int:
+def _go_back(training: Training, fault: GoBackError) -> int:
     """Restore the last checkpoint before a fault; returns its step."""
-    job.saver.wait()
-    folder = job.run / CHECKPOINTS
-    with job.grid.together(f"{folder}"):
-        if job.grid.is_main:
+    training.saver.wait()
+    folder = training.run / CHECKPOINTS
+    with training.grid.together(f"{folder}"):
+        if training.grid.is_main:
             for one in list_checkpoints(folder):
                 if step_of(one) >= fault.step:  # of the time between the fault and its discovery
                     remove(hide(one))
-    find_whole(folder, job.grid)
+    find_whole(folder, training.grid)
     newest = newest_checkpoint(folder)
-    name = job.grid.broadcast(newest.name if newest else "")
-    samples = _samples(job, fault.jump)
-    if not name or job.went_back >= job.config.faults.go_back_limit:
+    name = training.grid.broadcast(newest.name if newest else "")
+    samples = _samples(training, fault.jump)
+    if not name or training.moving.went_back >= training.config.faults.go_back_limit:
         why = "there is no checkpoint before it to go back to"
         if name:
-            why = f"it happened again after going back {job.went_back} times"
+            why = f"it happened again after going back {training.moving.went_back} times"
         raise RunError(
             f"step {fault.step}: {fault}, and {why}; lower optimizer.learning_rate or look at "
             f"samples {samples}"
             if fault.jump
             else f"step {fault.step}: {fault}, and {why}; test the memory of that machine"
         )
-    with job.grid.together(f"{folder / name}"):
+    with training.grid.together(f"{folder / name}"):
         checkpoint = Checkpoint(folder / name)
-        restore(checkpoint, job.engine, job.judge)
+        restore(checkpoint, training.engine, training.faults)
     message = f"step {fault.step}: {fault}; went back to step {checkpoint.step}"
     if fault.jump:
-        blocks = [block_of(update - 1, job.jumped) for update in fault.jump]
-        job.jumped = sorted({*job.jumped, *blocks})
+        blocks = [block_of(update - 1, training.moving.jumped) for update in fault.jump]
+        training.moving.jumped = sorted({*training.moving.jumped, *blocks})
         message += f" and past samples {samples}"
-    job.went_back += 1
-    with job.grid.together(f"{job.run}"):
-        if job.grid.is_main:
-            job.tracker.rewind(checkpoint.step)
-            rewind_ranks(job.run, checkpoint.step)
-            write_jumps(job.run, job.jumped)
-    job.unwritten.clear()
-    job.say(checkpoint.step, message)
-    job.watchdog.beat(checkpoint.step)
+    training.moving.went_back += 1
+    with training.grid.together(f"{training.run}"):
+        if training.grid.is_main:
+            training.tracker.rewind(checkpoint.step)
+            rewind_ranks(training.run, checkpoint.step)
+            write_jumps(training.run, training.moving.jumped)
+    training.moving.unwritten.clear()
+    training.say(checkpoint.step, message)
+    training.watchdog.beat(checkpoint.step)
     return checkpoint.step
 
 
-def _samples(job: Job, updates: tuple[int, ...]) -> str:
+def _samples(training: Training, updates: tuple[int, ...]) -> str:
     """``128-191, 256-319``: the samples that some updates took."""
-    size = job.config.train.global_batch
-    blocks = [block_of(update - 1, job.jumped) for update in updates]
+    size = training.config.train.global_batch
+    blocks = [block_of(update - 1, training.moving.jumped) for update in updates]
     return ", ".join(f"{block * size}-{(block + 1) * size - 1}" for block in blocks)
 
 
-def _compare_decay(job: Job, step: int) -> None:
-    """Compare policies and λ over ranks: code of a user's own may depend on the rank.
-
-    Raises:
-        RunError: on every rank, if they differ.
-    """
-    found = job.grid.gather(job.engine.control.fingerprints())
-    for rank, other in enumerate(found):
-        for what, digest in other.items():
-            if digest != found[0].get(what):
-                raise RunError(
-                    f"step {step}: {what} differs between ranks 0 and {rank}: a policy must depend "
-                    "on its keys, the step and what it observes alone"
-                )
-
-
-def _compare_if_due(job: Job, step: int, saving: bool) -> None:
+def _compare_if_due(training: Training, step: int, saving: bool) -> None:
     """Compare replicated weights, before a checkpoint keeps what is wrong.
 
     Raises:
         GoBackError: if they differ.
     """
-    every = job.config.faults.compare_every
-    if not every or not are_replicated(job.grid, job.config.grid.zero_stage):
+    every = training.config.faults.compare_every
+    if not every or not are_replicated(training.grid, training.config.grid.zero_stage):
         return
     if saving or step % every == 0:
-        found = disagreement(job.engine.module, job.grid)
+        found = disagreement(training.engine.module, training.grid)
         if found:
             raise GoBackError(step, f"{found}: a memory or a network is failing")

@@ -14,17 +14,45 @@ from pretrain.distributed.watchdog import Watchdog
 from pretrain.engine.engine import Engine
 from pretrain.ranks.probe import Row
 from pretrain.runs.metrics import Tracker
-from pretrain.tasks.task import Samples
-from pretrain.training.faults import Judge
+from pretrain.tasks.tasks import Samples as TaskSamples
+from pretrain.training.faults import FaultDetector
 from pretrain.training.setup import Setup
 
 GENERATION = "generation"
 """Key of a checkpoint's state: what an imported model says of its special tokens."""
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What a run trains on and is scored on."""
+
+    training: TaskSamples
+    """Of a run without jumps."""
+    held_out: Any
+    """For evaluation during training."""
+    order: str
+    """Hash of the training samples' order (`pretrain.runs.identity`)."""
+
+
 @dataclass
-class Job:
-    """A run under way, on this rank."""
+class Moving:
+    """What changes while a run trains, beside the engine, the log and the checkpoints."""
+
+    jumped: list[int]
+    """Blocks of samples that are left out (`pretrain.training.faults.block_of`)."""
+    owes_evaluation: bool = False
+    """Whether a signal cut the evaluation after the last update short: the next start makes it."""
+    went_back: int = 0
+    """Times since the last checkpoint that was reached."""
+    held_out_loss: tuple[int, float] = (-1, 0.0)
+    """(step, loss) of the last evaluation."""
+    unwritten: dict[int, list[Row]] = field(default_factory=dict)
+    """Measurements that the disk did not take, by step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A run under way, on this rank: its parts, and what moves."""
 
     engine: Engine
     setup: Setup
@@ -32,25 +60,13 @@ class Job:
     tracker: Tracker
     saver: Saver
     watchdog: Watchdog
-    judge: Judge
-    data: Samples
-    """Training samples of a run without jumps."""
-    sample: Any
-    """Held-out samples for evaluation during training."""
+    faults: FaultDetector
+    samples: Samples
     until: int | None
     initial_weights: str
-    jumped: list[int]
-    """Blocks of samples that are left out (`pretrain.training.faults.block_of`)."""
-    generation: dict[str, Any] | None = None
+    generation: dict[str, Any] | None
     """Of the imported model that the run began with (`models.generation`)."""
-    went_back: int = 0
-    """Times since the last checkpoint that was reached."""
-    held_out_loss: tuple[int, float] = (-1, 0.0)
-    """(step, loss) of the last evaluation."""
-    owes_evaluation: bool = False
-    """Whether a signal cut the evaluation after the last update short: the next start makes it."""
-    unwritten: dict[int, list[Row]] = field(default_factory=dict)
-    """Measurements that the disk did not take, by step."""
+    moving: Moving
 
     @property
     def last(self) -> int:

@@ -12,7 +12,7 @@ import pytest
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.run import FaultsConfig
 from pretrain.runs.metrics import read_metrics
-from pretrain.training.faults import JUMPS, GoBackError, Judge, block_of, write_jumps
+from pretrain.training.faults import JUMPS, FaultDetector, GoBackError, block_of, write_jumps
 from tests.faults.tools import STEPS, events_of, faulty, same_weights, words_of
 from tests.tools import pretrain
 
@@ -24,17 +24,17 @@ def test_blocks_are_jumped_over() -> None:
 
 
 def test_judge() -> None:
-    judge = Judge(FaultsConfig(skip_limit=2, spike=4.0, spike_window=10))
+    judge = FaultDetector(FaultsConfig(skip_limit=2, spike=4.0, spike_window=10))
     assert "skipped" in judge.observe(1, float("nan"), True)
     assert judge.is_skipping and judge.observe(2, 3.0, False) == ""
     assert "gradient" in judge.observe(3, 3.0, True)  # not in a row
     with pytest.raises(GoBackError) as caught:
         judge.observe(4, float("inf"), True)
     assert caught.value.step == 3 and caught.value.jump == (3, 4)
-    judge = Judge(FaultsConfig(spike=4.0, spike_window=10))
+    judge = FaultDetector(FaultsConfig(spike=4.0, spike_window=10))
     for step in range(1, 11):
         judge.observe(step, 3.0 + 0.1 * (step % 2), False)
-    again = Judge(FaultsConfig(spike=4.0, spike_window=10))
+    again = FaultDetector(FaultsConfig(spike=4.0, spike_window=10))
     again.restore(json.loads(json.dumps(judge.state())))
     for one in (judge, again):
         assert one.observe(11, 3.2, False) == ""

@@ -1,0 +1,165 @@
+"""Where a run begins: anew, from its own checkpoint, or from one of another run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, step_of
+from pretrain.errors import UsageError
+from pretrain.runs.finished import check_finished
+from pretrain.runs.folder import check_continues, forked_from, plan_for_resume, resume_point
+from pretrain.training.faults import read_jumps, write_jumps
+from pretrain.training.setup import Setup
+
+JUMPED = "jumped"
+"""Key of a checkpoint's state: blocks of samples that are left out."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a start asks for beside its recipe."""
+
+    run: Path
+    fork: Path | None = None
+    """A checkpoint of another run to begin from."""
+    until: int | None = None
+    """Stop after this step, with a checkpoint."""
+    precision: str = ""
+    """The recipe's word, where the recipe itself has what it means here."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run begins, this time."""
+
+    kind: Literal["new", "resumed", "forked", "imported"]
+    """Imported: from the first checkpoint of its own, of which nothing was measured so far."""
+    checkpoint: Checkpoint | None = None
+    """What is restored: the newest of the run, or the one that it is forked from."""
+    jumps: tuple[int, ...] = ()
+    """Blocks of samples that are left out (`pretrain.training.faults.block_of`)."""
+
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def own(self) -> Checkpoint | None:
+        """The run's own checkpoint that it goes on from."""
+        return None if self.kind == "forked" else self.checkpoint
+
+    def trust(self) -> None:
+        """Take the run's own checkpoint for whole: it was looked through before."""
+        if self.own is not None:
+            self.own.trust()
+
+    def initial_weights(self, built: str) -> str:
+        """Hash of the weights that the run began with: a fork's are those of its trunk.
+
+        Args:
+            built: of the model as it was built.
+        """
+        if self.checkpoint is None:
+            return built
+        if self.kind == "forked":
+            return self.checkpoint.digest
+        first: str = self.checkpoint.state["initial_weights"]
+        return first
+
+    def saved(self, key: str, default: Any = None) -> Any:
+        """Of the restored checkpoint's state."""
+        return self.checkpoint.state.get(key, default) if self.checkpoint else default
+
+
+def begin(setup: Setup, asked: Asked) -> tuple[Setup, Origin]:
+    """Where a run begins, and the setup with the decay that holds from there on.
+
+    Raises:
+        UsageError: if the folder holds a run of another recipe or origin, or one that is finished
+            and cannot do what is asked.
+    """
+    run, config, until = asked.run, setup.config, asked.until
+    own = resume_point(run, config, asked.precision)
+    if asked.fork is not None:
+        _check_fork(run, asked.fork, own)
+    if until is not None and until > config.train.steps:
+        raise UsageError(f"--until: {until} is after the last step, {config.train.steps}")
+    if own is not None and own.step >= (until or config.train.steps):
+        check_finished(run, config, setup.plan, own, until)
+    origin = _origin(own, asked.fork)
+    if origin.checkpoint is not None:
+        setup = _with_decay(setup, origin.checkpoint, config.resume.decay if own else "recipe")
+        if origin.kind == "forked":
+            _check_precision(origin.checkpoint, config.precision, asked.precision)
+        check_continues(origin.checkpoint, setup.config, setup.task)
+    return setup, origin
+
+
+def _origin(own: Checkpoint | None, fork: Path | None) -> Origin:
+    if own is not None:
+        return Origin("resumed" if own.step else "imported", own)
+    return Origin("forked", Checkpoint(fork)) if fork is not None else Origin("new")
+
+
+def with_jumps(origin: Origin, run: Path) -> Origin:
+    """The origin with its jumps: of the checkpoint, and of the run since; a fork keeps its trunk's.
+
+    Writes those of a fork into its folder: for one process alone.
+    """
+    jumps: list[int] = origin.saved(JUMPED, [])
+    if origin.kind != "forked":
+        jumps = sorted({*jumps, *read_jumps(run)})
+    elif jumps:
+        write_jumps(run, jumps)
+    return replace(origin, jumps=tuple(jumps))
+
+
+def described(fork: Path) -> dict[str, Any]:
+    """What a run remembers of the checkpoint that it is forked from."""
+    return {"run": str(fork.parent.parent), "step": step_of(fork)}
+
+
+def _check_fork(run: Path, fork: Path, own: Checkpoint | None) -> None:
+    """Refuse to take a run for one that was forked from another checkpoint than it was.
+
+    Args:
+        own: the newest checkpoint of the run.
+    """
+    asked = "{run}@{step}".format(**described(fork))
+    mend = "leave --fork out to go on with that run, or choose another --out"
+    if fork.resolve().parent == (run / CHECKPOINTS).resolve():
+        raise UsageError(f"--fork: {asked} is of {run} itself, which --out names; {mend}")
+    began = own.state.get("initial_weights") if own else None
+    if own is not None and began and Checkpoint(fork).digest != began:
+        before = forked_from(run)
+        origin = "{run}@{step}".format(**before) if before else "other weights"
+        raise UsageError(
+            f"--fork: {run} is at step {own.step} of a run that began with {origin}, not "
+            f"with {asked}; {mend}"
+        )
+
+
+def _check_precision(trunk: Checkpoint, precision: str, asked: str) -> None:
+    """Refuse to fork into another precision that nobody asked for."""
+    before = trunk.config.precision
+    if asked == "auto" and before not in ("auto", precision):
+        raise UsageError(
+            f"precision: auto is {precision} here, {trunk.path} was trained in {before}; say "
+            f"precision={before}, or precision={precision} if the change is meant"
+        )
+
+
+def _with_decay(setup: Setup, start: Checkpoint, policy: str) -> Setup:
+    """The setup with the decay that holds after a restore, by ``resume.decay``."""
+    plan = plan_for_resume(setup.plan, start, setup.config, policy)
+    if policy != "checkpoint":
+        return replace(setup, plan=plan)
+    optimizer = setup.config.optimizer.model_copy(
+        update={"weight_decay": start.config.optimizer.weight_decay}
+    )
+    return replace(
+        setup, plan=plan, config=setup.config.model_copy(update={"optimizer": optimizer})
+    )

@@ -1,0 +1,188 @@
+"""What happens between updates: measurements, evaluation, checkpoints, the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from data_pipeline.files import held
+from data_pipeline.strict_json import to_json
+from pretrain.checkpoint.retention import HELD_OUT_LOSS
+from pretrain.console import Progress
+from pretrain.distributed.signals import SIGNALS, StopRequestedError
+from pretrain.ranks.probe import Row, measure, summary
+from pretrain.ranks.table import add_ranks, merge_ranks
+from pretrain.runs.finished import is_evaluated, put_evaluation_aside
+from pretrain.runs.folder import EVALUATION, write_text
+from pretrain.training.state import GENERATION, Training
+
+OWES_EVALUATION = "owes_evaluation"
+"""Key of a checkpoint's state: its evaluation was cut short by a signal."""
+
+
+def measure_if_due(training: Training, step: int) -> None:
+    """Measure for the table, for rank targets, or once for both."""
+    controllers = [one for one in training.engine.control.rank_controllers if step % one.every == 0]
+    rows: list[Row] = []
+    if training.is_due("ranks", step):
+        rows = _measure(training, step)
+    elif controllers:
+        rows = measure(training.engine, step, 0, training.config.ranks)
+    for controller in controllers:
+        for message in controller.observe(rows, step):
+            training.say(step, message)
+
+
+def refresh_exponents(training: Training, step: int) -> None:
+    """New exponents for AlphaDecay, before the update number ``step``, where one is due."""
+    for policy in training.engine.control.alpha:
+        if step % policy.config.refresh == 0 or policy.exponents is None:
+            figures = policy.observe(training.engine.shrinker.exponents(policy))
+            training.tracker.log("alpha", step, {**figures, "exponents": policy.exponents})
+
+
+def _measure(training: Training, step: int) -> list[Row]:
+    began = time.monotonic()
+    tokens = step * training.config.train.global_batch * training.config.model.context
+    rows = measure(training.engine, step, tokens, training.config.ranks)
+    if training.grid.is_main:
+        training.moving.unwritten[step] = rows
+        _write_ranks(training, step)
+        training.tracker.log("ranks", step, {**summary(rows), "seconds": time.monotonic() - began})
+    training.watchdog.beat(step, "measuring ranks")
+    return rows
+
+
+def _write_ranks(training: Training, step: int) -> None:
+    """Bring measurements to disk; what it refuses is kept for the next time."""
+    try:
+        for at in list(training.moving.unwritten):
+            add_ranks(training.run, at, training.moving.unwritten[at], training.config.ranks)
+            del training.moving.unwritten[at]
+    except OSError as error:
+        training.say(step, f"rank statistics wait in memory: {error.strerror or error}")
+
+
+def evaluate(training: Training, step: int) -> bool:
+    """Score the held-out sample; False if a signal, to any rank, cut it short."""
+    began = time.monotonic()
+    training.moving.held_out_loss = (
+        -1,
+        0.0,
+    )  # of this step, or of none: it may have gone back here
+    try:
+        figures = _figures(training, training.samples.held_out, step)
+    except _CutShortError:
+        training.moving.owes_evaluation = True
+        return False
+    training.moving.owes_evaluation = False
+    keys = ("loss", "perplexity", "bits_per_byte", "accuracy")
+    overall = {key: figures["overall"][key] for key in keys if key in figures["overall"]}
+    training.moving.held_out_loss = (step, overall["loss"])
+    overall["seconds"] = time.monotonic() - began
+    training.tracker.log("evaluation", step, {"split": training.config.evaluation.split, **overall})
+    return True
+
+
+class _CutShortError(Exception):
+    """A signal came during an evaluation."""
+
+
+def _figures(
+    training: Training, chosen: Any, step: int, show: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    def report(done: int, total: int) -> None:
+        training.watchdog.beat(step, "evaluating")
+        if show:
+            show(done, total)
+        # Every rank passes here equally often.
+        if done < total and SIGNALS.agreed(training.grid):
+            raise _CutShortError
+
+    module = training.engine.module
+    return training.setup.task.figures(module, training.grid, training.config, chosen, report)
+
+
+def save(training: Training, step: int) -> None:
+    state: dict[str, Any] = {
+        "samples": step * training.config.train.global_batch,
+        "tokenizer": training.setup.task.tokenizer,
+        "eod": training.setup.task.eod,
+        "data": training.setup.task.identity,
+        "decay": training.engine.control.state(),
+        "initial_weights": training.initial_weights,
+        "faults": training.faults.state(),
+        "jumped": training.moving.jumped,
+    }
+    if training.generation is not None:
+        state[GENERATION] = training.generation
+    at, loss = training.moving.held_out_loss
+    if at == step and math.isfinite(loss):
+        state[HELD_OUT_LOSS] = loss
+    if training.moving.owes_evaluation:
+        state[OWES_EVALUATION] = True
+    training.saver.save(
+        step, state, lambda: merge_ranks(training.run, always=step >= training.last)
+    )
+    if not training.faults.is_skipping:
+        training.moving.went_back = 0
+
+
+def tell_saved(training: Training) -> None:
+    """Events of checkpoints that could not be written; the next is tried all the same."""
+    while training.saver.outcomes:
+        outcome = training.saver.outcomes.pop(0)
+        if outcome.problem:
+            more = "" if outcome.step == training.last else "; training goes on"
+            training.say(outcome.step, outcome.problem + more)
+        if outcome.note:
+            training.say(outcome.step, outcome.note)
+
+
+def finish(training: Training) -> None:
+    """The final evaluation, once."""
+    wanted = training.config.evaluation.at_end
+    path = training.run / EVALUATION
+    done = training.grid.broadcast(
+        training.grid.is_main and is_evaluated(training.run, training.config)
+    )
+    if wanted == "none" or done:
+        return
+    everything = wanted == "all"
+    chosen = (
+        training.setup.task.held_out(training.config, everything=True)
+        if everything
+        else training.samples.held_out
+    )
+    split = training.setup.task.split(training.config, everything)
+    progress = Progress(1, f"evaluate {split}", training.grid.is_main)
+    try:
+        figures = _figures(
+            training, chosen, training.last, lambda done, total: progress.update(done, total=total)
+        )
+    except _CutShortError:
+        raise StopRequestedError(
+            f"{training.run}: stopped by {SIGNALS.name} in its last evaluation, with a checkpoint; "
+            "the same words go on"
+        ) from None
+    finally:
+        progress.close()
+    with training.grid.together(f"{path}"):
+        if training.grid.is_main:
+            source = training.setup.task.source
+            config = training.config
+            header = {
+                "split": split,
+                "sample": not everything,
+                "step": config.train.steps,
+                "data": source,
+                "precision": config.precision,
+                "context": config.model.context,
+            }
+            with held(path, patience=60):
+                # `pretrain evaluate` may have been quicker.
+                if not is_evaluated(training.run, training.config):
+                    put_evaluation_aside(training.run, training.config)
+                    write_text(path, to_json({**header, **figures}, indent=1))

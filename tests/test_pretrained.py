@@ -116,7 +116,7 @@ def test_revisions_make_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_same_columns_as_a_run(trained: Path, tmp_path: Path) -> None:
-    from pretrain.offline.ranks import write_table
+    from pretrain.ranks.table import write_rows
     from pretrain.runs.folder import read_ranks
 
     save(build("gpt2"), tmp_path / "model")
@@ -125,7 +125,7 @@ def test_same_columns_as_a_run(trained: Path, tmp_path: Path) -> None:
     assert set(rows[0]) == set(own[0])
     again, _ = measure_weights(find_weights(f"{trained}@*"), SPECTRA)
     assert {row["step"] for row in again} == {3, 6}
-    write_table(again, tmp_path / "own.parquet")
+    write_rows(tmp_path / "own.parquet", again)
     keys = ("step", "layer", "product", "level", "head")
     kept = {tuple(row[key] for key in keys): row for row in own}
     for row in again:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import held, replacing
+from data_pipeline.files import held
 from data_pipeline.strict_json import to_json
 from models.factors import AttentionShape, Factors
 from models.families import EXAMPLE, Family, family_of
@@ -31,6 +31,7 @@ from pretrain.errors import UsageError
 from pretrain.offline.scatter import Scatter
 from pretrain.ranks.probe import Row, layer_rows
 from pretrain.ranks.probe import lawful as lawful_rows
+from pretrain.ranks.table import write_rows
 from pretrain.runs.folder import CONFIG, resolve_checkpoint
 
 _CHUNK = 1 << 22
@@ -185,18 +186,6 @@ def _layer(factors: Factors, layer: int, stack: Stack, config: RanksConfig) -> l
     return rows
 
 
-def write_table(rows: list[Row], out: Path) -> None:
-    """Write the long table as Parquet, with the types of a run's own."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pylist(rows)
-    index = table.schema.get_field_index("tokens")
-    table = table.set_column(index, "tokens", table.column(index).cast(pa.int64()))
-    with replacing(out) as aside, aside.open("wb") as opened:  # a full disk keeps the old table
-        pq.write_table(table, opened)
-
-
 _COLUMNS = {
     "pseudo_rank_qk": "rank W_QK",
     "balance_qk": "balance",
@@ -302,7 +291,7 @@ def rank_command(
         rows, scatter = measure_weights(found, config)
         print_ranks(rows, as_json)
         if out:
-            write_table(rows, out)
+            write_rows(out, rows)
             print(f"written: {out}", file=sys.stderr)
         if figures:
             scatter.write(figures)

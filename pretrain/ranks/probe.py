@@ -8,6 +8,7 @@ of a unit that ZeRO put elsewhere travel, and only to that rank.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -24,19 +25,10 @@ from pretrain.decay.sites import Book, Books, label
 from pretrain.distributed.grid import Grid
 from pretrain.engine.engine import Engine
 from pretrain.engine.masters import Fragment, local_shape
+from pretrain.ranks.columns import OF_PAIRS, OF_SIZES
 from pretrain.spectra import pair_statistics, product_statistics
 
 Row = dict[str, Any]
-_NOT_UNDER_QK_NORM = (
-    "nuclear_norm",
-    "frobenius_bound",
-    "balance",
-    "discrepancy",
-    "theory_ceiling",
-    "rope_pair_balance",
-    "rope_pair_discrepancy",
-)
-"""With QK-norm the logits do not depend on the factors' sizes, so these say nothing."""
 
 
 def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list[Row]:
@@ -264,7 +256,6 @@ _FACTOR_ROLES = {
     "qk": (Role.KEY, Role.QUERY),
     "vp": (Role.ATTENTION_OUTPUT, Role.VALUE),
 }
-_BOOK_COLUMNS = ("decay", "exposure", "retention")
 
 
 def _rows(
@@ -284,26 +275,23 @@ def _rows(
     if config.denominator == "model":
         share = statistics.singular_values.shape[-1] / shape.hidden_size
         columns["pseudo_rank"] = [rank * share for rank in columns["pseudo_rank"]]
-    pairs = {name: [float("nan")] * len(heads) for name in _PAIR_COLUMNS}
+    pairs = {name: [float("nan")] * len(heads) for name in OF_PAIRS}
     if product == "qk" and shape.rotary_dim:
         found = pair_statistics(a, b, shape.rotary_dim, config.threshold)
-        pairs = {name: getattr(found, name).tolist() for name in _PAIR_COLUMNS}
+        pairs = {name: getattr(found, name).tolist() for name in OF_PAIRS}
     columns |= pairs
     if product == "qk" and shape.qk_norm:
-        columns |= {name: [float("nan")] * len(heads) for name in _NOT_UNDER_QK_NORM}
+        columns |= {name: [float("nan")] * len(heads) for name in OF_SIZES}
     if config.spectra:
         columns["singular_values"] = statistics.singular_values.tolist()
     shared: Row = {"layer": layer, "product": product, "level": level}
     for side, role in zip("ab", _FACTOR_ROLES[product], strict=True):
         book = books[label((role, layer))] if books else Book(*[float("nan")] * 3)
-        shared |= {f"{key}_{side}": getattr(book, key) for key in _BOOK_COLUMNS}
+        shared |= {f"{field.name}_{side}": getattr(book, field.name) for field in fields(Book)}
     return [
         {**shared, "head": head, **{name: values[i] for name, values in columns.items()}}
         for i, head in enumerate(heads)
     ]
-
-
-_PAIR_COLUMNS = ("rope_pair_balance", "rope_pair_discrepancy", "rope_pairs_alive")
 
 
 def lawful(rows: list[Row]) -> list[Row]:

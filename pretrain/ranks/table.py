@@ -14,6 +14,7 @@ from data_pipeline.strict_json import to_json
 from pretrain.config.recipe import load_config
 from pretrain.config.run import RanksConfig
 from pretrain.errors import RunError, UsageError
+from pretrain.ranks.columns import BY_NAME, COLUMNS, KEYS, TEXT_KEYS, Column
 from pretrain.ranks.probe import Row
 
 RANKS = "ranks.parquet"
@@ -42,7 +43,7 @@ def add_ranks(run: Path, step: int, rows: list[Row], measured: RanksConfig) -> N
     """
     parts = run / _PARTS
     parts.mkdir(exist_ok=True)
-    _write_parquet(parts / f"{step:08d}.parquet", rows, _definition_of(measured))
+    write_rows(parts / f"{step:08d}.parquet", rows, _definition_of(measured))
 
 
 def merge_ranks(run: Path, always: bool = True) -> None:
@@ -139,10 +140,6 @@ def _table_in(file: Path, read: Callable[[Any], Any] | None = None) -> Any:
         raise RunError(f"{file}: damaged ({reason}); delete it to go on without it") from None
 
 
-_TEXTS = ("product", "level")
-_KEYS = ("step", "layer", *_TEXTS, "head")
-"""What names a row."""
-_SPECTRUM = "singular_values"
 _LONGEST_TEXT = 20
 _FEW_ROWS, _SMALLEST_ROW = 250_000, 8
 """Rows that any file may have, and bytes for each of more: a row has some twenty figures."""
@@ -171,10 +168,10 @@ def _parquet(opened: BinaryIO) -> Any:
         rows, names = file.metadata.num_rows, file.schema_arrow.names
     if rows > max(_FEW_ROWS, size // _SMALLEST_ROW):
         raise ValueError(f"{rows:,} rows in {size:,} bytes")
-    missing = [name for name in _KEYS if name not in names]
+    missing = [name for name in KEYS if name not in names]
     if rows and missing:
         raise ValueError(f"has no column {missing[0]}")
-    return pq.ParquetFile(opened, read_dictionary=[name for name in _TEXTS if name in names])
+    return pq.ParquetFile(opened, read_dictionary=[name for name in TEXT_KEYS if name in names])
 
 
 def _plain(table: Any) -> Any:
@@ -183,7 +180,9 @@ def _plain(table: Any) -> Any:
 
     for name in table.schema.names:
         _check_column(name, table.column(name))
-    plain = [pa.field(one.name, pa.string()) if one.name in _TEXTS else one for one in table.schema]
+    plain = [
+        pa.field(one.name, pa.string()) if one.name in TEXT_KEYS else one for one in table.schema
+    ]
     return table.cast(pa.schema(plain, table.schema.metadata))
 
 
@@ -205,16 +204,16 @@ def _check_column(name: str, column: Any) -> None:
     import pyarrow as pa
 
     kind = column.type
-    if name in _TEXTS and pa.types.is_dictionary(kind):
+    if name in TEXT_KEYS and pa.types.is_dictionary(kind):
         texts = [one for chunk in column.chunks for one in chunk.dictionary.to_pylist()]
         good = all(one and len(one) <= _LONGEST_TEXT for one in texts)
-    elif name in _KEYS:
+    elif name in KEYS:
         good = pa.types.is_integer(kind)
-    else:
-        if name == _SPECTRUM and pa.types.is_list(kind):
+    else:  # earlier versions let Arrow guess the types of figures
+        if name in BY_NAME and BY_NAME[name].type == "numbers" and pa.types.is_list(kind):
             kind = kind.value_type
         good = kind in (pa.float64(), pa.int64(), pa.bool_(), pa.null())
-    if not good or (name in _KEYS and column.null_count):
+    if not good or (name in KEYS and column.null_count):
         raise ValueError(f"{name} is none of our columns")
 
 
@@ -267,21 +266,42 @@ def read_ranks(run: Path) -> list[Row]:
     rows: dict[tuple[Any, ...], Row] = {}
     for file in files:
         for row in _table_in(file).to_pylist():
-            rows[tuple(row[name] for name in _KEYS)] = row
+            rows[tuple(row[name] for name in KEYS)] = row
     return sorted(rows.values(), key=lambda row: row["step"])
 
 
-def _write_parquet(path: Path, rows: list[Row], definition: dict[str, Any] | None = None) -> None:
+def write_rows(path: Path, rows: list[Row], definition: dict[str, Any] | None = None) -> None:
+    """Write rows as Parquet, each column in its type, in the order of the schema.
+
+    Args:
+        definition: what a pseudo-rank means in them.
+
+    Raises:
+        ValueError: if a row has a column that the schema has not.
+    """
     import pyarrow as pa
-
-    table = pa.Table.from_pylist(rows)
-    if definition:
-        table = table.replace_schema_metadata({_DEFINITION: to_json(definition).encode()})
-    _write_table(path, table)
-
-
-def _write_table(path: Path, table: Any) -> None:
     import pyarrow.parquet as pq
 
+    names = {name for row in rows for name in row}
+    unknown = sorted(names - BY_NAME.keys())
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no column of pretrain.ranks.columns")
+    schema = pa.schema(
+        [pa.field(one.name, _arrow_type(one)) for one in COLUMNS if one.name in names],
+        {_DEFINITION: to_json(definition).encode()} if definition else None,
+    )
+    table = pa.Table.from_pylist(rows, schema)
     with replacing(path) as aside, aside.open("wb") as opened:  # Arrow takes UTF-8 paths alone
         pq.write_table(table, opened)
+
+
+def _arrow_type(column: Column) -> Any:
+    import pyarrow as pa
+
+    return {
+        "integer": pa.int64(),
+        "text": pa.string(),
+        "number": pa.float64(),
+        "truth": pa.bool_(),
+        "numbers": pa.list_(pa.float64()),
+    }[column.type]

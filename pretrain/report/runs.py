@@ -17,6 +17,7 @@ from pretrain.checkpoint.reader import CHECKPOINTS, list_checkpoints
 from pretrain.config.recipe import Config
 from pretrain.decay.sites import coupled_rate
 from pretrain.errors import RunError, UsageError
+from pretrain.ranks.columns import NEEDED, OF_THE_LAW
 from pretrain.ranks.probe import Row, lawful
 from pretrain.runs.folder import CONFIG, EVALUATION, read_ranks, read_starts, recipe_of
 from pretrain.runs.identity import read_identity
@@ -25,13 +26,6 @@ from pretrain.runs.records import Evaluation, Sealed, Whole, check_record, read_
 from pretrain.training.faults import SKIPPED, read_jumps
 
 _PAIRS = {"qk": QK, "vp": VO}
-_SHOWN = (
-    *(f"{name}_{side}" for name in ("decay", "exposure", "retention") for side in "ab"),
-    "pseudo_rank", "nuclear_norm", "frobenius_bound", "balance", "discrepancy",
-)  # fmt: skip
-"""Columns of the rank table that a report needs."""
-_OF_THE_LAW = ("balance", "discrepancy", "rope_pair_balance")
-"""Columns to which the balance law applies per group if heads share keys."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +183,7 @@ class RunData:
         Balance and discrepancy are means over groups if heads share keys (`lawful`).
         """
         rows = self.final
-        if column in _OF_THE_LAW:
+        if column in OF_THE_LAW:
             step = self.final[0]["step"] if self.final else 0
             rows = lawful([row for row in self.ranks if row["step"] == step])
         values = [row[column] for row in rows if row["product"] == product]
@@ -252,14 +246,14 @@ def load_run(path: Path) -> RunData:
     config = recipe_of(path)
     ranks = read_ranks(path)
     if not ranks:
-        raise UsageError(f"{path}: nothing was measured yet; let it train")
-    missing = [name for name in _SHOWN if name not in ranks[0]]
+        raise UsageError(f"{path}: nothing measured yet; let it train")
+    missing = [name for name in NEEDED if name not in ranks[0]]
     if missing:
         raise RunError(
             f"{path}: its rank table has no {missing[0]}, as in an older version; train it again"
         )
     for row in ranks:
-        row.update({name: math.nan for name in _SHOWN if row[name] is None})
+        row.update({name: math.nan for name in NEEDED if row[name] is None})
     updates = read_metrics(path)
     try:
         check_record(updates, list[Whole])

@@ -1,0 +1,144 @@
+"""The columns of a table of rank statistics: the one place that says what each is.
+
+The Parquet writer and reader, the measurement, the report and the table in docs/statistics.md take
+their columns from here. To add a statistic, add a field to `pretrain.spectra.ProductStatistics` and
+its line below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+_SPECTRA = "pretrain.spectra.ProductStatistics"
+_PAIRS = "pretrain.spectra.PairStatistics"
+_PROBE = "pretrain.ranks.probe.layer_rows"
+_TOTALS = "pretrain.decay.control.Book"
+_RANKS = "pretrain.offline.ranks.measure_weights"
+_NOT_QK_NORM = "; NaN for W_QK under QK-norm, see below"
+
+Source = Literal["key", "spectrum", "product", "pair", "decay", "label"]
+"""Where a column's values come from: they name the row, the singular values, a statistic of the
+product, of rotary pairs, of weight decay, or what `pretrain ranks` measured."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of ``ranks.parquet``, or of the table that ``pretrain ranks --out`` writes."""
+
+    name: str
+    type: Literal["integer", "text", "number", "truth", "numbers"]
+    """In Parquet: int64, string, double, bool, list of double."""
+    unit: str
+    meaning: str
+    """In the Markdown of docs/statistics.md."""
+    defined: str
+    """The dotted name of the code that computes it."""
+    source: Source
+    of_sizes: bool = False
+    """Says nothing of W_QK under QK-norm, where logits do not depend on the factors' sizes."""
+    of_the_law: bool = False
+    """Where heads share keys, the law that it is about is a group's."""
+    needed: bool = False
+    """A report cannot do without it."""
+
+
+def _key(name: str, type_: Literal["integer", "text"], unit: str, meaning: str) -> Column:
+    return Column(name, type_, unit, meaning, _PROBE, "key", needed=True)
+
+
+def _product(
+    name: str,
+    unit: str,
+    meaning: str,
+    *,
+    of_sizes: bool = False,
+    of_the_law: bool = False,
+    needed: bool = False,
+) -> Column:
+    meaning += _NOT_QK_NORM if of_sizes else ""
+    where = f"{_SPECTRA}.{name}"
+    return Column(name, "number", unit, meaning, where, "product", of_sizes, of_the_law, needed)
+
+
+def _pair(name: str, unit: str, of_sizes: bool, of_the_law: bool = False) -> Column:
+    meaning = "models with rotary positions, see below; NaN elsewhere"
+    where = f"{_PAIRS}.{name}"
+    return Column(name, "number", unit, meaning, where, "pair", of_sizes, of_the_law)
+
+
+def _decay(figure: str, unit: str, meaning: str) -> tuple[Column, ...]:
+    factors = {"a": "key, or output", "b": "query, or value"}
+    return tuple(
+        Column(
+            f"{figure}_{side}", "number", unit, f"{meaning} ({which})", f"{_TOTALS}.{figure}",
+            "decay", needed=True,
+        )
+        for side, which in factors.items()
+    )  # fmt: skip
+
+
+COLUMNS: tuple[Column, ...] = (
+    _key("step", "integer", "updates", "updates made when it was measured"),
+    Column("tokens", "integer", "tokens", "tokens trained on by then; empty where not known",
+           _PROBE, "key"),
+    _key("layer", "integer", "–", "number of the block, from 0"),
+    _key("product", "text", "–", "`qk` (W_Kᵀ W_Q: A keys, B queries) or `vp` (P W_V: A output, "
+         "B values)"),
+    _key("level", "text", "–", "`head`, or `group` of heads that share a key"),
+    _key("head", "integer", "–", "number of the query head, or of the group, from 0"),
+    _product("pseudo_rank", "share of n", "k/n, where k is the smallest number of leading "
+             "singular values that reach 95 % of Σσ (`ranks.threshold`), and n is the head width, or "
+             "the model width with `ranks.denominator: model`", needed=True),
+    _product("nuclear_norm", "as σ", "Σσ", of_sizes=True, needed=True),
+    _product("frobenius_bound", "as σ", "½(‖A‖² + ‖B‖²) ≥ nuclear norm", of_sizes=True,
+             needed=True),
+    _product("balance", "share", "nuclear_norm / frobenius_bound", of_sizes=True, of_the_law=True,
+             needed=True),
+    _product("discrepancy", "as σ", "‖AᵀA − BᵀB‖_F", of_sizes=True, of_the_law=True, needed=True),
+    _product("theory_ceiling", "as σ", "√‖AᵀA − BᵀB‖_* · ½(‖A‖_* + ‖B‖_*) ≥ bound − nuclear norm "
+             "(Prop. B.4 of the paper)", of_sizes=True),
+    _product("frobenius_norm", "as σ", "√Σσ²"),
+    _product("stable_rank", "singular values", "Σσ² / σ₁²"),
+    _product("effective_rank", "singular values", "exp of the entropy of σ/Σσ (Roy & Vetterli "
+             "2007)"),
+    _product("participation_ratio", "singular values", "(Σσ)² / Σσ²"),
+    _product("sigma_max", "as σ", "σ₁"),
+    Column("nonfinite", "truth", "–", "a factor has a NaN or an infinity; the other statistics "
+           "are then NaN", f"{_SPECTRA}.nonfinite", "product"),
+    _pair("rope_pair_balance", "share", of_sizes=True, of_the_law=True),
+    _pair("rope_pair_discrepancy", "as σ", of_sizes=True),
+    _pair("rope_pairs_alive", "share of pairs", of_sizes=False),
+    *_decay("decay", "1", "λ in use"),
+    *_decay("exposure", "1", "Σ rate·λ over the updates so far, as applied: a "
+            "[skipped](glossary.md#step-and-update) update adds nothing, and with `nuclear_every: "
+            "n` every n-th update adds n·rate·λ"),
+    *_decay("retention", "share", "∏(1 − rate·λ): the share that would be left of a weight if "
+            "nothing else changed it"),
+    Column("singular_values", "numbers", "σ", "descending, with `ranks.spectra: true`; in older "
+           "tables rounded to float32", f"{_SPECTRA}.singular_values", "spectrum"),
+    Column("revision", "text", "–", "which of several models (`pretrain ranks --out` alone)",
+           _RANKS, "label"),
+    Column("tower", "text", "–", "which stack of layers, in a model that has several (`pretrain "
+           "ranks --out` alone)", _RANKS, "label"),
+)  # fmt: skip
+BY_NAME = {column.name: column for column in COLUMNS}
+KEYS = tuple(
+    column.name for column in COLUMNS if column.source == "key" and column.name != "tokens"
+)
+"""What names a row."""
+TEXT_KEYS = tuple(name for name in KEYS if BY_NAME[name].type == "text")
+NEEDED = tuple(column.name for column in COLUMNS if column.needed)
+OF_THE_LAW = tuple(column.name for column in COLUMNS if column.of_the_law)
+OF_SIZES = tuple(column.name for column in COLUMNS if column.of_sizes)
+OF_PAIRS = tuple(column.name for column in COLUMNS if column.source == "pair")
+
+
+def markdown() -> str:
+    """The table of docs/statistics.md."""
+    lines = ["| column | type | unit | definition | computed by |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{one.name}` | {one.type} | {one.unit} | {one.meaning} | `{one.defined}` |"
+        for one in COLUMNS
+    ]
+    return "\n".join(lines) + "\n"

@@ -72,7 +72,7 @@ lint: $(TESTS)  ## ruff format, ruff check, mypy
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy pretrain models data_pipeline launchers
+	$(BIN)/mypy pretrain models data_pipeline launchers tests benchmarks
 
 # The study of docs/studies: data from this Python installation, fifteen runs, tables and figures.
 STUDY := docs/studies/attention-decay

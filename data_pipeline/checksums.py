@@ -107,7 +107,7 @@ class CheckedReader:
             # The bit may have flipped in memory: make the system drop its cached copy.
             os.posix_fadvise(self._file, block * BLOCK, BLOCK, os.POSIX_FADV_DONTNEED)
         found = os.pread(self._file, BLOCK, block * BLOCK)
-        return zlib.crc32(found) == self._checksums[block]
+        return bool(zlib.crc32(found) == self._checksums[block])
 
     def __del__(self) -> None:
         os.close(self._file)

@@ -230,4 +230,5 @@ def _rand_augment(pixels: np.ndarray, seed: int, number: int) -> np.ndarray:
         torch.manual_seed(int.from_bytes(digest[:7], "little"))
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
         out = RandAugment(n=2, m=9)(image)[0].clamp(0, 1)
-    return out.permute(1, 2, 0).numpy()
+    turned: np.ndarray = out.permute(1, 2, 0).numpy()
+    return turned

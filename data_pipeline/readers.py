@@ -30,9 +30,8 @@ def line_blocks(path: Path, window_mb: int = WINDOW_MB) -> Iterator[Block]:
         DataError: naming an archive that is damaged, truncated, or needs more memory.
     """
     lines: list[Any] = []
-    size, first, number = 0, 1, 0
-    for line in split_lines(_chunks(path, window_mb)):
-        number += 1
+    size, first = 0, 1
+    for number, line in enumerate(split_lines(_chunks(path, window_mb)), 1):
         lines.append(line)
         size += 1 + (len(line) if isinstance(line, bytes) else 0)
         if size >= BLOCK_BYTES:

@@ -134,7 +134,7 @@ def _finished(out: Path, identity: dict[str, Any], sources: list[Source]) -> dic
     same = len(before) == len(sources)
     if not reason and not (same and all(b.is_of(s) for b, s in zip(before, sources, strict=True))):
         reason = "other sources"
-        changed = [s.name for b, s in zip(before, sources) if same and not b.is_of(s)]
+        changed = [s.name for b, s in zip(before, sources, strict=False) if same and not b.is_of(s)]
         if changed:
             reason += f" ({changed[0]} has changed)"
     if reason:

@@ -95,7 +95,8 @@ class Block(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             # Reentrant: ZeRO-3 frees parameters between the two passes, which the
             # non-reentrant form takes for changed metadata.
-            return checkpoint(self._forward, x, use_reentrant=True)
+            again: torch.Tensor = checkpoint(self._forward, x, use_reentrant=True)
+            return again
         if self._compiled is not None and torch.is_grad_enabled():
             # Batches of training have one shape; those of an evaluation would each be compiled.
             found: torch.Tensor = self._compiled(x)
@@ -103,12 +104,11 @@ class Block(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        attended: torch.Tensor = x + self.attention(self.attention_norm(x))
         if self.mlp is None:
-            return x + self.attention(self.attention_norm(x))
-        if self.parallel_residual:
-            return x + self.attention(self.attention_norm(x)) + self.mlp(self.mlp_norm(x))
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+            return attended
+        out: torch.Tensor = self.mlp(self.mlp_norm(x if self.parallel_residual else attended))
+        return attended + out
 
 
 class Head(nn.Module):

@@ -8,6 +8,7 @@ import socket
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from models.roles import ModelError
 
@@ -82,7 +83,7 @@ def _cached(name: str, revision: str) -> Path | None:
         return None
 
 
-def _api():  # type: ignore[no-untyped-def]
+def _api() -> Any:
     try:
         from huggingface_hub import HfApi
     except ImportError:

@@ -217,7 +217,8 @@ class Attention(nn.Module):
         return (weights.tril() if causal else weights) @ v
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self.config.head_size)).permute(1, 2, 0, 3)
+        heads: torch.Tensor = x.unflatten(-1, (-1, self.config.head_size))
+        return heads.permute(1, 2, 0, 3)
 
     def _normalised(self, x: torch.Tensor, gain: nn.Parameter | None) -> torch.Tensor:
         if gain is None:

@@ -57,7 +57,7 @@ def mean_loss(projection: Projection, labels: Tensor, partial_labels: bool = Fal
     targets = labels.t().flatten()
     asked = targets >= 0 if partial_labels else None
     hidden = enter(projection.hidden, projection.tp).flatten(0, 1)
-    found: Tensor = _MeanCrossEntropy.apply(
+    found: Tensor = _MeanCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, projection.weight, targets.clamp_min(0), asked, projection
     )
     return found

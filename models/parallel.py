@@ -54,9 +54,12 @@ def enter(x: Tensor, tp: TensorParallel) -> Tensor:
     if tp.size == 1:
         return x
     if tp.sequence_parallel:
-        return _Gather.apply(x, tp.name, tp.size)
-    mappings = megatron_module("mappings")
-    return mappings.copy_to_tensor_model_parallel_region(x, group=tp.group)
+        whole: Tensor = _Gather.apply(x, tp.name, tp.size)  # type: ignore[no-untyped-call]
+        return whole
+    copied: Tensor = megatron_module("mappings").copy_to_tensor_model_parallel_region(
+        x, group=tp.group
+    )
+    return copied
 
 
 def leave(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -64,9 +67,12 @@ def leave(x: Tensor, tp: TensorParallel) -> Tensor:
     if tp.size == 1:
         return x
     if tp.sequence_parallel:
-        return _SumAndSplit.apply(x, tp.name, tp.size)
-    mappings = megatron_module("mappings")
-    return mappings.reduce_from_tensor_model_parallel_region(x, group=tp.group)
+        part: Tensor = _SumAndSplit.apply(x, tp.name, tp.size)  # type: ignore[no-untyped-call]
+        return part
+    total: Tensor = megatron_module("mappings").reduce_from_tensor_model_parallel_region(
+        x, group=tp.group
+    )
+    return total
 
 
 def sum_gradient(weight: Tensor, tp: TensorParallel) -> Tensor:
@@ -77,8 +83,10 @@ def sum_gradient(weight: Tensor, tp: TensorParallel) -> Tensor:
     """
     if tp.size == 1:
         return weight
-    mappings = megatron_module("mappings")
-    return mappings.copy_to_tensor_model_parallel_region(weight, group=tp.group)
+    copied: Tensor = megatron_module("mappings").copy_to_tensor_model_parallel_region(
+        weight, group=tp.group
+    )
+    return copied
 
 
 def replicated(weight: Tensor, tp: TensorParallel) -> Tensor:
@@ -133,9 +141,11 @@ class _SumAndSplit(torch.autograd.Function):
 
 def _gathered(x: Tensor, group: str, size: int) -> Tensor:
     found = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
-    return torch.ops._c10d_functional.wait_tensor(found)
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(found)
+    return done
 
 
 def _summed_and_split(x: Tensor, group: str, size: int) -> Tensor:
     found = torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
-    return torch.ops._c10d_functional.wait_tensor(found)
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(found)
+    return done

@@ -84,7 +84,7 @@ class TensorFiles:
                 f"{where}: {name} is stored as {kind}, as quantised weights are; use the model in "
                 "bfloat16, float16 or float32"
             )
-        found = self._look(name, whole=True)
+        found: Tensor = self._look(name, whole=True)
         if found.numel() * found.element_size() > found.untyped_storage().nbytes():
             raise ModelError(f"{where}: {name} is larger than its data in the file")
         return found

@@ -22,7 +22,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     """LayerNorm over the last dimension of ``x``."""
     if not _sums_narrowly(x):
         return F.layer_norm(x, weight.shape, weight, bias, epsilon)
-    found: Tensor = _LayerNorm.apply(x, weight.float(), bias.float(), epsilon)
+    found: Tensor = _LayerNorm.apply(x, weight.float(), bias.float(), epsilon)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -30,7 +30,7 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """Rows of ``weight`` (``[vocabulary, hidden]``) for ``tokens`` of any shape."""
     if not _sums_narrowly(weight):
         return F.embedding(tokens, weight)
-    found: Tensor = _Embedding.apply(tokens, weight)
+    found: Tensor = _Embedding.apply(tokens, weight)  # type: ignore[no-untyped-call]
     return found
 
 

@@ -134,11 +134,13 @@ def _trace(gram: Tensor) -> Tensor:
 
 def _roots(gram: Tensor) -> Tensor:
     """Singular values of the factor, ascending."""
-    return torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt()
+    eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
+    return eigenvalues.clamp_min(0.0).sqrt()
 
 
 def _factor(gram: Tensor) -> Tensor:
     """L with L Lᵀ = gram."""
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(gram)
     singular = failed != 0
     if bool(singular.any()):

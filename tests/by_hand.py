@@ -150,7 +150,7 @@ class Hand:
 
     def gradients(self, step: int) -> None:
         pairs = [self.data[step * 8 + i] for i in range(8)]
-        inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs))
+        inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
         self.optimizer.zero_grad()
         self.model(inputs, partial(mean_loss, labels=labels)).backward()
 

@@ -92,11 +92,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not rows:
         return
     columns = list(rows[0])
-    widths = [max(len(str(row[name])) for row in [dict(zip(columns, columns)), *rows])
+    widths = [max(len(str(row[name])) for row in [dict(zip(columns, columns, strict=True)), *rows])
               for name in columns]  # fmt: skip
     terminalreporter.section("faults")
-    for row in [dict(zip(columns, columns)), *sorted(rows, key=lambda row: row["fault"])]:
-        cells = (str(row[name]).ljust(width) for name, width in zip(columns, widths))
+    for row in [
+        dict(zip(columns, columns, strict=True)),
+        *sorted(rows, key=lambda row: row["fault"]),
+    ]:
+        cells = (str(row[name]).ljust(width) for name, width in zip(columns, widths, strict=True))
         terminalreporter.write_line("  ".join(cells).rstrip())
     if config.getoption("--faults"):
         whole = {

@@ -69,7 +69,7 @@ def our_logits(folder: Path, tokens: torch.Tensor, allow_unused: bool = False) -
     infos = [info_of(parameter) for parameter in model.parameters()]
     theirs.check(config, infos, allow_unused)
     with torch.no_grad():
-        for parameter, info in zip(model.parameters(), infos):
+        for parameter, info in zip(model.parameters(), infos, strict=True):
             values = theirs.tensor(config, info.name)
             parameter.zero_()
             parameter[: len(values)] = values

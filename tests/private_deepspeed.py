@@ -39,10 +39,9 @@ def kept_holders(kept: dict[str, list[Any]]) -> Iterator[None]:
     """Keep every object that an engine is checked for while it is built."""
     check = private.check_private
 
-    def keep(stage: int, pipeline: bool, holders: dict[Any, Any]) -> None:
-        for kind, each in holders.items():
-            kept[kind] = list(each)
-        check(stage, pipeline, {kind: kept[kind] for kind in holders})
+    def keep(stage: int, holders: dict[Any, Any], cases: Any = ()) -> None:
+        kept.update(holders)
+        check(stage, holders, cases)
 
     places = (deepspeed_adapter, build_engine.__globals__)
     deepspeed_adapter.check_private = places[1]["check_private"] = keep  # type: ignore[attr-defined]
@@ -56,7 +55,6 @@ def run_private(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, A
     """Build an engine, hide every attribute by turns, and make one update.
 
     Returns:
-        missing: what the engine's own check misses.
         hidden: for each private attribute, the message once it is hidden.
         calls: how often one update called what is put in DeepSpeed's place, on all ranks.
     """
@@ -64,14 +62,15 @@ def run_private(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, A
     held: dict[str, list[Any]] = {}
     with kept_holders(held):
         engine = build_engine(config, grid, plan_decay(infos, config.optimizer.weight_decay))
-    stage, pipeline = config.grid.zero_stage, grid.pipeline > 1
+    stage = config.grid.zero_stage
+    cases: list[private.Case] = case["cases"]
     hidden = {}
-    for one in private.used(stage, pipeline):
+    for one in private.used(stage, cases):
         if one.holder in held:
             without = [Without(each, one.name) for each in held[one.holder]]
-            hidden[str(one)] = _message(stage, pipeline, {**held, one.holder: without})
+            hidden[str(one)] = _message(stage, {**held, one.holder: without}, cases)
     calls: Counter[str] = Counter()
-    for one in private.used(stage, pipeline):
+    for one in private.used(stage, cases):
         if one.use == "replaced" and one.holder != "class":
             for each in held[one.holder]:
                 setattr(each, one.name, _counted(getattr(each, one.name), calls, str(one)))
@@ -89,9 +88,9 @@ def run_private(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, A
     }
 
 
-def _message(stage: int, pipeline: bool, holders: dict[Any, Any]) -> str:
+def _message(stage: int, holders: dict[Any, Any], cases: list[private.Case]) -> str:
     try:
-        private.check_private(stage, pipeline, holders)
+        private.check_private(stage, holders, cases)
     except RunError as error:
         return str(error)
     return ""

@@ -16,16 +16,22 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 
-from pretrain.engine.private import PRIVATE, Private, used
+from pretrain.engine.private import PRIVATE, Case, Private, used
 from tests.tools import base_recipe, run_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {part for one in PRIVATE for part in one.name.split(".")} - {"optimizer", "start"}
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     # name: (processes, what differs in the recipe)
     **{f"zero-{stage}": (1, {"grid": {"zero_stage": stage}}) for stage in range(4)},
     "zero-1-bf16": (1, {"grid": {"zero_stage": 1}, "precision": "bf16"}),
+    **{
+        f"offload-{stage}": (1, {"grid": {"zero_stage": stage}, "deepspeed": OFFLOAD})
+        for stage in (1, 2)
+    },
     "pipeline-0": (2, {"grid": {"pipeline_parallel": 2, "zero_stage": 0}}),
     "pipeline-1": (2, {"grid": {"pipeline_parallel": 2, "zero_stage": 1}, "precision": "bf16"}),
 }
@@ -42,15 +48,19 @@ def seen(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
             recipe = deepcopy(base_recipe(data))
             recipe["speed"] = {"update": "deepspeed"}
             recipe["model"] |= {"tied_head": True, "vocabulary_size": 100}
-            cases.append({"recipe": recipe | CASES[name][1]})
+            cases.append({"recipe": recipe | CASES[name][1], "cases": cases_of(name)})
         answers = run_workers(processes, "private", cases, folder / str(processes))
         found |= dict(zip(names, answers, strict=True))
     return found
 
 
+def cases_of(name: str) -> list[Case]:
+    wanted: list[Case] = ["pipeline", "offload"]
+    return [case for case in wanted if case in name]
+
+
 def of_case(name: str) -> list[Private]:
-    grid = CASES[name][1]["grid"]
-    return used(grid["zero_stage"], "pipeline_parallel" in grid)
+    return used(CASES[name][1]["grid"]["zero_stage"], cases_of(name))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -122,7 +132,7 @@ def test_no_private_attribute_outside_the_engine() -> None:
 
 PUBLIC = {
     "destroy", "get_global_grad_norm", "init_distributed", "initialize", "train_batch",
-    "zero_optimization", "zero_optimization_stage",
+    "zero_cpu_offload", "zero_optimization", "zero_optimization_stage",
 }  # fmt: skip
 """Of DeepSpeed, and documented."""
 
@@ -134,6 +144,7 @@ def known_names() -> set[str]:
         torch, torch.cpu, torch.linalg, torch.nn, torch.optim, torch.distributed, torch.Tensor,
         torch.Size, torch.nn.Module, torch.optim.Optimizer, str, list, dict, set, float,
         contextlib, ctypes, ctypes.CDLL(None), io, logging, logging.Logger, warnings, metadata,
+        BaseModel,
     )  # fmt: skip
     for one in libraries:
         found |= set(dir(one))

@@ -69,9 +69,8 @@ def rounds(
 
 def expected(ends: Iterator[End], retries: int) -> tuple[str, int]:
     """State and starts: only a start that ends without 75 and a new checkpoint is a try."""
-    starts = tries = 0
-    for code, leaves in ends:
-        starts += 1
+    tries = 0
+    for starts, (code, leaves) in enumerate(ends, 1):
         if leaves == "done":
             return "done", starts
         tries += not (code == TRY_AGAIN and leaves == "checkpoint")

@@ -230,7 +230,7 @@ def test_scores_by_hand(runs: dict[tuple, Path], kind: str) -> None:
             parameter.copy_(checkpoint.full(info_of(parameter).name))
         chosen = open_task(config).held_out(config)
         inputs, labels = (
-            torch.from_numpy(np.stack(x)) for x in zip(*[chosen[i] for i in range(50)])
+            torch.from_numpy(np.stack(x)) for x in zip(*[chosen[i] for i in range(50)], strict=True)
         )
         logits = model(inputs)[-1].double()
     answers = labels[:, -1]

@@ -116,7 +116,7 @@ def test_two_exports_into_one_folder(count: int, two_runs: list[Path], tmp_path:
     ]
     winners = check_pairs(together(rounds, tmp_path), ["one", "other"], outs)
     assert [sign_of_export(out) for out in outs] == [1.0 - 2 * winner for winner in winners]
-    for out, winner in zip(outs, winners):
+    for out, winner in zip(outs, winners, strict=False):
         assert two_runs[winner].name in (out / "README.md").read_text()
 
 

@@ -79,7 +79,9 @@ def plan_decay(infos: Iterable[ParameterInfo], config: WeightDecayConfig) -> Dec
         UsageError: if a rule or a named role matches nothing in the whole model.
     """
     infos = list(infos)
-    return _grouped(infos, {info.name: λ for info, λ in zip(infos, _assign(infos, config))})
+    return _grouped(
+        infos, {info.name: λ for info, λ in zip(infos, _assign(infos, config), strict=True)}
+    )
 
 
 def plan_from(infos: Iterable[ParameterInfo], decays: Mapping[str, float]) -> DecayPlan:

@@ -81,8 +81,10 @@ class Watchdog:
             self._traffic = (beat, [])
             return False
         counts = [moved(), *(told and told["moved"] for told in self._read_all())]
-        seen, before = self._traffic  # the first count only serves for comparison with later ones
-        if any(None not in (old, new) and old != new for old, new in zip(before, counts)):
+        seen, before = self._traffic  # the first look is but what later ones are compared with
+        if any(
+            None not in (old, new) and old != new for old, new in zip(before, counts, strict=False)
+        ):
             seen = now
         self._traffic = (seen, counts)
         return now - max(beat, seen) > self._limit

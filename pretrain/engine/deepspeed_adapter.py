@@ -24,7 +24,7 @@ from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
 from pretrain.engine.masters import is_tied_copy
 from pretrain.engine.norms import square_sum
-from pretrain.engine.private import check_private
+from pretrain.engine.private import Case, Holder, check_private
 from pretrain.engine.raw_deepspeed import check_raw
 from pretrain.errors import UsageError
 
@@ -145,16 +145,15 @@ def adapt(engine: Any, grid: Grid) -> None:
         RunError: if this version of DeepSpeed lacks something private that is used here.
     """
     stage, pipeline = engine.zero_optimization_stage(), grid.pipeline > 1
-    check_private(
-        stage,
-        pipeline,
-        {
-            "engine": [engine],
-            "optimizer": [engine.optimizer],
-            "parameter": engine.module.parameters(),
-            "pipeline": [engine.module] if pipeline else [],
-        },
-    )
+    cases: list[Case] = ["pipeline"] if pipeline else []
+    cases += ["offload"] if stage and engine.zero_cpu_offload() else []
+    holders: dict[Holder, list[Any]] = {
+        "engine": [engine],
+        "optimizer": [engine.optimizer],
+        "parameter": list(engine.module.parameters()),
+        "pipeline": [engine.module],
+    }
+    check_private(stage, holders, cases)
     if stage == 0:
         record_plain_norm(engine, grid)
     elif stage < 3:
@@ -204,7 +203,7 @@ def one_optimizer_for_every_stage() -> Iterator[None]:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
-    check_private(1, False, {"class": [DeepSpeedEngine]})
+    check_private(1, {"class": [DeepSpeedEngine]})
     choose = DeepSpeedEngine._do_optimizer_sanity_check
 
     def check(engine: Any, optimizer: Any) -> Any:
@@ -287,5 +286,5 @@ def prepare_deepspeed() -> None:
         import deepspeed
     # On a CPU it would compile this operation on first use, for inference alone, and fail where
     # there is no compiler.
-    check_private(0, False, {"package": [deepspeed.ops]})
+    check_private(0, {"package": [deepspeed.ops]})
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

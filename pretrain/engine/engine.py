@@ -103,13 +103,14 @@ def _pipeline_module(plans: list[LayerPlan], grid: Grid, loss: Loss | None) -> n
             partition_method="type:block",
             activation_checkpoint_interval=0,
         )
-    check_private(0, True, {"pipeline": [module]})
+    check_private(0, {"pipeline": [module]}, ["pipeline"])
     for tied in module.tied_comms.values():
         # DeepSpeed keeps one replica of a tied weight; the others must not count in norms.
         if grid.rank != min(tied["ranks"]):
             for parameter in tied["module"].parameters():
                 parameter.ds_pipe_replicated = True
-    return module
+    stage: nn.Module = module
+    return stage
 
 
 @dataclass

@@ -19,8 +19,10 @@ def square_sum(values: Tensor) -> Tensor:
     """
     flat = values.detach().reshape(-1)
     cut = flat.numel() // _BLOCK * _BLOCK
-    blocks = torch.linalg.vector_norm(flat[:cut].view(-1, _BLOCK), dim=1, dtype=torch.float32)
-    rest = torch.linalg.vector_norm(flat[cut:], dtype=torch.float32)
+    blocks: Tensor = torch.linalg.vector_norm(
+        flat[:cut].view(-1, _BLOCK), dim=1, dtype=torch.float32
+    )
+    rest: Tensor = torch.linalg.vector_norm(flat[cut:], dtype=torch.float32)
     return blocks.double().square().sum() + rest.double().square()
 
 

@@ -6,7 +6,7 @@ that says what, and `tests/test_private_deepspeed.py` says the same for every Ze
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
@@ -16,6 +16,8 @@ from pretrain.errors import RunError
 Holder = Literal["package", "class", "engine", "optimizer", "parameter", "pipeline", "gradient"]
 """What an attribute belongs to: `deepspeed.ops`, the class DeepSpeedEngine, an engine, ZeRO's
 optimizer, a parameter, a PipelineModule, a piece of ZeRO's gradients."""
+Case = Literal["pipeline", "offload"]
+"""A grid with pipeline stages; ZeRO's optimizer on the CPU beside a GPU, or as if so."""
 _EVERY = (0, 1, 2, 3)
 
 
@@ -29,8 +31,8 @@ class Private:
     why: str
     zero: tuple[int, ...] = _EVERY
     """ZeRO stages that use it."""
-    pipeline: bool = False
-    """Used with pipeline stages alone."""
+    only: Case | None = None
+    """Used in this case alone."""
     use: Literal["read", "set", "replaced"] = "read"
     """Replaced: a function of this package stands in its place, and DeepSpeed calls it."""
 
@@ -61,8 +63,10 @@ PRIVATE = (
     Private("optimizer", "check_grad_overflow", "an update that is not finite changes nothing",
             (1, 2), use="set"),
     Private("gradient", "_zero_padding", _NORM, (1, 2)),
-    Private("optimizer", "grad_position", _MASTERS + ", and offloaded gradients", (1, 2, 3)),
-    Private("optimizer", "get_param_id", _MASTERS + ", and offloaded gradients", (1, 2, 3)),
+    Private("optimizer", "grad_position", _NORM, (1, 2), "offload"),
+    Private("optimizer", "get_param_id", _NORM, (1, 2), "offload"),
+    Private("optimizer", "grad_position", _MASTERS, (3,)),
+    Private("optimizer", "get_param_id", _MASTERS, (3,)),
     Private("optimizer", "fp32_partitioned_groups_flat", _MASTERS, (3,)),
     Private("optimizer", "fp16_groups", _MASTERS, (3,)),
     Private("optimizer", "sub_group_to_group_id", _MASTERS, (3,)),
@@ -72,44 +76,38 @@ PRIVATE = (
     Private("parameter", "ds_process_group", _MASTERS, (3,)),
     Private("parameter", "tensor_model_parallel", "each parameter counts once in norms",
             use="set"),
-    Private("optimizer", "use_grad_accum_attribute", "tied weights' gradients", (1, 2), True),
-    Private("parameter", "grad_accum", "tied weights' gradients", (1, 2), True),
-    Private("pipeline", "get_tied_weights_and_groups", "tied weights' gradients", (1, 2), True,
-            use="replaced"),
-    Private("pipeline", "tied_comms", "tied weights count once", pipeline=True),
-    Private("parameter", "ds_pipe_replicated", "tied weights count once", pipeline=True,
+    Private("optimizer", "use_grad_accum_attribute", "tied weights' gradients", (1, 2), "pipeline"),
+    Private("parameter", "grad_accum", "tied weights' gradients", (1, 2), "pipeline"),
+    Private("pipeline", "get_tied_weights_and_groups", "tied weights' gradients", (1, 2),
+            "pipeline", "replaced"),
+    Private("pipeline", "tied_comms", "tied weights count once", only="pipeline"),
+    Private("parameter", "ds_pipe_replicated", "tied weights count once", only="pipeline",
             use="set"),
 )  # fmt: skip
 
 
-def used(stage: int, pipeline: bool) -> list[Private]:
-    """What a ZeRO stage uses, with pipeline stages or without."""
-    return [one for one in PRIVATE if stage in one.zero and (pipeline or not one.pipeline)]
+def used(stage: int, cases: Iterable[Case] = ()) -> list[Private]:
+    """What a ZeRO stage uses in some cases."""
+    return [one for one in PRIVATE if stage in one.zero and (not one.only or one.only in cases)]
 
 
-def missing(stage: int, pipeline: bool, holders: dict[Holder, Iterable[Any]]) -> Iterable[Private]:
-    """What is used of some holders and is not there.
+def check_private(
+    stage: int, holders: Mapping[Holder, Sequence[Any]], cases: Iterable[Case] = ()
+) -> None:
+    """Refuse a DeepSpeed that lacks what is used of it.
 
     Args:
         holders: the objects of each kind that there are; the other kinds are not looked at.
-    """
-    for one in used(stage, pipeline):
-        if not all(_has(each, one.name) for each in holders.get(one.holder, ())):
-            yield one
-
-
-def check_private(stage: int, pipeline: bool, holders: dict[Holder, Iterable[Any]]) -> None:
-    """Refuse a DeepSpeed that lacks what is used of it.
 
     Raises:
         RunError: naming the first such attribute, what it is for, and the versions that have it.
     """
-    held: dict[Holder, Iterable[Any]] = {kind: list(each) for kind, each in holders.items()}
-    for one in missing(stage, pipeline, held):
-        raise RunError(
-            f"DeepSpeed {metadata.version('deepspeed')} has no {one} any more ({one.why}; ZeRO "
-            f"{stage}{', pipelines' if pipeline else ''}): pip install '{_known_to_work()}'"
-        )
+    for one in used(stage, cases):
+        if not all(_has(each, one.name) for each in holders.get(one.holder, ())):
+            raise RunError(
+                f"DeepSpeed {metadata.version('deepspeed')} has no {one} any more ({one.why}; "
+                f"ZeRO {', '.join([str(stage), *cases])}): pip install '{_known_to_work()}'"
+            )
 
 
 def _has(holder: Any, dotted: str) -> bool:

@@ -96,7 +96,7 @@ class Scatter:
             ("row", "qk", "‖row of W$_K$‖²", "‖row of W$_Q$‖²"),
             ("row", "vp", "‖column of P‖²", "‖row of W$_V$‖²"),
         )
-        for axes, (panel, product, x_label, y_label) in zip(panels, words):
+        for axes, (panel, product, x_label, y_label) in zip(panels, words, strict=False):
             self._cloud(axes, panel, product, "")
             axes.set(xlabel=x_label, ylabel=y_label, title="first head of each layer")
         self._cloud(panels[2], "norm", "qk", "W$_{QK}$")
@@ -110,12 +110,12 @@ class Scatter:
 
     def _cloud(self, axes: Any, panel: str, product: str, label: str) -> None:
         x, y = self.values(panel, product)
-        pairs = [(p, q) for p, q in zip(x, y) if p > 0 and q > 0]
+        pairs = [(p, q) for p, q in zip(x, y, strict=True) if p > 0 and q > 0]
         if not pairs:
             axes.text(0.5, 0.5, "not defined under QK-norm", transform=axes.transAxes, ha="center")
             return
         low, high = min(map(min, pairs)), max(map(max, pairs))
-        axes.plot(*zip(*pairs), ".", markersize=3, alpha=0.5, label=label)
+        axes.plot(*zip(*pairs, strict=True), ".", markersize=3, alpha=0.5, label=label)
         if high > _DECADE * low:
             axes.set(xscale="log", yscale="log")
         axes.plot([low, high], [low, high], color="grey", linewidth=0.8)

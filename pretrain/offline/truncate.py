@@ -178,9 +178,11 @@ class CutCheckpoint(Checkpoint):
                        output[..., :size])  # fmt: skip
         matrices = [one.float().contiguous() for one in kept.matrices()]
         if not self.config.model.biases:
-            return {f"{part}.weight": one for part, one in zip(ATTENTION_PARTS, matrices)}
+            return {
+                f"{part}.weight": one for part, one in zip(ATTENTION_PARTS, matrices, strict=True)
+            }
         found = {"output.weight": matrices[3]}
-        for part, one in zip(ATTENTION_PARTS[:3], matrices):
+        for part, one in zip(ATTENTION_PARTS[:3], matrices, strict=False):
             found[f"{part}.weight"] = one[:, :-1].contiguous()
             found[f"{part}.bias"] = one[:, -1].contiguous()
         return found

@@ -72,7 +72,8 @@ def descend_single(decays: tuple[float, ...], rate: float, steps: int) -> Tensor
     decay = torch.tensor(decays, dtype=torch.float64)[:, None, None]
     for _ in range(steps):
         w = w - rate * (2 * (w - torch.diag(LEVELS)) + decay * w)
-    return torch.linalg.svdvals(w)
+    values: Tensor = torch.linalg.svdvals(w)
+    return values
 
 
 def checks() -> list[Check]:

@@ -37,7 +37,7 @@ def fall_rate(run: RunData, product: str, layer: int = 0) -> float:
     stop = next((i for i, value in enumerate(found) if value < floor), len(found) - 1)
     x = steps[: stop + 1]
     y = [math.log(value / found[0]) for value in found[: stop + 1]]
-    return -sum(a * b for a, b in zip(x, y)) / sum(a * a for a in x)
+    return -sum(a * b for a, b in zip(x, y, strict=True)) / sum(a * a for a in x)
 
 
 def figure(runs_folder: Path, out: Path) -> None:
@@ -112,16 +112,16 @@ def _draw(runs: list[RunData], path: Path) -> None:
     figure, panels = plt.subplots(2, 4, figsize=(15, 6.4), layout="constrained")
     for row, product in enumerate(("vp", "qk")):
         rank, discrepancy, gap, extra = panels[row]
-        for run, colour in zip(runs, colours(len(runs))):
+        for run, colour in zip(runs, colours(len(runs)), strict=True):
             style = {"color": colour, "label": f"λ = {given_decay(run):.3g}"}
             rank.plot(*series(run, product, "pseudo_rank", 0), **style)
             discrepancy.semilogy(*series(run, product, "discrepancy", 0), **style)
             steps, bound = series(run, product, "frobenius_bound", 0)
             nuclear = series(run, product, "nuclear_norm", 0)[1]
-            gap.semilogy(steps, [b - n for b, n in zip(bound, nuclear)], **style)
+            gap.semilogy(steps, [b - n for b, n in zip(bound, nuclear, strict=True)], **style)
             if row == 0:
                 points = [(one["step"], one["accuracy"]) for one in run.held_out]
-                extra.plot(*zip(*points), **style)
+                extra.plot(*zip(*points, strict=True), **style)
         name = PRODUCTS[product]
         rank.set(title=f"rank of {name}, layer 0", xlabel="step")
         discrepancy.set(title=f"‖AᵀA − BᵀB‖ of {name}", xlabel="step")

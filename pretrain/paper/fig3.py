@@ -73,7 +73,7 @@ def _draw(rows: list[dict[str, Any]], layers: list[int], path: Path) -> None:
     figure, panels = plt.subplots(
         1, len(layers), figsize=(5 * len(layers), 3.8), layout="constrained", squeeze=False
     )
-    for axes, layer in zip(panels[0], layers):
+    for axes, layer in zip(panels[0], layers, strict=False):
         for product, label in PRODUCTS.items():
             points = [r for r in rows if r["layer"] == layer and r["product"] == product]
             x = [point["exposure"] for point in points]

@@ -226,7 +226,7 @@ def _draw(pairs: dict[str, Pair], rows: list[dict[str, Any]], path: Path) -> Non
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", sharey=True)
-    for axes, product, word in zip(panels, ("qk", "vp"), ("W$_{QK}$", "W$_{VP}$")):
+    for axes, product, word in zip(panels, ("qk", "vp"), ("W$_{QK}$", "W$_{VP}$"), strict=False):
         for shift, which in ((-0.2, 0), (0.2, 1)):
             heights = [mean(values(pair[which], product, "pseudo_rank")) for pair in pairs.values()]
             label = ("without decay of attention", "exposure 3")[which]

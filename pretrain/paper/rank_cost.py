@@ -126,8 +126,8 @@ def _draw(panels: list[_Panel], path: Path) -> None:
 
     size = (5.5 * len(panels), 4)
     figure, plots = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axes, panel in zip(plots[0], panels):
-        for run, colour in zip(panel.runs, colours(len(panel.runs))):
+    for axes, panel in zip(plots[0], panels, strict=False):
+        for run, colour in zip(panel.runs, colours(len(panel.runs)), strict=True):
             curve = [panel.at(run, share) for share in SHARES]
             label = f"λ = {given_decay(run):.3g} (exposure {run.exposure:.2g})"
             axes.plot(SHARES, curve, "o-", color=colour, label=label)

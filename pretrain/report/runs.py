@@ -186,7 +186,7 @@ class RunData:
         if column in OF_THE_LAW:
             step = self.final[0]["step"] if self.final else 0
             rows = lawful([row for row in self.ranks if row["step"] == step])
-        values = [row[column] for row in rows if row["product"] == product]
+        values: list[float] = [row[column] for row in rows if row["product"] == product]
         return sum(values) / max(1, len(values))
 
     @property
@@ -216,8 +216,8 @@ class RunData:
 
 
 def _both(rows: Iterable[Row], column: str) -> float:
-    """Mean over rows of a column that exists for both factors."""
-    values = [(row[f"{column}_a"] + row[f"{column}_b"]) / 2 for row in rows]
+    """Mean over rows of a column of both factors."""
+    values: list[float] = [(row[f"{column}_a"] + row[f"{column}_b"]) / 2 for row in rows]
     return sum(values) / max(1, len(values))
 
 

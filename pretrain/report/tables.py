@@ -282,10 +282,9 @@ def _plus_minus(mean: Mean, seeds: int, plain: bool = False) -> str:
     few = f" ({mean.n})" if mean.n < seeds else ""
     if plain:
         return f"{mean.value:.4g}{few}"
+    form = ".4f" if abs(mean.value) < 10 else ".2f"
     if abs(mean.value) >= 1e6:  # a model that diverged
         form = ".3e"
-    else:
-        form = ".4f" if abs(mean.value) < 10 else ".2f"
     if math.isnan(mean.error):
         return f"{mean.value:{form}}{few}"
     return f"{mean.value:{form}} ± {mean.error:{form}}{few}"

@@ -195,8 +195,8 @@ def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
     if not axes and not config.points:
         raise UsageError(f"{path}: grid: nothing varies; give keys and their values")
     if math.prod(len(values) for values in axes.values()) > MOST_RUNS:
-        raise UsageError(f"{path}: grid: more than {MOST_RUNS:,} points; use fewer values")
-    givens = [dict(zip(axes, chosen)) for chosen in itertools.product(*axes.values())]
+        raise UsageError(f"{path}: grid: more than {MOST_RUNS:,} points; take fewer values")
+    givens = [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
     givens = (givens if axes else []) + [
         {key: number(value) for key, value in point.items()} for point in config.points
     ]

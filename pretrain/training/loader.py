@@ -58,7 +58,7 @@ class Loader:
             self._read_by_workers = iter(
                 DataLoader(
                     data,  # type: ignore[arg-type]
-                    batch_sampler=self._order(),  # type: ignore[arg-type]
+                    batch_sampler=self._order(),
                     num_workers=workers,
                     collate_fn=_stack,
                     multiprocessing_context="forkserver",

@@ -113,7 +113,7 @@ def eigenvalues(weight: Tensor) -> Tensor:
     gram = weight @ weight.mT if weight.shape[0] <= weight.shape[1] else weight.mT @ weight
     if not bool(gram.isfinite().all()):  # LAPACK would raise
         return gram.new_full(gram.shape[:1], math.nan)
-    values = torch.linalg.eigvalsh(gram)
+    values: Tensor = torch.linalg.eigvalsh(gram)
     return values.clamp_min(float(values[-1].clamp_min(0.0)) * _FLOOR)
 
 

@@ -29,6 +29,7 @@ from pretrain.config.recipe import parse_config
 from pretrain.distributed.grid import build_grid, connect, disconnect
 from pretrain.engine.engine import Engine, build_engine
 from pretrain.ranks.probe import measure
+from pretrain.tasks.tasks import Text
 from pretrain.training.loader import Loader
 from pretrain.training.setup import prepare
 
@@ -71,7 +72,8 @@ def main() -> None:
         config = parse_config(recipe(words.data, decay))
         grid = build_grid(config.grid, device)
         setup = prepare(config, 1)
-        samples = TrainingData(setup.manifest, "proportional", 256, 1, 16_000)
+        assert isinstance(setup.task, Text)
+        samples = TrainingData(setup.task.manifest, "proportional", 256, 1, 16_000)
         engine = build_engine(setup.config, grid, setup.plan)
         engines[name] = engine, Loader(samples, grid, 16, 16, 0, 0)
     times: dict[str, list[float]] = {name: [] for name in POLICIES}

@@ -29,7 +29,7 @@ def write_model(folder: Path) -> None:
     """Random weights under the names of Hugging Face's Llama, four layers a shard."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    where = {}
+    where: dict[str, str] = {}
 
     def draw(rows: int, columns: int) -> torch.Tensor:
         part = torch.randn(rows, columns, generator=generator) * 0.02

@@ -109,7 +109,7 @@ def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[s
             if one.alive:
                 one.run(steps, tokens)
     limit = statistics.median(limits)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for one in contenders:
         if not one.rates:
             rows[one.name] = {"failed": True}

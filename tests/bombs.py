@@ -183,7 +183,10 @@ def _write(path: Path, tree: Any) -> None:
 def packed(path: Path) -> None:
     """Archives of 3 GiB of one line, as members or frames of 16 MiB each; else the line's start."""
     piece = b"x" * (16 << 20)
-    packers = {".gz": gzip.compress, ".zst": zstandard.compress}
+    packers: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.compress,
+        ".zst": zstandard.compress,
+    }
     if path.suffix in packers:
         path.write_bytes(packers[path.suffix](piece) * 192)
     else:

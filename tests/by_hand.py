@@ -97,6 +97,7 @@ class ByFormula:
     def step(self) -> None:
         rate, self.count = self.param_groups[0]["lr"], self.count + 1
         for key, p in self.named.items():
+            assert p.grad is not None
             g, m, v = p.grad.double(), self.first[key], self.second[key]
             if self.name == "lion":
                 update = (0.9 * m + 0.1 * g).sign()
@@ -194,8 +195,13 @@ def hill_by_hand(weight: np.ndarray, form: str) -> float:
     return 1 + m / (np.log(values[i:]).sum() - m * math.log(values[i]))
 
 
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def alpha_by_hand(hand: Hand, case: str) -> None:
-    policy = hand.config.optimizer.weight_decay.policies[0]
+    policy: Any = hand.config.optimizer.weight_decay.policies[0]
     roles = ATTENTION + MLP if case == "alpha" else (*ATTENTION, Role.MLP_IN)
     names = [name for name in hand.named if hand.role(name) in roles]
     found = {name: hill_by_hand(hand.named[name].detach().numpy(), policy.hill) for name in names}
@@ -220,7 +226,9 @@ def nuclear_by_hand(hand: Hand, name: str) -> torch.Tensor:
     output = parts["output"].view(width, heads, -1).permute(1, 0, 2)
     total = torch.linalg.svdvals(key.mT @ query).sum() + torch.linalg.svdvals(output @ value).sum()
     total.backward()
-    return parts[name.rsplit(".", 2)[1]].grad.float()
+    gradient = parts[name.rsplit(".", 2)[1]].grad
+    assert gradient is not None
+    return gradient.float()
 
 
 def run_by_hand(case: str, hand: Hand) -> None:
@@ -229,12 +237,14 @@ def run_by_hand(case: str, hand: Hand) -> None:
     for step in range(STEPS):
         hand.gradients(step)
         rate = hand.rate[step]
-        policies = hand.config.optimizer.weight_decay.policies
+        policies: list[Any] = list(hand.config.optimizer.weight_decay.policies)
         if case.startswith("alpha") and step % policies[0].refresh == 0:
             alpha_by_hand(hand, case)
         if case.startswith("awd"):
             with torch.no_grad():
-                norm = math.sqrt(sum(float(p.grad.square().sum()) for p in hand.named.values()))
+                norm = math.sqrt(
+                    sum(float(gradient_of(p).square().sum()) for p in hand.named.values())
+                )
                 size = math.sqrt(sum(float(p.square().sum()) for p in hand.named.values()))
             hand.awd = 0.1 * hand.awd + 0.9 * norm / size
         nuclear = {
@@ -261,13 +271,13 @@ def run_by_hand(case: str, hand: Hand) -> None:
                 if awd or awd_decoupled:
                     shrink *= hand.awd
                 if case == "l2" or awd or (case == "l2_lr2" and attention):
-                    p.grad += shrink / rate * before[name]
+                    gradient_of(p).add_(shrink / rate * before[name])
                 elif case == "cautious":
                     later[name] = shrink * before[name]
                 elif case == "adadecay":
-                    size = p.grad.abs()
-                    spread = float(size.double().std(correction=0)) or 1.0
-                    z = (size - size.double().mean()) / spread
+                    sizes = gradient_of(p).abs()
+                    spread = float(sizes.double().std(correction=0)) or 1.0
+                    z = (sizes - sizes.double().mean()) / spread
                     p.mul_((1 - shrink * 2 / (1 + torch.exp(-4 * z))).float())
                 elif name in nuclear:
                     p.sub_(shrink * nuclear[name])

@@ -127,7 +127,7 @@ def make_text(rng: random.Random, sentences: int) -> str:
     return "".join(parts)
 
 
-def write_jsonl(path: Path, records: list[dict]) -> None:
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     """Write .jsonl or .jsonl.zst."""
     data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ def data(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def recipe(data: Path) -> dict:
+def recipe(data: Path) -> dict[str, Any]:
     """A recipe that trains in a second."""
     return base_recipe(data)
 

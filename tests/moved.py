@@ -26,8 +26,8 @@ def moved_constants() -> Iterator[None]:
             full = full + 0.1 * torch.randn(full.shape, generator=draw)
         return plain(factory, full, info, rows)
 
-    ParameterFactory._stamped = stamped  # type: ignore[method-assign]
+    ParameterFactory._stamped = stamped  # type: ignore[assignment]
     try:
         yield
     finally:
-        ParameterFactory._stamped = plain  # type: ignore[method-assign]
+        ParameterFactory._stamped = plain

@@ -44,7 +44,7 @@ def kept_holders(kept: dict[str, list[Any]]) -> Iterator[None]:
         check(stage, holders, cases)
 
     places = (deepspeed_adapter, build_engine.__globals__)
-    deepspeed_adapter.check_private = places[1]["check_private"] = keep  # type: ignore[attr-defined]
+    deepspeed_adapter.check_private = places[1]["check_private"] = keep  # type: ignore[assignment, attr-defined]
     try:
         yield
     finally:

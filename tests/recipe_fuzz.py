@@ -7,6 +7,7 @@ import random
 import types
 import typing
 from copy import deepcopy
+from enum import Enum
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -70,11 +71,7 @@ def _keys_at(path: tuple[str | int, ...], kind: Any) -> list[Key]:
         elif origin is dict:
             below += _keys_at((*path, "attention"), inner[1])
         elif isinstance(one, type):
-            good += (
-                [member.value for member in one]
-                if hasattr(one, "__members__")
-                else GOOD.get(one, ())
-            )
+            good += [member.value for member in one] if issubclass(one, Enum) else GOOD.get(one, ())
     return [Key(path, tuple(good)), *below]
 
 
@@ -109,7 +106,9 @@ def misspelt(rng: random.Random, name: str) -> str:
     return rng.choice((*near, "é", "a.b", "", "[x]", "\x1b[2J", "__class__"))
 
 
-def spoil(rng: random.Random, base: dict, keys: list[Key]) -> tuple[dict, list[str]]:
+def spoil(
+    rng: random.Random, base: dict[str, Any], keys: list[Key]
+) -> tuple[dict[str, Any], list[str]]:
     """A recipe with up to three values or keys changed, and the names of these keys."""
     tree = deepcopy(base)
     changed = []

@@ -65,7 +65,7 @@ if __name__ == "__main__":
     moment, marker, *words = sys.argv[1:]
     if "--processes" in words and "RANK" not in os.environ:
         ranks = [sys.executable, __file__, moment, marker]
-        launchers.supervise.program = lambda: ranks
+        launchers.supervise.program = lambda *_: ranks  # type: ignore[attr-defined]
     elif moment in MOMENTS:
         arm(moment, Path(marker))
     sys.argv = ["pretrain", *words]

@@ -66,12 +66,12 @@ def start_slurm(folder: Path, number: int) -> None:
     if not _runs("munged"):
         Path("/run/munge").mkdir(exist_ok=True)
         subprocess.run(["chown", "munge", "/run/munge"], check=True)
-        subprocess.run(["runuser", "-u", "munge", "--", which("munged")], check=True)
+        subprocess.run(["runuser", "-u", "munge", "--", str(which("munged"))], check=True)
         (folder / "munge").touch()
-    subprocess.run([which("slurmctld")], env=variables, check=True)
+    subprocess.run([str(which("slurmctld"))], env=variables, check=True)
     time.sleep(2)
     for node in ("n1", "n2"):
-        subprocess.run([which("slurmd"), "-N", node], env=variables, check=True)
+        subprocess.run([str(which("slurmd")), "-N", node], env=variables, check=True)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         shown = subprocess.run(["sinfo", "-h", "-o", "%T"], env=variables, capture_output=True,

@@ -13,6 +13,7 @@ import random
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +27,7 @@ DOCUMENTS = 40
 FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 
 
-def _records(rng: random.Random) -> list[dict]:
+def _records(rng: random.Random) -> list[dict[str, Any]]:
     words = ["rank", "decay", "é", "🙂", "naïve", "\u2028", "query", "key"]
     return [
         {

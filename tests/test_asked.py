@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 import shutil
+from enum import Enum
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -70,7 +71,7 @@ def candidates(kind: Any, value: Any) -> list[Any]:
         return [one for one in (0.37, 0.5, 2.0, 50.0) if one != value]
     if kind is str:
         return ["test", "0", "other"]
-    if isinstance(kind, type) and hasattr(kind, "__members__"):
+    if isinstance(kind, type) and issubclass(kind, Enum):
         return [str(one.value) for one in kind if one != value]
     return []
 

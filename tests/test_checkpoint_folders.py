@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 def retain(folder: Path, **settings: int) -> None:
     """What a saver does to older checkpoints after a new one."""
     saver = SimpleNamespace(folder=folder, settings=CheckpointConfig(**settings), _pusher=None)
-    Saver._retain(saver)
+    Saver._retain(saver)  # type: ignore[arg-type]
 
 
 def same_values(checkpoint: Checkpoint) -> None:
@@ -93,11 +94,11 @@ def test_a_disk_that_fails_is_no_damage(
     before = sorted(folder.rglob("*"))
     with monkeypatch.context() as patch:
         tried = failing(patch, getattr(errno, name), end, 1)
-        assert find_whole(folder, Alone()) == [] and len(tried) > 1
+        assert find_whole(folder, Alone()) == [] and len(tried) > 1  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
         tried = failing(patch, getattr(errno, name), end, 10**9)
         with pytest.raises(UnreadableError, match="cannot be read") as error:
-            find_whole(folder, Alone())
+            find_whole(folder, Alone())  # type: ignore[arg-type]
         assert len(tried) < 10 and "\n" not in str(error.value) and end in str(error.value)
     assert sorted(folder.rglob("*")) == before
 
@@ -117,7 +118,7 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(
 
 def test_a_mount_that_vanishes_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     away = folder.with_name("away")
-    real = pretrain.checkpoint.reader.read_manifest
+    real = pretrain.checkpoint.reader.read_manifest  # type: ignore[attr-defined]
 
     def vanish(path: Path) -> object:
         found = real(path)
@@ -127,7 +128,7 @@ def test_a_mount_that_vanishes_is_no_damage(folder: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(pretrain.checkpoint.reader, "read_manifest", vanish)
     with pytest.raises(UnreadableError, match="No such file"):
-        find_whole(folder, Alone())
+        find_whole(folder, Alone())  # type: ignore[arg-type]
     assert sorted(path.name for path in away.iterdir()) == [f"step-{n:08d}" for n in STEPS]
 
 
@@ -138,7 +139,7 @@ def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
     used = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 4, hard))
     try:
-        assert find_whole(folder, Alone()) == []
+        assert find_whole(folder, Alone()) == []  # type: ignore[arg-type]
         (path,) = list_checkpoints(folder)
         same_values(Checkpoint(path))
         write_checkpoint(tmp_path / "other", 2, parts=20)
@@ -152,7 +153,7 @@ def test_what_a_newer_version_wrote_is_not_damaged(folder: Path) -> None:
     del written["sha256"]
     path.write_bytes(sealed({**written, "version": 2, "more": {}}))
     with pytest.raises(RunError, match="newer version") as error:
-        find_whole(folder, Alone())
+        find_whole(folder, Alone())  # type: ignore[arg-type]
     assert "damaged" not in str(error.value) and "delete" not in str(error.value)
     assert (folder / "step-00000008").is_dir()
 
@@ -237,7 +238,7 @@ def test_what_is_not_the_runs_own_is_left_alone(folder: Path, what: str) -> None
     """It stops neither the resume nor retention nor a save, and is neither used nor deleted."""
     path = FOREIGN[what](folder)
     inside = {one: one.read_bytes() for one in path.rglob("*") if one.is_file()}
-    told = find_whole(folder, Alone())
+    told = find_whole(folder, Alone())  # type: ignore[arg-type]
     assert list_checkpoints(folder)[-1].name == "step-00000008"
     assert len(told) == (0 if path.name == "backup" else 1)
     assert all(path.name in line and "\n" not in line for line in told)
@@ -273,8 +274,8 @@ def test_a_retention_that_fails_is_tried_again(
 # --- manifests ----------------------------------------------------------------------------------
 
 
-def set_at(*keys: str) -> Callable[[dict, object], None]:
-    def put(manifest: dict, value: object) -> None:
+def set_at(*keys: str) -> Callable[[dict[str, Any], object], None]:
+    def put(manifest: dict[str, Any], value: object) -> None:
         for key in keys[:-1]:
             manifest = manifest[key]
         manifest[keys[-1]] = value
@@ -283,10 +284,10 @@ def set_at(*keys: str) -> Callable[[dict, object], None]:
 
 
 FIRST, WEIGHT = "rank-00000.safetensors", "blocks.0.mlp.in.weight"
-ODD = (None, -1, 2**62, 1.5, True, "text", [], {}, [[]], "../../x", "\x00")
+ODD: tuple[Any, ...] = (None, -1, 2**62, 1.5, True, "text", [], {}, [[]], "../../x", "\x00")
 
 
-def damage(rng: random.Random, manifest: dict) -> None:
+def damage(rng: random.Random, manifest: dict[str, Any]) -> None:
     """Something that a writer of this program never writes, somewhere in a manifest."""
     files, parameters = manifest["files"], manifest["parameters"]
     file = rng.choice(list(files))
@@ -363,7 +364,7 @@ def test_files_that_are_none(folder: Path, kind: str, name: str) -> None:
         file.mkdir()
     else:
         file.symlink_to("/dev/zero" if kind == "zero" else file)
-    told = find_whole(folder, Alone())
+    told = find_whole(folder, Alone())  # type: ignore[arg-type]
     assert len(told) == 1 and "step-00000008" in told[0] and "damaged" in told[0]
     assert list_checkpoints(folder)[-1].name == "step-00000006"
 
@@ -470,7 +471,7 @@ def check_folders(origin: Path, work: Path, cases: int) -> None:
                  and (wanted is None or one.name > f"step-{wanted:08d}")]  # fmt: skip
         told, refused = list[str](), ""
         try:
-            told = find_whole(folder, Alone())
+            told = find_whole(folder, Alone())  # type: ignore[arg-type]
         except RunError as error:
             refused = str(error)
         assert contents(run) == before, seed

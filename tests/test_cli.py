@@ -51,7 +51,10 @@ def test_a_run_folder_has_everything(trained: Path) -> None:
 
 
 def test_evaluate_and_ranks_of_a_checkpoint(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "e.json"
     words = ["--split", "val", "--documents", "6", "--out", str(out), "--json"]
@@ -69,7 +72,7 @@ def test_evaluate_and_ranks_of_a_checkpoint(
 
 
 def test_dry_run_counts_every_parameter(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", base_recipe(data))
     words = ["grid.tensor_parallel=2", "grid.pipeline_parallel=2"]
@@ -87,7 +90,10 @@ def test_dry_run_counts_every_parameter(
 
 
 def test_report(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     page = tmp_path / "report.html"
     other = tmp_path / "other"

@@ -92,7 +92,7 @@ def test_before_a_policy_acts_the_recipe_holds(seed: int) -> None:
     schedules = [one for one in config.optimizer.weight_decay.policies if one.kind == "schedule"]
     begins = min((one.config.start for one in controllers(control)), default=1.0)
     rates = [
-        coupled_rate(config.optimizer.weight_decay.coupling, config.learning_rate(step), 0.01)
+        coupled_rate(config.optimizer.weight_decay.coupling, config.learning_rate(step), 0.01)  # type: ignore[arg-type]
         for step in range(STEPS)
     ]
     for step in range(STEPS):
@@ -104,10 +104,10 @@ def test_before_a_policy_acts_the_recipe_holds(seed: int) -> None:
         control.begin(step, config.learning_rate(step))
         for site, base in control.base.items():
             wanted = base
-            for one in schedules:
-                if any(site[0] in ALIASES[word] for word in one.roles):
+            for timed in schedules:
+                if any(site[0] in ALIASES[word] for word in timed.roles):
                     wanted *= decay_multiplier(
-                        step, STEPS, one.shape, one.start, one.stop, one.first, one.last
+                        step, STEPS, timed.shape, timed.start, timed.stop, timed.first, timed.last
                     )
             assert control.now(site).decay == pytest.approx(wanted, rel=1e-12), label(site)
         control.commit()

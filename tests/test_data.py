@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +46,7 @@ HARD = [
 ]
 
 
-def documents(folder: Path, split: str = "train") -> Counter:
+def documents(folder: Path, split: str = "train") -> Counter[tuple[str, str]]:
     """The decoded documents of a tokenised folder."""
     manifest = load_manifest(folder)
     decode = load_tokenizer(manifest.tokenizer).decode
@@ -53,7 +54,7 @@ def documents(folder: Path, split: str = "train") -> Counter:
     return Counter((one.subset, decode(one.tokens.tolist())) for one in found)
 
 
-def raw_documents(folder: Path, split: str = "train") -> Counter:
+def raw_documents(folder: Path, split: str = "train") -> Counter[tuple[str, str]]:
     sources = [one for one in find_sources([str(folder)]) if one.split == split]
     parsed = [parse_block(block, Fields()) for one in sources for block in one.open_blocks()]
     return Counter((d.subset, d.text) for part in parsed for d in part.documents)
@@ -293,7 +294,7 @@ def test_corpus_is_deterministic_and_disjoint(tmp_path: Path) -> None:
 # --- training order -------------------------------------------------------------------------
 
 
-def samples(data: Path, seed: int = 1, count: int = 64, **more: object) -> list[bytes]:
+def samples(data: Path, seed: int = 1, count: int = 64, **more: Any) -> list[bytes]:
     found = TrainingData(load_manifest(data), more.get("weights", "proportional"), 32, seed, count)
     return [found[i][0].tobytes() for i in range(min(count, 64))]
 
@@ -349,7 +350,7 @@ def test_blend_is_as_weighted(data: Path) -> None:
         ("thirds", "thirds"),
     ],
 )
-def test_wrong_weights(data: Path, weights: object, culprit: str) -> None:
+def test_wrong_weights(data: Path, weights: Any, culprit: str) -> None:
     with pytest.raises(DataError, match=culprit):
         blend_weights(load_manifest(data), weights)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from models.config import GPTConfig
@@ -84,7 +86,7 @@ def test_first_rule_wins_by_layer() -> None:
         ({"mlp_gate": 0.1}, "weight_decay.mlp_gate"),
     ],
 )
-def test_what_matches_nothing_is_named(config: dict, culprit: str) -> None:
+def test_what_matches_nothing_is_named(config: dict[str, Any], culprit: str) -> None:
     with pytest.raises(UsageError) as error:
         plan_decay(infos("gpt2"), WeightDecayConfig.model_validate(config))  # tied: no head
     assert culprit in str(error.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ def decays(values: dict[str, float]) -> dict[str, float]:
 
 def case(
     data: Path, grid: tuple[int, int, int], precision: str, values: dict[str, float], **more: object
-) -> dict:
+) -> dict[str, Any]:
     recipe = deepcopy(base_recipe(data))
     # Untied: the first stage alone has the embedding, the last alone the head.
     recipe["model"] |= {"dialect": "gpt_neox"}
@@ -81,7 +82,7 @@ def test_zero_gradients(data: Path, trained: Path, tmp_path: Path, processes: in
 
 RATES = (3e-3, 1e-2, 2e-2, 1e-2, 5e-3)
 """Of the five steps that the worker takes; the recipe's peak is 3e-3."""
-HOOKED: list[tuple[dict, list[float]]] = [
+HOOKED: list[tuple[dict[str, Any], list[float]]] = [
     ({"coupling": {"attention": "lr2"}}, [rate**2 / 3e-3 for rate in RATES]),
     ({"form": {"attention": "cautious"}}, list(RATES)),  # no update: it agrees with everything
     ({"form": {"attention": "adadecay"}}, list(RATES)),  # no gradient: all weigh the same

@@ -50,7 +50,7 @@ def test_uses_are_what_is_drawn(data: Path, seed: int) -> None:
 
 
 def test_many_epochs_are_said(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A corpus seen a thousand times: in the dry run, its JSON, and in words."""
     values = base_recipe(data)

@@ -58,7 +58,7 @@ def path_of(run: Path, settings: tuple[Any, ...]) -> Path:
 
 
 EVERY = list(itertools.product(SPLITS, STRIDES, PRECISIONS, LIMITS, RANKS, DATA, CONTEXTS))
-OWN = ("test", 32, "fp32", None, {}, "same", 32)
+OWN: tuple[Any, ...] = ("test", 32, "fp32", None, {}, "same", 32)
 
 
 def test_every_setting_has_a_file_of_its_own(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_nothing_is_replaced_by_other_settings(tmp_path: Path, there: tuple[Any,
 def test_a_checkpoint_before_the_last_step(tmp_path: Path) -> None:
 
     run = write_run(tmp_path / "run", recipe(), np.random.default_rng(0))
-    figures = figures_of(*OWN, step=20)
+    figures = figures_of(*OWN, step=20)  # type: ignore[misc]
     checkpoint: Any = SimpleNamespace(
         path=run / "checkpoints/step-00000020", step=20, config=parse_config(recipe())
     )

@@ -16,6 +16,7 @@ import pretrain.engine.engine
 from pretrain import console
 from pretrain.cli import exits
 from pretrain.distributed.cores import fit_threads, usable_cores
+from pretrain.distributed.failures import exit_code, one_line
 from pretrain.distributed.grid import Grid, connect, disconnect
 from pretrain.errors import TRY_AGAIN, MachineError, RunError, UsageError
 from tests.tools import ROOT, assert_one_line, base_recipe, environment, run, write_recipe
@@ -69,8 +70,8 @@ KINDS = [*((e, 2) for e in OF_USERS), *((e, 1) for e in OF_FILES),
 
 @pytest.mark.parametrize(("error", "code"), KINDS, ids=lambda one: str(one)[:40].replace("/", "."))
 def test_whose_fault_it_is(error: Exception, code: int | None) -> None:
-    assert exits.exit_code(error) == code
-    assert len(exits.one_line(error).splitlines()) == 1
+    assert exit_code(error) == code
+    assert len(one_line(error).splitlines()) == 1
 
 
 def test_a_path_is_the_users_where_he_gave_it(
@@ -88,10 +89,10 @@ def test_a_path_is_the_users_where_he_gave_it(
     monkeypatch.setattr(sys, "argv", ["pretrain", *words])
     for path in ("given/run", "given/run/config.yaml", "there.json", "tokens/a", "y/z", "runs/a"):
         for number in (errno.ENOENT, errno.EACCES, errno.EISDIR):
-            assert exits.exit_code(_os(number, path)) == 1, path
-            assert exits.exit_code(_os(number, str(tmp_path / path))) == 1, path
+            assert exit_code(_os(number, path)) == 1, path
+            assert exit_code(_os(number, str(tmp_path / path))) == 1, path
     for path in ("given/ru", "other", "/etc/passwd", "tokens2"):
-        assert exits.exit_code(_os(errno.ENOENT, path)) is None, path
+        assert exit_code(_os(errno.ENOENT, path)) is None, path
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_all_ranks_say_the_same_of_a_machine(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Grid, "gather", lambda _, value: found)
     with pytest.raises(MachineError, match="GPU of rank 1") as raised, grid.together(""):
         pass
-    assert exits.exit_code(raised.value) == TRY_AGAIN
+    assert exit_code(raised.value) == TRY_AGAIN
 
 
 def test_what_a_terminal_would_obey_is_written_out() -> None:

@@ -30,7 +30,7 @@ KEYS = sorted({*float_keys(Config)})
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("key", KEYS)
-def test_a_recipe_has_finite_numbers(recipe: dict, key: str, value: float) -> None:
+def test_a_recipe_has_finite_numbers(recipe: dict[str, Any], key: str, value: float) -> None:
     *above, last = key.split(".")
     section: Any = recipe
     for part in above:

@@ -236,7 +236,9 @@ def test_a_vocabulary_is_never_filled_up(
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
     ],
 )
-def test_keys_that_import_does_not_understand(change: dict, culprit: str, tmp_path: Path) -> None:
+def test_keys_that_import_does_not_understand(
+    change: dict[str, Any], culprit: str, tmp_path: Path
+) -> None:
     folder = write_model(tmp_path / "model", llama_tensors(), LLAMA | change)
     with pytest.raises(ModelError) as caught:
         our_logits(folder, TOKENS)
@@ -360,8 +362,8 @@ def test_configs_that_rely_on_defaults(tmp_path: Path) -> None:
     path = tmp_path / "siglip/config.json"
     whole = measure(tmp_path / "siglip")
     config = json.loads(path.read_text())
-    for tower in ("text_config", "vision_config"):
-        config[tower] = {"num_hidden_layers": 1}
+    for part in ("text_config", "vision_config"):
+        config[part] = {"num_hidden_layers": 1}
     path.write_text(json.dumps(config))
     assert measure(tmp_path / "siglip") == whole
 
@@ -425,7 +427,7 @@ def shard(folder: Path, count: int = 3) -> Path:
     """The model's single file in shards with an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    where = {}
+    where: dict[str, str] = {}
     for number in range(count):
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         part = dict(list(tensors.items())[number::count])

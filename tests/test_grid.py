@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ class Case:
     def name(self) -> str:
         return "-".join(str(value) for value in asdict(self).values())
 
-    def recipe(self, data: Path) -> dict:
+    def recipe(self, data: Path) -> dict[str, Any]:
         values = deepcopy(base_recipe(data))
         values["model"] |= MODELS[self.model]
         values["train"] = {"steps": STEPS, "global_batch": 8, "micro_batch": 2}
@@ -104,7 +105,7 @@ def reference_of(case: Case) -> Case:
 def matrix() -> list[Case]:
     """Every combination that is not refused; without tensor parallelism there is no sequence
     parallelism."""
-    return [case for case in (Case(*row) for row in itertools.product(*AXES.values()))
+    return [case for case in (Case(*row) for row in itertools.product(*AXES.values()))  # type: ignore[arg-type]
             if (case.tensor > 1 or not case.sequence) and accepted(case)]  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def accepted(case: Case) -> bool:
     return True
 
 
-def pairs(case: Case) -> set[tuple]:
+def pairs(case: Case) -> set[tuple[Any, ...]]:
     """What a sample must hold: pairs of settings, and each grid as a whole."""
     grid = ("grid", case.tensor, case.pipeline, case.data, case.sequence)
     return {*itertools.combinations(asdict(case).items(), 2), grid}
@@ -162,7 +163,7 @@ def train(cases: list[Case], data: Path, folder: Path) -> dict[Case, Path]:
     return {case: folder / case.name for case in wanted}
 
 
-def figures_of(run: Path) -> dict:
+def figures_of(run: Path) -> dict[str, Any]:
     evaluation = json.loads((run / "evaluation.json").read_text())
     rows = [*evaluation["subsets"].items(), ("all", evaluation["overall"])]
     return {
@@ -174,7 +175,7 @@ def figures_of(run: Path) -> dict:
     }
 
 
-def deviations(found: dict, wanted: dict) -> Iterator[float]:
+def deviations(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[float]:
     """Of each figure, relative to the run on one process."""
     assert found["documents"] == wanted["documents"]
     assert found["spectra"].keys() == wanted["spectra"].keys()

@@ -51,7 +51,7 @@ GRIDS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def recipe_for(data: Path, model: dict[str, Any], grid: dict[str, Any]) -> dict:
+def recipe_for(data: Path, model: dict[str, Any], grid: dict[str, Any]) -> dict[str, Any]:
     """One update of SGD in one pass: its momentum is then the gradient of all tokens."""
     values = deepcopy(base_recipe(data))
     values["model"] = SHAPE | {"context": CONTEXT} | model
@@ -64,7 +64,7 @@ def recipe_for(data: Path, model: dict[str, Any], grid: dict[str, Any]) -> dict:
     return values
 
 
-def exact_gradients(values: dict) -> dict[str, np.ndarray]:
+def exact_gradients(values: dict[str, Any]) -> dict[str, np.ndarray]:
     """In float64 on this process, of the weights as bf16 holds them."""
     config = parse_config(values)
     manifest = load_manifest(Path(config.data.path))
@@ -76,7 +76,7 @@ def exact_gradients(values: dict) -> dict[str, np.ndarray]:
     with moved_constants():
         module = GPT(model, ParameterFactory(config.seed)).bfloat16().double()
     module(inputs, partial(mean_loss, labels=labels)).backward()
-    return {info_of(one).name: one.grad.numpy() for one in module.parameters()}
+    return {info_of(one).name: one.grad.numpy() for one in module.parameters()}  # type: ignore[union-attr]
 
 
 def errors(found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> dict[str, float]:
@@ -107,7 +107,7 @@ def check(data: Path, folder: Path, cases: list[tuple[str, str]]) -> None:
         if requests:
             run_workers(processes, "train", requests, folder / f"workers-{processes}")
     exact = {name: exact_gradients(recipes[name, grid]) for name, grid in cases}
-    wrong = {}
+    wrong: dict[Any, Any] = {}
     for case in cases:
         far = errors(gradients_of(folder / "-".join(case)), exact[case[0]])
         name, worst = max(far.items(), key=lambda item: item[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ GRIDS = {
 }
 
 
-def recipe_for(data: Path, precision: str, micro: int, grid: dict) -> dict:
+def recipe_for(data: Path, precision: str, micro: int, grid: dict[str, Any]) -> dict[str, Any]:
     """One update of SGD, whose momentum is then the gradient of the whole batch."""
     values = deepcopy(base_recipe(data))
     # A tied head: under a pipeline two stages sum the gradient of one weight.
@@ -45,7 +46,10 @@ def gradients_of(run: Path) -> dict[str, np.ndarray]:
 def error(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
     """Of each parameter, and of all, relative in norm."""
     assert found.keys() == wanted.keys() and len(wanted) == 2 * 9 + 2
-    norm = np.linalg.norm
+
+    def norm(values: np.ndarray) -> float:
+        return float(np.linalg.norm(values))
+
     each = {name: norm(found[name] - wanted[name]) / norm(wanted[name]) for name in wanted}
     whole = sum(norm(found[name] - wanted[name]) ** 2 for name in wanted) ** 0.5
     return each | {"all": whole / sum(norm(values) ** 2 for values in wanted.values()) ** 0.5}
@@ -53,7 +57,7 @@ def error(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[s
 
 @pytest.mark.slow
 def test_many_micro_batches_are_one_large_batch(data: Path, tmp_path: Path) -> None:
-    runs = {"exact": ("fp32", BATCH, 1, {})}
+    runs: dict[str, tuple[str, int, int, dict[str, Any]]] = {"exact": ("fp32", BATCH, 1, {})}
     runs |= {name: ("bf16", 1, *grid) for name, grid in GRIDS.items()}
     for processes in (1, 2):
         cases = [
@@ -68,6 +72,6 @@ def test_many_micro_batches_are_one_large_batch(data: Path, tmp_path: Path) -> N
         print(f"{name}: {far.pop('all'):.2%} in all, at most {max(far.values()):.2%}")
         assert max(far.values()) < 1e-2, (name, far)  # 2⁻⁸ is a rounding of bf16
     for stage in (1, 2, 3):  # the same micro batches: only the sum over ranks is another
-        data, alone = (gradients_of(tmp_path / f"{word}zero-{stage}") for word in ("data-", ""))
-        far = error(data, alone)
+        several, alone = (gradients_of(tmp_path / f"{word}zero-{stage}") for word in ("data-", ""))
+        far = error(several, alone)
         assert max(far.values()) < 1e-4, (stage, far)

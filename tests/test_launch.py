@@ -165,7 +165,7 @@ def test_hosts(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    site: dict, words: list[str], culprit: str, data: Path, tmp_path: Path,
+    site: dict[str, Any], words: list[str], culprit: str, data: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -243,14 +243,14 @@ class Collected(Ranks):
 
 def test_the_doctor_names_who_differs() -> None:
     same = Ranks([("a", "1f"), ("a", "1f"), ("b", "1f")])
-    assert [one.state for one in doctor._alike(same, "code", "1f")] == ["ok"]
-    (found,) = doctor._alike(Ranks([("a", "1f"), ("a", "1f"), ("b", "2e")]), "code", "1f")
+    assert [one.state for one in doctor._alike(same, "code", "1f")] == ["ok"]  # type: ignore[arg-type]
+    (found,) = doctor._alike(Ranks([("a", "1f"), ("a", "1f"), ("b", "2e")]), "code", "1f")  # type: ignore[arg-type]
     assert found.state == "fail" and "rank 2 on b has 2e" in found.text
     old, new = {"python": "3.11", "torch": "2.12", "deepspeed": "1"}, {"torch": "2.13"}
-    (found,) = doctor._alike(Ranks([("a", old), ("b", {**old, **new})]), "versions", old)
+    (found,) = doctor._alike(Ranks([("a", old), ("b", {**old, **new})]), "versions", old)  # type: ignore[arg-type]
     assert found.state == "fail" and "rank 1 on b has torch 2.13" in found.text
     lost = "unreadable (No such file or directory: x)"
-    (found,) = doctor._alike(Ranks([("a", lost)]), "data", lost)
+    (found,) = doctor._alike(Ranks([("a", lost)]), "data", lost)  # type: ignore[arg-type]
     assert found.state == "fail"
 
 
@@ -280,7 +280,7 @@ def test_the_doctor_of_a_program_that_is_not_installed(
             (top / "pyproject.toml").write_text(text)
         monkeypatch.setattr(doctor, "_TOP", top)
         read = text is not None and text.endswith("]")
-        (found,) = doctor._requirements(Collected())
+        (found,) = doctor._requirements(Collected())  # type: ignore[arg-type]
         assert found.state == state, text
         assert ("unknown: the program" in found.text) == (not read)
         if read and state == "warn":
@@ -294,7 +294,7 @@ def test_the_doctor_wants_room_for_the_checkpoints(
     words = ["doctor", str(recipe), "--out", str(tmp_path / "run")]
     assert run(monkeypatch, *words) == 0
     assert "fit for a run" in capsys.readouterr().out
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))  # type: ignore[attr-defined]
     assert run(monkeypatch, *words) == 1
     assert "kept checkpoints take" in capsys.readouterr().out
 

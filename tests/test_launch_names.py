@@ -34,7 +34,8 @@ def odd_names(count: int, without: str = "") -> list[str]:
 def as_sbatch_reads(line: str) -> list[str]:
     """The words of an option line, by the rules of Slurm's ``get_argument``: blanks end a word, a
     quote hides them up to its like, a backslash takes what follows as it is, # begins a comment."""
-    words, word, quote, begun = [], "", "", False
+    words: list[str] = []
+    word, quote, begun = "", "", False
     marks = iter(line)
     for mark in marks:
         if mark == "\\":
@@ -98,7 +99,7 @@ def test_the_shell_reads_what_was_meant(tmp_path: Path) -> None:
         ({"slurm": {"options": {"a\n#SBATCH --b": 1}}}, "is not a long option of sbatch"),
     ],
 )
-def test_names_that_are_none(site: dict, culprit: str, tmp_path: Path) -> None:
+def test_names_that_are_none(site: dict[str, Any], culprit: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=culprit):
         load_site(write_recipe(tmp_path / "site.yaml", site), {})
 

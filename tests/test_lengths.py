@@ -60,6 +60,7 @@ def faults_of(config: Config) -> list[str]:
     falls = schedule.kind != "constant"
     if max(rates) < peak or (falls and rates[-1] > schedule.final_fraction * peak * (1 + 1e-9)):
         found.append("optimizer.schedule")
+    one: Any
     (one,) = config.optimizer.weight_decay.policies
     values = [
         decay_multiplier(step, steps, one.shape, one.start, one.stop, one.first, one.last)

@@ -58,7 +58,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def pull(run: Path, root: Path, rate: float = 3e-3, task: Any = TASK) -> list[str]:
-    return find_whole(run / "checkpoints", Alone(), f"file://{root}", fits(rate, task))
+    return find_whole(run / "checkpoints", Alone(), f"file://{root}", fits(rate, task))  # type: ignore[arg-type]
 
 
 def test_a_run_of_another_recipe_is_not_taken(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_many_runs_at_one_mirror(tmp_path: Path) -> None:
 # --- beside training ----------------------------------------------------------------------------
 
 
-class Gate(LocalFileSystem):
+class Gate(LocalFileSystem):  # type: ignore[misc]
     """A mirror that takes what is written to it when it is opened."""
 
     protocol = "gate"
@@ -298,4 +298,4 @@ def test_the_mirror_is_nobodys_wait(tmp_path: Path, gate: threading.Event) -> No
 
 def test_write_run_is_a_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", (2,))
-    assert find_whole(folder, Alone()) == [] and run_id_of(tmp_path / "run") == "0000aaaa"
+    assert find_whole(folder, Alone()) == [] and run_id_of(tmp_path / "run") == "0000aaaa"  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from tests.tools import (
 
 # --- mistakes -------------------------------------------------------------------------------
 
-Change = Callable[[dict], object]
+Change = Callable[[dict[str, Any]], object]
 
 RECIPE_MISTAKES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a misspelt section": (lambda r: r.update(optimiser={}), ("optimiser", "optimizer")),
@@ -162,7 +163,7 @@ def test_recipe_mistakes(
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    capsys: pytest.CaptureFixture[str],
     mistake: str,
 ) -> None:
     change, culprits = RECIPE_MISTAKES[mistake]
@@ -260,7 +261,7 @@ def test_command_mistakes(
     trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words, code, culprits = COMMAND_MISTAKES[mistake]
     write_recipe(tmp_path / "ok.yaml", base_recipe(data))
@@ -296,7 +297,7 @@ def copy(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
 def test_damaged_checkpoints_are_named(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, damage: str
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     newest = list_checkpoints(copy / "checkpoints")[-1]
     file = newest / ("manifest.json" if damage == "manifest" else "rank-00000.safetensors")
@@ -315,7 +316,7 @@ def test_damaged_data_is_named(
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    capsys: pytest.CaptureFixture[str],
     end: str,
 ) -> None:
     shutil.copytree(data, tmp_path / "data")

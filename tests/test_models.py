@@ -120,9 +120,10 @@ def test_attention_by_products_is_softmax_attention(length: int, causal: bool) -
     generator = torch.Generator().manual_seed(0)
     factors = torch.randn(3, 2, length, 4, 8, generator=generator).transpose(2, 3)
     factors.requires_grad_()
+    q, k, v = factors
     upstream = torch.randn(2, 4, length, 8, generator=generator)
-    wanted = F.scaled_dot_product_attention(*factors, is_causal=causal)
-    found = attention_by_products(*factors, causal)
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    found = attention_by_products(q, k, v, causal)
     torch.testing.assert_close(found, wanted)
     (one,) = torch.autograd.grad(wanted, factors, upstream)
     (other,) = torch.autograd.grad(found, factors, upstream)

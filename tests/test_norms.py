@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_muon_begins_with_the_norm_of_the_matrix(monkeypatch: pytest.MonkeyPatch
 def test_the_norm_of_a_large_gradient(data: Path, tmp_path: Path, precision: str) -> None:
     """Of one update of SGD, whose momentum is the gradient."""
     for processes in (1, 2):
-        cases = []
+        cases: list[dict[str, Any]] = []
         for name, (count, grid, raw) in GRIDS.items():
             if count == processes and not (precision == "bf16" and grid["zero_stage"] == 0):
                 values = deepcopy(base_recipe(data))

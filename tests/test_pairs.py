@@ -6,6 +6,7 @@ import json
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_documents_of_several_sequences_are_in_one_split(vocabulary: Path, tmp_p
     assert found == [(0, 240), (240, 30), (270, 30)]
 
 
-def index_faults(lengths: np.ndarray, starts: np.ndarray) -> dict[str, tuple]:
+def index_faults(lengths: np.ndarray, starts: np.ndarray) -> dict[str, tuple[Any, ...]]:
     count = len(lengths)
     bounds = np.arange(count + 1)
     moved, turned = starts.copy(), starts[::-1]

@@ -8,6 +8,7 @@ import math
 import statistics
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -46,12 +47,12 @@ def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str, c
 
 @pytest.mark.slow
 def test_a_wrong_threshold_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the levels doubled behind the prediction's back, the closed form no longer fits."""
     descend = pretrain.paper.fig1.descend
 
-    def other(decays: tuple, *more: int, **words: int) -> object:
+    def other(decays: tuple[Any, ...], *more: int, **words: int) -> object:
         return descend(tuple(2 * decay for decay in decays), *more, **words)
 
     monkeypatch.setattr(pretrain.paper.fig1, "descend", other)
@@ -61,7 +62,7 @@ def test_a_wrong_threshold_is_noticed(
     assert "FAILS  singular values" in found.out and found.err.startswith("error: fig1: ")
 
 
-def read_checks(folder: Path, name: str) -> list[dict]:
+def read_checks(folder: Path, name: str) -> list[dict[str, Any]]:
     return json.loads((folder / f"{name}.json").read_text())["checks"]
 
 
@@ -71,7 +72,7 @@ def recalls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recalls")
     cases = []
     for decay in (0.0, 1.0, 30.0):
-        recipe = deepcopy(RECIPES["recall"])
+        recipe: dict[str, Any] = deepcopy(RECIPES["recall"])
         recipe["train"]["steps"] = 30
         recipe["optimizer"]["weight_decay"]["attention"] = decay
         recipe["optimizer"]["schedule"] = {"kind": "constant", "warmup": 0}

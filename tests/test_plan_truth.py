@@ -120,7 +120,7 @@ def every_grid(one: dict[str, Any]) -> list[tuple[Any, ...]]:
     count = one["count"]
     sizes = [n for n in range(1, count + 1) if count % n == 0]
     stages = [0, 1, 2, 3] if one["precision"] == "fp32" else [1, 2, 3]
-    open_ = (stages, [n for n in sizes if n <= 8], sizes, [False, True])
+    open_: tuple[list[Any], ...] = (stages, [n for n in sizes if n <= 8], sizes, [False, True])
     return list(itertools.product(*(
         values if one[key] is None else [one[key]]
         for key, values in zip(GRID, open_, strict=True)

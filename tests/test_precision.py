@@ -105,7 +105,7 @@ def test_a_fork_under_auto_is_refused_in_another_precision(
 def test_the_label_is_the_split_that_was_scored(data: Path, splits: tuple[str, ...]) -> None:
     manifest = load_manifest(data)
     kept = [entry for entry in manifest.entries if entry.split in splits]
-    task = Text(replace(manifest, entries=kept))
+    task = Text(replace(manifest, entries=tuple(kept)))
     config = parse_config(base_recipe(data))
     everything = task.split(config, everything=True)
     assert everything == ("test" if "test" in splits else "val")

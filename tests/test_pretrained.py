@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_other_files(family: str, form: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_map_is_seen(
-    family: str, change: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(family)
     save(model, tmp_path / "model")

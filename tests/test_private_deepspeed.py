@@ -40,7 +40,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def seen(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What an engine of every case shows."""
-    folder, found = tmp_path_factory.mktemp("private"), {}
+    folder = tmp_path_factory.mktemp("private")
+    found: dict[str, dict[str, Any]] = {}
     for processes in (1, 2):
         names = [name for name, (count, _) in CASES.items() if count == processes]
         cases = []

@@ -146,7 +146,7 @@ def test_a_merge_loses_nothing_and_takes_little_at_once(
     wanted: dict[tuple[int, int], float] = {}
 
     def add(step: int) -> None:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for head in range(rng.randint(1, 5)):
             value = rng.random()
             rows.append({"step": step, "layer": 0, "product": "qk", "level": "head", "head": head,

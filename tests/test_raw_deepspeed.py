@@ -16,13 +16,13 @@ from tests.tools import base_recipe, losses_of, run, run_workers, write_recipe
 TRIED: dict[type, tuple[Any, ...]] = {int: (5000,), bool: (True, False), str: ("cpu",)}
 
 
-def nested(key: str, value: Any) -> dict:
+def nested(key: str, value: Any) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
-def settings(key: str) -> list[dict]:
+def settings(key: str) -> list[dict[str, Any]]:
     found = [nested(key, value) for value in TRIED[ALLOWED[key]]]
     if "offload" in key and not key.endswith("device"):  # means something on a CPU alone
         for one in found:
@@ -30,7 +30,9 @@ def settings(key: str) -> list[dict]:
     return found
 
 
-def check(data: Path, folder: Path, precision: str, tried: list[tuple[int, dict]]) -> None:
+def check(
+    data: Path, folder: Path, precision: str, tried: list[tuple[int, dict[str, Any]]]
+) -> None:
     """Train each (ZeRO stage, raw keys) on two ranks beside a run without."""
     cases = []
     for number, (stage, raw) in enumerate([(1, {}), *tried]):

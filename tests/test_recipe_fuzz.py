@@ -25,7 +25,7 @@ SWEEP_KEYS = keys_of(SweepConfig)
 VERBS = get_command(pretrain.__main__.app)
 
 
-def bases(data: Path) -> list[dict]:
+def bases(data: Path) -> list[dict[str, Any]]:
     """Recipes that are prepared: every dialect and task."""
     text = base_recipe(data)
     found = [text]

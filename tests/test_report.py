@@ -323,8 +323,8 @@ def test_corrupt_and_unfinished_folders_are_named(
     (fine / "evaluation.json").write_text("{")
     capfd.readouterr()
     assert run(monkeypatch, "report", str(few), "--out", out) == 2
-    said = capfd.readouterr().err.strip().splitlines()
-    assert "no finished run" in said[-1] and "Traceback" not in "".join(said)
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert "no finished run" in lines[-1] and "Traceback" not in "".join(lines)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from pretrain.report.runs import RunData
 from tests.tools import base_recipe
 
 
-def run_of(recipe: dict, decays: list[float], every: int) -> RunData:
+def run_of(recipe: dict[str, Any], decays: list[float], every: int) -> RunData:
     config = parse_config(recipe)
     steps = len(decays)
     rows = [

@@ -274,7 +274,7 @@ def test_every_number(tmp_path: Path, seed: int) -> None:
                 tmp_path / "runs" / f"attention={decay:g},seed={one}",
                 values,
                 rng,
-                perplexity=[math.nan, math.inf, None][int(rng.integers(3))] if odd else None,  # type: ignore[arg-type]
+                perplexity=[math.nan, math.inf, None][int(rng.integers(3))] if odd else None,
             )
     tables = report(tmp_path / "runs", tmp_path / "csv")
     check_study(tmp_path / "runs", tables, decays, rotary=bool(seed % 2))
@@ -315,7 +315,7 @@ def test_a_star_is_what_its_caption_says(tmp_path: Path) -> None:
             values = recipe(seed=seed, optimizer__weight_decay__attention=decay)
             write_run(
                 quantised / f"attention={decay:g},seed={seed}", values, rng,
-                ranks=lambda row, decay=decay: row.update(pseudo_rank=0.5 - decay / 384),
+                ranks=lambda row, decay=decay: row.update(pseudo_rank=0.5 - decay / 384),  # type: ignore[misc]
             )  # fmt: skip
     tables = report(quantised, tmp_path / "csv")
     rows = [row for row in tables["differences"] if row["figure"].startswith("rank")]

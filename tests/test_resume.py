@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_a_run_moves_between_grids(data: Path, tmp_path: Path) -> None:
     ]
     run_workers(1, "train", still, tmp_path / "w")
     for leg, (processes, grid) in enumerate(GRIDS):
-        cases: list[dict] = []
+        cases: list[dict[str, Any]] = []
         for name, recipe in recipes.items():
             moved = {**recipe, "grid": grid}
             run = tmp_path / name

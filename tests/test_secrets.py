@@ -23,7 +23,7 @@ from tests.tools import base_recipe, run, write_recipe
 MARK = "hunter2-marked-secret"
 
 
-class Vault(LocalFileSystem):
+class Vault(LocalFileSystem):  # type: ignore[misc]
     """Files of this machine behind a URL with a password; its errors say the URL."""
 
     protocol = "vault"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def check(data: Path, folder: Path, kinds: list[tuple[str, int]]) -> None:
         recipe["grid"] = {"zero_stage": stage}
         recipe["ranks"]["every"] = recipe["evaluation"]["every"] = 6
         whole, cut = (folder / f"{name}-{stage}-{word}" for word in ("whole", "cut"))
-        common = {"recipe": recipe, "lost": [2, 3]}
+        common: dict[str, Any] = {"recipe": recipe, "lost": [2, 3]}
         cases.append({**common, "run": str(whole)})
         cases.append({**common, "run": str(cut), "stop": 3})
         cases.append({**common, "run": str(cut)})
@@ -55,7 +56,8 @@ def test_resumed_after_skipped_updates_with_every_optimizer(data: Path, tmp_path
 
 def test_a_fork_takes_the_moments_of_its_own_rule_alone(data: Path, tmp_path: Path) -> None:
     """Every pair of optimizers: no error, and no moment that nothing will move again."""
-    names, cases = ("adamw", "sgd", "muon"), []
+    names: tuple[str, ...] = ("adamw", "sgd", "muon")
+    cases: list[dict[str, Any]] = []
     own = {"adamw": {"exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
     for name in names:
         recipe = deepcopy(base_recipe(data))
@@ -65,8 +67,8 @@ def test_a_fork_takes_the_moments_of_its_own_rule_alone(data: Path, tmp_path: Pa
     for before, after in product(names, names):
         recipe = deepcopy(cases[names.index(after)]["recipe"])
         fork = str(tmp_path / before / "checkpoints" / "step-00000003")
-        run = str(tmp_path / f"{before}-{after}")
-        cases.append({"recipe": recipe, "run": run, "fork": fork})
+        out = str(tmp_path / f"{before}-{after}")
+        cases.append({"recipe": recipe, "run": out, "fork": fork})
     run_workers(1, "train", cases, tmp_path / "workers")
     for before, after in product(names, names):
         run = tmp_path / f"{before}-{after}"

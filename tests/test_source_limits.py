@@ -166,7 +166,10 @@ def test_bombs_in_bounded_memory(tmp_path: Path, case: str) -> None:
 
 
 def test_memory_that_runs_out_is_one_line(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def none_left(*_: object) -> None:
         raise MemoryError
@@ -202,7 +205,10 @@ def test_a_worker_that_is_killed(
 
 
 def test_two_writers_of_one_folder(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The second ends with a line that names the first, and the folder is the first's."""
     out = tmp_path / "out"
@@ -337,9 +343,9 @@ def test_every_bit_of_a_folder(tokenizer: Path, tmp_path: Path) -> None:
                 file.parent.name == "train" and file.name.endswith(".docs.npy")
             )
             if read_by_training:
-                with pytest.raises(DataError) as error:
+                with pytest.raises(DataError) as raised:
                     read()
-                assert file.stem.split(".")[0] in str(error.value)
+                assert file.stem.split(".")[0] in str(raised.value)
         file.write_bytes(whole)
     assert check_folder(out, lambda done, total: None) == ([], 0)
     files[-1].unlink()

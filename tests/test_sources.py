@@ -128,7 +128,8 @@ def test_splits_given_one_by_one(
     assert {(split, text) for split, _, text in used(tmp_path / "out")} == wanted
     seen: list[str] = []
     monkeypatch.setattr(
-        "data_pipeline.prepare.train_tokenizer", lambda texts, *_: seen.extend(texts) or b"model"
+        "data_pipeline.prepare.train_tokenizer",
+        lambda texts, *_: seen.extend(texts) or b"model",  # type: ignore[func-returns-value]
     )
     train_from_sources(given, tmp_path / "t.model", 300)
     assert Counter(seen) == Counter(text for split, text in wanted if split == "train")
@@ -329,7 +330,10 @@ def test_forms_of_archives(tokenizer: Path, tmp_path: Path, case: str) -> None:
 
 
 def test_a_window_that_needs_leave(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The line names the window and the option; with it all documents are read."""
     file = write(tmp_path / "train.jsonl.zst", _long(lines(TEXTS), 30))
@@ -353,7 +357,10 @@ def test_every_cut_of_an_archive(tokenizer: Path, tmp_path: Path, suffix: str) -
 
 
 def test_damage_is_one_line(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     packed = bytearray(gzip.compress(lines(TEXTS) * 20))
     packed[len(packed) // 2 : len(packed) // 2 + 40] = b"\xff" * 40
@@ -511,7 +518,7 @@ def test_a_change_while_it_is_read(
     from data_pipeline import tokenize as module
 
     file = write(tmp_path / "train.jsonl", lines(TEXTS))
-    whole = module.sha256_of
+    whole = module.sha256_of  # type: ignore[attr-defined]
 
     def changed(path: Path) -> str:
         write(file, lines(TEXTS[:-1]) + lines(["other"]))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from pretrain.spectra import pair_statistics, product_statistics, pseudo_rank
 
 
-def factors_with(sigma: torch.Tensor, d: int, seed: int, share: str) -> tuple:
+def factors_with(sigma: torch.Tensor, d: int, seed: int, share: str) -> tuple[Any, ...]:
     """A, B with A·Bᵀ of the given singular values, the ill-conditioning shared or all in B."""
     g = torch.Generator().manual_seed(seed)
     r = len(sigma)
@@ -133,7 +135,7 @@ def test_ceiling_holds_at_random() -> None:
 
 def descend(
     a: torch.Tensor, b: torch.Tensor, target: torch.Tensor, rate: float, decay: float, steps: int
-) -> tuple:
+) -> tuple[Any, ...]:
     """Gradient descent on ½‖ABᵀ − D‖² + λ/2(‖A‖² + ‖B‖²)."""
     for _ in range(steps):
         g = a @ b.T - target

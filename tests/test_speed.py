@@ -31,7 +31,7 @@ from tests.tools import (
 
 FAST = {"attention": "products", "compile": True}
 PLAIN = {"attention": "sdpa", "compile": False}
-GRIDS = {
+GRIDS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}, "recompute": {"activation_checkpointing": True}},
     2: {
         "tensor": {"tensor_parallel": 2, "sequence_parallel": True},
@@ -41,7 +41,9 @@ GRIDS = {
 }
 
 
-def recipe_for(data: Path, dialect: str, precision: str, speed: dict, grid: dict) -> dict:
+def recipe_for(
+    data: Path, dialect: str, precision: str, speed: dict[str, Any], grid: dict[str, Any]
+) -> dict[str, Any]:
     values = deepcopy(base_recipe(data))
     values["model"] |= DIALECTS[dialect] | {"context": 160}  # two blocks of queries
     values["train"] = {"steps": 8, "global_batch": 8}
@@ -52,10 +54,10 @@ def recipe_for(data: Path, dialect: str, precision: str, speed: dict, grid: dict
 
 
 @pytest.fixture(scope="module")
-def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], Path]:
     """One run folder per (dialect, precision, speed, grid)."""
     folder = tmp_path_factory.mktemp("speed")
-    found = {}
+    found: dict[tuple[Any, ...], Path] = {}
     for processes, grids in GRIDS.items():
         cases = []
         for dialect in ("gpt2", "llama"):
@@ -77,7 +79,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["gpt2", "llama"])
-def test_fast_paths_change_no_number(runs: dict[tuple, Path], dialect: str) -> None:
+def test_fast_paths_change_no_number(runs: dict[tuple[Any, ...], Path], dialect: str) -> None:
     wanted = losses_of(runs[dialect, "fp32", "plain", "one"])
     assert wanted[-1] < wanted[0] - 0.1
     for (one, precision, kind, name), run in runs.items():

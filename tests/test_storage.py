@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -129,7 +130,7 @@ def test_a_lock_that_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
 
 def watch(monkeypatch: pytest.MonkeyPatch, others: list[list[int | None]]) -> Watchdog:
     """A watchdog of 10 s with a clock in ``monkeypatch``'s hands; ``others``: bytes by look."""
-    grid = SimpleNamespace(rank=0, world_size=1)
+    grid: Any = SimpleNamespace(rank=0, world_size=1)
     dog = Watchdog(grid, Path("nowhere"), 10.0)
     looks = iter(others)
 
@@ -168,11 +169,11 @@ def test_waiting_for_a_disk_that_works_is_no_hang(
     assert hangs_after(watch(monkeypatch, [[0]]), clock) == 11.0
     assert hangs_after(watch(monkeypatch, [[0]]), clock, move=8) is None
     assert hangs_after(watch(monkeypatch, [[0]]), clock, move=30) == 11.0
-    growing = [[0, number // 4] for number in range(200)]
+    growing: list[list[int | None]] = [[0, number // 4] for number in range(200)]
     assert hangs_after(watch(monkeypatch, growing), clock) is None
-    stops = [[0, min(number, 20)] for number in range(200)]
+    stops: list[list[int | None]] = [[0, min(number, 20)] for number in range(200)]
     assert 30 < (hangs_after(watch(monkeypatch, stops), clock) or 0) < 40
-    gone = [[0, 5], [0, 5], *[[None, None]] * 200]
+    gone: list[list[int | None]] = [[0, 5], [0, 5], *[[None, None]] * 200]  # type: ignore[list-item]
     assert hangs_after(watch(monkeypatch, gone), clock) == 11.0
 
 

@@ -226,7 +226,7 @@ def test_expansion(data: Path, tmp_path: Path) -> None:
         assert task.point
         config: Config = task.config
         rates = [config.learning_rate(step) for step in range(config.train.steps)]
-        decay = config.optimizer.weight_decay.attention
+        decay = config.optimizer.weight_decay.attention or 0.0
         assert exposure(rates, decay) == pytest.approx(task.point.given[ATTENTION], rel=1e-5)
     assert [point.given[MLP] for point in sweep.points[:6:2]] == [0.01, 0.1, 1.0]
     assert not any(is_done(task) for task in sweep.tasks)
@@ -235,7 +235,9 @@ def test_expansion(data: Path, tmp_path: Path) -> None:
     )
     arm = load_sweep(forked).tasks[1].config
     rates = [arm.learning_rate(step) for step in range(30, 50)]  # of the arm alone
-    assert exposure(rates, arm.optimizer.weight_decay.attention) == pytest.approx(0.5, rel=1e-5)
+    assert exposure(rates, arm.optimizer.weight_decay.attention or 0.0) == pytest.approx(
+        0.5, rel=1e-5
+    )
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from pretrain.distributed.jobs import Job
 from pretrain.errors import TRY_AGAIN
 from pretrain.sweep import run as sweep
 from pretrain.sweep.config import load_sweep
+from pretrain.sweep.status import Status
 from tests.tools import ATTENTION, run, write_sweep
 
 End = tuple[int, str]
@@ -56,7 +57,7 @@ class Scripted:
 
 def rounds(
     path: Path, out: Path, executor: Scripted, retries: int, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, sweep.Status]:
+) -> dict[str, Status]:
     monkeypatch.setattr(sweep, "_PAUSE", 0.0)
     monkeypatch.setattr(sweep, "is_done", lambda task: task.name in executor.done)
     monkeypatch.setattr(
@@ -126,7 +127,7 @@ def test_cores_are_shared_out_among_the_runs_that_there_are(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     threads: list[Any] = []
 
-    def look(tasks: Any, out: Path, executor: LocalExecutor, tries: int) -> list[sweep.Status]:
+    def look(tasks: Any, out: Path, executor: LocalExecutor, tries: int) -> list[Status]:
         threads.append((executor.slots, executor._environment(0, 1)["OMP_NUM_THREADS"]))
         return []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
             for number in range(3):
                 pixels = rng.integers(256, size=(40, 50, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / split / name / f"{number}.png")
-    values = deepcopy(RECIPES["images"])
+    values: dict[str, Any] = deepcopy(RECIPES["images"])
     values["model"] |= {"image_size": 16, "patch_size": 8, "image_channels": 3}
     values["task"] = {"kind": "images", "source": "folder", "path": str(tmp_path)}
     for augment in ("none", "crop", "randaugment"):
@@ -107,7 +108,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
         one, again = data[4], data[4]
         assert one[0].shape == (4, 192) and (one[0] == again[0]).all()
         assert (data[13][0] == one[0]).all() == (augment == "none" and data[13][1] == one[1] and
-            task.training(config)._orders(1)[4] == task.training(config)._orders(0)[4])  # fmt: skip
+            task.training(config)._orders(1)[4] == task.training(config)._orders(0)[4])  # type: ignore[attr-defined]  # fmt: skip
         assert np.abs(one[0]).max() <= 1
 
 
@@ -158,7 +159,7 @@ def test_vision_transformer_sees_every_patch_and_no_order_but_positions() -> Non
 @pytest.mark.parametrize("kind", ["linear", "sigmoid"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_other_mixing_is_the_textbooks(kind: str, causal: bool) -> None:
-    values = deepcopy(RECIPES["recall"])
+    values: dict[str, Any] = deepcopy(RECIPES["recall"])
     values["model"] |= {
         "attention": kind,
         "causal": causal,
@@ -166,7 +167,7 @@ def test_other_mixing_is_the_textbooks(kind: str, causal: bool) -> None:
         "biases": False,
     }
     config = parse_config(values).model.model_copy(update={"vocabulary_size": 16})
-    layer = GPT(config, ParameterFactory(0)).layers[2].attention
+    layer: Any = GPT(config, ParameterFactory(0)).layers[2].attention
     x = torch.randn(5, 3, 32)
     found = layer(x)
     q, k, v = (x @ w.mT for w in (layer.query, layer.key, layer.value))
@@ -182,7 +183,7 @@ GRIDS = {1: [(1, 1, 0), (1, 1, 1)], 2: [(2, 1, 1), (1, 2, 0), (1, 1, 3)], 4: [(2
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], Path]:
     folder = tmp_path_factory.mktemp("tasks")
     found = {}
     for processes, grids in GRIDS.items():
@@ -203,7 +204,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RECIPES)
-def test_same_numbers_on_every_grid(runs: dict[tuple, Path], kind: str) -> None:
+def test_same_numbers_on_every_grid(runs: dict[tuple[Any, ...], Path], kind: str) -> None:
     reference = runs[kind, 1, 1, 1, 0]
     losses, spectra = losses_of(reference), spectra_of(reference)
     wanted = json.loads((reference / "evaluation.json").read_text())["overall"]
@@ -221,7 +222,7 @@ def test_same_numbers_on_every_grid(runs: dict[tuple, Path], kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RECIPES)
-def test_scores_by_hand(runs: dict[tuple, Path], kind: str) -> None:
+def test_scores_by_hand(runs: dict[tuple[Any, ...], Path], kind: str) -> None:
     checkpoint = Checkpoint(list_checkpoints(runs[kind, 1, 1, 1, 0] / "checkpoints")[-1])
     config = checkpoint.config
     model = GPT(config.model, ParameterFactory(0))
@@ -243,7 +244,7 @@ def test_scores_by_hand(runs: dict[tuple, Path], kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RECIPES)
 def test_resume_and_commands(
-    runs: dict[tuple, Path], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    runs: dict[tuple[Any, ...], Path], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """A run that stops half-way and goes on ends where an undisturbed one does; it is scored,
@@ -280,7 +281,7 @@ def test_recipes_of_the_paper(name: str) -> None:
     ],
 )
 def test_mistakes(
-    change: dict, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     path = write_recipe(tmp_path / "recipe.yaml", RECIPES["recall"])

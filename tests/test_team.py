@@ -89,7 +89,7 @@ def test_starts_without_progress_are_counted(tmp_path: Path) -> None:
     latest.parent.mkdir(parents=True)
     pauses = supervise._PAUSES
     try:
-        supervise._PAUSES = (0.0,)
+        supervise._PAUSES = (0.0,)  # type: ignore[assignment]
         assert starts("exit 2") == (2, 1) and starts("exit 1") == (1, 1)
         assert starts("exit 75") == (TRY_AGAIN, 3)
         assert starts("kill -9 $$") == (TRY_AGAIN, 3)

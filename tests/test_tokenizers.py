@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -319,7 +320,7 @@ def check_combination(names: tuple[str, ...], path: Path) -> str:
              for ids, text in zip(wanted, TEXTS, strict=True)]  # fmt: skip
     account = account_of(tokenizer, TEXTS, found)
     assert account.exact == sum(exact) and account.is_exact == all(exact)
-    unknown = tokenizer.unknown
+    unknown: Any = tokenizer.unknown
     assert account.unknown == sum(one.count(unknown) for one in wanted)
     assert account.eod_inside == sum(one.count(tokenizer.eod) for one in wanted)
     said = " ".join(described(account, tokenizer, False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.transformers_models import transformers
 NOPE = {"dialect": "llama", "position": "none", "hidden_size": 32, "num_attention_heads": 2}
 
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "nope": NOPE,
     "gpt_neox": {"dialect": "gpt_neox"},
     "llama": {"dialect": "llama", "num_key_value_heads": 2},
@@ -192,8 +193,8 @@ def test_every_dialect_in_transformers(
     ],
 )
 def test_mistakes(
-    words: tuple, said: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: tuple[Any, ...], said: str, trained: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     filled = [word.format(run=trained, out=tmp_path / "out") for word in words]
     assert run(monkeypatch, *filled) == 2

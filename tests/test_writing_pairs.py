@@ -249,8 +249,8 @@ def _judge(
                       if line.startswith("error: ")]  # fmt: skip
             assert len(errors) == 1 and str(out) in errors[0], (pair, errors)
             return f"{pair[1 - who]} refused"
-    for name, (wanted, whole) in serial.items():
-        if codes == wanted and found == whole:
+    for name, (both, whole) in serial.items():
+        if codes == both and found == whole:
             return name
     lost = {name: sorted(_differing(found, whole)) for name, (_, whole) in serial.items()}
     lost |= {f"only {pair[who]}": sorted(_differing(found, alone[who][1])) for who in (0, 1)}

@@ -134,10 +134,10 @@ def _make_cheap(library: str) -> None:
     import pretrain.sweep.run
 
     # In its module alone: others ask sysconfig too.
-    data_pipeline.corpus.sysconfig = SimpleNamespace(  # type: ignore[assignment]
+    data_pipeline.corpus.sysconfig = SimpleNamespace(  # type: ignore[assignment, attr-defined]
         get_paths=lambda: {"stdlib": library}
     )
-    launchers.sweeps.LocalExecutor = ForkingExecutor  # type: ignore[assignment,misc]
+    launchers.sweeps.LocalExecutor = ForkingExecutor  # type: ignore[assignment, attr-defined]
     pretrain.sweep.run._PAUSE = 0.05
     pretrain.cli.demo._run = _slow_demo
 

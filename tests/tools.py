@@ -38,7 +38,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
 }
 
 
-def base_recipe(data: Path) -> dict:
+def base_recipe(data: Path) -> dict[str, Any]:
     """A recipe that trains in a second."""
     return {
         "seed": 7,
@@ -62,7 +62,7 @@ def base_recipe(data: Path) -> dict:
     }
 
 
-def write_recipe(path: Path, values: dict) -> Path:
+def write_recipe(path: Path, values: dict[str, Any]) -> Path:
     """Write a recipe file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values))
@@ -80,7 +80,7 @@ def launcher(processes: int) -> list[str]:
     return [sys.executable] if processes == 1 else torchrun(processes)
 
 
-def run_workers(processes: int, task: str, cases: list[dict], folder: Path) -> list[Any]:
+def run_workers(processes: int, task: str, cases: list[dict[str, Any]], folder: Path) -> list[Any]:
     """Run ``tests/worker.py`` on real processes; returns what rank 0 wrote for each case.
 
     Raises:
@@ -105,7 +105,7 @@ def assert_one_line(text: str, culprits: tuple[str, ...]) -> None:
         assert culprit in errors[0], (culprit, errors[0])
 
 
-def train_models(folder: Path, data: Path, models: dict[str, dict]) -> dict[str, Path]:
+def train_models(folder: Path, data: Path, models: dict[str, dict[str, Any]]) -> dict[str, Path]:
     """A short run of each model, by name, trained in one process."""
     cases = []
     for name, model in models.items():
@@ -154,14 +154,16 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
-def pretrain(*words: str, processes: int = 1, timeout: int = 240) -> subprocess.CompletedProcess:
+def pretrain(
+    *words: str, processes: int = 1, timeout: int = 240
+) -> subprocess.CompletedProcess[str]:
     """The command line in processes of its own, forked with everything imported."""
     return run_processes(list(words), processes, timeout)
 
 
 def pretrain_cold(
     *words: str, processes: int = 1, timeout: int = 240
-) -> subprocess.CompletedProcess:
+) -> subprocess.CompletedProcess[str]:
     """The command line as a user starts it: new interpreters, torchrun for several."""
     command = [*launcher(processes), "-m", "pretrain", *words]
     return subprocess.run(
@@ -186,7 +188,7 @@ def start_processes(
     return WarmProcess(words, environment(), script, processes, timeout)
 
 
-def metrics_of(run: Path) -> list[dict]:
+def metrics_of(run: Path) -> list[dict[str, Any]]:
     """Every logged line without what a clock decides."""
     rows = [row for kind in ("train", "ranks", "evaluation") for row in read_metrics(run, kind)]
     return [{key: row[key] for key in row if key not in TIMED} for row in rows]
@@ -207,7 +209,7 @@ def losses_of(run: Path) -> np.ndarray:
     return np.array([row["loss"] for row in read_metrics(run)])
 
 
-def spectra_of(run: Path) -> dict[tuple, np.ndarray]:
+def spectra_of(run: Path) -> dict[tuple[Any, ...], np.ndarray]:
     """Singular values by (step, layer, product, level, head)."""
     keys = ("step", "layer", "product", "level", "head")
     return {

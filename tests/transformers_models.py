@@ -172,7 +172,7 @@ def _recorded(tower: Any, family: str, name: str) -> list[tuple[torch.Tensor, ..
         else:
             tower(input_ids=torch.zeros(1, 8, dtype=torch.int64))
     assert len(recorded) == len(attention) == 2
-    answers = []
+    answers: list[tuple[torch.Tensor, ...]] = []
     for module, (query, k, v) in zip(modules, recorded, strict=True):
         q = query / module.scaling if family == "opt" else query  # it scales before, others within
         eye_out = torch.eye(q.shape[0] * q.shape[-1], dtype=torch.float64)

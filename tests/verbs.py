@@ -10,7 +10,7 @@ from pretrain.__main__ import app
 
 def all_verbs() -> set[str]:
     """``train``, ``data tokenize``, ``paper fig1`` and so on."""
-    return set(_leaves(typer.main.get_command(app), ()))
+    return set(_leaves(typer.main.get_command(app), ()))  # type: ignore[arg-type]
 
 
 def _leaves(command: click.Command, words: tuple[str, ...]) -> list[str]:

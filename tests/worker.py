@@ -25,6 +25,7 @@ from pretrain.decay.plan import plan_decay
 from pretrain.distributed.grid import Grid, build_grid, connect, disconnect
 from pretrain.engine.engine import build_engine, build_model, whole_model
 from pretrain.engine.libraries import load_libraries
+from pretrain.tasks.tasks import Text
 from pretrain.training.loader import Loader
 from pretrain.training.setup import prepare
 from pretrain.training.start import train
@@ -47,7 +48,7 @@ def interrupt_after(step: int) -> None:
             pretrain.training.periodic.save = save
             raise Interrupted
 
-    pretrain.training.periodic.save = save_and_stop
+    pretrain.training.periodic.save = save_and_stop  # type: ignore[assignment]
 
 
 def lose(updates: list[int]) -> Any:
@@ -65,7 +66,7 @@ def lose(updates: list[int]) -> Any:
             if struck:
                 del engine.loss
 
-    pretrain.engine.engine.Engine.train_step = train_step
+    pretrain.engine.engine.Engine.train_step = train_step  # type: ignore[assignment]
 
     def undo() -> None:
         pretrain.engine.engine.Engine.train_step = plain
@@ -73,7 +74,7 @@ def lose(updates: list[int]) -> Any:
     return undo
 
 
-def run_train(case: dict, grid: Grid, config: Config) -> None:
+def run_train(case: dict[str, Any], grid: Grid, config: Config) -> None:
     """Train a case into its run folder."""
     if case.get("stop"):  # as if killed just after the checkpoint of that step
         interrupt_after(case["stop"])
@@ -87,7 +88,7 @@ def run_train(case: dict, grid: Grid, config: Config) -> None:
             undo()
 
 
-def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:
+def run_decay(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, float]:
     """Steps with zero gradients: how far each rank's tensors are from Π(1 − η λ) times the start.
 
     Returns:
@@ -103,6 +104,7 @@ def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:
     measured = engine.loss
     engine.loss = lambda projection, labels: 0.0 * measured(projection, labels)
     samples = config.train.steps * config.train.global_batch
+    assert isinstance(setup.task, Text)
     data = TrainingData(setup.task.manifest, "proportional", config.model.context, 1, samples)
     micro = config.train.global_batch // grid.data // engine.micro_batches
     loader = Loader(data, grid, config.train.global_batch, micro, 0, 0)
@@ -132,7 +134,7 @@ def run_decay(case: dict, grid: Grid, config: Config) -> dict[str, float]:
     }
 
 
-def run_traffic(case: dict, grid: Grid, config: Config) -> dict[str, float]:
+def run_traffic(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, float]:
     """Bytes that rank 0 sends in one update, by collective, once two updates have been made."""
     infos = whole_model(config.model, grid.tensor)
     engine = build_engine(config, grid, plan_decay(infos, config.optimizer.weight_decay))

@@ -192,7 +192,7 @@ def litgpt(shape: Shape) -> Step:
     return loop(model, loss_of, shape)
 
 
-class _Random(torch.utils.data.IterableDataset):
+class _Random(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
 

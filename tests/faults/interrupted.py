@@ -58,9 +58,9 @@ def arm(moment: str, marker: Path) -> None:
         saver._write_piece = paused(saver._write_piece, 2, after=stop)
     elif moment in ("before rename", "after rename"):
         when = {"before": stop} if moment == "before rename" else {"after": stop}
-        system = pretrain.checkpoint.saver.os
+        system = pretrain.checkpoint.saver.os  # type: ignore[attr-defined]
         rename = paused(system.rename, 2, **when)
-        pretrain.checkpoint.saver.os = SimpleNamespace(**{**vars(system), "rename": rename})
+        pretrain.checkpoint.saver.os = SimpleNamespace(**{**vars(system), "rename": rename})  # type: ignore[assignment, attr-defined]
     elif moment == "evaluation":
         evaluate = pretrain.tasks.score
         evaluate._forward = paused(evaluate._forward, 5, before=stop)

@@ -29,7 +29,7 @@ def linger(where: str) -> None:
         time.sleep(PAUSE)
 
 
-class SlowFile(LocalFileOpener):
+class SlowFile(LocalFileOpener):  # type: ignore[misc]
     """A file that takes its time."""
 
     def write(self, data: Any) -> int:
@@ -37,7 +37,7 @@ class SlowFile(LocalFileOpener):
         return super().write(data)
 
 
-class SlowFileSystem(LocalFileSystem):
+class SlowFileSystem(LocalFileSystem):  # type: ignore[misc]
     """A folder that takes its time."""
 
     protocol = "slow"

@@ -49,23 +49,40 @@ def patiently(
         try:
             return action()
         except OSError as error:
-            if error.errno in final:
+            if error.errno in final or isinstance(error, NotRegularError):
                 raise
         time.sleep(pause)
     return action()
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; never wait for a pipe or read a device.
+class NotRegularError(OSError):
+    """A folder, a pipe, a socket or a device lies where a file should."""
+
+
+def open_regular(path: Path, most: int | None = None) -> BinaryIO:
+    """A file to read; never waits for a pipe, and never reads a device.
+
+    Args:
+        most: bytes that such a file may have; None: any number.
 
     Raises:
-        ValueError: if it is not a regular file.
+        NotRegularError: if it is no file.
+        OSError: that names the file, also if it is larger.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            raise NotRegularError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(found.st_mode):
+            raise NotRegularError(errno.ENXIO, "not a regular file", str(path))
+        if most is not None and found.st_size > most:
+            text = f"{found.st_size:,} bytes; such a file has at most {most:,}"
+            raise OSError(errno.EFBIG, text, str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
         os.close(descriptor)
-        raise ValueError("not a regular file")
-    return os.fdopen(descriptor, "rb")
+        raise
 
 
 def hide(folder: Path) -> Path:

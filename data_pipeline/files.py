@@ -15,8 +15,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from data_pipeline.disk import open_regular
 from data_pipeline.records import DataError
 
 LOCK = ".lock"
@@ -25,31 +26,6 @@ LARGEST = 1 << 25
 _LARGEST_TOKENIZER = 1 << 28
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.tmp")
-
-
-def open_regular(path: Path, most: int | None = None) -> BinaryIO:
-    """Open a file for reading; never wait for a pipe, and never read a device.
-
-    Args:
-        most: largest allowed number of bytes; None: any number.
-
-    Raises:
-        OSError: that names the file, also if it is not a regular file, or too large.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.ENXIO, "not a regular file", str(path))
-        if most is not None and found.st_size > most:
-            text = f"{found.st_size:,} bytes; such a file has at most {most:,}"
-            raise OSError(errno.EFBIG, text, str(path))
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
 
 
 def read_small(path: Path, most: int = LARGEST) -> bytes:

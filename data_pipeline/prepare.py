@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.corpus import write_corpus
 from data_pipeline.encode import Job
 from data_pipeline.files import held, write_aside
 from data_pipeline.json_tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
@@ -20,6 +21,29 @@ from data_pipeline.sources import Source, find_sources
 from data_pipeline.splits import SPLITS
 from data_pipeline.tokenize import Report, tokenize
 from data_pipeline.tokenizer import train_tokenizer
+
+_EMBEDDED_VOCABULARY = 2048
+
+
+def prepare_embedded(folder: Path, say: Callable[[str], None]) -> Path:
+    """A corpus from this Python installation, its tokenizer and its tokens; what is there stays.
+
+    Args:
+        say: is told each part of the work before it begins.
+
+    Returns:
+        The folder of tokens.
+    """
+    corpus, model, data = folder / "corpus", folder / "tokenizer.model", folder / "data"
+    if not (corpus / "test.jsonl.zst").exists():
+        say("corpus from this Python installation")
+        write_corpus(corpus)
+    if not model.exists():
+        say(f"tokenizer of {_EMBEDDED_VOCABULARY} pieces")
+        train_from_sources([str(corpus)], model, _EMBEDDED_VOCABULARY, "bpe", 8 << 20)
+    say("tokens")
+    tokenize_sources([str(corpus)], model, data, workers=2)
+    return data
 
 
 def train_from_sources(

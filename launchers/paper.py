@@ -7,16 +7,14 @@ from pathlib import Path
 
 import yaml
 
-from data_pipeline.corpus import write_corpus
 from data_pipeline.files import held, write_aside
-from data_pipeline.prepare import tokenize_sources, train_from_sources
+from data_pipeline.prepare import prepare_embedded
 from launchers.sweeps import run
 from pretrain.config.mapping import read_mapping
 from pretrain.config.recipe import load_config
 from pretrain.errors import RunError, UsageError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "paper"
-_VOCABULARY = 2048
 
 
 def experiment(name: str, runs: Path, parallel: int, data: Path | None = None) -> Path:
@@ -42,7 +40,7 @@ def experiment(name: str, runs: Path, parallel: int, data: Path | None = None) -
     out = runs / name
     with held(out):
         if load_config(recipe).task.kind == "text":
-            text = data or prepare_text(runs / "text")
+            text = data or prepare_embedded(runs / "text", _say)
             sweep["set"] = {**sweep.get("set", {}), "data.path": str(text)}
         file = runs / f"{name}.yaml"
         write_aside(file, yaml.safe_dump(sweep, sort_keys=False).encode())
@@ -51,19 +49,6 @@ def experiment(name: str, runs: Path, parallel: int, data: Path | None = None) -
                 f"{out}: a run failed; see {out}/logs, then rerun the same command to continue"
             )
     return out
-
-
-def prepare_text(folder: Path) -> Path:
-    """Make a corpus from this Python installation, its tokenizer and tokens, if missing."""
-    corpus, model, data = folder / "corpus", folder / "tokenizer.model", folder / "data"
-    if not (corpus / "test.jsonl.zst").exists():
-        _say("corpus from this Python installation")
-        write_corpus(corpus)
-    if not model.exists():
-        _say(f"tokenizer of {_VOCABULARY} pieces")
-        train_from_sources([str(corpus)], model, _VOCABULARY, "bpe", 8 << 20)
-    tokenize_sources([str(corpus)], model, data, workers=2)
-    return data
 
 
 def _say(text: str) -> None:

@@ -37,13 +37,13 @@ def revisions(name: str, pattern: str) -> list[str]:
     except Exception as error:
         raise _explained(name, error) from None
     names = [one.name for one in [*references.branches, *references.tags]]
-    found = sorted(set(fnmatch.filter(names, pattern)), key=_by_number)
+    found = sorted(set(fnmatch.filter(names, pattern)), key=by_number)
     if not found:
         raise ModelError(f"{name}: no revision matches {pattern}; there are {', '.join(names[:8])}")
     return found
 
 
-def _by_number(name: str) -> tuple[int, str]:
+def by_number(name: str) -> tuple[int, str]:
     digits = re.findall(r"\d+", name)
     return (int(digits[-1]) if digits else -1, name)
 

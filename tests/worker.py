@@ -19,7 +19,8 @@ import pretrain.training.periodic
 from data_pipeline.dataset import TrainingData
 from models.loss import mean_loss
 from models.roles import info_of
-from pretrain.checkpoint.reader import Checkpoint, load_into_engine
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.checkpoint.restore import load_into_engine
 from pretrain.config.recipe import Config, parse_config
 from pretrain.decay.plan import plan_decay
 from pretrain.distributed.grid import Grid, build_grid, connect, disconnect

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_pipeline.disk import NO_SUCH, open_regular, patiently
+from data_pipeline.disk import NO_SUCH, NotRegularError, open_regular, patiently
 from data_pipeline.files import LARGEST
 from data_pipeline.strict_json import to_json
 from pretrain.config.recipe import Config
@@ -148,12 +148,12 @@ def head_of(path: Path) -> tuple[int | None, str | None]:
     try:
         with patiently(lambda: open_regular(path)) as file:
             head = patiently(lambda: file.read(_HEAD))
+    except NotRegularError:
+        return None, None
     except OSError as error:
         if error.errno in NO_SUCH:
             return None, None
         raise unreadable(path, error) from None
-    except ValueError:
-        return None, None
     step, run = _STEP.search(head), _RUN.search(head)
     return int(step[1]) if step else None, run[1].decode(errors="replace") if run else None
 
@@ -177,12 +177,12 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
     try:
         with patiently(lambda: open_regular(path)) as file:
             text = patiently(lambda: file.read(LARGEST + 1))
+    except NotRegularError:
+        raise damaged(path, "not a regular file") from None
     except OSError as error:
         if error.errno in NO_SUCH:
             raise UnreadableError(f"{folder}: contains no checkpoint ({error.strerror})") from None
         raise unreadable(path, error) from None
-    except ValueError:
-        raise damaged(path, "not a regular file") from None
     if len(text) > LARGEST:
         raise damaged(path, f"more than {LARGEST:,} bytes")
     try:

@@ -6,9 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from data_pipeline.corpus import write_corpus
 from data_pipeline.files import locked
-from data_pipeline.prepare import tokenize_sources, train_from_sources
+from data_pipeline.prepare import prepare_embedded
 from pretrain.config.recipe import Config, apply_overrides, parse_config
 from pretrain.distributed.grid import build_grid, connect, disconnect
 from pretrain.errors import RunError
@@ -17,7 +16,6 @@ from pretrain.training.start import train
 
 DECAYS = (0.0, 1.0, 3.0, 10.0)
 """Exposures Σηλ near 0, 0.6, 2 and 6 over the demo's run: the paper's λ = 0.1 has about 3."""
-_VOCABULARY = 2048
 
 
 def demo_config(data: Path, steps: int) -> Config:
@@ -56,15 +54,7 @@ def run_demo(out: Path, steps: int) -> None:
 
 def _run(out: Path, steps: int) -> None:
     began = time.monotonic()
-    corpus, data, model = out / "corpus", out / "data", out / "tokenizer.model"
-    if not (corpus / "test.jsonl.zst").exists():
-        _say("corpus from this Python installation")
-        write_corpus(corpus)
-    if not model.exists():
-        _say(f"tokenizer of {_VOCABULARY} pieces")
-        train_from_sources([str(corpus)], model, _VOCABULARY, "bpe", 8 << 20)
-    _say("tokens")
-    tokenize_sources([str(corpus)], model, data, workers=2)
+    data = prepare_embedded(out, _say)
     base = demo_config(data, steps)
     device = connect()
     runs = []

@@ -19,7 +19,7 @@ from data_pipeline.files import held
 from data_pipeline.strict_json import to_json
 from models.factors import AttentionShape, Factors
 from models.families import EXAMPLE, Family, family_of
-from models.hub import fetch, is_hub_name, revisions
+from models.hub import by_number, fetch, is_hub_name, revisions
 from models.huggingface import is_pretrained, open_pretrained
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints
@@ -98,7 +98,9 @@ def find_weights(
             raise UsageError(f"{path}: the run has no checkpoint")
         return [_checkpoint(one) for one in found]
     if path.is_dir() and not wanted and not (path / CONFIG).exists():
-        parts = sorted((one for one in path.iterdir() if one.is_dir()), key=_number)
+        parts = sorted(
+            (one for one in path.iterdir() if one.is_dir()), key=lambda path: by_number(path.name)
+        )
         if any(is_pretrained(one) for one in parts):
             parts = [one for one in parts if is_pretrained(one)]
             return [pretrained(one, one.name) for one in parts]
@@ -107,11 +109,6 @@ def find_weights(
     if not path.exists():
         raise UsageError(f"{base}: no such folder")
     return [_checkpoint(resolve_checkpoint(target))]
-
-
-def _number(path: Path) -> tuple[int, str]:
-    digits = re.findall(r"\d+", path.name)
-    return (int(digits[-1]) if digits else -1, path.name)
 
 
 def _pretrained(

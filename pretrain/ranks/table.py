@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.files import open_regular, replacing
+from data_pipeline.disk import open_regular
+from data_pipeline.files import replacing
 from data_pipeline.strict_json import to_json
 from pretrain.config.recipe import load_config
 from pretrain.config.run import RanksConfig

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.files import open_regular, write_aside
+from data_pipeline.disk import open_regular
+from data_pipeline.files import write_aside
 from data_pipeline.strict_json import not_finite, to_json
 from pretrain.config.recipe import Config
 from pretrain.console import warn

@@ -9,12 +9,11 @@ from pretrain.checkpoint.reader import (
     CHECKPOINTS,
     Checkpoint,
     list_checkpoints,
-    load_into_engine,
     newest_checkpoint,
     step_of,
 )
 from pretrain.checkpoint.recover import find_whole
-from pretrain.config.decay import same_policies
+from pretrain.checkpoint.restore import load_into_engine
 from pretrain.console import Progress
 from pretrain.distributed.replicas import are_replicated, disagreement
 from pretrain.distributed.signals import SIGNALS, StopRequestedError

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ class CpuTimes:
         self._workers: dict[str, float] = defaultdict(float)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self) -> Iterator[None]:
+    def pytest_runtest_makereport(
+        self,
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Put into the report what was used since the one before."""
         report = yield
         now = _seconds()
@@ -39,7 +41,7 @@ class CpuTimes:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add up, in the process that writes."""
-        used = dict(report.user_properties).get("cpu", 0.0)
+        used: Any = dict(report.user_properties).get("cpu", 0.0)
         self._tests[report.nodeid][report.when or ""] += used
         self._workers[getattr(report, "worker_id", "main")] += used
 

@@ -34,7 +34,7 @@ import numpy as np
 from benchmarks.results_file import finish
 from data_pipeline.corpus import write_corpus
 from data_pipeline.index_file import write_index
-from data_pipeline.lean import import_lean
+from data_pipeline.light_imports import import_light
 from data_pipeline.manifest import load_manifest
 from data_pipeline.prepare import train_from_sources
 
@@ -143,7 +143,7 @@ def pool_over_lines(folder: Path, lines: list[bytes]) -> float:
     """Lines to a pool, tokens back, one document after the other into Megatron's builder."""
     import torch
 
-    (indexed,) = import_lean("megatron.core.datasets.indexed_dataset")
+    (indexed,) = import_light("megatron.core.datasets.indexed_dataset")
     out = folder / "megatron"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()

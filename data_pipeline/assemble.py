@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.checksums import Checksums
-from data_pipeline.encode import DOCUMENT_TYPE, Job, Key, token_type
+from data_pipeline.encode import DOCUMENT_TYPE, EncodingSettings, Key, token_type
 from data_pipeline.files import write_aside, write_synced
 from data_pipeline.index_file import write_index
 from data_pipeline.manifest import MANIFEST, manifest_values
@@ -33,13 +33,13 @@ _RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d")
 _LONGEST = 80
 
 
-def check_free(out: Path, job: Job) -> None:
-    """Check before the work that the results will not overwrite other files.
+def check_free(out: Path, settings: EncodingSettings) -> None:
+    """See before the work that nothing of others lies where the results will.
 
     Raises:
         DataError: naming the file in the way.
     """
-    name, source = tokenizer_file(job)
+    name, source = tokenizer_file(settings)
     mine = out / name
     taken = [mine] if mine.exists() and sha256_of(mine) != sha256_of(source) else []
     taken += [out / split for split in SPLITS if _holds_something(out / split)]
@@ -54,14 +54,16 @@ def _holds_something(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 
-def tokenizer_file(job: Job) -> tuple[str, Path]:
-    """The tokenizer's name in the folder, and the file that it is copied from."""
-    source = find_tokenizer(job.tokenizer_path)
+def tokenizer_file(settings: EncodingSettings) -> tuple[str, Path]:
+    """Name of the tokenizer in the folder, and the file that it is copied from."""
+    source = find_tokenizer(settings.tokenizer_path)
     return f"tokenizer{'.json' if source.suffix == '.json' else '.model'}", source
 
 
-def assemble(state: Parts, job: Job, tokenizer: Tokenizer, left_out: list[str]) -> dict[str, Any]:
-    """Join the parts and write the manifest as the last file.
+def assemble(
+    state: Parts, settings: EncodingSettings, tokenizer: Tokenizer, left_out: list[str]
+) -> dict[str, Any]:
+    """Join the parts and write the manifest, the last file of all.
 
     Raises:
         DataError: if there is no document, or another file is in the way.
@@ -85,7 +87,7 @@ def assemble(state: Parts, job: Job, tokenizer: Tokenizer, left_out: list[str]) 
     files: dict[str, str] = {}
     for key, prefix in prefixes.items():
         entries.append(_join(state, key, prefix, where[key], dtype, files))
-    name, source = tokenizer_file(job)
+    name, source = tokenizer_file(settings)
     if not (state.out / name).exists():
         write_aside(state.out / name, source.read_bytes())
     files[name] = sha256_of(state.out / name)
@@ -103,7 +105,7 @@ def assemble(state: Parts, job: Job, tokenizer: Tokenizer, left_out: list[str]) 
     ]
     manifest = manifest_values(
         name, tokenizer, dtype.__name__, entries, state.malformed, described, state.identity,
-        files, left_out, asdict(job.special), state.account.values(),
+        files, left_out, asdict(settings.special), state.account.values(),
     )  # fmt: skip
     write_aside(state.out / MANIFEST, to_json(manifest, indent=1).encode())
     shutil.rmtree(state.folder)

@@ -21,7 +21,7 @@ import numpy as np
 from data_pipeline.bounded import BoundedReader
 from data_pipeline.checksums import CheckedReader, load_documents, read_checksums, verify
 from data_pipeline.index_file import Header, read_header
-from data_pipeline.lean import import_lean
+from data_pipeline.light_imports import import_light
 from data_pipeline.manifest import Entry, Manifest
 from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.sources import DataError
@@ -32,7 +32,7 @@ def index_classes() -> Any:
     """Import Megatron's dataset classes late (it takes 1 s) and without their warnings."""
     parts = ("indexed_dataset", "gpt_dataset", "blended_dataset", "utils", "helpers_cpp")
     try:
-        indexed, gpt, blended, utils, _ = import_lean(
+        indexed, gpt, blended, utils, _ = import_light(
             *(f"megatron.core.datasets.{part}" for part in parts)
         )
     except ModuleNotFoundError as error:

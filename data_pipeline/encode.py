@@ -48,8 +48,8 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Job:
-    """The settings apart from the sources; their identity decides whether a folder matches."""
+class EncodingSettings:
+    """What to do, apart from the sources; its identity decides whether a folder matches."""
 
     tokenizer_path: Path
     eod_token: str | None = None
@@ -131,9 +131,13 @@ class Encoder:
     """
 
     def __init__(
-        self, job: Job, tokenizer: Tokenizer, workers: int, wait: Callable[[], None]
+        self,
+        settings: EncodingSettings,
+        tokenizer: Tokenizer,
+        workers: int,
+        wait: Callable[[], None],
     ) -> None:
-        self.job, self.tokenizer, self.workers, self.wait = job, tokenizer, workers, wait
+        self.settings, self.tokenizer, self.workers, self.wait = settings, tokenizer, workers, wait
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Callable[[Iterator[tuple[Block, str | None]]], Iterator[Result]]:
@@ -143,7 +147,7 @@ class Encoder:
             self.workers,
             mp_context=get_context("spawn"),
             initializer=_start_worker,
-            initargs=(self.job, os.getpid()),
+            initargs=(self.settings, os.getpid()),
         )
         return self._parallel
 
@@ -153,14 +157,14 @@ class Encoder:
 
     def _serial(self, blocks: Iterator[tuple[Block, str | None]]) -> Iterator[Result]:
         for block, split in blocks:
-            yield _encode_block(self.tokenizer, block, self.job.fields, split)
+            yield _encode_block(self.tokenizer, block, self.settings.fields, split)
 
     def _parallel(self, blocks: Iterator[tuple[Block, str | None]]) -> Iterator[Result]:
         assert self.pool is not None
         waiting: deque[Future[Result]] = deque()
         try:
             for block, split in blocks:
-                waiting.append(self.pool.submit(_work, block, self.job.fields, split))
+                waiting.append(self.pool.submit(_work, block, self.settings.fields, split))
                 if len(waiting) > 2 * self.workers:
                     yield self._result(waiting.popleft())
             while waiting:
@@ -184,8 +188,8 @@ class Encoder:
 _worker: dict[str, Tokenizer] = {}
 
 
-def _start_worker(job: Job, parent: int) -> None:
-    _worker["tokenizer"] = job.open_tokenizer()
+def _start_worker(settings: EncodingSettings, parent: int) -> None:
+    _worker["tokenizer"] = settings.open_tokenizer()
 
     def die_with_parent() -> None:
         while os.getppid() == parent:

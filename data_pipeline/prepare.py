@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.corpus import write_corpus
-from data_pipeline.encode import Job
+from data_pipeline.encode import EncodingSettings
 from data_pipeline.files import held, write_aside
 from data_pipeline.json_tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
 from data_pipeline.manifest import load_manifest
@@ -137,10 +137,10 @@ def tokenize_sources(
     _check_split(split)
     sources, left_out = _find(names, window_mb, split)
     fields = Fields(text_field, subset_field, default_subset)
-    job = Job(tokenizer, eod_token, fields, split, strict, special, lossless)
+    settings = EncodingSettings(tokenizer, eod_token, fields, split, strict, special, lossless)
     try:
         return tokenize(
-            sources, job, out, workers, _Meter(), tell=_say, left_out=left_out
+            sources, settings, out, workers, _Meter(), tell=_say, left_out=left_out
         )  # fmt: skip
     except MemoryError:
         raise DataError(

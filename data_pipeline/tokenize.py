@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.assemble import assemble, check_free
-from data_pipeline.encode import Encoded, Encoder, Job, Key, Result
+from data_pipeline.encode import Encoded, Encoder, EncodingSettings, Key, Result
 from data_pipeline.files import locked, read_json
 from data_pipeline.manifest import MANIFEST
 from data_pipeline.parts import SPECIAL, Parts, recorded_sources, why_others
@@ -45,7 +45,7 @@ class Report:
 
 def tokenize(
     sources: list[Source],
-    job: Job,
+    settings: EncodingSettings,
     out: Path,
     workers: int = 1,
     progress: Progress | None = None,
@@ -70,8 +70,8 @@ def tokenize(
     started = time.monotonic()
     say: Tell = tell or (lambda line: None)
     move: Progress = progress or (lambda size, documents: None)
-    tokenizer = job.open_tokenizer()
-    identity = _identity(sources, job, tokenizer)
+    tokenizer = settings.open_tokenizer()
+    identity = _identity(sources, settings, tokenizer)
     finished = _finished(out, identity, sources)
     if finished is not None:
         return Report(finished, True, False, 0.0, 0, [])
@@ -83,35 +83,37 @@ def tokenize(
         state = Parts(out, identity, sources)
         resumed = state.load(sources, say)
         if not resumed:
-            check_free(out, job)
+            check_free(out, settings)
         for note in tokenizer.notes:
             say(f"tokenizer: {note}")
-        watch = Watch(state.account, tokenizer, job, say)
-        with Encoder(job, tokenizer, workers, lambda: move(0, 0)) as encode:
+        watch = Watch(state.account, tokenizer, settings, say)
+        with Encoder(settings, tokenizer, workers, lambda: move(0, 0)) as encode:
             for index, source in enumerate(sources):
                 if not state.sources[index].done:
                     _tokenize_source(
-                        source, index, encode, job, state, part_bytes, move, say, watch
+                        source, index, encode, settings, state, part_bytes, move, say, watch
                     )
         watch.finish()
-        manifest = assemble(state, job, tokenizer, left_out or [])
+        manifest = assemble(state, settings, tokenizer, left_out or [])
     return Report(
         manifest, False, resumed, time.monotonic() - started, state.malformed, state.shown
     )
 
 
-def _identity(sources: list[Source], job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The settings that a folder is made with, apart from the sources."""
-    dealt = job.split is None and any(one.split is None for one in sources)
-    # The default is not recorded, so that folders of earlier versions still match.
-    asked = [name for name, value in asdict(job.special).items() if value]
+def _identity(
+    sources: list[Source], settings: EncodingSettings, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """What a folder is made with, apart from the sources."""
+    dealt = settings.split is None and any(one.split is None for one in sources)
+    # The default is not named, so that folders of earlier versions are known again.
+    asked = [name for name, value in asdict(settings.special).items() if value]
     return {
         "tokenizer": tokenizer.sha256,
         **({SPECIAL: asked} if asked else {}),
         "eod": tokenizer.eod,
-        "fields": [job.fields.text, job.fields.subset, job.fields.default_subset],
-        "split": job.split,
-        # Earlier versions divided 97.7 : 1.2 : 1.2 and recorded nothing.
+        "fields": [settings.fields.text, settings.fields.subset, settings.fields.default_subset],
+        "split": settings.split,
+        # Earlier versions dealt 97.7 : 1.2 : 1.2 and recorded nothing.
         "dealing": "98:1:1" if dealt else None,
     }
 
@@ -146,7 +148,7 @@ def _tokenize_source(
     source: Source,
     index: int,
     encode: _Encode,
-    job: Job,
+    settings: EncodingSettings,
     state: Parts,
     part_bytes: int,
     move: Progress,
@@ -155,10 +157,10 @@ def _tokenize_source(
 ) -> None:
     mine = state.sources[index]
     skip = mine.blocks
-    split = job.split or source.split
+    split = settings.split or source.split
 
     def blocks() -> Iterator[tuple[Block, str | None]]:
-        for number, block in enumerate(source.open_blocks(job.fields)):
+        for number, block in enumerate(source.open_blocks(settings.fields)):
             if number >= skip:
                 _announce(block, say)
                 yield block, split
@@ -166,7 +168,7 @@ def _tokenize_source(
     pending: dict[Key, Encoded] = {}
     size = 0
     for result in encode(blocks()):
-        if result.problems and job.strict:
+        if result.problems and settings.strict:
             raise DataError(result.problems[0])
         watch.see(result.account)
         mine.count(result.account)

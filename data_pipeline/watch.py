@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from data_pipeline.account import Account, described
-from data_pipeline.encode import Job
+from data_pipeline.encode import EncodingSettings
 from data_pipeline.records import DataError
 from data_pipeline.tokenizer import Tokenizer
 
@@ -17,13 +17,22 @@ class Watch:
     """Counts documents and reports early and at the end."""
 
     def __init__(
-        self, account: Account, tokenizer: Tokenizer, job: Job, say: Callable[[str], None]
+        self,
+        account: Account,
+        tokenizer: Tokenizer,
+        settings: EncodingSettings,
+        say: Callable[[str], None],
     ) -> None:
         """
         Args:
             account: counts over the documents of an interrupted run.
         """
-        self._account, self._tokenizer, self._job, self._say = account, tokenizer, job, say
+        self._account, self._tokenizer, self._settings, self._say = (
+            account,
+            tokenizer,
+            settings,
+            say,
+        )
         self._said_of = 0
 
     def see(self, account: Account) -> None:
@@ -33,9 +42,9 @@ class Watch:
             DataError: with ``lossless``, for a document that is not reproduced.
         """
         self._account.add(account)
-        if self._job.lossless and not account.is_exact:
+        if self._settings.lossless and not account.is_exact:
             raise DataError(
-                f"--lossless: {self._job.tokenizer_path} does not reproduce every text: "
+                f"--lossless: {self._settings.tokenizer_path} does not give every text back: "
                 f"{account.examples[0]}"
             )
         if not self._said_of and self._account.documents >= _SAMPLE:
@@ -48,5 +57,5 @@ class Watch:
 
     def _tell(self) -> None:
         self._said_of = self._account.documents
-        for line in described(self._account, self._tokenizer, self._job.special.parse):
+        for line in described(self._account, self._tokenizer, self._settings.special.parse):
             self._say(f"tokenizer: {line}")

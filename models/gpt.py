@@ -151,7 +151,7 @@ def _padding_bias(module: Embedding | Head) -> torch.Tensor | None:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerBlueprint:
     """How to build one layer of the model, and what it shares with another."""
 
     build: type[nn.Module]
@@ -161,7 +161,9 @@ class LayerPlan:
     forward: Callable[[Any, torch.Tensor], Any] | None = None
 
 
-def layer_plans(config: GPTConfig, factory: ParameterFactory, kernels: Kernels) -> list[LayerPlan]:
+def layer_blueprints(
+    config: GPTConfig, factory: ParameterFactory, kernels: Kernels
+) -> list[LayerBlueprint]:
     """The model as a list of layers, from tokens ``[batch, sequence]`` to a `Projection`.
 
     Raises:
@@ -174,21 +176,22 @@ def layer_plans(config: GPTConfig, factory: ParameterFactory, kernels: Kernels) 
         )
     tied = "embedding" if config.tied_head else None
     if config.patch_dim:
-        plans = [LayerPlan(PatchEmbedding, (config, factory))]
+        plans = [LayerBlueprint(PatchEmbedding, (config, factory))]
     else:
-        plans = [LayerPlan(Embedding, (config, factory, kernels), tied)]
+        plans = [LayerBlueprint(Embedding, (config, factory, kernels), tied)]
     if config.position == "learned":
-        plans.append(LayerPlan(LearnedPosition, (config, factory)))
+        plans.append(LayerBlueprint(LearnedPosition, (config, factory)))
     plans += [
-        LayerPlan(Block, (config, layer, factory, kernels)) for layer in range(config.num_layers)
+        LayerBlueprint(Block, (config, layer, factory, kernels))
+        for layer in range(config.num_layers)
     ]
-    plans.append(LayerPlan(Norm, (config, factory, "final_norm", None)))
+    plans.append(LayerBlueprint(Norm, (config, factory, "final_norm", None)))
     if config.patch_dim:
-        plans.append(LayerPlan(Pool, ()))
+        plans.append(LayerBlueprint(Pool, ()))
     if config.tied_head:
-        plans.append(LayerPlan(Embedding, (config, factory, kernels), tied, project))
+        plans.append(LayerBlueprint(Embedding, (config, factory, kernels), tied, project))
     else:
-        plans.append(LayerPlan(Head, (config, factory, kernels), forward=project))
+        plans.append(LayerBlueprint(Head, (config, factory, kernels), forward=project))
     return plans
 
 
@@ -218,7 +221,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList()
         self.functions: list[Callable[[torch.Tensor], Any]] = []
         shared: dict[str, nn.Module] = {}
-        for plan in layer_plans(config, factory, kernels):
+        for plan in layer_blueprints(config, factory, kernels):
             module = shared.get(plan.tied or "")
             if module is None:
                 module = plan.build(*plan.arguments)

@@ -23,7 +23,7 @@ import zstandard
 
 from data_pipeline.corpus import write_corpus
 from data_pipeline.dataset import TrainingData, blend_weights, held_out
-from data_pipeline.encode import Job
+from data_pipeline.encode import EncodingSettings
 from data_pipeline.manifest import load_manifest
 from data_pipeline.prepare import tokenize_sources, train_from_sources
 from data_pipeline.sources import DataError, Fields, find_sources, parse_block
@@ -248,10 +248,11 @@ commit = t.Parts.commit
 def slow(self, *a):
     commit(self, *a); time.sleep(0.15)
 t.Parts.commit = slow
-from data_pipeline.encode import Job
+from data_pipeline.encode import EncodingSettings
 from data_pipeline.tokenize import tokenize
 from data_pipeline.sources import find_sources
-tokenize(find_sources([sys.argv[1]]), Job(Path(sys.argv[2])), Path(sys.argv[3]), part_bytes=4000)
+sources, settings = find_sources([sys.argv[1]]), EncodingSettings(Path(sys.argv[2]))
+tokenize(sources, settings, Path(sys.argv[3]), part_bytes=4000)
 """
 
 
@@ -272,7 +273,9 @@ def test_killed_tokenisation_goes_on(
         with pytest.raises(DataError, match="not finished"):
             load_manifest(out)
     monkeypatch.setattr("data_pipeline.readers.BLOCK_BYTES", 4000)
-    report = tokenize(find_sources([str(corpus)]), Job(tokenizer), out, part_bytes=4000)
+    report = tokenize(
+        find_sources([str(corpus)]), EncodingSettings(tokenizer), out, part_bytes=4000
+    )
     assert report.resumed
     assert tree(out) == tree(data)
 

@@ -22,7 +22,7 @@ import zstandard
 
 from data_pipeline import readers
 from data_pipeline.checksums import check_folder
-from data_pipeline.encode import Job
+from data_pipeline.encode import EncodingSettings
 from data_pipeline.files import locked
 from data_pipeline.manifest import load_manifest
 from data_pipeline.prepare import tokenize_sources
@@ -197,9 +197,9 @@ def test_a_worker_that_is_killed(
             os.kill(child.pid or 0, signal.SIGKILL)
 
     with pytest.raises(DataError, match=r"a worker process was killed.*fewer than 2 --workers"):
-        tokenize(sources, Job(tokenizer), tmp_path / "out", 2, kill, part_bytes=300)
+        tokenize(sources, EncodingSettings(tokenizer), tmp_path / "out", 2, kill, part_bytes=300)
     assert not multiprocessing.active_children()
-    report = tokenize(sources, Job(tokenizer), tmp_path / "out")
+    report = tokenize(sources, EncodingSettings(tokenizer), tmp_path / "out")
     assert report.resumed
     assert used(tmp_path / "out") == {("train", "Wiki", text): 40 for text in TEXTS}
 

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from data_pipeline.account import account_of, described
 from data_pipeline.dataset import held_out
-from data_pipeline.encode import Job
+from data_pipeline.encode import EncodingSettings
 from data_pipeline.json_tokenizer import SpecialTokens
 from data_pipeline.manifest import load_manifest
 from data_pipeline.prepare import tokenize_sources
@@ -202,8 +202,8 @@ def test_the_account_does_not_depend_on_workers_or_kills(tmp_path: Path) -> None
             [{"text": f"{name} {text}", "meta": {"pile_set_name": "Web"}} for text in FILLED],
         )
     sources = find_sources([str(tmp_path / "in")])
-    job = Job(tmp_path / "lossy.json", split="train")
-    whole = tokenize(sources, job, tmp_path / "whole").manifest["round_trip"]
+    settings = EncodingSettings(tmp_path / "lossy.json", split="train")
+    whole = tokenize(sources, settings, tmp_path / "whole").manifest["round_trip"]
 
     class KilledError(Exception):
         pass
@@ -216,8 +216,8 @@ def test_the_account_does_not_depend_on_workers_or_kills(tmp_path: Path) -> None
             raise KilledError
 
     with pytest.raises(KilledError):
-        tokenize(sources, job, tmp_path / "parts", progress=kill, part_bytes=1)
-    resumed = tokenize(sources, job, tmp_path / "parts", part_bytes=1)
+        tokenize(sources, settings, tmp_path / "parts", progress=kill, part_bytes=1)
+    resumed = tokenize(sources, settings, tmp_path / "parts", part_bytes=1)
     assert resumed.resumed and resumed.manifest["round_trip"] == whole
     assert whole["documents"] == 21 and 0 < whole["exact"] < 21
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from models.gpt import layer_plans
+from models.gpt import layer_blueprints
 from models.kernels import DEFAULT_KERNELS
 from models.layers import ParameterFactory
 from models.roles import ModelError
@@ -63,7 +63,7 @@ def accept(config: Config, device: str, count: int) -> Config:
     """
     grid = empty_grid(config, device, count)
     factory = ParameterFactory(0, grid.tensor_parallel, allocate=False)
-    layer_plans(config.model, factory, DEFAULT_KERNELS)
+    layer_blueprints(config.model, factory, DEFAULT_KERNELS)
     micro, passes = micro_batches(config, grid)
     deepspeed_settings(with_precision(config, grid.device), grid, micro, passes, 1)
     return config

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from models.config import GPTConfig
-from models.gpt import GPT, LayerPlan, layer_plans
+from models.gpt import GPT, LayerBlueprint, layer_blueprints
 from models.layers import ParameterFactory
 from models.loss import Projection, mean_loss
 from models.parallel import TensorParallel
@@ -71,10 +71,10 @@ def build_model(config: Config, grid: Grid, loss: Loss | None = None) -> nn.Modu
     kernels = choose_kernels(config, grid)
     if grid.pipeline == 1:
         return GPT(config.model, factory, kernels).to(grid.device)
-    return _pipeline_module(layer_plans(config.model, factory, kernels), grid, loss)
+    return _pipeline_module(layer_blueprints(config.model, factory, kernels), grid, loss)
 
 
-def _pipeline_module(plans: list[LayerPlan], grid: Grid, loss: Loss | None) -> nn.Module:
+def _pipeline_module(plans: list[LayerBlueprint], grid: Grid, loss: Loss | None) -> nn.Module:
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -82,7 +82,7 @@ def _pipeline_module(plans: list[LayerPlan], grid: Grid, loss: Loss | None) -> n
     # A pipeline module asks DeepSpeed for ranks before any engine has connected it to torch's.
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
-    def spec(plan: LayerPlan) -> Any:
+    def spec(plan: LayerBlueprint) -> Any:
         if plan.tied is None:
             return LayerSpec(plan.build, *plan.arguments)
         return TiedLayerSpec(

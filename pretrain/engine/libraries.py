@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from data_pipeline.lean import import_lean
+from data_pipeline.light_imports import import_light
 
 _PARTS = (
     "megatron.core.tensor_parallel",
@@ -16,4 +16,4 @@ def load_libraries() -> None:
     """Import them after the process has a device; parts that are missing here load when needed."""
     for part in _PARTS:
         with contextlib.suppress(ModuleNotFoundError):
-            import_lean(part)
+            import_light(part)

@@ -11,7 +11,7 @@ from pretrain.decay.lengths import check_lengths
 from pretrain.engine.precision import with_precision
 from pretrain.errors import RunError, UsageError
 from pretrain.runs.folder import CONFIG, forked_from, known_recipe, recipe_of, resolve_checkpoint
-from pretrain.sweep.config import Sweep, Task
+from pretrain.sweep.config import Sweep, SweepRun
 from pretrain.training.origin import Asked, begin
 from pretrain.training.setup import prepare
 
@@ -35,7 +35,7 @@ def check_runs(sweep: Sweep, device: torch.device | None) -> None:
                 _check(task, device, known)
 
 
-def _check(task: Task, device: torch.device | None, known: Config | None) -> None:
+def _check(task: SweepRun, device: torch.device | None, known: Config | None) -> None:
     config = task.config
     if config.precision == "auto" and device is None:
         meant = recipe_of(task.run).precision

@@ -86,7 +86,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Task:
+class SweepRun:
     """One run of the sweep, or a trunk."""
 
     name: str
@@ -95,7 +95,7 @@ class Task:
     point: Point | None
     """The point; None for a trunk."""
     until: int | None = None
-    trunk: Task | None = None
+    trunk: SweepRun | None = None
 
     @property
     def last(self) -> int:
@@ -121,7 +121,7 @@ class Sweep:
     config: SweepConfig
     points: list[Point]
     baseline: Point | None
-    tasks: list[Task]
+    tasks: list[SweepRun]
 
     @property
     def keys(self) -> list[str]:
@@ -153,8 +153,8 @@ def load_sweep(path: Path, out: Path | None = None) -> Sweep:
     if isinstance(seeds, int):
         seeds = [base.seed + index for index in range(seeds)]
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"{path}: seeds: empty, or one occurs twice; give different numbers")
-    tasks: list[Task] = []
+        raise UsageError(f"{path}: seeds: empty, or one twice; give different numbers")
+    tasks: list[SweepRun] = []
     for seed in seeds:
         trunk = _trunk(path, config, base, seed, folder)
         tasks += [trunk] if trunk else []
@@ -162,7 +162,7 @@ def load_sweep(path: Path, out: Path | None = None) -> Sweep:
             name = f"{point.name},seed={seed}" if point.name else f"seed={seed}"
             values = {**point.values, "seed": seed, **_logging(path, config)}
             run = with_values(base, values, f"{path}: {point.name}")
-            tasks.append(Task(name, folder / name, run, point, trunk=trunk))
+            tasks.append(SweepRun(name, folder / name, run, point, trunk=trunk))
     return Sweep(path.stem, config, points, baseline, tasks)
 
 
@@ -245,7 +245,9 @@ def _baseline(path: Path, config: SweepConfig, points: list[Point]) -> Point | N
     )
 
 
-def _trunk(path: Path, config: SweepConfig, base: Config, seed: int, folder: Path) -> Task | None:
+def _trunk(
+    path: Path, config: SweepConfig, base: Config, seed: int, folder: Path
+) -> SweepRun | None:
     if config.fork is None:
         return None
     run = with_values(base, {**config.fork.set, "seed": seed}, f"{path}: fork.set")
@@ -255,7 +257,7 @@ def _trunk(path: Path, config: SweepConfig, base: Config, seed: int, folder: Pat
             f"train.steps={run.train.steps}"
         )
     name = f"trunk,seed={seed}"
-    return Task(name, folder / name, run, None, until=config.fork.step)
+    return SweepRun(name, folder / name, run, None, until=config.fork.step)
 
 
 def _logging(path: Path, config: SweepConfig) -> Values:

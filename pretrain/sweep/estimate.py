@@ -15,8 +15,8 @@ from pretrain.config.recipe import dump_config
 from pretrain.console import show_table
 from pretrain.errors import RunError
 from pretrain.runs.metrics import read_metrics
-from pretrain.sweep.config import Sweep, Task
-from pretrain.sweep.run import code_words, is_done
+from pretrain.sweep.config import Sweep, SweepRun
+from pretrain.sweep.run import is_done
 
 _STEPS = 8
 """Number of steps of the timing; the first two are not counted."""
@@ -54,7 +54,7 @@ def plan(sweep: Sweep, slots: int, start: Starter | None, price: float) -> dict[
     }
 
 
-def _describe(task: Task) -> dict[str, Any]:
+def _describe(task: SweepRun) -> dict[str, Any]:
     return {
         "name": task.name,
         "run": str(task.run),
@@ -66,7 +66,7 @@ def _describe(task: Task) -> dict[str, Any]:
     }
 
 
-def _timing(task: Task, start: Starter) -> dict[str, float]:
+def _timing(task: SweepRun, start: Starter) -> dict[str, float]:
     """Seconds of a step, a measurement, an evaluation and a start, from a few steps."""
     with tempfile.TemporaryDirectory(prefix="timing-") as folder:
         recipe, run = Path(folder) / "recipe.yaml", Path(folder) / "run"
@@ -96,7 +96,7 @@ def _timing(task: Task, start: Starter) -> dict[str, float]:
     }
 
 
-def _seconds(task: Task, speed: dict[str, float]) -> float:
+def _seconds(task: SweepRun, speed: dict[str, float]) -> float:
     config, steps = task.config, task.steps
     return (
         speed["start"]

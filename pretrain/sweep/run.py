@@ -21,7 +21,7 @@ from pretrain.errors import TRY_AGAIN
 from pretrain.runs.finished import is_complete
 from pretrain.runs.lock import is_busy, shared
 from pretrain.runs.metrics import METRICS
-from pretrain.sweep.config import Sweep, Task
+from pretrain.sweep.config import Sweep, SweepRun
 from pretrain.sweep.status import Status
 from pretrain.sweep.table import Table
 
@@ -29,7 +29,7 @@ SWEEP = "sweep.json"
 _PAUSE = 0.5
 
 
-def is_done(task: Task) -> bool:
+def is_done(task: SweepRun) -> bool:
     """Whether the run folder holds a finished run."""
     return is_complete(task.run, task.config, task.until)
 
@@ -150,7 +150,7 @@ def _can_start(status: Status, by_name: dict[str, Status]) -> bool:
     return trunk is None or by_name[trunk.name].state == "done"
 
 
-def _job(task: Task, out: Path, processes: int) -> Job:
+def _job(task: SweepRun, out: Path, processes: int) -> Job:
     words = ["train", str(_recipe(out, task)), "--out", str(task.run)]
     if task.until is not None:
         words += ["--until", str(task.until)]
@@ -164,11 +164,11 @@ def code_words(task: Task) -> list[str]:
     return [word for code in code_of(task.config) for word in ("--code", str(code.path))]
 
 
-def _recipe(out: Path, task: Task) -> Path:
+def _recipe(out: Path, task: SweepRun) -> Path:
     return out / "recipes" / f"{task.name}.yaml"
 
 
-def _log(out: Path, task: Task) -> Path:
+def _log(out: Path, task: SweepRun) -> Path:
     return out / "logs" / f"{task.name}.log"
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from pretrain.sweep.config import Task
+from pretrain.sweep.config import SweepRun
 
 
 @dataclass
 class Status:
     """The state of a task."""
 
-    task: Task
+    task: SweepRun
     state: str = "waiting"
     """waiting, running, elsewhere, done or failed."""
     tries: int = 0

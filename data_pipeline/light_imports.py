@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def import_lean(*names: str) -> list[Any]:
-    """Import the named modules; the process must have chosen its device before.
+def import_light(*names: str) -> list[Any]:
+    """The modules of these names; the process must have chosen its device.
 
     Raises:
         ModuleNotFoundError: if a module does not exist.

@@ -27,11 +27,9 @@ class Without:
     def __getattr__(self, name: str) -> Any:
         first, _, rest = self._hidden.partition(".")
         found = getattr(self._whole, name)
-        if name == first and found is not None:
-            if not rest:
-                raise AttributeError(name)
-            return Without(found, rest)
-        return found
+        if name == first and not rest:
+            raise AttributeError(name)
+        return Without(found, rest) if name == first and found is not None else found
 
 
 @contextmanager

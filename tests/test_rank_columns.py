@@ -35,7 +35,9 @@ MEASURED = [column for column in COLUMNS if column.source != "label"]
 
 
 def test_the_page_is_the_schema() -> None:
-    assert columns.markdown() in PAGE.read_text(encoding="utf-8")
+    assert columns.markdown() in PAGE.read_text(encoding="utf-8"), (
+        "the table of docs/statistics.md should be:\n" + columns.markdown()
+    )
 
 
 def test_names_are_unique_and_statistics_have_theirs() -> None:

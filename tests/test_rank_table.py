@@ -150,15 +150,15 @@ def test_a_merge_loses_nothing_and_takes_little_at_once(
         for head in range(rng.randint(1, 5)):
             value = rng.random()
             rows.append({"step": step, "layer": 0, "product": "qk", "level": "head", "head": head,
-                         "value": value, "odd": None if rng.random() < 0.5 else 1.0})  # fmt: skip
+                         "pseudo_rank": value, "balance": None if rng.random() < 0.5 else 1.0})  # fmt: skip
         for key in [key for key in wanted if key[0] == step]:
             del wanted[key]
-        wanted.update({(step, row["head"]): row["value"] for row in rows})
+        wanted.update({(step, row["head"]): row["pseudo_rank"] for row in rows})
         rank_table.add_ranks(tmp_path, step, rows, RanksConfig())
 
     def found() -> dict[tuple[int, int], float]:
         rows = rank_table.read_ranks(tmp_path)
-        return {(row["step"], row["head"]): row["value"] for row in rows}
+        return {(row["step"], row["head"]): row["pseudo_rank"] for row in rows}
 
     meanwhile = rank_table._steps_of
     for turn in range(4):

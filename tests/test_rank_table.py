@@ -150,7 +150,8 @@ def test_a_merge_loses_nothing_and_takes_little_at_once(
         for head in range(rng.randint(1, 5)):
             value = rng.random()
             rows.append({"step": step, "layer": 0, "product": "qk", "level": "head", "head": head,
-                         "pseudo_rank": value, "balance": None if rng.random() < 0.5 else 1.0})  # fmt: skip
+                         "pseudo_rank": value,
+                         "balance": None if rng.random() < 0.5 else 1.0})  # fmt: skip
         for key in [key for key in wanted if key[0] == step]:
             del wanted[key]
         wanted.update({(step, row["head"]): row["pseudo_rank"] for row in rows})

@@ -25,7 +25,7 @@ from pretrain.decay.sites import Book, Books, label
 from pretrain.distributed.grid import Grid
 from pretrain.engine.engine import Engine
 from pretrain.engine.masters import Fragment, local_shape
-from pretrain.ranks.columns import OF_PAIRS, OF_SIZES
+from pretrain.ranks.schema import OF_PAIRS, OF_SIZES
 from pretrain.spectra import pair_statistics, product_statistics
 
 Row = dict[str, Any]

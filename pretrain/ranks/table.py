@@ -15,8 +15,8 @@ from data_pipeline.strict_json import to_json
 from pretrain.config.recipe import load_config
 from pretrain.config.run import RanksConfig
 from pretrain.errors import RunError, UsageError
-from pretrain.ranks.columns import BY_NAME, COLUMNS, KEYS, TEXT_KEYS, Column
 from pretrain.ranks.probe import Row
+from pretrain.ranks.schema import BY_NAME, COLUMNS, KEYS, TEXT_KEYS, Column
 
 RANKS = "ranks.parquet"
 _CONFIG = "config.yaml"
@@ -286,7 +286,7 @@ def write_rows(path: Path, rows: list[Row], definition: dict[str, Any] | None = 
     names = {name for row in rows for name in row}
     unknown = sorted(names - BY_NAME.keys())
     if unknown:
-        raise ValueError(f"{unknown[0]} is no column of pretrain.ranks.columns")
+        raise ValueError(f"{unknown[0]} is no column of pretrain.ranks.schema")
     schema = pa.schema(
         [pa.field(one.name, _arrow_type(one)) for one in COLUMNS if one.name in names],
         {_DEFINITION: to_json(definition).encode()} if definition else None,

@@ -17,8 +17,8 @@ from pretrain.checkpoint.reader import CHECKPOINTS, list_checkpoints
 from pretrain.config.recipe import Config
 from pretrain.decay.sites import coupled_rate
 from pretrain.errors import RunError, UsageError
-from pretrain.ranks.columns import NEEDED, OF_THE_LAW
 from pretrain.ranks.probe import Row, lawful
+from pretrain.ranks.schema import NEEDED, OF_THE_LAW
 from pretrain.runs.folder import CONFIG, EVALUATION, read_ranks, read_starts, recipe_of
 from pretrain.runs.identity import read_identity
 from pretrain.runs.metrics import METRICS, read_metrics

@@ -15,9 +15,9 @@ import torch
 
 from models.factors import AttentionShape, Factors
 from pretrain.config.run import RanksConfig
-from pretrain.ranks import columns
-from pretrain.ranks.columns import BY_NAME, COLUMNS, KEYS, NEEDED, Column
+from pretrain.ranks import schema
 from pretrain.ranks.probe import layer_rows
+from pretrain.ranks.schema import BY_NAME, COLUMNS, KEYS, NEEDED, Column
 from pretrain.ranks.table import add_ranks, merge_ranks, read_ranks, rewind_ranks
 from pretrain.report.runs import load_run
 from pretrain.runs.folder import CONFIG
@@ -35,8 +35,8 @@ MEASURED = [column for column in COLUMNS if column.source != "label"]
 
 
 def test_the_page_is_the_schema() -> None:
-    assert columns.markdown() in PAGE.read_text(encoding="utf-8"), (
-        "the table of docs/statistics.md should be:\n" + columns.markdown()
+    assert schema.markdown() in PAGE.read_text(encoding="utf-8"), (
+        "the table of docs/statistics.md should be:\n" + schema.markdown()
     )
 
 
@@ -85,17 +85,17 @@ def test_a_measurement_has_every_column_and_no_other(
     for row in rows:
         row.update(step=3, tokens=99)
         assert row.keys() == {one.name for one in MEASURED}
-        gone = {name for name in columns.OF_SIZES if row[name] != row[name]}
-        pairs = set(columns.OF_PAIRS) & set(columns.OF_SIZES)
+        gone = {name for name in schema.OF_SIZES if row[name] != row[name]}
+        pairs = set(schema.OF_PAIRS) & set(schema.OF_SIZES)
         if qk_norm and row["product"] == "qk":
-            assert gone == set(columns.OF_SIZES)
+            assert gone == set(schema.OF_SIZES)
         else:
             assert gone == (set() if rotary and row["product"] == "qk" else pairs)
     add_ranks(tmp_path, 3, rows, RanksConfig())
     merge_ranks(tmp_path)
-    schema = pq.read_schema(tmp_path / "ranks.parquet")
-    assert schema.names == [one.name for one in MEASURED]
-    assert all(schema.field(one.name).type == ARROW[one.type] for one in MEASURED)
+    written = pq.read_schema(tmp_path / "ranks.parquet")
+    assert written.names == [one.name for one in MEASURED]
+    assert all(written.field(one.name).type == ARROW[one.type] for one in MEASURED)
 
 
 def test_a_column_of_no_schema_is_not_written(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from data_pipeline.account import Account, account_of
 from data_pipeline.json_tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
-from data_pipeline.records import Block, DataError, Fields, parse_block, split_by_document
+from data_pipeline.records import DataError, Fields, RecordBlock, parse_block, split_by_document
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 DOCUMENT_TYPE = np.dtype([("bytes", "<u8"), ("hash", "<u8")])
@@ -82,7 +82,9 @@ def token_type(vocabulary_size: int) -> type[np.uint16] | type[np.int32]:
     return np.uint16 if vocabulary_size < 65_500 else np.int32
 
 
-def _encode_block(tokenizer: Tokenizer, block: Block, fields: Fields, split: str | None) -> Result:
+def _encode_block(
+    tokenizer: Tokenizer, block: RecordBlock, fields: Fields, split: str | None
+) -> Result:
     parsed = parse_block(block, fields)
     texts = [document.text for document in parsed.documents]
     ids = tokenizer.encode(texts)
@@ -140,7 +142,7 @@ class Encoder:
         self.settings, self.tokenizer, self.workers, self.wait = settings, tokenizer, workers, wait
         self.pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> Callable[[Iterator[tuple[Block, str | None]]], Iterator[Result]]:
+    def __enter__(self) -> Callable[[Iterator[tuple[RecordBlock, str | None]]], Iterator[Result]]:
         if self.workers <= 1:
             return self._serial
         self.pool = ProcessPoolExecutor(
@@ -155,11 +157,11 @@ class Encoder:
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def _serial(self, blocks: Iterator[tuple[Block, str | None]]) -> Iterator[Result]:
+    def _serial(self, blocks: Iterator[tuple[RecordBlock, str | None]]) -> Iterator[Result]:
         for block, split in blocks:
             yield _encode_block(self.tokenizer, block, self.settings.fields, split)
 
-    def _parallel(self, blocks: Iterator[tuple[Block, str | None]]) -> Iterator[Result]:
+    def _parallel(self, blocks: Iterator[tuple[RecordBlock, str | None]]) -> Iterator[Result]:
         assert self.pool is not None
         waiting: deque[Future[Result]] = deque()
         try:
@@ -199,5 +201,5 @@ def _start_worker(settings: EncodingSettings, parent: int) -> None:
     threading.Thread(target=die_with_parent, daemon=True).start()
 
 
-def _work(block: Block, fields: Fields, split: str | None) -> Result:
+def _work(block: RecordBlock, fields: Fields, split: str | None) -> Result:
     return _encode_block(_worker["tokenizer"], block, fields, split)

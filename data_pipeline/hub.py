@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipeline.records import Block, DataError
+from data_pipeline.records import DataError, RecordBlock
 from data_pipeline.splits import SPLIT_WORDS
 
 _ROWS = 1024
 
 
-def hub_blocks(name: str, split: str) -> Iterator[Block]:
+def hub_blocks(name: str, split: str) -> Iterator[RecordBlock]:
     """Blocks of the rows of one split; none if the dataset has no such split.
 
     Raises:
@@ -22,11 +22,11 @@ def hub_blocks(name: str, split: str) -> Iterator[Block]:
     for row in _stream(name, split):
         rows.append(row)
         if len(rows) == _ROWS:
-            yield Block(f"{name}[{split}]", number, rows)
+            yield RecordBlock(f"{name}[{split}]", number, rows)
             number += len(rows)
             rows = []
     if rows:
-        yield Block(f"{name}[{split}]", number, rows)
+        yield RecordBlock(f"{name}[{split}]", number, rows)
 
 
 def _stream(name: str, split: str) -> Iterator[Any]:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import readers
-from data_pipeline.records import RECORD_BYTES, Block, DataError, Fields, Unreadable
+from data_pipeline.records import RECORD_BYTES, DataError, Fields, RecordBlock, Unreadable
 
 _ROWS = 1024
 _ROWS_AT_ONCE = 64
 """Number of rows that the library unpacks before their size is known."""
 
 
-def parquet_blocks(path: Path, fields: Fields) -> Iterator[Block]:
-    """Blocks of the rows of a file, with only the columns of text and subset.
+def parquet_blocks(path: Path, fields: Fields) -> Iterator[RecordBlock]:
+    """Blocks of the rows of a file, with the columns of text and subset alone.
 
     Raises:
         DataError: naming a file that is damaged, or of a kind that cannot be read.
@@ -25,7 +25,7 @@ def parquet_blocks(path: Path, fields: Fields) -> Iterator[Block]:
     try:
         number = 1
         for rows in _rows(path, fields):
-            yield Block(str(path), number, rows)
+            yield RecordBlock(str(path), number, rows)
             number += len(rows)
     except (pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         reason = " ".join(str(error).split())[:200]

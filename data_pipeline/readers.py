@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.records import RECORD_BYTES, Block, DataError, Unreadable, WholeText
+from data_pipeline.records import RECORD_BYTES, DataError, RecordBlock, Unreadable, WholeText
 
 BLOCK_BYTES = 4 << 20
 _PIECE = 1 << 20
@@ -23,8 +23,8 @@ WINDOW_MB = 512
 """Memory that a zstd frame may request, unless more is allowed."""
 
 
-def line_blocks(path: Path, window_mb: int = WINDOW_MB) -> Iterator[Block]:
-    """Blocks of the lines of a file, compressed or not.
+def line_blocks(path: Path, window_mb: int = WINDOW_MB) -> Iterator[RecordBlock]:
+    """Blocks of the lines of a file, packed or not.
 
     Raises:
         DataError: naming an archive that is damaged, truncated, or needs more memory.
@@ -35,10 +35,10 @@ def line_blocks(path: Path, window_mb: int = WINDOW_MB) -> Iterator[Block]:
         lines.append(line)
         size += 1 + (len(line) if isinstance(line, bytes) else 0)
         if size >= BLOCK_BYTES:
-            yield Block(str(path), first, lines)
+            yield RecordBlock(str(path), first, lines)
             lines, size, first = [], 0, number + 1
     if lines:
-        yield Block(str(path), first, lines)
+        yield RecordBlock(str(path), first, lines)
 
 
 def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes | Unreadable]:
@@ -73,14 +73,14 @@ def too_long(size: int) -> Unreadable:
     )
 
 
-def text_blocks(path: Path) -> Iterator[Block]:
-    """A whole ``.txt`` file; its folder is its subset."""
+def text_blocks(path: Path) -> Iterator[RecordBlock]:
+    """A ``.txt`` file, whole; its folder is its subset."""
     with path.open("rb") as file:
         data = file.read(RECORD_BYTES + 1)
     if len(data) > RECORD_BYTES:
-        yield Block(str(path), 1, [too_long(path.stat().st_size)])
+        yield RecordBlock(str(path), 1, [too_long(path.stat().st_size)])
     elif data:
-        yield Block(str(path), 1, [WholeText(data, path.parent.name or "text")])
+        yield RecordBlock(str(path), 1, [WholeText(data, path.parent.name or "text")])
 
 
 # --- archives -------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Consecutive records of one source, not parsed yet."""
+class RecordBlock:
+    """Some consecutive records of one source, not parsed yet."""
 
     name: str
     first: int
@@ -67,8 +67,8 @@ class Parsed:
     problems: list[str] = field(default_factory=list)
 
 
-def parse_block(block: Block, fields: Fields) -> Parsed:
-    """Parse a block; malformed records are reported as ``file:line: reason`` and skipped."""
+def parse_block(block: RecordBlock, fields: Fields) -> Parsed:
+    """Documents of a block; what is malformed is named ``file:line: reason`` and skipped."""
     parsed = Parsed()
     for number, record in enumerate(block.records, block.first):
         if isinstance(record, bytes) and not record.strip():

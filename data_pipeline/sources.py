@@ -17,12 +17,20 @@ from data_pipeline.folders import SUFFIXES, list_folder, suffix_of
 from data_pipeline.hub import hub_blocks
 from data_pipeline.parquet_rows import parquet_blocks
 from data_pipeline.readers import WINDOW_MB, line_blocks, text_blocks
-from data_pipeline.records import Block, DataError, Document, Fields, Parsed, parse_block
+from data_pipeline.records import DataError, Document, Fields, Parsed, RecordBlock, parse_block
 from data_pipeline.splits import SPLITS, Place, splits_of
 
 __all__ = [
-    "SPLITS", "Block", "DataError", "Document", "Fields", "Parsed", "Source", "find_sources",
-    "parse_block", "sha256_of",
+    "SPLITS",
+    "DataError",
+    "Document",
+    "Fields",
+    "Parsed",
+    "RecordBlock",
+    "Source",
+    "find_sources",
+    "parse_block",
+    "sha256_of",
 ]  # fmt: skip
 
 Tell = Callable[[str], None]
@@ -40,14 +48,14 @@ class Source:
     """None: a Hub dataset."""
     stamp: tuple[int, int, int]
     """Size, and the times of the last change of contents and of anything, in nanoseconds."""
-    blocks: Callable[[Fields], Iterator[Block]] = field(compare=False, repr=False)
+    blocks: Callable[[Fields], Iterator[RecordBlock]] = field(compare=False, repr=False)
 
     @property
     def size(self) -> int:
         """Bytes of the file; 0 for a Hub dataset."""
         return self.stamp[0]
 
-    def open_blocks(self, fields: Fields | None = None) -> Iterator[Block]:
+    def open_blocks(self, fields: Fields | None = None) -> Iterator[RecordBlock]:
         """The records, in blocks.
 
         Args:
@@ -150,7 +158,7 @@ def _place(path: Path, given: int) -> Place:
 def _file_source(path: Path, split: str | None, window_mb: int) -> Source:
     suffix = suffix_of(path)
 
-    def blocks(fields: Fields) -> Iterator[Block]:
+    def blocks(fields: Fields) -> Iterator[RecordBlock]:
         if suffix == ".parquet":
             return parquet_blocks(path, fields)
         return text_blocks(path) if suffix == ".txt" else line_blocks(path, window_mb)

@@ -19,7 +19,7 @@ from data_pipeline.encode import Encoded, Encoder, EncodingSettings, Key, Result
 from data_pipeline.files import locked, read_json
 from data_pipeline.manifest import MANIFEST
 from data_pipeline.parts import SPECIAL, Parts, recorded_sources, why_others
-from data_pipeline.records import Block, DataError
+from data_pipeline.records import DataError, RecordBlock
 from data_pipeline.sources import Source, Tell, sha256_of, stamp_of
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.watch import Watch
@@ -27,8 +27,8 @@ from data_pipeline.watch import Watch
 _LARGE_RECORD = 32 << 20
 
 Progress = Callable[[int, int], None]
-"""A function that is called with (source bytes of finished blocks, documents) during the work."""
-_Encode = Callable[[Iterator[tuple[Block, str | None]]], Iterator[Result]]
+"""Called with (source bytes of finished blocks, documents) as work proceeds."""
+_Encode = Callable[[Iterator[tuple[RecordBlock, str | None]]], Iterator[Result]]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _tokenize_source(
     skip = mine.blocks
     split = settings.split or source.split
 
-    def blocks() -> Iterator[tuple[Block, str | None]]:
+    def blocks() -> Iterator[tuple[RecordBlock, str | None]]:
         for number, block in enumerate(source.open_blocks(settings.fields)):
             if number >= skip:
                 _announce(block, say)
@@ -195,8 +195,8 @@ def _tokenize_source(
         say(f"{source.name}: contains no document")
 
 
-def _announce(block: Block, say: Tell) -> None:
-    """Report a record that will take long, before it is encoded."""
+def _announce(block: RecordBlock, say: Tell) -> None:
+    """Say that a record takes long, before it does."""
     for number, record in enumerate(block.records, block.first):
         if isinstance(record, bytes) and len(record) > _LARGE_RECORD:
             say(f"{block.name}:{number}: one record of {len(record) >> 20:,} MB")

@@ -132,3 +132,13 @@ def test_only_the_engine_imports_deepspeed() -> None:
         if any(f"{one}.".startswith("deepspeed.") for one in imported(path))
     }
     assert users == {"pretrain.engine"}
+
+
+def test_no_two_classes_share_a_name() -> None:
+    """A word means one thing: a public class is found by its name alone."""
+    homes: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(name)
+    assert not {name: where for name, where in homes.items() if len(where) > 1}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.records import Block, Fields, parse_block
+from data_pipeline.records import Fields, RecordBlock, parse_block
 
 ABSENT = object()
 NAMES = {"text": "Wiki", "zero": 0, "number": 7, "negative": -3, "large": 2**70}
@@ -15,10 +15,10 @@ NONE = {"absent": ABSENT, "null": None, "empty": ""}
 WRONG = {"true": True, "false": False, "float": 0.5, "list": ["A", "B"], "object": {"a": 1}}
 
 
-def block_of(value: Any, as_row: bool) -> Block:
+def block_of(value: Any, as_row: bool) -> RecordBlock:
     meta = {} if value is ABSENT else {"pile_set_name": value}
     record: Any = {"text": "some text", "meta": meta}
-    return Block("a.jsonl", 1, [record if as_row else json.dumps(record).encode()])
+    return RecordBlock("a.jsonl", 1, [record if as_row else json.dumps(record).encode()])
 
 
 @pytest.mark.parametrize("as_row", [True, False])

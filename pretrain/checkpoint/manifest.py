@@ -83,8 +83,8 @@ class StateEntry(BaseModel):
     jumped: list[Count] = []
 
 
-class Manifest(_Part):
-    """A manifest whose parts agree with each other."""
+class CheckpointManifest(_Part):
+    """A manifest whose parts fit each other."""
 
     step: Annotated[int, Field(ge=0, lt=10**18, strict=True)]
     run: str = ""
@@ -166,8 +166,8 @@ def unreadable(path: Path, error: OSError) -> UnreadableError:
     )
 
 
-def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
-    """Read the manifest of a checkpoint and check that it is unchanged and consistent.
+def read_manifest(folder: Path) -> tuple[CheckpointManifest, dict[str, Any]]:
+    """The manifest of a checkpoint, checked, and the same as it was written.
 
     Raises:
         UnreadableError: if there is none, it cannot be read, or a newer program wrote it.
@@ -188,7 +188,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
     try:
         written: dict[str, Any] = json.loads(text)
         _check_seal(path, written)
-        manifest = Manifest.model_validate(written)
+        manifest = CheckpointManifest.model_validate(written)
         _check_coverage(manifest)
     except RunError:
         raise
@@ -232,8 +232,8 @@ def _check_seal(path: Path, written: dict[str, Any]) -> None:
         raise ValueError("its checksum differs")
 
 
-def _check_coverage(manifest: Manifest) -> None:
-    """Check that every element of every master and of every other stored key is stored once.
+def _check_coverage(manifest: CheckpointManifest) -> None:
+    """Every element of every master is stored once, and of what else is stored, too.
 
     Raises:
         ValueError: naming the tensor.
@@ -270,8 +270,8 @@ def _check_pieces(what: str, pieces: list[tuple[int, int]], size: int) -> None:
         raise ValueError(f"{what} is incomplete: {end}/{size}")
 
 
-def shard_sizes_of(manifest: Manifest, name: str) -> Mapping[int, int]:
-    """Elements of a parameter's shard, by the tensor-parallel rank that stores it."""
+def shard_sizes_of(manifest: CheckpointManifest, name: str) -> Mapping[int, int]:
+    """Elements of a parameter's shard by tensor-parallel rank that stores one."""
     return shard_sizes(manifest.parameters[name], manifest.grid.tensor)
 
 

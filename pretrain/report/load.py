@@ -17,7 +17,7 @@ from pretrain.report.comparable import check_same, mixed, with_comparable_scores
 from pretrain.report.runs import RunData, load_run
 from pretrain.runs.folder import CONFIG, FREE
 from pretrain.runs.metrics import METRICS
-from pretrain.runs.records import Planned, read_record
+from pretrain.runs.records import SweepRecord, read_record
 from pretrain.sweep.config import kinds_of, short_names
 from pretrain.sweep.run import SWEEP
 
@@ -122,7 +122,7 @@ def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:
         return [path], None, []
     sweep = None
     with suppress(FileNotFoundError):
-        sweep = read_record(path / SWEEP, Planned)
+        sweep = read_record(path / SWEEP, SweepRecord)
     found = sorted(
         one
         for one in path.iterdir()

@@ -139,7 +139,7 @@ class Event(Line):
 LINES: dict[str, type[Line]] = {"train": Update, "evaluation": HeldOutLoss, "event": Event}
 
 
-class Planned(_Record):
+class SweepRecord(_Record):
     """``sweep.json``."""
 
     baseline: str | None = None

@@ -32,7 +32,7 @@ from pretrain.training.loop import restore, run_training
 from pretrain.training.origin import Asked, Origin, begin, described, with_jumps
 from pretrain.training.periodic import OWES_EVALUATION
 from pretrain.training.setup import Setup, prepare
-from pretrain.training.state import GENERATION, Moving, Samples, Training
+from pretrain.training.state import GENERATION, Moving, SampleSets, Training
 
 
 def train(
@@ -81,7 +81,7 @@ def train(
             run_training(training, origin)
 
 
-def _checked(prepared: Setup, asked: Asked, grid: Grid) -> tuple[Setup, Samples]:
+def _checked(prepared: Setup, asked: Asked, grid: Grid) -> tuple[Setup, SampleSets]:
     """The setup as it would begin now, and its samples."""
     config = prepared.config
     if config.checkpoint.mirror:
@@ -90,7 +90,7 @@ def _checked(prepared: Setup, asked: Asked, grid: Grid) -> tuple[Setup, Samples]
     micro_batches(setup.config, grid)
     held_out = setup.task.held_out(setup.config)
     data = setup.task.training(setup.config)
-    return setup, Samples(data, held_out, data_order(setup.config, setup.task, data))
+    return setup, SampleSets(data, held_out, data_order(setup.config, setup.task, data))
 
 
 @contextmanager
@@ -158,7 +158,7 @@ def _built(setup: Setup, origin: Origin, grid: Grid) -> tuple[Engine, FaultDetec
 
 
 def _identified(
-    setup: Setup, origin: Origin, run: Path, grid: Grid, weights: str, samples: Samples
+    setup: Setup, origin: Origin, run: Path, grid: Grid, weights: str, samples: SampleSets
 ) -> Origin:
     """Write what may be compared with this run; returns the origin with its jumps."""
     with grid.together(f"{run}"):

@@ -14,7 +14,7 @@ from pretrain.distributed.watchdog import Watchdog
 from pretrain.engine.engine import Engine
 from pretrain.ranks.probe import Row
 from pretrain.runs.metrics import Tracker
-from pretrain.tasks.tasks import Samples as TaskSamples
+from pretrain.tasks.tasks import Samples
 from pretrain.training.faults import FaultDetector
 from pretrain.training.setup import Setup
 
@@ -23,10 +23,10 @@ GENERATION = "generation"
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleSets:
     """What a run trains on and is scored on."""
 
-    training: TaskSamples
+    training: Samples
     """Of a run without jumps."""
     held_out: Any
     """For evaluation during training."""
@@ -61,7 +61,7 @@ class Training:
     saver: Saver
     watchdog: Watchdog
     faults: FaultDetector
-    samples: Samples
+    samples: SampleSets
     until: int | None
     initial_weights: str
     generation: dict[str, Any] | None

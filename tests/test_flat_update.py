@@ -41,7 +41,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
 
 def cases(data: Path, processes: int) -> list[dict[str, Any]]:
     """Every grid and stage, each with an optimizer, a dialect, and one or two micro batches."""
-    found = []
+    found: list[dict[str, Any]] = []
     for grid in GRIDS[processes]:
         for stage in (0, 1):
             for precision in ("fp32", "bf16")[: 1 + stage]:

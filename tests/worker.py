@@ -150,7 +150,7 @@ def run_traffic(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, f
     return counted.bytes
 
 
-def run_both_updates(case: dict, grid: Grid, config: Config) -> dict[str, Any]:
+def run_both_updates(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, Any]:
     """The same updates by DeepSpeed and on flat buffers.
 
     Returns:
@@ -186,8 +186,8 @@ def run_both_updates(case: dict, grid: Grid, config: Config) -> dict[str, Any]:
         for one, two in zip(first, second, strict=True)
         for a, b in zip(one, two, strict=True)
     ]
-    weights = {name: float((before[name] - after[name]).abs().max()) for name in before}
-    every = grid.gather((max(figures), max(weights.values())))
+    apart = {name: float((before[name] - after[name]).abs().max()) for name in before}
+    every = grid.gather((max(figures), max(apart.values())))
     return {
         "engines": list(found),
         "figures": max(one[0] for one in every),
@@ -196,7 +196,7 @@ def run_both_updates(case: dict, grid: Grid, config: Config) -> dict[str, Any]:
     }
 
 
-def run_operations(case: dict, grid: Grid, config: Config) -> dict[str, dict[str, int]]:
+def run_operations(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, dict[str, int]]:
     """ATen operations of an update of each kind, and of forward and backward pass alone."""
     infos = whole_model(config.model, grid.tensor)
     tokens = torch.arange(8 * config.model.context).view(8, -1) % 90

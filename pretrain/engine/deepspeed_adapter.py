@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data_pipeline.lean import import_lean
+from data_pipeline.light_imports import import_light
 from models.roles import info_of
 from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
@@ -280,7 +280,7 @@ def prepare_deepspeed() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     with contextlib.suppress(ModuleNotFoundError):  # of another version: imported when needed
-        import_lean("deepspeed.runtime.zero.muon.original_muon")
+        import_light("deepspeed.runtime.zero.muon.original_muon")
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed

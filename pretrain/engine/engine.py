@@ -32,7 +32,6 @@ from pretrain.engine.deepspeed_adapter import (
     mark_for_norms,
     one_optimizer_for_every_stage,
     prepare_deepspeed,
-    resolve_precision,
 )
 from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.masters import Fragment, fragments, is_replicated
@@ -271,13 +270,12 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
 def _flat_update(
     config: Config, grid: Grid, module: nn.Module, groups: list[dict[str, Any]], count: int
 ) -> FlatUpdate:
-    precision = resolve_precision(config.precision, grid.device, config.grid.zero_stage)
     return FlatUpdate(
         module,
         grid,
         groups,
         partial(build_optimizer, config.optimizer),
-        torch.bfloat16 if precision == "bf16" else torch.float32,
+        torch.bfloat16 if config.precision == "bf16" else torch.float32,
         shared=config.grid.zero_stage == 1,
         micro_batches=count,
         clipping=config.optimizer.gradient_clipping,

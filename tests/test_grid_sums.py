@@ -31,6 +31,7 @@ def recipe_for(data: Path, precision: str, micro: int, grid: dict[str, Any]) -> 
     values["optimizer"] = {"name": "sgd", "learning_rate": 1e-3, "gradient_clipping": 0}
     for section in ("ranks", "evaluation", "checkpoint"):
         values[section]["every"] = 1
+    values["evaluation"] |= {"documents": 1, "at_end": "none"}
     return values
 
 

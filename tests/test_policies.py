@@ -200,8 +200,9 @@ def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 def test_the_same_on_a_grid(
     data: Path, tmp_path: Path, single: dict[str, Path], processes: int
 ) -> None:
+    end = {"checkpoint": {"every": STEPS}, "grid": GRIDS[processes]}
     requests = [
-        {"recipe": {**one, "grid": GRIDS[processes]}, "run": str(tmp_path / name)}
+        {"recipe": {**one, **end}, "run": str(tmp_path / name)}
         for name, one in cases_of(data).items()
     ]
     run_workers(processes, "train", requests, tmp_path / "w")

@@ -41,7 +41,7 @@ def check(
         values["train"] = {"steps": 4, "global_batch": 8, "micro_batch": 2}
         for section in ("ranks", "evaluation", "checkpoint"):
             values[section]["every"] = 4
-        values["evaluation"]["at_end"] = "none"
+        values["evaluation"] |= {"documents": 1, "at_end": "none"}
         cases.append({"recipe": values, "run": str(folder / f"{precision}-{number}")})
     run_workers(2, "train", cases, folder / f"workers-{precision}")
     wanted = losses_of(folder / f"{precision}-0")

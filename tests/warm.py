@@ -134,18 +134,18 @@ class WarmProcess:
         stdout, stderr = (path.read_text(errors="replace") for path in self._outputs)
         return stdout, stderr
 
-    def sendsignal_all(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         """To every rank that is alive, as a launcher hands it on."""
         if self.poll() is None:
             signal_all(self.pids, number)
 
     def terminate(self) -> None:
         """SIGTERM."""
-        self.sendsignal_all(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL."""
-        self.sendsignal_all(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
 
 
 def _ask(request: Request, environment: dict[str, str]) -> dict[str, Any]:

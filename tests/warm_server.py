@@ -41,7 +41,8 @@ def serve() -> None:
         print(json.dumps({**answer, "seconds": sum(os.times()[:4])}), flush=True)
 
 
-LATER = ("torch._dynamo", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "scipy.stats")
+LATER = ("torch._dynamo", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "scipy.stats",
+         "sklearn.datasets")  # fmt: skip
 """What libraries import when it is first needed, in every process: a second for the first two."""
 
 

@@ -14,7 +14,14 @@ import pytest
 
 from pretrain.runs.metrics import read_metrics
 from tests.faults.network import Hosts, reason_to_skip
-from tests.faults.tools import faulty, same_run, same_weights, wait_until, words_of
+from tests.faults.tools import (
+    faulty,
+    newest_step,
+    same_run,
+    same_weights,
+    wait_until,
+    words_of,
+)
 from tests.tools import metrics_of, pretrain
 
 
@@ -70,10 +77,10 @@ def test_the_cable_is_pulled(
         )  # fmt: skip
         ended = time.monotonic() - pulled
         time.sleep(5.0)
-        before = read_metrics(run)[-1]["step"]
+        before = newest_step(run)
         hosts.plug()
         plugged = time.monotonic()
-        wait_until(lambda: read_metrics(run)[-1]["step"] > before, 180, "the job to go on")
+        wait_until(lambda: newest_step(run) > before, 180, "the job to go on")
         back = time.monotonic() - plugged
         for process in processes:
             assert process.wait(timeout=240) == 0, logs_of(tmp_path)

@@ -23,6 +23,7 @@ from tests.faults.tools import (
     HERE,
     PROCESSES,
     faulty,
+    newest_step,
     same_run,
     same_weights,
     started_until,
@@ -187,7 +188,7 @@ def test_a_machine_is_gone_and_the_job_goes_on_smaller(
     data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None]
 ) -> None:
     """Two torchrun agents, one is killed with its worker: the other goes on with one process."""
-    words = words_of(tmp_path, data, "ranks.every=100", "evaluation.every=400", steps=400)
+    words = words_of(tmp_path, data, "ranks.every=100", "evaluation.every=200", steps=200)
     run = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -217,8 +218,8 @@ def test_a_machine_is_gone_and_the_job_goes_on_smaller(
                 kill_all(agent)
     starts = json.loads((run / "environment.json").read_text())
     assert "data 2" in starts[0]["grid"] and "data 1" in starts[-1]["grid"]
-    assert [one["step"] for one in read_metrics(run)] == list(range(1, 401))
-    whole = words_of(tmp_path / "whole", data, "ranks.every=100", "evaluation.every=400", steps=400)
+    assert [one["step"] for one in read_metrics(run)] == list(range(1, 201))
+    whole = words_of(tmp_path / "whole", data, "ranks.every=100", "evaluation.every=200", steps=200)
     done = pretrain(*whole)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(losses_of(run), losses_of(tmp_path / "whole/run"), rtol=1e-3)
@@ -261,9 +262,3 @@ def start_and_kill(words: list[str], run: Path, rng: random.Random) -> bool:
     process.kill()
     process.wait()
     return alive
-
-
-def newest_step(run: Path) -> int:
-    """The last step that was logged."""
-    found = read_metrics(run)
-    return int(found[-1]["step"]) if found else 0

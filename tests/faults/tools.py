@@ -81,6 +81,12 @@ def events_of(run: Path) -> list[str]:
     return [row["message"] for row in read_metrics(run, "event")]
 
 
+def newest_step(run: Path) -> int:
+    """The last step that was logged; 0 where a restart has taken all of them back."""
+    found = read_metrics(run)
+    return int(found[-1]["step"]) if found else 0
+
+
 def wait_until(is_so: Callable[[], Any], seconds: float, what: str = "") -> float:
     """Poll; returns the seconds that it took."""
     began = time.monotonic()

@@ -127,7 +127,7 @@ def test_no_private_attribute_outside_the_engine() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             if ROOT / "pretrain" / "engine" not in path.parents:
                 wrong = {f"{of}.{name}" for of, name in attributes(path) if name in NAMES}
-                wrong |= {f"{of}.{name}" for of, name in attributes(path) if name == "_inner"}
+                wrong |= {f"{of}.{name}" for of, name in attributes(path) if name == "_updater"}
                 assert not wrong, (path, wrong)
 
 

@@ -43,8 +43,8 @@ works."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The state that one process owns, copied from the device."""
+class CheckpointPiece:
+    """What one rank owns, copied off the device."""
 
     name: str
     """File name."""
@@ -158,7 +158,7 @@ class Saver:
     def _write(
         self,
         step: int,
-        piece: Piece | None,
+        piece: CheckpointPiece | None,
         described: dict[str, Any],
         beside: Callable[[], None] | None,
     ) -> None:
@@ -292,8 +292,8 @@ def _attempt(action: Any) -> tuple[Any, str]:
         return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> Piece | None:
-    """A copy in host memory of what this process writes; None if another process writes the same.
+def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> CheckpointPiece | None:
+    """A copy of what this rank writes, in host memory; None where another holds the same.
 
     Args:
         buffers: memory of an earlier copy, by name, which is overwritten and extended.
@@ -314,7 +314,7 @@ def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> Piece 
         index[fragment.info.name] = [fragment.offset, fragment.master.numel(), sorted(values)]
     if grid.device.type == "cuda":
         torch.cuda.synchronize(grid.device)
-    return Piece(f"rank-{grid.rank:05d}.safetensors", grid.tensor_rank, tensors, index)
+    return CheckpointPiece(f"rank-{grid.rank:05d}.safetensors", grid.tensor_rank, tensors, index)
 
 
 def _copied(value: Tensor, buffers: dict[str, Tensor], name: str) -> Tensor:
@@ -334,8 +334,8 @@ def _writes(fragment: Fragment, grid: Grid) -> bool:
     return fragment.info.partition_dim is not None or grid.tensor_rank == 0
 
 
-def _write_piece(piece: Piece | None, aside: Path) -> tuple[str, dict[str, Any]] | None:
-    """Write a piece to disk, and return (file name, its entry in the manifest)."""
+def _write_piece(piece: CheckpointPiece | None, aside: Path) -> tuple[str, dict[str, Any]] | None:
+    """Bring a piece to disk; returns (file name, its entry in the manifest)."""
     if piece is None:
         return None
     _make_own(aside)

@@ -116,7 +116,7 @@ def _pipeline_module(plans: list[LayerBlueprint], grid: Grid, loss: Loss | None)
 class Engine:
     """A model in training, on this rank."""
 
-    _inner: Any
+    _updater: Any
     """DeepSpeed's engine, or the `FlatUpdate` with the same calls."""
     module: nn.Module
     grid: Grid
@@ -137,10 +137,10 @@ class Engine:
         self.module.train()
         self.shrinker.arm()
         if self.grid.pipeline > 1:
-            loss = self._inner.train_batch(data_iter=batches)
+            loss = self._updater.train_batch(data_iter=batches)
         else:
             loss = self._accumulate(batches)
-        norm = self._inner.get_global_grad_norm()
+        norm = self._updater.get_global_grad_norm()
         if norm is not None:
             self.gradient_norm = float(norm)
         return float(loss)
@@ -154,9 +154,9 @@ class Engine:
         total = torch.zeros((), device=self.grid.device)
         for _ in range(self.micro_batches):
             inputs, labels = next(batches)
-            loss = self._inner(inputs, partial(self.loss, labels=labels))
-            self._inner.backward(loss)
-            self._inner.step()
+            loss = self._updater(inputs, partial(self.loss, labels=labels))
+            self._updater.backward(loss)
+            self._updater.step()
             total += loss.detach()
         total /= self.micro_batches
         if self.grid.data > 1:
@@ -171,7 +171,7 @@ class Engine:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of the innermost optimizer, as they are on this rank."""
-        optimizer = self._inner.optimizer
+        optimizer = self._updater.optimizer
         inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
         return list(inner.param_groups)
 
@@ -191,16 +191,16 @@ class Engine:
     @property
     def updates_by(self) -> str:
         """Name of the class that makes the updates."""
-        return type(self._inner).__name__
+        return type(self._updater).__name__
 
     @property
     def is_replicated(self) -> bool:
         """Whether every data-parallel rank holds all masters (no ZeRO)."""
-        return is_replicated(self._inner)
+        return is_replicated(self._updater)
 
     def fragments(self) -> list[Fragment]:
         """What this rank's optimizer owns."""
-        return fragments(self._inner)
+        return fragments(self._updater)
 
     def audit_decay(self) -> None:
         """Check that the λ this rank's optimizer holds for each tensor is the plan's.
@@ -224,7 +224,7 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         with contextlib.suppress(Exception):
-            self._inner.destroy()
+            self._updater.destroy()
 
 
 def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:

@@ -29,7 +29,7 @@ from pretrain.config.recipe import parse_config
 from pretrain.distributed.grid import build_grid, connect, disconnect
 from pretrain.engine.engine import Engine, build_engine
 from pretrain.ranks.probe import measure
-from pretrain.tasks.tasks import Text
+from pretrain.tasks.text import Text
 from pretrain.training.loader import Loader
 from pretrain.training.setup import prepare
 

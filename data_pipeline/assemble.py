@@ -34,7 +34,7 @@ _LONGEST = 80
 
 
 def check_free(out: Path, settings: EncodingSettings) -> None:
-    """See before the work that nothing of others lies where the results will.
+    """Check before the work that the results will not overwrite other files.
 
     Raises:
         DataError: naming the file in the way.
@@ -55,7 +55,7 @@ def _holds_something(path: Path) -> bool:
 
 
 def tokenizer_file(settings: EncodingSettings) -> tuple[str, Path]:
-    """Name of the tokenizer in the folder, and the file that it is copied from."""
+    """The tokenizer's name in the folder, and the file that it is copied from."""
     source = find_tokenizer(settings.tokenizer_path)
     return f"tokenizer{'.json' if source.suffix == '.json' else '.model'}", source
 
@@ -63,7 +63,7 @@ def tokenizer_file(settings: EncodingSettings) -> tuple[str, Path]:
 def assemble(
     state: Parts, settings: EncodingSettings, tokenizer: Tokenizer, left_out: list[str]
 ) -> dict[str, Any]:
-    """Join the parts and write the manifest, the last file of all.
+    """Join the parts and write the manifest as the last file.
 
     Raises:
         DataError: if there is no document, or another file is in the way.

@@ -60,10 +60,10 @@ class NotRegularError(OSError):
 
 
 def open_regular(path: Path, most: int | None = None) -> BinaryIO:
-    """A file to read; never waits for a pipe, and never reads a device.
+    """Open a file for reading; never wait for a pipe or read a device.
 
     Args:
-        most: bytes that such a file may have; None: any number.
+        most: largest allowed number of bytes; None: any number.
 
     Raises:
         NotRegularError: if it is no file.

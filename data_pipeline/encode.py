@@ -49,7 +49,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """What to do, apart from the sources; its identity decides whether a folder matches."""
+    """The settings apart from the sources; their identity decides whether a folder matches."""
 
     tokenizer_path: Path
     eod_token: str | None = None

@@ -19,7 +19,7 @@ from typing import Any
 
 
 def import_light(*names: str) -> list[Any]:
-    """The modules of these names; the process must have chosen its device.
+    """Import the named modules; the process must have chosen its device before.
 
     Raises:
         ModuleNotFoundError: if a module does not exist.

@@ -15,7 +15,7 @@ _ROWS_AT_ONCE = 64
 
 
 def parquet_blocks(path: Path, fields: Fields) -> Iterator[RecordBlock]:
-    """Blocks of the rows of a file, with the columns of text and subset alone.
+    """Blocks of the rows of a file, with only the columns of text and subset.
 
     Raises:
         DataError: naming a file that is damaged, or of a kind that cannot be read.

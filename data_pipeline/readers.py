@@ -24,7 +24,7 @@ WINDOW_MB = 512
 
 
 def line_blocks(path: Path, window_mb: int = WINDOW_MB) -> Iterator[RecordBlock]:
-    """Blocks of the lines of a file, packed or not.
+    """Blocks of the lines of a file, compressed or not.
 
     Raises:
         DataError: naming an archive that is damaged, truncated, or needs more memory.
@@ -74,7 +74,7 @@ def too_long(size: int) -> Unreadable:
 
 
 def text_blocks(path: Path) -> Iterator[RecordBlock]:
-    """A ``.txt`` file, whole; its folder is its subset."""
+    """A whole ``.txt`` file; its folder is its subset."""
     with path.open("rb") as file:
         data = file.read(RECORD_BYTES + 1)
     if len(data) > RECORD_BYTES:

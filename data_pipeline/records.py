@@ -50,7 +50,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class RecordBlock:
-    """Some consecutive records of one source, not parsed yet."""
+    """Consecutive records of one source, not parsed yet."""
 
     name: str
     first: int
@@ -68,7 +68,7 @@ class Parsed:
 
 
 def parse_block(block: RecordBlock, fields: Fields) -> Parsed:
-    """Documents of a block; what is malformed is named ``file:line: reason`` and skipped."""
+    """Parse a block; malformed records are reported as ``file:line: reason`` and skipped."""
     parsed = Parsed()
     for number, record in enumerate(block.records, block.first):
         if isinstance(record, bytes) and not record.strip():

@@ -27,7 +27,7 @@ from data_pipeline.watch import Watch
 _LARGE_RECORD = 32 << 20
 
 Progress = Callable[[int, int], None]
-"""Called with (source bytes of finished blocks, documents) as work proceeds."""
+"""A function that is called with (source bytes of finished blocks, documents) during the work."""
 _Encode = Callable[[Iterator[tuple[RecordBlock, str | None]]], Iterator[Result]]
 
 
@@ -103,9 +103,9 @@ def tokenize(
 def _identity(
     sources: list[Source], settings: EncodingSettings, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """What a folder is made with, apart from the sources."""
+    """The settings that a folder is made with, apart from the sources."""
     dealt = settings.split is None and any(one.split is None for one in sources)
-    # The default is not named, so that folders of earlier versions are known again.
+    # The default is not recorded, so that folders of earlier versions still match.
     asked = [name for name, value in asdict(settings.special).items() if value]
     return {
         "tokenizer": tokenizer.sha256,
@@ -113,7 +113,7 @@ def _identity(
         "eod": tokenizer.eod,
         "fields": [settings.fields.text, settings.fields.subset, settings.fields.default_subset],
         "split": settings.split,
-        # Earlier versions dealt 97.7 : 1.2 : 1.2 and recorded nothing.
+        # Earlier versions divided 97.7 : 1.2 : 1.2 and recorded nothing.
         "dealing": "98:1:1" if dealt else None,
     }
 
@@ -196,7 +196,7 @@ def _tokenize_source(
 
 
 def _announce(block: RecordBlock, say: Tell) -> None:
-    """Say that a record takes long, before it does."""
+    """Report a record that will take long, before it is encoded."""
     for number, record in enumerate(block.records, block.first):
         if isinstance(record, bytes) and len(record) > _LARGE_RECORD:
             say(f"{block.name}:{number}: one record of {len(record) >> 20:,} MB")

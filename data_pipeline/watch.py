@@ -44,7 +44,7 @@ class Watch:
         self._account.add(account)
         if self._settings.lossless and not account.is_exact:
             raise DataError(
-                f"--lossless: {self._settings.tokenizer_path} does not give every text back: "
+                f"--lossless: {self._settings.tokenizer_path} does not reproduce every text: "
                 f"{account.examples[0]}"
             )
         if not self._said_of and self._account.documents >= _SAMPLE:

@@ -25,7 +25,7 @@ MOMENTS = {
     "folder": ("pretrain.training.start", "create_run", 1),
     "engine": ("pretrain.training.start", "build_engine", 1),
     "first ranks": ("pretrain.training.periodic", "measure", 1),
-    "first evaluation": ("pretrain.tasks.tasks", "score", 1),
+    "first evaluation": ("pretrain.tasks.text", "score", 1),
     "first update": ("pretrain.engine.engine", "Engine.train_step", 1),
     "update": ("pretrain.engine.engine", "Engine.train_step", 4),
     "ranks": ("pretrain.training.periodic", "measure", 2),

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -38,7 +39,7 @@ def honest(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def entry_of(tree: dict) -> dict:
+def entry_of(tree: dict[str, Any]) -> dict[str, Any]:
     return tree["optimizer"]["weight_decay"]["policies"][0]
 
 
@@ -72,7 +73,7 @@ def test_a_run_folder_of_others_runs_nothing(
     """Verbs that read it do their work; those that would train refuse in one line."""
     folder, sentinel = foreign
     out = str(tmp_path / "out")
-    reads = (
+    reads: tuple[tuple[str, ...], ...] = (
         ("report", str(folder), "--out", f"{out}.html"),
         ("evaluate", str(folder), "--documents", "2", "--out", f"{out}.json"),
         ("ranks", str(folder), "--out", f"{out}.parquet"),
@@ -82,7 +83,7 @@ def test_a_run_folder_of_others_runs_nothing(
         assert run(monkeypatch, *words) == 0, (words, capfd.readouterr().err)
         assert not sentinel.exists(), words
     own = str(honest / "r.yaml")
-    refused = (
+    refused: tuple[tuple[str, ...], ...] = (
         ("train", str(folder / "config.yaml"), "--out", str(folder)),
         ("train", str(folder / "config.yaml"), "--out", out),
         ("train", str(folder / "config.yaml"), "--dry-run"),

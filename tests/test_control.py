@@ -89,7 +89,8 @@ def test_before_a_policy_acts_the_recipe_holds(seed: int) -> None:
     """λ is the recipe's times the schedules', at every site, until something was measured."""
     rng = random.Random(seed)
     config, control = build(drawn(rng))
-    schedules = [one for one in config.optimizer.weight_decay.policies if one.kind == "schedule"]
+    policies = config.optimizer.weight_decay.policies
+    schedules: list[Any] = [one for one in policies if one.kind == "schedule"]
     begins = min((one.config.start for one in controllers(control)), default=1.0)
     rates = [
         coupled_rate(config.optimizer.weight_decay.coupling, config.learning_rate(step), 0.01)  # type: ignore[arg-type]

@@ -114,14 +114,20 @@ def test_secrets_are_in_closed_files_alone(
     os.umask(0o022)
     for place in ("slurm", "kubernetes", "skypilot"):
         run = tmp_path / place
-        assert launch(recipe, [], place, site, None, None, run, None, show=False) == 0
+        assert launch(recipe, [], place, site, None, None, run, None, show=False, code=[]) == 0
         for file in (run / "launch").rglob("*"):
             assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
         assert "s3cret" not in capsys.readouterr().out
     assert "s3cret" not in (tmp_path / "slurm/launch/slurm.sh").read_text()
     assert "s3cret word" in (tmp_path / "slurm/launch/environment").read_text()
-    assert launch(recipe, [], "slurm", site, None, None, tmp_path / "shown", None, show=True) == 0
-    assert launch(recipe, [], "mpi", site, None, None, tmp_path / "shown", None, show=True) == 0
+    assert (
+        launch(recipe, [], "slurm", site, None, None, tmp_path / "shown", None, show=True, code=[])
+        == 0
+    )
+    assert (
+        launch(recipe, [], "mpi", site, None, None, tmp_path / "shown", None, show=True, code=[])
+        == 0
+    )
     assert "s3cret" not in capsys.readouterr().out
 
 

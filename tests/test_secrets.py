@@ -138,10 +138,12 @@ def test_a_secret_in_an_override_is_refused_where_it_would_be_on_a_command_line(
     )
     for url in (f"s3://me:{MARK}@host/x", f"s3://host/x?k={MARK}"):
         with pytest.raises(UsageError, match=r"checkpoint\.mirror: .*\$\{NAME\}") as error:
-            launch(recipe, [f"checkpoint.mirror={url}"], place, site, None, None, None, None, True)
+            launch(
+                recipe, [f"checkpoint.mirror={url}"], place, site, None, None, None, None, True, []
+            )
         assert MARK not in str(error.value)
     kept = ["checkpoint.mirror=s3://me:${WORD}@host/x"]
-    launch(recipe, kept, place, site, None, None, None, None, show=True)
+    launch(recipe, kept, place, site, None, None, None, None, show=True, code=[])
 
 
 def test_secrets_by_name() -> None:

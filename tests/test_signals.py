@@ -222,7 +222,7 @@ def test_an_evaluation_that_is_owed_at_the_end(
 
     recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
     words = ["train", str(recipe), "--out", str(tmp_path / "run"), GRID[1][0]]
-    score, calls = pretrain.tasks.tasks.score, 0  # type: ignore[attr-defined]
+    score, calls = pretrain.tasks.text.score, 0  # type: ignore[attr-defined]
 
     def signal_at(number: int) -> None:
         nonlocal calls

@@ -140,7 +140,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_tracker_that_fails_stops_alone(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One warning with the place in the user's file; every other line is written."""
     text, place = FAILURES[case]

@@ -26,7 +26,7 @@ from pretrain.decay.plan import plan_decay
 from pretrain.distributed.grid import Grid, build_grid, connect, disconnect
 from pretrain.engine.engine import build_engine, build_model, whole_model
 from pretrain.engine.libraries import load_libraries
-from pretrain.tasks.tasks import Text
+from pretrain.tasks.text import Text
 from pretrain.training.loader import Loader
 from pretrain.training.setup import prepare
 from pretrain.training.start import train

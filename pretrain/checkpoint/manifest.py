@@ -84,7 +84,7 @@ class StateEntry(BaseModel):
 
 
 class CheckpointManifest(_Part):
-    """A manifest whose parts fit each other."""
+    """A manifest whose parts agree with each other."""
 
     step: Annotated[int, Field(ge=0, lt=10**18, strict=True)]
     run: str = ""
@@ -167,7 +167,7 @@ def unreadable(path: Path, error: OSError) -> UnreadableError:
 
 
 def read_manifest(folder: Path) -> tuple[CheckpointManifest, dict[str, Any]]:
-    """The manifest of a checkpoint, checked, and the same as it was written.
+    """Read the manifest of a checkpoint and check that it is unchanged and consistent.
 
     Raises:
         UnreadableError: if there is none, it cannot be read, or a newer program wrote it.
@@ -233,7 +233,7 @@ def _check_seal(path: Path, written: dict[str, Any]) -> None:
 
 
 def _check_coverage(manifest: CheckpointManifest) -> None:
-    """Every element of every master is stored once, and of what else is stored, too.
+    """Check that every element of every master and of every other stored key is stored once.
 
     Raises:
         ValueError: naming the tensor.
@@ -271,7 +271,7 @@ def _check_pieces(what: str, pieces: list[tuple[int, int]], size: int) -> None:
 
 
 def shard_sizes_of(manifest: CheckpointManifest, name: str) -> Mapping[int, int]:
-    """Elements of a parameter's shard by tensor-parallel rank that stores one."""
+    """Elements of a parameter's shard, by the tensor-parallel rank that stores it."""
     return shard_sizes(manifest.parameters[name], manifest.grid.tensor)
 
 

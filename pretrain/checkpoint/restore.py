@@ -18,9 +18,9 @@ from pretrain.engine.optimizers import rule_of
 
 @torch.no_grad()
 def load_into_engine(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Set masters, moments and working weights of every rank from ``checkpoint``.
+    """Set masters, moments and working weights of every process from ``checkpoint``.
 
-    λ is not restored here: it is the plan's, and `Engine.audit_decay` proves it.
+    λ is not restored here: it comes from the plan, and `Engine.audit_decay` checks it.
     """
     grid = engine.grid
     masters = restore_weights(checkpoint, engine.module, grid)
@@ -44,7 +44,7 @@ def load_into_engine(checkpoint: Checkpoint, engine: Engine) -> None:
 
 
 def _moments(checkpoint: Checkpoint, info: ParameterInfo, optimizer: str) -> tuple[str, ...]:
-    """Keys of the moments that ``optimizer`` goes on with: none of another update rule's."""
+    """Keys of the moments that ``optimizer`` can use: none of another update rule."""
     if rule_of(checkpoint.config.optimizer.name, info.role) != rule_of(optimizer, info.role):
         return ()
     return tuple(key for key in checkpoint.keys(info.name) if key != MASTER)
@@ -53,10 +53,10 @@ def _moments(checkpoint: Checkpoint, info: ParameterInfo, optimizer: str) -> tup
 def restore_weights(
     checkpoint: Checkpoint, module: nn.Module, grid: Grid
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Set the working weights of this rank's part of the model, one parameter at a time.
+    """Set the working weights of this process's part of the model, one parameter at a time.
 
     Yields:
-        Each parameter with its local shard, flat float32, for whoever restores masters too.
+        Each parameter with its local shard, flat float32, for restoring masters too.
     """
     for parameter in declared_parameters(module):
         values = checkpoint.local(info_of(parameter), MASTER, grid.tensor_rank, grid.tensor)
@@ -67,6 +67,6 @@ def restore_weights(
 
 
 def load_into_module(checkpoint: Checkpoint, module: nn.Module, grid: Grid) -> None:
-    """Set the working weights of this rank's part of the model."""
+    """Set the working weights of this process's part of the model."""
     for _ in restore_weights(checkpoint, module, grid):
         pass

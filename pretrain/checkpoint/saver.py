@@ -44,7 +44,7 @@ works."""
 
 @dataclass(frozen=True)
 class CheckpointPiece:
-    """What one rank owns, copied off the device."""
+    """The state that one process owns, copied from the device."""
 
     name: str
     """File name."""
@@ -293,7 +293,7 @@ def _attempt(action: Any) -> tuple[Any, str]:
 
 
 def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> CheckpointPiece | None:
-    """A copy of what this rank writes, in host memory; None where another holds the same.
+    """A copy in host memory of what this process writes; None if another process writes the same.
 
     Args:
         buffers: memory of an earlier copy, by name, which is overwritten and extended.
@@ -328,14 +328,14 @@ def _copied(value: Tensor, buffers: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _writes(fragment: Fragment, grid: Grid) -> bool:
-    """Whether this rank's copy is the one that is kept, where several ranks hold the same."""
+    """Whether this process's copy is the one that is written, if several hold the same."""
     if is_tied_copy(fragment.parameter):
         return False
     return fragment.info.partition_dim is not None or grid.tensor_rank == 0
 
 
 def _write_piece(piece: CheckpointPiece | None, aside: Path) -> tuple[str, dict[str, Any]] | None:
-    """Bring a piece to disk; returns (file name, its entry in the manifest)."""
+    """Write a piece to disk, and return (file name, its entry in the manifest)."""
     if piece is None:
         return None
     _make_own(aside)

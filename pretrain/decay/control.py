@@ -19,7 +19,16 @@ from pretrain.decay.by_role import by_role, check_directions, named
 from pretrain.decay.plan import DecayPlan
 from pretrain.decay.policy import Policy, PolicySection, Setting, Want
 from pretrain.decay.registry import make_policy
-from pretrain.decay.sites import KEY, Applied, Book, Books, Site, coupled_rate, label, site_of
+from pretrain.decay.sites import (
+    KEY,
+    Applied,
+    DecayRecord,
+    DecayRecords,
+    Site,
+    coupled_rate,
+    label,
+    site_of,
+)
 from pretrain.errors import UsageError
 
 
@@ -163,10 +172,10 @@ class DecayControl:
                 found[label(site) if by_layer else group.name] = applied.decay
         return found
 
-    def books(self) -> Books:
+    def books(self) -> DecayRecords:
         """What was done so far at every site."""
         return {
-            label(site): Book(
+            label(site): DecayRecord(
                 (self.used.get(site) or self.now(site)).decay,
                 self.exposure[site],
                 self.retention[site],
@@ -178,7 +187,9 @@ class DecayControl:
         """Hashes of what must be the same on every process: each policy, and the books."""
         parts: dict[str, Any] = {
             f"{KEY}.policies[{index}] ({section.kind})": [section.model_dump(), policy.state()]
-            for index, (section, policy) in enumerate(zip(self._sections, self.policies))
+            for index, (section, policy) in enumerate(
+                zip(self._sections, self.policies, strict=True)
+            )
         }
         parts["λ as applied"] = list(self.exposure.values())
         return {

@@ -13,7 +13,7 @@ Site = tuple[Role, int | None]
 
 
 @dataclass(frozen=True)
-class Book:
+class DecayRecord:
     """What decay has done at a site."""
 
     decay: float
@@ -24,7 +24,7 @@ class Book:
     """∏ (1 − rate·λ): what would be left of a weight that nothing else moves."""
 
 
-Books = dict[str, Book]
+DecayRecords = dict[str, DecayRecord]
 """By site label."""
 
 

@@ -81,7 +81,7 @@ class Watchdog:
             self._traffic = (beat, [])
             return False
         counts = [moved(), *(told and told["moved"] for told in self._read_all())]
-        seen, before = self._traffic  # the first look is but what later ones are compared with
+        seen, before = self._traffic  # the first count is only compared with later ones
         if any(
             None not in (old, new) and old != new for old, new in zip(before, counts, strict=False)
         ):

@@ -90,7 +90,7 @@ def _measure(
     stride: int,
     choice: RankChoice | None,
 ) -> dict[str, Any]:
-    """The figures and their settings, as the file has them; a collective call."""
+    """The figures and their settings, in the form of the file; a collective call."""
     config = with_precision(config, grid.device)
     module = build_model(config, grid)
     load_into_module(checkpoint, module, grid)

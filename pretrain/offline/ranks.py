@@ -26,7 +26,7 @@ from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints
 from pretrain.config.mapping import read_mapping
 from pretrain.config.run import RanksConfig
 from pretrain.console import Progress, show_table, warn
-from pretrain.decay.sites import Book, Books
+from pretrain.decay.sites import DecayRecord, DecayRecords
 from pretrain.errors import UsageError
 from pretrain.offline.scatter import Scatter
 from pretrain.ranks.probe import Row, layer_rows
@@ -48,7 +48,7 @@ class Stack:
     layer: Callable[[int], Factors]
     shape_of: Callable[[int], AttentionShape]
     """Returns the factors of one layer."""
-    books: Books | None
+    books: DecayRecords | None
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _checkpoint(path: Path) -> Weights:
 
     def stacks() -> list[Stack]:
         saved = checkpoint.state["decay"]["books"]
-        books = {name: Book(*figures) for name, figures in saved.items()}
+        books = {name: DecayRecord(*figures) for name, figures in saved.items()}
         shape = model.attention_shape
         return [Stack("", shape, checkpoint.attention, lambda layer: shape, books)]
 

@@ -21,7 +21,7 @@ from models.gpt import attention_layers
 from models.layers import Attention
 from models.roles import Role, info_of
 from pretrain.config.run import RanksConfig
-from pretrain.decay.sites import Book, Books, label
+from pretrain.decay.sites import DecayRecord, DecayRecords, label
 from pretrain.distributed.grid import Grid
 from pretrain.engine.engine import Engine
 from pretrain.engine.masters import Fragment, local_shape
@@ -222,7 +222,7 @@ def layer_rows(
     units: list[int],
     layer: int,
     shape: AttentionShape,
-    books: Books | None,
+    books: DecayRecords | None,
     config: RanksConfig,
 ) -> list[Row]:
     """Rows of both products for some key/value heads of a layer.
@@ -266,7 +266,7 @@ def _rows(
     b: Tensor,
     layer: int,
     shape: AttentionShape,
-    books: Books | None,
+    books: DecayRecords | None,
     config: RanksConfig,
 ) -> list[Row]:
     a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
@@ -286,8 +286,10 @@ def _rows(
         columns["singular_values"] = statistics.singular_values.tolist()
     shared: Row = {"layer": layer, "product": product, "level": level}
     for side, role in zip("ab", _FACTOR_ROLES[product], strict=True):
-        book = books[label((role, layer))] if books else Book(*[float("nan")] * 3)
-        shared |= {f"{field.name}_{side}": getattr(book, field.name) for field in fields(Book)}
+        book = books[label((role, layer))] if books else DecayRecord(*[float("nan")] * 3)
+        shared |= {
+            f"{field.name}_{side}": getattr(book, field.name) for field in fields(DecayRecord)
+        }
     return [
         {**shared, "head": head, **{name: values[i] for name, values in columns.items()}}
         for i, head in enumerate(heads)

@@ -13,7 +13,7 @@ from typing import Literal
 _SPECTRA = "pretrain.spectra.ProductStatistics"
 _PAIRS = "pretrain.spectra.PairStatistics"
 _PROBE = "pretrain.ranks.probe.layer_rows"
-_TOTALS = "pretrain.decay.control.Book"
+_TOTALS = "pretrain.decay.sites.DecayRecord"
 _RANKS = "pretrain.offline.ranks.measure_weights"
 _NOT_QK_NORM = "; NaN for W_QK under QK-norm, see below"
 

@@ -216,7 +216,7 @@ class RunData:
 
 
 def _both(rows: Iterable[Row], column: str) -> float:
-    """Mean over rows of a column of both factors."""
+    """Mean over rows of a column that exists for both factors."""
     values: list[float] = [(row[f"{column}_a"] + row[f"{column}_b"]) / 2 for row in rows]
     return sum(values) / max(1, len(values))
 
@@ -246,7 +246,7 @@ def load_run(path: Path) -> RunData:
     config = recipe_of(path)
     ranks = read_ranks(path)
     if not ranks:
-        raise UsageError(f"{path}: nothing measured yet; let it train")
+        raise UsageError(f"{path}: nothing was measured yet; let it train")
     missing = [name for name in NEEDED if name not in ranks[0]]
     if missing:
         raise RunError(

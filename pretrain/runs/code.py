@@ -48,7 +48,7 @@ def changed_code(old: Config, new: Config) -> list[str]:
     if len(before) != len(after):
         return []
     found = []
-    for one, other in zip(before, after):
+    for one, other in zip(before, after, strict=True):
         pin = next((key for key in PINS if key in one and key in other), "")
         if pin and one[pin] != other[pin] and {**one, pin: other[pin]} == other:
             name = "SHA-256 " * (pin == "sha256")

@@ -153,7 +153,7 @@ def load_sweep(path: Path, out: Path | None = None) -> Sweep:
     if isinstance(seeds, int):
         seeds = [base.seed + index for index in range(seeds)]
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"{path}: seeds: empty, or one twice; give different numbers")
+        raise UsageError(f"{path}: seeds: empty, or one occurs twice; give different numbers")
     tasks: list[SweepRun] = []
     for seed in seeds:
         trunk = _trunk(path, config, base, seed, folder)
@@ -195,7 +195,7 @@ def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
     if not axes and not config.points:
         raise UsageError(f"{path}: grid: nothing varies; give keys and their values")
     if math.prod(len(values) for values in axes.values()) > MOST_RUNS:
-        raise UsageError(f"{path}: grid: more than {MOST_RUNS:,} points; take fewer values")
+        raise UsageError(f"{path}: grid: more than {MOST_RUNS:,} points; use fewer values")
     givens = [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
     givens = (givens if axes else []) + [
         {key: number(value) for key, value in point.items()} for point in config.points

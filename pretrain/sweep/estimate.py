@@ -16,7 +16,7 @@ from pretrain.console import show_table
 from pretrain.errors import RunError
 from pretrain.runs.metrics import read_metrics
 from pretrain.sweep.config import Sweep, SweepRun
-from pretrain.sweep.run import is_done
+from pretrain.sweep.run import code_words, is_done
 
 _STEPS = 8
 """Number of steps of the timing; the first two are not counted."""

@@ -159,7 +159,7 @@ def _job(task: SweepRun, out: Path, processes: int) -> Job:
     return Job(task.name, [*words, *code_words(task)], processes, _log(out, task))
 
 
-def code_words(task: Task) -> list[str]:
+def code_words(task: SweepRun) -> list[str]:
     """The words that let a run have the files of code that the sweep's recipe names."""
     return [word for code in code_of(task.config) for word in ("--code", str(code.path))]
 

@@ -67,7 +67,7 @@ def write_jumps(run: Path, jumped: list[int]) -> None:
 
 
 class FaultDetector:
-    """Looks at every update's loss and says which must not stay."""
+    """Checks every update's loss and decides which updates must be undone."""
 
     def __init__(self, config: FaultsConfig) -> None:
         self._config = config

@@ -14,6 +14,7 @@ from pretrain.checkpoint.reader import (
 )
 from pretrain.checkpoint.recover import find_whole
 from pretrain.checkpoint.restore import load_into_engine
+from pretrain.config.decay import same_policies
 from pretrain.console import Progress
 from pretrain.distributed.replicas import are_replicated, disagreement
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
@@ -84,7 +85,7 @@ def _loop(training: Training, loader: Loader, first: int) -> None:
     began, logged = time.monotonic(), first
     for step in range(first + 1, steps + 1):
         rate = config.learning_rate(step - 1)
-        periodic.refresh_exponents(training, step - 1)
+        periodic.measure_weights(training, step - 1)
         engine.begin_step(step - 1, rate)
         loss = engine.train_step(loader)
         training.watchdog.beat(step)
@@ -115,7 +116,7 @@ def _loop(training: Training, loader: Loader, first: int) -> None:
         if saving:
             with engine.grid.together(f"step {step}"):
                 engine.audit_decay()
-            _compare_decay(job, step)
+            _compare_decay(training, step)
         paused = time.monotonic()
         periodic.measure_if_due(training, step)
         if training.is_due("evaluation", step) and not periodic.evaluate(training, step):
@@ -201,6 +202,22 @@ def _samples(training: Training, updates: tuple[int, ...]) -> str:
     size = training.config.train.global_batch
     blocks = [block_of(update - 1, training.moving.jumped) for update in updates]
     return ", ".join(f"{block * size}-{(block + 1) * size - 1}" for block in blocks)
+
+
+def _compare_decay(training: Training, step: int) -> None:
+    """Compare policies and λ over ranks: code of a user's own may depend on the rank.
+
+    Raises:
+        RunError: on every rank, if they differ.
+    """
+    found = training.grid.gather(training.engine.control.fingerprints())
+    for rank, other in enumerate(found):
+        for what, digest in other.items():
+            if digest != found[0].get(what):
+                raise RunError(
+                    f"step {step}: {what} differs between ranks 0 and {rank}: a policy must depend "
+                    "on its keys, the step and what it observes alone"
+                )
 
 
 def _compare_if_due(training: Training, step: int, saving: bool) -> None:

@@ -23,24 +23,28 @@ OWES_EVALUATION = "owes_evaluation"
 
 
 def measure_if_due(training: Training, step: int) -> None:
-    """Measure for the table, for rank targets, or once for both."""
-    controllers = [one for one in training.engine.control.rank_controllers if step % one.every == 0]
+    """Measure for the table, for policies that want ranks, or once for both."""
+    policies = [one for one in training.engine.control.wanting("ranks") if one.due(step)]
     rows: list[Row] = []
     if training.is_due("ranks", step):
         rows = _measure(training, step)
-    elif controllers:
+    elif policies:
         rows = measure(training.engine, step, 0, training.config.ranks)
-    for controller in controllers:
-        for message in controller.observe(rows, step):
+    for policy in policies:
+        for message in policy.observe(rows, step):
             training.say(step, message)
 
 
-def refresh_exponents(training: Training, step: int) -> None:
-    """New exponents for AlphaDecay, before the update number ``step``, where one is due."""
-    for policy in training.engine.control.alpha:
-        if step % policy.config.refresh == 0 or policy.exponents is None:
-            figures = policy.observe(training.engine.shrinker.exponents(policy))
-            training.tracker.log("alpha", step, {**figures, "exponents": policy.exponents})
+def measure_weights(training: Training, step: int) -> None:
+    """Figures of weights for policies that want them, before the update number ``step``."""
+    for policy in training.engine.control.wanting("weights"):
+        if not policy.due(step):
+            continue
+        for message in policy.observe(training.engine.shrinker.figures(policy), step):
+            training.say(step, message)
+        figures = policy.figures()
+        if figures:
+            training.tracker.log(policy.log_kind, step, figures)
 
 
 def _measure(training: Training, step: int) -> list[Row]:

@@ -14,7 +14,7 @@ from pretrain.distributed.watchdog import Watchdog
 from pretrain.engine.engine import Engine
 from pretrain.ranks.probe import Row
 from pretrain.runs.metrics import Tracker
-from pretrain.tasks.tasks import Samples
+from pretrain.tasks.task import Samples
 from pretrain.training.faults import FaultDetector
 from pretrain.training.setup import Setup
 

@@ -71,7 +71,10 @@ def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
         mine = here.orthogonal / on.tensor / shards
         update["orthogonal"] = 8 * mine + 6 * 4 * sizes.largest
     found = always | max(forward, update, key=lambda parts: sum(parts.values()))
-    return found | {"allocator": on.slack * (sum(found.values()) - on.base)}
+    # Flat buffers are allocated once; the allocator wastes memory on what comes and goes.
+    lasting = ("weights", "optimizer", "gradients") if on.flat else ()
+    changing = sum(size for part, size in found.items() if part not in ("libraries", *lasting))
+    return found | {"allocator": on.slack * changing}
 
 
 def kept_by_layer(sizes: Sizes, on: Layout) -> float:

@@ -14,21 +14,27 @@ from typing import Any
 from data_pipeline.account import TRIALS
 from data_pipeline.files import read_tokenizer
 from data_pipeline.records import DataError
+from data_pipeline.sentencepiece_file import (
+    BPE,
+    BYTE,
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    Model,
+    Piece,
+    read_model,
+)
 from data_pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 
 _MARK = "\u2581"
-_BPE = 2
-"""``model_type`` of a BPE model; the other one is unigram."""
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-"""Types of pieces (sentencepiece_model.proto)."""
 
 
 def special_names(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
     """Names of the end-of-document and unknown tokens, in the form of ``tokenizer_config.json``."""
     names = {"eos_token": tokenizer.eod_name}
     if isinstance(tokenizer, SentencePieceTokenizer):
-        pieces = _description(path).pieces
-        names["unk_token"] = next(one.piece for one in pieces if one.type == _UNKNOWN)
+        pieces = read_model(read_tokenizer(path)).pieces
+        names["unk_token"] = next(one.piece for one in pieces if one.type == UNKNOWN)
     return names
 
 
@@ -72,7 +78,7 @@ def fast_tokenizer(path: Path, texts: list[str], eod_name: str | None = None) ->
 
     slow = SentencePieceTokenizer(path, eod_name)
     try:
-        text = json.dumps(_tree(_description(path)), ensure_ascii=False)
+        text = json.dumps(_tree(read_model(read_tokenizer(path))), ensure_ascii=False)
         fast = tokenizers.Tokenizer.from_str(text)
     except Exception:  # the library raises plain Exception
         return None
@@ -85,26 +91,17 @@ def fast_tokenizer(path: Path, texts: list[str], eod_name: str | None = None) ->
     return text
 
 
-def _description(path: Path) -> Any:
-    """The model as SentencePiece describes it (``ModelProto``): pieces, scores and their types."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 (made at run time)
-    proto.ParseFromString(read_tokenizer(path))
-    return proto
-
-
-def _tree(proto: Any) -> dict[str, Any]:
-    is_bpe = proto.trainer_spec.model_type == _BPE
-    special = [one.piece for one in proto.pieces if one.type in (_UNKNOWN, _CONTROL)]
+def _tree(model: Model) -> dict[str, Any]:
+    is_bpe = model.kind == BPE
+    special = [one.piece for one in model.pieces if one.type in (UNKNOWN, CONTROL)]
     # User-defined symbols are cut out before anything else, in both libraries.
     added = [
         {
-            "id": number, "content": one.piece, "special": one.type != _USER_DEFINED,
+            "id": number, "content": one.piece, "special": one.type != USER_DEFINED,
             "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
         }
-        for number, one in enumerate(proto.pieces)
-        if one.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        for number, one in enumerate(model.pieces)
+        if one.type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]  # fmt: skip
     return {
         "version": "1.0",
@@ -122,7 +119,7 @@ def _tree(proto: Any) -> dict[str, Any]:
                 {"type": "Fuse"},
             ],
         },
-        "model": _bpe(proto.pieces) if is_bpe else _unigram(proto.pieces),
+        "model": _bpe(model.pieces) if is_bpe else _unigram(model.pieces),
     }
 
 
@@ -136,20 +133,20 @@ def _names_apart(special: list[str]) -> dict[str, Any]:
     return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
 
 
-def _unigram(pieces: Any) -> dict[str, Any]:
+def _unigram(pieces: list[Piece]) -> dict[str, Any]:
     return {
         "type": "Unigram",
-        "unk_id": next(number for number, one in enumerate(pieces) if one.type == _UNKNOWN),
+        "unk_id": next(number for number, one in enumerate(pieces) if one.type == UNKNOWN),
         "vocab": [[one.piece, one.score] for one in pieces],
         "byte_fallback": True,
     }
 
 
-def _bpe(pieces: Any) -> dict[str, Any]:
+def _bpe(pieces: list[Piece]) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
-        "unk_token": next(one.piece for one in pieces if one.type == _UNKNOWN),
+        "unk_token": next(one.piece for one in pieces if one.type == UNKNOWN),
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,
@@ -160,11 +157,11 @@ def _bpe(pieces: Any) -> dict[str, Any]:
     }
 
 
-def _merges(pieces: Any) -> list[list[str]]:
+def _merges(pieces: list[Piece]) -> list[list[str]]:
     """Every way to make a piece from two others, best pieces first."""
     known = {
         one.piece: number for number, one in enumerate(pieces)
-        if one.type not in (_UNKNOWN, _CONTROL, _BYTE)
+        if one.type not in (UNKNOWN, CONTROL, BYTE)
     }  # fmt: skip
     found = []
     for piece, number in known.items():

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.sentencepiece_file import Model
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE_MARK = "\u2581"
 
@@ -36,20 +38,15 @@ class Spelling:
         return bool(np.array_equal(self._letters[places], np.frombuffer(text, dtype=np.uint8)))
 
 
-def spelling_of(processor: Any, model: bytes) -> Spelling | None:
+def spelling_of(processor: Any, model: Model) -> Spelling | None:
     """The spelling of a model; None where decoding is more than putting pieces together."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 (made at run time)
-    proto.ParseFromString(model)
-    norm, trainer = proto.normalizer_spec, proto.trainer_spec
     is_plain = (
-        norm.name == "identity"
-        and not norm.add_dummy_prefix
-        and not norm.remove_extra_whitespaces
-        and norm.escape_whitespaces
-        and not trainer.treat_whitespace_as_suffix
-        and not proto.denormalizer_spec.precompiled_charsmap
+        model.normalization == "identity"
+        and not model.adds_space
+        and not model.removes_spaces
+        and model.escapes_spaces
+        and not model.space_after
+        and not model.changes_decoded
     )
     return Spelling(processor) if is_plain else None
 

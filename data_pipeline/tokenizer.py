@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from data_pipeline.json_tokenizer import (
     SpecialTokens,
 )
 from data_pipeline.records import DataError
+from data_pipeline.sentencepiece_file import read_model
 from data_pipeline.spelling import spelling_of
 
 _SPACE_MARK = "\u2581"
@@ -82,7 +83,7 @@ class SentencePieceTokenizer:
             self._processor.LoadFromSerializedProto(self._data)
         except RuntimeError:
             raise DataError(f"{path}: not a SentencePiece model") from None
-        self._spelling = spelling_of(self._processor, self._data)
+        self._spelling = spelling_of(self._processor, read_model(self._data))
         self._eod = self._find_eod(path, eod_token)
         self.notes: list[str] = []
         mark = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
@@ -169,16 +170,12 @@ class SentencePieceTokenizer:
 
     def causes(self) -> list[str]:
         """Parts of the model that may change a text."""
-        from sentencepiece import sentencepiece_model_pb2
-
-        proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 (made at run time)
-        proto.ParseFromString(self._data)
-        norm = proto.normalizer_spec
+        model = read_model(self._data)
         changes = {
-            f"normalisation {norm.name}": norm.name != "identity",
-            "a space before the text": norm.add_dummy_prefix,
-            "extra spaces removed": norm.remove_extra_whitespaces,
-            "no byte fallback": not proto.trainer_spec.byte_fallback,
+            f"normalisation {model.normalization}": model.normalization != "identity",
+            "a space before the text": model.adds_space,
+            "extra spaces removed": model.removes_spaces,
+            "no byte fallback": not model.byte_fallback,
         }
         return [name for name, does in changes.items() if does]
 

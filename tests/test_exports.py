@@ -191,7 +191,7 @@ def test_away_from_its_data(
     tokenize_sources([str(write_texts(tmp_path / "in"))], tmp_path / "plain.json",
                      tmp_path / "data")  # fmt: skip
     code, said = exported("other")
-    assert code == 0 and "another tokenizer or end of document" in said
+    assert code == 0 and "another tokenizer or end-of-document" in said
     assert ids_of(tmp_path / "other") == ids_of(tmp_path / "away")
     code, said = exported("refused", "--data", str(tmp_path / "data"))
     assert code == 2 and not (tmp_path / "refused").exists()

@@ -387,7 +387,7 @@ def test_ids_come_back_as_they_were(sizes: tuple[int, int], tmp_path: Path) -> N
 
 def test_an_id_that_cannot_be_stored_is_refused(tmp_path: Path) -> None:
     holed(tmp_path / "tokenizer.json", (10, 2**31 - 1), random.Random(0))
-    with pytest.raises(DataError, match="has token 2147483647; ids up to 2147483646"):
+    with pytest.raises(DataError, match="has token 2147483647; only ids up to 2147483646"):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 

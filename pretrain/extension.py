@@ -1,10 +1,11 @@
-"""Code of a user's own: a file that a recipe names, or an entry point of an installed package.
+"""The user's own code: a file that a recipe names, or an entry point of an installed package.
 
-This is the only module that runs code which is not part of an installed package. It runs a file
-when a recipe that the user gave on the command line names it, or when the command line does
-(``--code``), and never because a run folder, a checkpoint, a mirror or an exported model says so: a
-recipe that is read from there (``folder`` None) finds only what already runs in this process. The
-bytes that run are the bytes whose SHA-256 is kept.
+This is the only module that runs code outside installed packages. It runs a file if a recipe that
+the user gave on the command line names it, or if the command line itself does (``--code``). It
+never runs
+a file because a run folder, a checkpoint, a mirror or an exported model names it: a recipe that is
+read from there (``folder`` None) finds only code that is already loaded in this process. The
+SHA-256 that is recorded is that of the bytes that ran.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from data_pipeline.files import read_small
 
 _FILE = re.compile(r"(.*\.py):(\w+)", re.S)
 _LARGEST = 1 << 20
-"""Bytes of a file of code."""
+"""Largest size of a code file in bytes."""
 _WRITTEN = ("run-id", "run.json", "sweep.json", "manifest.json", "environment.json")
-"""Files that mark a folder as written by this program: a run, a mirror's copy, a sweep, a
-checkpoint or tokenised data."""
+"""Files that show that this program wrote a folder: a run, a mirror's copy, a sweep, a checkpoint
+or tokenised data."""
 
 
 class ExtensionError(ValueError):
-    """Code of a user's own is missing or wrong; one line, without the key."""
+    """The user's own code is missing or wrong; one line, without the key."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """A file that runs in this process."""
+    """A code file that is loaded in this process."""
 
     path: Path
     sha256: str
@@ -60,11 +61,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Extension:
-    """A class of a user's own, and what identifies it."""
+    """A user's class, and what identifies it."""
 
     found: Any
     kind: str
-    """As a run folder keeps it: ``my_file.py:LayerCosine``, or the name of an entry point."""
+    """The kind in the run folder: ``my_file.py:LayerCosine``, or the name of an entry point."""
     pin: tuple[str, str]
     """``("sha256", ...)`` of the file, or ``("package", "name version")``."""
     code: Code | None = None
@@ -75,22 +76,22 @@ _RUNNING: dict[str, Code] = {}
 _LOADED: dict[tuple[str, str, str], Extension] = {}
 """Entry points, by group, name and package."""
 PINS = ("sha256", "package")
-"""Keys that a run folder adds to the entry of a class of a user's own."""
+"""Keys that a run folder adds to the entry of a user's class."""
 
 
 def find(group: str, kind: str, pin: Mapping[str, Any], folder: Path | None) -> Extension | None:
-    """The class that a kind of a recipe stands for.
+    """Find the class that a kind in a recipe names.
 
     Args:
-        group: of entry points, such as ``rankdecay.policies``.
-        pin: the entry of the recipe; one out of a run folder has a key of `PINS`.
-        folder: where files are looked for; None: nothing may be run that does not run already.
+        group: the group of entry points, such as ``rankdecay.policies``.
+        pin: the entry of the recipe; one from a run folder has a key of `PINS`.
+        folder: the folder of the files; None: no code may be run that is not loaded already.
 
     Returns:
-        None where nothing may be run, and what is wanted does not run in this process.
+        None if no code may be run, and the class is not loaded in this process.
 
     Raises:
-        ExtensionError: if the class cannot be had.
+        ExtensionError: if the class cannot be found or loaded.
     """
     match = _FILE.fullmatch(kind)
     if match:
@@ -99,7 +100,7 @@ def find(group: str, kind: str, pin: Mapping[str, Any], folder: Path | None) -> 
 
 
 def run_file(path: Path) -> Code:
-    """Run a file of the user's, once in this process.
+    """Run a user's file, once in this process.
 
     Raises:
         ExtensionError: if it cannot be read, or fails.
@@ -117,26 +118,26 @@ def run_file(path: Path) -> Code:
     module = ModuleType(name)
     module.__file__ = str(path)
     code = Code(path, digest, data, module)
-    sys.modules[name] = module  # where dataclasses and pydantic look names up
+    sys.modules[name] = module  # dataclasses and pydantic look names up here
     try:
         exec(compile(data, str(path), "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         more = ""
         if isinstance(error, ModuleNotFoundError):
-            more = "; a file of code stands alone: it may import installed packages only"
+            more = "; a code file can import only installed packages"
         raise ExtensionError(f"{path}: cannot be run ({code.place_of(error)}){more}") from None
     _RUNNING[digest] = code
     return code
 
 
 def running(sha256: str) -> Code | None:
-    """The file of that hash, if it runs in this process."""
+    """The file with this hash, if it is loaded in this process."""
     return _RUNNING.get(sha256)
 
 
 def running_files() -> list[Code]:
-    """Every file of a user's own that runs in this process."""
+    """All of the user's files that are loaded in this process."""
     return list(_RUNNING.values())
 
 
@@ -146,10 +147,10 @@ def names(group: str) -> list[str]:
 
 
 def folder_of(recipe: Path) -> Path | None:
-    """Where the files of code that a recipe names are looked for: beside it.
+    """The folder of the code files that a recipe names: the recipe's own folder.
 
-    None for a recipe in a folder that this program wrote, or below one: what lies there may be a
-    stranger's.
+    It is None for a recipe in or below a folder that this program wrote, because its files may come
+    from somebody else.
     """
     home = recipe.resolve().parent
     for folder in (home, *home.parents):
@@ -166,14 +167,14 @@ def _in_file(name: str, word: str, wanted: str, folder: Path | None) -> Extensio
             if wanted:
                 return None
             raise ExtensionError(
-                f"{name}: a recipe in a folder that this program wrote runs no code of its "
-                f"own accord; name the file with --code, or copy the recipe elsewhere"
+                f"{name}: a recipe in a folder that this program wrote cannot run code; name "
+                f"the file with --code, or copy the recipe elsewhere"
             )
         code = run_file(folder / Path(name).expanduser())
         if wanted and code.sha256 != wanted:
             raise ExtensionError(
-                f"{code.path} has SHA-256 {code.sha256}, the recipe wants {wanted}; bring "
-                "that file back, or take sha256 out"
+                f"{code.path} has SHA-256 {code.sha256}, but the recipe needs {wanted}; "
+                "restore that file, or remove sha256"
             )
     found = getattr(code.module, word, None)
     if found is None:
@@ -195,7 +196,7 @@ def _in_package(group: str, kind: str, wanted: str, folder: Path | None) -> Exte
         return None
     package = _package_of(chosen)
     if wanted and wanted != package:
-        raise ExtensionError(f"{kind} is of {package} here, the recipe wants {wanted}")
+        raise ExtensionError(f"{kind} belongs to {package} here, but the recipe needs {wanted}")
     key = group, kind, package
     if key not in _LOADED:
         try:

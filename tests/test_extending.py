@@ -224,7 +224,7 @@ def test_a_pin_in_the_recipe_is_held(data: Path, tmp_path: Path) -> None:
     assert load_config(recipe, code=[]).optimizer.weight_decay.policies[0].kind == COSINE["kind"]
     other = "0" * 64
     recipe = write_recipe(tmp_path / "r.yaml", recipe_with(data, {**COSINE, "sha256": other}))
-    with pytest.raises(ValueError, match=f"policies.0.kind: .*{pin}, the recipe wants {other}"):
+    with pytest.raises(ValueError, match=f"policies.0.kind: .*{pin}, but the recipe needs {other}"):
         load_config(recipe, code=[])
 
 
@@ -239,8 +239,8 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "no move": (EXAMPLE.replace("def move", "def moves"), ("no method move",)),
     "another signature": (EXAMPLE.replace("decay, step)", "decay)"), ("move(self, site, decay,",)),
     "no Python": (EXAMPLE.replace("def move(", "def move["), (f"{FILE}:", "SyntaxError")),
-    "a module that is not there": ("import no_such_module\n", ("stands alone", "no_such_module")),
-    "a neighbour": ("import sub.stable\n", ("stands alone",)),
+    "a module that is not there": ("import no_such_module\n", ("only installed", "no_such_module")),
+    "a neighbour": ("import sub.stable\n", ("only installed",)),
     "it fails": ("x = 1 / 0\n", (f"{FILE}:1", "ZeroDivisionError")),
     "it leaves": ("raise SystemExit(3)\n", (f"{FILE}:1", "SystemExit")),
     "not text": ("\0", ("cannot be run",)),
@@ -273,7 +273,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a wrong type": ({"deepest": "far"}, ("policies.0.deepest", "'far'")),
     "a bound": ({"final": -1}, ("policies.0.final", "-1")),
     "no roles": ({"roles": []}, ("policies.0.roles",)),
-    "no number": ({"deepest": True}, ("deepest: a number is wanted",)),
+    "not a number": ({"deepest": True}, ("deepest: must be a number",)),
     "no class": ({"kind": "layer_cosine.py"}, ("no policy", "FILE.py:CLASS")),
     "no file": ({"kind": "sub:LayerCosine"}, ("no policy", "rank_target")),
     "a folder": ({"kind": "folder.py:LayerCosine"}, ("folder.py", "cannot be read")),
@@ -298,16 +298,16 @@ BODIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "infinity": ("return decay * float('inf')", ("returns inf",)),
     "a negative λ": ("return -decay", ("returns -", "0 or more")),
     "late": ("return decay if step < 5 else -1.0", ("update 5",)),
-    "nothing": ("pass", ("returns None", "no number")),
-    "text": ("return 'much'", ("'much'", "no number")),
-    "true": ("return True", ("True", "no number")),
-    "a tensor": ("import torch; return torch.tensor(decay)", ("tensor", "no number")),
+    "nothing": ("pass", ("returns None", "not a number")),
+    "text": ("return 'much'", ("'much'", "not a number")),
+    "true": ("return True", ("True", "not a number")),
+    "a tensor": ("import torch; return torch.tensor(decay)", ("tensor", "not a number")),
     "it raises": ("return decay / (1 - site[1])", (":11: ZeroDivisionError", "query[1]")),
     "an unknown name": ("return decay * self.shares", (":11: AttributeError", "shares")),
     "a state that is no JSON": (
-        "return decay\n\n    def state(self):\n        return {1: {2}}", ("state", "no JSON")),
+        "return decay\n\n    def state(self):\n        return {1: {2}}", ("state", "not JSON")),
     "a state that is no mapping": (
-        "return decay\n\n    def state(self):\n        return [1]", ("no mapping",)),
+        "return decay\n\n    def state(self):\n        return [1]", ("not a mapping",)),
     "a state that it cannot take up": (
         "return decay\n\n    def state(self):\n        return {}\n\n"
         "    def restore(self, state):\n        state['x']", ("restore fails", "KeyError")),
@@ -414,7 +414,9 @@ def test_a_policy_of_a_package(data: Path, tmp_path: Path, monkeypatch: pytest.M
     (now,) = load_config(recipe, code=[]).optimizer.weight_decay.policies
     assert now.model_dump() == {**kept, "package": "my-cosine 1.3"}
     recipe = write_recipe(tmp_path / "r.yaml", recipe_with(data, kept))
-    with pytest.raises(ValueError, match=r"my-cosine 1\.3 here, the recipe wants my-cosine 1\.2"):
+    with pytest.raises(
+        ValueError, match=r"my-cosine 1\.3 here, but the recipe needs my-cosine 1\.2"
+    ):
         load_config(recipe, code=[])
 
 

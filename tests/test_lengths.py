@@ -128,7 +128,7 @@ def test_one_may_be_a_share_or_a_step(key: str, value: str, tmp_path: Path) -> N
         if value in ("1", "0.999", "2.0"):
             check_lengths(one)
             continue
-        wanted = "neither a share" if value == "2.5" else "write 1 for a step, 40 for all of them"
+        wanted = "is not a share" if value == "2.5" else "write 1 for one step, 40 for all steps"
         with pytest.raises(UsageError, match=wanted) as error:
             check_lengths(one)
         assert str(error.value).startswith(f"{key}: ")
@@ -160,7 +160,7 @@ def test_it_is_said_at_the_start_and_in_the_dry_run(
     policy = "[{kind: schedule, roles: [mlp], stop: 1.0}]"
     words = ["train", recipe, f"{POLICY}={policy}", "--out", str(tmp_path / "other")]
     assert run(monkeypatch, *words) == 2
-    assert f"{POLICY}[0].stop: 1.0 may be one step" in capfd.readouterr().err
+    assert f"{POLICY}[0].stop: 1.0 could be one step" in capfd.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

@@ -69,11 +69,11 @@ def test_the_example_trains_and_is_scored(
 
 
 WRONG: dict[str, tuple[str, str, str]] = {
-    "a label too large": ("bits.sum() % 2", "7", "labels reach from -1 to 7; answers is 2"),
-    "an input below 0": ("return bits,", "return bits - 1,", "inputs reach from -1"),
+    "a label too large": ("bits.sum() % 2", "7", "labels range from -1 to 7, but answers is 2"),
+    "an input below 0": ("return bits,", "return bits - 1,", "inputs range from -1"),
     "the wrong length": ("return bits,", "return bits[1:],", "of shape (11,)"),
     "no integers": ("return bits,", "return bits / 1,", "inputs are float64"),
-    "no pair": ("return bits, labels", "return bits", "no pair"),
+    "no pair": ("return bits, labels", "return bits", "not a pair"),
     "a sample that fails": ("return bits, labels", "return bits[99], labels", "IndexError"),
     "answers": ("return 2\n", "return 'two'\n", "answers returns 'two'"),
     "training fails": ("return Bits(seed, model.context)", "return Bits(seed)", "training fails"),
@@ -95,8 +95,8 @@ def test_samples_that_are_wrong(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("task", "culprit"), [
-    ({"kind": "own"}, "task.own: goes with task.kind own"),
-    ({"kind": "text", "own": ENTRY}, "task.own: goes with task.kind own"),
+    ({"kind": "own"}, "task.own: set it exactly if task.kind is own"),
+    ({"kind": "text", "own": ENTRY}, "task.own: set it exactly if task.kind is own"),
     ({"kind": "own", "own": {}}, "task.own.kind: missing"),
     ({"kind": "own", "own": {"kind": "sums"}}, "task.own.kind: 'sums' is no task"),
     ({"kind": "own", "own": {"kind": "none.py:Parity"}}, "task.own.kind: "),

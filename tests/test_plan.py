@@ -137,7 +137,7 @@ def test_the_command(
     assert run(monkeypatch, *words) == 0
     assert "train it: pretrain train RECIPE grid.tensor_parallel=1" in capsys.readouterr().out
     for more, culprit in (
-        (["--gpu", "h1000"], "--gpu: 'h1000' is none of a100"),
+        (["--gpu", "h1000"], "--gpu: 'h1000' is not one of a100"),
         (["--gpus", "13"], "cannot be divided by any grid of 13 devices"),
     ):
         assert run(monkeypatch, *words, *more) == 2

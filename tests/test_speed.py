@@ -105,7 +105,7 @@ def test_what_is_left_open_is_decided_by_device_and_precision() -> None:
     assert kernels_of().loss_bytes == SpeedConfig().loss_bytes("cpu") == 32 << 20
     assert SpeedConfig().loss_bytes("cuda") == 512 << 20
     assert kernels_of(grid={"activation_checkpointing": True}).recompute
-    with pytest.raises(UsageError, match=r"speed\.compile: not with grid\.zero_stage 3"):
+    with pytest.raises(UsageError, match=r"speed\.compile: not possible with grid\.zero_stage 3"):
         parse_config({"speed": {"compile": True}, "grid": {"zero_stage": 3}})
 
 

@@ -1,4 +1,4 @@
-"""The `optimizer.weight_decay` section: how much, at which rate, in which direction, and when."""
+"""The `optimizer.weight_decay` section: amount, rate, direction and policies."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Form = Literal["decoupled", "l2", "cautious", "adadecay", "nuclear"]
 
 
 class DecayRule(Section):
-    """An exception: these roles, in these layers, decay so much."""
+    """An exception: the decay of some roles in some layers."""
 
     roles: list[str] = Field(min_length=1)
-    layers: str = Field("", description='"0-3,7": blocks; empty: everywhere')
+    layers: str = Field("", description='blocks, such as "0-3,7"; empty: everywhere')
     decay: float = Field(ge=0)
 
 
@@ -27,10 +27,10 @@ DecayPolicy = Annotated[SerializeAsAny[PolicySection], BeforeValidator(POLICIES.
 
 
 class WeightDecayConfig(Section):
-    """Weight decay by role. Narrower words win: rules, query, qk, attention, default.
+    """Weight decay by role. The most specific key wins: rules, query, qk, attention, default.
 
-    An update takes ``rate · λ · direction`` from a weight: λ from the keys by role, moved by
-    ``policies``; the rate by ``coupling``; the direction by ``form``.
+    An update subtracts ``rate · λ · direction`` from a weight. The keys by role set λ, ``policies``
+    change it, ``coupling`` sets the rate, and ``form`` sets the direction.
     """
 
     default: float = Field(0.1, ge=0, description="every matrix not named below")
@@ -50,22 +50,25 @@ class WeightDecayConfig(Section):
     head: float | None = Field(None, ge=0)
     norm: float | None = Field(None, ge=0, description="0 unless set")
     bias: float | None = Field(None, ge=0, description="0 unless set")
-    rules: list[DecayRule] = Field(default=[], description="first match wins, over all above")
+    rules: list[DecayRule] = Field(
+        default=[], description="exceptions to the keys above; the first match wins"
+    )
     coupling: Coupling | dict[str, Coupling] = Field(
         "lr",
-        description="rate: η (AdamW), η²/η_peak (AdamC), or 1 a step; one word, or by role",
+        description="rate: η (AdamW), η²/η_peak (AdamC), or 1 per step; one word, or by role",
     )
     form: Form | dict[str, Form] = Field(
         "decoupled",
-        description="w; L2 in the gradient; w where it agrees with the update (cautious); w by "
-        "the size of its gradient (adadecay); the subgradient of ‖ABᵀ‖_* (nuclear)",
+        description="direction: w; L2 in the gradient; w where its sign agrees with the update "
+        "(cautious); w times a function of its gradient (adadecay); the subgradient of ‖ABᵀ‖_* "
+        "(nuclear)",
     )
     adadecay_slope: float = Field(4.0, gt=0, description="steepness of AdaDecay's sigmoid")
-    nuclear_every: int = Field(1, ge=1, description="steps between nuclear steps, each so often")
-    policies: list[DecayPolicy] = Field(default=[], description="what moves λ during training")
+    nuclear_every: int = Field(1, ge=1, description="steps between nuclear steps")
+    policies: list[DecayPolicy] = Field(default=[], description="what changes λ during training")
 
 
 def same_policies(one: Iterable[PolicySection], other: Iterable[PolicySection]) -> bool:
-    """Whether two recipes have the same policies, of the same code."""
+    """Whether two recipes have the same policies with the same code."""
     first, second = ([part.model_dump(mode="json") for part in parts] for parts in (one, other))
     return first == second

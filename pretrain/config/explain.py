@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, a sweep or a site file, in one line."""
+"""Explains errors of a recipe, a sweep or a site file in one line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pretrain.config.urls import without_secrets
 
 _ALTERNATIVE = re.compile(r"(list|dict|literal)\[")
-"""How pydantic names one of several types that a value may have, between the keys."""
+"""Names that pydantic inserts between keys for one of several types of a value."""
 _EXPLAINED = "explained"
-"""Type of an error whose text is ready."""
+"""Type of an error whose text is shown as it is."""
 
 
 def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
-    """One line on a validation error: the key, what is wrong, and the nearest known key."""
+    """One line about a validation error: the key, what is wrong, and the nearest known key."""
     path = [str(part) for part in error["loc"] if not _ALTERNATIVE.match(str(part))]
     key = ".".join(path) or "recipe"
     if error["type"] == "extra_forbidden":

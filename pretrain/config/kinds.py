@@ -1,7 +1,7 @@
-"""Lists of a recipe whose entries are of classes that register themselves, or of a user's own.
+"""Open lists of a recipe: their entries are built-in classes, or classes of the user.
 
-An entry has a ``kind``; the kind stands for two classes: a section that validates the entry, and
-what is made of it. One `Kinds` serves each list that is open.
+An entry has a ``kind``, which names two classes: a section that validates the entry, and the class
+that is made from it. There is one `Kinds` for each open list.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pretrain.config.section import Section
 from pretrain.extension import PINS, Extension, ExtensionError, find, names, running_files
 
 FOLDER = "folder"
-"""Key of a validation's context: where files of code are looked for (`pretrain.extension.find`)."""
+"""Key of a validation's context: the folder of code files (`pretrain.extension.find`)."""
 
 
 class KindSection(Section):
@@ -35,7 +35,7 @@ Registered = TypeVar("Registered", bound=type[Any])
 
 
 class Kinds(Generic[Entry, Made]):
-    """The classes that the entries of one list may be of."""
+    """The classes that the entries of one list can have."""
 
     def __init__(
         self,
@@ -49,11 +49,11 @@ class Kinds(Generic[Entry, Made]):
         """
         Args:
             what: ``policy``, for messages.
-            group: of entry points, such as ``rankdecay.policies``.
-            package: whose modules register what is built in; empty: nothing is.
-            section: base of the sections.
-            base: base of what is made; its class attribute ``Config`` is a section.
-            check: what else a class of a user's own must be; raises `ExtensionError`.
+            group: the group of entry points, such as ``rankdecay.policies``.
+            package: its modules register the built-in classes; empty: there are none.
+            section: base class of the sections.
+            base: base class of the objects; its class attribute ``Config`` is a section.
+            check: further checks of a user's class; raises `ExtensionError`.
         """
         self._what, self._package = what, package
         self._section, self._base, self._check = section, base, check
@@ -67,7 +67,7 @@ class Kinds(Generic[Entry, Made]):
         )
 
     def built_in(self, kind: str) -> Callable[[Registered], Registered]:
-        """Register a class of the package under the kind that recipes have."""
+        """Register a class of the package under the kind that recipes use."""
 
         def register(made: Registered) -> Registered:
             self._built_in[kind] = made
@@ -76,7 +76,7 @@ class Kinds(Generic[Entry, Made]):
         return register
 
     def validate(self, value: Any, info: ValidationInfo) -> Entry:
-        """An entry of a recipe, by the class that its kind stands for (a pydantic validator)."""
+        """Validate an entry of a recipe by the class of its kind (a pydantic validator)."""
         if isinstance(value, self._section):
             return value
         if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
@@ -90,7 +90,7 @@ class Kinds(Generic[Entry, Made]):
             folder: of the recipe (`pretrain.extension.find`).
 
         Raises:
-            PydanticCustomError: naming the key and the mend.
+            PydanticCustomError: naming the key and what to do.
         """
         try:
             section, values = self._class_of(entry, folder)
@@ -102,26 +102,26 @@ class Kinds(Generic[Entry, Made]):
             raise explained(explain(error.errors()[0], section)) from None
 
     def class_of(self, section: KindSection) -> type[Made]:
-        """What is made of a section whose code runs here (`absent`)."""
+        """The class for a section whose code is loaded in this process (see `absent`)."""
         own = self.own_of(section)
         found: type[Made] = own.found if own else self._built_in[section.kind]
         return found
 
     def own_of(self, section: KindSection) -> Extension | None:
-        """The user's class of a section, if it is one of a user's own."""
+        """The user's class of a section, if it has one."""
         return self._own.get(type(section))
 
     def absent(self, section: KindSection) -> str:
-        """What is said of a class of a user's own that does not run here; empty where it does."""
+        """A message about a user's class that is not loaded in this process; empty if it is."""
         if not isinstance(section, self._absent):
             return ""
         pins = section.model_extra or {}
         if "sha256" not in pins:
-            return f"{section.kind} is of {pins['package']}, which does not run here; install it"
+            return f"{section.kind} belongs to {pins['package']}, which is not loaded; install it"
         there = ", ".join(f"{code.path.name} {code.sha256}" for code in running_files())
         return (
-            f"{section.kind} with SHA-256 {pins['sha256']} does not run here ({there or 'no file'} "
-            "does); name the file with --code (a run keeps its own under code/)"
+            f"{section.kind} with SHA-256 {pins['sha256']} is not loaded ({there or 'no file'} "
+            "is); name the file with --code (a run keeps a copy under code/)"
         )
 
     def _class_of(
@@ -137,7 +137,7 @@ class Kinds(Generic[Entry, Made]):
         if any(pin in values for pin in PINS):
             return self._absent, values
         known = ", ".join([*sorted(self._built_in), *names(self.group)])
-        raise ExtensionError(f"{kind!r} is no {self._what}; known: {known}, or FILE.py:CLASS")
+        raise ExtensionError(f"{kind!r} is not a {self._what}; known: {known}, or FILE.py:CLASS")
 
     def _load(self) -> None:
         if self._loaded or not self._package:
@@ -148,7 +148,7 @@ class Kinds(Generic[Entry, Made]):
             import_module(f"{self._package}.{module.name}")
 
     def _pin(self, own: Extension) -> type[Entry]:
-        """The section of a class of a user's own, with the key that pins its code."""
+        """The section of a user's class, with the key that pins its code."""
         if own not in self._pinned:
             self._check_class(own)
             config: type[Entry] = own.found.Config
@@ -162,11 +162,11 @@ class Kinds(Generic[Entry, Made]):
         found, base, section = own.found, self._base, self._section
         if not (isinstance(found, type) and issubclass(found, base)):
             place = f"{base.__module__}.{base.__name__}"
-            raise ExtensionError(f"{own.kind} is no class derived from {place}")
+            raise ExtensionError(f"{own.kind} is not a class derived from {place}")
         config = getattr(found, "Config", None)
         if not (isinstance(config, type) and issubclass(config, section)):
             place = f"{section.__module__}.{section.__name__}"
-            raise ExtensionError(f"{own.kind}.Config is no class derived from {place}")
+            raise ExtensionError(f"{own.kind}.Config is not a class derived from {place}")
         for name, method in vars(base).items():
             if not inspect.isfunction(method) or (name[0] == "_" and name != "__init__"):
                 continue

@@ -1,4 +1,4 @@
-"""A recipe, sweep or site file as a plain mapping, and overrides put into it."""
+"""Reads a recipe, sweep or site file as a plain mapping, and applies overrides."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pretrain.config.urls import without_secrets
 from pretrain.errors import UsageError
 
 LARGEST_RECIPE = 1 << 20
-"""Bytes of a YAML file."""
+"""Largest size of a YAML file in bytes."""
 
 
 def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
-    """A YAML file that is a mapping.
+    """Read a YAML file that is a mapping.
 
     Args:
         what, content: for the messages: "a recipe is a mapping of sections".
 
     Raises:
-        UsageError: one line naming the file and the mend.
+        UsageError: one line that names the file and what to do.
     """
     try:
         text = read_small(path, LARGEST_RECIPE).decode("utf-8-sig")
@@ -41,7 +41,7 @@ def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
 
 
 def apply_value_overrides(values: dict[str, Any], overrides: list[str]) -> None:
-    """Put ``key.path=value`` overrides into a plain mapping.
+    """Apply ``key.path=value`` overrides to a plain mapping.
 
     Raises:
         UsageError: naming the override.
@@ -53,7 +53,7 @@ def apply_value_overrides(values: dict[str, Any], overrides: list[str]) -> None:
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UsageError(f"{override!r}: an override is written key.path=value")
+        raise UsageError(f"{override!r}: write an override as key.path=value")
     try:
         value = load_yaml(text)
     except RecipeError as error:
@@ -63,7 +63,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def set_value(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
-    """Put a value at a dotted key, making the sections on the way."""
+    """Set the value of a dotted key, and make missing sections."""
     *parents, leaf = key.split(".")
     for parent in parents:
         if tree.get(parent) is None:
@@ -75,7 +75,7 @@ def set_value(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def number(value: Any) -> Any:
-    """YAML 1.1 reads 3e-4 as text; people mean a number."""
+    """Convert text such as 3e-4, which YAML 1.1 does not read as a number, to a number."""
     if isinstance(value, str):
         try:
             return float(value)

@@ -44,26 +44,26 @@ from pretrain.tasks.samples import SAMPLE_TASKS, SamplesSection
 
 
 class DataConfig(Section):
-    """Where the tokens are and how subsets are blended."""
+    """The tokens, and how subsets are blended."""
 
     path: str = Field("", description="folder written by `pretrain data tokenize`")
     weights: Literal["proportional", "pile"] | dict[str, float] = Field(
         "proportional",
         description="share of each subset: by its tokens, the Pile's published shares, or by name",
     )
-    prefetch: int = Field(4, ge=0, description="batches read ahead; 0: none")
+    prefetch: int = Field(4, ge=0, description="number of batches that are read ahead; 0: none")
 
 
 OwnSamples = Annotated[SerializeAsAny[SamplesSection], BeforeValidator(SAMPLE_TASKS.validate)]
 
 
 class TaskConfig(Section):
-    """What is learned: text by default."""
+    """The task: text by default."""
 
     kind: Literal["text", "recall", "images", "own"] = "text"
     pairs: int = Field(20, ge=1, le=1 << 20, description="recall: pairs (x, y) before the question")
     symbols: int = Field(
-        32, ge=2, le=1 << 20, description="recall: different x, and as many different y"
+        32, ge=2, le=1 << 20, description="recall: number of different x, and of different y"
     )
     random_labels: float = Field(
         0.05, ge=0, le=1, description="recall: share of training answers that are random"
@@ -88,16 +88,20 @@ class TrainConfig(Section):
 
     steps: int = Field(1000, ge=1, le=10**9, description="optimizer updates")
     global_batch: int = Field(8, ge=1, description="sequences per update, over all processes")
-    micro_batch: int = Field(0, ge=0, description="sequences per forward pass; 0: as few passes")
+    micro_batch: int = Field(
+        0, ge=0, description="sequences per forward pass; 0: as few passes as possible"
+    )
 
 
 class GridConfig(Section):
-    """How the model is cut over processes; data parallelism takes what is left."""
+    """How the model is divided among processes; data parallelism uses the rest."""
 
     tensor_parallel: int = Field(1, ge=1)
     pipeline_parallel: int = Field(1, ge=1)
     sequence_parallel: bool = False
-    activation_checkpointing: bool = Field(False, description="recompute blocks in backward")
+    activation_checkpointing: bool = Field(
+        False, description="recompute blocks in the backward pass"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO: what is sharded")
 
 
@@ -107,11 +111,13 @@ class ScheduleConfig(Section):
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup: int | float = Field(0.01, ge=0, description="< 1: share of the steps; else steps")
     final_fraction: float = Field(0.1, ge=0, le=1, description="last rate / peak")
-    decay: int | float = Field(0.2, ge=0, description="of wsd's fall; < 1: share; else steps")
+    decay: int | float = Field(
+        0.2, ge=0, description="length of wsd's decay phase; < 1: share of the steps; else steps"
+    )
 
 
 class OptimizerConfig(Section):
-    """The update rule; decay by role works the same under each."""
+    """The update rule; decay by role works the same with each."""
 
     name: Literal["adamw", "sgd", "lion", "muon"] = Field(
         "adamw",
@@ -121,9 +127,11 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(6e-4, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    momentum: float = Field(0.95, ge=0, lt=1, description="of sgd and muon")
+    momentum: float = Field(0.95, ge=0, lt=1, description="momentum of sgd and muon")
     epsilon: float = Field(1e-8, gt=0)
-    gradient_clipping: float = Field(1.0, ge=0, description="global norm; 0: off")
+    gradient_clipping: float = Field(
+        1.0, ge=0, description="clip the gradient to this global norm; 0: off"
+    )
     schedule: ScheduleConfig = ScheduleConfig()
     weight_decay: WeightDecayConfig = WeightDecayConfig()
 
@@ -150,15 +158,15 @@ class Config(Section):
     faults: FaultsConfig = FaultsConfig()
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings, for experts")
     _folder: Path | None = PrivateAttr(None)
-    """Where the files of code that it names are looked for; None: it may run none."""
+    """The folder of code files that it names; None: no code may run."""
 
     @field_validator("precision", mode="before")
     @classmethod
     def _has_masters(cls, value: Any) -> Any:
         if value in ("bf16_pure", "bf16-pure", "bf16-true", "bfloat16"):
             raise ValueError(
-                f"{value!r} keeps no fp32 master weights, and a step of size learning_rate x decay "
-                "is then lost in rounding: no weight decay at all; use bf16 (with masters)"
+                f"{value!r} keeps no fp32 master weights, so a step of size learning_rate x decay "
+                "is lost in rounding and there is no weight decay at all; use bf16 (with masters)"
             )
         return value
 
@@ -167,37 +175,40 @@ class Config(Section):
         grid = self.grid
         if grid.pipeline_parallel > 1 and grid.zero_stage > 1:
             raise ValueError(
-                f"grid.zero_stage: {grid.zero_stage} does not combine with pipeline_parallel "
+                f"grid.zero_stage: {grid.zero_stage} cannot be combined with pipeline_parallel "
                 f"{grid.pipeline_parallel}; use zero_stage 0 or 1"
             )
         self._check_update()
         if self.precision == "bf16" and grid.zero_stage == 0 and not self.is_flat:
             raise ValueError(
-                "grid.zero_stage: 0 in bf16 takes DeepSpeed's unfused optimizer, whose updates "
+                "grid.zero_stage: 0 in bf16 uses DeepSpeed's unfused optimizer, whose updates "
                 "differ from ZeRO 1-3's; use zero_stage 1 (or precision fp32)"
             )
         if self.speed.compile and grid.zero_stage == 3:
             raise ValueError(
-                "speed.compile: not with grid.zero_stage 3, which gathers weights inside the "
-                "blocks that would be compiled; use zero_stage 1 or 2"
+                "speed.compile: not possible with grid.zero_stage 3, which gathers weights inside "
+                "the compiled blocks; use zero_stage 1 or 2"
             )
         if grid.pipeline_parallel > self.model.num_layers:
             raise ValueError(
-                f"grid.pipeline_parallel: {grid.pipeline_parallel} stages cannot share "
+                f"grid.pipeline_parallel: {grid.pipeline_parallel} stages are more than "
                 f"model.num_layers {self.model.num_layers}; use fewer stages"
             )
         if (self.task.kind == "images") != bool(self.model.image_size):
-            raise ValueError("task.kind: images goes with model.dialect vit, and no other does")
+            raise ValueError(
+                "task.kind: images needs model.dialect vit, and vit needs task.kind images"
+            )
         if (self.task.kind == "own") != (self.task.own is not None):
-            raise ValueError("task.own: goes with task.kind own, and no other does")
+            raise ValueError("task.own: set it exactly if task.kind is own")
         if self.task.kind == "recall" and self.model.context != 2 * self.task.pairs + 1:
             raise ValueError(
-                f"model.context: {self.model.context} is not {2 * self.task.pairs + 1}, as "
-                f"task.pairs {self.task.pairs} (two a pair, and the question)"
+                f"model.context: {self.model.context} must be {2 * self.task.pairs + 1} for "
+                f"task.pairs {self.task.pairs} (two per pair, and the question)"
             )
         if self.task.kind == "recall" and self.task.symbols < self.task.pairs:
             raise ValueError(
-                f"task.symbols: {self.task.symbols} cannot give {self.task.pairs} different x"
+                f"task.symbols: {self.task.symbols} symbols are too few for {self.task.pairs} "
+                "different x"
             )
         if grid.sequence_parallel and self.model.context % grid.tensor_parallel:
             raise ValueError(
@@ -233,11 +244,11 @@ class Config(Section):
 
     @property
     def warmup_steps(self) -> int:
-        """Updates of the linear rise."""
+        """Number of updates of the linear warm-up."""
         return in_steps(self.optimizer.schedule.warmup, self.train.steps)
 
     def learning_rate(self, step: int) -> float:
-        """Rate of update number ``step``, counted from 0."""
+        """Learning rate of update number ``step``, counted from 0."""
         schedule = self.optimizer.schedule
         return learning_rate(
             step,
@@ -257,13 +268,15 @@ class Config(Section):
             return every
         every = max(1, self.train.steps // parts)
         if section == "checkpoint" and self.checkpoint.keep_best and self.checkpoint.keep:
-            evaluations = self.interval("evaluation")  # the best is chosen by what they find
+            evaluations = self.interval(
+                "evaluation"
+            )  # the best is chosen by the losses of evaluations
             return -(-every // evaluations) * evaluations
         return every
 
 
 SCIENCE = ("seed", "model", "task", "data", "train", "optimizer", "precision")
-"""Sections that a resumed run must keep; the others (grid, logging, ...) may change."""
+"""Sections that a resumed run must keep; others (grid, logging, ...) may change."""
 
 
 def load_config(
@@ -272,12 +285,12 @@ def load_config(
     """Read a YAML recipe and apply ``key.path=value`` overrides, each value as YAML.
 
     Args:
-        code: files of code that the command line names: they are run, and so is what the recipe
-            names, unless it lies in a folder that this program wrote (`pretrain.extension`). None:
-            nothing is run.
+        code: files of code that the command line names. They are run, and so is the code that the
+            recipe names, unless the recipe is in a folder that this program wrote
+            (`pretrain.extension`). None: no code is run.
 
     Raises:
-        UsageError: one line naming the file or key and the mend.
+        UsageError: one line that names the file or key and what to do.
     """
     values = read_mapping(path, "recipe", "sections, such as `model:`")
     apply_value_overrides(values, overrides or [])
@@ -308,7 +321,7 @@ _OPEN = (POLICIES, SERVICES, SAMPLE_TASKS)
 
 
 def entries(config: Config) -> Iterator[tuple[str, KindSection]]:
-    """The entries that may be of a user's own classes, and where they stand."""
+    """The entries that can be of a user's classes, with their keys."""
     for index, policy in enumerate(config.optimizer.weight_decay.policies):
         yield f"{KEY}.policies[{index}]", policy
     for index, tracker in enumerate(config.logging.trackers):
@@ -332,7 +345,7 @@ def with_values(config: Config, values: dict[str, Any], source: str) -> Config:
     """``config`` with other values at dotted keys.
 
     Raises:
-        UsageError: beginning with ``source``, for an unknown key or a bad value.
+        UsageError: a message that starts with ``source``, for an unknown key or a bad value.
     """
     tree = config.model_dump(mode="json")
     for key, value in values.items():
@@ -346,10 +359,10 @@ def parse_config(
     """Validate a plain mapping.
 
     Args:
-        folder: where files of code that it names are looked for; None: it may run none.
+        folder: the folder of code files that it names; None: no code may run.
 
     Raises:
-        UsageError: the first mistake, with a suggestion where a key is nearly right.
+        UsageError: the first error, with a suggestion if a key is nearly right.
     """
     try:
         config = Config.model_validate(values, context={FOLDER: folder})
@@ -360,15 +373,15 @@ def parse_config(
 
 
 def code_of(config: Config) -> list[Code]:
-    """The files of a user's own that a recipe runs, once each."""
+    """The user's code files that a recipe runs, each once."""
     found = [running(getattr(section, "sha256", "")) for _, section in entries(config)]
     return list({code.sha256: code for code in found if code}.values())
 
 
 def value_at(config: Config, key: str) -> Any:
-    """The value at a dotted key, as plain data; None where there is none.
+    """The value at a dotted key, as plain data; None if there is none.
 
-    Names with dots of their own (``data.weights.my.corpus``) are found too.
+    Names that contain dots (``data.weights.my.corpus``) are found, too.
     """
     return _value_in(config.model_dump(mode="json"), key)
 

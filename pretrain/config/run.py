@@ -1,4 +1,4 @@
-"""Sections of a recipe about the run, not its science: files, measurements, faults."""
+"""Sections of a recipe about the run and not about results: files, measurements, faults."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ from pretrain.runs.service import SERVICES, ServiceSection
 
 
 class CheckpointConfig(Section):
-    """When to save, where, and which to keep."""
+    """When and where to save checkpoints, and which to keep."""
 
     every: int = Field(0, ge=0, description="steps; 0: a tenth of the run")
-    keep: int = Field(2, ge=0, description="newest checkpoints kept; 0: all")
-    keep_every: int = Field(0, ge=0, description="those at multiples of so many steps stay too")
+    keep: int = Field(2, ge=0, description="number of newest checkpoints to keep; 0: all")
+    keep_every: int = Field(
+        0, ge=0, description="also keep those at multiples of this number of steps"
+    )
     keep_best: bool = Field(
         False,
-        description="the one of the lowest held-out loss stays too; every must be a "
+        description="also keep the one with the lowest held-out loss; every must be a "
         "multiple of evaluation.every",
     )
-    asynchronous: bool = Field(True, description="training goes on while the disk works")
+    asynchronous: bool = Field(
+        True, description="training continues while the checkpoint is written"
+    )
     mirror: str = Field(
         "",
-        description="a folder or fsspec URL (s3://…, gs://…) for any number of runs that gets a "
-        "copy of each, and from which a run of this name and recipe whose folder is lost goes on; "
-        "${NAME} in it is read from the environment",
+        description="a folder or fsspec URL (s3://…, gs://…), for any number of runs, that gets a "
+        "copy of each checkpoint; a run of this name and recipe whose folder is lost continues "
+        "from it; ${NAME} in it is read from the environment",
     )
 
     @field_serializer("mirror")
     def _shown(self, url: str) -> str:
-        """What goes into run folders, manifests and services."""
+        """The form for run folders, manifests and services."""
         return without_secrets(url)
 
 
@@ -56,14 +60,14 @@ class RanksConfig(Section):
     denominator: Literal["head", "model"] = Field(
         "head", description="pseudo-rank = k / head width, or k / model width"
     )
-    spectra: bool = Field(False, description="store every singular value too")
+    spectra: bool = Field(False, description="also store every singular value")
 
 
 TrackerEntry = Annotated[SerializeAsAny[ServiceSection], BeforeValidator(SERVICES.validate)]
 
 
 class LoggingConfig(Section):
-    """Where metrics go, besides RUN/metrics.jsonl."""
+    """Where metrics go in addition to RUN/metrics.jsonl."""
 
     every: int = Field(1, ge=1, description="steps between lines of metrics")
     wandb: str = Field("", description="W&B project; empty: off; offline without an account")
@@ -74,7 +78,7 @@ class LoggingConfig(Section):
     )
 
     def services(self) -> list[ServiceSection]:
-        """Everything that takes metrics beside the file."""
+        """All services that receive metrics in addition to the file."""
         found: list[dict[str, str]] = []
         if self.wandb:
             found.append({"kind": "wandb", "project": self.wandb, "group": self.wandb_group})
@@ -84,7 +88,7 @@ class LoggingConfig(Section):
 
 
 class ResumeConfig(Section):
-    """What holds when a checkpoint and the recipe disagree."""
+    """What applies if a checkpoint and the recipe disagree."""
 
     decay: Literal["error", "recipe", "checkpoint"] = "error"
 
@@ -95,24 +99,24 @@ class FaultsConfig(Section):
     skip_limit: int = Field(
         3,
         ge=1,
-        description="updates in a row that are skipped for a loss or gradient that is not finite; "
-        "then back to the last checkpoint, and past the samples of those updates",
+        description="number of updates in a row that are skipped because a loss or gradient is not "
+        "finite; then the run goes back to the last checkpoint and leaves out their samples",
     )
     spike: float = Field(
         0.0,
         ge=0,
-        description="standard deviations above the mean of the last spike_window losses from which "
-        "a loss is a spike: back to the last checkpoint, past its samples; 0: off",
+        description="a loss is a spike if it is this many standard deviations above the mean of "
+        "the last spike_window losses; the run then goes back and leaves out its samples; 0: off",
     )
     spike_window: int = Field(100, ge=10, description="updates")
     go_back_limit: int = Field(
-        3, ge=0, description="times that a run goes back before a new checkpoint is reached"
+        3, ge=0, description="how often a run goes back before it reaches a new checkpoint"
     )
     compare_every: int = Field(
         100,
         ge=0,
-        description="steps between comparisons of replicated weights over ranks, for memory that "
-        "fails silently (also before every checkpoint); 0: never",
+        description="steps between comparisons of replicated weights between processes, to detect "
+        "memory that fails silently (also before every checkpoint); 0: never",
     )
     watchdog: float = Field(
         900.0,
@@ -123,11 +127,11 @@ class FaultsConfig(Section):
 
 
 _LOSS_MIB = {"cpu": 32, "cuda": 512}
-"""About a CPU's last cache; what keeps a GPU busy."""
+"""MiB of logits: about a CPU's last-level cache, and enough to keep a GPU busy."""
 
 
 class SpeedConfig(Section):
-    """How the same numbers are computed: speed and memory, up to rounding."""
+    """How the same numbers are computed: changes speed and memory, and results only by rounding."""
 
     attention: Literal["auto", "sdpa", "products"] = Field(
         "auto",
@@ -144,10 +148,10 @@ class SpeedConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="fuse what lies between a block's matrix products (torch.compile): pays on "
-        "long runs, as the first step waits for the compiler",
+        description="fuse the operations between a block's matrix products (torch.compile): pays "
+        "on long runs, because the first step waits for the compiler",
     )
 
     def loss_bytes(self, device: str) -> int:
-        """Float32 logits that the loss holds at once on a device of that type (cpu, cuda)."""
+        """Number of float32 logits that the loss holds at once on a device type (cpu, cuda)."""
         return (self.loss_mib or _LOSS_MIB[device]) << 20

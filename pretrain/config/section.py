@@ -17,13 +17,11 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _numbers_are_numbers(cls, values: Any) -> Any:
-        """`true` would be taken for 1, and no float holds a number of hundreds of digits."""
+        """Refuse `true`, which would count as 1, and numbers that are too large for a float."""
         for key, field in cls.model_fields.items():
             value = values.get(key) if isinstance(values, dict) else None
             if isinstance(value, bool) and field.annotation in _NUMBERS:
-                raise ValueError(f"{key}: a number is wanted, got {str(value).lower()}")
+                raise ValueError(f"{key}: must be a number, got {str(value).lower()}")
             if isinstance(value, int) and abs(value) >= 1 << 63:
-                raise ValueError(
-                    f"{key}: a number of {value.bit_length()} bits is none of a recipe"
-                )
+                raise ValueError(f"{key}: a number of {value.bit_length()} bits is too large")
         return values

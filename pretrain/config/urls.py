@@ -1,4 +1,4 @@
-"""URLs as they may be shown."""
+"""Removes secrets from URLs."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ _QUERY = re.compile(r"([?&][^=&#]*=)(?!\$\{\w+\}(?:[&#]|$))[^&#]+")
 
 
 def without_secrets(url: str) -> str:
-    """A URL as it may be shown: without its password, and the values of its query."""
+    """A URL without its password and the values of its query, so that it can be shown."""
     return _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", url))

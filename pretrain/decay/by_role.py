@@ -1,4 +1,4 @@
-"""Rate and direction of decay by role: what a recipe's words mean for a model."""
+"""Rate and direction of decay by role: applies the settings of a recipe to a model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pretrain.decay.sites import KEY, Site
 from pretrain.errors import UsageError
 
 _MOST_A_STEP = 0.01
-"""With ``coupling: none`` a larger λ forgets a weight within a hundred updates."""
+"""With ``coupling: none``, a larger λ removes a weight within a hundred updates."""
 
 
 def named(words: Iterable[str], key: str, present: frozenset[Role]) -> frozenset[Role]:
-    """The roles of a model that some words stand for.
+    """The roles of a model that some words name.
 
     Args:
-        key: where the words stand in the section, for the message.
+        key: the key of the words in the section, for the message.
         present: roles of the model.
 
     Raises:
-        UsageError: if a word is no role, or none of the model's.
+        UsageError: if a word is not a role, or not one of the model's.
     """
     roles: set[Role] = set()
     for word in words:
@@ -35,11 +35,11 @@ def named(words: Iterable[str], key: str, present: frozenset[Role]) -> frozenset
 def by_role(
     setting: str | Mapping[str, str], key: str, default: str, present: frozenset[Role]
 ) -> dict[Role, str]:
-    """A setting of one word, or of a word by role, as a word for every role of a model."""
+    """A setting of one word, or one word by role, as one word for every role of a model."""
     if isinstance(setting, str):
         return dict.fromkeys(present, setting)
     found = dict.fromkeys(present, setting.get("default", default))
-    # Wide words first, so that narrower ones have the last say.
+    # General words first, so that more specific ones override them.
     words = [word for word in setting if word != "default"]
     for word in sorted(words, key=lambda word: -len(ALIASES.get(word, ()))):
         found |= dict.fromkeys(named([word], key, present), setting[word])
@@ -52,13 +52,13 @@ def check_directions(
     base: Mapping[Site, float],
     nuclear_every: int,
 ) -> None:
-    """Refuse directions and rates that cannot be.
+    """Refuse impossible directions and rates.
 
     Args:
         base: λ of the recipe at every site.
 
     Raises:
-        UsageError: naming the key and the mend.
+        UsageError: naming the key and what to do.
     """
     for pair in (QK, VO):
         forms = {form[role] for role in pair if role in form}
@@ -71,13 +71,13 @@ def check_directions(
         most = max(value for site, value in base.items() if site[0] is role)
         if word == "nuclear" and role not in QK + VO and most > 0:
             raise UsageError(
-                f"{KEY}.form: nuclear is for the products of attention, not for {role}; write "
-                "form: {attention: nuclear}"
+                f"{KEY}.form: nuclear works only for the products of attention, not for {role}; "
+                "write form: {attention: nuclear}"
             )
         if coupling[role] == "none" and most > _MOST_A_STEP:
             raise UsageError(
-                f"{KEY}.coupling: none takes the share λ of a weight in every update, and "
-                f"{role} has λ = {most:g}; 1e-4 is usual, at most {_MOST_A_STEP:g}"
+                f"{KEY}.coupling: with none, every update removes the share λ of a weight, and "
+                f"{role} has λ = {most:g}; use about 1e-4, at most {_MOST_A_STEP:g}"
             )
     if nuclear_every > 1 and "nuclear" not in form.values():
         raise UsageError(f"{KEY}.nuclear_every: no form is nuclear; remove it")

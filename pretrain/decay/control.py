@@ -1,9 +1,10 @@
-"""λ while a run goes on: base values by role and layer, moved by policies, with its books.
+"""λ during a run: base values by role and layer, changed by policies, with a record of decay.
 
-`DecayControl` says which λ holds for every (role, layer) in the coming update, keeps the sum of
-what was applied, and is the same on every rank: it depends on the step, on figures that every rank
-has (measured ranks, exponents, norms), and on its saved state alone. How a λ is applied to
-weights is `pretrain.engine.shrink`'s.
+`DecayControl` gives the λ of every (role, layer) in the coming update and records the applied
+decay.
+It is the same on every process: it depends only on the step, on figures that every process has
+(measured ranks, exponents, norms), and on its saved state. `pretrain.engine.shrink` applies λ to
+weights.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from pretrain.errors import UsageError
 
 
 class DecayControl:
-    """λ, rate and direction of every site, and the sums of what was applied.
+    """λ, rate and direction of every site, and the sums of the applied decay.
 
     Raises:
-        UsageError: if a policy, coupling or form names what this model lacks, or two exclude
-            each other.
+        UsageError: if a policy, coupling or form names something that this model lacks, or if two
+            of them exclude each other.
     """
 
     def __init__(self, config: Config, plan: DecayPlan) -> None:
@@ -67,7 +68,7 @@ class DecayControl:
         self._step, self._rate = 0, 0.0
 
     def _setting(self, key: str, roles: frozenset[Role], infos: list[ParameterInfo]) -> Setting:
-        """What a policy may know of the run."""
+        """The information about the run for a policy."""
         config, model = self._config, self._config.model
         return Setting(
             key=key,
@@ -85,11 +86,11 @@ class DecayControl:
         )
 
     def _rate_at(self, role: Role, step: int) -> float:
-        """What λ of a role is multiplied by in an update."""
+        """The rate that multiplies λ of a role in an update."""
         return coupled_rate(self.coupling[role], self._config.learning_rate(step), self._peak)
 
     def _check_policies(self) -> None:
-        """Refuse two that both answer to what they measure: one would undo the other."""
+        """Refuse two policies that both react to measurements: one would undo the other."""
         movers: dict[Role, str] = {}
         for section, policy in zip(self._sections, self.policies, strict=True):
             if policy.wants is None:
@@ -97,9 +98,9 @@ class DecayControl:
             for role in sorted(policy.roles):
                 if role in movers:
                     raise UsageError(
-                        f"{KEY}.policies: {role} is moved by {movers[role]} and by {section.kind}, "
-                        "which both answer to what they measure; keep one of them (schedules may "
-                        "be added to it)"
+                        f"{KEY}.policies: {role} is changed by {movers[role]} and by "
+                        f"{section.kind}, which both react to measurements; keep one of them (you "
+                        "can add schedules to it)"
                     )
                 movers[role] = section.kind
 
@@ -108,12 +109,12 @@ class DecayControl:
         return self._config.optimizer.weight_decay.policies
 
     def is_plain(self, role: Role) -> bool:
-        """Whether λ of the role is constant, decoupled and at rate η: any AdamW does that."""
+        """Whether λ of the role is constant, decoupled and at rate η, as in any AdamW."""
         moved = any(role in policy.roles for policy in self.policies)
         return not moved and self.coupling[role] == "lr" and self.form[role] == "decoupled"
 
     def is_adaptive(self, role: Role) -> bool:
-        """Whether λ of the role depends on what is measured while training."""
+        """Whether λ of the role depends on measurements during training."""
         return any(role in policy.roles for policy in self.policies if policy.wants)
 
     def wanting(self, want: Want) -> list[Policy]:
@@ -123,7 +124,7 @@ class DecayControl:
     # --- one update -----------------------------------------------------------------------------
 
     def begin(self, step: int, rate: float) -> None:
-        """The coming update: its number, counted from 0, and its learning rate η."""
+        """Announce the coming update: its number, counted from 0, and its learning rate η."""
         self._step, self._rate = step, rate
 
     @property
@@ -137,7 +138,7 @@ class DecayControl:
         return self._rate
 
     def now(self, site: Site) -> Applied:
-        """λ and rate at a site in the coming update, as far as is known before its gradient."""
+        """λ and rate at a site in the coming update, as known before its gradient."""
         decay = self.base[site]
         for policy in self.policies:
             if site[0] in policy.roles:
@@ -147,10 +148,10 @@ class DecayControl:
         return Applied(decay, rate, 0 if self._step % every else every)
 
     def commit(self, ratio: float | None = None) -> dict[Site, Applied]:
-        """Settle what the update takes, and enter it in the books; once an update.
+        """Fix the decay of the update and record it; called once per update.
 
         Args:
-            ratio: ‖∇‖₂/‖w‖₂ of the whole model, where a policy wants ``norms``.
+            ratio: ‖∇‖₂/‖w‖₂ of the whole model, if a policy needs ``norms``.
         """
         if ratio is not None:
             for policy in self.wanting("norms"):
@@ -162,7 +163,7 @@ class DecayControl:
         return self.used
 
     def in_use(self) -> dict[str, float]:
-        """λ of the last update, for the log: by group, or by layer where policies part them."""
+        """λ of the last update, for the log: by group, or by layer if policies distinguish them."""
         found: dict[str, float] = {}
         for group in self._plan.groups:
             by_layer = any(p.per_layer and group.role in p.roles for p in self.policies)
@@ -173,7 +174,7 @@ class DecayControl:
         return found
 
     def books(self) -> DecayRecords:
-        """What was done so far at every site."""
+        """The decay applied so far at every site."""
         return {
             label(site): DecayRecord(
                 (self.used.get(site) or self.now(site)).decay,
@@ -184,7 +185,7 @@ class DecayControl:
         }
 
     def fingerprints(self) -> dict[str, str]:
-        """Hashes of what must be the same on every process: each policy, and the books."""
+        """Hashes of what must be equal on every process: each policy, and the record of decay."""
         parts: dict[str, Any] = {
             f"{KEY}.policies[{index}] ({section.kind})": [section.model_dump(), policy.state()]
             for index, (section, policy) in enumerate(
@@ -199,7 +200,7 @@ class DecayControl:
     # --- saved with the run ---------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run must know (JSON)."""
+        """The state that a resumed run needs (JSON)."""
         return {
             "policies": [policy.state() for policy in self.policies],
             "books": {
@@ -209,10 +210,11 @@ class DecayControl:
         }
 
     def restore(self, state: dict[str, Any], same_policies: bool) -> None:
-        """Take up a saved state.
+        """Restore a saved state.
 
         Args:
-            same_policies: False for a fork with other policies: they begin anew, the books go on.
+            same_policies: False for a fork with other policies: they start from the beginning, and
+                the record of decay continues.
         """
         for site in self.base:
             _, self.exposure[site], self.retention[site] = state["books"][label(site)]
@@ -223,4 +225,6 @@ class DecayControl:
 
 def _check_form(form: str, key: str) -> None:
     if form not in get_args(Form):
-        raise UsageError(f"{key}: wants the form {form!r}; it is {', '.join(get_args(Form))}")
+        raise UsageError(
+            f"{key}: has the form {form!r}; it must be one of {', '.join(get_args(Form))}"
+        )

@@ -1,4 +1,4 @@
-"""A policy of a user's own, whose mistakes are one line with the place in the user's file."""
+"""Guards a user's policy: its errors become one line with the place in the user's file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Answer = TypeVar("Answer")
 
 
 class Guarded(Policy):
-    """A user's policy: what it raises, or returns wrongly, is the user's to mend."""
+    """A user's policy; its exceptions and wrong results are reported as the user's errors."""
 
     def __init__(self, own: Extension, config: PolicySection, setting: Setting) -> None:
         super().__init__(config, setting)
@@ -30,11 +30,11 @@ class Guarded(Policy):
         self.wants, self.per_layer = own.found.wants, bool(own.found.per_layer)
         self.form, self.every = self._inner.form, self._inner.every
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise self._wrong(f"every is {self.every!r}; it is a number of steps, 1 or more")
+            raise self._wrong(f"every is {self.every!r}; it must be a number of steps, 1 or more")
         self._rehearse()
 
     def _rehearse(self) -> None:
-        """λ of some updates, and the state there and back: before anything is trained."""
+        """Try λ of some updates, and saving and restoring the state, before training."""
         steps = self.setting.steps
         for step in sorted({0} if self.wants else {0, steps // 2, steps - 1}):
             for site, decay in self.setting.base.items():
@@ -46,10 +46,10 @@ class Guarded(Policy):
         where = f"move at {label(site)} in update {step}"
         found = self._ask(where, lambda: self._inner.move(site, decay, step))
         if isinstance(found, bool) or not isinstance(found, Real):
-            raise self._wrong(f"{where} returns {_shown(found)}, which is no number")
+            raise self._wrong(f"{where} returns {_shown(found)}, which is not a number")
         decay = float(found)
         if not 0 <= decay < math.inf:
-            raise self._wrong(f"{where} returns {decay:g}; λ is a finite number, 0 or more")
+            raise self._wrong(f"{where} returns {decay:g}; λ must be a finite number, 0 or more")
         return decay
 
     def due(self, step: int) -> bool:
@@ -76,20 +76,20 @@ class Guarded(Policy):
         self._ask("restore", lambda: self._inner.restore(state))
 
     def _saved(self) -> dict[str, Any]:
-        """The state as a checkpoint gives it back."""
+        """The state in the form in which a checkpoint returns it."""
         found = self._ask("state", self._inner.state)
         try:
             saved: Any = json.loads(to_json(found))
         except (TypeError, ValueError) as error:
-            raise self._wrong(f"state returns what is no JSON ({error})") from None
+            raise self._wrong(f"state returns something that is not JSON ({error})") from None
         if not isinstance(saved, dict):
-            raise self._wrong(f"state returns {_shown(found)}, which is no mapping")
+            raise self._wrong(f"state returns {_shown(found)}, which is not a mapping")
         return saved
 
     def _ask(self, what: str, call: Callable[[], Answer]) -> Answer:
         try:
             return call()
-        except (UsageError, RunError):  # the user's own words
+        except (UsageError, RunError):  # the user's own message
             raise
         except Exception as error:
             place = self._code.place_of(error) if self._code else f"{type(error).__name__}: {error}"

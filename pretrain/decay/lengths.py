@@ -1,7 +1,7 @@
-"""Lengths of a recipe: shares and steps that cannot be told apart, phases that no run could have.
+"""Checks lengths of a recipe: ambiguous shares or steps, and phases that no run could have.
 
-What cannot be meant is refused; what can, but does nothing in a run of so many steps, is said at
-the start and in the dry run.
+Values that cannot be intended are refused. Values that have no effect in a run of this length are
+reported at the start and in the dry run.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _OF_LENGTHS = ("train", "optimizer", "checkpoint", "evaluation")
 
 
 def check_lengths(config: Config, known: Config | None = None) -> None:
-    """Refuse lengths that mean two things, or nothing.
+    """Refuse lengths that are ambiguous or meaningless.
 
     Args:
-        known: the recipe of the run that is there; what it has already, an earlier version took.
+        known: the recipe of the existing run; an earlier version accepted its values.
 
     Raises:
-        UsageError: naming the key and the mend.
+        UsageError: naming the key and what to do.
     """
     if known and all(getattr(known, one) == getattr(config, one) for one in _OF_LENGTHS):
         return
     steps = config.train.steps
     for key, value in _lengths(config):
         if isinstance(value, float) and value == 1:
-            end = ", or leave it out for the end of the run" if key.endswith("stop") else ""
+            end = ", or remove it for the end of the run" if key.endswith("stop") else ""
             raise UsageError(
-                f"{key}: 1.0 may be one step or the whole run; write 1 for a step, {steps} for all "
-                f"of them{end}"
+                f"{key}: 1.0 could be one step or the whole run; write 1 for one step, {steps} for "
+                f"all steps{end}"
             )
         if value > 1 and value != round(value):
             raise UsageError(
-                f"{key}: {value:g} is neither a share (below 1) nor a whole number of steps"
+                f"{key}: {value:g} is not a share (below 1) or a whole number of steps"
             )
     for key, section in _policies(config):
         section.check_lengths(key, steps)
@@ -55,14 +55,15 @@ def _check_best(config: Config) -> None:
     saves, evaluations = config.interval("checkpoint"), config.interval("evaluation")
     if config.checkpoint.keep_best and config.checkpoint.keep and saves % evaluations:
         raise UsageError(
-            f"checkpoint.every: {saves} is no multiple of evaluation.every {evaluations}, and "
-            "keep_best compares held-out losses of what is saved; use "
+            f"checkpoint.every: {saves} is not a multiple of evaluation.every {evaluations}, but "
+            "keep_best compares the held-out losses of checkpoints; use "
             f"{-(-saves // evaluations) * evaluations}, or evaluation.every {saves}"
         )
 
 
 def remarks(config: Config) -> list[str]:
-    """What a recipe asks for that its run does not have, and the code that it runs, by line."""
+    """One line for each setting that has no effect in the run, and for each code file that it
+    runs."""
     return [
         *_of_the_rate(config),
         *_of_policies(config),
@@ -98,20 +99,21 @@ def _of_the_rate(config: Config) -> Iterator[str]:
     left = steps - warmup
     if schedule.kind == "constant":
         if schedule.final_fraction != ScheduleConfig.model_fields["final_fraction"].default:
-            yield f"{_RATE}.final_fraction: does nothing to a constant rate"
+            yield f"{_RATE}.final_fraction: has no effect on a constant rate"
         return
     wanted = left
     if schedule.kind == "wsd":
         wanted = in_steps(schedule.decay, steps)
         if wanted > left:
             yield (
-                f"{_RATE}.decay: {wanted:,} steps are cut to the {left:,} that the warm-up leaves"
+                f"{_RATE}.decay: {wanted:,} steps are shortened to the {left:,} that the warm-up "
+                "leaves"
             )
     fall = min(wanted, left)
     if fall < 2:
         yield (
-            f"{_RATE}: the fall of {schedule.kind} has {'one step' if fall else 'no step'} in a "
-            f"run of {steps:,} with {warmup:,} of warm-up: the learning rate stays at its peak"
+            f"{_RATE}: the decay phase of {schedule.kind} has {'one step' if fall else 'no step'} "
+            f"in a run of {steps:,} with {warmup:,} of warm-up: the learning rate stays at its peak"
         )
 
 
@@ -124,7 +126,7 @@ def _of_policies(config: Config) -> Iterator[str]:
 
 
 def _of_code(config: Config) -> Iterator[str]:
-    """Which file of the user's own runs: whoever starts it should know."""
+    """One line for each of the user's code files that runs."""
     for key, section in entries(config):
         code = running(getattr(section, "sha256", ""))
         if code is not None:

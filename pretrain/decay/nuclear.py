@@ -1,4 +1,4 @@
-"""The subgradient of the nuclear norm of a product, from its factors alone."""
+"""The subgradient of the nuclear norm of a product, from its factors only."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 _TOLERANCE = 1e-6
-"""Singular values below this share of the largest count as zero, where any contraction is a
-subgradient; 0 is taken."""
+"""Singular values below this share of the largest count as zero. There, any contraction is a
+subgradient, and 0 is used."""
 
 
 def nuclear_subgradient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """∂‖A·Bᵀ‖_*/∂A = U Vᵀ B and ∂/∂B = V Uᵀ A, with A·Bᵀ = U Σ Vᵀ.
 
     From the QR decompositions A = Q_A R_A, B = Q_B R_B and the small R_A R_Bᵀ = U' Σ V'ᵀ:
-    U Vᵀ B = Q_A U' V'ᵀ R_B. Where the factors balance (AᵀA = BᵀB) these are A and B themselves:
+    U Vᵀ B = Q_A U' V'ᵀ R_B. If the factors balance (AᵀA = BᵀB), these are A and B themselves:
     weight decay with the same λ (Lemma 3.2 of the paper).
 
     Args:

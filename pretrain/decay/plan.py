@@ -21,7 +21,7 @@ _WIDER: dict[Role, tuple[str, ...]] = {
     **dict.fromkeys(VO, ("vo", "attention")),
     **dict.fromkeys(MLP, ("mlp",)),
 }
-"""Words that cover a role, narrowest first, after the role's own name."""
+"""Words that include a role, most specific first, after the role's own name."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ def _rule_test(rule: DecayRule, index: int) -> tuple[set[Role], set[int] | None]
 
 
 def roles_of(word: str, key: str) -> tuple[Role, ...]:
-    """The roles that a word of a recipe stands for.
+    """The roles that a word of a recipe names.
 
     Raises:
-        UsageError: naming the key, if it is no role.
+        UsageError: naming the key, if the word is not a role.
     """
     if word not in ALIASES:
-        raise UsageError(f"{key}: {word!r} is no role; known: {', '.join(ALIASES)}")
+        raise UsageError(f"{key}: {word!r} is not a role; known: {', '.join(ALIASES)}")
     return ALIASES[word]
 
 
@@ -160,7 +160,7 @@ def parse_layers(text: str, key: str) -> set[int] | None:
         except ValueError:
             raise UsageError(f'{key}: {text!r} is not a list of layers such as "0-3,7"') from None
         if stop < start:
-            raise UsageError(f"{key}: {part.strip()!r} runs backwards")
+            raise UsageError(f"{key}: {part.strip()!r} is backwards")
         layers.update(range(start, stop + 1))
     return layers
 
@@ -183,7 +183,7 @@ def _grouped(infos: list[ParameterInfo], decays: Mapping[str, float]) -> DecayPl
     roles = [role for role, _ in members]
     groups = []
     for (role, decay), parameters in members.items():
-        # One λ for the role: its plain name; several: told apart by their layers.
+        # One λ for the role: its plain name; several: distinguished by their layers.
         layers = compact({info.layer for info in parameters if info.layer is not None})
         name = role.value if roles.count(role) == 1 else f"{role.value}[{layers}]"
         groups.append(DecayGroup(name, role, decay, tuple(parameters)))

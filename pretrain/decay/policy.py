@@ -1,9 +1,9 @@
-"""What a decay policy is: its keys in a recipe, what it is given, how it moves λ, what it saves.
+"""The interface of a decay policy: its keys in a recipe, its inputs, how it changes λ, its state.
 
 A policy is one file with two classes: a `PolicySection` (its keys, with bounds and defaults) and a
-`Policy`. The built-in ones lie in `pretrain.decay.policies`; docs/extending.md says how a user's
-own file, or an installed package, adds another. Nothing here knows the whole recipe, processes or
-DeepSpeed.
+`Policy`. The built-in ones are in `pretrain.decay.policies`; docs/extending.md explains how a
+user's file or an installed package adds another. Nothing here depends on the whole recipe, on
+processes or on DeepSpeed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pretrain.config.kinds import KindSection
 from pretrain.decay.sites import Site
 
 Want = Literal["ranks", "weights", "norms"]
-"""What a policy may ask for: rows of the rank table, a figure of each matrix, or ‖∇‖₂/‖w‖₂ of the
+"""What a policy can request: rows of the rank table, a figure of each matrix, or ‖∇‖₂/‖w‖₂ of the
 whole model."""
 
 
@@ -38,40 +38,40 @@ class PolicySection(KindSection):
         """Refuse lengths that no run can have.
 
         Args:
-            key: where the section stands in the recipe, for the message.
+            key: the section's key in the recipe, for the message.
 
         Raises:
-            UsageError: naming the key and the mend.
+            UsageError: naming the key and what to do.
         """
 
     def length_remarks(self, key: str, steps: int) -> Iterator[str]:
-        """What the section asks for that a run of so many steps does not have, one line each."""
+        """One line for each setting that has no effect in a run of this number of steps."""
         yield from ()
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The run, as far as a policy may know it: the same on every process."""
+    """The information about the run for a policy; it is the same on every process."""
 
     key: str
-    """Where the policy stands in the recipe, for messages."""
+    """The policy's key in the recipe, for messages."""
     roles: frozenset[Role]
-    """What it moves."""
+    """The roles whose λ it changes."""
     parameters: tuple[ParameterInfo, ...]
     """The parameters of these roles, of the whole model."""
     base: Mapping[Site, float]
     """λ of the recipe at every site of these roles."""
     steps: int
-    """Updates of the run."""
+    """Number of updates of the run."""
     coupling: Mapping[Role, str]
     """``lr``, ``lr2`` or ``none``, by role."""
     rate: Callable[[Role, int], float]
-    """What λ of a role is multiplied by in the update number ``step`` (the first is 0)."""
+    """The rate that multiplies λ of a role in update number ``step`` (the first is 0)."""
     model: GPTConfig
     threshold: float
     """Share of Σσ that the pseudo-rank covers."""
     full_rank: float
-    """What the full rank of a head counts as: 1, or head width / model width."""
+    """Pseudo-rank of a head of full rank: 1, or head width / model width."""
 
     @property
     def layers(self) -> int:
@@ -80,22 +80,22 @@ class Setting:
 
 
 class Policy:
-    """Moves λ at the sites of its roles.
+    """Changes λ at the sites of its roles.
 
-    A policy depends on its section, its `Setting`, the step and what it observes alone: every
+    A policy may depend only on its section, its `Setting`, the step and its observations: every
     process has a copy, and all copies must give the same λ.
     """
 
     Config: ClassVar[type[PolicySection]] = PolicySection
     """Its keys in a recipe."""
     wants: Want | None = None
-    """What `observe` gets; None: nothing, λ is a function of the step."""
+    """The kind of measurement that `observe` gets; None: λ is a function of the step."""
     per_layer: bool = True
-    """Whether λ may differ between the layers of a role: the log has it by layer then."""
+    """Whether λ can differ between the layers of a role; the log then has it by layer."""
     every: int = 1
     """Steps between observations of ranks or weights."""
     log_kind: str = "policy"
-    """Kind of the lines of metrics that hold its `figures`."""
+    """Kind of the metrics lines with its `figures`."""
     form: str | None = None
     """The direction of decay that it needs for its roles (``optimizer.weight_decay.form``)."""
 
@@ -111,20 +111,20 @@ class Policy:
         self.config, self.setting, self.roles = config, setting, setting.roles
 
     def move(self, site: Site, decay: float, step: int) -> float:
-        """λ in the update number ``step`` (the first is 0), from the λ so far.
+        """λ in update number ``step`` (the first is 0), from the λ so far.
 
-        It is called several times for an update and changes nothing.
+        It is called several times per update and must not change the policy.
         """
         raise NotImplementedError
 
     # --- what it measures -----------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
-        """Whether it observes ranks after, or weights before, the update number ``step``."""
+        """Whether it observes ranks after, or weights before, update number ``step``."""
         return step % self.every == 0
 
     def observe(self, measured: Any, step: int) -> list[str]:
-        """Take a measurement.
+        """Process a measurement.
 
         Args:
             measured: by `wants`. ``ranks``: rows of the rank table, after ``step`` updates.
@@ -132,12 +132,12 @@ class Policy:
                 number ``step``. ``norms``: ‖∇‖₂/‖w‖₂ in that update, before clipping.
 
         Returns:
-            What a person should know, one line each; of ``norms`` it is not shown.
+            Messages for the user, one line each; for ``norms`` they are not shown.
         """
         return []
 
     def measures(self, info: ParameterInfo) -> bool:
-        """Whether `figure` is wanted of a parameter, where `wants` is ``weights``."""
+        """Whether `figure` is needed for a parameter, if `wants` is ``weights``."""
         return len(info.shape) == 2 and info.role in self.roles
 
     def figure(self, info: ParameterInfo, matrix: Tensor) -> float:
@@ -145,14 +145,14 @@ class Policy:
         raise NotImplementedError
 
     def figures(self) -> dict[str, Any]:
-        """What is logged after an observation of weights; nothing where it is empty."""
+        """The values that are logged after an observation of weights; nothing if empty."""
         return {}
 
     # --- saved with the run ---------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must know, as JSON."""
+        """The state that a resumed run needs, as JSON."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""

@@ -1,4 +1,4 @@
-"""From a kind in a recipe to the policy's two classes: built in, or of a user's own."""
+"""Finds the two classes of a policy by its kind in a recipe: built in, or the user's own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pretrain.extension import Extension, ExtensionError
 def _check(own: Extension) -> None:
     """
     Raises:
-        ExtensionError: if a class of a user's own lacks what its wants need.
+        ExtensionError: if a user's class lacks a method that its ``wants`` needs.
     """
     found = own.found
     if found.wants not in (None, *get_args(Want)):
         raise ExtensionError(
-            f"{own.kind}.wants is {found.wants!r}; it is None, {', '.join(get_args(Want))}"
+            f"{own.kind}.wants is {found.wants!r}; it must be None, {', '.join(get_args(Want))}"
         )
     needed = {"move": found.move} | ({"figure": found.figure} if found.wants == "weights" else {})
     for name, method in needed.items():
@@ -30,14 +30,14 @@ def _check(own: Extension) -> None:
 POLICIES: Kinds[PolicySection, Policy] = Kinds(
     "policy", "rankdecay.policies", "pretrain.decay.policies", PolicySection, Policy, _check
 )
-"""What ``optimizer.weight_decay.policies`` may name."""
+"""The policies that ``optimizer.weight_decay.policies`` can name."""
 
 
 def make_policy(section: PolicySection, setting: Setting) -> Policy:
-    """The policy of a section, told of its run.
+    """Make the policy of a section for a run.
 
     Raises:
-        UsageError: if it does not fit the run, or its code does not run here.
+        UsageError: if it does not fit the run, or its code is not loaded.
     """
     if missing := POLICIES.absent(section):
         raise UsageError(f"{setting.key}: {missing}")

@@ -1,4 +1,4 @@
-"""The places that have a λ of their own, and what an update takes there."""
+"""The sites that have their own λ, and the decay of an update there."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ from dataclasses import dataclass
 from models.roles import ParameterInfo, Role
 
 KEY = "optimizer.weight_decay"
-"""The section of a recipe that says how weights decay."""
+"""The section of a recipe about weight decay."""
 Site = tuple[Role, int | None]
-"""A role in a block (None: outside the blocks): the finest place that has a λ of its own."""
+"""A role in a block (None: outside the blocks): the smallest unit that has its own λ."""
 
 
 @dataclass(frozen=True)
 class DecayRecord:
-    """What decay has done at a site."""
+    """The decay applied at a site so far."""
 
     decay: float
     """λ of the last update."""
     exposure: float
     """Σ rate·λ over the updates so far."""
     retention: float
-    """∏ (1 − rate·λ): what would be left of a weight that nothing else moves."""
+    """∏ (1 − rate·λ): the share that would be left of a weight if nothing else changed it."""
 
 
 DecayRecords = dict[str, DecayRecord]
-"""By site label."""
+"""The applied decay by site label."""
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What one update does at a site: w ← w − times·rate·λ·direction."""
+    """The decay of one update at a site: w ← w − times·rate·λ·direction."""
 
     decay: float
     rate: float
     times: int = 1
-    """Updates that this one stands for: with ``nuclear_every`` n it is n in every n-th update,
-    else 0."""
+    """Number of updates for which this one counts: with ``nuclear_every`` n, it is n in every n-th
+    update and 0 in the others."""
 
     @property
     def shrink(self) -> float:
-        """times·rate·λ: what is taken."""
+        """times·rate·λ: the share that is removed."""
         return self.times * (self.decay * self.rate)
 
 
 def site_of(info: ParameterInfo) -> Site:
-    """Where a parameter belongs."""
+    """The site of a parameter."""
     return info.role, info.layer
 
 
@@ -56,7 +56,7 @@ def label(site: Site) -> str:
 
 
 def coupled_rate(coupling: str, rate: float, peak: float) -> float:
-    """The rate that λ is multiplied by in an update.
+    """The rate that multiplies λ in an update.
 
     Args:
         coupling: ``lr``: η; ``lr2``: η²/η_peak; ``none``: 1.

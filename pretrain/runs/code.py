@@ -1,6 +1,6 @@
-"""The files of a user's own code that a run runs: copies in its folder, and what has changed.
+"""Copies of the user's code files in the run folder, and comparison of their versions.
 
-A copy is a record: nothing runs it unless the command line names it (``--code``).
+A copy is a record: it runs only if the command line names it (``--code``).
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ def keep_code(run: Path, config: Config) -> None:
     """Copy the files of code that a recipe runs into a run folder.
 
     Raises:
-        RunError: if a link lies in the place of a folder.
+        RunError: if a link is in the place of a folder.
     """
     for code in code_of(config):
         path = _path(run, code.path.name, code.sha256)
         for folder in (path.parent.parent, path.parent):
             if folder.is_symlink():
-                raise RunError(f"{folder}: is a link, which nothing is written through; remove it")
+                raise RunError(
+                    f"{folder}: is a link, and nothing is written through links; remove it"
+                )
             folder.mkdir(exist_ok=True)
         write_aside(path, code.data)
 
 
 def kept_code(run: Path, config: Config) -> Iterator[str]:
-    """The words that let the copies of a run folder be used for its recipe."""
+    """The options that use the copies of a run folder for its recipe."""
     for section in config.optimizer.weight_decay.policies:
         if digest := getattr(section, "sha256", ""):
             yield f"--code {_path(run, section.kind.rpartition(':')[0], digest)}"
 
 
 def changed_code(old: Config, new: Config) -> list[str]:
-    """Policies that are the same but for their code: ``my_file.py:Mine, OLD -> NEW``."""
+    """Policies that differ only in their code: ``my_file.py:Mine, OLD -> NEW``."""
     before, after = (
         [part.model_dump(mode="json") for part in one.optimizer.weight_decay.policies]
         for one in (old, new)
@@ -57,5 +59,5 @@ def changed_code(old: Config, new: Config) -> list[str]:
 
 
 def _path(run: Path, name: str, sha256: str) -> Path:
-    """Where a run keeps its copy of a file."""
+    """The path of a run's copy of a file."""
     return run / CODE / sha256[:16] / name

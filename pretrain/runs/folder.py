@@ -237,7 +237,7 @@ def resume_point(run: Path, config: Config, asked: str = "") -> Checkpoint | Non
             after = f"{asked}, which is {after} here"
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UsageError(
-            f"{run}: holds a run with {key}={before}, but the recipe has {after}{more}; choose "
+            f"{run}: holds a run with {key}={before}, the recipe says {after}{more}; choose "
             f"another --out, or continue from it with --fork {run}@STEP"
         )
     check_definition(run, config.ranks)

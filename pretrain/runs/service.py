@@ -1,4 +1,5 @@
-"""What takes metrics beside ``metrics.jsonl``: W&B, TensorBoard, or a tracker of a user's own."""
+"""Services that receive metrics in addition to ``metrics.jsonl``: W&B, TensorBoard, or the
+user's."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ class ServiceSection(KindSection):
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The run whose metrics are taken."""
+    """The run whose metrics a service receives."""
 
     folder: Path
     first: int
@@ -26,15 +27,15 @@ class TrackedRun:
 
 
 class Service:
-    """Takes metrics on process rank 0. Whatever it raises stops it, never the run.
+    """Receives metrics on process rank 0. An exception stops the service, never the run.
 
-    Its constructor may raise, too: the run goes on without it.
+    Its constructor may also raise: the run then continues without it.
     """
 
     Config: ClassVar[type[ServiceSection]] = ServiceSection
     """Its keys in a recipe."""
     name: str = ""
-    """What messages call it; empty: its kind."""
+    """Its name in messages; empty: its kind."""
 
     def __init__(self, config: Any, run: TrackedRun) -> None:
         """
@@ -45,14 +46,14 @@ class Service:
         self.config, self.run = config, run
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """Take the numbers of one line, by name: ``train/loss``, ``evaluation/loss``, ..."""
+        """Receive the numbers of one line, by name: ``train/loss``, ``evaluation/loss``, ..."""
         raise NotImplementedError
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after a step: the run goes back there."""
+        """Discard what was logged after a step, because the run goes back there."""
 
     def close(self) -> None:
-        """The run ends: bring everything where it belongs."""
+        """Finish at the end of the run: write everything that is left."""
 
 
 def _check(own: Extension) -> None:
@@ -63,4 +64,4 @@ def _check(own: Extension) -> None:
 SERVICES: Kinds[ServiceSection, Service] = Kinds(
     "tracker", "rankdecay.trackers", "pretrain.runs.services", ServiceSection, Service, _check
 )
-"""What ``logging.trackers`` may name."""
+"""The services that ``logging.trackers`` can name."""

@@ -1,4 +1,4 @@
-"""How often a run sees its data: tokens and epochs of every subset, from recipe and manifest."""
+"""Computes how often a run sees its data: tokens and epochs of every subset."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pretrain.config.recipe import Config
 from pretrain.tasks.task import Task, Uses
 
 _MOST = 6
-"""Subsets that a line names."""
+"""Number of subsets that a line names."""
 
 
 def uses_of(task: Task, config: Config) -> Uses:
-    """What a run of this recipe takes from every subset; empty where samples are made up."""
+    """What a run of this recipe uses of every subset; empty if samples are generated."""
     return task.uses(config)
 
 
 def in_words(uses: Uses, unit: str) -> str:
-    """One line: the whole, then the subsets that are seen most often.
+    """One line: the total, then the subsets that are seen most often.
 
     Args:
-        unit: what is counted: ``tokens``, or ``samples``.
+        unit: what is counted: ``tokens`` or ``samples``.
     """
     seen = sum(int(use["seen"]) for use in uses.values())
     corpus = sum(int(use["corpus"]) for use in uses.values())
@@ -33,10 +33,10 @@ def in_words(uses: Uses, unit: str) -> str:
 
 
 def unit_of(config: Config) -> str:
-    """What `uses_of` counts for a recipe."""
+    """The unit that `uses_of` counts for a recipe."""
     return "tokens" if config.task.kind == "text" else "samples"
 
 
 def describe(task: Task, config: Config) -> dict[str, Any]:
-    """For the run folder and the dry run: unit and subsets."""
+    """Unit and subsets, for the run folder and the dry run."""
     return {"unit": unit_of(config), "subsets": uses_of(task, config)}

@@ -25,13 +25,13 @@ class ImageClasses(Labelled):
         return {"images": use(self.images, config.train.steps * config.train.global_batch)}
 
     def training(self, config: Config) -> Samples:
-        """Every image once an epoch, in a new order."""
+        """Every image once per epoch, in a new order."""
         model, count = config.model, config.train.steps * config.train.global_batch
         shape = (model.image_size, model.patch_size, model.image_channels)
         return ImageSamples(self._train, *shape, config.task.augment, config.seed, count)
 
     def held_out(self, config: Config, everything: bool = False) -> Samples:
-        """Images that no training sees."""
+        """Images that are held out from training."""
         model = config.model
         found = ImageSamples(self._held, model.image_size, model.patch_size, model.image_channels)
         if not everything:

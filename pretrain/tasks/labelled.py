@@ -23,25 +23,25 @@ class Labelled:
     """Samples with one answer each: scored by loss and accuracy."""
 
     answers: int
-    """Tokens or classes."""
+    """Number of tokens or classes."""
     tokenizer = ""
     eod: int | None = None
 
     def uses(self, config: Config) -> Uses:
-        """Nothing: samples are made up."""
+        """Empty: samples are generated."""
         return {}
 
     def complete(self, model: GPTConfig) -> GPTConfig:
         """The model with the number of answers."""
         if model.vocabulary_size not in (0, self.answers):
             raise UsageError(
-                f"model.vocabulary_size: {model.vocabulary_size} is not the {self.answers} of the "
-                "task; leave it out"
+                f"model.vocabulary_size: {model.vocabulary_size} is not the task's number of "
+                f"answers, {self.answers}; remove the key"
             )
         return model.model_copy(update={"vocabulary_size": self.answers})
 
     def split(self, config: Config, everything: bool = False) -> str:
-        """There is one held-out set; all of it counts as the test."""
+        """Always ``test``: there is one held-out set, and all of it is the test split."""
         return "test" if everything else config.evaluation.split
 
     def figures(
@@ -52,7 +52,7 @@ class Labelled:
         chosen: Samples,
         report: Report | None,
     ) -> dict[str, Any]:
-        """Mean loss and share of right answers."""
+        """Mean loss and share of correct answers."""
         batch = config.evaluation.batch
         count = len(chosen)
         rounds = -(-count // (batch * grid.data))
@@ -82,10 +82,10 @@ class Labelled:
 
 
 def _scored(projection: Projection, labels: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Sums of (loss, right answers) over a batch, on one rank of the tensor-parallel group.
+    """Sums of (loss, correct answers) over a batch, on one process of the tensor-parallel group.
 
     Args:
-        labels: ``[batch, sequence]``, below 0 where nothing is asked.
+        labels: ``[batch, sequence]``, below 0 at positions that do not count.
     """
     targets, logits = labels.t(), projection.logits()
     best, answer = logits.float().max(-1)

@@ -1,4 +1,4 @@
-"""The task of a user's own samples (`pretrain.tasks.samples`)."""
+"""The task with a user's own samples (`pretrain.tasks.samples`)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pretrain.tasks.samples import SAMPLE_TASKS, Numbered
 from pretrain.tasks.task import Samples, digest
 
 _EVERYTHING = 2048
-"""Held-out samples of the last evaluation."""
+"""Number of held-out samples in the last evaluation."""
 Answer = TypeVar("Answer")
 
 
 class OwnTask(Labelled):
-    """Samples of a user's class, trained and scored as every labelled task.
+    """Samples of a user's class, trained and scored like every labelled task.
 
     Raises:
         UsageError: one line with the place in the user's file.
@@ -31,16 +31,14 @@ class OwnTask(Labelled):
     def __init__(self, config: Config) -> None:
         section = config.task.own
         if section is None:
-            raise UsageError(
-                "task.own: not set; name a class of samples, as docs/extending.md says"
-            )
+            raise UsageError("task.own: not set; name a class of samples (see docs/extending.md)")
         if missing := SAMPLE_TASKS.absent(section):
             raise UsageError(f"task.own: {missing}")
         self._extension, self.source = SAMPLE_TASKS.own_of(section), section.kind
         self._inner = self._ask("__init__", lambda: SAMPLE_TASKS.class_of(section)(section))
         self.answers = self._ask("answers", self._inner.answers)
         if isinstance(self.answers, bool) or not isinstance(self.answers, int) or self.answers < 2:
-            raise self._wrong(f"answers returns {self.answers!r}; it is a number, 2 or more")
+            raise self._wrong(f"answers returns {self.answers!r}; it must be a number, 2 or more")
         self.identity = digest(["own", json.loads(section.model_dump_json())])
 
     def training(self, config: Config) -> Samples:
@@ -72,24 +70,24 @@ class OwnTask(Labelled):
         try:
             inputs, labels = (np.asarray(part) for part in pair)
         except (TypeError, ValueError):
-            raise self._wrong(f"sample {number} is no pair of inputs and labels") from None
+            raise self._wrong(f"sample {number} is not a pair of inputs and labels") from None
         for name, part, least in (("inputs", inputs, 0), ("labels", labels, None)):
             if part.shape != (context,) or part.dtype.kind not in "iu":
                 raise self._wrong(
-                    f"sample {number}: {name} are {part.dtype} of shape {part.shape}; they are "
-                    f"integers of shape ({context},), as model.context"
+                    f"sample {number}: {name} are {part.dtype} of shape {part.shape}; they must be "
+                    f"integers of shape ({context},), from model.context"
                 )
             if part.max() >= self.answers or (least is not None and part.min() < least):
                 raise self._wrong(
-                    f"sample {number}: {name} reach from {part.min()} to {part.max()}; answers is "
-                    f"{self.answers}"
+                    f"sample {number}: {name} range from {part.min()} to {part.max()}, but answers "
+                    f"is {self.answers}"
                 )
         return inputs.astype(np.int64), labels.astype(np.int64)
 
     def _ask(self, what: str, call: Callable[[], Answer]) -> Answer:
         try:
             return call()
-        except (UsageError, RunError):  # the user's own words
+        except (UsageError, RunError):  # the user's own message
             raise
         except Exception as error:
             code = self._extension.code if self._extension else None
@@ -102,7 +100,7 @@ class OwnTask(Labelled):
 
 @dataclass
 class _Checked:
-    """Samples of a user's, each looked at when it is taken."""
+    """A user's samples; each is checked when it is read."""
 
     task: OwnTask
     samples: Numbered

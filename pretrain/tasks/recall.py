@@ -8,7 +8,7 @@ from pretrain.tasks.labelled import Labelled
 from pretrain.tasks.task import Samples, digest
 
 _HELD_OUT_SEED = 2**40
-"""Of held-out sequences: beyond any seed of a recipe that people write."""
+"""Seed of held-out sequences, larger than any seed that a recipe would have."""
 
 
 class Recall(Labelled):

@@ -1,7 +1,7 @@
-"""A task of a user's own: samples with answers, as a class in the user's file.
+"""The interface of a user's task: samples with answers, as a class in the user's file.
 
-Only data is the user's: loss and score are those of this program, which work on every grid. Nothing
-here knows the recipe, processes or DeepSpeed.
+Only the data is the user's; loss and score are those of this program, which work on every grid.
+Nothing here depends on the recipe, on processes or on DeepSpeed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Numbered(Protocol):
 
 
 class SampleTask:
-    """Sequences of tokens, and what is asked at some of their positions."""
+    """Sequences of tokens, with labels at some of their positions."""
 
     Config: ClassVar[type[SamplesSection]] = SamplesSection
     """Its keys in a recipe."""
@@ -43,16 +43,16 @@ class SampleTask:
         raise NotImplementedError
 
     def training(self, seed: int, count: int, model: GPTConfig) -> Numbered:
-        """``count`` samples, a function of the seed, the number and the section alone.
+        """``count`` samples, which depend only on the seed, the number and the section.
 
         Returns:
             For each number ``(inputs, labels)``: int64 arrays of ``model.context`` tokens; a label
-            below 0 asks nothing.
+            below 0 does not count.
         """
         raise NotImplementedError
 
     def held_out(self, count: int, model: GPTConfig) -> Numbered:
-        """``count`` samples that no seed trains on, the same for every seed."""
+        """``count`` samples that are held out from training, the same for every seed."""
         raise NotImplementedError
 
 
@@ -65,4 +65,4 @@ def _check(own: Extension) -> None:
 SAMPLE_TASKS: Kinds[SamplesSection, SampleTask] = Kinds(
     "task", "rankdecay.tasks", "", SamplesSection, SampleTask, _check
 )
-"""What ``task.own`` may name."""
+"""The classes that ``task.own`` can name."""

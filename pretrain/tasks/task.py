@@ -1,6 +1,6 @@
-"""What the harness asks of a task: data, and figures of a model on held-out data.
+"""The interface of a task: data, and figures of a model on held-out data.
 
-The loop, the engine and the run folder know a task by this interface alone.
+The loop, the engine and the run folder use a task only through this interface.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
 
 Report = Callable[[int, int], None]
-"""Told (done, total)."""
+"""A function that is called with (done, total)."""
 Uses = dict[str, dict[str, float]]
-"""By subset: ``corpus``, its training tokens (or images); ``seen``, those that the run takes,
+"""By subset: ``corpus``, its training tokens (or images); ``seen``, those that the run uses,
 repetitions counted; ``epochs``, how often each is seen."""
 
 
 class Samples(Protocol):
-    """Training samples by number, a function of the seed alone."""
+    """Training samples by number; they depend only on the seed."""
 
     shares: dict[str, float]
 
@@ -35,19 +35,19 @@ class Samples(Protocol):
 
 
 class Task(Protocol):
-    """What the harness asks of a task."""
+    """The interface of a task."""
 
     source: str
     """Where the samples come from, for messages."""
     identity: str
-    """Hash of what decides the samples."""
+    """Hash of everything that determines the samples."""
     tokenizer: str
     """Hash of the tokenizer, or empty."""
     eod: int | None
     """The token that begins and ends documents, if there are documents."""
 
     def uses(self, config: Config) -> Uses:
-        """What a run of this recipe takes from every subset; empty where samples are made up."""
+        """What a run of this recipe uses of every subset; empty if samples are generated."""
 
     def complete(self, model: GPTConfig) -> GPTConfig:
         """The model with the number of tokens or classes filled in."""
@@ -56,15 +56,15 @@ class Task(Protocol):
         """Samples for the whole run."""
 
     def held_out(self, config: Config, everything: bool = False) -> Any:
-        """What to score: the recipe's fixed sample of its split, or the whole test split."""
+        """The data to score: the recipe's fixed sample of its split, or the whole test split."""
 
     def split(self, config: Config, everything: bool = False) -> str:
-        """Name of the split that `held_out` takes from."""
+        """Name of the split that `held_out` uses."""
 
     def figures(
         self, module: nn.Module, grid: Grid, config: Config, chosen: Any, report: Report | None
     ) -> dict[str, Any]:
-        """Scores on ``chosen``; a collective call. ``overall`` is what the log shows."""
+        """Scores on ``chosen``; a collective call. The log shows ``overall``."""
 
 
 def digest(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The tasks that a recipe may name, one module each."""
+"""The tasks that a recipe can name, one module each."""
 
 from __future__ import annotations
 

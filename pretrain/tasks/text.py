@@ -59,7 +59,7 @@ class Text:
         if size < self.manifest.vocabulary_size:
             raise UsageError(
                 f"model.vocabulary_size: {size} is less than the {self.manifest.vocabulary_size} "
-                f"tokens of {self.manifest.tokenizer}; leave it out to take the data's"
+                f"tokens of {self.manifest.tokenizer}; remove it to use the data's"
             )
         return model.model_copy(update={"vocabulary_size": size})
 
@@ -78,7 +78,7 @@ class Text:
         return held_out(self.manifest, self.split(config, everything), limit, size)
 
     def split(self, config: Config, everything: bool = False) -> str:
-        """``test`` for everything, where the data has one; else the recipe's."""
+        """``test`` for the whole split, if the data has one; else the recipe's."""
         splits = {entry.split for entry in self.manifest.entries}
         return "test" if everything and "test" in splits else config.evaluation.split
 

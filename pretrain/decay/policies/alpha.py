@@ -17,7 +17,7 @@ from pretrain.decay.sites import Site, label
 from pretrain.errors import UsageError
 
 _FLOOR = 1e-12
-"""Eigenvalues below this share of the largest count as this: their logarithm would be −∞."""
+"""Smaller eigenvalues, relative to the largest, are raised to this; the logarithm of 0 is −∞."""
 
 
 class AlphaDecay(PolicySection):
@@ -25,7 +25,9 @@ class AlphaDecay(PolicySection):
 
     roles: list[str] = Field(["attention", "mlp"], min_length=1)
     low: float = Field(0.67, ge=0, description="multiplier of the heaviest tail (smallest α)")
-    high: float = Field(5.0, ge=0, description="of the lightest; the paper: 5 AdamW, 3 Adam")
+    high: float = Field(
+        5.0, ge=0, description="multiplier of the lightest tail; the paper: 5 for AdamW, 3 for Adam"
+    )
     hill: Literal["paper", "released"] = Field("paper", description="form of the Hill exponent")
     refresh: int = Field(500, ge=1, description="steps between measurements")
     normalize_mean: bool = Field(False, description="rescale the multipliers to mean 1")
@@ -35,7 +37,7 @@ class AlphaDecay(PolicySection):
         if self.refresh >= steps:
             yield (
                 f"{key}.refresh: {self.refresh:,} steps in a run of {steps:,}: the exponents are "
-                "those of the first weights throughout"
+                "always those of the initial weights"
             )
 
 
@@ -59,7 +61,7 @@ class Alpha(Policy):
             )
 
     def due(self, step: int) -> bool:
-        """Every ``refresh`` steps, and before the first update of a fork."""
+        """Due every ``refresh`` steps, and before the first update of a fork."""
         return super().due(step) or self.exponents is None
 
     def measures(self, info: ParameterInfo) -> bool:
@@ -71,7 +73,7 @@ class Alpha(Policy):
         return hill_exponent(eigenvalues(matrix), self.config.hill)
 
     def observe(self, measured: dict[str, float], step: int) -> list[str]:
-        """Take new exponents by site label."""
+        """Store new exponents by site label."""
         config = self.config
         self.exponents = measured
         self._multipliers = alpha_multipliers(
@@ -111,7 +113,7 @@ def eigenvalues(weight: Tensor) -> Tensor:
     """
     weight = weight.detach().double()
     gram = weight @ weight.mT if weight.shape[0] <= weight.shape[1] else weight.mT @ weight
-    if not bool(gram.isfinite().all()):  # LAPACK would raise
+    if not bool(gram.isfinite().all()):  # LAPACK would raise an error
         return gram.new_full(gram.shape[:1], math.nan)
     values: Tensor = torch.linalg.eigvalsh(gram)
     return values.clamp_min(float(values[-1].clamp_min(0.0)) * _FLOOR)
@@ -148,7 +150,8 @@ def alpha_multipliers(
     """AlphaDecay's multiplier of λ for each matrix (He et al. 2025, eq. 2).
 
     low + (high − low)(α − α_min)/(α_max − α_min): a heavier tail (smaller α) decays less. Equal
-    exponents all give 1; a matrix whose exponent is not finite gets 1 and counts for no bound.
+    exponents all give 1; a matrix whose exponent is not finite gets 1 and does not affect the
+    bounds.
 
     Args:
         normalize_mean: divide by the mean over the matrices.

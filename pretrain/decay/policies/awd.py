@@ -16,7 +16,7 @@ class AdaptiveDecay(PolicySection):
     """AWD (Ghiasi et al. 2023): λ·‖∇‖/‖w‖ of the whole model, smoothed, as L2 in the gradient."""
 
     roles: list[str] = Field(["attention", "mlp"])
-    memory: float = Field(0.1, ge=0, lt=1, description="share of the running mean that stays")
+    memory: float = Field(0.1, ge=0, lt=1, description="share of the running mean that is kept")
     form: Literal["l2", "decoupled"] = "l2"
 
 
@@ -36,9 +36,9 @@ class Adaptive(Policy):
         self._began = False
 
     def observe(self, measured: float, step: int) -> list[str]:
-        """Take ‖∇‖₂/‖w‖₂ of this update: the unscaled gradient, before clipping.
+        """Add ‖∇‖₂/‖w‖₂ of this update to the mean, with the unscaled gradient before clipping.
 
-        A ratio that is not finite would stay in the mean for ever and is not taken.
+        A ratio that is not finite would stay in the mean for ever and is left out.
         """
         if math.isfinite(measured):
             self.mean = self.config.memory * self.mean + (1.0 - self.config.memory) * measured

@@ -1,4 +1,4 @@
-"""Train at a set pseudo-rank: λ layer by layer, from a model of how rank answers to decay."""
+"""Trains at a given pseudo-rank: λ per layer, from a model of how rank responds to decay."""
 
 from __future__ import annotations
 
@@ -21,42 +21,48 @@ Loop = tuple[int, str]
 """A control loop: (layer, product)."""
 _PRODUCTS = {**dict.fromkeys(QK, "qk"), **dict.fromkeys(VO, "vp")}
 _EXPOSURE, _SPAN = 2.5, 1000.0
-"""By default λ is at most what gives a whole run this exposure, and at least 1/_SPAN of that."""
+"""By default λ gives a whole run at most this exposure, and at least 1/_SPAN of it."""
 _PATIENCE = 10
-"""Measurements at a bound, still off the target, after which the bound is reported."""
+"""Number of measurements at a bound, still off the target, after which the bound is reported."""
 _OFF = 0.05
 _LEAST = 0.02
-"""Least L/B that is told from none."""
+"""Least L/B that is distinguished from 0."""
 
 
 class RankTarget(PolicySection):
-    """λ of each layer's query/key (value/output) that brings its pseudo-rank to a set value
+    """Sets λ of each layer's query/key (value/output) to bring its pseudo-rank to a given value
     (`RankController`)."""
 
     roles: list[str] = Field(["qk", "vo"], min_length=1, description="qk, vo or attention")
     target: float = Field(gt=0, le=1, description="mean pseudo-rank of the layer's heads")
-    minimum: float | None = Field(None, gt=0, description="of λ; empty: maximum / 1000")
+    minimum: float | None = Field(None, gt=0, description="least λ; empty: maximum / 1000")
     maximum: float | None = Field(
-        None, gt=0, description="of λ; empty: what gives the whole run the exposure 2.5"
+        None,
+        gt=0,
+        description="largest λ; empty: the λ that gives the whole run an exposure of 2.5",
     )
     every: int = Field(0, ge=0, description="steps between measurements; 0: 1/100 of the run")
     start: float = Field(0.15, ge=0, lt=1, description="share of Ση spent when control begins")
-    until: float = Field(0.8, gt=0, le=1, description="share of Ση when the target is due")
-    horizon: float = Field(0.2, gt=0, le=1, description="share of Ση in which errors are mended")
+    until: float = Field(
+        0.8, gt=0, le=1, description="share of Ση spent when the target should be reached"
+    )
+    horizon: float = Field(0.2, gt=0, le=1, description="share of Ση in which errors are corrected")
     memory: float = Field(0.05, gt=0, le=1, description="share of Ση over which drift is averaged")
-    margin: float = Field(0.01, ge=0, description="aim so much above: a fall cannot be undone")
+    margin: float = Field(
+        0.01, ge=0, description="aim this much above the target, because a fall cannot be undone"
+    )
 
     def length_remarks(self, key: str, steps: int) -> Iterator[str]:
         if self.every >= steps:
-            yield f"{key}.every: {self.every:,} steps in a run of {steps:,}: never in control"
+            yield f"{key}.every: {self.every:,} steps in a run of {steps:,}: it never takes control"
 
 
 @dataclass
 class _State:
-    """What a loop remembers."""
+    """The state of a loop."""
 
     base: float
-    """The recipe's λ, mean of both factors: what moves the rank until the control begins."""
+    """The recipe's λ, mean of both factors, which applies until the control begins."""
     decay: float = math.nan
     """λ now; NaN until the control begins."""
     time: float = math.nan
@@ -67,23 +73,24 @@ class _State:
 
 @POLICIES.built_in("rank_target")
 class RankController(Policy):
-    """λ of each layer's query/key and value/output, so that their mean pseudo-rank is the target.
+    """Sets λ of each layer's query/key and value/output so that their mean pseudo-rank is the
+    target.
 
-    A head's spectrum is, nearly, a flat bulk of mass B and a few learned directions of mass L.
+    A head's spectrum is approximately a flat bulk of mass B and a few learned directions of mass L.
     Then the pseudo-rank with threshold τ is r ≈ τ − (1 − τ)·L/B, and
 
         y = ln((τ − r)/(1 − τ)) = ln(L/B)
 
-    moves with the exposure: decay takes the bulk of the product at twice the rate of each factor,
-    dy/ds = 2·λ·Ση + drift, where s is the share of the run's Ση that is spent and the drift is
-    what training does by itself. That makes a plant of known gain: after every measurement the
-    drift is estimated from the last slope, and λ set so that y arrives at the target when s is
-    ``until`` (afterwards: within ``horizon``, which holds it there). Between bounds: bulk that was
-    taken does not come back, so a rank below the target can only be left alone, with the least λ,
-    and the aim is a little above the target.
+    changes with the exposure. Decay removes the bulk of the product at twice the rate of each
+    factor: dy/ds = 2·λ·Ση + drift, where s is the share of the run's Ση that is spent, and the
+    drift is the effect of training itself. The gain is therefore known. After every measurement,
+    the drift is estimated from the last slope, and λ is set so that y reaches the target when s is
+    ``until`` (afterwards: within ``horizon``, which holds it there). λ is kept between bounds. Bulk
+    that was removed does not return, so for a rank below the target the controller can only use the
+    least λ; therefore it aims a little above the target.
 
-    (PI control of log λ on the rank itself was tried first and hunts: r answers to exposure with
-    an exponential, not at all at first and then too much.)
+    (PI control of log λ on the rank itself was tried first, and oscillates: r responds to exposure
+    exponentially, at first not at all and then too much.)
     """
 
     Config = RankTarget
@@ -102,7 +109,7 @@ class RankController(Policy):
         if setting.threshold >= 1:
             raise UsageError(
                 f"ranks.threshold: at {setting.threshold:g} the pseudo-rank counts every "
-                "singular value and decay does not move it: rank_target has nothing to control; "
+                "singular value and decay does not change it, so rank_target cannot control it; "
                 "use 0.95"
             )
         self._spent = [0.0, *itertools.accumulate(rates)]
@@ -131,11 +138,11 @@ class RankController(Policy):
             self._loops[loop] = _State(sum(decays) / len(decays))
 
     def observe(self, measured: list[dict[str, Any]], step: int) -> list[str]:
-        """Take the measurement after ``step`` updates (rows of `pretrain.ranks.probe.measure`).
+        """Process the measurement after ``step`` updates (rows of `pretrain.ranks.probe.measure`).
 
         Returns:
-            What a person should know: loops that are stuck at a bound, or that could not be
-            measured (once each).
+            Messages for the user: loops that are stuck at a bound, or that could not be measured
+            (once each).
         """
         time = self._spent[step] / max(self._spent[-1], 1e-12)
         messages = []
@@ -167,7 +174,7 @@ class RankController(Policy):
         return math.log(missing / max(1 - self._threshold, 1e-9))
 
     def _update(self, state: _State, rank: float, time: float) -> str | None:
-        """One step of a loop; returns the bound that has just proved to hold it, if any."""
+        """Make one step of a loop, and return the bound at which it is stuck, if any."""
         config, total = self.config, self._spent[-1]
         place = self._place(rank)
         passed = 0.0 if math.isnan(state.time) else time - state.time
@@ -192,7 +199,7 @@ class RankController(Policy):
         return "minimum" if wanted <= self.minimum else "maximum"
 
     def move(self, site: Site, decay: float, step: int) -> float:
-        """λ of the site's loop; until its control begins, λ as it comes (the recipe's)."""
+        """λ of the site's loop; until its control begins, λ unchanged (the recipe's)."""
         role, layer = site
         if layer is None:
             return decay
@@ -200,7 +207,7 @@ class RankController(Policy):
         return decay if math.isnan(state.decay) else state.decay
 
     def state(self) -> dict[str, Any]:
-        """What the loops remember."""
+        """The state of the loops."""
         return {
             f"{layer}/{product}": {
                 key: None if math.isnan(value) else value for key, value in asdict(state).items()
@@ -209,7 +216,7 @@ class RankController(Policy):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a saved state; the recipe's λ stays this recipe's."""
+        """Restore a saved state; the recipe's λ stays that of this recipe."""
         for key, saved in state.items():
             layer, _, product = key.partition("/")
             loop = int(layer), product

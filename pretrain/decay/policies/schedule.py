@@ -44,9 +44,9 @@ class ScheduleDecay(PolicySection):
     def length_remarks(self, key: str, steps: int) -> Iterator[str]:
         begin, span = in_steps(self.start, steps), self._span(steps)
         if self.shape == "step" and self.stop is not None:
-            yield f"{key}.stop: does nothing to the shape step, which jumps at start"
+            yield f"{key}.stop: has no effect on the shape step, which jumps at start"
         if self.shape == "warmup" and self.last:
-            yield f"{key}.last: does nothing to the shape warmup, which ends at first"
+            yield f"{key}.last: has no effect on the shape warmup, which ends at first"
         found = self._multipliers(steps)
         if len(found) == 1 and self.first != self.last:
             yield f"{key}: λ is multiplied by {found.pop():g} in every update of a run of {steps:,}"
@@ -60,7 +60,7 @@ class ScheduleDecay(PolicySection):
                 )
 
     def multiplier(self, step: int, steps: int) -> float:
-        """What λ is multiplied by in the update number ``step`` of a run of ``steps``."""
+        """The multiplier of λ in update number ``step`` of a run of ``steps``."""
         return decay_multiplier(
             step, steps, self.shape, self.start, self.stop, self.first, self.last
         )
@@ -71,7 +71,7 @@ class ScheduleDecay(PolicySection):
         return stop - in_steps(self.start, steps)
 
     def _multipliers(self, steps: int) -> set[float]:
-        """What λ is multiplied by in the updates where that could change."""
+        """The multipliers of λ in the updates where they could change."""
         begin = in_steps(self.start, steps)
         end = begin + self._span(steps)
         places = {0, begin - 1, begin, begin + 1, end - 1, end, steps - 1}

@@ -9,7 +9,7 @@ from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
 
 @SERVICES.built_in("tensorboard")
 class TensorBoard(Service):
-    """Scalars by step; what was written of later steps is hidden when a run goes back."""
+    """Scalars by step; values of later steps are hidden when a run goes back."""
 
     name = "TensorBoard"
 
@@ -18,12 +18,12 @@ class TensorBoard(Service):
         self._writer = self._open(run.first)
 
     def _open(self, step: int) -> Any:
-        """A writer for what comes after ``step``."""
+        """A writer for values after ``step``."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ImportError("not installed: pip install 'rankdecay[tensorboard]'") from None
-        # A start from the beginning hides whatever an earlier one left.
+        # A start from the beginning hides all values of an earlier one.
         folder = str(self.run.folder / "tensorboard")
         return SummaryWriter(folder, purge_step=step + 1 if step else 0)
 

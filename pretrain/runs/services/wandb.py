@@ -1,4 +1,4 @@
-"""Weights & Biases: online where an account is configured, else offline in ``RUN/wandb``."""
+"""Weights & Biases: online if an account is configured, else offline in ``RUN/wandb``."""
 
 from __future__ import annotations
 
@@ -52,4 +52,4 @@ class Wandb(Service):
         self._run.log(numbers, step=step)
 
     def close(self) -> None:
-        self._run.finish()  # its settings are silent
+        self._run.finish()  # suppress its messages about settings

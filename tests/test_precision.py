@@ -79,7 +79,7 @@ def test_a_fork_does_not_change_precision_unasked(trained: Path) -> None:
     trunk = Checkpoint(list_checkpoints(trained / "checkpoints")[-1])
     pretrain.training.origin._check_precision(trunk, "fp32", "auto")
     pretrain.training.origin._check_precision(trunk, "bf16", "bf16")  # asked for
-    with pytest.raises(UsageError, match="say precision=fp32, or precision=bf16"):
+    with pytest.raises(UsageError, match="set precision=fp32, or precision=bf16"):
         pretrain.training.origin._check_precision(trunk, "bf16", "auto")
     other = load_config(trained / CONFIG, ["precision=bf16"])
     task = Text(load_manifest(Path(other.data.path)))
@@ -98,7 +98,7 @@ def test_a_fork_under_auto_is_refused_in_another_precision(
     words = ["train", str(trained.parent / "recipe.yaml"), "precision=auto"]
     words += ["--fork", f"{trained}@3", "--out", str(tmp_path / "fork")]
     assert run(monkeypatch, *words) == 2
-    assert "say precision=fp32" in capsys.readouterr().err
+    assert "set precision=fp32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("splits", [("train", "val"), ("train", "val", "test"), ("train", "test")])

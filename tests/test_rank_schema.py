@@ -99,7 +99,7 @@ def test_a_measurement_has_every_column_and_no_other(
 
 
 def test_a_column_of_no_schema_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="depth is no column"):
+    with pytest.raises(ValueError, match="depth is not a column"):
         add_ranks(tmp_path, 1, [{"step": 1, "depth": 2}], RanksConfig())
     assert not list((tmp_path / ".ranks").iterdir())
 

@@ -187,7 +187,10 @@ def test_every_dialect_in_transformers(
     ("words", "said"),
     [
         (("evaluate", "{run}", "--attention-rank", "2"), "--attention-rank: 2"),
-        (("evaluate", "{run}", "--attention-rank", "0.5", "--attention-product", "x"), "x is not one"),
+        (
+            ("evaluate", "{run}", "--attention-rank", "0.5", "--attention-product", "x"),
+            "x is not one",
+        ),
         (("export", "{run}", "--out", "{out}", "--attention-rank", "0.5"), "position=none"),
         (("export", "{run}", "--out", "{run}"), "not empty"),
     ],

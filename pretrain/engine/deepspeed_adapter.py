@@ -1,6 +1,6 @@
-"""DeepSpeed's side: its settings, what it asks of a grid, and what had to be put right.
+"""Adapts DeepSpeed: its settings, its interface to a grid, and corrections of its behaviour.
 
-Everything here knows private ways of DeepSpeed; nothing here knows the model's.
+Everything here uses private parts of DeepSpeed; nothing here depends on the model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pretrain.engine.raw_deepspeed import check_raw
 from pretrain.errors import UsageError
 
 _BUCKET = 500_000_000
-"""DeepSpeed's own default of the elements that it reduces at once."""
+"""DeepSpeed's default number of elements that it reduces at once."""
 
 
 def deepspeed_settings(
@@ -39,8 +39,8 @@ def deepspeed_settings(
 
     Args:
         config: with its precision resolved.
-        micro, count: sequences of a micro batch, and micro batches of an update, of a rank.
-        parameters: how many this rank holds.
+        micro, count: sequences per micro batch, and micro batches per update, of a process.
+        parameters: how many parameters this process holds.
 
     Raises:
         UsageError: if a raw key contradicts the recipe or is not known to work.
@@ -52,19 +52,19 @@ def deepspeed_settings(
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_optimization": {"stage": config.grid.zero_stage},
         "bf16": {"enabled": config.precision == "bf16"},
-        # Sums of bf16 would lose digits with every micro batch and every rank.
+        # Sums in bf16 would lose digits with every micro batch and every process.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        # By default a tensor-parallel rank sends its share of an activation and gathers the rest,
-        # as if all held the same; under sequence parallelism each holds other positions.
+        # By default a tensor-parallel process sends its share of an activation and gathers the
+        # rest, as if all held the same; under sequence parallelism each holds different positions.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # theirs would be compiled at run time
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled at run time
         "steps_per_print": 10**12,
     }
     raw = config.deepspeed
     if "reduce_bucket_size" not in (raw.get("zero_optimization") or {}):
-        # It sets aside so many elements, its default 1 GB, however small the model is.
+        # DeepSpeed allocates this many elements, by default 1 GB, however small the model is.
         implied["zero_optimization"]["reduce_bucket_size"] = min(parameters, _BUCKET)
     check_raw(raw)
     return _merge(implied, raw, "deepspeed")
@@ -77,7 +77,7 @@ def _merge(base: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, An
             merged[key] = _merge(base.get(key, {}), value, f"{path}.{key}")
         elif key in base and base[key] != value:
             raise UsageError(
-                f"{path}.{key}: {value!r} contradicts the recipe, which makes it {base[key]!r}; "
+                f"{path}.{key}: {value!r} contradicts the recipe, which sets it to {base[key]!r}; "
                 "change the recipe or remove the key"
             )
         else:
@@ -86,11 +86,11 @@ def _merge(base: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, An
 
 
 def mark_for_norms(module: nn.Module, grid: Grid) -> None:
-    """Let every element count exactly once in DeepSpeed's global gradient norm.
+    """Make every element count exactly once in DeepSpeed's global gradient norm.
 
-    DeepSpeed counts a parameter on a rank if it is marked tensor-parallel or the rank is the
-    first of the model-parallel group; under pipeline parallelism that would leave out the
-    replicated parameters of later stages (norms, biases), or count tied ones twice.
+    DeepSpeed counts a parameter on a process if it is marked tensor-parallel or the process is the
+    first of the model-parallel group. With pipeline parallelism this would leave out the replicated
+    parameters of later stages (norms, biases), or count tied ones twice.
     """
     for parameter in module.parameters():
         split = info_of(parameter).partition_dim is not None
@@ -99,12 +99,12 @@ def mark_for_norms(module: nn.Module, grid: Grid) -> None:
 
 
 def counts_in_norms(parameter: nn.Parameter) -> bool:
-    """Whether this rank's elements of a parameter are those that norms count."""
+    """Whether norms count this process's elements of a parameter."""
     return bool(getattr(parameter, "tensor_model_parallel", True))
 
 
 class ModelParallelUnit:
-    """The grid in the words that DeepSpeed asks its `mpu` in (without a pipeline)."""
+    """The grid with the interface of DeepSpeed's `mpu` (without a pipeline)."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -139,10 +139,10 @@ class ModelParallelUnit:
 
 
 def adapt(engine: Any, grid: Grid) -> None:
-    """Put right what DeepSpeed's optimizers do with norms and tied weights.
+    """Correct how DeepSpeed's optimizers handle norms and tied weights.
 
     Raises:
-        RunError: if this version of DeepSpeed lacks something private that is used here.
+        RunError: if this version of DeepSpeed lacks a private part that is used here.
     """
     stage, pipeline = engine.zero_optimization_stage(), grid.pipeline > 1
     cases: list[Case] = ["pipeline"] if pipeline else []
@@ -182,8 +182,8 @@ def record_plain_norm(engine: Any, grid: Grid) -> None:
     take = engine.optimizer.step
 
     def step_if_finite(*arguments: Any, **more: Any) -> Any:
-        """As ZeRO does: a gradient that is not finite moves nothing."""
-        if not engine.gradient_clipping():  # the engine would not ask for the norm then
+        """Skip the step if the gradient is not finite, as ZeRO does."""
+        if not engine.gradient_clipping():  # the engine would not compute the norm otherwise
             clip()
         if math.isfinite(float(engine._global_grad_norm)):
             return take(*arguments, **more)
@@ -195,10 +195,10 @@ def record_plain_norm(engine: Any, grid: Grid) -> None:
 
 @contextlib.contextmanager
 def one_optimizer_for_every_stage() -> Iterator[None]:
-    """Let ZeRO 1 in bf16 with float32 sums have the optimizer class of ZeRO 2.
+    """Give ZeRO 1 in bf16 with float32 sums the optimizer class of ZeRO 2.
 
-    DeepSpeed would take `BF16_Optimizer` there, which keeps masters elsewhere, and which skips no
-    update whose gradient is not finite.
+    DeepSpeed would use `BF16_Optimizer` there, which keeps masters elsewhere and does not skip
+    updates whose gradient is not finite.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
@@ -218,9 +218,9 @@ def one_optimizer_for_every_stage() -> Iterator[None]:
 
 
 def sum_tied_gradients_in_float32(engine: Any) -> None:
-    """Show the pipeline the gradients of tied weights where ZeRO 1 sums them.
+    """Give the pipeline access to the gradients of tied weights where ZeRO 1 sums them.
 
-    It would look for `.grad`, which is empty there, and leave each stage with its own half.
+    It would look for `.grad`, which is empty there, and each stage would keep its own half.
     """
     module = engine.module
     found = module.get_tied_weights_and_groups
@@ -240,15 +240,15 @@ class _Gradient:
 
 
 def norm_in_one_reduction(zero: Any, grid: Grid) -> None:
-    """Compute ZeRO 1/2's gradient norm with one reduction over all ranks.
+    """Compute ZeRO 1/2's gradient norm with one reduction over all processes.
 
-    DeepSpeed reduces once for every param group, over the model-parallel ranks too; pipeline
-    stages hold different groups (the first has the embedding, the last the head), and the stage
-    with more of them then waits for ever.
+    DeepSpeed reduces once for every param group, also over the model-parallel processes. Pipeline
+    stages hold different groups (the first has the embedding, the last the head), so the stage with
+    more groups would wait for ever.
     """
 
     def gradients(index: int) -> Iterator[torch.Tensor]:
-        """Of a group, what this rank owns of each parameter."""
+        """The elements of each parameter of a group that this process owns."""
         if not zero.cpu_offload:
             parts = zero.averaged_gradients[index]
             yield from (one for one in parts if not getattr(one, "_zero_padding", False))
@@ -265,8 +265,8 @@ def norm_in_one_reduction(zero: Any, grid: Grid) -> None:
                 if counts_in_norms(parameter):
                     total += square_sum(gradient)
         dist.all_reduce(total)
-        # In bf16 it skips an update whose norm is not finite only where it checks for overflow;
-        # left on, it would look through all gradients once more before the norm says the same.
+        # In bf16, DeepSpeed skips an update whose norm is not finite only if it checks for
+        # overflow; that check would read all gradients once more, although the norm shows the same.
         zero.check_grad_overflow = not bool(total.isfinite())
         # -1 is DeepSpeed's sign for a norm that is not finite.
         return torch.where(total.isfinite(), total.sqrt(), -1.0).float()
@@ -275,7 +275,7 @@ def norm_in_one_reduction(zero: Any, grid: Grid) -> None:
 
 
 def prepare_deepspeed() -> None:
-    """Before DeepSpeed connects: nothing compiled at run time, no log of its set-up."""
+    """Prepare for DeepSpeed's start: nothing is compiled at run time, and set-up is not logged."""
     for name in ("DeepSpeed", "deepspeed", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -284,7 +284,7 @@ def prepare_deepspeed() -> None:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-    # On a CPU it would compile this operation on first use, for inference alone, and fail where
-    # there is no compiler.
+    # On a CPU it would compile this operation, which only inference needs, on first use, and fail
+    # without a compiler.
     check_private(0, {"package": [deepspeed.ops]})
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

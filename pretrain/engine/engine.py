@@ -1,4 +1,4 @@
-"""From (config, grid) to a DeepSpeed engine, behind one small interface for every grid."""
+"""Builds a DeepSpeed engine from (config, grid), with one small interface for every grid."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ from pretrain.errors import RunError, UsageError
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs and labels, each ``[micro batch, context]`` int64."""
 Loss = Callable[[Projection, torch.Tensor], torch.Tensor]
-"""From the model's output and labels to the mean loss of a micro batch, in nats per token."""
+"""A function of the model's output and labels: the mean loss of a micro batch, in nats per
+token."""
 
 
 def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterInfo]:
-    """Every parameter of the model, built without allocating any.
+    """Every parameter of the model, without allocating memory.
 
     Args:
-        tensor_parallel: matters only for the padding of the vocabulary.
+        tensor_parallel: affects only the padding of the vocabulary.
     """
     tp = TensorParallel(size=tensor_parallel)
     with torch.device("meta"):
@@ -64,7 +65,7 @@ def build_model(config: Config, grid: Grid, loss: Loss | None = None) -> nn.Modu
     """This process's part of the model: the whole, or a `PipelineModule` stage.
 
     Args:
-        loss: what the last stage of a pipeline asks for in training.
+        loss: the loss function of the last stage of a pipeline.
     """
     factory = ParameterFactory(config.seed, grid.tensor_parallel)
     kernels = choose_kernels(config, grid)
@@ -78,7 +79,7 @@ def _pipeline_module(plans: list[LayerBlueprint], grid: Grid, loss: Loss | None)
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    # A pipeline module asks DeepSpeed for ranks before any engine has connected it to torch's.
+    # A pipeline module asks DeepSpeed for process ranks before an engine has connected it to torch.
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
     def spec(plan: LayerBlueprint) -> Any:
@@ -104,7 +105,8 @@ def _pipeline_module(plans: list[LayerBlueprint], grid: Grid, loss: Loss | None)
         )
     check_private(0, {"pipeline": [module]}, ["pipeline"])
     for tied in module.tied_comms.values():
-        # DeepSpeed keeps one replica of a tied weight; the others must not count in norms.
+        # DeepSpeed keeps one replica of a tied weight per stage; the others must not count in
+        # norms.
         if grid.rank != min(tied["ranks"]):
             for parameter in tied["module"].parameters():
                 parameter.ds_pipe_replicated = True
@@ -114,7 +116,7 @@ def _pipeline_module(plans: list[LayerBlueprint], grid: Grid, loss: Loss | None)
 
 @dataclass
 class Engine:
-    """A model in training, on this rank."""
+    """A model in training, on this process."""
 
     _updater: Any
     """DeepSpeed's engine, or the `FlatUpdate` with the same calls."""
@@ -129,10 +131,10 @@ class Engine:
     """Global norm of the last step's gradient, before clipping."""
 
     def train_step(self, batches: Iterator[Batch]) -> float:
-        """One optimizer update from ``micro_batches`` batches of this data-parallel rank.
+        """Make one optimizer update from ``micro_batches`` batches of this data-parallel rank.
 
         Returns:
-            Mean loss over the global batch, in nats per token, equal on every rank.
+            Mean loss over the global batch, in nats per token, equal on every process.
         """
         self.module.train()
         self.shrinker.arm()
@@ -147,7 +149,7 @@ class Engine:
 
     @property
     def skipped(self) -> bool:
-        """Whether the last update changed nothing, as its gradient was not finite."""
+        """Whether the last update was skipped because its gradient was not finite."""
         return not (math.isfinite(self.gradient_norm) and self.gradient_norm >= 0)
 
     def _accumulate(self, batches: Iterator[Batch]) -> torch.Tensor:
@@ -170,7 +172,7 @@ class Engine:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of the innermost optimizer, as they are on this rank."""
+        """The groups of the innermost optimizer on this process."""
         optimizer = self._updater.optimizer
         inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
         return list(inner.param_groups)
@@ -183,7 +185,7 @@ class Engine:
             group["weight_decay"] = self._held(group["name"])
 
     def _held(self, name: str) -> float:
-        """λ that the optimizer itself must hold for a group: the rest is the shrinker's."""
+        """The λ that the optimizer itself must hold for a group; the shrinker applies the rest."""
         group = self.plan.group(name)
         native = self.shrinker.native and self.control.is_plain(group.role)
         return group.decay if native else 0.0
@@ -195,15 +197,15 @@ class Engine:
 
     @property
     def is_replicated(self) -> bool:
-        """Whether every data-parallel rank holds all masters (no ZeRO)."""
+        """Whether every data-parallel process holds all masters (no ZeRO)."""
         return is_replicated(self._updater)
 
     def fragments(self) -> list[Fragment]:
-        """What this rank's optimizer owns."""
+        """The fragments that this process's optimizer owns."""
         return fragments(self._updater)
 
     def audit_decay(self) -> None:
-        """Check that the λ this rank's optimizer holds for each tensor is the plan's.
+        """Check that the λ that this process's optimizer holds for each tensor is the plan's.
 
         Raises:
             RunError: naming the first tensor that would be decayed wrongly.
@@ -216,7 +218,7 @@ class Engine:
             )
             if held != planned:
                 raise RunError(
-                    f"{fragment.info.name}: the optimizer holds decay {held:g}, the plan says "
+                    f"{fragment.info.name}: the optimizer holds decay {held:g}, but the plan has "
                     f"{planned:g} (group {fragment.group.get('name')}); this is a bug, please "
                     "report it with the recipe"
                 )
@@ -228,7 +230,7 @@ class Engine:
 
 
 def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
-    """Model, optimizer groups and DeepSpeed engine for this rank.
+    """Build model, optimizer groups and DeepSpeed engine for this process.
 
     Raises:
         UsageError: if the batch cannot be divided or a raw DeepSpeed key contradicts the recipe.
@@ -313,7 +315,7 @@ def _deepspeed_engine(
 
 
 def optimizer_groups(module: nn.Module, plan: DecayPlan) -> list[dict[str, Any]]:
-    """Param groups of what this rank holds, in the plan's order; absent groups left out."""
+    """Param groups of this process's parameters, in the plan's order, without empty groups."""
     of = plan.group_of
     members: dict[str, list[nn.Parameter]] = {group.name: [] for group in plan.groups}
     for parameter in declared_parameters(module):
@@ -339,12 +341,12 @@ def micro_batches(config: Config, grid: Grid) -> tuple[int, int]:
     total, micro = config.train.global_batch, config.train.micro_batch
     if total % grid.data:
         raise UsageError(
-            f"train.global_batch: {total} sequences cannot be shared by {grid.data} data-parallel "
-            f"ranks; use a multiple of {grid.data}"
+            f"train.global_batch: {total} sequences cannot be divided among {grid.data} "
+            f"data-parallel ranks; use a multiple of {grid.data}"
         )
     share = total // grid.data
     if not micro:
-        # As few passes as possible, but as many as stages, to fill the pipeline.
+        # As few passes as possible, but at least one per stage, to fill the pipeline.
         passes = next(n for n in range(min(grid.pipeline, share), 0, -1) if share % n == 0)
         micro = share // passes
     if share % micro:

@@ -1,8 +1,8 @@
 """Where DeepSpeed keeps the fp32 master weights: one view of every ZeRO stage.
 
-Checkpoints, rank statistics and the audit of λ all ask the same question: which elements of
-which parameter does this rank's optimizer own, in which group? The answers live in different
-private structures for each stage; this module is the only one that knows them.
+Checkpoints, rank statistics and the audit of λ all need to know which elements of which parameter
+this process's optimizer owns, and in which group. Each stage keeps this in different private
+structures; only this module knows them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pretrain.engine.flat_update import FlatUpdate
 
 @dataclass(frozen=True)
 class Fragment:
-    """A contiguous run of elements of one parameter, as this rank's optimizer holds it."""
+    """Contiguous elements of one parameter that this process's optimizer holds."""
 
     parameter: nn.Parameter
     offset: int
@@ -37,7 +37,7 @@ class Fragment:
 
     @property
     def info(self) -> ParameterInfo:
-        """Identity of the parameter."""
+        """Name, role and shape of the parameter."""
         return info_of(self.parameter)
 
     def moments(self) -> dict[str, torch.Tensor]:
@@ -51,7 +51,7 @@ class Fragment:
 
 
 def fragments(engine: Any) -> list[Fragment]:
-    """This rank's fragments of a DeepSpeed engine, in a fixed order; empty ones left out."""
+    """This process's fragments of a DeepSpeed engine, in a fixed order, without empty ones."""
     if isinstance(engine, FlatUpdate):
         return list(_flat(engine))
     of = (_plain, _zero12, _zero12, _zero3)[engine.zero_optimization_stage()]
@@ -59,9 +59,9 @@ def fragments(engine: Any) -> list[Fragment]:
 
 
 def tensors_of(engine: Any) -> dict[int, list[nn.Parameter]]:
-    """By ``id`` of each tensor that the optimizer updates: the parameters that lie in it.
+    """The parameters in each tensor that the optimizer updates, by the tensor's ``id``.
 
-    The same lists on every rank of a stage, also where a rank's piece misses a parameter.
+    The lists are the same on every process of a stage, even if a process's piece lacks a parameter.
     """
     if isinstance(engine, FlatUpdate):
         return {id(owner.tensor): owner.parameters for owner in engine.owners}
@@ -76,14 +76,14 @@ def tensors_of(engine: Any) -> dict[int, list[nn.Parameter]]:
 
 
 def is_replicated(engine: Any) -> bool:
-    """Whether every data-parallel rank holds all masters (no ZeRO)."""
+    """Whether every data-parallel process holds all masters (no ZeRO)."""
     if isinstance(engine, FlatUpdate):
         return not engine.shared
     return isinstance(engine.optimizer, torch.optim.Optimizer)
 
 
 def is_tied_copy(parameter: nn.Parameter) -> bool:
-    """Whether another pipeline stage holds the same tied weight and counts and saves it."""
+    """Whether another pipeline stage holds the same tied weight, and counts and saves it."""
     return bool(getattr(parameter, "ds_pipe_replicated", False))
 
 
@@ -148,12 +148,12 @@ def _zero3(zero: Any) -> Iterator[Fragment]:
 
 
 def _rank3(parameter: Any) -> int:
-    """This rank's index among the ranks over which ZeRO-3 splits ``parameter``."""
+    """This process's index among the processes over which ZeRO-3 splits ``parameter``."""
     return int(torch.distributed.get_rank(parameter.ds_process_group))
 
 
 def local_shape(parameter: Any) -> torch.Size:
-    """Shape of the local (tensor-parallel) shard, also where ZeRO-3 has freed the values."""
+    """Shape of the local (tensor-parallel) shard, even if ZeRO-3 has freed the values."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -175,7 +175,7 @@ def write_back(parameter: Any, values: torch.Tensor) -> None:
 
 
 def prepare_moments(fragment: Fragment, keys: tuple[str, ...], step: float) -> None:
-    """Create zero optimizer state, as after ``step`` updates, where none exists yet."""
+    """Create zero optimizer state, as after ``step`` updates, if there is none yet."""
     state = fragment.optimizer.state[fragment.owner]
     for key in keys:
         if key not in state:

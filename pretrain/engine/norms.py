@@ -1,4 +1,4 @@
-"""Norms of large tensors, right to rounding on every device."""
+"""Norms of large tensors, correct to rounding on every device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _BLOCK = 2048
 def square_sum(values: Tensor) -> Tensor:
     """Sum of squares, a float64 scalar on the tensor's device.
 
-    On a CPU, PyTorch's float32 norm adds up a whole tensor in float32: it is 2e-4 off at 26 M
-    elements, more at more, so that the norm would depend on how a grid cuts the tensor. Blocks
-    are short enough for float32, and need no float64 copy of the tensor.
+    On a CPU, PyTorch's float32 norm adds up a whole tensor in float32. It is off by 2e-4 at 26 M
+    elements and by more at larger sizes, so the norm would depend on how a grid splits the tensor.
+    Blocks are short enough for float32 sums, and need no float64 copy of the tensor.
     """
     flat = values.detach().reshape(-1)
     cut = flat.numel() // _BLOCK * _BLOCK

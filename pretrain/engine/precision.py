@@ -1,4 +1,4 @@
-"""What ``precision: auto`` means on the machine at hand."""
+"""Decides what ``precision: auto`` means on this machine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pretrain.config.recipe import Config
 
 
 def with_precision(config: Config, device: torch.device) -> Config:
-    """The recipe with fp32 or bf16 where it says auto."""
+    """The recipe with auto replaced by fp32 or bf16."""
     precision = resolve_precision(config.precision, device, config.grid.zero_stage)
     return config.model_copy(update={"precision": precision})
 
 
 def resolve_precision(precision: str, device: torch.device, zero_stage: int) -> str:
-    """What ``auto`` means here: bf16 on GPUs and on CPUs that multiply it, fp32 elsewhere."""
+    """The meaning of ``auto``: bf16 on GPUs and on CPUs with bf16 products, fp32 elsewhere."""
     if precision != "auto":
         return precision
     fast = device.type == "cuda" or multiplies_bf16()

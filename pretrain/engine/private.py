@@ -1,7 +1,7 @@
-"""What this package uses of DeepSpeed that DeepSpeed does not promise to keep.
+"""The private parts of DeepSpeed that this package uses, which DeepSpeed may change.
 
-One list: a new version that renames or drops something on it is refused at the start with one line
-that says what, and `tests/test_private_deepspeed.py` says the same for every ZeRO stage.
+It is one list: a version that renamed or removed something on it is refused at the start, with one
+line that names it. `tests/test_private_deepspeed.py` checks the list for every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any, Literal
 from pretrain.errors import RunError
 
 Holder = Literal["package", "class", "engine", "optimizer", "parameter", "pipeline", "gradient"]
-"""What an attribute belongs to: `deepspeed.ops`, the class DeepSpeedEngine, an engine, ZeRO's
+"""The object that has an attribute: `deepspeed.ops`, the class DeepSpeedEngine, an engine, ZeRO's
 optimizer, a parameter, a PipelineModule, a piece of ZeRO's gradients."""
 Case = Literal["pipeline", "offload"]
-"""A grid with pipeline stages; ZeRO's optimizer on the CPU beside a GPU, or as if so."""
+"""Special cases: a grid with pipeline stages; ZeRO's optimizer on the CPU, with or without a
+GPU."""
 _EVERY = (0, 1, 2, 3)
 
 
@@ -27,20 +28,20 @@ class Private:
 
     holder: Holder
     name: str
-    """Dotted where it lies inside another."""
+    """The name, with dots if it is inside another attribute."""
     why: str
     zero: tuple[int, ...] = _EVERY
     """ZeRO stages that use it."""
     only: Case | None = None
-    """Used in this case alone."""
+    """Used only in this case."""
     use: Literal["read", "set", "replaced"] = "read"
-    """Replaced: a function of this package stands in its place, and DeepSpeed calls it."""
+    """Whether a function of this package replaces it, which DeepSpeed then calls."""
 
     def __str__(self) -> str:
         return f"{self.holder}.{self.name}"
 
 
-_MASTERS = "where the fp32 master weights lie"
+_MASTERS = "where the fp32 master weights are"
 _NORM = "the gradient norm in one reduction"
 PRIVATE = (
     Private("package", "__compatible_ops__", "no operation is compiled at run time"),
@@ -71,7 +72,7 @@ PRIVATE = (
     Private("optimizer", "fp16_groups", _MASTERS, (3,)),
     Private("optimizer", "sub_group_to_group_id", _MASTERS, (3,)),
     Private("parameter", "ds_numel", _MASTERS, (3,)),
-    Private("parameter", "ds_shape", "the shape of a parameter that is freed", (3,)),
+    Private("parameter", "ds_shape", "the shape of a freed parameter", (3,)),
     Private("parameter", "ds_tensor", "the working copy of a parameter", (3,)),
     Private("parameter", "ds_process_group", _MASTERS, (3,)),
     Private("parameter", "tensor_model_parallel", "each parameter counts once in norms",
@@ -87,20 +88,20 @@ PRIVATE = (
 
 
 def used(stage: int, cases: Iterable[Case] = ()) -> list[Private]:
-    """What a ZeRO stage uses in some cases."""
+    """The private parts that a ZeRO stage uses in the given cases."""
     return [one for one in PRIVATE if stage in one.zero and (not one.only or one.only in cases)]
 
 
 def check_private(
     stage: int, holders: Mapping[Holder, Sequence[Any]], cases: Iterable[Case] = ()
 ) -> None:
-    """Refuse a DeepSpeed that lacks what is used of it.
+    """Refuse a version of DeepSpeed that lacks one of the used parts.
 
     Args:
-        holders: the objects of each kind that there are; the other kinds are not looked at.
+        holders: the existing objects of each kind; other kinds are not checked.
 
     Raises:
-        RunError: naming the first such attribute, what it is for, and the versions that have it.
+        RunError: naming the first missing attribute, its purpose, and the versions that have it.
     """
     for one in used(stage, cases):
         if not all(_has(each, one.name) for each in holders.get(one.holder, ())):
@@ -111,7 +112,7 @@ def check_private(
 
 
 def _has(holder: Any, dotted: str) -> bool:
-    """Whether an attribute is there; what lies inside one that is None is not asked for."""
+    """Whether an attribute exists; attributes inside one that is None are not checked."""
     for name in dotted.split("."):
         if holder is None:
             return True
@@ -122,7 +123,7 @@ def _has(holder: Any, dotted: str) -> bool:
 
 
 def _known_to_work() -> str:
-    """The requirement that this package states, as pip takes it."""
+    """This package's requirement, in the form for pip."""
     try:
         stated = metadata.requires("rankdecay") or []
     except metadata.PackageNotFoundError:

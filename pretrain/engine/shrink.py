@@ -1,9 +1,9 @@
-"""What decay does to weights: the directions, applied to fp32 masters inside the optimizer's step.
+"""Applies weight decay in all its directions to fp32 masters, inside the optimizer's step.
 
-DeepSpeed calls the innermost optimizer once for each flat piece of masters (ZeRO 1-3) or once in
-all (ZeRO 0). The first call of an update is where the whole model's decay is taken: gradients are
-reduced and clipped, masters not yet moved, and working copies are made from them afterwards. So
-one place serves every ZeRO stage, precision and grid, and a skipped step decays nothing.
+DeepSpeed calls the innermost optimizer once for each flat piece of masters (ZeRO 1-3), or once in
+total (ZeRO 0). The whole model's decay is applied in the first call of an update: gradients are
+reduced and clipped, masters have not changed yet, and working copies are made from them afterwards.
+So one place works for every ZeRO stage, precision and grid, and a skipped step decays nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WITH_GRADIENT = frozenset(("l2", "cautious", "adadecay"))
 
 
 class Shrinker:
-    """Applies a `DecayControl` to what this rank owns of the model.
+    """Applies a `DecayControl` to the elements of the model that this process owns.
 
     Args:
         engine: the DeepSpeed engine; `attach` hooks into its innermost optimizer.
@@ -80,7 +80,7 @@ class Shrinker:
         return self.native and self._control.is_plain(fragment.info.role)
 
     def arm(self) -> None:
-        """An update is to come (`DecayControl.begin` was called)."""
+        """Prepare for an update (after `DecayControl.begin`)."""
         self._fresh = True
 
     # --- inside the step ------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class Shrinker:
             torch._foreach_mul_(masters, factors)
 
     def _with_gradient(self, owner: Tensor) -> None:
-        """The forms that need the gradient, for what lies in ``owner``."""
+        """Apply the forms that need the gradient to the fragments in ``owner``."""
         held = self._by_owner[id(owner)]
         assert owner.grad is not None
         flat = owner.grad.view(-1)
@@ -132,7 +132,7 @@ class Shrinker:
                 continue
             gradient = flat.narrow(0, fragment.start, fragment.master.numel())
             if form == "l2":
-                # The optimizer multiplies by η: a coupling other than lr is put in here.
+                # The optimizer multiplies by η, so a coupling other than lr is applied here.
                 rate = self._control.rate
                 gradient.add_(fragment.master, alpha=shrink / rate if rate else 0.0)
             elif form == "adadecay":
@@ -169,10 +169,11 @@ class Shrinker:
             found[name] = (mean, variance**0.5 or 1.0)
         return found
 
-    # --- what needs the whole model or whole tensors ----------------------------------------------
+    # --- forms that need the whole model or whole tensors
+    # ----------------------------------------------
 
     def _norm_ratio(self) -> float:
-        """‖∇‖₂/‖w‖₂ of the whole model; the gradient before clipping."""
+        """‖∇‖₂/‖w‖₂ of the whole model, with the gradient before clipping."""
         gradient = norm_in_step(self._engine)
         total = torch.zeros((), dtype=torch.float64, device=self._grid.device)
         if not (self._replicated and self._grid.data_rank):
@@ -193,8 +194,8 @@ class Shrinker:
     def _nuclear(self) -> None:
         """A ← A − rate·λ·U Vᵀ B, B ← B − rate·λ·V Uᵀ A: a step down λ‖A·Bᵀ‖_* for every head.
 
-        Heads that share a key or value head count as one product (docs/statistics.md), so that
-        what this penalises directly is what weight decay penalises at equilibrium.
+        Heads that share a key or value head count as one product (docs/statistics.md), so that this
+        penalises directly what weight decay penalises at equilibrium.
         """
         every = self._nuclear_every
         if self._control.step % every or "nuclear" not in self._control.form.values():
@@ -237,7 +238,7 @@ class Shrinker:
         return for_v.mT.reshape(-1), back.reshape(-1)
 
     def _orthogonalized(self, owner: Tensor, update: Tensor) -> Tensor:
-        """Muon's step for the matrices in ``owner``: each whole, then this rank's part of it."""
+        """Muon's step for the matrices in ``owner``: computed whole, then this process's part."""
         flat, held = update.reshape(-1), self._by_owner[id(owner)]
         result = torch.zeros_like(flat)
         for parameter in self._tensors[id(owner)]:
@@ -255,7 +256,7 @@ class Shrinker:
     def figures(self, policy: Policy) -> dict[str, float]:
         """A policy's figure of every matrix that it measures, by site label; collective.
 
-        The matrices of a stage are shared out over its ranks.
+        The matrices of a stage are divided among its processes.
 
         Raises:
             UsageError: on every rank, if the policy's code fails on one.

@@ -1,4 +1,4 @@
-"""What makes the same numbers faster on the machine at hand."""
+"""Chooses settings that compute the same numbers faster on this machine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
 
 _PRODUCTS_UP_TO = 2048
-"""Tokens of context up to which products were seen to be faster (benchmarks/attention.py)."""
+"""Context in tokens up to which products were measured to be faster (benchmarks/attention.py)."""
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
-"""Of glibc's mallopt."""
+"""Parameters of glibc's mallopt."""
 
 
 def choose_kernels(config: Config, grid: Grid) -> Kernels:
-    """The kernels that the recipe asks for; what it leaves open by device and precision.
+    """The kernels of the recipe; values that it leaves open depend on device and precision.
 
     Args:
         config: with its precision resolved.
@@ -37,9 +37,9 @@ def choose_kernels(config: Config, grid: Grid) -> Kernels:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let the C library keep what tensors free instead of giving it back to the kernel.
+    """Make the C library keep the memory of freed tensors instead of returning it to the kernel.
 
-    By default glibc maps every large tensor anew, and the kernel clears its pages at first touch:
+    By default glibc maps new pages for every large tensor, and the kernel clears them at first use:
     a tenth of a step on a CPU. Without glibc nothing changes.
     """
     if device.type != "cpu" or sys.platform != "linux":
@@ -49,4 +49,4 @@ def keep_freed_memory(device: torch.device) -> None:
         mallopt(_MMAP_THRESHOLD, 1 << 30)
         mallopt(_TRIM_THRESHOLD, 1 << 30)
         mallopt(_TOP_PAD, 64 << 20)
-        mallopt(_ARENA_MAX, 1)  # the backward pass runs in a thread of its own
+        mallopt(_ARENA_MAX, 1)  # the backward pass runs in a separate thread

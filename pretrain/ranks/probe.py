@@ -1,8 +1,8 @@
-"""Rank statistics during training: factors out of shards, spectra into one long table.
+"""Rank statistics during training: collects factors from shards and returns rows of one table.
 
-The unit of work is a key/value head with the query heads that share it. Each unit is computed
-once in the whole job, on the data-parallel rank that holds most of it already; only the parts
-of a unit that ZeRO put elsewhere travel, and only to that rank.
+The unit of work is a key/value head with the query heads that share it. Each unit is computed once
+in the whole job, on the data-parallel process that already holds most of it. Only the parts of a
+unit that ZeRO placed elsewhere are sent, and only to that process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list
     """Measure every head of the model; a collective call.
 
     Returns:
-        All rows, sorted, on every rank.
+        All rows, sorted, on every process.
     """
     model, grid = engine.config.model, engine.grid
     shape = model.attention_shape
@@ -62,7 +62,7 @@ def _matrices(layer: Attention) -> list[nn.Parameter]:
 
 
 Spans = dict[str, list[tuple[int, int]]]
-"""For each parameter, (offset, length) of the fragment of every data-parallel rank."""
+"""For each parameter, (offset, length) of the fragment on every data-parallel process."""
 
 
 def _spans(engine: Engine, held: dict[str, Fragment]) -> Spans:
@@ -83,7 +83,7 @@ def _collect(
     spans: Spans,
     replicated: bool,
 ) -> tuple[list[int], Factors]:
-    """The units of ``layer`` that this rank computes, and their factors."""
+    """The units of ``layer`` that this process computes, and their factors."""
     count = model.key_value_heads // grid.tensor
     pieces = [_piece_indices(layer, unit, count) for unit in range(count)]
     owners = _owners(layer, pieces, spans, grid, replicated)
@@ -112,7 +112,7 @@ def _collect(
 
 
 def _piece_indices(layer: Attention, unit: int, count: int) -> list[Tensor]:
-    """Ascending flat indices, in each local matrix, of what belongs to ``unit``."""
+    """Ascending flat indices, in each local matrix, of the elements of ``unit``."""
     found = []
     for parameter in _matrices(layer):
         rows, columns = local_shape(parameter)
@@ -127,7 +127,7 @@ def _piece_indices(layer: Attention, unit: int, count: int) -> list[Tensor]:
 
 
 def _range(indices: Tensor, span: tuple[int, int]) -> tuple[int, int]:
-    """The slice of ascending ``indices`` that lies in a span (offset, length)."""
+    """The slice of ascending ``indices`` inside a span (offset, length)."""
     bounds = torch.tensor([span[0], span[0] + span[1]])
     low, high = torch.searchsorted(indices, bounds).tolist()
     return low, high
@@ -140,7 +140,7 @@ def _select(fragment: Fragment, indices: Tensor) -> Tensor:
 def _owners(
     layer: Attention, pieces: list[list[Tensor]], spans: Spans, grid: Grid, replicated: bool
 ) -> list[int]:
-    """The data-parallel rank that computes each unit: the one that has most of it."""
+    """The data-parallel process that computes each unit: the one that holds most of it."""
     if replicated or grid.data == 1:
         return [(layer.layer * len(pieces) + unit) % grid.data for unit in range(len(pieces))]
     owners = []
@@ -162,7 +162,10 @@ def _exchange(
     spans: Spans,
     grid: Grid,
 ) -> dict[tuple[int, int, int], Tensor]:
-    """Send what others compute, receive what this rank computes; keyed (source, unit, matrix)."""
+    """Send parts that others compute and receive parts that this process computes.
+
+    Parts are keyed (source, unit, matrix).
+    """
     me = grid.data_rank
     outgoing: dict[int, list[Tensor]] = defaultdict(list)
     incoming: dict[int, list[tuple[tuple[int, int, int], int]]] = defaultdict(list)
@@ -229,11 +232,11 @@ def layer_rows(
 
     Args:
         units: global indices of the key/value heads in ``factors``.
-        books: λ in use and what was applied so far, by site label; None: not known.
+        books: λ in use and the decay applied so far, by site label; None: not known.
 
     Returns:
-        One row per query head (``level`` head) and, where heads share keys, one per group, for
-        which the balance law holds (docs/statistics.md).
+        One row per query head (``level`` head) and, if heads share keys, one per group, to which
+        the balance law applies (docs/statistics.md).
     """
     group = factors.query.shape[1]
     query, output = factors.query.mT, factors.output  # [units, g, width, head]
@@ -297,7 +300,7 @@ def _rows(
 
 
 def lawful(rows: list[Row]) -> list[Row]:
-    """The rows that the balance law is about: of groups where heads share keys, else of heads."""
+    """The rows to which the balance law applies: groups if heads share keys, else heads."""
     return [row for row in rows if row["level"] == "group"] or [
         row for row in rows if row["level"] == "head"
     ]

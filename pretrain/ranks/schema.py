@@ -1,4 +1,4 @@
-"""The columns of a table of rank statistics: the one place that says what each is.
+"""The columns of a table of rank statistics, defined in one place.
 
 The Parquet writer and reader, the measurement, the report and the table in docs/statistics.md take
 their columns from here. To add a statistic, add a field to `pretrain.spectra.ProductStatistics` and
@@ -18,8 +18,8 @@ _RANKS = "pretrain.offline.ranks.measure_weights"
 _NOT_QK_NORM = "; NaN for W_QK under QK-norm, see below"
 
 Source = Literal["key", "spectrum", "product", "pair", "decay", "label"]
-"""Where a column's values come from: they name the row, the singular values, a statistic of the
-product, of rotary pairs, of weight decay, or what `pretrain ranks` measured."""
+"""The source of a column's values: the row's name, singular values, statistics of the product, of
+rotary pairs or of weight decay, or what `pretrain ranks` measured."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,19 @@ class Column:
 
     name: str
     type: Literal["integer", "text", "number", "truth", "numbers"]
-    """In Parquet: int64, string, double, bool, list of double."""
+    """Type in Parquet: int64, string, double, bool, list of double."""
     unit: str
     meaning: str
-    """In the Markdown of docs/statistics.md."""
+    """Definition, in the Markdown of docs/statistics.md."""
     defined: str
     """The dotted name of the code that computes it."""
     source: Source
     of_sizes: bool = False
-    """Says nothing of W_QK under QK-norm, where logits do not depend on the factors' sizes."""
+    """Undefined for W_QK with QK-norm, where logits do not depend on the factors' sizes."""
     of_the_law: bool = False
-    """Where heads share keys, the law that it is about is a group's."""
+    """If heads share keys, the balance law for it applies to the group."""
     needed: bool = False
-    """A report cannot do without it."""
+    """A report needs it."""
 
 
 def _key(name: str, type_: Literal["integer", "text"], unit: str, meaning: str) -> Column:
@@ -80,7 +80,7 @@ def _decay(figure: str, unit: str, meaning: str) -> tuple[Column, ...]:
 
 COLUMNS: tuple[Column, ...] = (
     _key("step", "integer", "updates", "updates made when it was measured"),
-    Column("tokens", "integer", "tokens", "tokens trained on by then; empty where not known",
+    Column("tokens", "integer", "tokens", "tokens trained on by then; empty if not known",
            _PROBE, "key"),
     _key("layer", "integer", "–", "number of the block, from 0"),
     _key("product", "text", "–", "`qk` (W_Kᵀ W_Q: A keys, B queries) or `vp` (P W_V: A output, "
@@ -117,16 +117,16 @@ COLUMNS: tuple[Column, ...] = (
             "nothing else changed it"),
     Column("singular_values", "numbers", "σ", "descending, with `ranks.spectra: true`; in older "
            "tables rounded to float32", f"{_SPECTRA}.singular_values", "spectrum"),
-    Column("revision", "text", "–", "which of several models (`pretrain ranks --out` alone)",
+    Column("revision", "text", "–", "which of several models (only `pretrain ranks --out`)",
            _RANKS, "label"),
-    Column("tower", "text", "–", "which stack of layers, in a model that has several (`pretrain "
-           "ranks --out` alone)", _RANKS, "label"),
+    Column("tower", "text", "–", "which stack of layers, in a model that has several (only "
+           "`pretrain ranks --out`)", _RANKS, "label"),
 )  # fmt: skip
 BY_NAME = {column.name: column for column in COLUMNS}
 KEYS = tuple(
     column.name for column in COLUMNS if column.source == "key" and column.name != "tokens"
 )
-"""What names a row."""
+"""The columns that name a row."""
 TEXT_KEYS = tuple(name for name in KEYS if BY_NAME[name].type == "text")
 NEEDED = tuple(column.name for column in COLUMNS if column.needed)
 OF_THE_LAW = tuple(column.name for column in COLUMNS if column.of_the_law)

@@ -1,4 +1,4 @@
-"""The table of rank statistics of a run: measured part by part, merged, and what it means."""
+"""The table of rank statistics of a run: written in parts, merged, with its definition of rank."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ RANKS = "ranks.parquet"
 _CONFIG = "config.yaml"
 _PARTS = ".ranks"
 _ROWS = 20_000
-"""In memory at once, of a table that is written anew."""
+"""Number of rows in memory at once when a table is rewritten."""
 
 
 def rewind_ranks(run: Path, step: int) -> None:
-    """Forget what was measured after ``step``."""
+    """Remove measurements after ``step``."""
     for part in (run / _PARTS).glob("*.parquet"):
         if int(part.stem) > step:
             part.unlink()
     if (run / RANKS).exists():
         _merge(run, _parts(run), step)
-        with contextlib.suppress(OSError):  # not there, or something else is in it
+        with contextlib.suppress(OSError):  # missing, or not a rank table
             (run / _PARTS).rmdir()
 
 
 def add_ranks(run: Path, step: int, rows: list[Row], measured: RanksConfig) -> None:
-    """Append one measurement; safe against a kill at any moment.
+    """Append one measurement; safe if the process is killed at any moment.
 
     Args:
-        measured: what a pseudo-rank means in these rows; the file says it.
+        measured: the definition of the pseudo-rank in these rows, which the file records.
     """
     parts = run / _PARTS
     parts.mkdir(exist_ok=True)
@@ -48,13 +48,13 @@ def add_ranks(run: Path, step: int, rows: list[Row], measured: RanksConfig) -> N
 
 
 def merge_ranks(run: Path, always: bool = True) -> None:
-    """Bring the measurements so far into ``ranks.parquet``, beside a training that adds to them.
+    """Merge the measurements so far into ``ranks.parquet``, while training may add more.
 
-    Rows go through memory a few at a time. What is added meanwhile waits for the next call.
+    Only a few rows are in memory at a time. Rows that are added meanwhile wait for the next call.
 
     Args:
-        always: merge however little is new; otherwise once it is a quarter of the table, so that
-            a long run does not write all of it at every checkpoint.
+        always: merge even a few new rows; otherwise wait until they are a quarter of the table, so
+            that a long run does not rewrite all of it at every checkpoint.
     """
     parts, path = _parts(run), run / RANKS
     new = sum(part.stat().st_size for part in parts)
@@ -72,7 +72,7 @@ def _parts(run: Path) -> list[Path]:
 def _merge(run: Path, parts: list[Path], until: int | None = None) -> None:
     """Write the table and its parts as one table, up to a step, and delete the parts.
 
-    Of a step that was measured twice, the rows of the later file stay. The order is that of steps.
+    If a step was measured twice, the rows of the later file are kept. Rows are in order of steps.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -80,14 +80,14 @@ def _merge(run: Path, parts: list[Path], until: int | None = None) -> None:
     path = run / RANKS
     files = [*([path] if path.exists() else []), *parts]
     schemas = [_table_in(file, pq.read_schema) for file in files]
-    # Null columns of one file take the type that another has.
+    # Null columns of one file get the type that another file has.
     schema = pa.unify_schemas(
         [one.remove_metadata() for one in schemas], promote_options="permissive"
     ).with_metadata(schemas[-1].metadata)
     chosen = _steps_of(files, until)
     with (
         replacing(path) as aside,
-        aside.open("wb") as opened,  # Arrow takes UTF-8 paths alone
+        aside.open("wb") as opened,  # Arrow accepts only UTF-8 paths
         pq.ParquetWriter(opened, schema) as writer,
     ):
         for file, steps in chosen:
@@ -100,7 +100,7 @@ def _merge(run: Path, parts: list[Path], until: int | None = None) -> None:
 
 
 def _steps_of(files: list[Path], until: int | None) -> list[tuple[Path, list[int]]]:
-    """Which steps are taken from which file, in the order of steps."""
+    """The file from which each step is taken, in order of steps."""
     owner: dict[int, Path] = {}
     for file in files:
         owner |= dict.fromkeys(_table_in(file, _steps_in), file)
@@ -115,52 +115,53 @@ def _steps_of(files: list[Path], until: int | None) -> list[tuple[Path, list[int
 
 
 def _pieces(file: Path, steps: list[int]) -> Iterator[Any]:
-    """The rows of some steps, so many at a time."""
+    """The rows of some steps, a limited number at a time."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     wanted = pa.array(steps, pa.int64())
     with open_regular(file) as opened, _parquet(opened) as rows:
-        # No threads of Arrow's own: they would not give way to those that train.
+        # No threads of Arrow: they would compete with the training threads.
         for batch in rows.iter_batches(_ROWS, use_threads=False):
             table = _plain(pa.Table.from_batches([batch]))
             yield table.filter(pc.is_in(table.column("step"), value_set=wanted))
 
 
 def _table_in(file: Path, read: Callable[[Any], Any] | None = None) -> Any:
-    """A table that was measured, or what another reader makes of its file.
+    """Read a rank table, or apply another reader to its file.
 
     Raises:
-        RunError: if it is damaged, or stands for more than it can hold.
+        RunError: if it is damaged, or claims more rows than it can contain.
     """
     try:
-        with open_regular(file) as opened:  # Arrow takes no path that is not UTF-8
+        with open_regular(file) as opened:  # Arrow accepts only UTF-8 paths
             return (read or _bounded)(opened)
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RunError(f"{file}: damaged ({reason}); delete it to go on without it") from None
+        raise RunError(f"{file}: damaged ({reason}); delete it to continue without it") from None
 
 
 _LONGEST_TEXT = 20
 _FEW_ROWS, _SMALLEST_ROW = 250_000, 8
-"""Rows that any file may have, and bytes for each of more: a row has some twenty figures."""
+"""Number of rows that any file may have, and bytes per row beyond that (a row has some 20
+values)."""
 
 
 def _bounded(opened: BinaryIO) -> Any:
-    """The table of a file, its types as they were written; a few bytes cannot stand for many.
+    """The table of a file, with its types as written; a small file cannot expand to a huge table.
 
     Raises:
-        ValueError: if it is not one of ours.
+        ValueError: if it is not a rank table.
     """
     with _parquet(opened) as file:
         return _plain(file.read())
 
 
 def _parquet(opened: BinaryIO) -> Any:
-    """A file whose rows may be read; its texts come as dictionaries, each text once.
+    """Open a file whose rows are safe to read; texts are dictionaries, with each text once.
 
     Raises:
-        ValueError: if it stands for more rows than it can hold, or has not our columns.
+        ValueError: if it claims more rows than it can contain, or lacks a column.
     """
     import pyarrow.parquet as pq
 
@@ -176,7 +177,7 @@ def _parquet(opened: BinaryIO) -> Any:
 
 
 def _plain(table: Any) -> Any:
-    """Rows with texts as texts, once each column was found to be one of ours."""
+    """Rows with plain texts, after each column was checked."""
     import pyarrow as pa
 
     for name in table.schema.names:
@@ -188,7 +189,7 @@ def _plain(table: Any) -> Any:
 
 
 def _steps_in(opened: BinaryIO) -> list[int]:
-    """Which steps a file has rows of."""
+    """The steps of which a file has rows."""
     with _parquet(opened) as file:
         if "step" not in file.schema_arrow.names:  # nothing was measured
             return []
@@ -197,7 +198,7 @@ def _steps_in(opened: BinaryIO) -> list[int]:
 
 
 def _check_column(name: str, column: Any) -> None:
-    """See that a column has what ours have: texts of a few letters, else numbers.
+    """Check that a column has values of the right kind: short texts or numbers.
 
     Raises:
         ValueError: naming the column.
@@ -215,11 +216,11 @@ def _check_column(name: str, column: Any) -> None:
             kind = kind.value_type
         good = kind in (pa.float64(), pa.int64(), pa.bool_(), pa.null())
     if not good or (name in KEYS and column.null_count):
-        raise ValueError(f"{name} is none of our columns")
+        raise ValueError(f"{name} is not a column of rank tables")
 
 
 _DEFINITION = b"rankdecay.ranks"
-"""Key of a table's Parquet metadata: what a pseudo-rank means in it, as JSON."""
+"""Key of a table's Parquet metadata with its definition of the pseudo-rank, as JSON."""
 
 
 def _definition_of(measured: RanksConfig) -> dict[str, Any]:
@@ -227,10 +228,10 @@ def _definition_of(measured: RanksConfig) -> dict[str, Any]:
 
 
 def ranks_definition(run: Path) -> dict[str, Any] | None:
-    """What the pseudo-ranks measured so far mean: threshold and denominator.
+    """The definition of the pseudo-ranks measured so far: threshold and denominator.
 
     Returns:
-        None where nothing was measured; of a table that does not say, what the run's recipe says.
+        None if nothing was measured; for a table without a definition, that of the run's recipe.
     """
     import pyarrow.parquet as pq
 
@@ -246,7 +247,7 @@ def ranks_definition(run: Path) -> dict[str, Any] | None:
 
 
 def check_definition(run: Path, measured: RanksConfig) -> None:
-    """Refuse to go on with a table whose pseudo-ranks mean something else.
+    """Refuse to continue with a table whose pseudo-ranks have another definition.
 
     Raises:
         UsageError: naming the key and both values.
@@ -261,7 +262,7 @@ def check_definition(run: Path, measured: RanksConfig) -> None:
 
 
 def read_ranks(run: Path) -> list[Row]:
-    """Every row measured so far, in order of steps."""
+    """All rows measured so far, in order of steps."""
     files = [run / RANKS] if (run / RANKS).exists() else []
     files += sorted((run / _PARTS).glob("*.parquet"))
     rows: dict[tuple[Any, ...], Row] = {}
@@ -275,10 +276,10 @@ def write_rows(path: Path, rows: list[Row], definition: dict[str, Any] | None = 
     """Write rows as Parquet, each column in its type, in the order of the schema.
 
     Args:
-        definition: what a pseudo-rank means in them.
+        definition: their definition of the pseudo-rank.
 
     Raises:
-        ValueError: if a row has a column that the schema has not.
+        ValueError: if a row has a column that is not in the schema.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -286,13 +287,13 @@ def write_rows(path: Path, rows: list[Row], definition: dict[str, Any] | None = 
     names = {name for row in rows for name in row}
     unknown = sorted(names - BY_NAME.keys())
     if unknown:
-        raise ValueError(f"{unknown[0]} is no column of pretrain.ranks.schema")
+        raise ValueError(f"{unknown[0]} is not a column of pretrain.ranks.schema")
     schema = pa.schema(
         [pa.field(one.name, _arrow_type(one)) for one in COLUMNS if one.name in names],
         {_DEFINITION: to_json(definition).encode()} if definition else None,
     )
     table = pa.Table.from_pylist(rows, schema)
-    with replacing(path) as aside, aside.open("wb") as opened:  # Arrow takes UTF-8 paths alone
+    with replacing(path) as aside, aside.open("wb") as opened:  # Arrow accepts only UTF-8 paths
         pq.write_table(table, opened)
 
 

@@ -1,4 +1,4 @@
-"""Batches of a data-parallel rank: which samples, in which step, read ahead in a thread."""
+"""Loads the batches of a data-parallel rank for each step, read ahead in a thread."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pretrain.training.faults import block_of
 
 
 def sample_numbers(block: int, global_batch: int, grid: Grid, micro: int) -> list[list[int]]:
-    """Samples of this rank in a block, one list per micro batch.
+    """Samples of this data-parallel rank in a block, one list per micro batch.
 
-    Block s is samples s·B … (s+1)·B − 1 of the order that the seed fixes, whatever the grid; update
-    s takes block s, unless faults made the run jump over some (`block_of` in
+    Block s has samples s·B … (s+1)·B − 1 of the order that the seed determines, on every grid.
+    Update s uses block s, unless the run left out some blocks after faults (`block_of` in
     `pretrain.training.faults`).
     """
     share = global_batch // grid.data
@@ -46,7 +46,7 @@ class Loader:
         Args:
             jumped: blocks of samples that are left out.
             prefetch: micro batches that a thread reads ahead; 0: none.
-            workers: processes that read instead, for samples that are work to make.
+            workers: processes that read instead, for samples that take work to make.
         """
         self._data, self._grid, self._micro = data, grid, micro
         self._global_batch, self._step = global_batch, first_step
@@ -54,7 +54,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(1) if prefetch and not workers else None
         self._read_by_workers: Iterator[Batch] | None = None
         if workers:
-            # A worker makes a sample from its number, so that their count changes nothing.
+            # A worker makes a sample from its number, so the number of workers changes nothing.
             self._read_by_workers = iter(
                 DataLoader(
                     data,  # type: ignore[arg-type]

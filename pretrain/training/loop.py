@@ -1,4 +1,4 @@
-"""The training loop: one page that reads like the algorithm, and how it goes back after faults."""
+"""The training loop, written like the algorithm, and how it goes back after faults."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pretrain.training.state import Training
 
 
 def run_training(training: Training, origin: Origin) -> None:
-    """From the origin to the end, going back where faults ask for it."""
+    """Train from the origin to the end, and go back after faults."""
     first = origin.step
     try:
         if origin.kind in ("new", "imported"):
@@ -37,12 +37,12 @@ def run_training(training: Training, origin: Origin) -> None:
             periodic.evaluate(training, 0)
         elif origin.kind == "forked":
             if training.config.checkpoint.keep_best:
-                periodic.evaluate(training, first)  # it may be the best
-            periodic.save(training, first)  # a fork stands on its own feet from here on
+                periodic.evaluate(training, first)  # it may be the best checkpoint
+            periodic.save(training, first)  # a fork does not depend on its trunk from here on
         elif training.moving.owes_evaluation:
             made = periodic.evaluate(training, first)
             if made and training.config.checkpoint.keep_best:
-                periodic.save(training, first)  # now with its loss
+                periodic.save(training, first)  # again, now with its loss
         with SIGNALS.remembered():
             while True:
                 loader = _loader(training, first)
@@ -67,7 +67,7 @@ def _loader(training: Training, first: int) -> Loader:
     config = training.config
     micro, _ = micro_batches(config, training.grid)
     data = training.samples.training
-    if training.moving.jumped:  # so many blocks more are wanted
+    if training.moving.jumped:  # this many more blocks are needed
         more = {"steps": config.train.steps + len(training.moving.jumped)}
         longer = config.model_copy(update={"train": config.train.model_copy(update=more)})
         data = training.setup.task.training(longer)
@@ -120,7 +120,7 @@ def _loop(training: Training, loader: Loader, first: int) -> None:
         paused = time.monotonic()
         periodic.measure_if_due(training, step)
         if training.is_due("evaluation", step) and not periodic.evaluate(training, step):
-            stopping = saving = True  # the next start makes up for it
+            stopping = saving = True  # the next start makes it
         if saving:
             training.saver.urgent = stopping or step == steps
             periodic.save(training, step)
@@ -132,9 +132,9 @@ def _loop(training: Training, loader: Loader, first: int) -> None:
             training.saver.finish()
             raise StopRequestedError(
                 f"{training.run}: stopped by {SIGNALS.name} at step {step}, with a checkpoint; "
-                "the same words go on"
+                "rerun the same command to continue"
             )
-        began += time.monotonic() - paused  # the speed is of training alone
+        began += time.monotonic() - paused  # the speed is that of training only
     progress.close()
     if training.last == config.train.steps:
         periodic.finish(training)
@@ -144,7 +144,7 @@ def _loop(training: Training, loader: Loader, first: int) -> None:
 
 
 def restore(start: Checkpoint, engine: Engine, faults: FaultDetector) -> None:
-    """Put an engine where a checkpoint is, with λ of its own plan."""
+    """Restore an engine from a checkpoint, with λ of its own plan."""
     load_into_engine(start, engine)
     before, now = (one.optimizer.weight_decay.policies for one in (start.config, engine.config))
     engine.control.restore(start.state["decay"], same_policies(before, now))
@@ -155,13 +155,13 @@ def restore(start: Checkpoint, engine: Engine, faults: FaultDetector) -> None:
 
 
 def _go_back(training: Training, fault: GoBackError) -> int:
-    """Restore the last checkpoint before a fault; returns its step."""
+    """Restore the last checkpoint before a fault, and return its step."""
     training.saver.wait()
     folder = training.run / CHECKPOINTS
     with training.grid.together(f"{folder}"):
         if training.grid.is_main:
             for one in list_checkpoints(folder):
-                if step_of(one) >= fault.step:  # of the time between the fault and its discovery
+                if step_of(one) >= fault.step:  # written between the fault and its detection
                     remove(hide(one))
     find_whole(folder, training.grid)
     newest = newest_checkpoint(folder)
@@ -172,7 +172,7 @@ def _go_back(training: Training, fault: GoBackError) -> int:
         if name:
             why = f"it happened again after going back {training.moving.went_back} times"
         raise RunError(
-            f"step {fault.step}: {fault}, and {why}; lower optimizer.learning_rate or look at "
+            f"step {fault.step}: {fault}, and {why}; lower optimizer.learning_rate or check "
             f"samples {samples}"
             if fault.jump
             else f"step {fault.step}: {fault}, and {why}; test the memory of that machine"
@@ -184,7 +184,7 @@ def _go_back(training: Training, fault: GoBackError) -> int:
     if fault.jump:
         blocks = [block_of(update - 1, training.moving.jumped) for update in fault.jump]
         training.moving.jumped = sorted({*training.moving.jumped, *blocks})
-        message += f" and past samples {samples}"
+        message += f" and left out samples {samples}"
     training.moving.went_back += 1
     with training.grid.together(f"{training.run}"):
         if training.grid.is_main:
@@ -198,7 +198,7 @@ def _go_back(training: Training, fault: GoBackError) -> int:
 
 
 def _samples(training: Training, updates: tuple[int, ...]) -> str:
-    """``128-191, 256-319``: the samples that some updates took."""
+    """``128-191, 256-319``: the samples that some updates used."""
     size = training.config.train.global_batch
     blocks = [block_of(update - 1, training.moving.jumped) for update in updates]
     return ", ".join(f"{block * size}-{(block + 1) * size - 1}" for block in blocks)
@@ -221,7 +221,7 @@ def _compare_decay(training: Training, step: int) -> None:
 
 
 def _compare_if_due(training: Training, step: int, saving: bool) -> None:
-    """Compare replicated weights, before a checkpoint keeps what is wrong.
+    """Compare replicated weights, before a checkpoint would keep wrong ones.
 
     Raises:
         GoBackError: if they differ.

@@ -1,4 +1,4 @@
-"""Where a run begins: anew, from its own checkpoint, or from one of another run."""
+"""The origin of a run: new, its own checkpoint, or a checkpoint of another run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JUMPED = "jumped"
 
 @dataclass(frozen=True)
 class Asked:
-    """What a start asks for beside its recipe."""
+    """What a start asks for in addition to its recipe."""
 
     run: Path
     fork: Path | None = None
@@ -27,17 +27,17 @@ class Asked:
     until: int | None = None
     """Stop after this step, with a checkpoint."""
     precision: str = ""
-    """The recipe's word, where the recipe itself has what it means here."""
+    """The recipe's value of precision; the recipe itself has its meaning on this machine."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run begins, this time."""
+    """Where this start of a run begins."""
 
     kind: Literal["new", "resumed", "forked", "imported"]
-    """Imported: from the first checkpoint of its own, of which nothing was measured so far."""
+    """Imported means: from the run's own first checkpoint, with nothing measured so far."""
     checkpoint: Checkpoint | None = None
-    """What is restored: the newest of the run, or the one that it is forked from."""
+    """The checkpoint to restore: the newest of the run, or the one from which it is forked."""
     jumps: tuple[int, ...] = ()
     """Blocks of samples that are left out (`pretrain.training.faults.block_of`)."""
 
@@ -48,19 +48,19 @@ class Origin:
 
     @property
     def own(self) -> Checkpoint | None:
-        """The run's own checkpoint that it goes on from."""
+        """The run's own checkpoint from which it continues."""
         return None if self.kind == "forked" else self.checkpoint
 
     def trust(self) -> None:
-        """Take the run's own checkpoint for whole: it was looked through before."""
+        """Trust the run's own checkpoint, because it was checked before."""
         if self.own is not None:
             self.own.trust()
 
     def initial_weights(self, built: str) -> str:
-        """Hash of the weights that the run began with: a fork's are those of its trunk.
+        """Hash of the weights with which the run began; a fork has those of its trunk.
 
         Args:
-            built: of the model as it was built.
+            built: hash of the model as it was built.
         """
         if self.checkpoint is None:
             return built
@@ -70,12 +70,12 @@ class Origin:
         return first
 
     def saved(self, key: str, default: Any = None) -> Any:
-        """Of the restored checkpoint's state."""
+        """A value from the restored checkpoint's state."""
         return self.checkpoint.state.get(key, default) if self.checkpoint else default
 
 
 def begin(setup: Setup, asked: Asked) -> tuple[Setup, Origin]:
-    """Where a run begins, and the setup with the decay that holds from there on.
+    """Find where a run begins, and the setup with the decay that applies from there on.
 
     Raises:
         UsageError: if the folder holds a run of another recipe or origin, or one that is finished
@@ -105,9 +105,10 @@ def _origin(own: Checkpoint | None, fork: Path | None) -> Origin:
 
 
 def with_jumps(origin: Origin, run: Path) -> Origin:
-    """The origin with its jumps: of the checkpoint, and of the run since; a fork keeps its trunk's.
+    """The origin with its jumps: the checkpoint's, and the run's later ones; a fork keeps its
+    trunk's.
 
-    Writes those of a fork into its folder: for one process alone.
+    It writes the jumps of a fork to its folder, so only one process may call it.
     """
     jumps: list[int] = origin.saved(JUMPED, [])
     if origin.kind != "forked":
@@ -118,20 +119,20 @@ def with_jumps(origin: Origin, run: Path) -> Origin:
 
 
 def described(fork: Path) -> dict[str, Any]:
-    """What a run remembers of the checkpoint that it is forked from."""
+    """The record of the checkpoint from which a run is forked."""
     return {"run": str(fork.parent.parent), "step": step_of(fork)}
 
 
 def _check_fork(run: Path, fork: Path, own: Checkpoint | None) -> None:
-    """Refuse to take a run for one that was forked from another checkpoint than it was.
+    """Refuse a fork from another checkpoint than the one from which the run was forked.
 
     Args:
         own: the newest checkpoint of the run.
     """
     asked = "{run}@{step}".format(**described(fork))
-    mend = "leave --fork out to go on with that run, or choose another --out"
+    mend = "remove --fork to continue that run, or choose another --out"
     if fork.resolve().parent == (run / CHECKPOINTS).resolve():
-        raise UsageError(f"--fork: {asked} is of {run} itself, which --out names; {mend}")
+        raise UsageError(f"--fork: {asked} belongs to {run} itself, which --out names; {mend}")
     began = own.state.get("initial_weights") if own else None
     if own is not None and began and Checkpoint(fork).digest != began:
         before = forked_from(run)
@@ -143,17 +144,17 @@ def _check_fork(run: Path, fork: Path, own: Checkpoint | None) -> None:
 
 
 def _check_precision(trunk: Checkpoint, precision: str, asked: str) -> None:
-    """Refuse to fork into another precision that nobody asked for."""
+    """Refuse to fork into another precision unless the recipe asks for it."""
     before = trunk.config.precision
     if asked == "auto" and before not in ("auto", precision):
         raise UsageError(
-            f"precision: auto is {precision} here, {trunk.path} was trained in {before}; say "
-            f"precision={before}, or precision={precision} if the change is meant"
+            f"precision: auto is {precision} on this machine, but {trunk.path} was trained in "
+            f"{before}; set precision={before}, or precision={precision} if you want the change"
         )
 
 
 def _with_decay(setup: Setup, start: Checkpoint, policy: str) -> Setup:
-    """The setup with the decay that holds after a restore, by ``resume.decay``."""
+    """The setup with the decay that applies after a restore, by ``resume.decay``."""
     plan = plan_for_resume(setup.plan, start, setup.config, policy)
     if policy != "checkpoint":
         return replace(setup, plan=plan)

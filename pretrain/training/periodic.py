@@ -1,4 +1,4 @@
-"""What happens between updates: measurements, evaluation, checkpoints, the end."""
+"""The work between updates: measurements, evaluation, checkpoints, and the end of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.runs.folder import EVALUATION, write_text
 from pretrain.training.state import GENERATION, Training
 
 OWES_EVALUATION = "owes_evaluation"
-"""Key of a checkpoint's state: its evaluation was cut short by a signal."""
+"""Key of a checkpoint's state: a signal cut its evaluation short."""
 
 
 def measure_if_due(training: Training, step: int) -> None:
@@ -60,7 +60,7 @@ def _measure(training: Training, step: int) -> list[Row]:
 
 
 def _write_ranks(training: Training, step: int) -> None:
-    """Bring measurements to disk; what it refuses is kept for the next time."""
+    """Write measurements to disk; those that the disk refuses are kept for the next time."""
     try:
         for at in list(training.moving.unwritten):
             add_ranks(training.run, at, training.moving.unwritten[at], training.config.ranks)
@@ -70,12 +70,12 @@ def _write_ranks(training: Training, step: int) -> None:
 
 
 def evaluate(training: Training, step: int) -> bool:
-    """Score the held-out sample; False if a signal, to any rank, cut it short."""
+    """Score the held-out sample; return False if a signal to any process cut it short."""
     began = time.monotonic()
     training.moving.held_out_loss = (
         -1,
         0.0,
-    )  # of this step, or of none: it may have gone back here
+    )  # of this step, or none: the run may have gone back to here
     try:
         figures = _figures(training, training.samples.held_out, step)
     except _CutShortError:
@@ -101,7 +101,7 @@ def _figures(
         training.watchdog.beat(step, "evaluating")
         if show:
             show(done, total)
-        # Every rank passes here equally often.
+        # Every process passes here equally often.
         if done < total and SIGNALS.agreed(training.grid):
             raise _CutShortError
 
@@ -135,18 +135,18 @@ def save(training: Training, step: int) -> None:
 
 
 def tell_saved(training: Training) -> None:
-    """Events of checkpoints that could not be written; the next is tried all the same."""
+    """Report checkpoints that could not be written; the next one is still tried."""
     while training.saver.outcomes:
         outcome = training.saver.outcomes.pop(0)
         if outcome.problem:
-            more = "" if outcome.step == training.last else "; training goes on"
+            more = "" if outcome.step == training.last else "; training continues"
             training.say(outcome.step, outcome.problem + more)
         if outcome.note:
             training.say(outcome.step, outcome.note)
 
 
 def finish(training: Training) -> None:
-    """The final evaluation, once."""
+    """Make the final evaluation, once."""
     wanted = training.config.evaluation.at_end
     path = training.run / EVALUATION
     done = training.grid.broadcast(
@@ -169,7 +169,7 @@ def finish(training: Training) -> None:
     except _CutShortError:
         raise StopRequestedError(
             f"{training.run}: stopped by {SIGNALS.name} in its last evaluation, with a checkpoint; "
-            "the same words go on"
+            "rerun the same command to continue"
         ) from None
     finally:
         progress.close()
@@ -186,7 +186,7 @@ def finish(training: Training) -> None:
                 "context": config.model.context,
             }
             with held(path, patience=60):
-                # `pretrain evaluate` may have been quicker.
+                # `pretrain evaluate` may have been faster.
                 if not is_evaluated(training.run, training.config):
                     put_evaluation_aside(training.run, training.config)
                     write_text(path, to_json({**header, **figures}, indent=1))

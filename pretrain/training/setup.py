@@ -1,4 +1,4 @@
-"""A recipe made concrete, before a model is built."""
+"""Combines a recipe with its data, before a model is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.tasks.tasks import open_task
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe made concrete: with its task's answers, its parameters and their λ."""
+    """A recipe with its task, its parameters and their λ."""
 
     config: Config
     task: Task
@@ -29,7 +29,7 @@ def prepare(config: Config, tensor_parallel: int, known: Config | None = None) -
     """Check a recipe against its data and plan the decay, without building anything.
 
     Args:
-        known: the recipe of the run that is there, if one is.
+        known: the recipe of the existing run, if there is one.
 
     Raises:
         UsageError: if the data is missing or does not fit the model.
@@ -40,5 +40,5 @@ def prepare(config: Config, tensor_parallel: int, known: Config | None = None) -
     config = config.model_copy(update={"model": task.complete(config.model)})
     infos = whole_model(config.model, tensor_parallel)
     plan = plan_decay(infos, config.optimizer.weight_decay)
-    DecayControl(config, plan)  # its policies, too, must fit the model
+    DecayControl(config, plan)  # its policies must fit the model, too
     return Setup(config, task, infos, plan)

@@ -1,4 +1,4 @@
-"""A run from its recipe to its first update: what is checked, restored and begun."""
+"""Starts a run: everything from its recipe to its first update."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def train(
         until: stop after this step, with a checkpoint, as a trunk that others fork from.
 
     Raises:
-        UsageError, RunError: one line that names the culprit; earlier checkpoints are untouched.
+        UsageError, RunError: one line that names the cause; earlier checkpoints are untouched.
     """
     asked = Asked(run, fork, until, config.precision)
     with grid.together(""):
-        # Everything that can be refused is, before the folder is touched.
+        # Refuse everything that can be refused before the folder is touched.
         prepared = prepare(with_precision(config, grid.device), grid.tensor, known_recipe(run))
         setup, samples = _checked(prepared, asked, grid)
     with _locked(run, grid):
@@ -82,7 +82,7 @@ def train(
 
 
 def _checked(prepared: Setup, asked: Asked, grid: Grid) -> tuple[Setup, SampleSets]:
-    """The setup as it would begin now, and its samples."""
+    """The setup for a start now, and its samples."""
     config = prepared.config
     if config.checkpoint.mirror:
         Mirror(config.checkpoint.mirror, asked.run)
@@ -95,7 +95,7 @@ def _checked(prepared: Setup, asked: Asked, grid: Grid) -> tuple[Setup, SampleSe
 
 @contextmanager
 def _locked(run: Path, grid: Grid) -> Iterator[None]:
-    """One job at a time in a run folder."""
+    """Hold the run folder's lock: one job at a time."""
     lock = RunLock(run)
     try:
         with grid.together(""):
@@ -107,25 +107,25 @@ def _locked(run: Path, grid: Grid) -> Iterator[None]:
 
 
 def _find_whole(setup: Setup, run: Path, grid: Grid) -> list[str]:
-    """Messages of what was put aside so that the newest checkpoint is whole."""
+    """Rename damaged checkpoints so that the newest one is complete, and return messages."""
     fits = partial(misfit, config=setup.config, task=setup.task)
     return find_whole(run / CHECKPOINTS, grid, setup.config.checkpoint.mirror, fits)
 
 
 def _is_done(setup: Setup, origin: Origin, asked: Asked, grid: Grid) -> bool:
-    """Whether nothing is left to do; says so."""
+    """Whether nothing is left to do; prints this."""
     own = origin.own
     done = own is not None and is_complete(asked.run, setup.config, asked.until)
     if not grid.broadcast(done):
         return False
     if grid.is_main and own is not None:
-        text = f"{asked.run}: is at step {own.step} already: nothing is left to do"
+        text = f"{asked.run}: is already at step {own.step}: nothing is left to do"
         print(text, file=sys.stderr, flush=True)
     return True
 
 
 def _write_folder(setup: Setup, origin: Origin, asked: Asked, grid: Grid) -> None:
-    """Say what runs, and bring the run folder to where the run begins."""
+    """Print what runs, and bring the run folder to the step where the run begins."""
     run, config = asked.run, setup.config
     with grid.together(f"{run}"):
         if not grid.is_main:
@@ -145,8 +145,8 @@ def _write_folder(setup: Setup, origin: Origin, asked: Asked, grid: Grid) -> Non
 
 
 def _built(setup: Setup, origin: Origin, grid: Grid) -> tuple[Engine, FaultDetector, str]:
-    """The engine and the detector of faults as the origin has them, and the hash of the weights
-    that the run began with."""
+    """The engine and the fault detector in the origin's state, and the hash of the run's initial
+    weights."""
     with grid.together(""):
         engine = build_engine(setup.config, grid, setup.plan)
     weights = origin.initial_weights(initial_weights(engine.module, grid))
@@ -160,16 +160,17 @@ def _built(setup: Setup, origin: Origin, grid: Grid) -> tuple[Engine, FaultDetec
 def _identified(
     setup: Setup, origin: Origin, run: Path, grid: Grid, weights: str, samples: SampleSets
 ) -> Origin:
-    """Write what may be compared with this run; returns the origin with its jumps."""
+    """Write the hashes that decide what may be compared with this run; return the origin with
+    jumps."""
     with grid.together(f"{run}"):
-        if grid.is_main:  # it alone writes
+        if grid.is_main:  # only this process writes
             origin = with_jumps(origin, run)
             write_identity(run, weights, samples.order, setup.task, setup.config.precision)
     return replace(origin, jumps=grid.broadcast(origin.jumps))
 
 
 def _tracker(setup: Setup, origin: Origin, run: Path, grid: Grid, messages: list[str]) -> Tracker:
-    """The log of the run, with events that came before it."""
+    """The log of the run, with earlier events."""
     tracker = Tracker(run, setup.config, grid.is_main, origin.step)
     for message in messages:
         tracker.log("event", origin.step, {"message": message})
@@ -177,7 +178,7 @@ def _tracker(setup: Setup, origin: Origin, run: Path, grid: Grid, messages: list
 
 
 def _announce(setup: Setup, asked: Asked, grid: Grid) -> None:
-    """One line that says what runs, and a warning where less than possible does."""
+    """Print one line about what runs, and a warning if less than possible is used."""
     run, config = asked.run, setup.config
     count = sum(info.numel for info in setup.infos)
     stage, precision = config.grid.zero_stage, config.precision
@@ -190,4 +191,4 @@ def _announce(setup: Setup, asked: Asked, grid: Grid) -> None:
     for remark in remarks(config):
         warn(remark)
     if precision == "fp32" and resolve_precision(asked.precision, grid.device, 1) == "bf16":
-        warn("precision auto takes fp32 with grid.zero_stage 0; bf16 needs zero_stage 1 or more")
+        warn("precision auto uses fp32 with grid.zero_stage 0; bf16 needs zero_stage 1 or more")

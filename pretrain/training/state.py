@@ -1,4 +1,4 @@
-"""A run under way: what the loop and all that happens between its updates hand around."""
+"""The state of a running training, which the loop and the work between updates share."""
 
 from __future__ import annotations
 
@@ -19,40 +19,42 @@ from pretrain.training.faults import FaultDetector
 from pretrain.training.setup import Setup
 
 GENERATION = "generation"
-"""Key of a checkpoint's state: what an imported model says of its special tokens."""
+"""Key of a checkpoint's state: the special tokens of an imported model."""
 
 
 @dataclass(frozen=True)
 class SampleSets:
-    """What a run trains on and is scored on."""
+    """The samples on which a run is trained and scored."""
 
     training: Samples
-    """Of a run without jumps."""
+    """Training samples of a run without jumps."""
     held_out: Any
-    """For evaluation during training."""
+    """Held-out samples for evaluation during training."""
     order: str
     """Hash of the training samples' order (`pretrain.runs.identity`)."""
 
 
 @dataclass
 class Moving:
-    """What changes while a run trains, beside the engine, the log and the checkpoints."""
+    """The part of the state that changes during training, apart from engine, log and
+    checkpoints."""
 
     jumped: list[int]
     """Blocks of samples that are left out (`pretrain.training.faults.block_of`)."""
     owes_evaluation: bool = False
-    """Whether a signal cut the evaluation after the last update short: the next start makes it."""
+    """Whether a signal cut the evaluation after the last update short, so the next start makes
+    it."""
     went_back: int = 0
-    """Times since the last checkpoint that was reached."""
+    """How often the run went back since the last new checkpoint."""
     held_out_loss: tuple[int, float] = (-1, 0.0)
     """(step, loss) of the last evaluation."""
     unwritten: dict[int, list[Row]] = field(default_factory=dict)
-    """Measurements that the disk did not take, by step."""
+    """Measurements that could not be written to disk, by step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A run under way, on this rank: its parts, and what moves."""
+    """A running training on this process: its fixed parts, and its changing state."""
 
     engine: Engine
     setup: Setup
@@ -65,12 +67,12 @@ class Training:
     until: int | None
     initial_weights: str
     generation: dict[str, Any] | None
-    """Of the imported model that the run began with (`models.generation`)."""
+    """Special tokens of the imported model with which the run began (`models.generation`)."""
     moving: Moving
 
     @property
     def last(self) -> int:
-        """The step that training ends with, this time."""
+        """The last step of this start."""
         return self.until or self.config.train.steps
 
     @property
@@ -84,11 +86,11 @@ class Training:
         return self.engine.grid
 
     def is_due(self, section: str, step: int) -> bool:
-        """Whether a section's interval ends at a step, or the run does."""
+        """Whether a section's interval, or the run, ends at a step."""
         return step % self.config.interval(section) == 0 or step == self.last
 
     def say(self, step: int, message: str, warning: bool = True) -> None:
-        """An event: in the metrics, and on standard error."""
+        """Report an event in the metrics and on standard error."""
         self.tracker.log("event", step, {"message": message})
         if warning and self.grid.is_main:
             warn(f"step {step}: {message}")

@@ -258,7 +258,7 @@ def test_full_disk_at_a_checkpoint(data: Path, tmp_path: Path) -> None:
         done = pretrain(*words, "--out", str(disk / "run"))
         assert done.returncode == 1, done.stderr
         assert "step 4: checkpoint at step 4 not written" in done.stderr
-        assert "training goes on" in done.stderr
+        assert "training continues" in done.stderr
         culprits = ("checkpoint at step 6", "No space left", "free space")
         assert_one_line(done.stderr, culprits)
         left = list_checkpoints(disk / "run" / "checkpoints")
@@ -280,6 +280,6 @@ def test_file_limit_at_a_checkpoint(data: Path, tmp_path: Path) -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert done.stderr.count("training goes on") == 2  # after steps 2 and 4
+    assert done.stderr.count("training continues") == 2  # after steps 2 and 4
     assert_one_line(done.stderr, ("checkpoint at step 6", "too large"))
     assert not list((out / "checkpoints").iterdir())

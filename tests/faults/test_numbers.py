@@ -99,7 +99,7 @@ def test_several_bad_updates_send_the_run_back_and_past_their_samples(
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert any(
-        "went back to step 4 and past samples 32-39, 40-47, 48-55" in text
+        "went back to step 4 and left out samples 32-39, 40-47, 48-55" in text
         for text in events_of(run)
     ), events_of(run)
     assert json.loads((run / JUMPS).read_text()) == [4, 5, 6]

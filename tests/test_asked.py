@@ -20,7 +20,8 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from pretrain.config.recipe import Config, differences, load_config, value_at, with_values
+from pretrain.config.compare import differences
+from pretrain.config.recipe import Config, load_config, value_at, with_values
 from pretrain.decay.plan import plan_decay
 from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError

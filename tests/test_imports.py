@@ -142,3 +142,9 @@ def test_no_two_classes_share_a_name() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(name)
     assert not {name: where for name, where in homes.items() if len(where) > 1}
+
+
+def test_no_file_is_longer_than_a_person_reads() -> None:
+    """A file of more than 400 lines is two."""
+    lengths = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert not {name: length for name, length in lengths.items() if length > 400}

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
     PrivateAttr,
@@ -275,10 +274,6 @@ class Config(Section):
         return every
 
 
-SCIENCE = ("seed", "model", "task", "data", "train", "optimizer", "precision")
-"""Sections that a resumed run must keep; others (grid, logging, ...) may change."""
-
-
 def load_config(
     path: Path, overrides: list[str] | None = None, code: Iterable[Path] | None = None
 ) -> Config:
@@ -399,27 +394,3 @@ def _value_in(tree: Any, key: str) -> Any:
 def dump_config(config: Config) -> str:
     """The whole tree as YAML, defaults included."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
-
-
-def differences(old: Config, new: Config, sections: tuple[str, ...] = SCIENCE) -> dict[str, Any]:
-    """Dotted keys whose values differ, with both values."""
-    return {
-        key: (before, after)
-        for section in sections
-        for key, (before, after) in _differ(
-            section, _plain(getattr(old, section)), _plain(getattr(new, section))
-        ).items()
-    }
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-
-
-def _differ(key: str, old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for part in {**old, **new}:
-            found |= _differ(f"{key}.{part}", old.get(part), new.get(part))
-        return found
-    return {} if old == new else {key: (old, new)}

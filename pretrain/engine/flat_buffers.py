@@ -23,7 +23,7 @@ SMALLEST = 1 << 20
 
 
 @dataclass(frozen=True)
-class Piece:
+class OwnedPiece:
     """The part of one parameter that this process owns: elements of a master, and their place."""
 
     parameter: nn.Parameter
@@ -42,7 +42,7 @@ class Owner:
     """1-D float32, empty if this process has none; its ``grad`` is a view of the buffer's."""
     parameters: list[nn.Parameter]
     """All parameters in it on any process."""
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[OwnedPiece] = field(default_factory=list)
 
 
 class FlatBuffer:
@@ -103,7 +103,7 @@ class FlatBuffer:
             start = self._starts[id(one)]
             begin, end = max(start, low), min(start + one.numel(), high)
             if end > begin:
-                owner.pieces.append(Piece(one, begin - start, begin - low, end - begin))
+                owner.pieces.append(OwnedPiece(one, begin - start, begin - low, end - begin))
         return owner
 
     def own_gradients(self, counted: set[int]) -> list[Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pretrain.config.recipe import differences, value_at
+from pretrain.config.compare import differences
+from pretrain.config.recipe import value_at
 from pretrain.report.cells import Cell, DataTable
 from pretrain.report.load import Study
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.recipe import SCIENCE, differences, value_at
+from pretrain.config.compare import SCIENCE, differences
+from pretrain.config.recipe import value_at
 from pretrain.errors import RunError, UsageError
 from pretrain.report.comparable import check_same, mixed, with_comparable_scores
 from pretrain.report.runs import RunData, load_run

@@ -15,7 +15,8 @@ from typing import Any
 
 from data_pipeline.files import read_small
 from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints, step_of
-from pretrain.config.recipe import Config, differences
+from pretrain.config.compare import differences
+from pretrain.config.recipe import Config
 from pretrain.decay.plan import DecayPlan
 from pretrain.errors import RunError, UsageError
 from pretrain.runs.folder import CONFIG, EVALUATION, decay_changes, recipe_of

@@ -32,7 +32,8 @@ from pretrain.checkpoint.reader import (
     run_id_of,
     step_of,
 )
-from pretrain.config.recipe import Config, differences, dump_config, load_config
+from pretrain.config.compare import differences
+from pretrain.config.recipe import Config, dump_config, load_config
 from pretrain.decay.plan import DecayDifference, DecayPlan, compare, plan_from
 from pretrain.decay.registry import POLICIES
 from pretrain.errors import RunError, UsageError

@@ -57,7 +57,7 @@ LONG_FILES = (
     "test_report", "test_resume", "test_decay_applied", "test_grid_gradients", "test_bf16",
     "test_bombs", "test_report_names", "test_report_numbers", "test_damaged_folders",
     "test_source_limits", "test_two_at_once", "test_team", "test_elastic", "test_launch",
-    "test_data", "test_skipped", "test_plan",
+    "test_data", "test_skipped", "test_plan", "test_adopt", "test_extending", "test_own_task",
 )  # fmt: skip
 """Files that take more than five seconds of CPU, about the longest first (`--cpu-times` tells)."""
 

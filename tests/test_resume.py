@@ -77,7 +77,8 @@ def test_a_run_moves_between_grids(data: Path, tmp_path: Path) -> None:
         recipes[dialect]["model"] |= DIALECTS[dialect]
         recipes[dialect]["train"]["steps"] = LEG * len(GRIDS)
         recipes[dialect]["checkpoint"] = {"every": LEG, "keep": 0}
-        recipes[dialect] |= {"ranks": {"every": 50}, "evaluation": {"every": 50, "at_end": "none"}}
+        recipes[dialect]["ranks"] = {"every": 50}
+        recipes[dialect]["evaluation"] = {"every": 50, "documents": 2, "at_end": "none"}
     still = [
         {"recipe": recipe, "run": str(tmp_path / f"{name}-still")}
         for name, recipe in recipes.items()

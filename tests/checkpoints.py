@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, sealed
-from pretrain.checkpoint.reader import CHECKPOINTS, RUN_ID, checkpoint_name
+from pretrain.checkpoint.manifest import (
+    MANIFEST,
+    MASTER,
+    describe,
+    sealed,
+)
+from pretrain.checkpoint.reader import (
+    CHECKPOINTS,
+    RUN_ID,
+    Checkpoint,
+    checkpoint_name,
+)
+from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.tensor_file import write_tensors
 from pretrain.config.recipe import Config, parse_config
+from pretrain.config.run import CheckpointConfig
 from pretrain.decay.plan import DecayPlan, plan_decay
 from pretrain.engine.engine import whole_model
 from tests.tools import base_recipe
@@ -91,3 +107,68 @@ def write_run(run: Path, steps: tuple[int, ...], parts: int = 2, run_id: str = "
         write_checkpoint(run, step, parts, run_id)
     (run / RUN_ID).write_text(run_id)
     return run / CHECKPOINTS
+
+
+STEPS = (2, 4, 6, 8)
+
+
+def retain(folder: Path, **settings: int) -> None:
+    """What a saver does to older checkpoints after a new one."""
+    saver = SimpleNamespace(folder=folder, settings=CheckpointConfig(**settings), _pusher=None)
+    Saver._retain(saver)  # type: ignore[arg-type]
+
+
+def same_values(checkpoint: Checkpoint) -> None:
+    for name, entry in checkpoint.parameters.items():
+        numel = 1
+        for length in entry["shape"]:
+            numel *= length
+        assert checkpoint.full(name).reshape(-1).equal(values_of(name, numel, checkpoint.step))
+
+
+def contents(folder: Path) -> Counter[str]:
+    """How often each content is there, under whatever name."""
+    return Counter(
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Links as links; without pipes and devices."""
+
+    def odd(where: str, names: list[str]) -> list[str]:
+        paths = {name: Path(where) / name for name in names}
+        return [n for n, p in paths.items() if not (p.is_symlink() or p.is_dir() or p.is_file())]
+
+    shutil.copytree(source, target, symlinks=True, ignore=odd)
+
+
+def copy_as(name: str) -> Callable[[Path], Path]:
+    def put(folder: Path) -> Path:
+        copy_tree(folder / "step-00000004", folder / name)
+        return folder / name
+
+    return put
+
+
+def put_file(folder: Path) -> Path:
+    (folder / "step-00000010").write_text("notes")
+    return folder / "step-00000010"
+
+
+def put_folder(folder: Path) -> Path:
+    (folder / "step-00000010").mkdir()
+    (folder / "step-00000010/plan.txt").write_text("notes")
+    return folder / "step-00000010"
+
+
+def put_link(folder: Path) -> Path:
+    (folder / "step-00000010").symlink_to(folder / "step-00000002")
+    return folder / "step-00000010"
+
+
+def put_dangling(folder: Path) -> Path:
+    (folder / "step-00000010").symlink_to(folder / "nowhere")
+    return folder / "step-00000010"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -13,7 +15,9 @@ from models.config import GPTConfig
 from models.gpt import GPT
 from models.importing import ForeignModel
 from models.layers import ParameterFactory
-from models.roles import info_of
+from models.roles import ModelError, info_of
+from pretrain.config.run import RanksConfig
+from pretrain.offline.ranks import find_weights, means, measure_weights
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2,
@@ -74,3 +78,25 @@ def our_logits(folder: Path, tokens: torch.Tensor, allow_unused: bool = False) -
             parameter.zero_()
             parameter[: len(values)] = values
         return model(tokens).transpose(0, 1)[..., : config.vocabulary_size]
+
+
+ATTENTION = "model.layers.1.self_attn."
+
+TOKENS = torch.arange(64).reshape(2, 32) % 400
+
+
+def refused(folder: Path, *culprits: str, importing: bool = True) -> None:
+    """`ranks` and `import` refuse the model in one line that names the culprits."""
+    actions: list[Callable[[], Any]] = [lambda: measure(folder)]
+    if importing:
+        actions.append(lambda: our_logits(folder, TOKENS))
+    for action in actions:
+        with pytest.raises(ModelError) as caught:
+            action()
+        text = str(caught.value)
+        assert "\n" not in text and all(one in text for one in culprits), text
+
+
+def measure(folder: Path, **options: Any) -> dict[str, float]:
+    rows, _ = measure_weights(find_weights(str(folder), **options), RanksConfig())
+    return means(rows)

@@ -24,7 +24,7 @@ import zstandard
 from pretrain.checkpoint.reader import CHECKPOINTS
 from tests.bombs import KINDS, Bomb
 from tests.foreign import llama_tensors, write_model
-from tests.test_tokenizers import byte_level
+from tests.tokenizer_files import byte_level
 from tests.tools import ROOT, base_recipe, environment, write_recipe, write_sweep
 from tests.warm import run_warm
 

@@ -20,7 +20,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from pretrain.checkpoint.manifest import MANIFEST, sealed
 from pretrain.checkpoint.reader import list_checkpoints
 from pretrain.offline.model_card import write_tokenizer
-from tests.test_tokenizers import EOD, TEXTS, byte_level, write_texts
+from tests.tokenizer_files import EOD, TEXTS, byte_level, write_texts
 from tests.tools import assert_one_line, base_recipe, run, write_recipe
 from tests.transformers_models import transformers
 

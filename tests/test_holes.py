@@ -12,7 +12,7 @@ from data_pipeline.manifest import load_manifest
 from data_pipeline.prepare import tokenize_sources
 from pretrain.runs.metrics import read_metrics
 from tests.conftest import write_jsonl
-from tests.test_tokenizers import FILLED, byte_level
+from tests.tokenizer_files import FILLED, byte_level
 from tests.tools import base_recipe, run, write_recipe
 
 

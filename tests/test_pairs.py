@@ -18,7 +18,7 @@ from data_pipeline.index_file import TYPES
 from data_pipeline.manifest import load_manifest
 from data_pipeline.pairs import read_pair
 from data_pipeline.records import DataError
-from tests.test_tokenizers import byte_level
+from tests.tokenizer_files import byte_level
 from tests.tools import assert_one_line, run
 
 CODES = {name: code for code, name in TYPES.items()}

@@ -13,17 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 from scipy import stats
 
-from models.factors import AttentionShape, Factors
-from pretrain.config.run import RanksConfig
-from pretrain.offline.ranks import print_ranks
-from pretrain.ranks.probe import layer_rows
-from pretrain.ranks.table import add_ranks, read_ranks
 from pretrain.report import write_report
-from pretrain.report.compare import holm, t_test
 from tests.fake_runs import STEPS, SUBSETS, recipe, write_run, write_study
 
 Rows = list[dict[str, str]]
@@ -35,86 +28,7 @@ def report(folder: Path, out: Path, **more: Any) -> dict[str, Rows]:
     return {path.stem: list(csv.DictReader(path.open())) for path in out.glob("*.csv")}
 
 
-# --- the tests ------------------------------------------------------------------------------
-
-
-def closed_form(t: float, freedom: int) -> float:
-    """Two-sided p of Student's t: integrals that have a closed form."""
-    if freedom == 1:
-        return 1 - 2 * math.atan(t) / math.pi
-    if freedom == 2:
-        return 1 - t / math.sqrt(2 + t * t)
-    angle = math.atan(t / math.sqrt(3))
-    return 1 - 2 * (angle + math.sin(angle) * math.cos(angle)) / math.pi
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_t_against_scipy_and_closed_forms(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    n = int(rng.integers(2, 9))
-    scale = 10.0 ** rng.uniform(-200, 200)
-    a, b = rng.normal(0, scale, n), rng.normal(0.5 * scale * rng.random(), scale, n)
-    found = t_test(list(zip(a.tolist(), b.tolist(), strict=True)))
-    wanted = stats.ttest_rel(a / scale, b / scale)
-    low, high = wanted.confidence_interval(0.95)
-    assert found.n == n
-    assert found.mean / scale == pytest.approx((a / scale - b / scale).mean(), rel=1e-9)
-    assert found.p == pytest.approx(wanted.pvalue, rel=1e-9)
-    assert (found.low / scale, found.high / scale) == pytest.approx((low, high), rel=1e-9)
-    if n <= 4:
-        gaps = a / scale - b / scale
-        t = abs(gaps.mean()) / (gaps.std(ddof=1) / math.sqrt(n))
-        assert found.p == pytest.approx(closed_form(t, n - 1), rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    "pairs",
-    [
-        [],
-        [(1.0, 2.0)],
-        [(1.0, 2.0), (1.0, 2.0)],
-        [(0.5, 0.5)] * 4,
-        [(0.1 + 0.2, 0.2), (0.3, 0.2)],  # equal up to rounding
-        [(127 / 384, 128 / 384), (63 / 384, 64 / 384), (0.25 - 1 / 384, 0.25)],
-        [(1e304, 1e304 / 2)] * 2,
-        [(1e-300, 2e-300)] * 3,
-    ],
-)
-def test_no_variance_no_test(pairs: list[tuple[float, float]]) -> None:
-    found = t_test(pairs)
-    assert found.n == len(pairs)
-    assert all(math.isnan(value) for value in (found.low, found.high, found.p))
-    assert math.isnan(found.mean) == (not pairs)
-
-
-def test_p_is_never_zero() -> None:
-    """Neither a huge t nor many pairs make it 0."""
-    rng = np.random.default_rng(0)
-    for n in (2, 3, 50, 400):
-        a = 1.0 + 1e-9 * rng.normal(size=n)
-        found = t_test([(value, 0.0) for value in a.tolist()])
-        assert 0 < found.p < 1e-4 and found.low <= found.mean <= found.high
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_holm_by_closed_testing(seed: int) -> None:
-    """p of a hypothesis: the largest Bonferroni p over all sets that contain it."""
-    rng = np.random.default_rng(seed)
-    p = [float(x) if rng.random() > 0.2 else math.nan for x in rng.random(6) ** 3]
-    known = [i for i, value in enumerate(p) if not math.isnan(value)]
-    for index, corrected in enumerate(holm(p)):
-        if math.isnan(p[index]):
-            assert math.isnan(corrected)
-            continue
-        others = [i for i in known if i != index]
-        worst = 0.0
-        for mask in range(1 << len(others)):
-            chosen = [index, *(o for bit, o in enumerate(others) if mask >> bit & 1)]
-            worst = max(worst, min(1.0, len(chosen) * min(p[i] for i in chosen)))
-        assert corrected == pytest.approx(worst)
-
-
-# --- a whole report -------------------------------------------------------------------------
+# --- a whole report ------------------------------------------------------------------------------
 
 
 class Hand:
@@ -280,7 +194,7 @@ def test_every_number(tmp_path: Path, seed: int) -> None:
     check_study(tmp_path / "runs", tables, decays, rotary=bool(seed % 2))
 
 
-# --- stars ----------------------------------------------------------------------------------
+# --- stars ---------------------------------------------------------------------------------------
 
 
 def stars(folder: Path, out: Path) -> dict[str, int]:
@@ -335,7 +249,8 @@ def test_a_star_is_what_its_caption_says(tmp_path: Path) -> None:
     assert len(set(found.values())) == 1 and found["csv"] >= 3, found
 
 
-# --- λ, and what a condition is -------------------------------------------------------------
+# --- λ, and what a condition is ------------------------------------------------------------------
+
 
 WINDOW = {"kind": "schedule", "roles": ["attention"], "shape": "window", "stop": 0.5}
 
@@ -436,61 +351,3 @@ def test_a_comparison_without_p_is_said(tmp_path: Path) -> None:
     notes = [row["note"] for row in report(folder, tmp_path / "csv")["notes"]]
     (note,) = (note for note in notes if "Holm" in note)
     assert note.startswith("bits/byte: no p for attention = 3") and "2 of 3" in note
-
-
-# --- balance --------------------------------------------------------------------------------
-
-
-def test_balance_has_one_meaning() -> None:
-    """Log, `ranks` and report: of groups where heads share keys."""
-    from pretrain.offline.ranks import means
-    from pretrain.ranks.probe import summary
-
-    rows = [
-        {"layer": 0, "product": product, "level": level, "head": head, "pseudo_rank": 0.5,
-         "balance": value, "discrepancy": 1.0, "frobenius_bound": 2.0, "nonfinite": False}
-        for product in ("qk", "vp")
-        for level, count, value in (("head", 4, 0.887), ("group", 2, 0.930))
-        for head in range(count)
-    ]  # fmt: skip
-    for product in ("qk", "vp"):
-        key = f"balance_{product}"
-        assert summary(rows)[key] == pytest.approx(means(rows)[key]) == pytest.approx(0.930)
-    heads = [row for row in rows if row["level"] == "head"]
-    assert summary(heads)["balance_qk"] == pytest.approx(0.887)
-
-
-def rows_of(scale: float, normed: bool = False, bad: bool = False) -> list[dict[str, Any]]:
-    """A layer's rows from random factors of a scale, perhaps with a weight that is not finite."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return scale * torch.randn(*shape, generator=generator)
-
-    factors = Factors(draw(2, 1, 4, 8), draw(2, 4, 8), draw(2, 4, 8), draw(2, 1, 8, 4))
-    if bad:
-        factors.query[1, 0, 2, 3] = math.nan
-    shape = AttentionShape(1, 2, 2, 4, 8, rotary_dim=0, qk_norm=normed)
-    return layer_rows(factors, [0, 1], 0, shape, None, RanksConfig(spectra=True))
-
-
-def test_spectra_of_small_weights_are_stored(tmp_path: Path) -> None:
-    """Weights of 1e-30 have products of 1e-60, which float32 does not hold."""
-    small, usual = rows_of(1e-30), rows_of(1.0)
-    add_ranks(tmp_path, 0, [{"step": 0, **row} for row in small], RanksConfig())
-    stored = {(r["product"], r["head"]): r for r in read_ranks(tmp_path)}
-    for one in usual:
-        found = np.array(stored[one["product"], one["head"]]["singular_values"])
-        wanted = np.array(one["singular_values"])
-        np.testing.assert_allclose(found * 1e60, wanted, rtol=1e-5)
-        assert (found > 0).all()
-
-
-def test_why_a_statistic_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    """QK-norm is said of models that have it, lost weights of those that lost some."""
-    for normed, bad in ((False, False), (True, False), (False, True), (True, True)):
-        print_ranks([{**row, "step": 0} for row in rows_of(1.0, normed, bad)], as_json=False)
-        out = capsys.readouterr().out
-        assert ("normalised" in out) == normed
-        assert ("1 of 4 products have weights that are not finite" in out) == bad
-        assert ("layer 0, qk, head 1" in out) == bad

@@ -30,7 +30,7 @@ from data_pipeline.records import DataError, Unreadable
 from data_pipeline.sources import find_sources
 from data_pipeline.tokenize import tokenize
 from tests.source_fuzz import one_case
-from tests.test_sources import TEXTS, lines, used, write
+from tests.sources import TEXTS, lines, used, write
 from tests.tools import assert_one_line, environment, run
 
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from tests.foreign import llama_tensors, write_model
 from tests.test_adopt import encoded, write_pair
-from tests.test_tokenizers import byte_level
+from tests.tokenizer_files import byte_level
 from tests.tools import ROOT as REPOSITORY
 from tests.tools import TIMED, base_recipe, run, run_processes, write_recipe
 from tests.verbs import all_verbs

@@ -20,7 +20,7 @@ from pretrain.distributed.signals import SIGNALS, Stopped
 
 app = typer.Typer(
     help="Pretrain transformers on the Pile with decoupled attention decay, and measure the rank "
-    "of attention while they train.",
+    "of attention during training.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -88,7 +88,7 @@ def is_tied_copy(parameter: nn.Parameter) -> bool:
 
 
 def norm_in_step(engine: Any) -> float:
-    """Global norm of the gradient before clipping, where the optimizer's step is under way."""
+    """Global norm of the gradient before clipping, during the optimizer's step."""
     if isinstance(engine, FlatUpdate):
         return float(engine.gradient_norm)
     holder = engine if is_replicated(engine) else engine.optimizer

@@ -274,8 +274,8 @@ ENTRIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a bound": ({"final": -1}, ("policies.0.final", "-1")),
     "no roles": ({"roles": []}, ("policies.0.roles",)),
     "not a number": ({"deepest": True}, ("deepest: must be a number",)),
-    "no class": ({"kind": "layer_cosine.py"}, ("no policy", "FILE.py:CLASS")),
-    "no file": ({"kind": "sub:LayerCosine"}, ("no policy", "rank_target")),
+    "no class": ({"kind": "layer_cosine.py"}, ("not a policy", "FILE.py:CLASS")),
+    "no file": ({"kind": "sub:LayerCosine"}, ("not a policy", "rank_target")),
     "a folder": ({"kind": "folder.py:LayerCosine"}, ("folder.py", "cannot be read")),
 }
 

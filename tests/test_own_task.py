@@ -98,7 +98,7 @@ def test_samples_that_are_wrong(case: str, tmp_path: Path) -> None:
     ({"kind": "own"}, "task.own: set it exactly if task.kind is own"),
     ({"kind": "text", "own": ENTRY}, "task.own: set it exactly if task.kind is own"),
     ({"kind": "own", "own": {}}, "task.own.kind: missing"),
-    ({"kind": "own", "own": {"kind": "sums"}}, "task.own.kind: 'sums' is no task"),
+    ({"kind": "own", "own": {"kind": "sums"}}, "task.own.kind: 'sums' is not a task"),
     ({"kind": "own", "own": {"kind": "none.py:Parity"}}, "task.own.kind: "),
     ({"kind": "own", "own": {**ENTRY, "held_out_sed": 1}}, "did you mean held_out_seed"),
     ({"kind": "own", "own": {**ENTRY, "held_out_seed": -1}}, "task.own.held_out_seed"),

@@ -93,7 +93,7 @@ def changes(config: Config) -> list[tuple[str, Any]]:
     return found
 
 
-UNCHANGEABLE = {"data.path", "model.image_size", "task.kind"}
+UNCHANGEABLE = {"data.path", "model.image_size", "task.kind", "task.own", "logging.trackers"}
 """Keys that no value but theirs may have in this recipe."""
 
 

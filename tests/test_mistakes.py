@@ -106,9 +106,19 @@ RECIPE_MISTAKES: dict[str, tuple[Change, tuple[str, ...]]] = {
         lambda r: r.update(grid={"tensor_parallel": 2}),
         ("tensor_parallel", "torchrun"),
     ),
-    "bf16 without ZeRO": (
-        lambda r: r.update(precision="bf16", grid={"zero_stage": 0}),
+    "bf16 without ZeRO in DeepSpeed": (
+        lambda r: r.update(precision="bf16", grid={"zero_stage": 0}, speed={"update": "deepspeed"}),
         ("zero_stage", "1"),
+    ),
+    "flat buffers under ZeRO 2": (
+        lambda r: r.update(grid={"zero_stage": 2}, speed={"update": "flat"}),
+        ("speed.update", "zero_stage 2", "auto"),
+    ),
+    "flat buffers with a key of DeepSpeed": (
+        lambda r: r.update(
+            speed={"update": "flat"}, deepspeed={"zero_optimization": {"overlap_comm": False}}
+        ),
+        ("speed.update", "deepspeed", "auto"),
     ),
     "bf16 without masters": (lambda r: r.update(precision="bf16-true"), ("master", "bf16")),
     "bf16 without masters, raw": (

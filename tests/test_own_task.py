@@ -57,8 +57,8 @@ def test_the_example_trains_and_is_scored(
     done = pretrain("evaluate", str(tmp_path / "moved"), "--documents", "50")
     assert done.returncode == 2
     assert_one_line(done.stderr, ("task.own: parity.py:Parity", "--code"))
-    words = ("--code", str(tmp_path / "parity.py"), "--documents", "50", "--json")
-    done = pretrain("evaluate", str(tmp_path / "moved"), *words)
+    more = ["--code", str(tmp_path / "parity.py"), "--documents", "50", "--json"]
+    done = pretrain("evaluate", str(tmp_path / "moved"), *more)
     assert done.returncode == 0, done.stderr[-2000:]
     last = read_metrics(one, "evaluation")[-1]
     assert json.loads(done.stdout)["overall"]["loss"] == pytest.approx(last["loss"], rel=1e-6)
@@ -77,6 +77,12 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "a sample that fails": ("return bits, labels", "return bits[99], labels", "IndexError"),
     "answers": ("return 2\n", "return 'two'\n", "answers returns 'two'"),
     "training fails": ("return Bits(seed, model.context)", "return Bits(seed)", "training fails"),
+    "other numbers of labels": (
+        "labels[-1] =",
+        "labels[number % 3 - 3 :] =",
+        "and an earlier one 3",
+    ),
+    "no label": ("labels[-1] =", "labels[:0] =", "sample 0 has 0 labels; every"),
     "held-out fails": ("Bits(self.config.held_out_seed", "Bits(self.seed", "held_out fails"),
 }
 
@@ -92,6 +98,31 @@ def test_samples_that_are_wrong(case: str, tmp_path: Path) -> None:
         task = open_task(config)
         task.training(config), task.held_out(config)
     assert culprit in str(error.value) and "\n" not in str(error.value)
+
+
+def test_samples_of_several_labels_are_scored_by_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of_parity(tmp_path)
+    (tmp_path / "parity.py").write_text(
+        TASK.replace("labels[-1] = bits.sum() % 2", "labels[-4:] = bits[-4:]")
+    )
+    found = []
+    for micro in (16, 2):
+        out = tmp_path / f"micro-{micro}"
+        words = (
+            "train.steps=40",
+            "evaluation.every=40",
+            f"train.micro_batch={micro}",
+            "optimizer.learning_rate=1e-2",
+        )
+        assert run(monkeypatch, "train", str(recipe), *words, "--out", str(out)) == 0
+        last = read_metrics(out, "evaluation")[-1]
+        # What stands in the input is learned: the held-out loss is that of training.
+        assert last["accuracy"] <= 1.0
+        assert last["loss"] == pytest.approx(losses_of(out)[-1], abs=0.2)
+        found.append(losses_of(out))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("task", "culprit"), [

@@ -120,7 +120,11 @@ def _measure(
         nats = score(module, grid, config.model, chosen, eod, batch, stride, report)
         body = {"stride": stride or config.model.context, **summarize(chosen, nats)}
     else:
-        body = task.figures(module, grid, config, task.held_out(config, everything=True), report)
+        everything = documents is None
+        if documents is not None:
+            fewer = {"evaluation": config.evaluation.model_copy(update={"documents": documents})}
+            config = config.model_copy(update=fewer)
+        body = task.figures(module, grid, config, task.held_out(config, everything), report)
     progress.close()
     return {**header, **body}
 

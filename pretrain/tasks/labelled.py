@@ -56,7 +56,7 @@ class Labelled:
         batch = config.evaluation.batch
         count = len(chosen)
         rounds = -(-count // (batch * grid.data))
-        totals = torch.zeros(2, dtype=torch.float64)
+        totals = torch.zeros(3, dtype=torch.float64)
         was_training = module.training
         module.eval()
         with torch.no_grad():
@@ -77,12 +77,12 @@ class Labelled:
         if grid.world_size > 1:
             totals = totals.to(grid.device)
             dist.all_reduce(totals)
-        loss, right = (totals / count).tolist()
+        loss, right = (totals[:2] / totals[2]).tolist()
         return {"overall": {"samples": count, "loss": loss, "accuracy": right}, "subsets": {}}
 
 
 def _scored(projection: Projection, labels: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Sums of (loss, correct answers) over a batch, on one process of the tensor-parallel group.
+    """Sums over a batch of (loss, correct answers, answers), on one tensor-parallel process.
 
     Args:
         labels: ``[batch, sequence]``, below 0 at positions that do not count.
@@ -99,5 +99,6 @@ def _scored(projection: Projection, labels: torch.Tensor, grid: Grid) -> torch.T
         answer = every[:, 1].gather(0, winner)[0].long()
     losses = token_losses(projection, targets.clamp_min(0))
     asked = targets >= 0
-    sums = torch.stack([losses[asked].double().sum(), (answer == targets)[asked].double().sum()])
-    return sums.cpu() if grid.tensor_rank == 0 else torch.zeros(2, dtype=torch.float64)
+    counted = (losses[asked], (answer == targets)[asked], asked)
+    sums = torch.stack([one.double().sum() for one in counted])
+    return sums.cpu() if grid.tensor_rank == 0 else torch.zeros(3, dtype=torch.float64)

@@ -35,6 +35,8 @@ class OwnTask(Labelled):
         if missing := SAMPLE_TASKS.absent(section):
             raise UsageError(f"task.own: {missing}")
         self._extension, self.source = SAMPLE_TASKS.own_of(section), section.kind
+        self._labels = 0
+        """Labels of each sample; 0 before the first is read."""
         self._inner = self._ask("__init__", lambda: SAMPLE_TASKS.class_of(section)(section))
         self.answers = self._ask("answers", self._inner.answers)
         if isinstance(self.answers, bool) or not isinstance(self.answers, int) or self.answers < 2:
@@ -82,7 +84,18 @@ class OwnTask(Labelled):
                     f"sample {number}: {name} range from {part.min()} to {part.max()}, but answers "
                     f"is {self.answers}"
                 )
+        self._check_labels(number, int((labels >= 0).sum()))
         return inputs.astype(np.int64), labels.astype(np.int64)
+
+    def _check_labels(self, number: int, count: int) -> None:
+        """Refuse what would make the mean loss depend on how samples are put together."""
+        first, self._labels = self._labels or count, self._labels or count
+        if count == 0 or count != first:
+            other = "" if count == first else f" and an earlier one {first}"
+            raise self._wrong(
+                f"sample {number} has {count} labels{other}; every sample must have the same "
+                "number of them, at least 1 (positions without one have label -1)"
+            )
 
     def _ask(self, what: str, call: Callable[[], Answer]) -> Answer:
         try:

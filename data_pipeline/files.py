@@ -128,7 +128,7 @@ def locked(folder: Path) -> Iterator[None]:
         DataError: if another process holds the lock, or the folder is a run folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = _open_lock(folder / LOCK)
+    descriptor = open_lock(folder / LOCK)
     try:
         _take(descriptor, folder)
         refuse_run(folder)
@@ -156,7 +156,7 @@ def held(path: Path, patience: float = 0.0) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            descriptor = _open_lock(lock)
+            descriptor = open_lock(lock)
         except OSError as error:
             raise type(error)(error.errno, error.strerror, str(path)) from None
         try:
@@ -185,9 +185,23 @@ def refuse_run(folder: Path) -> None:
         raise DataError(f"{folder}: is a run folder; choose another --out")
 
 
-def _open_lock(path: Path) -> int:
-    """Refuse a link: it may lead to somebody else's file."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+def open_lock(path: Path, mode: int = 0o644) -> int:
+    """The file that is locked, made if there is none; not through a link to somebody else's.
+
+    Raises:
+        OSError: that names the file, also if a link, a pipe or a device lies in its place.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ENXIO, "a link, not a regular file", str(path)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ENXIO, "not a regular file", str(path))
+    return descriptor
 
 
 def _take(descriptor: int, what: Path, patience: float = 0.0) -> None:

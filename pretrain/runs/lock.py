@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from data_pipeline.files import refuse_run, write_aside
+from data_pipeline.files import open_lock, open_regular, refuse_run, write_aside
 from pretrain.console import warn
 from pretrain.errors import RunError
 
@@ -113,8 +113,7 @@ def _write_all(files: dict[Path, bytes]) -> None:
 
 def _open(folder: Path) -> IO[str]:
     """The file that is locked."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.fdopen(os.open(folder / LOCK, flags, 0o666), "r+", encoding="utf-8")
+    return os.fdopen(open_lock(folder / LOCK, 0o666), "r+", encoding="utf-8")
 
 
 def _sign(file: IO[str]) -> None:
@@ -135,7 +134,7 @@ def _warn_no_locks(folder: Path, error: OSError) -> None:
 def is_busy(run: Path) -> bool:
     """Whether a process trains in the folder now; where there are no locks, nobody is known to."""
     try:
-        with (run / LOCK).open(encoding="utf-8") as file:
+        with open_regular(run / LOCK) as file:
             return not _try(file, fcntl.LOCK_SH)
     except OSError as error:
         if error.errno in (errno.ENOENT, *_NO_LOCKS):
@@ -146,7 +145,7 @@ def is_busy(run: Path) -> bool:
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
-def _try(file: IO[str], kind: int, pause: float = 0.0) -> bool:
+def _try(file: IO[Any], kind: int, pause: float = 0.0) -> bool:
     """Take a lock if it is free after a pause; it goes when the file is closed.
 
     Raises:

@@ -12,6 +12,7 @@ from pretrain.report.compare import uncounted, unpaired
 from pretrain.report.context_tables import notes_table
 from pretrain.report.figures import figures_of
 from pretrain.report.load import Study, load_study
+from pretrain.report.replaced import Written, replaced
 from pretrain.report.spec import Figure, to_csv
 from pretrain.report.tables import summary, tables_of
 
@@ -69,7 +70,8 @@ def _md(
 ) -> None:
     from pretrain.report.text import markdown
 
-    images = _images(figures, out, "png")
+    with replaced(_folder_beside(out), "png") as folder:
+        images = _images(figures, folder, "png")
     write_aside(out, markdown(study, tables, images, notes).encode("utf-8", "backslashreplace"))
 
 
@@ -78,19 +80,22 @@ def _latex(
 ) -> None:
     from pretrain.report.text import latex
 
-    images = _images(figures, out, "pdf")
+    with replaced(_folder_beside(out), "pdf") as folder:
+        images = _images(figures, folder, "pdf")
     write_aside(out, latex(study, tables, images, notes).encode("utf-8", "backslashreplace"))
 
 
-def _images(figures: list[Figure], out: Path, kind: str) -> list[tuple[Figure, str]]:
+def _folder_beside(out: Path) -> Path:
+    return out.with_name(f"{out.stem}-figures")
+
+
+def _images(figures: list[Figure], folder: Written, kind: str) -> list[tuple[Figure, str]]:
     from pretrain.report.printed import draw
 
-    folder = out.with_name(f"{out.stem}-figures")
-    folder.mkdir(parents=True, exist_ok=True)
     found = []
     for figure in figures:
-        write_aside(folder / f"{figure.key}.{kind}", draw(figure, kind))
-        found.append((figure, f"{folder.name}/{figure.key}.{kind}"))
+        folder.write(f"{figure.key}.{kind}", draw(figure, kind))
+        found.append((figure, f"{folder.path.name}/{figure.key}.{kind}"))
     return found
 
 
@@ -99,21 +104,18 @@ def _csv(
 ) -> None:
     from pretrain.report.text import table_csv
 
-    out.mkdir(parents=True, exist_ok=True)
-    for table in (*tables, notes_table(notes)):
-        write_aside(out / f"{table.key}.csv", table_csv(table).encode("utf-8", "backslashreplace"))
-    for figure in figures:
-        write_aside(out / f"{figure.key}.csv", to_csv(figure).encode("utf-8", "backslashreplace"))
+    with replaced(out, "csv") as folder:
+        for table in (*tables, notes_table(notes)):
+            folder.write(f"{table.key}.csv", table_csv(table).encode("utf-8", "backslashreplace"))
+        for figure in figures:
+            folder.write(f"{figure.key}.csv", to_csv(figure).encode("utf-8", "backslashreplace"))
 
 
 def _png(
     study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str], out: Path
 ) -> None:
-    from pretrain.report.printed import draw
-
-    out.mkdir(parents=True, exist_ok=True)
-    for figure in figures:
-        write_aside(out / f"{figure.key}.png", draw(figure))
+    with replaced(out, "png") as folder:
+        _images(figures, folder, "png")
 
 
 def _pdf(

@@ -1,0 +1,74 @@
+"""A folder of a report: what an earlier report wrote there and this one does not have goes away.
+
+Its figures would be taken for this one's otherwise. A list in the folder says what a report wrote;
+a file that is not in it, or was changed since, belongs to somebody and stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.files import read_json, read_small, write_aside
+from data_pipeline.strict_json import to_json
+from pretrain.console import warn
+
+
+class Written:
+    """The files of one report in a folder, with their hashes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.hashes: dict[str, str] = {}
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all."""
+        write_aside(self.path / name, data)
+        self.hashes[name] = _hash(data)
+
+
+@contextlib.contextmanager
+def replaced(path: Path, kind: str) -> Iterator[Written]:
+    """A folder to write a report's files into; at the end those of an earlier one are gone.
+
+    Args:
+        kind: of the files, such as ``png``: a report in Markdown and one in LaTeX share a folder.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    listed = path / f".report-{kind}.json"
+    before, now = _listed(listed, kind), Written(path)
+    yield now
+    left = {name: sha for name, sha in before.items() if name not in now.hashes}
+    for name, sha in left.items():
+        _remove(path / name, sha)
+    write_aside(listed, to_json(now.hashes, indent=1).encode())
+
+
+def _listed(path: Path, kind: str) -> dict[str, str]:
+    """What an earlier report wrote; nothing where no list says so, nor files of another kind."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        name: sha for name, sha in found.items()
+        if Path(name).name == name and name.endswith(f".{kind}") and isinstance(sha, str)
+    }  # fmt: skip
+
+
+def _remove(path: Path, sha: str) -> None:
+    try:
+        if _hash(read_small(path)) == sha:
+            path.unlink()
+        else:
+            warn(f"{path}: is of an earlier report and was changed since; it stays")
+    except OSError:  # gone already, or no file: nobody's figure
+        return
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

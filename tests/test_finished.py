@@ -11,6 +11,7 @@ import pytest
 from pretrain.report.load import load_run, load_study
 from pretrain.runs.finished import is_complete
 from pretrain.runs.metrics import METRICS
+from tests.tools import run, write_recipe
 
 
 @pytest.mark.parametrize("skipped", [1, 2])
@@ -35,3 +36,41 @@ def test_a_run_under_way_is_not(trained: Path, tmp_path: Path) -> None:
     (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] < 6))
     (run / "evaluation.json").unlink()
     assert not load_run(run).is_finished
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"overall": 1}', '{"overall": {"loss": "x"}}'])
+def test_a_damaged_evaluation_is_made_anew(
+    text: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It is no evaluation: the run is not complete, the same words complete it and lose nothing."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    whole = json.loads((folder / "evaluation.json").read_text())
+    config = load_run(folder).config
+    (folder / "evaluation.json").write_text(text)
+    assert not is_complete(folder, config)
+    recipe = write_recipe(tmp_path / "recipe.yaml", config.model_dump(mode="json"))
+    assert run(monkeypatch, "train", str(recipe), "--out", str(folder)) == 0
+    assert "evaluation.json: damaged; renamed damaged-evaluation.json" in capfd.readouterr().err
+    assert (folder / "damaged-evaluation.json").read_text() == text
+    assert json.loads((folder / "evaluation.json").read_text()) == whole
+    assert is_complete(folder, config)
+
+
+def test_what_is_said_with_until(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    recipe = write_recipe(tmp_path / "recipe.yaml", load_run(folder).config.model_dump(mode="json"))
+    words = ["train", str(recipe), "--out", str(folder), "ranks.every=1"]
+    for until, said in (
+        ("3", "--until 3, its newest checkpoint is of step 6"),
+        (None, "last step"),
+    ):
+        more = ["--until", until] if until else []
+        assert run(monkeypatch, *words, *more) == 2
+        error = capfd.readouterr().err
+        assert said in error and ("last step" in error) == (until is None)

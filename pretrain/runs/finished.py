@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import read_small
+from data_pipeline.files import read_json, read_small
 from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints, step_of
 from pretrain.config.compare import differences
 from pretrain.config.recipe import Config
+from pretrain.console import warn
 from pretrain.decay.plan import DecayPlan
 from pretrain.errors import RunError, UsageError
 from pretrain.runs.folder import CONFIG, EVALUATION, decay_changes, recipe_of
-from pretrain.runs.records import Evaluation, read_record
+from pretrain.runs.records import Evaluation, check_record
 
 FREE = (
     "checkpoint.asynchronous",
@@ -58,12 +59,14 @@ def is_evaluated(run: Path, config: Config) -> bool:
     """Whether ``evaluation.json`` is what `evaluation.at_end` asks for, of the last step."""
     path = run / EVALUATION
     try:
-        found = read_record(path, Evaluation)
+        found = _figures(path)
         if found.get("step", config.train.steps) != config.train.steps:
             return False
         return _is_sample(run, found) == (config.evaluation.at_end == "sample")
+    except ValueError:  # damaged: it is made anew
+        return False
     except (OSError, RunError):
-        return path.exists()  # damaged: those who read it say so
+        return path.exists()  # not readable: those who read it say so
 
 
 def put_evaluation_aside(run: Path, config: Config) -> None:
@@ -71,8 +74,12 @@ def put_evaluation_aside(run: Path, config: Config) -> None:
     path = run / EVALUATION
     if not path.exists() or is_evaluated(run, config):
         return
+    try:
+        found = _figures(path)
+    except ValueError:
+        _put_damaged_aside(path)
+        return
     text = read_small(path)
-    found = json.loads(text)
     split = re.sub(r"[^\w.+-]", "_", found.get("split", "test"))[:50]  # a part of a file's name
     parts = [] if split == "test" else [split]
     parts += ["sample"] * _is_sample(run, found)
@@ -83,6 +90,28 @@ def put_evaluation_aside(run: Path, config: Config) -> None:
         target = target.with_stem(f"{target.stem}-{hashlib.sha256(text).hexdigest()[:8]}")
     with contextlib.suppress(OSError):
         path.rename(target)
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    """What an evaluation wrote.
+
+    Raises:
+        ValueError: if the file was read and holds something else.
+        OSError: if it cannot be read.
+    """
+    found: dict[str, Any] = read_json(path)
+    check_record(found, Evaluation)
+    return found
+
+
+def _put_damaged_aside(path: Path) -> None:
+    """Rename figures that nobody can read, so that the run can be evaluated anew."""
+    target = path.with_name(f"damaged-{path.name}")
+    if target.exists():
+        target = target.with_stem(f"{target.stem}-{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        path.rename(target)
+        warn(f"{path}: damaged; renamed {target.name}, and made anew")
 
 
 def _is_sample(run: Path, figures: dict[str, Any]) -> bool:
@@ -112,7 +141,8 @@ def check_finished(
                 f"--until: {until} is before step {checkpoint.step} of {run}, which keeps no "
                 f"checkpoint of it (there are {', '.join(map(str, steps))}); choose another --out"
             )
-    at = f"{run}: is trained to its last step, {until or config.train.steps},"
+    end = "its last step" if until is None else f"--until {until}"
+    at = f"{run}: is trained to {end}, its newest checkpoint is of step {checkpoint.step},"
     mend = f"keep that, or choose another --out (--fork {run}@{checkpoint.step} goes on from it)"
     # A folder that was lost and fetched from its mirror has checkpoints alone.
     kept = recipe_of(run) if (run / CONFIG).is_file() else checkpoint.config

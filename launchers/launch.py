@@ -17,6 +17,7 @@ from launchers import batch, cloud, hosts, local
 from launchers.site import Site, load_site
 from pretrain.config.recipe import Config, load_config
 from pretrain.config.urls import without_secrets
+from pretrain.decay.lengths import say_remarks
 from pretrain.errors import UsageError
 
 PLACES = ("local", "slurm", "hostfile", "mpi", "kubernetes", "skypilot")
@@ -85,6 +86,7 @@ def launch(
     site = load_site(site_file, {"nodes": nodes, "processes_per_node": processes})
     job = Launch(recipe, overrides, run or Path("runs") / recipe.stem, site, fork, tuple(code))
     config = load_config(recipe, overrides, code)
+    say_remarks([config])
     _check_secrets(config, overrides)
     found = hosts.read_hosts(Path(site.hosts.file)) if site.hosts.file else {}
     if on == "hostfile" and not found:

@@ -9,6 +9,7 @@ from pathlib import Path
 from data_pipeline.strict_json import to_json
 from launchers.local import LocalExecutor, command, default_slots, start_environment
 from pretrain.console import plain
+from pretrain.decay.lengths import check_lengths, say_remarks
 from pretrain.distributed.jobs import Executor
 from pretrain.errors import UsageError
 from pretrain.sweep.config import Sweep, load_sweep
@@ -38,6 +39,7 @@ def run(
     out = out or Path("runs") / file.stem
     sweep = load_sweep(file, out)
     _check_folders(sweep, launcher)
+    say_remarks(task.config for task in sweep.tasks)
     processes = sweep.config.processes
     # Cores are divided among the runs that exist, not among the largest possible number.
     slots = min(parallel or default_slots(processes), max(1, len(sweep.tasks)))
@@ -81,8 +83,6 @@ def run(
 def _check_folders(sweep: Sweep, launcher: str) -> None:
     """Refuse a sweep whose folders hold other runs; without such folders, nothing is imported."""
     if not any(task.run.exists() for task in sweep.tasks):
-        from pretrain.decay.lengths import check_lengths
-
         for task in sweep.tasks:
             check_lengths(task.config)
         return

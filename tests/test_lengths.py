@@ -268,3 +268,25 @@ def test_the_default_interval_fits_the_choice_of_the_best(steps: int, evaluation
     )
     check_lengths(config)
     assert config.interval("checkpoint") % config.interval("evaluation") == 0
+
+
+def test_remarks_are_said_by_every_verb_that_reads_a_recipe(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Once, and for how many runs of a sweep."""
+    values = base_recipe(data)
+    values["optimizer"]["schedule"] = {"warmup": 7}
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", values))
+    (line,) = remarks(load_config(Path(recipe)))
+    sweep = {"recipe": "recipe.yaml", "grid": {"optimizer.learning_rate": [0.1, 0.2]}, "seeds": [1]}
+    path = str(write_recipe(tmp_path / "sweep.yaml", sweep))
+    out = ["--out", str(tmp_path / "out")]
+    for words, more in (
+        (["plan", recipe, "model.vocabulary_size=400"], ""),
+        (["launch", recipe, "--on", "local", "--print", *out], ""),
+        (["sweep", path, "--dry-run", "--no-timing", *out], " (2 runs)"),
+        (["train", recipe, "train.steps=6", *out], ""),
+    ):
+        assert run(monkeypatch, *words) == 0
+        said = capfd.readouterr().err
+        assert said.count(line) == 1 and f"warning: {line}{more}\n" in said, words

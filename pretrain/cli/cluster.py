@@ -122,5 +122,8 @@ def plan(
     """
     from pretrain.cluster.plan_table import plan as print_plan
     from pretrain.config.recipe import load_config
+    from pretrain.decay.lengths import say_remarks
 
-    print_plan(load_config(recipe, overrides, code or []), gpu, gpus, show, json)
+    config = load_config(recipe, overrides, code or [])
+    say_remarks([config])
+    print_plan(config, gpu, gpus, show, json)

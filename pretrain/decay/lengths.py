@@ -7,10 +7,12 @@ reported at the start and in the dry run.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from pretrain.config.recipe import Config, ScheduleConfig, entries
 from pretrain.config.schedule import in_steps
+from pretrain.console import warn
 from pretrain.decay.policy import PolicySection
 from pretrain.decay.sites import KEY
 from pretrain.errors import UsageError
@@ -70,6 +72,13 @@ def remarks(config: Config) -> list[str]:
         *_of_checkpoints(config),
         *_of_code(config),
     ]
+
+
+def say_remarks(configs: Iterable[Config]) -> None:
+    """Warn of what `remarks` has about some recipes, each line once."""
+    times = Counter(line for config in configs for line in remarks(config))
+    for line, count in times.items():
+        warn(line + (f" ({count} runs)" if count > 1 else ""))
 
 
 def _lengths(config: Config) -> Iterator[tuple[str, float]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 
 import torch
 
 from pretrain.config.recipe import Config
+from pretrain.console import Progress
 from pretrain.decay.lengths import check_lengths
 from pretrain.engine.precision import with_precision
 from pretrain.errors import RunError, UsageError
@@ -14,6 +16,9 @@ from pretrain.runs.folder import CONFIG, forked_from, known_recipe, recipe_of, r
 from pretrain.sweep.config import Sweep, SweepRun
 from pretrain.training.origin import Asked, begin
 from pretrain.training.setup import prepare
+
+_SILENT = 3.0
+"""Seconds that a check may take without a word."""
 
 
 def check_runs(sweep: Sweep, device: torch.device | None) -> None:
@@ -25,7 +30,12 @@ def check_runs(sweep: Sweep, device: torch.device | None) -> None:
     Raises:
         UsageError: naming the run, the key and both values.
     """
-    for task in sweep.tasks:
+    began = time.monotonic()
+    progress: Progress | None = None
+    for number, task in enumerate(sweep.tasks):
+        if time.monotonic() - began > _SILENT:
+            progress = progress or Progress(len(sweep.tasks), "check of the folders", True, number)
+            progress.update(number)
         known = known_recipe(task.run)
         check_lengths(task.config, known)
         if (task.run / CONFIG).is_file():
@@ -33,6 +43,8 @@ def check_runs(sweep: Sweep, device: torch.device | None) -> None:
                 RunError
             ):  # damaged: the run's own start reports it, and what to do
                 _check(task, device, known)
+    if progress is not None:
+        progress.close()
 
 
 def _check(task: SweepRun, device: torch.device | None, known: Config | None) -> None:

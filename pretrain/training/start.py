@@ -16,7 +16,7 @@ from pretrain.checkpoint.recover import find_whole
 from pretrain.checkpoint.saver import Saver
 from pretrain.config.recipe import Config
 from pretrain.console import plain, warn
-from pretrain.decay.lengths import remarks
+from pretrain.decay.lengths import say_remarks
 from pretrain.distributed.grid import Grid
 from pretrain.distributed.watchdog import Watchdog
 from pretrain.engine.engine import Engine, build_engine, micro_batches
@@ -188,7 +188,6 @@ def _announce(setup: Setup, asked: Asked, grid: Grid) -> None:
     if uses:
         words = in_words(uses, unit_of(config))
         print(f"{run}: {plain(words)}", file=sys.stderr, flush=True)
-    for remark in remarks(config):
-        warn(remark)
+    say_remarks([config])
     if precision == "fp32" and resolve_precision(asked.precision, grid.device, 1) == "bf16":
         warn("precision auto uses fp32 with grid.zero_stage 0; bf16 needs zero_stage 1 or more")

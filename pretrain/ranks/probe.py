@@ -8,8 +8,9 @@ unit that ZeRO placed elsewhere are sent, and only to that process.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from pretrain.ranks.schema import OF_PAIRS, OF_SIZES
 from pretrain.spectra import pair_statistics, product_statistics
 
 Row = dict[str, Any]
+_Any = TypeVar("_Any", bound=Mapping[str, Any])
 
 
 def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list[Row]:
@@ -299,7 +301,7 @@ def _rows(
     ]
 
 
-def lawful(rows: list[Row]) -> list[Row]:
+def lawful(rows: list[_Any]) -> list[_Any]:
     """The rows to which the balance law applies: groups if heads share keys, else heads."""
     return [row for row in rows if row["level"] == "group"] or [
         row for row in rows if row["level"] == "head"

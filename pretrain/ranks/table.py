@@ -15,6 +15,7 @@ from data_pipeline.strict_json import to_json
 from pretrain.config.recipe import load_config
 from pretrain.config.run import RanksConfig
 from pretrain.errors import RunError, UsageError
+from pretrain.ranks.columns import Columns, from_arrow
 from pretrain.ranks.probe import Row
 from pretrain.ranks.schema import BY_NAME, COLUMNS, KEYS, TEXT_KEYS, Column
 
@@ -263,13 +264,44 @@ def check_definition(run: Path, measured: RanksConfig) -> None:
 
 def read_ranks(run: Path) -> list[Row]:
     """All rows measured so far, in order of steps."""
-    files = [run / RANKS] if (run / RANKS).exists() else []
-    files += sorted((run / _PARTS).glob("*.parquet"))
     rows: dict[tuple[Any, ...], Row] = {}
-    for file in files:
+    for file in _files(run):
         for row in _table_in(file).to_pylist():
             rows[tuple(row[name] for name in KEYS)] = row
     return sorted(rows.values(), key=lambda row: row["step"])
+
+
+def read_rank_columns(run: Path) -> Columns:
+    """The rows of `read_ranks`, column by column."""
+    import numpy as np
+    import pyarrow as pa
+
+    tables = [_table_in(file) for file in _files(run)]
+    if not any(table.num_rows for table in tables):
+        return Columns({})
+    table = pa.concat_tables(tables, promote_options="permissive")
+    keys = np.stack([_numbers(table.column(name)) for name in KEYS])
+    # Of a row that is there twice the last counts.
+    _, found = np.unique(keys[:, ::-1], axis=1, return_index=True)
+    chosen = np.sort(len(table) - 1 - found)
+    chosen = chosen[np.argsort(keys[0, chosen], kind="stable")]
+    if len(chosen) < len(table) or (chosen[1:] < chosen[:-1]).any():
+        table = table.take(pa.array(chosen))
+    return from_arrow(table)
+
+
+def _numbers(column: Any) -> Any:
+    """Integers of a column that names rows; each text has one."""
+    import pyarrow as pa
+
+    if pa.types.is_string(column.type):
+        column = column.combine_chunks().dictionary_encode().indices
+    return column.to_numpy().astype("int64")
+
+
+def _files(run: Path) -> list[Path]:
+    """The table and the parts that are not in it yet."""
+    return [*([run / RANKS] if (run / RANKS).exists() else []), *_parts(run)]
 
 
 def write_rows(path: Path, rows: list[Row], definition: dict[str, Any] | None = None) -> None:

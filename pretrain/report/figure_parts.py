@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from pretrain.ranks.probe import Row
+from pretrain.ranks.columns import AnyRow
 from pretrain.report.load import Study
 
 PRODUCTS = {"qk": "W_QK", "vp": "W_VP"}
@@ -23,7 +23,7 @@ def layers_of(study: Study) -> list[int]:
     return sorted({row["layer"] for row in study.runs[0].final})
 
 
-def pick(rows: Iterable[Row], product: str, layer: int | None) -> list[Row]:
+def pick(rows: Iterable[AnyRow], product: str, layer: int | None) -> list[AnyRow]:
     return [
         row
         for row in rows

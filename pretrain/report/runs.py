@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,14 @@ from pretrain.checkpoint.reader import CHECKPOINTS, list_checkpoints
 from pretrain.config.recipe import Config
 from pretrain.decay.sites import coupled_rate
 from pretrain.errors import RunError, UsageError
-from pretrain.ranks.probe import Row, lawful
+from pretrain.ranks.columns import AnyRow, column_of, numbers_of
+from pretrain.ranks.probe import lawful
 from pretrain.ranks.schema import NEEDED, OF_THE_LAW
-from pretrain.runs.folder import CONFIG, EVALUATION, read_ranks, read_starts, recipe_of
+from pretrain.ranks.table import read_rank_columns
+from pretrain.runs.folder import CONFIG, EVALUATION, read_starts, recipe_of
 from pretrain.runs.identity import read_identity
-from pretrain.runs.metrics import METRICS, read_metrics
-from pretrain.runs.records import Evaluation, Sealed, Whole, check_record, read_record
+from pretrain.runs.metrics import read_all_metrics
+from pretrain.runs.records import Evaluation, Sealed, read_record
 from pretrain.training.faults import SKIPPED, read_jumps
 
 _PAIRS = {"qk": QK, "vp": VO}
@@ -34,8 +36,8 @@ class RunData:
 
     path: Path
     config: Config
-    ranks: list[Row]
-    metrics: list[dict[str, Any]]
+    ranks: Sequence[AnyRow]
+    metrics: Sequence[AnyRow]
     held_out: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     identity: dict[str, str] | None
@@ -68,8 +70,9 @@ class RunData:
     @property
     def last_step(self) -> int:
         """The last step that was logged; a skipped update has an event instead."""
-        rows = (*self.metrics, *self.held_out)
-        return max([0, *(int(row["step"]) for row in rows), *self.skipped])
+        updates = column_of(self.metrics, "step")
+        held_out = (int(row["step"]) for row in self.held_out)
+        return max([0, int(max(updates, default=0)), *held_out, *self.skipped])
 
     @property
     def why_unfinished(self) -> str:
@@ -90,16 +93,16 @@ class RunData:
         return not self.why_unfinished
 
     @cached_property
-    def heads(self) -> list[Row]:
+    def heads(self) -> list[AnyRow]:
         """Rows of single heads."""
         return [row for row in self.ranks if row["level"] == "head"]
 
     @cached_property
-    def final(self) -> list[Row]:
+    def final(self) -> list[AnyRow]:
         """Rows of the last measurement, only heads."""
-        return self._heads_at(max(row["step"] for row in self.ranks))
+        return self._heads_at(max(column_of(self.ranks, "step")))
 
-    def _heads_at(self, step: int) -> list[Row]:
+    def _heads_at(self, step: int) -> list[AnyRow]:
         return [row for row in self.heads if row["step"] == step]
 
     @cached_property
@@ -157,14 +160,17 @@ class RunData:
 
         Between two logged updates λ is interpolated linearly (`logging.every`).
         """
-        names = {name for row in self.metrics for name in row["weight_decay"]}
-        found = [self._logged_decay(name) for name in sorted(names) if name.startswith("mlp_")]
+        logged = numbers_of(self.metrics, "weight_decay")
+        names = sorted(name for name in logged if name.startswith("mlp_"))
+        found = [self._logged_decay(name, logged[name]) for name in names]
         return _rounded(math.fsum(found) / len(found)) if found else 0.0
 
-    def _logged_decay(self, name: str) -> float:
-        rows = [row for row in self.metrics if name in row["weight_decay"]]
-        logged = [row["step"] for row in rows]
-        values = [row["weight_decay"][name] for row in rows]
+    def _logged_decay(self, name: str, column: Sequence[float]) -> float:
+        steps = column_of(self.metrics, "step")
+        logged = [step for step, value in zip(steps, column, strict=True) if not math.isnan(value)]
+        values = [value for value in column if not math.isnan(value)]
+        if not values:
+            return math.nan
         if len(set(values)) == 1:
             return float(values[0])
         role = max(
@@ -215,7 +221,7 @@ class RunData:
         return math.nan if value is None else float(value)
 
 
-def _both(rows: Iterable[Row], column: str) -> float:
+def _both(rows: Iterable[AnyRow], column: str) -> float:
     """Mean over rows of a column that exists for both factors."""
     values: list[float] = [(row[f"{column}_a"] + row[f"{column}_b"]) / 2 for row in rows]
     return sum(values) / max(1, len(values))
@@ -244,34 +250,27 @@ def load_run(path: Path) -> RunData:
     if not (path / CONFIG).is_file():
         raise UsageError(f"{path}: not a run folder (no {CONFIG})")
     config = recipe_of(path)
-    ranks = read_ranks(path)
+    ranks = read_rank_columns(path)
     if not ranks:
         raise UsageError(f"{path}: nothing was measured yet; let it train")
-    missing = [name for name in NEEDED if name not in ranks[0]]
+    missing = [name for name in NEEDED if name not in ranks.names]
     if missing:
         raise RunError(
             f"{path}: its rank table has no {missing[0]}, as in an older version; train it again"
         )
-    for row in ranks:
-        row.update({name: math.nan for name in NEEDED if row[name] is None})
-    updates = read_metrics(path)
-    try:
-        check_record(updates, list[Whole])
-    except ValueError as error:
-        raise RunError(f"{path / METRICS}: damaged (line of training {error})") from None
-    events = read_metrics(path, "event")
+    metrics = read_all_metrics(path)
     return RunData(
         path,
         config,
         ranks,
-        updates,
-        read_metrics(path, "evaluation"),
+        metrics.updates,
+        metrics.held_out,
         _evaluation(path),
         read_identity(path),
         _source(path),
         read_starts(path),
         tuple(read_jumps(path)),
-        tuple(row["step"] for row in events if str(row["message"]).endswith(SKIPPED)),
+        tuple(row["step"] for row in metrics.events if str(row["message"]).endswith(SKIPPED)),
     )
 
 

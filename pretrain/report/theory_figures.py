@@ -195,6 +195,7 @@ def spectra_if_any(study: Study) -> list[Figure]:
     places = sorted({(row["layer"], row["head"]) for row in study.runs[0].final})
     places = some_of(places, _MOST_HEADS)
     steps = some_of(sorted({row["step"] for row in study.runs[0].heads}), _MOST_STEPS)
+    shown = set(steps)
     conditions = Control(
         "condition",
         [condition.name for condition in study.conditions],
@@ -208,6 +209,7 @@ def spectra_if_any(study: Study) -> list[Figure]:
         return {
             (row["step"], row["layer"], row["head"], row["product"]): row["singular_values"]
             for row in run.heads
+            if row["step"] in shown
         }
 
     def view(choice: Choice) -> list[Panel]:

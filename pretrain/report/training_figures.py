@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
+from pretrain.ranks.columns import AnyRow, column_of
 from pretrain.report.figure_parts import (
     about,
     mean_over,
@@ -28,9 +29,9 @@ def losses(study: Study) -> Figure:
         training, held = [], []
         for index, condition in enumerate(study.conditions):
             colour = shade(index, count)
-            x, y = _averaged(condition, lambda run: [(r["step"], r["loss"]) for r in run.metrics])
-            training.append(_line(condition.name, x, _smooth(y), colour))
-            x, y = _averaged(condition, lambda run: [(r["step"], r["loss"]) for r in run.held_out])
+            x, y = _averaged(condition, lambda run: _over_steps(run.metrics, "loss"))
+            training.append(_line(condition.name, x, y, colour, smooth=True))
+            x, y = _averaged(condition, lambda run: _over_steps(run.held_out, "loss"))
             held.append(_line(condition.name, x, y, colour))
         return [
             Panel("training, running mean", "step", "loss, nats per token", training),
@@ -47,52 +48,73 @@ def losses(study: Study) -> Figure:
     )
 
 
-def _averaged(
-    condition: Condition, points: Callable[[RunData], list[tuple[int, float]]]
-) -> tuple[list[float], list[float]]:
+_Line = tuple[Sequence[int], Sequence[float]]
+"""Steps and a value at each."""
+
+
+def _over_steps(rows: Sequence[AnyRow], name: str) -> _Line:
+    return column_of(rows, "step"), column_of(rows, name)
+
+
+def _averaged(condition: Condition, line_of: Callable[[RunData], _Line]) -> _Line:
+    lines = [line_of(run) for run in condition.runs]
+    steps = lines[0][0]
+    if len(lines) == 1 and all(a < b for a, b in pairwise(steps)):
+        return lines[0]
+    if all(one == steps for one, _ in lines) and all(a < b for a, b in pairwise(steps)):
+        return steps, [
+            mean_over(list(values)) for values in zip(*(y for _, y in lines), strict=True)
+        ]
     found: dict[int, list[float]] = defaultdict(list)
-    for run in condition.runs:
-        for step, value in points(run):
+    for x, y in lines:
+        for step, value in zip(x, y, strict=True):
             found[step].append(value)
-    steps = sorted(found)
-    return [float(step) for step in steps], [mean_over(found[step]) for step in steps]
+    return sorted(found), [mean_over(found[step]) for step in sorted(found)]
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """Running mean over the last thirtieth of the run; values that are not finite do not count."""
+def _smooth(values: Sequence[float], at: list[int]) -> list[float]:
+    """Running mean over the last thirtieth of the run; values that are not finite do not count.
+
+    Args:
+        at: indices of the values to return.
+    """
     finite = [math.isfinite(value) for value in values]
     sums = [0.0, *accumulate(v if ok else 0.0 for v, ok in zip(values, finite, strict=True))]
     counts = [0, *accumulate(map(int, finite))]
     width = max(1, len(values) // 30) + 1
-    starts = [max(0, i - width) for i in range(1, len(values) + 1)]
+    ends = [place + 1 for place in at]
+    starts = [max(0, i - width) for i in ends]
     return [
         (sums[i] - sums[start]) / (counts[i] - counts[start])
         if counts[i] > counts[start]
         else math.nan
-        for i, start in enumerate(starts, 1)
+        for i, start in zip(ends, starts, strict=True)
     ]
 
 
-def _line(name: str, x: list[float], y: list[float], colour: float) -> Series:
+def _line(
+    name: str, x: Sequence[int], y: Sequence[float], colour: float, smooth: bool = False
+) -> Series:
     """A line with only as many points as a reader can see."""
     kept = some_of(range(len(x)), _MOST_POINTS)
-    return Series(name, [x[i] for i in kept], [y[i] for i in kept], colour)
+    values = _smooth(y, kept) if smooth else [y[i] for i in kept]
+    return Series(name, [float(x[i]) for i in kept], values, colour)
 
 
 def settings(study: Study) -> Figure:
     """Learning rate, λ, gradient norm and speed."""
 
-    def used(run: RunData) -> list[tuple[int, float]]:
+    def used(run: RunData) -> _Line:
         rows: dict[int, list[float]] = defaultdict(list)
         for row in run.heads:
             rows[row["step"]].append((row["decay_a"] + row["decay_b"]) / 2)
-        return [(step, mean_over(values)) for step, values in sorted(rows.items())]
+        return sorted(rows), [mean_over(rows[step]) for step in sorted(rows)]
 
-    measures: dict[str, Callable[[RunData], list[tuple[int, float]]]] = {
-        "learning rate": lambda run: [(r["step"], r["learning_rate"]) for r in run.metrics],
+    measures: dict[str, Callable[[RunData], _Line]] = {
+        "learning rate": lambda run: _over_steps(run.metrics, "learning_rate"),
         "λ of attention": used,
-        "gradient norm": lambda run: [(r["step"], r["grad_norm"]) for r in run.metrics],
-        "tokens per second": lambda run: [(r["step"], r["tokens_per_second"]) for r in run.metrics],
+        "gradient norm": lambda run: _over_steps(run.metrics, "grad_norm"),
+        "tokens per second": lambda run: _over_steps(run.metrics, "tokens_per_second"),
     }
 
     def view(choice: Choice) -> list[Panel]:
@@ -101,8 +123,9 @@ def settings(study: Study) -> Figure:
             lines = []
             for index, condition in enumerate(study.conditions):
                 x, y = _averaged(condition, points)
-                y = _smooth(y) if title in ("gradient norm", "tokens per second") else y
-                lines.append(_line(condition.name, x, y, shade(index, len(study.conditions))))
+                colour = shade(index, len(study.conditions))
+                smooth = title in ("gradient norm", "tokens per second")
+                lines.append(_line(condition.name, x, y, colour, smooth))
             panels.append(Panel(title, "step", title, lines))
         return panels
 

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline.files import open_lock, open_regular, refuse_run, write_aside
+from data_pipeline.disk import open_regular
+from data_pipeline.files import open_lock, refuse_run, write_aside
 from pretrain.console import warn
 from pretrain.errors import RunError
 

@@ -6,7 +6,9 @@ import errno
 import json
 import math
 import os
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +18,8 @@ from data_pipeline.strict_json import not_finite, to_json
 from pretrain.config.recipe import Config
 from pretrain.console import warn
 from pretrain.errors import RunError
-from pretrain.runs.records import LINES, Line, check_record
+from pretrain.ranks.columns import Columns, Named
+from pretrain.runs.records import FIGURES, LINES, Line, check_record
 from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
 
 METRICS = "metrics.jsonl"
@@ -31,7 +34,45 @@ def read_metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     path = run / METRICS
     if not path.exists():
         return []
-    return [_with_nan(row) for row in _rows(path) if row.get("kind") == kind]
+    return [_with_nan(row) for _, row in _rows(path) if row["kind"] == kind]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What ``metrics.jsonl`` holds for a report."""
+
+    updates: Columns
+    """Loss, learning_rate, grad_norm, tokens_per_second and weight_decay by step."""
+    held_out: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+
+
+def read_all_metrics(run: Path) -> Metrics:
+    """Every line of ``metrics.jsonl``, read once; of updates the figures that a report shows.
+
+    Raises:
+        RunError: if the file is none of metrics, or an update lacks a figure.
+    """
+    steps, decays = array("q"), Named()
+    figures = {name: array("d") for name in FIGURES}
+    others: dict[str, list[dict[str, Any]]] = {"evaluation": [], "event": []}
+    path = run / METRICS
+    for number, row in _rows(path) if path.exists() else ():
+        if row["kind"] in others:
+            others[row["kind"]].append(_with_nan(row))
+        if row["kind"] != "train":
+            continue
+        if missing := [name for name in (*FIGURES, "weight_decay") if name not in row]:
+            raise _damaged(path, number, f"{missing[0]}: field required")
+        try:
+            steps.append(row["step"])
+            decays.append({name: float(value) for name, value in row["weight_decay"].items()})
+            for name, column in figures.items():
+                column.append(math.nan if row[name] is None else float(row[name]))
+        except (ValueError, OverflowError) as error:
+            raise _damaged(path, number, error) from None
+    updates = Columns({"step": steps, **figures, "weight_decay": decays})
+    return Metrics(updates, others["evaluation"], others["event"])
 
 
 def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
@@ -39,13 +80,12 @@ def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
     return {key: math.nan if value is None else value for key, value in row.items()}
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Every line but those that a kill cut short.
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every line but those that a kill cut short, with its number.
 
     Raises:
         RunError: if the file is none of metrics.
     """
-    rows = []
     try:
         with open_regular(path, _LARGEST) as file:
             for number, line in enumerate(_lines(file), 1):
@@ -53,16 +93,21 @@ def _rows(path: Path) -> list[dict[str, Any]]:
                 if row is None:
                     continue
                 try:
-                    check_record(row, Line)
-                    check_record(row, LINES.get(row["kind"], Line))
+                    check_record(row, _kind_of(row))
                 except ValueError as error:
-                    raise RunError(
-                        f"{path}:{number}: damaged ({error}); take the line out"
-                    ) from None
-                rows.append(row)
+                    raise _damaged(path, number, error) from None
+                yield number, row
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror})") from None
-    return rows
+
+
+def _kind_of(row: Any) -> type[Line]:
+    kind = row.get("kind") if isinstance(row, dict) else None
+    return LINES.get(kind, Line) if isinstance(kind, str) else Line
+
+
+def _damaged(path: Path, number: int, why: object) -> RunError:
+    return RunError(f"{path}:{number}: damaged ({why}); take the line out")
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
@@ -74,7 +119,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _row(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.decode())  # found out by itself, the encoding takes a third more
     except (ValueError, RecursionError):
         return None
 
@@ -84,7 +129,7 @@ def rewind_metrics(run: Path, step: int) -> None:
     path = run / METRICS
     if not path.exists():
         return
-    kept = [row for row in _rows(path) if row["step"] <= step]
+    kept = [row for _, row in _rows(path) if row["step"] <= step]
     write_aside(path, "".join(to_json(row) + "\n" for row in kept).encode("utf-8"))
 
 

@@ -114,14 +114,8 @@ class Update(Line):
     weight_decay: dict[str, float] = {}
 
 
-class Whole(Update):
-    """An update with every figure that a report shows."""
-
-    loss: Figure
-    learning_rate: Figure
-    grad_norm: Figure
-    tokens_per_second: Figure
-    weight_decay: dict[str, float]
+FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+"""Of an update: what a report cannot do without, and its weight_decay."""
 
 
 class HeldOutLoss(Line):

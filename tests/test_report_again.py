@@ -1,0 +1,166 @@
+"""A second report into the same folder, and reports of what is large."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pretrain.ranks.columns import column_of
+from pretrain.ranks.table import read_rank_columns, read_ranks
+from pretrain.report import write_report
+from pretrain.report.runs import load_run
+from pretrain.runs.metrics import read_all_metrics, read_metrics
+from tests.fake_runs import recipe, write_run, write_study
+from tests.tools import ROOT, environment
+
+
+def figures(folder: Path) -> set[str]:
+    return {one.name for one in folder.iterdir() if not one.name.startswith(".")}
+
+
+@pytest.mark.parametrize("form", ["csv", "png", "md", "latex"])
+def test_figures_of_an_earlier_report_go(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of ours alone: not what somebody put there or changed, not those of another form."""
+    many = write_study(tmp_path / "many", decays=(0.0, 1.0), seeds=(1, 2))
+    one = write_run(tmp_path / "one", recipe(), np.random.default_rng(0))
+    # Spectra are a figure that runs without stored singular values do not have.
+    for run in many.iterdir():
+        if (run / "ranks.parquet").exists():
+            with_spectra(run / "ranks.parquet")
+    out, alone = tmp_path / "out/r", tmp_path / "alone/r"
+    folders = [
+        one if form in ("csv", "png") else one.with_name("r-figures") for one in (out, alone)
+    ]
+    write_report([one], alone, form)
+    folders[0].mkdir(parents=True)
+    (folders[0] / "mine.txt").write_text("mine")
+    write_report([many], out, form)
+    ending = {"md": "png", "latex": "pdf"}.get(form, form)
+    assert figures(folders[0]) - figures(folders[1]) >= {f"spectra.{ending}", "mine.txt"}
+    changed = folders[0] / f"paired.{ending}"
+    has_changed = changed.exists() and changed.name not in figures(folders[1])
+    if has_changed:
+        changed.write_text("changed by a person")
+    other = {"md": "latex", "latex": "md"}.get(form)
+    if other:
+        write_report([many], out.with_suffix(".other"), other)
+        before = {name for name in figures(folders[0]) if not name.endswith(ending)}
+    write_report([one], out, form)
+    left = {"mine.txt"} | ({changed.name} if has_changed else set()) | (before if other else set())
+    assert figures(folders[0]) == figures(folders[1]) | left
+    assert ("changed since" in capsys.readouterr().err) == has_changed
+
+
+def with_spectra(path: Path) -> None:
+    table = pq.read_table(path)
+    values = [[2.0, 1.0, 0.0]] * len(table)
+    pq.write_table(table.append_column("singular_values", pa.array(values)), path)
+
+
+def test_columns_are_the_rows(trained: Path, tmp_path: Path) -> None:
+    """Row by row, also where two files have a step, and where a figure is missing."""
+    rows, columns = read_ranks(trained), read_rank_columns(trained)
+    assert len(rows) == len(columns) and columns.names == list(rows[0])
+    for row, found in zip(rows, columns, strict=True):
+        for name, value in row.items():
+            same = value == found[name] or (value is None and np.isnan(found[name]))
+            assert same or np.isnan(value), (name, value, found[name])
+    assert "step" in columns[0] and "nothing" not in columns[0]
+    for kind, name in (("train", "weight_decay"), ("train", "loss"), ("evaluation", "loss")):
+        found = read_all_metrics(trained)
+        part = found.updates if kind == "train" else found.held_out
+        assert list(column_of(part, name)) == [row[name] for row in read_metrics(trained, kind)]
+    (tmp_path / ".ranks").mkdir()
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "ranks.parquet")
+    late = [{**row, "pseudo_rank": 0.25} for row in rows if row["step"] == 3]
+    pq.write_table(pa.Table.from_pylist(late[::-1]), tmp_path / ".ranks/00000003.parquet")
+    wanted = {tuple(map(row.get, KEYS)): row["pseudo_rank"] for row in read_ranks(tmp_path)}
+    found_rows = read_rank_columns(tmp_path)
+    assert {tuple(row[k] for k in KEYS): row["pseudo_rank"] for row in found_rows} == wanted
+    assert len(found_rows) == len(wanted)
+    steps = list(column_of(found_rows, "step"))
+    assert steps == sorted(steps)
+
+
+KEYS = ("step", "layer", "product", "level", "head")
+
+
+def large(folder: Path, updates: int, measured: int) -> Path:
+    """A run of so many updates and measurements."""
+    run = write_run(folder, recipe(model__num_layers=4), np.random.default_rng(0))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    update = next(row for row in rows if row["kind"] == "train")
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(1, updates + 1):
+            file.write(json.dumps({**update, "step": step, "loss": 5 + 1 / step}) + "\n")
+        file.write(json.dumps({"kind": "evaluation", "step": updates, "loss": 5.0}) + "\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train"]["steps"] = updates
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "step": updates}))
+    table = pq.read_table(run / "ranks.parquet")
+    first = table.filter(pa.compute.equal(table["step"], 40))
+    first = first.append_column("singular_values", pa.array([[1.0] * 16] * len(first)))
+    steps = sorted({round(updates * i / (measured - 1)) for i in range(measured)})
+    index = first.schema.get_field_index("step")
+    with pq.ParquetWriter(run / "ranks.parquet", first.schema) as writer:
+        for step in steps:
+            writer.write_table(first.set_column(index, "step", pa.array([step] * len(first))))
+    return run
+
+
+def memory_of_a_report(run: Path, out: Path) -> int:
+    """MiB at the most, in a process of its own."""
+    code = (
+        "import sys; from pathlib import Path; from pretrain.report import write_report;"
+        "write_report([Path(sys.argv[1])], Path(sys.argv[2]));"
+        "print([x for x in open('/proc/self/status') if x.startswith('VmHWM')][0].split()[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run), str(out)], env=environment(), cwd=ROOT, text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    return int(done.stdout.split()[-1]) >> 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.long
+def test_memory_of_a_large_report(tmp_path: Path) -> None:
+    """Of 1.5 million updates (300 MB) and 448,000 rows of ranks: under 1 GB, in two minutes."""
+    big = large(tmp_path / "big", 1_500_000, 14_000)
+    began = time.monotonic()
+    most = memory_of_a_report(big, tmp_path / "big.html")
+    size = (big / "metrics.jsonl").stat().st_size >> 20
+    print(f"\nmetrics.jsonl {size} MiB: {most} MiB in {time.monotonic() - began:.0f} s")
+    assert most < 1000
+
+
+def test_a_run_is_read_into_little_memory(tmp_path: Path) -> None:
+    """Bytes that an update and a row of ranks take: as dictionaries both take a kilobyte."""
+    updates, measured = 4000, 100
+    run = large(tmp_path / "run", updates, measured)
+    load_run(run)  # what is imported or compiled
+    tracemalloc.start()
+    try:
+        found = load_run(run)
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    rows = len(found.ranks)
+    assert (len(found.metrics), rows) == (updates, 32 * measured)
+    assert kept < 80 * updates + 250 * rows + 100_000, kept
+    assert most < 2 * kept + (36 << 20), most  # a small file is read with room for the largest

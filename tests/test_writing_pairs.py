@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
@@ -19,138 +20,38 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from tests.foreign import llama_tensors, write_model
-from tests.test_adopt import encoded, write_pair
-from tests.tokenizer_files import byte_level
+from data_pipeline.files import held
+from tests.kit import Kit, make_kit
 from tests.tools import ROOT as REPOSITORY
-from tests.tools import TIMED, base_recipe, run, run_processes, write_recipe
+from tests.tools import TIMED, assert_one_line, environment, run, run_processes
 from tests.verbs import all_verbs
 
 WRITE_NOTHING = {"plan", "data check", "data info", "doctor"}
 """`doctor` writes a file under a random name and deletes it."""
-ALIKE = {
-    f"paper {name}": "paper fig4"
-    for name in (
-        "fig1",
-        "fig2",
-        "fig3",
-        "fig7",
-        "table1",
-        "fig3-vit",
-        "fig6",
-        "modern",
-        "rank-cost",
-        "all",
-    )
-}
-"""Commands of one decorator; those that train hold the folder of their sweep as well."""
 VERBS = [
     "train", "evaluate", "export", "import", "ranks", "ranks --figures", "sweep", "report",
     "report csv", "report md", "launch", "demo", "data corpus", "data tokenizer", "data tokenize",
     "data adopt", "paper fig4", "paper fig5",
 ]  # fmt: skip
-PAIRS = list(combinations_with_replacement(VERBS, 2))
-SAMPLE = [("data adopt", "data adopt"), ("ranks", "ranks"), ("launch", "launch"), ("demo", "demo")]
+PAPER = [
+    "paper fig1", "paper fig2", "paper fig3", "paper fig7", "paper table1", "paper fig3-vit",
+    "paper fig6", "paper modern", "paper rank-cost", "paper all",
+]  # fmt: skip
+"""They hold the same kind of lock as the two figures above, which meet every verb; so they meet
+themselves, and `paper all`, which makes them."""
+PAIRS = [
+    *combinations_with_replacement(VERBS, 2),
+    *((verb, verb) for verb in PAPER),
+    *((verb, "paper all") for verb in (*PAPER[:-1], "paper fig4", "paper fig5")),
+]
+SAMPLE = [
+    ("data adopt", "data adopt"), ("ranks", "ranks"), ("launch", "launch"), ("demo", "demo"),
+    ("paper fig2", "paper fig2"), ("paper table1", "paper all"), ("sweep", "sweep"),
+    ("train", "train"), ("report", "report csv"),
+]  # fmt: skip
 VOLATILE = re.compile(
     r"(^|/)(\.lock|run-id|environment\.json|latest|identity\.json)$|/logs/|\.log$|tfevents"
 )
-
-
-@dataclass(frozen=True)
-class Kit:
-    """What the verbs read: two of each, told apart."""
-
-    runs: list[Path]
-    models: list[Path]
-    recipes: list[Path]
-    sweeps: list[Path]
-    texts: list[Path]
-    pairs: list[Path]
-    tokenizer: Path
-    vocabulary: Path
-    site: Path
-    library: Path
-
-    def words(self, verb: str, which: int, out: Path) -> list[str]:
-        """The words of a verb that writes ``out`` from one of two things."""
-        own, to = str(self.runs[which]), ["--out", str(out)]
-        report = ["report", own, *to]
-        return {
-            "train": ["train", str(self.recipes[which]), *to],
-            "evaluate": ["evaluate", own, "--documents", "3", *to],
-            "export": ["export", own, *to],
-            "import": ["import", str(self.models[which]), str(self.recipes[which]), *to],
-            "ranks": ["ranks", own, *to],
-            "ranks --figures": ["ranks", own, "--figures", str(out)],
-            "sweep": ["sweep", str(self.sweeps[which]), *to],
-            "report": report,
-            "report csv": [*report, "--format", "csv"],
-            "report md": [*report, "--format", "md"],
-            "launch": ["launch", str(self.recipes[which]), "--on", "kubernetes", "--site",
-                       str(self.site), *to],
-            "demo": ["demo", "--steps", str(10 + which), *to],
-            "data corpus": ["data", "corpus", *to],
-            "data tokenizer": ["data", "tokenizer", str(self.texts[which]), "--vocab-size",
-                               str(300 + which), *to],
-            "data tokenize": ["data", "tokenize", str(self.texts[which]), "--tokenizer",
-                              str(self.tokenizer), "--workers", "1", *to],
-            "data adopt": ["data", "adopt", str(self.pairs[which]), "--tokenizer",
-                           str(self.vocabulary), "--split", "80,10,10", *to],
-            "paper fig4": ["paper", "fig4", "--model", own, *to],
-            "paper fig5": ["paper", "fig5", *to],
-        }[verb]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def kit(data: Path, corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Kit:
-    folder = tmp_path_factory.mktemp("kit")
-    models, runs, recipes, sweeps, texts, pairs = [], [], [], [], [], []
-    byte_level(folder / "plain.json")
-    vocabulary = _gpt2(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        for which, sign in enumerate((1.0, -1.0)):
-            tensors = {name: sign * one for name, one in llama_tensors().items()}
-            models.append(write_model(folder / f"model{which}", tensors))
-            recipe = base_recipe(data) | {"seed": which}
-            recipe["model"] |= {"num_layers": 1}
-            recipe["train"] = {"steps": 2, "global_batch": 2}
-            recipe["evaluation"] |= {"every": 2, "documents": 2}
-            recipe["ranks"] = {"every": 2}
-            recipes.append(write_recipe(folder / f"recipe{which}.yaml", recipe))
-            runs.append(folder / f"run{which}")
-            assert run(patch, "train", str(recipes[-1]), "--out", str(runs[-1])) == 0
-            sweep = {"recipe": recipes[-1].name, "seeds": [1],
-                     "grid": {"optimizer.weight_decay.attention": [0.0]}}  # fmt: skip
-            sweeps.append(write_recipe(folder / f"sweep{which}.yaml", sweep))
-            texts.append(_text(folder / f"text{which}.jsonl", which))
-            pairs.append(folder / f"pair{which}")
-            write_pair(pairs[-1], encoded(vocabulary)[which::2])
-    for number in range(110):
-        (folder / "library").mkdir(exist_ok=True)
-        (folder / f"library/m{number}.py").write_text(f"value = {number}\n" + "# text\n" * 60)
-    site = write_recipe(
-        folder / "site.yaml", {"container": {"image": "i"}, "processes_per_node": 1}
-    )
-    return Kit(runs, models, recipes, sweeps, texts, pairs, tokenizer, vocabulary, site,
-               folder / "library")  # fmt: skip
-
-
-def _gpt2(folder: Path) -> Path:
-    from tests.test_adopt import EOD, texts, tokenizers
-
-    made = tokenizers.ByteLevelBPETokenizer()
-    made.train_from_iterator(texts(), vocab_size=400, special_tokens=[EOD], show_progress=False)
-    made.save_model(str(folder))
-    return folder / "vocab.json"
-
-
-def _text(path: Path, which: int) -> Path:
-    rng = random.Random(which)
-    words = [f"w{which}{letter}{other}" for letter in "abcdefgh" for other in "ijklmnop"]
-    rows = [{"text": " ".join(rng.choices(words, k=40)), "meta": {"pile_set_name": f"S{which}"}}
-            for _ in range(150)]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 class Places:
@@ -193,11 +94,19 @@ def _content(path: Path, place: str) -> Any:
     return data.replace(place.encode(), b"place00000")
 
 
-def answers_of(rounds: list[list[list[str]]], kit: Kit, folder: Path) -> list[list[dict[str, Any]]]:
+Command = dict[str, Any]
+Answer = list[dict[str, Any]]
+Ending = tuple[int, dict[str, Any]]
+"""The exit code of a verb that ran alone, and what it left."""
+Order = tuple[str, list[int], dict[str, Any]]
+"""Its name, the exit codes of two verbs that ran one after the other, and what they left."""
+
+
+def answers_of(rounds: list[list[Command]], kit: Kit, folder: Path) -> list[Answer]:
+    """What became of each round of commands, which are forks of one process."""
     request, answer = folder / "rounds.json", folder / "answers.json"
-    commands = [[{"words": words} for words in one] for one in rounds]
     request.write_text(
-        json.dumps({"rounds": commands, "answer": str(answer), "library": str(kit.library)})
+        json.dumps({"rounds": rounds, "answer": str(answer), "library": str(kit.library)})
     )
     script = REPOSITORY / "tests/together.py"
     done = run_processes([str(request)], 1, timeout=60 + 10 * len(rounds), script=script)
@@ -205,81 +114,179 @@ def answers_of(rounds: list[list[list[str]]], kit: Kit, folder: Path) -> list[li
     return json.loads(answer.read_text())
 
 
-def trials(pairs: list[tuple[str, str]], count: int, kit: Kit, places: Places) -> list[str]:
-    """Each pair together so often; what happened each time: serial, or who was refused."""
-    rounds: list[list[list[str]]] = []
-    planned: list[tuple[tuple[str, str], list[Path], list[Path]]] = []
-    for pair in pairs:
-        serial, both = [places.new() for _ in range(4)], [places.new() for _ in range(count)]
-        planned.append((pair, serial, both))
-        for out, order in zip(serial, ((0,), (1,), (0, 1), (1, 0)), strict=True):
-            rounds += [[kit.words(pair[which], which, out)] for which in order]
-        rounds += [[kit.words(pair[which], which, out) for which in (0, 1)] for out in both]
-    answers = iter(answers_of(rounds, kit, places.folder))
-    return [
-        told for pair, serial, both in planned for told in _compare(pair, serial, both, answers)
-    ]
+class Trials:
+    """Pairs of verbs, started together; what a verb leaves alone is found out once."""
 
+    def __init__(self, kit: Kit, places: Places) -> None:
+        self.kit, self.places = kit, places
+        self._alone: dict[tuple[str, int], Ending] = {}
+        self._seconds: dict[tuple[str, int], float] = {}
+        self._rng = random.Random(1)
 
-def _compare(
-    pair: tuple[str, str], serial: list[Path], both: list[Path],
-    answers: Iterator[list[dict[str, Any]]],
-) -> list[str]:  # fmt: skip
-    trees = [tree(out) for out in serial]
-    one, other, first, second, third, fourth = (next(answers)[0]["code"] for _ in range(6))
-    alone = [(one, trees[0]), (other, trees[1])]
-    in_order = {
-        "first, then second": ([first, second], trees[2]),
-        "second, then first": ([fourth, third], trees[3]),
-    }
-    return [_judge(pair, next(answers), tree(out), out, alone, in_order) for out in both]
+    def run(
+        self, pairs: list[tuple[str, str]], count: int, real: bool = False
+    ) -> list[tuple[tuple[str, str], str]]:
+        """Each pair together so often; what happened: who was refused, or the order.
 
+        Args:
+            real: start new interpreters instead of forks.
+        """
+        self._find_alone(pairs)
+        tried = [(pair, self.places.new(), number) for pair in pairs for number in range(count)]
+        commands = [self._together(*one) for one in tried]
+        answers = _started(commands) if real else self._answers(commands)
+        found = [tree(out) for _, out, _ in tried]
+        told: list[str | None] = [
+            self._refused(pair, answer, left, out)
+            for (pair, out, _), answer, left in zip(tried, answers, found, strict=True)
+        ]
+        both_wrote = [number for number, one in enumerate(told) if one is None]
+        orders = self._in_turn(sorted({tried[number][0] for number in both_wrote}))
+        for number in both_wrote:
+            pair = tried[number][0]
+            told[number] = self._in_order(pair, answers[number], found[number], orders[pair])
+        for _, out, _ in tried:
+            shutil.rmtree(out.parent)
+        return [(pair, str(name)) for (pair, _, _), name in zip(tried, told, strict=True)]
 
-def _judge(
-    pair: tuple[str, str], answer: list[dict[str, Any]], found: dict[str, Any], out: Path,
-    alone: list[tuple[int, dict[str, Any]]], serial: dict[str, tuple[list[int], dict[str, Any]]],
-) -> str:  # fmt: skip
-    codes = [one["code"] for one in answer]
-    said = "\n".join(one["stderr"] for one in answer)
-    assert "Traceback" not in said, (pair, said)
-    for who in (0, 1):
-        wanted, whole = alone[who]
-        if codes[who] == wanted and codes[1 - who] in (1, 2) and found == whole:
+    def _answers(self, rounds: list[list[Command]]) -> list[Answer]:
+        return answers_of(rounds, self.kit, self.places.folder) if rounds else []
+
+    def _together(self, pair: tuple[str, str], out: Path, number: int) -> list[Command]:
+        """At one moment; every second time one of them while the other is under way."""
+        commands: list[Command] = [{"words": self.kit.words(pair[who], who, out)} for who in (0, 1)]
+        if number % 2:
+            late = self._rng.randrange(2)
+            other = (pair[1 - late], 1 - late)
+            commands[late]["delay"] = self._rng.uniform(0.0, self._seconds[other])
+        return commands
+
+    def _find_alone(self, pairs: list[tuple[str, str]]) -> None:
+        wanted = {(verb, who) for pair in pairs for who, verb in enumerate(pair)}
+        new = [(*one, self.places.new()) for one in sorted(wanted - self._alone.keys())]
+        answers = self._answers([[{"words": self.kit.words(*one)}] for one in new])
+        for (verb, who, out), (answer,) in zip(new, answers, strict=True):
+            assert "Traceback" not in answer["stderr"], answer
+            self._alone[verb, who] = answer["code"], tree(out)
+            self._seconds[verb, who] = answer["seconds"]
+
+    def _in_turn(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], list[Order]]:
+        """What each pair leaves one after the other, in both orders."""
+        outs = {(pair, first): self.places.new() for pair in pairs for first in (0, 1)}
+        rounds: list[list[Command]] = [
+            [{"words": self.kit.words(pair[who], who, out)}]
+            for (pair, first), out in outs.items() for who in (first, 1 - first)
+        ]  # fmt: skip
+        answers = iter(self._answers(rounds))
+        found: dict[tuple[str, str], list[Order]] = {pair: [] for pair in pairs}
+        for (pair, first), out in outs.items():
+            codes = [0, 0]
+            for who in (first, 1 - first):
+                codes[who] = next(answers)[0]["code"]
+            name = f"{pair[first]}, then {pair[1 - first]}"
+            found[pair].append((name, codes, tree(out)))
+        return found
+
+    def _refused(
+        self, pair: tuple[str, str], answer: Answer, found: dict[str, Any], out: Path
+    ) -> str | None:
+        codes = [one["code"] for one in answer]
+        said = "\n".join(one["stderr"] for one in answer)
+        assert "Traceback" not in said, (pair, said)
+        for who in (0, 1):
+            wanted, whole = self._alone[pair[who], who]
+            if codes[who] != wanted or codes[1 - who] not in (1, 2):
+                continue
+            same = found == whole
+            if pair[1 - who] == "paper all":  # it makes the other figures
+                whole = self._alone[pair[1 - who], 1 - who][1]
+                same = found.keys() == whole.keys() and _differing(found, whole) <= {"x/paper.md"}
             errors = [line for line in answer[1 - who]["stderr"].splitlines()
                       if line.startswith("error: ")]  # fmt: skip
-            assert len(errors) == 1 and str(out) in errors[0], (pair, errors)
-            return f"{pair[1 - who]} refused"
-    for name, (both, whole) in serial.items():
-        if codes == both and found == whole:
-            return name
-    lost = {name: sorted(_differing(found, whole)) for name, (_, whole) in serial.items()}
-    lost |= {f"only {pair[who]}": sorted(_differing(found, alone[who][1])) for who in (0, 1)}
-    raise AssertionError((pair, codes, lost, said))
+            if same:
+                assert len(errors) == 1 and str(out) in errors[0], (pair, errors)
+                return f"{pair[1 - who]} refused"
+        return None
+
+    def _in_order(
+        self, pair: tuple[str, str], answer: Answer, found: dict[str, Any], orders: list[Order]
+    ) -> str:
+        codes = [one["code"] for one in answer]
+        lost = []
+        for name, wanted, whole in orders:
+            if codes == wanted and found == whole:
+                return name
+            lost.append((name, wanted, sorted(_differing(found, whole))))
+        for who in (0, 1):
+            wanted, whole = self._alone[pair[who], who]
+            lost.append((f"only {pair[who]}", [wanted], sorted(_differing(found, whole))))
+        raise AssertionError((pair, codes, lost, [one["stderr"] for one in answer]))
 
 
 def _differing(found: dict[str, Any], whole: dict[str, Any]) -> set[str]:
     return {name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name)}
 
 
+def _started(rounds: list[list[Command]]) -> list[Answer]:
+    """What became of commands that are processes as a user starts them."""
+    answers = []
+    for commands in rounds:
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "pretrain", *command["words"]], env=environment(),
+                cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )
+            for command in commands
+        ]  # fmt: skip
+        said = [process.communicate()[1] for process in started]
+        answers.append(
+            [{"code": one.returncode, "stderr": text} for one, text in zip(started, said)]
+        )
+    return answers
+
+
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    return Places(tmp_path_factory.mktemp("places"))
+def kit(data: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    return make_kit(tmp_path_factory.mktemp("kit"), data, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def trials(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Trials:
+    return Trials(kit, Places(tmp_path_factory.mktemp("places")))
 
 
 def test_every_verb_is_named() -> None:
     told = {verb.split(" --")[0].removesuffix(" csv").removesuffix(" md") for verb in VERBS}
-    assert told | WRITE_NOTHING | ALIKE.keys() == all_verbs()
+    assert told | WRITE_NOTHING | set(PAPER) == all_verbs()
 
 
-def test_two_at_once(kit: Kit, places: Places) -> None:
-    trials(SAMPLE, 1, kit, places)
+def test_two_at_once(trials: Trials) -> None:
+    trials.run(SAMPLE, 2)
+
+
+@pytest.mark.parametrize("verb", [*PAPER, "paper fig4", "paper fig5"])
+def test_a_figure_that_somebody_draws(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = {"all": "paper.md"}.get(verb.split()[1], verb.split()[1])
+    with held(tmp_path / "out" / name):
+        assert run(monkeypatch, *verb.split(), "--out", str(tmp_path / "out")) == 1
+        assert_one_line(capfd.readouterr().err, (str(tmp_path / "out" / name), "another process"))
+        assert [one.name for one in (tmp_path / "out").iterdir()] == [f".{name}.lock"]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_pair_twenty_times(verb: str, kit: Kit, places: Places) -> None:
+@pytest.mark.parametrize("verb", [*VERBS, *PAPER])
+def test_every_pair_twenty_times(verb: str, trials: Trials) -> None:
     """This verb with itself and all that come after it."""
-    for pair in PAIRS:
-        if pair[0] == verb:
-            happened = Counter(trials([pair], 20, kit, places))
-            print(" + ".join(pair), dict(happened))
+    happened = Counter(trials.run([pair for pair in PAIRS if pair[0] == verb], 20))
+    for (pair, what), times in sorted(happened.items()):
+        print("pair", " + ".join(pair), ":", times, "x", what)
+
+
+@pytest.mark.long
+def test_pairs_of_new_interpreters(trials: Trials) -> None:
+    """What forks do, processes do as a user starts them."""
+    pairs = [("import", "import"), ("data adopt", "data adopt"), ("export", "ranks"),
+             ("train", "import"), ("report csv", "report csv")]  # fmt: skip
+    print(dict(Counter(trials.run(pairs, 3, real=True))))

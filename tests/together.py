@@ -1,30 +1,39 @@
 """Commands that are started at one moment, in forks of one process; some are killed.
 
 A script of `tests.tools.run_processes`: ``together.py REQUEST``. The request has ``rounds``, each a
-list of commands ``{"words": [...], "kill_after": seconds or null}``, and ``answer``, the file for
-``[[{"code": ..., "stderr": ...}, ...], ...]``; a code below 0 is a signal. With ``library``, what
-takes long in every such process is made small: `data corpus` reads that folder instead of Python's
-own, runs of a sweep are forks, and `demo` only writes a file slowly.
+list of commands ``{"words": [...], "kill_after": seconds or null, "delay": seconds or null}``, and
+``answer``, the file for ``[[{"code": ..., "stderr": ..., "seconds": ...}, ...], ...]``; a code
+below 0 is a signal. With ``library``, what takes long in every such process is made small:
+`data corpus` reads that folder instead of Python's own, runs of a sweep are forks, images have few
+points, `demo` and the paper's figures only write their files slowly. Two writers of one such file
+at once are a traceback.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib
+import inspect
 import json
 import os
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from tests.forks import begin_anew, run_command, run_to_the_end
 
 
 def main() -> None:
     """Run the rounds of the request, one after the other."""
     request = json.loads(Path(sys.argv[1]).read_text())
     if "library" in request:
-        _make_cheap(request["library"])
+        make_cheap(request["library"])
+    gc.freeze()  # a fork's collector would copy all that is shared
     answers = [_round(commands) for commands in request["rounds"]]
     Path(request["answer"]).write_text(json.dumps(answers))
 
@@ -33,15 +42,19 @@ def _round(commands: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ready, go = os.pipe()
     started = []
     for command in commands:
-        output = Path(tempfile.mkstemp()[1])
+        opened, name = tempfile.mkstemp()
+        os.close(opened)
+        output = Path(name)
         process = os.fork()
         if process == 0:
             os.close(go)
             os.read(ready, 1)  # ends when the parent closes its side: for all at once
+            time.sleep(command.get("delay") or 0.0)
             _run(command["words"], output)
         started.append((process, output, command.get("kill_after")))
     os.close(ready)
     os.close(go)
+    began = time.monotonic()
     for process, _, after in sorted(started, key=lambda one: one[2] or 0.0):
         if after is not None:
             time.sleep(after)
@@ -49,7 +62,10 @@ def _round(commands: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for process, output, _ in started:
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        found.append({"code": code, "stderr": output.read_text(errors="replace")})
+        found.append({
+            "code": code, "stderr": output.read_text(errors="replace"),
+            "seconds": time.monotonic() - began,
+        })  # fmt: skip
         output.unlink()
     return found
 
@@ -59,87 +75,123 @@ def _run(words: list[str], output: Path) -> None:
     opened = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(opened, 1)
     os.dup2(opened, 2)
-    sys.argv = ["pretrain", *words]
-    code = 70
-    try:
-        from pretrain.__main__ import main as command
-
-        command()
-        code = 0
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    except BaseException as error:
-        print(f"Traceback: {error!r}", file=sys.stderr)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    begin_anew()
+    run_to_the_end(lambda: run_command(words))
 
 
-class ForkingExecutor:
-    """Runs of a sweep as forks of this process, which has everything imported."""
+def _write_slowly(paths: list[Path], text: str) -> None:
+    """Write files one after the other; nobody else may write them meanwhile.
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self._running: dict[int, str] = {}
-
-    def submit(self, jobs: list[Any]) -> None:
-        """Start jobs."""
-        for job in jobs:
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            job.log.touch()
-            process = os.fork()
-            if process == 0:
-                _run(job.words, job.log)
-            self._running[process] = job.name
-
-    def poll(self) -> dict[str, int]:
-        """Exit codes of the jobs that have ended."""
-        ended = {}
-        for process in list(self._running):
-            done, status = os.waitpid(process, os.WNOHANG)
-            if done:
-                ended[self._running.pop(process)] = os.waitstatus_to_exitcode(status)
-        return ended
-
-    def stop(self) -> None:
-        """End everything."""
-        for process in self._running:
-            os.kill(process, signal.SIGTERM)
+    Raises:
+        FileExistsError: if somebody does.
+    """
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        marker = path.with_name(f"{path.name}.busy")
+        marker.open("x").close()
+        try:
+            path.write_text(text)
+            time.sleep(0.02)
+        finally:
+            marker.unlink()
 
 
 def _slow_demo(out: Path, steps: int) -> None:
-    for part in ("corpus", "report.html"):
-        (out / part).write_text(f"{part} {steps}")
-        time.sleep(0.05)
+    _write_slowly([out / "corpus", out / "report.html"], str(steps))
 
 
-def _make_cheap(library: str) -> None:
-    import matplotlib
+def _slow_figure(name: str, real: Callable[..., None]) -> Callable[..., None]:
+    """What writes the files of one of the paper's figures, whatever it is drawn from."""
+    signature = inspect.signature(real)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
+    def figure(*words: Any, **more: Any) -> None:
+        given = signature.bind(*words, **more).arguments
+        out, told = given["out"], given.get("name", name)  # one function draws fig3 and fig7
+        _write_slowly([out / f"{told}.png", out / f"{told}.csv"], told)
+        (out / f"{told}.json").write_text('{"checks": [], "extra": ""}')
+
+    return figure
+
+
+def _slow_sweep(name: str, runs: Path, parallel: int, data: Path | None = None) -> Path:
+    """The runs of a figure: what stands for them is written under the lock of the real ones."""
+    from data_pipeline.files import held
+
+    with held(runs / name):
+        _write_slowly([runs / name / "run"], name)
+    return runs / name
+
+
+PAPER = {
+    "fig1": ("fig1", "run"), "fig2": ("fig2", "figure"), "fig3": ("fig3", "figure"),
+    "table1": ("fig3", "table"), "fig3-vit": ("fig3_vit", "figure"), "fig5": ("fig5", "run"),
+    "modern": ("modern", "figure"), "rank-cost": ("rank_cost", "figure"),
+}  # fmt: skip
+"""Figure: (module, function). Figures 4 and 6 of a model are drawn."""
+
+
+def _make_paper_cheap() -> None:
+    for name, (module, function) in PAPER.items():
+        owner = importlib.import_module(f"pretrain.paper.{module}")
+        setattr(owner, function, _slow_figure(name, getattr(owner, function)))
+    import launchers.paper
+    import pretrain.cli.paper
+    import pretrain.paper.page
+
+    launchers.paper.experiment = _slow_sweep
+    drawn = pretrain.cli.paper._scatter
+
+    def scatter(
+        name: str, sweep: str, out: Path, runs: Path, model: str | None, family: Path | None,
+        parallel: int,
+    ) -> None:  # fmt: skip
+        if model is not None:
+            drawn(name, sweep, out, runs, model, family, parallel)
+        else:
+            _slow_sweep(sweep, runs, parallel)
+            _slow_figure(name, drawn)(name, sweep, out, runs, model, family, parallel)
+
+    pretrain.cli.paper._scatter = scatter
+
+
+def make_cheap(library: str) -> None:
+    """Make small what takes long; imports what the verbs need."""
+    from matplotlib.figure import Figure
 
     import data_pipeline.corpus
-    import launchers.sweeps
     import pretrain.cli.demo
     import pretrain.offline.export
     import pretrain.offline.import_model
     import pretrain.offline.ranks
-    import pretrain.paper.fig4
-    import pretrain.paper.fig5
     import pretrain.report.figures
     import pretrain.report.page
     import pretrain.report.printed
     import pretrain.sweep.run
 
+    save = Figure.savefig
+
+    def save_small(self: Figure, *words: Any, **more: Any) -> None:
+        save(self, *words, **{**more, "dpi": 20})
+
+    Figure.savefig = save_small  # type: ignore[method-assign]
     # In its module alone: others ask sysconfig too.
-    data_pipeline.corpus.sysconfig = SimpleNamespace(  # type: ignore[assignment, attr-defined]
+    data_pipeline.corpus.sysconfig = SimpleNamespace(  # type: ignore[assignment]
         get_paths=lambda: {"stdlib": library}
     )
-    launchers.sweeps.LocalExecutor = ForkingExecutor  # type: ignore[assignment, attr-defined]
     pretrain.sweep.run._PAUSE = 0.05
     pretrain.cli.demo._run = _slow_demo
+    _make_paper_cheap()
+    _make_command_once()
+
+
+def _make_command_once() -> None:
+    """The command line of all verbs, made here instead of in every fork."""
+    import typer.main
+
+    import pretrain.__main__
+
+    made = typer.main.get_command(pretrain.__main__.app)
+    pretrain.__main__.app = made
 
 
 if __name__ == "__main__":

@@ -57,6 +57,9 @@ def _import_everything() -> None:
     from pretrain.engine.libraries import load_libraries
 
     load_libraries()
+    import deepspeed.ops
+
+    _ = deepspeed.ops.__compatible_ops__  # compiles something to find out
     for name in LATER:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

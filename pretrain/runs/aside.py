@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pretrain.console import warn
+from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import UsageError
 
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
@@ -41,6 +42,8 @@ def whole_folder(out: Path, verb: str) -> Iterator[Path]:
     mark = _locked(aside)
     try:
         yield aside
+        # Signals come too late now: a command that is done must not say "try again".
+        SIGNALS.ignore()
         try:
             aside.rename(place)  # replaces an empty folder, and nothing else
         except OSError as error:

@@ -1,0 +1,141 @@
+"""Commands in forks of one process, each with a signal at one moment of its life.
+
+A script of `tests.tools.run_processes`: ``disturbed.py REQUEST``. The request has ``trials``, each
+``{"words": [...], "signal": number, "moment": share of its time, "group": ..., "again": ...}``,
+``library`` as in `tests.together`, and ``answer``, the file for a list of what became of them:
+``{"code": exit code, "stderr": ..., "sent": whether it lived until then, "orphans": [words of
+processes that it left], "again": exit code of the same words without a signal, or null}``. A trial
+without a signal tells its time, ``seconds``, which is that of the same verb's later trials.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.forks import begin_anew, run_command, run_to_the_end
+from tests.together import make_cheap
+
+_ADOPT = 36
+"""PR_SET_CHILD_SUBREAPER: what a child leaves becomes a child of this process."""
+_LONGEST = 90.0
+_GRACE = 5.0
+"""Seconds that helpers of a library have to see that their process has gone."""
+
+
+def main() -> None:
+    """Make the trials of the request, one after the other."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    make_cheap(request["library"])
+    assert ctypes.CDLL(None).prctl(_ADOPT, 1, 0, 0, 0) == 0
+    gc.freeze()
+    seconds: dict[str, float] = {}
+    answers = []
+    for trial in request["trials"]:
+        answers.append(_trial(trial, seconds))
+        if trial["signal"] is None:
+            seconds[trial["verb"]] = answers[-1]["seconds"]
+        Path(request["answer"]).write_text(json.dumps(answers))
+
+
+def _trial(trial: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    process, output = _start(trial["words"])
+    began = time.monotonic()
+    sent = False
+    if trial["signal"] is not None:
+        time.sleep(trial["moment"] * seconds[trial["verb"]])
+        sent = _send(process, trial)
+    code = _ended(process, _LONGEST)
+    took = time.monotonic() - began
+    orphans = _orphans()
+    stderr = output.read_text(errors="replace")
+    output.unlink()
+    again = None
+    if sent and code and trial["again"]:
+        once_more, output = _start(trial["words"])
+        again = _ended(once_more, _LONGEST)
+        if again:
+            stderr += "\nAGAIN:\n" + output.read_text(errors="replace")
+        output.unlink()
+        orphans += _orphans()
+    return {"code": code, "stderr": stderr, "sent": sent, "seconds": took, "orphans": orphans,
+            "again": again}  # fmt: skip
+
+
+def _start(words: list[str]) -> tuple[int, Path]:
+    """A fork with this command, from the moment at which it takes signals over."""
+    opened, name = tempfile.mkstemp()
+    process = os.fork()
+    if process == 0:
+        os.setpgid(0, 0)
+        os.dup2(opened, 1)
+        os.dup2(opened, 2)
+        os.closerange(3, 4096)
+        begin_anew()
+        run_to_the_end(lambda: run_command(words))
+    os.close(opened)
+    while not _listens(process):
+        time.sleep(0.001)
+    return process, Path(name)
+
+
+def _listens(process: int) -> bool:
+    """Whether it has a handler for SIGTERM, or has ended."""
+    text = Path(f"/proc/{process}/status").read_text()
+    if "\nState:\tZ" in text:
+        return True
+    mask = int(text.split("SigCgt:")[1].split()[0], 16)
+    return bool(mask >> (signal.SIGTERM - 1) & 1)
+
+
+def _send(process: int, trial: dict[str, Any]) -> bool:
+    """Send the signal, as the terminal does to all of a group or to one process."""
+    if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
+        return False
+    if trial["group"]:
+        os.killpg(process, trial["signal"])
+    else:
+        os.kill(process, trial["signal"])
+    return True
+
+
+def _ended(process: int, most: float) -> int | None:
+    """Its exit code; None if it had to be killed after so many seconds."""
+    until = time.monotonic() + most
+    while time.monotonic() < until:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None
+
+
+def _orphans() -> list[str]:
+    """The words of what was left, after some time to end by itself; ended now."""
+    until = time.monotonic() + _GRACE
+    left = psutil.Process().children(recursive=True)
+    while left and time.monotonic() < until:
+        _, left = psutil.wait_procs(left, timeout=0.2)
+        left += [one for one in psutil.Process().children(recursive=True) if one not in left]
+    words = []
+    for one in left:
+        words.append(" ".join(one.cmdline()))
+        one.kill()
+        one.wait()
+    return words
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Every verb x SIGINT, SIGTERM, SIGUSR1 x ten moments x one process or several.
+
+A signal ends a verb with the code that launchers read and one line; no process is left, no lock is
+held, every checkpoint is whole, nothing half written lies about, and the same words go on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import random
+import re
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.errors import INTERRUPTED, TRY_AGAIN
+from tests.kit import Kit, make_kit
+from tests.test_writing_pairs import PAPER, VERBS
+from tests.tools import ROOT, run_processes, write_recipe
+from tests.verbs import all_verbs
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+READ_ONLY = ["plan", "data check", "data info", "doctor"]
+SEVERAL = ["train --processes 2", "sweep --processes 2", "doctor --processes 2",
+           "data tokenize --workers 2"]  # fmt: skip
+MATRIX = [*VERBS, *PAPER, *READ_ONLY, *SEVERAL]
+SAMPLE = ["import", "data adopt", "paper fig2"]
+UNFINISHED = re.compile(r"\.tmp$|\.writing$|^\..+\.(export|import|adopt)-[0-9a-f]+$")
+"""Names of what is being written; of a process that ended by itself nothing of the kind is left."""
+
+
+def words_of(verb: str, kit: Kit, out: Path) -> list[str]:
+    """The words of any verb, of those that write ``out`` and of others."""
+    recipe, data = str(kit.recipes[0]), str(kit.data)
+    if verb == "sweep --processes 2":
+        values = yaml.safe_load(kit.sweeps[0].read_text())
+        values |= {"recipe": recipe, "processes": 2}
+        sweep = write_recipe(out.parent / "sweep.yaml", values)
+        return ["sweep", str(sweep), "--out", str(out)]
+    doctor = ["doctor", recipe, "--out", str(out)]
+    own = {
+        "plan": ["plan", recipe, "--gpus", "8"],
+        "data check": ["data", "check", data],
+        "data info": ["data", "info", data],
+        "doctor": doctor,
+        "doctor --processes 2": [*doctor, "--processes", "2"],
+        "train --processes 2": [*kit.words("train", 0, out), "--processes", "2"],
+        "data tokenize --workers 2": [*kit.words("data tokenize", 0, out), "--workers", "2"],
+    }
+    return own[verb] if verb in own else kit.words(verb, 0, out)
+
+
+@pytest.fixture(scope="module")
+def kit(data: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    return make_kit(tmp_path_factory.mktemp("kit"), data, tokenizer)
+
+
+def test_every_verb_is_there() -> None:
+    told = {verb.split(" --")[0].removesuffix(" csv").removesuffix(" md") for verb in MATRIX}
+    assert told == all_verbs()
+
+
+@pytest.mark.parametrize("verb", SAMPLE)
+def test_a_signal(verb: str, kit: Kit, tmp_path: Path) -> None:
+    disturb(verb, 2, kit, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("verb", MATRIX)
+def test_every_signal_at_ten_moments(verb: str, kit: Kit, tmp_path: Path) -> None:
+    print("\nverb", verb, dict(disturb(verb, 10, kit, tmp_path)))
+
+
+def disturb(verb: str, moments: int, kit: Kit, folder: Path) -> Counter[str]:
+    """Each signal at so many moments of a verb; how often it ended with which code."""
+    rng = random.Random(verb)
+    kinds: list[dict[str, Any]] = [{"signal": None, "moment": 0.0, "group": False, "again": False}]
+    for number in SIGNALS:
+        for turn in range(moments):
+            kinds.append({
+                "signal": int(number), "moment": (turn + rng.random()) / moments,
+                "group": number == signal.SIGINT and turn % 2 == 1,  # Ctrl-C of a terminal
+                "again": turn % 5 == 2 or moments < 5,
+            })  # fmt: skip
+    places = [folder / f"place{number}" for number in range(len(kinds))]
+    trials = []
+    for kind, place in zip(kinds, places, strict=True):
+        place.mkdir()
+        trials.append({**kind, "verb": verb, "words": words_of(verb, kit, place / "x")})
+    answers = _answers(trials, kit, folder)
+    usual = answers[0]["code"]
+    happened: Counter[str] = Counter()
+    for trial, answer, place in zip(trials, answers, places, strict=True):
+        where = (verb, trial, answer)
+        assert not answer["orphans"], where
+        assert "Traceback" not in answer["stderr"], where
+        if trial["signal"] is None:
+            assert usual in (0, 1), where
+            continue
+        number = signal.Signals(trial["signal"])
+        asked = INTERRUPTED if number == signal.SIGINT else TRY_AGAIN
+        assert answer["code"] in (usual, asked), where
+        if answer["code"] == asked:
+            assert answer["stderr"].split("\nAGAIN:\n")[0].count("error: ") <= 1, where
+        assert answer["again"] in (None, usual), where
+        check_left(place, where)
+        told = "ended before" if not answer["sent"] else f"{number.name} {answer['code']}"
+        happened[told + (", again" if answer["again"] is not None else "")] += 1
+        shutil.rmtree(place)
+    return happened
+
+
+def _answers(trials: list[dict[str, Any]], kit: Kit, folder: Path) -> list[dict[str, Any]]:
+    request, answer = folder / "request.json", folder / "answers.json"
+    request.write_text(
+        json.dumps({"trials": trials, "answer": str(answer), "library": str(kit.library)})
+    )
+    script = ROOT / "tests/disturbed.py"
+    done = run_processes([str(request)], 1, timeout=60 + 30 * len(trials), script=script)
+    assert done.returncode == 0, done.stderr
+    return json.loads(answer.read_text())
+
+
+def check_left(place: Path, where: object) -> None:
+    """No lock is held, no checkpoint half written, no other file either."""
+    for path in sorted(place.rglob("*")):
+        assert not UNFINISHED.search(path.name), (path, where)
+        if path.name.startswith(".") and path.name.endswith(".lock"):
+            with path.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.name == "checkpoints":
+            for one in list_checkpoints(path):
+                Checkpoint(one)

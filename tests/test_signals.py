@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.distributed.signals import SIGNALS as STOP_SIGNALS
+from pretrain.distributed.signals import Stopped
 from pretrain.errors import INTERRUPTED, TRY_AGAIN
 from pretrain.runs.lock import is_busy
 from tests.signalled import MOMENTS
@@ -215,3 +217,31 @@ def test_an_evaluation_that_is_owed_at_the_end(
     monkeypatch.setattr(pretrain.tasks.text, "score", score)
     assert run(monkeypatch, *words) == 0
     assert metrics_of(tmp_path / "run") == metrics_of(undisturbed)
+
+
+class Odd:
+    """A signal comes while its destructor runs."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_a_destructor_swallows(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Python drops what is raised there; the signal counts all the same, a moment later."""
+    STOP_SIGNALS.listen()
+    try:
+        with pytest.raises(Stopped, match=number.name):
+            Odd(number)
+            time.sleep(5)
+        assert STOP_SIGNALS.asked and "ignored" not in capfd.readouterr().err
+        Odd(number)  # it was heard: nothing more happens
+        time.sleep(0.1)
+    finally:
+        STOP_SIGNALS.restore()

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _AGAIN = 10.0
 """Seconds after which a signal counts again: a library may have swallowed the first one."""
+_LATER = 0.02
+"""Seconds after which a signal is sent again whose exception a destructor swallowed."""
 _IMPATIENT = 1.0
 """Seconds after which a second Ctrl-C ends the process at once."""
 
@@ -52,6 +56,7 @@ class StopSignals:
         self._answer: Answer | None = None
         self._remembers = False
         self._before: dict[signal.Signals, Any] = {}
+        self._hook: Any = None
 
     # --- for the process --------------------------------------------------------------------------
 
@@ -65,11 +70,17 @@ class StopSignals:
                 self._before[number] = signal.signal(number, self._note)
         except ValueError:  # not the main thread: the caller decides about signals
             self._before.clear()
+            return
+        if sys.unraisablehook != self._swallowed:  # a fork has its parent's
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
+        self._hook = self._hook or sys.__unraisablehook__
 
     def restore(self) -> None:
         """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            sys.unraisablehook = self._hook
         self._before.clear()
 
     def ignore(self) -> None:
@@ -126,6 +137,16 @@ class StopSignals:
         asked = torch.tensor(int(self.asked), device=grid.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())
+
+    def _swallowed(self, found: Any) -> None:
+        """Send a signal again that came while a destructor ran: Python drops its exceptions."""
+        if not isinstance(found.exc_value, Stopped) or self._asked is None:
+            self._hook(found)
+            return
+        number, self._asked = self._asked, None
+        again = threading.Timer(_LATER, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
 
     def _note(self, number: int, _: FrameType | None) -> None:
         came, now = signal.Signals(number), time.monotonic()

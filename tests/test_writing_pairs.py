@@ -240,7 +240,10 @@ def _started(rounds: list[list[Command]]) -> list[Answer]:
         ]  # fmt: skip
         said = [process.communicate()[1] for process in started]
         answers.append(
-            [{"code": one.returncode, "stderr": text} for one, text in zip(started, said)]
+            [
+                {"code": one.returncode, "stderr": text}
+                for one, text in zip(started, said, strict=True)
+            ]
         )
     return answers
 

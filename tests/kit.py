@@ -11,7 +11,7 @@ import pytest
 
 from tests.foreign import llama_tensors, write_model
 from tests.test_adopt import encoded, write_pair
-from tests.test_tokenizers import byte_level
+from tests.tokenizer_files import byte_level
 from tests.tools import base_recipe, run, write_recipe
 
 

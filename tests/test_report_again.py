@@ -79,8 +79,8 @@ def test_columns_are_the_rows(trained: Path, tmp_path: Path) -> None:
             assert same or np.isnan(value), (name, value, found[name])
     assert "step" in columns[0] and "nothing" not in columns[0]
     for kind, name in (("train", "weight_decay"), ("train", "loss"), ("evaluation", "loss")):
-        found = read_all_metrics(trained)
-        part = found.updates if kind == "train" else found.held_out
+        metrics = read_all_metrics(trained)
+        part = metrics.updates if kind == "train" else metrics.held_out
         assert list(column_of(part, name)) == [row[name] for row in read_metrics(trained, kind)]
     (tmp_path / ".ranks").mkdir()
     table = pa.Table.from_pylist(rows)

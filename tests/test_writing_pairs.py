@@ -218,8 +218,8 @@ class Trials:
                 return name
             lost.append((name, wanted, sorted(_differing(found, whole))))
         for who in (0, 1):
-            wanted, whole = self._alone[pair[who], who]
-            lost.append((f"only {pair[who]}", [wanted], sorted(_differing(found, whole))))
+            code, whole = self._alone[pair[who], who]
+            lost.append((f"only {pair[who]}", [code], sorted(_differing(found, whole))))
         raise AssertionError((pair, codes, lost, [one["stderr"] for one in answer]))
 
 

@@ -173,9 +173,9 @@ def make_cheap(library: str) -> None:
     def save_small(self: Figure, *words: Any, **more: Any) -> None:
         save(self, *words, **{**more, "dpi": 20})
 
-    Figure.savefig = save_small  # type: ignore[method-assign]
+    Figure.savefig = save_small
     # In its module alone: others ask sysconfig too.
-    data_pipeline.corpus.sysconfig = SimpleNamespace(  # type: ignore[assignment]
+    data_pipeline.corpus.sysconfig = SimpleNamespace(  # type: ignore[assignment, attr-defined]
         get_paths=lambda: {"stdlib": library}
     )
     pretrain.sweep.run._PAUSE = 0.05
@@ -191,7 +191,7 @@ def _make_command_once() -> None:
     import pretrain.__main__
 
     made = typer.main.get_command(pretrain.__main__.app)
-    pretrain.__main__.app = made
+    pretrain.__main__.app = made  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

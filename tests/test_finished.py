@@ -67,7 +67,7 @@ def test_what_is_said_with_until(
     recipe = write_recipe(tmp_path / "recipe.yaml", load_run(folder).config.model_dump(mode="json"))
     words = ["train", str(recipe), "--out", str(folder), "ranks.every=1"]
     for until, said in (
-        ("3", "--until 3, its newest checkpoint is of step 6"),
+        ("3", "--until 3, its newest checkpoint has step 6"),
         (None, "last step"),
     ):
         more = ["--until", until] if until else []

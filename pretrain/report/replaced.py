@@ -1,7 +1,7 @@
-"""A folder of a report: what an earlier report wrote there and this one does not have goes away.
+"""Replaces a report's folder: removes files of an earlier report that the new one does not have.
 
-Its figures would be taken for this one's otherwise. A list in the folder says what a report wrote;
-a file that is not in it, or was changed since, belongs to somebody and stays.
+Otherwise they would look like figures of the new one. A list in the folder names the files that a
+report wrote; a file that is not in it, or was changed since, belongs to somebody and is kept.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Written:
         self.hashes: dict[str, str] = {}
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file completely or not at all."""
         write_aside(self.path / name, data)
         self.hashes[name] = _hash(data)
 
 
 @contextlib.contextmanager
 def replaced(path: Path, kind: str) -> Iterator[Written]:
-    """A folder to write a report's files into; at the end those of an earlier one are gone.
+    """Provide a folder for a report's files; at the end, files of an earlier report are removed.
 
     Args:
-        kind: of the files, such as ``png``: a report in Markdown and one in LaTeX share a folder.
+        kind: of the files, such as ``png``; a report in Markdown and one in LaTeX share a folder.
     """
     path.mkdir(parents=True, exist_ok=True)
     listed = path / f".report-{kind}.json"
@@ -47,7 +47,7 @@ def replaced(path: Path, kind: str) -> Iterator[Written]:
 
 
 def _listed(path: Path, kind: str) -> dict[str, str]:
-    """What an earlier report wrote; nothing where no list says so, nor files of another kind."""
+    """Files that an earlier report wrote, according to its list, without those of another kind."""
     try:
         found = read_json(path)
     except (OSError, ValueError):
@@ -65,8 +65,8 @@ def _remove(path: Path, sha: str) -> None:
         if _hash(read_small(path)) == sha:
             path.unlink()
         else:
-            warn(f"{path}: is of an earlier report and was changed since; it stays")
-    except OSError:  # gone already, or no file: nobody's figure
+            warn(f"{path}: belongs to an earlier report and was changed since; kept")
+    except OSError:  # deleted already, or not a file
         return
 
 

@@ -1,7 +1,9 @@
-"""When a run is finished, and for which recipe: words that it cannot follow any more are refused.
+"""Decides whether a run is finished, and refuses changes that a finished run cannot follow any
+more.
 
-Once the last update is done, another interval, policy or rule of retention would change nothing,
-and the folder would say that it had held. An evaluation is different: it can still be made.
+After the last update, another interval, policy or rule for keeping checkpoints would change
+nothing, but the folder would claim that it had applied. An evaluation is different: it can still be
+made.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ FREE = (
     "checkpoint.asynchronous",
     "checkpoint.mirror",
     "deepspeed",
-    "evaluation.at_end",  # made up for
+    "evaluation.at_end",  # can still be made
     "evaluation.batch",
     "faults.watchdog",
     "grid",
@@ -35,11 +37,11 @@ FREE = (
     "resume",
     "speed",
 )
-"""Keys and sections that a finished run may be started again with, whatever they say: how it
-computes, what it tells others, and the evaluation at its end. The keys of science (`SCIENCE`) are
-compared by `resume_point`, λ by what it is for every tensor."""
+"""Keys and sections that may have any value when a finished run is started again: how it computes,
+what it reports to services, and the evaluation at its end. `resume_point` compares the keys that
+change results (`SCIENCE`), and λ is compared for every tensor."""
 _LATE = ("checkpoint", "evaluation", "ranks", "faults")
-"""Sections that may change while a run goes on, and act no more at its end."""
+"""Sections that may change during a run, and have no effect after its end."""
 
 
 def is_trained(run: Path, config: Config, until: int | None = None) -> bool:
@@ -49,28 +51,29 @@ def is_trained(run: Path, config: Config, until: int | None = None) -> bool:
 
 
 def is_complete(run: Path, config: Config, until: int | None = None) -> bool:
-    """Whether the run is there to its last step (or ``until``), evaluated as it should be."""
+    """Whether the run is trained to its last step (or ``until``) and evaluated as the recipe
+    asks."""
     if not is_trained(run, config, until):
         return False
     return until is not None or config.evaluation.at_end == "none" or is_evaluated(run, config)
 
 
 def is_evaluated(run: Path, config: Config) -> bool:
-    """Whether ``evaluation.json`` is what `evaluation.at_end` asks for, of the last step."""
+    """Whether ``evaluation.json`` has the last step's figures that `evaluation.at_end` asks for."""
     path = run / EVALUATION
     try:
         found = _figures(path)
         if found.get("step", config.train.steps) != config.train.steps:
             return False
         return _is_sample(run, found) == (config.evaluation.at_end == "sample")
-    except ValueError:  # damaged: it is made anew
+    except ValueError:  # damaged: it is made again
         return False
     except (OSError, RunError):
-        return path.exists()  # not readable: those who read it say so
+        return path.exists()  # not readable: the code that reads it reports this
 
 
 def put_evaluation_aside(run: Path, config: Config) -> None:
-    """Rename an ``evaluation.json`` that is of something else than the recipe asks for."""
+    """Rename an ``evaluation.json`` that has other figures than the recipe asks for."""
     path = run / EVALUATION
     if not path.exists() or is_evaluated(run, config):
         return
@@ -93,10 +96,10 @@ def put_evaluation_aside(run: Path, config: Config) -> None:
 
 
 def _figures(path: Path) -> dict[str, Any]:
-    """What an evaluation wrote.
+    """Read the figures of an evaluation.
 
     Raises:
-        ValueError: if the file was read and holds something else.
+        ValueError: if the file has other contents.
         OSError: if it cannot be read.
     """
     found: dict[str, Any] = read_json(path)
@@ -105,17 +108,17 @@ def _figures(path: Path) -> dict[str, Any]:
 
 
 def _put_damaged_aside(path: Path) -> None:
-    """Rename figures that nobody can read, so that the run can be evaluated anew."""
+    """Rename unreadable figures, so that the run can be evaluated again."""
     target = path.with_name(f"damaged-{path.name}")
     if target.exists():
         target = target.with_stem(f"{target.stem}-{secrets.token_hex(4)}")
     with contextlib.suppress(OSError):
         path.rename(target)
-        warn(f"{path}: damaged; renamed {target.name}, and made anew")
+        warn(f"{path}: damaged; renamed to {target.name}, and evaluating again")
 
 
 def _is_sample(run: Path, figures: dict[str, Any]) -> bool:
-    """Whether figures are of the recipe's sample; earlier versions did not say it with them."""
+    """Whether figures are those of the recipe's sample; earlier versions did not record this."""
     said = figures.get("sample")
     if said is not None:
         return bool(said)
@@ -125,11 +128,11 @@ def _is_sample(run: Path, figures: dict[str, Any]) -> bool:
 def check_finished(
     run: Path, config: Config, plan: DecayPlan, checkpoint: Checkpoint, until: int | None
 ) -> None:
-    """Refuse what a run whose last update is done cannot do any more.
+    """Refuse changes that a run cannot follow after its last update.
 
     Args:
-        plan: λ as the recipe has it.
-        checkpoint: the newest.
+        plan: the recipe's λ.
+        checkpoint: the newest one.
 
     Raises:
         UsageError: with both values.
@@ -139,12 +142,12 @@ def check_finished(
         if until not in steps:
             raise UsageError(
                 f"--until: {until} is before step {checkpoint.step} of {run}, which keeps no "
-                f"checkpoint of it (there are {', '.join(map(str, steps))}); choose another --out"
+                f"checkpoint of it (it has {', '.join(map(str, steps))}); choose another --out"
             )
     end = "its last step" if until is None else f"--until {until}"
-    at = f"{run}: is trained to {end}, its newest checkpoint is of step {checkpoint.step},"
-    mend = f"keep that, or choose another --out (--fork {run}@{checkpoint.step} goes on from it)"
-    # A folder that was lost and fetched from its mirror has checkpoints alone.
+    at = f"{run}: was trained to {end}, its newest checkpoint has step {checkpoint.step},"
+    mend = f"keep that, or choose another --out (--fork {run}@{checkpoint.step} continues from it)"
+    # A folder that was lost and fetched from its mirror has only checkpoints.
     kept = recipe_of(run) if (run / CONFIG).is_file() else checkpoint.config
     changed = {
         key: values for key, values in differences(kept, config, _LATE).items() if not is_free(key)

@@ -1,4 +1,4 @@
-"""One process (group) at a time trains in a run folder; the system frees the lock of a dead one."""
+"""Locks run folders: one job at a time trains in one; the system frees a dead process's lock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.errors import RunError
 
 LOCK = ".lock"
 _HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
-"""What a file system answers that has locks: somebody else has this one."""
+"""Errors of a file system with locks that mean: another process has this one."""
 
 
 class BusyError(RunError):
@@ -34,7 +34,7 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def acquire(self) -> None:
-        """Take the lock; where the file system has none, say so and go on without.
+        """Take the lock; if the file system has no locks, warn and continue without.
 
         Raises:
             BusyError: if another process has it.
@@ -57,7 +57,7 @@ class RunLock:
         self._file = file
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -65,14 +65,14 @@ class RunLock:
 
 @contextmanager
 def shared(folder: Path, files: dict[Path, bytes], what: str) -> Iterator[None]:
-    """Hold a folder together with processes that mean the same.
+    """Hold a folder together with other processes of the same sweep.
 
     Args:
-        files: what lies in the folder meanwhile; the first process writes it.
-        what: is under way there, for messages.
+        files: files that are in the folder meanwhile; the first process writes them.
+        what: the name of the work, for messages.
 
     Raises:
-        BusyError: if a process holds the folder that means something else.
+        BusyError: if a process of other work holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _open(folder) as file:
@@ -90,7 +90,7 @@ def shared(folder: Path, files: dict[Path, bytes], what: str) -> Iterator[None]:
 def _join(folder: Path, file: IO[str], files: dict[Path, bytes], what: str) -> None:
     joined = False
     for pause in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
-        if _try(file, fcntl.LOCK_EX, pause):  # nobody else is here
+        if _try(file, fcntl.LOCK_EX, pause):  # no other process holds it
             refuse_run(folder)
             _sign(file)
             _write_all(files)
@@ -98,11 +98,11 @@ def _join(folder: Path, file: IO[str], files: dict[Path, bytes], what: str) -> N
         if joined:
             break
     if not joined:
-        raise BusyError(f"{folder}: another process writes here; wait for it or stop it")
+        raise BusyError(f"{folder}: another process is writing here; wait for it or stop it")
     for path, data in files.items():
         if not path.is_file() or path.read_bytes() != data:
             raise BusyError(
-                f"{folder}: another {what} is under way here, with another {path.name}; wait for "
+                f"{folder}: another {what} is running here, with another {path.name}; wait for "
                 "it, or choose another --out"
             )
 
@@ -118,7 +118,7 @@ def _open(folder: Path) -> IO[str]:
 
 
 def _sign(file: IO[str]) -> None:
-    """Say who holds the lock."""
+    """Write into the lock's file who holds it."""
     file.seek(0)
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {socket.gethostname()}")
@@ -133,7 +133,7 @@ def _warn_no_locks(folder: Path, error: OSError) -> None:
 
 
 def is_busy(run: Path) -> bool:
-    """Whether a process trains in the folder now; where there are no locks, nobody is known to."""
+    """Whether a process is training in the folder now; without locks, this is not known."""
     try:
         with open_regular(run / LOCK) as file:
             return not _try(file, fcntl.LOCK_SH)
@@ -147,10 +147,10 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 
 def _try(file: IO[Any], kind: int, pause: float = 0.0) -> bool:
-    """Take a lock if it is free after a pause; it goes when the file is closed.
+    """Take a lock if it is free after a pause; closing the file releases it.
 
     Raises:
-        OSError: if the file system does not lock.
+        OSError: if the file system has no locks.
     """
     time.sleep(pause)
     try:

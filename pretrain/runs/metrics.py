@@ -1,4 +1,5 @@
-"""Metrics: JSON lines always; W&B and TensorBoard when asked for; never in the way of training."""
+"""Writes metrics as JSON lines, and to W&B and TensorBoard on request; failures never stop
+training."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
 
 METRICS = "metrics.jsonl"
 _LARGEST, _LONGEST = 1 << 31, 1 << 20
-"""Bytes of the file, and of a line."""
+"""Largest size in bytes of the file, and of a line."""
 _ALWAYS_FINITE = ("train", "evaluation")
-"""Kinds of lines in which NaN is a fault; in others it says that a figure does not apply."""
+"""Kinds of lines in which NaN is a fault; in others it means that a figure does not apply."""
 
 
 def read_metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -39,7 +40,7 @@ def read_metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What ``metrics.jsonl`` holds for a report."""
+    """The contents of ``metrics.jsonl`` for a report."""
 
     updates: Columns
     """Loss, learning_rate, grad_norm, tokens_per_second and weight_decay by step."""
@@ -48,10 +49,10 @@ class Metrics:
 
 
 def read_all_metrics(run: Path) -> Metrics:
-    """Every line of ``metrics.jsonl``, read once; of updates the figures that a report shows.
+    """Read every line of ``metrics.jsonl`` once; of updates, only the figures that a report shows.
 
     Raises:
-        RunError: if the file is none of metrics, or an update lacks a figure.
+        RunError: if the file does not contain metrics, or an update lacks a figure.
     """
     steps, decays = array("q"), Named()
     figures = {name: array("d") for name in FIGURES}
@@ -76,15 +77,15 @@ def read_all_metrics(run: Path) -> Metrics:
 
 
 def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
-    """A number that was not finite is null in the file and NaN to whoever reads it."""
+    """Convert null in the file, which means not finite, to NaN."""
     return {key: math.nan if value is None else value for key, value in row.items()}
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every line but those that a kill cut short, with its number.
+    """Every line with its number, without lines that a kill cut short.
 
     Raises:
-        RunError: if the file is none of metrics.
+        RunError: if the file does not contain metrics.
     """
     try:
         with open_regular(path, _LARGEST) as file:
@@ -107,11 +108,11 @@ def _kind_of(row: Any) -> type[Line]:
 
 
 def _damaged(path: Path, number: int, why: object) -> RunError:
-    return RunError(f"{path}:{number}: damaged ({why}); take the line out")
+    return RunError(f"{path}:{number}: damaged ({why}); remove the line")
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines of a file; of one that is longer than any of ours, only its end."""
+    """Lines of a file; of a line that is longer than any valid one, only its end."""
     while line := file.readline(_LONGEST):
         if len(line) < _LONGEST:
             yield line
@@ -119,13 +120,13 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _row(line: bytes) -> Any:
     try:
-        return json.loads(line.decode())  # found out by itself, the encoding takes a third more
+        return json.loads(line.decode())  # detecting the encoding would take a third more time
     except (ValueError, RecursionError):
         return None
 
 
 def rewind_metrics(run: Path, step: int) -> None:
-    """Drop what was logged after ``step``: the resumed run will log it again."""
+    """Remove lines after ``step``: the resumed run will log them again."""
     path = run / METRICS
     if not path.exists():
         return
@@ -134,7 +135,7 @@ def rewind_metrics(run: Path, step: int) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    """Add a line to a file, whole or not at all: a disk that fills up takes a part."""
+    """Add a whole line to a file or nothing; a full disk may accept only a part."""
     data = line.encode("utf-8")
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
@@ -147,13 +148,13 @@ def _append(path: Path, line: str) -> None:
 
 
 class Tracker:
-    """Writes metrics on the main rank; silent on the others."""
+    """Writes metrics on process rank 0; does nothing on the others."""
 
     def __init__(self, run: Path, config: Config, active: bool, first: int = 0) -> None:
         """
         Args:
             active: whether this process writes.
-            first: the step that training goes on from; TensorBoard hides what is after it.
+            first: the step from which training continues; TensorBoard hides later ones.
         """
         self.active = active
         self._services: list[tuple[str, ServiceSection, Service]] = []
@@ -167,7 +168,7 @@ class Tracker:
             self._start(section, about)
 
     def _start(self, section: ServiceSection, about: TrackedRun) -> None:
-        """Start a service; where it cannot start, the run goes on without it."""
+        """Start a service; if it cannot start, the run continues without it."""
         service = SERVICES.class_of(section)
         name = service.name or section.kind
         try:
@@ -177,9 +178,9 @@ class Tracker:
             warn(f"{name} is not available ({reason}); metrics go to {METRICS} without it")
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line: ``kind``, ``step`` and ``values``.
+        """Write one line: ``kind``, ``step`` and ``values``.
 
-        A number that is not finite is null; where it should be, an event says so.
+        A number that is not finite is null; if it should be finite, an event reports it.
         """
         if not self.active:
             return
@@ -193,13 +194,14 @@ class Tracker:
             name, section, service = one
             try:
                 service.log(numbers, step)
-            except Exception as error:  # a dead service must not stop a run
+            except Exception as error:  # a failing service must not stop a run
                 reason = _reason(section, error)
                 warn(f"{name} stopped ({reason}); metrics go on in {METRICS}")
                 self._services.remove(one)
 
     def _write(self, line: str) -> None:
-        """A line in the file; what a full or vanished disk refuses waits for the next one."""
+        """Write a line to the file; lines that a full or lost disk refuses wait for the next
+        one."""
         self._waiting.append(line)
         try:
             while self._waiting:
@@ -213,7 +215,7 @@ class Tracker:
             self._refused = False
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after ``step``, as the run goes back there."""
+        """Remove what was logged after ``step``, because the run goes back there."""
         if self.active:
             rewind_metrics(self._run, step)
         for one in list(self._services):
@@ -226,7 +228,7 @@ class Tracker:
                 self._services.remove(one)
 
     def close(self) -> None:
-        """Flush everything."""
+        """Flush the file and finish all services."""
         for name, section, service in self._services:
             try:
                 service.close()
@@ -235,7 +237,7 @@ class Tracker:
 
 
 def _reason(section: ServiceSection, error: Exception) -> str:
-    """One line of an error, with the place in a user's own file."""
+    """One line of an error, with the place in the user's file."""
     own = SERVICES.own_of(section)
     if own is not None and own.code is not None:
         return own.code.place_of(error)

@@ -1,6 +1,6 @@
-"""What the small files of a run folder hold, checked: the folder may be damaged, or a stranger's.
+"""Schemas of the small files of a run folder, which may be damaged or from somebody else.
 
-The values are those of the file; what a schema does not name stays as it is.
+The values are those of the file; keys that a schema does not name are kept unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pretrain.errors import RunError
 Step = Annotated[int, Field(ge=0, lt=10**18, strict=True)]
 Count = Annotated[int, Field(ge=0, lt=10**18)]
 Figure = float | None
-"""JSON has null for what is not finite."""
+"""A number, or null, which means not finite."""
 
 
 class _Record(BaseModel):
@@ -25,7 +25,7 @@ class _Record(BaseModel):
 
 
 class Score(_Record):
-    """Held-out figures of a subset, or of all."""
+    """Held-out figures of a subset, or of all subsets."""
 
     documents: Count = 0
     samples: Count = 0
@@ -53,7 +53,7 @@ class Evaluation(_Record):
 
 
 class Identity(_Record):
-    """What a checkpoint says of the data that it was trained on."""
+    """A checkpoint's record of its training data."""
 
     data: str
     tokenizer: str
@@ -81,7 +81,7 @@ class Data(_Record):
 
 
 class Trunk(_Record):
-    """What a run was forked from."""
+    """The record of the checkpoint from which a run was forked."""
 
     run: str
     step: Step
@@ -105,7 +105,7 @@ class Line(_Record):
 
 
 class Update(Line):
-    """Of training."""
+    """A line about an update."""
 
     loss: Figure = None
     learning_rate: Figure = None
@@ -115,17 +115,17 @@ class Update(Line):
 
 
 FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
-"""Of an update: what a report cannot do without, and its weight_decay."""
+"""A line about an update: the figures that a report needs, and its weight_decay."""
 
 
 class HeldOutLoss(Line):
-    """Of an evaluation."""
+    """A line about an evaluation."""
 
     loss: Figure = None
 
 
 class Event(Line):
-    """Of something that happened."""
+    """A line about an event."""
 
     message: str
 
@@ -141,14 +141,14 @@ class SweepRecord(_Record):
 
 
 def read_record(path: Path, kind: Any) -> Any:
-    """The value of a JSON file, as it was written.
+    """The value of a JSON file, unchanged.
 
     Args:
         kind: the type that it must have.
 
     Raises:
         FileNotFoundError: if there is none.
-        RunError: naming the file, and the place in it where it is no such record.
+        RunError: naming the file, and the place in it that has another type.
     """
     try:
         found = read_json(path)
@@ -160,16 +160,16 @@ def read_record(path: Path, kind: Any) -> Any:
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(
-            f"{path}: damaged ({reason}); bring it back from a copy, or delete it"
+            f"{path}: damaged ({reason}); restore it from a copy, or delete it"
         ) from None
     return found
 
 
 def check_record(value: Any, kind: Any) -> None:
-    """See that a value has a type.
+    """Check that a value has a type.
 
     Raises:
-        ValueError: naming the place in it that has not.
+        ValueError: naming the place in it that has another type.
     """
     try:
         _adapter(kind).validate_python(value)

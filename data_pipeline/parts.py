@@ -92,7 +92,10 @@ def why_others(identity: dict[str, Any], found: Any) -> str:
     before = found if isinstance(found, dict) else {}
     keys = [key for key in identity if before.get(key) != identity[key]]
     keys += [key for key in (SPECIAL,) if key in before and key not in identity]
+    if "dealing" in before and "dealing" in keys:  # names gave splits there, or did not
+        keys[keys.index("dealing")] = "sources"
     words = {
+        "sources": "other sources",
         "tokenizer": "another tokenizer",
         "fields": "other fields",
         "dealing": "an earlier rule for dividing documents into splits",
@@ -140,9 +143,7 @@ class Parts:
             DataError: if it was made of other sources or in another way.
         """
         path = self.folder / "state.json"
-        resumed = path.exists()
-        if resumed:
-            self._read(path, sources, tell)
+        resumed = path.exists() and self._read(path, sources, tell)
         self.folder.mkdir(parents=True, exist_ok=True)
         known = {part["folder"] for part in self.parts}
         for one in sorted(self.folder.iterdir()):
@@ -159,7 +160,8 @@ class Parts:
         self._save()
         return resumed
 
-    def _read(self, path: Path, sources: list[Source], tell: Tell) -> None:
+    def _read(self, path: Path, sources: list[Source], tell: Tell) -> bool:
+        """Take over recorded progress; False if there is none that this command could spoil."""
         try:
             found = read_json(path)
             reason = why_others(self.identity, found["identity"])
@@ -172,8 +174,13 @@ class Parts:
         names = [os.path.abspath(one.name) for one in before]  # noqa: PTH100
         if not reason and names != [os.path.abspath(one.name) for one in sources]:  # noqa: PTH100
             reason = "other sources"
+        if reason and not self.parts and not self.made:
+            return False
         if reason:
-            raise DataError(f"{self.out}: was started with {reason}; choose another --out")
+            raise DataError(
+                f"{self.out}: was started with {reason}; choose another --out, or delete "
+                f"{self.folder} to start again"
+            )
         for index, (old, source) in enumerate(zip(before, sources, strict=True)):
             if (not old.blocks and not old.done) or old.is_of(source):
                 old.stamp, old.split = list(source.stamp), source.split
@@ -181,6 +188,7 @@ class Parts:
             else:
                 tell(f"{source.name}: has changed since it was read; reading it again")
                 self.parts = [part for part in self.parts if part["source"] != index]
+        return True
 
     def commit(self, index: int, results: dict[Key, Encoded]) -> None:
         """Save finished blocks: write their files, then record them in the state."""

@@ -2,10 +2,9 @@
 
 This is the only module that runs code outside installed packages. It runs a file if a recipe that
 the user gave on the command line names it, or if the command line itself does (``--code``). It
-never runs
-a file because a run folder, a checkpoint, a mirror or an exported model names it: a recipe that is
-read from there (``folder`` None) finds only code that is already loaded in this process. The
-SHA-256 that is recorded is that of the bytes that ran.
+never runs a file because a run folder, a checkpoint, a mirror or an exported model names it: a
+recipe that is read from there (``folder`` None) finds only code that is already loaded in this
+process. The SHA-256 that is recorded is that of the bytes that ran.
 """
 
 from __future__ import annotations
@@ -26,9 +25,12 @@ from data_pipeline.files import read_small
 _FILE = re.compile(r"(.*\.py):(\w+)", re.S)
 _LARGEST = 1 << 20
 """Largest size of a code file in bytes."""
-_WRITTEN = ("run-id", "run.json", "sweep.json", "manifest.json", "environment.json")
-"""Files that show that this program wrote a folder: a run, a mirror's copy, a sweep, a checkpoint
-or tokenised data."""
+_WRITTEN = (
+    "run-id", "run.json", "sweep.json", "manifest.json", "environment.json", "identity.json",
+    "metrics.jsonl", "checkpoints/step-*", "step-*/manifest.json",
+)  # fmt: skip
+"""Patterns of files that show that this program wrote a folder: a run, a mirror's copy, a sweep,
+checkpoints or tokenised data. Each is enough: a sender may have deleted the others."""
 
 
 class ExtensionError(ValueError):
@@ -155,7 +157,7 @@ def folder_of(recipe: Path) -> Path | None:
     home = recipe.resolve().parent
     for folder in (home, *home.parents):
         exported = (folder / "config.json").exists() and any(folder.glob("*.safetensors*"))
-        if exported or any((folder / name).exists() for name in _WRITTEN):
+        if exported or any(next(folder.glob(name), None) for name in _WRITTEN):
             return None
     return home
 

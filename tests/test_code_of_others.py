@@ -16,6 +16,7 @@ import yaml
 from pretrain.config.recipe import load_config
 from pretrain.errors import UsageError
 from pretrain.extension import folder_of
+from pretrain.sweep.config import load_sweep
 from tests.own_code import COSINE, EXAMPLE, FILE, recipe_with, write_example
 from tests.tools import ROOT, assert_one_line, pretrain, run, write_recipe
 
@@ -115,6 +116,11 @@ MARKS: dict[str, Callable[[Path], object]] = {
     "a run that has just begun": lambda path: (path / "environment.json").write_text("[]"),
     "a mirror's copy": lambda path: (path / "run.json").write_text("{}"),
     "a sweep": lambda path: (path / "sweep.json").write_text("{}"),
+    "a run with checkpoints alone": lambda path: (path / "checkpoints/step-00000002").mkdir(
+        parents=True, exist_ok=True
+    ),
+    "a run with metrics alone": lambda path: (path / "metrics.jsonl").write_text(""),
+    "a run with hashes alone": lambda path: (path / "identity.json").write_text("{}"),
     "a checkpoint, or data": lambda path: (path / "manifest.json").write_text("{}"),
     "an exported model": lambda path: [
         (path / name).write_text("{}") for name in ("config.json", "model.safetensors")
@@ -142,10 +148,37 @@ def test_a_recipe_in_a_folder_of_this_program_runs_nothing(
     # Elsewhere it is a recipe of the user's, as any.
     moved = tmp_path / "mine"
     shutil.copytree(folder, moved, ignore=lambda *_: ["run-id", "environment.json", "run.json",
-                    "sweep.json", "manifest.json", "config.json", "model.safetensors"])  # fmt: skip
+                    "sweep.json", "manifest.json", "config.json", "model.safetensors",
+                    "checkpoints", "metrics.jsonl", "identity.json"])  # fmt: skip
     assert not (tmp_path / "sentinel").exists()
     assert load_config(moved / "r.yaml", ["seed=3"], code=[moved / FILE]).seed == 3
     assert (tmp_path / "sentinel").exists()
+
+
+def test_a_sweep_file_of_others_runs_nothing(data: Path, tmp_path: Path) -> None:
+    """Its `set:`, grid and points can name no file, though its recipe is the user's."""
+    theirs, sentinel = tmp_path / "theirs", tmp_path / "sentinel"
+    theirs.mkdir()
+    (theirs / FILE).write_text(EVIL.format(sentinel=str(sentinel)))
+    values = recipe_with(data, ENTRY)
+    values["optimizer"]["weight_decay"].pop("policies")
+    recipe = write_recipe(tmp_path / "mine" / "r.yaml", values)
+    key = "optimizer.weight_decay.policies"
+    entry = [{**ENTRY, "kind": f"{theirs / FILE}:LayerCosine"}]
+    for body in (
+        {"set": {key: entry}, "grid": {"seed": [1]}},
+        {"grid": {key: [entry, []]}},
+        {"points": [{key: entry}]},
+    ):
+        path = write_recipe(theirs / "s.yaml", {"recipe": str(recipe), **body})
+        (theirs / "sweep.json").unlink(missing_ok=True)
+        (theirs / "sweep.json").write_text("{}")
+        with pytest.raises(UsageError, match="--code"):
+            load_sweep(path)
+        assert not sentinel.exists(), body
+    (theirs / "sweep.json").unlink()
+    load_sweep(path)
+    assert sentinel.exists()
 
 
 def test_only_verbs_that_train_let_recipes_run_code() -> None:

@@ -52,7 +52,7 @@ def test_a_damaged_evaluation_is_made_anew(
     assert not is_complete(folder, config)
     recipe = write_recipe(tmp_path / "recipe.yaml", config.model_dump(mode="json"))
     assert run(monkeypatch, "train", str(recipe), "--out", str(folder)) == 0
-    assert "evaluation.json: damaged; renamed damaged-evaluation.json" in capfd.readouterr().err
+    assert "evaluation.json: damaged; renamed to damaged-evaluation.json" in capfd.readouterr().err
     assert (folder / "damaged-evaluation.json").read_text() == text
     assert json.loads((folder / "evaluation.json").read_text()) == whole
     assert is_complete(folder, config)

@@ -216,6 +216,12 @@ class Config(Section):
             )
         return self
 
+    def without_code(self) -> Config:
+        """A copy; values that are put into it can name only code that is loaded already."""
+        copy = self.model_copy()
+        copy._folder = None
+        return copy
+
     def _check_update(self) -> None:
         if self.speed.update != "flat":
             return
@@ -225,12 +231,8 @@ class Config(Section):
             f"grid.zero_stage {grid.zero_stage}": grid.zero_stage > 1,
             "keys of deepspeed:": bool(self.deepspeed),
         }
-        for what, refused in unfit.items():
-            if refused:
-                raise ValueError(
-                    f"speed.update: flat does not go with {what}, which is DeepSpeed's; "
-                    "use speed.update auto"
-                )
+        if what := next((key for key, refused in unfit.items() if refused), ""):
+            raise ValueError(f"speed.update: flat does not support {what}; use speed.update auto")
 
     @property
     def is_flat(self) -> bool:

@@ -18,6 +18,7 @@ from pretrain.config.mapping import number, read_mapping
 from pretrain.config.recipe import Config, load_config, with_values
 from pretrain.config.section import Section
 from pretrain.errors import UsageError
+from pretrain.extension import folder_of
 from pretrain.sweep.exposure import exposure_per_decay
 
 Values = dict[str, Any]
@@ -140,6 +141,8 @@ def load_sweep(path: Path, out: Path | None = None) -> Sweep:
     """
     config = _read(path)
     base = load_config(_recipe(path, config), code=[])
+    if folder_of(path) is None:  # a sweep file of others: only the recipe is the user's
+        base = base.without_code()
     base = with_values(base, config.set, f"{path}: set")
     points = _points(path, config, base)
     baseline = _baseline(path, config, points)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from torch import nn
 
 from models.gpt import GPT
 from models.layers import ParameterFactory
+from models.loss import mean_loss
 from models.roles import declared_parameters, info_of
 from pretrain.config.recipe import parse_config
+from pretrain.distributed.grid import Grid
 from pretrain.engine.flat_buffers import FlatBuffer, in_buckets
+from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.norms import SquareSum, square_sum
 from tests.tools import DIALECTS, base_recipe, run_workers
 
+SMALL = {"num_layers": 5, "hidden_size": 16, "num_attention_heads": 4, "vocabulary_size": 64}
 GRIDS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
     2: [{}, {"tensor_parallel": 2}, {"tensor_parallel": 2, "sequence_parallel": True}],
@@ -120,7 +125,39 @@ def test_square_sums_are_those_of_each_tensor() -> None:
         flat *= 2.0  # values may change between calls
 
 
-SMALL = {"num_layers": 5, "hidden_size": 16, "num_attention_heads": 4, "vocabulary_size": 64}
+def test_neighbours_of_two_storages_are_not_one() -> None:
+    whole = bytearray(np.random.default_rng(0).random(8192, dtype=np.float32).tobytes())
+    parts = [torch.frombuffer(memoryview(whole)[at : at + 16384], dtype=torch.float32)
+             for at in (0, 16384)]  # fmt: skip
+    wanted = sum(float(square_sum(one)) for one in parts)
+    assert float(SquareSum(parts)()) == pytest.approx(wanted, rel=1e-14)
+
+
+def test_an_update_that_an_exception_ended_leaves_nothing() -> None:
+    """Micro batches of before an exception do not count in the next update."""
+    grid = Grid(1, 1, 1, 0, torch.device("cpu"), None, None, None)
+    config = parse_config({"model": SMALL})
+    made = []
+    for broken in (False, True):
+        module = GPT(config.model, ParameterFactory(1))
+        groups = [{"name": "all", "params": list(declared_parameters(module)), "weight_decay": 0.1}]
+        build = partial(torch.optim.AdamW, lr=1e-2)
+        update = FlatUpdate(module, grid, groups, build, torch.float32, True, 2, 1.0)
+        draw = torch.Generator().manual_seed(0)
+        tokens = [torch.randint(0, 64, (2, 8), generator=draw) for _ in range(2)]
+        if broken:
+            update.begin()
+            update.backward(update(tokens[1], partial(mean_loss, labels=tokens[0])))
+        update.begin()
+        for one in tokens:
+            update.backward(update(one, partial(mean_loss, labels=one)))
+            update.step()
+        made.append(
+            (float(update.gradient_norm), [p.detach().clone() for p in module.parameters()])
+        )
+        update.destroy()
+    assert made[0][0] == made[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(made[0][1], made[1][1], strict=True))
 
 
 def test_buckets_end_with_layers() -> None:

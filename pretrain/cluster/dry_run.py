@@ -47,7 +47,7 @@ def dry_run(config: Config, as_json: bool) -> None:
             str(group["tensors"]),
             f"{group['parameters']:,}",
             f"{group['weight_decay']:g}",
-            "adaptive" if group["exposure"] is None else f"{group['exposure']:.3g}",
+            "adaptive" if group["exposures"] is None else _range(group["exposures"]),
         )
     table.add_row("all", "", "", "", f"{summary['parameters']:,}", "", "")
     show_table(table, 120)
@@ -104,9 +104,11 @@ def describe(setup: Setup) -> dict[str, Any]:
             "tensors": len(group.parameters),
             "parameters": group.numel,
             "weight_decay": group.decay,
-            "exposure": _exposure(control, group, config),
+            "exposure": _mean(exposures),
+            "exposures": exposures,
         }
         for group in setup.plan.groups
+        for exposures in (_exposures(control, group, config),)
     ]
     tokens = config.train.global_batch * config.model.context
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,18 +135,32 @@ _LOOKED_AT = 100_000
 """Number of updates whose λ is examined; in longer runs, they are evenly spaced."""
 
 
-def _exposure(control: DecayControl, group: DecayGroup, config: Config) -> float | None:
-    """Σ rate·λ of a group over the run; None if λ depends on measurements."""
+def _exposures(control: DecayControl, group: DecayGroup, config: Config) -> list[float] | None:
+    """Σ rate·λ over the run, of each tensor of a group; None if λ depends on measurements."""
     if control.is_adaptive(group.role):
         return None
-    total, site = 0.0, site_of(group.parameters[0])
-    stride = -(-config.train.steps // _LOOKED_AT)
+    sites = [site_of(one) for one in group.parameters]
+    if not control.moves_layers_apart(group.role):
+        sites = sites[:1]
+    totals = dict.fromkeys(sites, 0.0)
+    stride = -(-config.train.steps * len(sites) // _LOOKED_AT)
     for start in range(0, config.train.steps, stride):
         stop = min(start + stride, config.train.steps)
         middle = (start + stop) // 2
         control.begin(middle, config.learning_rate(middle))
-        total += control.now(site).shrink * (stop - start)
-    return total
+        for site in totals:
+            totals[site] += control.now(site).shrink * (stop - start)
+    return [totals[site] for site in sites]
+
+
+def _mean(exposures: list[float] | None) -> float | None:
+    return None if exposures is None else sum(exposures) / len(exposures)
+
+
+def _range(exposures: list[float]) -> str:
+    """``0.0086`` or, where a policy moves layers apart, ``0.0086-0.026``."""
+    low, high = f"{min(exposures):.3g}", f"{max(exposures):.3g}"
+    return low if low == high else f"{low}-{high}"
 
 
 def memory(setup: Setup, data: int, device: torch.device) -> dict[str, float]:

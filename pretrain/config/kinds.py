@@ -7,6 +7,7 @@ that is made from it. There is one `Kinds` for each open list.
 from __future__ import annotations
 
 import inspect
+import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -97,9 +98,15 @@ class Kinds(Generic[Entry, Made]):
         except ExtensionError as error:
             raise explained(f"kind: {error}") from None
         try:
-            return section.model_validate(values)
+            made = section.model_validate(values)
         except ValidationError as error:
             raise explained(explain(error.errors()[0], section)) from None
+        if section in self._own and (lost := _lost_in_json(made)):
+            raise explained(
+                f"kind: {made.kind}: a run folder could not give its Config back ({lost}); use "
+                "values that JSON has, keys without alias, and finite numbers"
+            )
+        return made
 
     def class_of(self, section: KindSection) -> type[Made]:
         """The class for a section whose code is loaded in this process (see `absent`)."""
@@ -180,3 +187,14 @@ class Kinds(Generic[Entry, Made]):
                 ) from None
         if self._check is not None:
             self._check(own)
+
+
+def _lost_in_json(section: KindSection) -> str:
+    """What keeps a section from being read again from a run folder; empty if nothing does."""
+    try:
+        again = type(section).model_validate(json.loads(section.model_dump_json()))
+    except ValidationError as error:
+        return explain(error.errors()[0], type(section))
+    except ValueError as error:  # pydantic's error of what it cannot write
+        return " ".join(str(error).split())[:200]
+    return "" if again == section else "it comes back with other values"

@@ -117,6 +117,10 @@ class DecayControl:
         """Whether λ of the role depends on measurements during training."""
         return any(role in policy.roles for policy in self.policies if policy.wants)
 
+    def moves_layers_apart(self, role: Role) -> bool:
+        """Whether λ of the role may differ between layers."""
+        return any(policy.per_layer and role in policy.roles for policy in self.policies)
+
     def wanting(self, want: Want) -> list[Policy]:
         """The policies that observe something."""
         return [policy for policy in self.policies if policy.wants == want]
@@ -166,7 +170,7 @@ class DecayControl:
         """λ of the last update, for the log: by group, or by layer if policies distinguish them."""
         found: dict[str, float] = {}
         for group in self._plan.groups:
-            by_layer = any(p.per_layer and group.role in p.roles for p in self.policies)
+            by_layer = self.moves_layers_apart(group.role)
             for info in group.parameters:
                 site = site_of(info)
                 applied = self.used.get(site) or self.now(site)

@@ -91,7 +91,7 @@ class Guarded(Policy):
             return call()
         except (UsageError, RunError):  # the user's own message
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             place = self._code.place_of(error) if self._code else f"{type(error).__name__}: {error}"
             raise self._wrong(f"{what} fails: {place}") from error
 

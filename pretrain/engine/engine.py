@@ -154,6 +154,8 @@ class Engine:
 
     def _accumulate(self, batches: Iterator[Batch]) -> torch.Tensor:
         total = torch.zeros((), device=self.grid.device)
+        if isinstance(self._updater, FlatUpdate):
+            self._updater.begin()
         for _ in range(self.micro_batches):
             inputs, labels = next(batches)
             loss = self._updater(inputs, partial(self.loss, labels=labels))

@@ -114,10 +114,15 @@ class FlatUpdate:
         """The model's forward pass."""
         return self.module(*arguments)
 
+    def begin(self) -> None:
+        """Begin an update; micro batches of one that an exception ended do not count."""
+        self._done = 0
+        for one in self._reductions:
+            one.wait()
+        self._reductions.clear()
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro batch."""
-        if self._done == self._count:
-            self._done = 0
         self._done += 1
         for bucket in self._buckets:
             bucket.begin()

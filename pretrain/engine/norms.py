@@ -45,7 +45,7 @@ class SquareSum:
             cut = flat.numel() // _BLOCK * _BLOCK
             if cut < flat.numel():
                 self._rests.append(flat[cut:])
-            if run and _end(run[-1]) != flat.data_ptr():
+            if run and not _follows(flat, run[-1]):
                 self._add(run)
             if cut:
                 run.append(flat[:cut])
@@ -65,5 +65,7 @@ class SquareSum:
         return torch.cat(norms).double().square().sum()
 
 
-def _end(one: Tensor) -> int:
-    return one.data_ptr() + one.numel() * one.element_size()
+def _follows(one: Tensor, before: Tensor) -> bool:
+    """Whether a tensor begins where another ends, in the same storage."""
+    same = one.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+    return same and one.data_ptr() == before.data_ptr() + before.numel() * before.element_size()

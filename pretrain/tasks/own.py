@@ -102,7 +102,7 @@ class OwnTask(Labelled):
             return call()
         except (UsageError, RunError):  # the user's own message
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             code = self._extension.code if self._extension else None
             place = code.place_of(error) if code else f"{type(error).__name__}: {error}"
             raise self._wrong(f"{what} fails: {place}") from error

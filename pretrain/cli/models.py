@@ -174,10 +174,17 @@ def ranks(
     figures: Annotated[
         Path | None, typer.Option(help="Folder for the scatter plots of Figure 4 (.png, .csv).")
     ] = None,
-    threshold: Annotated[float, typer.Option(help="Share of Σσ that the rank covers.")] = 0.95,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Share of Σσ that the rank covers; default: the run's, or 0.95."),
+    ] = None,
     denominator: Annotated[
-        str, typer.Option(help="Pseudo-rank = k / head width (head) or k / model width (model).")
-    ] = "head",
+        str | None,
+        typer.Option(
+            help="Pseudo-rank = k / head width (head) or k / model width (model); default: the "
+            "run's, or head."
+        ),
+    ] = None,
     spectra: Annotated[bool, typer.Option("--spectra", help="Store singular values too.")] = False,
     family: Annotated[
         Path | None,
@@ -199,14 +206,21 @@ def ranks(
     Known families: llama, mistral, qwen 2/3, gemma, gpt2, gpt_neox, gpt_neo, opt, phi, olmo 1/2,
     bert, vit, deit, clip; describe others with --family.
     """
-    if denominator not in ("head", "model"):
+    if denominator not in (None, "head", "model"):
         raise typer.BadParameter(f"--denominator: {denominator} is not head or model")
-    if not 0 < threshold <= 1:
+    if threshold is not None and not 0 < threshold <= 1:
         raise typer.BadParameter(f"--threshold: {threshold} is not above 0 and at most 1")
-    from pretrain.config.run import RanksConfig
     from pretrain.offline.ranks import rank_command
 
-    settings = RanksConfig.model_validate(
-        {"threshold": threshold, "denominator": denominator, "spectra": spectra}
+    given = {"threshold": threshold, "denominator": denominator}
+    asked = {key: value for key, value in given.items() if value is not None}
+    rank_command(
+        target,
+        {**asked, "spectra": spectra},
+        family,
+        batch_tokens,
+        out,
+        figures,
+        json,
+        allow_unused,
     )
-    rank_command(target, settings, family, batch_tokens, out, figures, json, allow_unused)

@@ -91,6 +91,10 @@ class FlatUpdate:
         self._done = 0
         """Number of micro batches of the current update so far."""
         self._reductions: list[Any] = []
+        self._packed: set[int] = set()
+        """``id`` of the buckets of the last micro batch that are packed."""
+        self._waiting: list[_Bucket] = []
+        """Buckets to reduce; the last one, which the backward pass completes first, is next."""
         self.gradient_norm = torch.zeros((), device=grid.device)
         """Global norm of the last gradient before clipping; infinite or NaN if it is not finite."""
 
@@ -120,6 +124,8 @@ class FlatUpdate:
         for one in self._reductions:
             one.wait()
         self._reductions.clear()
+        self._packed.clear()
+        self._waiting = list(self._buckets)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro batch."""
@@ -135,9 +141,16 @@ class FlatUpdate:
     def _complete(self, bucket: _Bucket) -> None:
         """Pack the complete gradients of a bucket, and reduce them in the last micro batch."""
         bucket.pack(first=self._done == 1)
-        buffer = bucket.buffer
-        if buffer is None or self._done < self._count:
+        if bucket.buffer is None or self._done < self._count:
             return
+        self._packed.add(id(bucket))
+        # In one order on every process, even if gradients arrive in another one.
+        while self._waiting and id(self._waiting[-1]) in self._packed:
+            self._reduce(self._waiting.pop())
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        buffer = bucket.buffer
+        assert buffer is not None
         group = self._grid.data_group
         buffer.gradient.div_(self._grid.data)
         self._reductions.append(

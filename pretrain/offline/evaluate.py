@@ -110,6 +110,8 @@ def _measure(
     if choice is not None:
         share = "measured" if choice.share is None else choice.share
         header |= {"attention_rank": share, "attention_products": list(choice.products)}
+        if isinstance(checkpoint, CutCheckpoint) and choice.share is None:
+            header["attention_threshold"] = checkpoint.choice.threshold
 
     def report(done: int, total: int) -> None:
         progress.update(done, total=total)

@@ -59,6 +59,8 @@ class Weights:
     step: int
     tokens: int | None
     open: Callable[[], list[Stack]]
+    ranks: RanksConfig | None = None
+    """The definition of rank of a run; None for other models."""
 
 
 def find_weights(
@@ -137,7 +139,8 @@ def _checkpoint(path: Path) -> Weights:
         shape = model.attention_shape
         return [Stack("", shape, checkpoint.attention, lambda layer: shape, books)]
 
-    return Weights(path.name, checkpoint.step, checkpoint.step * batch, stacks)
+    ranks = checkpoint.config.ranks
+    return Weights(path.name, checkpoint.step, checkpoint.step * batch, stacks, ranks)
 
 
 def measure_weights(found: list[Weights], config: RanksConfig) -> tuple[list[Row], Scatter]:
@@ -272,7 +275,7 @@ def _finite(line: dict[str, float]) -> dict[str, float | None]:
 
 def rank_command(
     target: str,
-    config: RanksConfig,
+    asked: dict[str, Any],
     family: Path | None,
     batch_tokens: int,
     out: Path | None,
@@ -280,8 +283,16 @@ def rank_command(
     as_json: bool,
     allow_unused: bool,
 ) -> None:
-    """Run `pretrain ranks`."""
+    """Run `pretrain ranks`.
+
+    Args:
+        asked: keys of `RanksConfig`; the others are those of the run, so that the table continues
+            its own.
+    """
     found = find_weights(target, family, batch_tokens, allow_unused)
+    config = RanksConfig.model_validate(
+        {**(found[-1].ranks or RanksConfig()).model_dump(), **asked}
+    )
     with contextlib.ExitStack() as ours:
         for path in filter(None, (out, figures / "scatter" if figures else None)):
             ours.enter_context(held(path))

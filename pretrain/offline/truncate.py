@@ -8,7 +8,7 @@ so that only the product's rank changes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,12 +29,14 @@ class RankChoice:
     share: float | None
     """Share of the head's width; None: the measured pseudo-rank."""
     products: tuple[str, ...] = ("qk", "vp")
-    threshold: float = 0.95
+    threshold: float | None = None
+    """Share of Σσ that the measured rank covers; None: that of the run."""
 
     def keep(self, sigma: Tensor) -> Tensor:
         """Number of values kept, ``[...]`` int64, of spectra ``[..., n]``, descending."""
         n = sigma.shape[-1]
         if self.share is None:
+            assert self.threshold is not None
             return (pseudo_rank(sigma, self.threshold) * n).round().long()
         count = max(1, round(self.share * n))
         return torch.full(sigma.shape[:-1], count, dtype=torch.int64)
@@ -113,6 +115,8 @@ class CutCheckpoint(Checkpoint):
             UsageError: if a product of this model cannot be cut.
         """
         super().__init__(path)
+        if choice.threshold is None:
+            choice = replace(choice, threshold=self.config.ranks.threshold)
         self.choice, self.smaller = choice, smaller
         self.shape = self.config.model.attention_shape
         _check(self.shape, choice)

@@ -199,12 +199,17 @@ class RankController(Policy):
         return "minimum" if wanted <= self.minimum else "maximum"
 
     def move(self, site: Site, decay: float, step: int) -> float:
-        """λ of the site's loop; until its control begins, λ unchanged (the recipe's)."""
+        """λ of the site's loop; until its control begins, λ unchanged (the recipe's).
+
+        What an earlier schedule made of the recipe's λ, it makes of the loop's.
+        """
         role, layer = site
         if layer is None:
             return decay
-        state = self._loops[layer, _PRODUCTS[role]]
-        return decay if math.isnan(state.decay) else state.decay
+        state, base = self._loops[layer, _PRODUCTS[role]], self.setting.base[site]
+        if math.isnan(state.decay):
+            return decay
+        return state.decay * (decay / base) if base else state.decay
 
     def state(self) -> dict[str, Any]:
         """The state of the loops."""

@@ -81,9 +81,9 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(self._data)
-        except RuntimeError:
-            raise DataError(f"{path}: not a SentencePiece model") from None
-        self._spelling = spelling_of(self._processor, read_model(self._data))
+            self._spelling = spelling_of(self._processor, read_model(self._data))
+        except (RuntimeError, ValueError):  # a message of the library may be no UTF-8
+            raise DataError(f"{path}: not a SentencePiece model, or damaged") from None
         self._eod = self._find_eod(path, eod_token)
         self.notes: list[str] = []
         mark = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]

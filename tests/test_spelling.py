@@ -17,7 +17,7 @@ import sentencepiece
 from data_pipeline.account import account_of
 from data_pipeline.records import DataError
 from data_pipeline.sentencepiece_file import Piece, read_model
-from data_pipeline.tokenizer import SentencePieceTokenizer
+from data_pipeline.tokenizer import SentencePieceTokenizer, load_tokenizer
 from tests.tools import ROOT
 
 ALPHABET = [*"abc AB \n\t", "  ", "\u2581", "é", "漢", "🙂", "ﬁ", "½", "\0", "\x7f", "\u0301",
@@ -106,6 +106,9 @@ def test_what_is_cut_is_refused(tmp_path: Path) -> None:
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         with contextlib.suppress(DataError):
             read_model(bytes(damaged))
+        (tmp_path / "damaged.model").write_bytes(bytes(damaged))
+        with contextlib.suppress(DataError):
+            load_tokenizer(tmp_path / "damaged.model")
 
 
 def test_no_verb_needs_protobuf(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 from data_pipeline.light_imports import import_light
 
@@ -14,6 +15,8 @@ _PARTS = (
 
 def load_libraries() -> None:
     """Import them after the process has a device; parts that are missing here load when needed."""
+    # Names that torch 2.13 calls old are the only ones that torch 2.11 has.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     for part in _PARTS:
         with contextlib.suppress(ModuleNotFoundError):
             import_light(part)

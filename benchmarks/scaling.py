@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="h100", choices=sorted(DEVICES))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     found = rows(options.gpu)
     with (options.out / "scaling.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(found[0]))

@@ -210,7 +210,8 @@ def check_vocabulary(model: GPTConfig) -> None:
     """
     if not model.vocabulary_size and not model.image_size:
         raise UsageError(
-            "model.vocabulary_size: not set; give it, as the data that would say is not asked here"
+            "model.vocabulary_size: not set, and no data is read here; add for example "
+            "model.vocabulary_size=50304"
         )
 
 

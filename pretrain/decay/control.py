@@ -81,7 +81,9 @@ class DecayControl:
             model=model,
             threshold=config.ranks.threshold,
             full_rank=(
-                model.head_size / model.hidden_size if config.ranks.denominator == "model" else 1.0
+                min(1.0, model.head_size / model.hidden_size)
+                if config.ranks.denominator == "model"
+                else 1.0
             ),
         )
 

@@ -89,7 +89,8 @@ COLUMNS: tuple[Column, ...] = (
     _key("head", "integer", "–", "number of the query head, or of the group, from 0"),
     _product("pseudo_rank", "share of n", "k/n, where k is the smallest number of "
              "leading singular values that reach 95 % of Σσ (`ranks.threshold`), and n is the head "
-             "width, or the model width with `ranks.denominator: model`", needed=True),
+             "width (never more than the model width), or the model width with "
+             "`ranks.denominator: model`", needed=True),
     _product("nuclear_norm", "as σ", "Σσ", of_sizes=True, needed=True),
     _product("frobenius_bound", "as σ", "½(‖A‖² + ‖B‖²) ≥ nuclear norm", of_sizes=True,
              needed=True),

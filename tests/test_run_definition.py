@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ from tests.tools import run, write_recipe
 
 @pytest.mark.parametrize("denominator", ["head", "model"])
 def test_ranks_and_cuts_of_a_run(
-    denominator: str, recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    denominator: str, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     recipe["ranks"] |= {"threshold": 0.5, "denominator": denominator}

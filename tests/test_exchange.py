@@ -213,7 +213,7 @@ def test_a_foreign_model(
         ({"model_type": "mamba"}, "model_type 'mamba' cannot be trained on"),
         ({"hidden_act": "relu"}, "activation 'relu'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rotary scaling"),
-        ({"attention_bias": True}, "attention_bias True"),
+        ({"attention_bias": True}, "attention_bias is True"),
         ({"intermediate_size": 48}, "config.json needs"),
         ({"vocab_size": 100}, "vocabulary_size: 100 is less"),
         ({"num_hidden_layers": 3}, "has no model.layers.2"),

@@ -208,4 +208,4 @@ def test_page(tmp_path: Path) -> None:
     assert "| a\\|b falls | 0.5 | 0.1 (1) | agrees |" in text
     assert "disagrees (not required)" in text and "(figures/fig1.png)" in text
     assert text.count("not run") == len(TITLES) - 1
-    assert "1 of 1; 0 of 1 told" in text
+    assert "1 of 1; 0 of 1 not required" in text

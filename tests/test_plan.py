@@ -135,7 +135,7 @@ def test_the_command(
     found = json.loads(capsys.readouterr().out)
     assert found["grids"][0]["fits"] and "published rates" in found["note"]
     assert run(monkeypatch, *words) == 0
-    assert "train it: pretrain train RECIPE grid.tensor_parallel=1" in capsys.readouterr().out
+    assert "train it with: pretrain train RECIPE grid.tensor_parallel=1" in capsys.readouterr().out
     for more, culprit in (
         (["--gpu", "h1000"], "--gpu: 'h1000' is not one of a100"),
         (["--gpus", "13"], "cannot be divided by any grid of 13 devices"),

@@ -372,7 +372,7 @@ def test_wrong_words(
     recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(tmp_path))
     for words, part in (
         ([str(few), "--format", "docx"], "--format"),
-        ([str(few), "--baseline", "attention = 9"], "none of the conditions"),
+        ([str(few), "--baseline", "attention = 9"], "is not one of the conditions"),
         ([str(tmp_path / "empty")], "no run folder"),
         ([str(tmp_path / "nowhere")], "nowhere"),
         ([str(recipe.parent / "recipe.yaml")], "recipe.yaml"),

@@ -54,12 +54,11 @@ def _import_everything() -> None:
     matplotlib.use("Agg")
     for name in ("__main__", "training.start", "offline.evaluate", "report.page", "report.printed"):
         importlib.import_module(f"pretrain.{name}")
+    from pretrain.engine.deepspeed_adapter import prepare_deepspeed
     from pretrain.engine.libraries import load_libraries
 
     load_libraries()
-    import deepspeed.ops
-
-    _ = deepspeed.ops.__compatible_ops__  # compiles something to find out
+    prepare_deepspeed()  # compiles something to find out what it can
     for name in LATER:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

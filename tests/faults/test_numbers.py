@@ -130,6 +130,6 @@ def test_a_flipped_bit_is_found_and_undone(
     done = faulty("flip", 1, "5", words, processes=2)
     assert done.returncode == 0, done.stderr
     (event,) = [text for text in events_of(tmp_path / "run") if "went back" in text]
-    assert "differs over ranks 0, 1" in event and "to step 4" in event
+    assert "differs between process ranks 0, 1" in event and "to step 4" in event
     same_weights(tmp_path / "run", undisturbed("data"))
     row("flipped bit in a replicated weight", "the same update", "back at a checkpoint, 1 update")

@@ -68,13 +68,13 @@ def _watch(team: list[subprocess.Popen[bytes]]) -> int:
         if failed_at is not None and time.monotonic() - failed_at > patience:
             for process in team:
                 _send(process, signal.SIGKILL)
-    _say_who_died(team, failed_at)
+    _say_who_died(team)
     return _verdict([process.returncode for process in team])
 
 
-def _say_who_died(team: list[subprocess.Popen[bytes]], failed_at: float | None) -> None:
+def _say_who_died(team: list[subprocess.Popen[bytes]]) -> None:
     """Report a process that was ended by a signal, since it could not do so itself."""
-    if failed_at is None or SIGNALS.asked:
+    if SIGNALS.asked:
         return
     for rank, process in enumerate(team):
         if process.returncode < 0:

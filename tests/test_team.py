@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -52,6 +53,22 @@ def test_the_code_that_says_most(codes: tuple[int, ...], wanted: int) -> None:
 def test_a_killed_rank_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert ranks("[ $RANK = 1 ] && kill -9 $$; exit 0") == 137
     assert "rank 1 (pid " in (text := capfd.readouterr().err) and "SIGKILL" in text
+
+
+def test_a_rank_that_was_killed_at_once_is_named(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also if every process has ended before the launcher looks for the first time."""
+    start = subprocess.Popen
+
+    def ended(*words: Any, **more: Any) -> subprocess.Popen[bytes]:
+        process = start(*words, **more)
+        process.wait()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", ended)
+    assert ranks("[ $RANK = 1 ] && kill -9 $$; exit 0") == 137
+    assert "rank 1 (pid " in capfd.readouterr().err
 
 
 def test_ranks_that_hang_after_a_failure_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,17 @@ import hashlib
 import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.files import read_small
+from pretrain.errors import RunError, UsageError
+
+Answer = TypeVar("Answer")
 
 _FILE = re.compile(r"(.*\.py):(\w+)", re.S)
 _LARGEST = 1 << 20
@@ -71,6 +74,24 @@ class Extension:
     pin: tuple[str, str]
     """``("sha256", ...)`` of the file, or ``("package", "name version")``."""
     code: Code | None = None
+
+
+def ask(
+    code: Code | None, what: str, call: Callable[[], Answer], wrong: Callable[[str], UsageError]
+) -> Answer:
+    """Call a user's code; its exceptions become one line with the place in the user's file.
+
+    Args:
+        code: the file; None for a class of an installed package.
+        wrong: makes the error of a text.
+    """
+    try:
+        return call()
+    except (UsageError, RunError):  # the user's own message
+        raise
+    except (Exception, SystemExit) as error:
+        place = code.place_of(error) if code else f"{type(error).__name__}: {error}"
+        raise wrong(f"{what} fails: {place}") from error
 
 
 _RUNNING: dict[str, Code] = {}

@@ -14,8 +14,8 @@ from data_pipeline.strict_json import to_json
 from models.roles import ParameterInfo
 from pretrain.decay.policy import Policy, PolicySection, Setting
 from pretrain.decay.sites import Site, label
-from pretrain.errors import RunError, UsageError
-from pretrain.extension import Extension
+from pretrain.errors import UsageError
+from pretrain.extension import Extension, ask
 
 Answer = TypeVar("Answer")
 
@@ -87,13 +87,7 @@ class Guarded(Policy):
         return saved
 
     def _ask(self, what: str, call: Callable[[], Answer]) -> Answer:
-        try:
-            return call()
-        except (UsageError, RunError):  # the user's own message
-            raise
-        except (Exception, SystemExit) as error:
-            place = self._code.place_of(error) if self._code else f"{type(error).__name__}: {error}"
-            raise self._wrong(f"{what} fails: {place}") from error
+        return ask(self._code, what, call, self._wrong)
 
     def _wrong(self, text: str) -> UsageError:
         return UsageError(f"{self.setting.key}: {self.kind}: {text}")

@@ -75,19 +75,7 @@ class FlatUpdate:
         counted = self._counted()
         gradients = [one for buffer in self.buffers for one in buffer.own_gradients(counted)]
         self._square_sum = SquareSum(gradients) if gradients else None
-        self.optimizer = build(
-            [
-                {
-                    **group,
-                    "params": [
-                        b.owners[group["name"]].tensor
-                        for b in self.buffers
-                        if group["name"] in b.owners
-                    ],
-                }
-                for group in groups
-            ]
-        )
+        self.optimizer = build([{**one, "params": self._owned(one["name"])} for one in groups])
         self._done = 0
         """Number of micro batches of the current update so far."""
         self._reductions: list[Any] = []
@@ -121,9 +109,7 @@ class FlatUpdate:
     def begin(self) -> None:
         """Begin an update; micro batches of one that an exception ended do not count."""
         self._done = 0
-        for one in self._reductions:
-            one.wait()
-        self._reductions.clear()
+        self._wait_for_reductions()
         self._packed.clear()
         self._waiting = list(self._buckets)
 
@@ -167,9 +153,7 @@ class FlatUpdate:
         nothing."""
         if self._done < self._count:
             return
-        for one in self._reductions:
-            one.wait()
-        self._reductions.clear()
+        self._wait_for_reductions()
         self.gradient_norm = self._norm()
         if not bool(self.gradient_norm.isfinite()):
             return
@@ -181,6 +165,11 @@ class FlatUpdate:
             buffer.refresh()
         if self.shared:
             self._gather()
+
+    def _wait_for_reductions(self) -> None:
+        for one in self._reductions:
+            one.wait()
+        self._reductions.clear()
 
     def _norm(self) -> Tensor:
         zero = torch.zeros((), dtype=torch.float64, device=self._grid.device)

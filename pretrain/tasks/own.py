@@ -11,7 +11,8 @@ import numpy as np
 
 from models.config import GPTConfig
 from pretrain.config.recipe import Config
-from pretrain.errors import RunError, UsageError
+from pretrain.errors import UsageError
+from pretrain.extension import ask
 from pretrain.tasks.labelled import Labelled
 from pretrain.tasks.samples import SAMPLE_TASKS, Numbered
 from pretrain.tasks.task import Samples, digest
@@ -98,14 +99,8 @@ class OwnTask(Labelled):
             )
 
     def _ask(self, what: str, call: Callable[[], Answer]) -> Answer:
-        try:
-            return call()
-        except (UsageError, RunError):  # the user's own message
-            raise
-        except (Exception, SystemExit) as error:
-            code = self._extension.code if self._extension else None
-            place = code.place_of(error) if code else f"{type(error).__name__}: {error}"
-            raise self._wrong(f"{what} fails: {place}") from error
+        code = self._extension.code if self._extension else None
+        return ask(code, what, call, self._wrong)
 
     def _wrong(self, text: str) -> UsageError:
         return UsageError(f"task.own: {self.source}: {text}")

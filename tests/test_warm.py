@@ -56,7 +56,9 @@ def test_a_process_beside_the_test_is_signalled(
                 os.kill(pid, 0)
 
 
-def test_a_job_that_takes_too_long() -> None:
+def test_a_job_that_takes_too_long(capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends, and every process has written where it was."""
     with pytest.raises(subprocess.TimeoutExpired):
-        run_processes(["sleep", "1000"], 1, 0.5, SCRIPT)
+        run_processes(["sleep", "1000"], 2, 0.5, SCRIPT)
+    assert capsys.readouterr().out.count('started.py", line') == 2
     assert run_processes(["sleep", "0"], 1, 60, SCRIPT).returncode == 0  # the server goes on

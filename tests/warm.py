@@ -69,6 +69,7 @@ def run_warm(
     )  # fmt: skip
     texts = [path.read_text(errors="replace") for path in outputs]
     if answer["expired"]:
+        print(*(text[-20_000:] for text in texts), sep="\n")  # with the frames of each process
         raise subprocess.TimeoutExpired(words, timeout, *texts)
     return subprocess.CompletedProcess(words, answer["code"], *texts)
 

@@ -7,6 +7,7 @@ one line.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -122,6 +123,7 @@ def _become(request: Request, rank: int, port: int) -> None:
             MASTER_PORT=str(port),
         )  # fmt: skip
     begin_anew()
+    faulthandler.enable(file=2)
     subprocess.Popen = ForkingPopen  # type: ignore[misc]
     if request.script is None:
         run_command(request.words)
@@ -155,7 +157,10 @@ def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
             signal_all(left, signal.SIGTERM)
             deadline = min(deadline, time.monotonic() + 10)
         if left and time.monotonic() > deadline:
-            expired = expired or not failed
+            if not (expired or failed):
+                expired = True
+                signal_all(left, signal.SIGABRT)  # each writes where it is, then ends
+                time.sleep(1.0)
             signal_all(left, signal.SIGKILL)
         time.sleep(0.01)
     code = codes[ranks[0]] if len(ranks) == 1 else int(any(codes.values()))

@@ -235,9 +235,14 @@ def main() -> None:
     device = connect()
     load_libraries()
     answers = []
+    grids: dict[Any, Grid] = {}  # shared: each has process groups, and each group has threads
     for case in request["cases"]:
         config = parse_config(case["recipe"])
-        grid = build_grid(config.grid, device)
+        axes = (config.grid.tensor_parallel, config.grid.pipeline_parallel)
+        shape = (*axes, config.grid.sequence_parallel)
+        if shape not in grids:
+            grids[shape] = build_grid(config.grid, device)
+        grid = grids[shape]
         answers.append(TASKS[case.get("task", request["task"])](case, grid, config))
         grid.barrier()
     if grid.is_main:

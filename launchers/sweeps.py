@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_pipeline.strict_json import to_json
 from launchers.local import LocalExecutor, command, default_slots, start_environment
-from pretrain.console import plain
+from pretrain.cli.console import plain
 from pretrain.decay.lengths import check_lengths, say_remarks
 from pretrain.distributed.jobs import Executor
 from pretrain.errors import UsageError

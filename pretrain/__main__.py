@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from pretrain.cli.cluster import doctor, launch, plan
+from pretrain.cli.console import plain, write_any_text
 from pretrain.cli.data import data_app
 from pretrain.cli.exits import fail, leave, report_failure, stopped
 from pretrain.cli.models import evaluate, export, import_, print_evaluation, ranks
 from pretrain.cli.options import Code, Json, Overrides
 from pretrain.cli.paper import paper_app
-from pretrain.console import plain, write_any_text
 from pretrain.distributed.signals import SIGNALS, Stopped
 
 app = typer.Typer(

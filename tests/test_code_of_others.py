@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from pretrain.config.extension import folder_of
 from pretrain.config.recipe import load_config
 from pretrain.errors import UsageError
-from pretrain.extension import folder_of
 from pretrain.sweep.config import load_sweep
 from tests.own_code import COSINE, EXAMPLE, FILE, recipe_with, write_example
 from tests.tools import ROOT, assert_one_line, pretrain, run, write_recipe
@@ -201,7 +201,7 @@ def test_only_verbs_that_train_let_recipes_run_code() -> None:
     assert callers == {
         "pretrain/__main__.py", "pretrain/cli/cluster.py", "launchers/launch.py",
         "pretrain/sweep/config.py", "pretrain/offline/import_model.py", "pretrain/cli/models.py",
-        "pretrain/extension.py", "pretrain/config/recipe.py",
+        "pretrain/config/extension.py", "pretrain/config/recipe.py",
     }  # fmt: skip
 
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import pretrain.engine.engine
-from pretrain import console
-from pretrain.cli import exits
+from pretrain.cli import console, exits
 from pretrain.distributed.cores import fit_threads, usable_cores
 from pretrain.distributed.failures import exit_code, one_line
 from pretrain.distributed.grid import Grid, connect, disconnect

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     ["models", "data_pipeline"],
     ["pretrain.errors", "pretrain.spectra"],
-    ["pretrain.extension"],
+    ["pretrain.config.extension"],
     ["pretrain.config.section", "pretrain.config.schedule", "pretrain.config.urls"],
     ["pretrain.config.explain", "pretrain.config.kinds"],
     ["pretrain.decay.sites", "pretrain.decay.policy", "pretrain.decay.guard"],
@@ -22,7 +22,7 @@ ORDER = [
     ["pretrain.runs.services"],
     ["pretrain.tasks.samples"],
     ["pretrain.config"],
-    ["pretrain.console"],
+    ["pretrain.cli.console"],
     ["pretrain.distributed"],
     ["pretrain.decay"],
     ["pretrain.tasks"],
@@ -142,6 +142,11 @@ def test_no_two_classes_share_a_name() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(name)
     assert not {name: where for name, where in homes.items() if len(where) > 1}
+
+
+def test_one_look_shows_all_packages() -> None:
+    entries = {path.name for path in (ROOT / "pretrain").iterdir()} - {"__pycache__"}
+    assert len(entries) <= 20, sorted(entries)
 
 
 def test_no_file_is_longer_than_a_person_reads() -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pretrain.cli.console import console, plain, show_table, warn
 from pretrain.config.recipe import parse_config, value_at
-from pretrain.console import console, plain, show_table, warn
 from pretrain.report import print_summary, write_report
 from pretrain.report.printed import draw
 from pretrain.report.rank_figures import over_training

@@ -68,7 +68,7 @@ def test_the_product_runs_nothing_that_it_reads() -> None:
         str(file.relative_to(ROOT)): wrong(file.read_text(encoding="utf-8")) for file in MODULES
     }
     # A file of code that the user names is run, in one place (tests/test_code_of_others.py).
-    runs = found.pop("pretrain/extension.py")
+    runs = found.pop("pretrain/config/extension.py")
     assert sorted(line.partition(": ")[2] for line in runs) == ["compile", "exec"]
     assert {name: lines for name, lines in found.items() if lines} == {}
 

@@ -17,7 +17,7 @@ from pretrain.checkpoint.reader import (
     run_id_of,
     stranger,
 )
-from pretrain.console import warn
+from pretrain.cli.console import warn
 from pretrain.distributed.grid import Grid
 from pretrain.errors import RunError
 

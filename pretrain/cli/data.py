@@ -175,7 +175,7 @@ def adopt(
     texts.
     """
     from data_pipeline.adopt import adopt as adopt_pairs
-    from pretrain.console import Progress
+    from pretrain.cli.console import Progress
     from pretrain.errors import UsageError
     from pretrain.runs.aside import whole_folder
 
@@ -204,7 +204,7 @@ def check(
     Training makes the same check when it first reads data.
     """
     from data_pipeline.checksums import check_folder
-    from pretrain.console import Progress
+    from pretrain.cli.console import Progress
 
     progress = Progress(1, "check", True)
     damaged, without = check_folder(folder, lambda done, total: progress.update(done, total=total))

@@ -15,7 +15,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from pretrain.console import plain
+from pretrain.cli.console import plain
 from pretrain.distributed.failures import exit_code, one_line
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import TRY_AGAIN

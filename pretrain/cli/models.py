@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pretrain.cli.console import plain
 from pretrain.cli.options import Code, Json, Overrides
-from pretrain.console import plain
 
 AttentionRank = Annotated[
     str | None,
@@ -31,7 +31,7 @@ def print_evaluation(figures: dict[str, Any]) -> None:
         return
     from rich.table import Table
 
-    from pretrain.console import show_table
+    from pretrain.cli.console import show_table
 
     table = Table(title=f"{figures['split']} split, step {figures['step']}")
     for column in ("subset", "documents", "tokens", "bytes", "loss", "perplexity", "bits/byte"):

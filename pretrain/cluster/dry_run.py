@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from data_pipeline.strict_json import to_json
+from pretrain.cli.console import plain, show_table
 from pretrain.cluster.plan_grids import layout_of
 from pretrain.cluster.plan_memory import memory_of, process_bytes
 from pretrain.cluster.plan_shapes import sizes_of
 from pretrain.config.recipe import Config
-from pretrain.console import plain, show_table
 from pretrain.decay.control import DecayControl
 from pretrain.decay.lengths import remarks
 from pretrain.decay.plan import DecayGroup

@@ -47,7 +47,7 @@ def plan(config: Config, device: str, count: int, limit: int, as_json: bool) -> 
 def _print(config: Config, sizes: Sizes, device: Device, count: int, found: list[Choice]) -> None:
     from rich.table import Table
 
-    from pretrain.console import show_table
+    from pretrain.cli.console import show_table
 
     tokens = config.train.global_batch * sizes.context
     table = Table(title=f"{count} x {device.name}, {sizes.parameters + sizes.ends:,} parameters")

@@ -17,11 +17,11 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError, ValidationInfo, create_model
 
 from pretrain.config.explain import explain, explained
+from pretrain.config.extension import PINS, Extension, ExtensionError, find, names, running_files
 from pretrain.config.section import Section
-from pretrain.extension import PINS, Extension, ExtensionError, find, names, running_files
 
 FOLDER = "folder"
-"""Key of a validation's context: the folder of code files (`pretrain.extension.find`)."""
+"""Key of a validation's context: the folder of code files (`pretrain.config.extension.find`)."""
 
 
 class KindSection(Section):
@@ -88,7 +88,7 @@ class Kinds(Generic[Entry, Made]):
         """The section of an entry, validated.
 
         Args:
-            folder: of the recipe (`pretrain.extension.find`).
+            folder: of the recipe (`pretrain.config.extension.find`).
 
         Raises:
             PydanticCustomError: naming the key and what to do.

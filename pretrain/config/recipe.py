@@ -21,6 +21,7 @@ from pydantic import (
 from models.config import GPTConfig
 from pretrain.config.decay import WeightDecayConfig
 from pretrain.config.explain import explain
+from pretrain.config.extension import Code, ExtensionError, folder_of, run_file, running
 from pretrain.config.kinds import FOLDER, KindSection
 from pretrain.config.mapping import apply_value_overrides, read_mapping, set_value
 from pretrain.config.run import (
@@ -37,7 +38,6 @@ from pretrain.config.section import Section
 from pretrain.decay.registry import POLICIES
 from pretrain.decay.sites import KEY
 from pretrain.errors import UsageError
-from pretrain.extension import Code, ExtensionError, folder_of, run_file, running
 from pretrain.runs.service import SERVICES
 from pretrain.tasks.samples import SAMPLE_TASKS, SamplesSection
 
@@ -284,7 +284,7 @@ def load_config(
     Args:
         code: files of code that the command line names. They are run, and so is the code that the
             recipe names, unless the recipe is in a folder that this program wrote
-            (`pretrain.extension`). None: no code is run.
+            (`pretrain.config.extension`). None: no code is run.
 
     Raises:
         UsageError: one line that names the file or key and what to do.

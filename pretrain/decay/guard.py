@@ -12,10 +12,10 @@ from torch import Tensor
 
 from data_pipeline.strict_json import to_json
 from models.roles import ParameterInfo
+from pretrain.config.extension import Extension, ask
 from pretrain.decay.policy import Policy, PolicySection, Setting
 from pretrain.decay.sites import Site, label
 from pretrain.errors import UsageError
-from pretrain.extension import Extension, ask
 
 Answer = TypeVar("Answer")
 

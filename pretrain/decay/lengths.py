@@ -10,13 +10,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from pretrain.cli.console import warn
+from pretrain.config.extension import running
 from pretrain.config.recipe import Config, ScheduleConfig, entries
 from pretrain.config.schedule import in_steps
-from pretrain.console import warn
 from pretrain.decay.policy import PolicySection
 from pretrain.decay.sites import KEY
 from pretrain.errors import UsageError
-from pretrain.extension import running
 
 _RATE = "optimizer.schedule"
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import get_args
 
+from pretrain.config.extension import Extension, ExtensionError
 from pretrain.config.kinds import Kinds
 from pretrain.decay.guard import Guarded
 from pretrain.decay.policy import Policy, PolicySection, Setting, Want
 from pretrain.errors import UsageError
-from pretrain.extension import Extension, ExtensionError
 
 
 def _check(own: Extension) -> None:

@@ -15,9 +15,9 @@ from data_pipeline.manifest import load_manifest
 from data_pipeline.strict_json import to_json
 from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint
 from pretrain.checkpoint.restore import load_into_module
+from pretrain.cli.console import Progress
 from pretrain.config.compare import differences
 from pretrain.config.recipe import Config, apply_overrides
-from pretrain.console import Progress
 from pretrain.distributed.grid import Grid, build_grid, check_grid, connect, process_count
 from pretrain.engine.deepspeed_adapter import prepare_deepspeed
 from pretrain.engine.engine import build_model

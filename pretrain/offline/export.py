@@ -12,7 +12,7 @@ from models.export import class_of, config_json, has_free_heads, shards
 from models.generation import GENERATION_CONFIG, ends_with
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.tensor_file import write_tensors
-from pretrain.console import Progress
+from pretrain.cli.console import Progress
 from pretrain.errors import UsageError
 from pretrain.offline.model_card import name_of, write_card, write_tokenizer
 from pretrain.offline.truncate import CutCheckpoint, RankChoice

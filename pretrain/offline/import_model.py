@@ -19,13 +19,13 @@ from models.roles import ParameterInfo, Role
 from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, sealed
 from pretrain.checkpoint.reader import CHECKPOINTS, checkpoint_name
 from pretrain.checkpoint.tensor_file import write_tensors
+from pretrain.cli.console import Progress, warn
+from pretrain.config.extension import folder_of
 from pretrain.config.mapping import apply_value_overrides, read_mapping
 from pretrain.config.recipe import Config, parse_config
-from pretrain.console import Progress, warn
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import DecayPlan
 from pretrain.errors import UsageError
-from pretrain.extension import folder_of
 from pretrain.runs.aside import whole_folder
 from pretrain.runs.folder import CONFIG, create_run
 from pretrain.tasks.text import Text

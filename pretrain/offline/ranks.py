@@ -23,9 +23,9 @@ from models.hub import by_number, fetch, is_hub_name, revisions
 from models.huggingface import is_pretrained, open_pretrained
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints
+from pretrain.cli.console import Progress, show_table, warn
 from pretrain.config.mapping import read_mapping
 from pretrain.config.run import RanksConfig
-from pretrain.console import Progress, show_table, warn
 from pretrain.decay.sites import DecayRecord, DecayRecords
 from pretrain.errors import UsageError
 from pretrain.offline.scatter import Scatter

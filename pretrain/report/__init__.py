@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_pipeline.files import held, refuse_run, write_aside
-from pretrain.console import show_table, warn
+from pretrain.cli.console import show_table, warn
 from pretrain.errors import UsageError
 from pretrain.report.cells import DataTable
 from pretrain.report.compare import uncounted, unpaired

@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from pretrain.console import plain
+from pretrain.cli.console import plain
 from pretrain.report.spec import Figure, Panel, Series
 
 _GRID, _INK = "#e3e3e3", "#222"

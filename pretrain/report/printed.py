@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from pretrain.console import plain
+from pretrain.cli.console import plain
 from pretrain.report.spec import Figure, Panel, Series
 
 _MARKERS = "osD^PX*v"

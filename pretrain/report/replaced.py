@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_pipeline.files import read_json, read_small, write_aside
 from data_pipeline.strict_json import to_json
-from pretrain.console import warn
+from pretrain.cli.console import warn
 
 
 class Written:

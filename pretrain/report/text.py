@@ -6,7 +6,7 @@ import csv
 import io
 import re
 
-from pretrain.console import on_one_line
+from pretrain.cli.console import on_one_line
 from pretrain.report.cells import DataTable
 from pretrain.report.load import Study
 from pretrain.report.spec import Figure

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pretrain.console import warn
+from pretrain.cli.console import warn
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import UsageError
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.files import write_aside
+from pretrain.config.extension import PINS
 from pretrain.config.recipe import Config, code_of
 from pretrain.errors import RunError
-from pretrain.extension import PINS
 
 CODE = "code"
 """Folder of a run folder, with a folder for each SHA-256."""

@@ -17,9 +17,9 @@ from typing import Any
 
 from data_pipeline.files import read_json, read_small
 from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints, step_of
+from pretrain.cli.console import warn
 from pretrain.config.compare import differences
 from pretrain.config.recipe import Config
-from pretrain.console import warn
 from pretrain.decay.plan import DecayPlan
 from pretrain.errors import RunError, UsageError
 from pretrain.runs.folder import CONFIG, EVALUATION, decay_changes, recipe_of

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from data_pipeline.disk import open_regular
 from data_pipeline.files import open_lock, refuse_run, write_aside
-from pretrain.console import warn
+from pretrain.cli.console import warn
 from pretrain.errors import RunError
 
 LOCK = ".lock"

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 from data_pipeline.disk import open_regular
 from data_pipeline.files import write_aside
 from data_pipeline.strict_json import not_finite, to_json
+from pretrain.cli.console import warn
 from pretrain.config.recipe import Config
-from pretrain.console import warn
 from pretrain.errors import RunError
 from pretrain.ranks.columns import Columns, Named
 from pretrain.runs.records import FIGURES, LINES, Line, check_record

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pretrain.config.extension import Extension, ExtensionError
 from pretrain.config.kinds import Kinds, KindSection
-from pretrain.extension import Extension, ExtensionError
 
 
 class ServiceSection(KindSection):

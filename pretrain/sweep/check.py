@@ -7,8 +7,8 @@ import time
 
 import torch
 
+from pretrain.cli.console import Progress
 from pretrain.config.recipe import Config
-from pretrain.console import Progress
 from pretrain.decay.lengths import check_lengths
 from pretrain.engine.precision import with_precision
 from pretrain.errors import RunError, UsageError

@@ -14,11 +14,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from pretrain.config.explain import explain
+from pretrain.config.extension import folder_of
 from pretrain.config.mapping import number, read_mapping
 from pretrain.config.recipe import Config, load_config, with_values
 from pretrain.config.section import Section
 from pretrain.errors import UsageError
-from pretrain.extension import folder_of
 from pretrain.sweep.exposure import exposure_per_decay
 
 Values = dict[str, Any]

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pretrain.cli.console import show_table
 from pretrain.config.recipe import dump_config
-from pretrain.console import show_table
 from pretrain.errors import RunError
 from pretrain.runs.metrics import read_metrics
 from pretrain.sweep.config import Sweep, SweepRun

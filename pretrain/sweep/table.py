@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from pretrain.console import clock, console, on_one_line
+from pretrain.cli.console import clock, console, on_one_line
 from pretrain.sweep.status import Status
 
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from models.config import GPTConfig
+from pretrain.config.extension import ask
 from pretrain.config.recipe import Config
 from pretrain.errors import UsageError
-from pretrain.extension import ask
 from pretrain.tasks.labelled import Labelled
 from pretrain.tasks.samples import SAMPLE_TASKS, Numbered
 from pretrain.tasks.task import Samples, digest

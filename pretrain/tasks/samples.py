@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from models.config import GPTConfig
+from pretrain.config.extension import Extension, ExtensionError
 from pretrain.config.kinds import Kinds, KindSection
-from pretrain.extension import Extension, ExtensionError
 
 
 class SamplesSection(KindSection):

@@ -14,8 +14,8 @@ from pretrain.checkpoint.reader import (
 )
 from pretrain.checkpoint.recover import find_whole
 from pretrain.checkpoint.restore import load_into_engine
+from pretrain.cli.console import Progress
 from pretrain.config.decay import same_policies
-from pretrain.console import Progress
 from pretrain.distributed.replicas import are_replicated, disagreement
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
 from pretrain.engine.engine import Engine, micro_batches

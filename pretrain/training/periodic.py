@@ -10,7 +10,7 @@ from typing import Any
 from data_pipeline.files import held
 from data_pipeline.strict_json import to_json
 from pretrain.checkpoint.retention import HELD_OUT_LOSS
-from pretrain.console import Progress
+from pretrain.cli.console import Progress
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
 from pretrain.ranks.probe import Row, measure, summary
 from pretrain.ranks.table import add_ranks, merge_ranks

@@ -14,8 +14,8 @@ from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.reader import CHECKPOINTS
 from pretrain.checkpoint.recover import find_whole
 from pretrain.checkpoint.saver import Saver
+from pretrain.cli.console import plain, warn
 from pretrain.config.recipe import Config
-from pretrain.console import plain, warn
 from pretrain.decay.lengths import say_remarks
 from pretrain.distributed.grid import Grid
 from pretrain.distributed.watchdog import Watchdog

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.saver import Saver
+from pretrain.cli.console import warn
 from pretrain.config.recipe import Config
-from pretrain.console import warn
 from pretrain.distributed.grid import Grid
 from pretrain.distributed.watchdog import Watchdog
 from pretrain.engine.engine import Engine

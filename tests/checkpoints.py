@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -172,3 +173,15 @@ def put_link(folder: Path) -> Path:
 def put_dangling(folder: Path) -> Path:
     (folder / "step-00000010").symlink_to(folder / "nowhere")
     return folder / "step-00000010"
+
+
+def put_in_place_of(file: Path, kind: str) -> None:
+    """What is no file, under the name of one: a pipe, a folder, or a link to what has no end."""
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        ends = {"zero": Path("/dev/zero"), "dangling": Path("/nowhere"), "loop": file}
+        file.symlink_to(ends[kind])

@@ -20,8 +20,10 @@ import torch
 
 torch.set_num_threads(1)
 
+import data_pipeline.disk
 from data_pipeline.prepare import tokenize_sources, train_from_sources
 from pretrain.runs.folder import environment as environment_of_run
+from tests.checkpoints import STEPS, write_run
 from tests.cpu_times import CpuTimes
 from tests.slurm import reason_to_skip, start_slurm, stop_slurm
 from tests.tools import (
@@ -58,6 +60,7 @@ LONG_FILES = (
     "test_bombs", "test_report_names", "test_report_numbers", "test_damaged_folders",
     "test_source_limits", "test_two_at_once", "test_team", "test_elastic", "test_launch",
     "test_data", "test_skipped", "test_plan", "test_adopt", "test_extending", "test_own_task",
+    "test_extending_mistakes",
 )  # fmt: skip
 """Files that take more than five seconds of CPU, about the longest first (`--cpu-times` tells)."""
 
@@ -205,6 +208,18 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.returncode == 0, done.stderr
 
     return made_once(tmp_path_factory, "swept", make) / "runs"
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that failed is tried again at once."""
+    monkeypatch.setattr(data_pipeline.disk, "_PAUSES", [0.0, 0.0])
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    """The ``checkpoints`` of a small run: whole ones at `STEPS`."""
+    return write_run(tmp_path / "run", STEPS)
 
 
 @pytest.fixture(scope="session")

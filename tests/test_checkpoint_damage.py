@@ -14,13 +14,11 @@ from typing import Any
 
 import pytest
 
-import data_pipeline.disk
 from pretrain.checkpoint.manifest import MANIFEST, DamagedError, UnreadableError, sealed
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints, step_of
 from pretrain.checkpoint.recover import find_whole
 from pretrain.errors import RunError
 from tests.checkpoints import (
-    STEPS,
     Alone,
     contents,
     copy_as,
@@ -28,22 +26,13 @@ from tests.checkpoints import (
     put_dangling,
     put_file,
     put_folder,
+    put_in_place_of,
     put_link,
     retain,
     same_values,
-    write_run,
 )
 
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Further tries come at once."""
-    monkeypatch.setattr(data_pipeline.disk, "_PAUSES", [0.0, 0.0])
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "run", STEPS)
+pytestmark = pytest.mark.usefixtures("hurry")
 
 
 # --- manifests -----------------------------------------------------------------------------------
@@ -119,30 +108,23 @@ def check_manifests(folder: Path, cases: int) -> None:
         assert "\n" not in str(error.value) and str(path.parent) in str(error.value), seed
 
 
-def test_damaged_manifests(folder: Path) -> None:
-    check_manifests(folder, 150)
+def test_damaged_manifests(checkpoints: Path) -> None:
+    check_manifests(checkpoints, 150)
 
 
 @pytest.mark.long
-def test_damaged_manifests_at_length(folder: Path) -> None:
-    check_manifests(folder, 5000)
+def test_damaged_manifests_at_length(checkpoints: Path) -> None:
+    check_manifests(checkpoints, 5000)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "zero", "folder", "loop"])
 @pytest.mark.parametrize("name", [FIRST, MANIFEST])
-def test_files_that_are_none(folder: Path, kind: str, name: str) -> None:
+def test_files_that_are_none(checkpoints: Path, kind: str, name: str) -> None:
     """A pipe, a device, a folder, a link to itself: told at once, and the one before is taken."""
-    file = folder / "step-00000008" / name
-    file.unlink()
-    if kind == "pipe":
-        os.mkfifo(file)
-    elif kind == "folder":
-        file.mkdir()
-    else:
-        file.symlink_to("/dev/zero" if kind == "zero" else file)
-    told = find_whole(folder, Alone())  # type: ignore[arg-type]
+    put_in_place_of(checkpoints / "step-00000008" / name, kind)
+    told = find_whole(checkpoints, Alone())  # type: ignore[arg-type]
     assert len(told) == 1 and "step-00000008" in told[0] and "damaged" in told[0]
-    assert list_checkpoints(folder)[-1].name == "step-00000006"
+    assert list_checkpoints(checkpoints)[-1].name == "step-00000006"
 
 
 # --- fuzz ----------------------------------------------------------------------------------------
@@ -200,8 +182,7 @@ def spoil(rng: random.Random, folder: Path) -> None:
         file.write_bytes(other.read_bytes())
         other.write_bytes(content)
     elif kind == 15 and content:
-        file.unlink()
-        rng.choice((lambda: os.mkfifo(file), file.mkdir, lambda: file.symlink_to("/dev/zero")))()
+        put_in_place_of(file, rng.choice(("pipe", "folder", "zero")))
     else:
         (folder / rng.choice(("latest", "step-list.txt", ".step-00000008.writing"))).write_text("x")
 
@@ -267,15 +248,15 @@ def check_folders(origin: Path, work: Path, cases: int) -> None:
         shutil.rmtree(run)
 
 
-def test_folders_that_were_spoilt(folder: Path, tmp_path: Path) -> None:
-    check_folders(folder.parent, tmp_path / "work", 120)
+def test_folders_that_were_spoilt(checkpoints: Path, tmp_path: Path) -> None:
+    check_folders(checkpoints.parent, tmp_path / "work", 120)
 
 
 @pytest.mark.long
 def test_folders_that_were_spoilt_at_length(
-    folder: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+    checkpoints: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    check_folders(folder.parent, tmp_path / "work", 4000)
+    check_folders(checkpoints.parent, tmp_path / "work", 4000)
 
 
 def test_damage_is_an_error_of_a_run() -> None:

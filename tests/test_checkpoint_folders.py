@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-import data_pipeline.disk
 import pretrain.checkpoint.reader
 from pretrain.checkpoint.manifest import MANIFEST, UnreadableError, sealed
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints, step_of
@@ -33,16 +32,7 @@ from tests.checkpoints import (
     write_run,
 )
 
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Further tries come at once."""
-    monkeypatch.setattr(data_pipeline.disk, "_PAUSES", [0.0, 0.0])
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "run", STEPS)
+pytestmark = pytest.mark.usefixtures("hurry")
 
 
 # --- errors that are no damage -------------------------------------------------------------------
@@ -70,23 +60,23 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, end: str, times: int) 
 @pytest.mark.parametrize("end", ["rank-00001.safetensors", MANIFEST])
 @pytest.mark.parametrize("name", ERRORS)
 def test_a_disk_that_fails_is_no_damage(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, end: str
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch, name: str, end: str
 ) -> None:
     """It is tried again, then said, and nothing is renamed; a moment's failure is not noticed."""
-    before = sorted(folder.rglob("*"))
+    before = sorted(checkpoints.rglob("*"))
     with monkeypatch.context() as patch:
         tried = failing(patch, getattr(errno, name), end, 1)
-        assert find_whole(folder, Alone()) == [] and len(tried) > 1  # type: ignore[arg-type]
+        assert find_whole(checkpoints, Alone()) == [] and len(tried) > 1  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
         tried = failing(patch, getattr(errno, name), end, 10**9)
         with pytest.raises(UnreadableError, match="cannot be read") as error:
-            find_whole(folder, Alone())  # type: ignore[arg-type]
+            find_whole(checkpoints, Alone())  # type: ignore[arg-type]
         assert len(tried) < 10 and "\n" not in str(error.value) and end in str(error.value)
-    assert sorted(folder.rglob("*")) == before
+    assert sorted(checkpoints.rglob("*")) == before
 
 
 def test_a_folder_that_cannot_be_listed_is_not_empty(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run must not begin anew since its disk has a hiccup."""
 
@@ -95,22 +85,24 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(
 
     monkeypatch.setattr(Path, "iterdir", fail)
     with pytest.raises(UnreadableError):
-        list_checkpoints(folder)
+        list_checkpoints(checkpoints)
 
 
-def test_a_mount_that_vanishes_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    away = folder.with_name("away")
+def test_a_mount_that_vanishes_is_no_damage(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = checkpoints.with_name("away")
     real = pretrain.checkpoint.reader.read_manifest  # type: ignore[attr-defined]
 
     def vanish(path: Path) -> object:
         found = real(path)
-        if folder.exists():
-            folder.rename(away)
+        if checkpoints.exists():
+            checkpoints.rename(away)
         return found
 
     monkeypatch.setattr(pretrain.checkpoint.reader, "read_manifest", vanish)
     with pytest.raises(UnreadableError, match="No such file"):
-        find_whole(folder, Alone())  # type: ignore[arg-type]
+        find_whole(checkpoints, Alone())  # type: ignore[arg-type]
     assert sorted(path.name for path in away.iterdir()) == [f"step-{n:08d}" for n in STEPS]
 
 
@@ -129,15 +121,15 @@ def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_what_a_newer_version_wrote_is_not_damaged(folder: Path) -> None:
-    path = folder / "step-00000008" / MANIFEST
+def test_what_a_newer_version_wrote_is_not_damaged(checkpoints: Path) -> None:
+    path = checkpoints / "step-00000008" / MANIFEST
     written = json.loads(path.read_bytes())
     del written["sha256"]
     path.write_bytes(sealed({**written, "version": 2, "more": {}}))
     with pytest.raises(RunError, match="newer version") as error:
-        find_whole(folder, Alone())  # type: ignore[arg-type]
+        find_whole(checkpoints, Alone())  # type: ignore[arg-type]
     assert "damaged" not in str(error.value) and "delete" not in str(error.value)
-    assert (folder / "step-00000008").is_dir()
+    assert (checkpoints / "step-00000008").is_dir()
 
 
 # --- what people and other runs put there --------------------------------------------------------
@@ -177,19 +169,21 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("what", FOREIGN)
-def test_what_is_not_the_runs_own_is_left_alone(folder: Path, what: str) -> None:
+def test_what_is_not_the_runs_own_is_left_alone(checkpoints: Path, what: str) -> None:
     """It stops neither the resume nor retention nor a save, and is neither used nor deleted."""
-    path = FOREIGN[what](folder)
+    path = FOREIGN[what](checkpoints)
     inside = {one: one.read_bytes() for one in path.rglob("*") if one.is_file()}
-    told = find_whole(folder, Alone())  # type: ignore[arg-type]
-    assert list_checkpoints(folder)[-1].name == "step-00000008"
+    told = find_whole(checkpoints, Alone())  # type: ignore[arg-type]
+    assert list_checkpoints(checkpoints)[-1].name == "step-00000008"
     assert len(told) == (0 if path.name == "backup" else 1)
     assert all(path.name in line and "\n" not in line for line in told)
-    target = _free_name(folder, 10)
+    target = _free_name(checkpoints, 10)
     assert not os.path.lexists(target) and step_of(target) == 10
-    shutil.copytree(write_checkpoint(folder.parent.parent / "more", 10, run_id="0000aaaa"), target)
-    retain(folder, keep=1)
-    assert [one.name for one in list_checkpoints(folder)] == [target.name]
+    shutil.copytree(
+        write_checkpoint(checkpoints.parent.parent / "more", 10, run_id="0000aaaa"), target
+    )
+    retain(checkpoints, keep=1)
+    assert [one.name for one in list_checkpoints(checkpoints)] == [target.name]
     assert os.path.lexists(path)
     assert (
         inside == {one: one.read_bytes() for one in path.rglob("*") if one.is_file()}
@@ -198,7 +192,7 @@ def test_what_is_not_the_runs_own_is_left_alone(folder: Path, what: str) -> None
 
 
 def test_a_retention_that_fails_is_tried_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that is still open on a network disk keeps its folder: ENOTEMPTY, or EBUSY."""
     with monkeypatch.context() as patch:
@@ -207,8 +201,8 @@ def test_a_retention_that_fails_is_tried_again(
             raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
         patch.setattr(Path, "rmdir", busy)
-        retain(folder, keep=1)
-    assert [one.name for one in list_checkpoints(folder)] == ["step-00000008"]
-    assert len(list(folder.glob(".*.deleting"))) == 3
-    retain(folder, keep=1)
-    assert [one.name for one in folder.iterdir()] == ["step-00000008"]
+        retain(checkpoints, keep=1)
+    assert [one.name for one in list_checkpoints(checkpoints)] == ["step-00000008"]
+    assert len(list(checkpoints.glob(".*.deleting"))) == 3
+    retain(checkpoints, keep=1)
+    assert [one.name for one in checkpoints.iterdir()] == ["step-00000008"]

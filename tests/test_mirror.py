@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import threading
@@ -25,7 +24,7 @@ from pretrain.config.run import CheckpointConfig
 from pretrain.config.urls import without_secrets
 from pretrain.errors import RunError, UsageError
 from pretrain.runs.folder import misfit
-from tests.checkpoints import Alone, small_config, write_checkpoint, write_run
+from tests.checkpoints import Alone, put_in_place_of, small_config, write_checkpoint, write_run
 
 TASK: Any = SimpleNamespace(tokenizer="t", identity="d", eod=0)
 ALL = CheckpointConfig(keep=0)
@@ -158,14 +157,7 @@ def test_what_is_no_file_at_the_mirror(tmp_path: Path, kind: str, name: str) -> 
     """Pipes and devices are not read: neither time nor the disk goes to them."""
     run, root = make_run(tmp_path / "run", (2, 4), "0000aaaa"), tmp_path / "mirror"
     push_all(run, root)
-    file = root / "run-0000aaaa/step-00000004" / name
-    file.unlink()
-    if kind == "pipe":
-        os.mkfifo(file)
-    elif kind == "folder":
-        file.mkdir()
-    else:
-        file.symlink_to("/dev/zero" if kind == "zero" else "/nowhere")
+    put_in_place_of(root / "run-0000aaaa/step-00000004" / name, kind)
     shutil.rmtree(run)
     assert pull(run, root)[-1].startswith("step-00000002 was fetched")
 

@@ -6,18 +6,16 @@ import json
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from data_pipeline.strict_json import to_json
 from models.roles import ParameterInfo
-from pretrain.config.extension import Extension, ask
+from pretrain.config.extension import Answer, Extension, ask
 from pretrain.decay.policy import Policy, PolicySection, Setting
 from pretrain.decay.sites import Site, label
 from pretrain.errors import UsageError
-
-Answer = TypeVar("Answer")
 
 
 class Guarded(Policy):

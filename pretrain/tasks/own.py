@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from models.config import GPTConfig
-from pretrain.config.extension import ask
+from pretrain.config.extension import Answer, ask
 from pretrain.config.recipe import Config
 from pretrain.errors import UsageError
 from pretrain.tasks.labelled import Labelled
@@ -19,7 +19,6 @@ from pretrain.tasks.task import Samples, digest
 
 _EVERYTHING = 2048
 """Number of held-out samples in the last evaluation."""
-Answer = TypeVar("Answer")
 
 
 class OwnTask(Labelled):

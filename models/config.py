@@ -19,7 +19,7 @@ class Dialect(StrEnum):
     VIT = "vit"
 
 
-_DIALECTS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     # Pythia / GPT-NeoX: partial rotary, parallel residual, untied (Biderman et al. 2023).
     Dialect.GPT_NEOX: {
         "position": "rotary",
@@ -76,10 +76,10 @@ class GPTConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    dialect: Dialect = Dialect.GPT2
-    num_layers: int = Field(12, ge=1, le=_MOST_LAYERS)
-    hidden_size: int = Field(768, ge=1, le=_MOST)
-    num_attention_heads: int = Field(12, ge=1, le=_MOST)
+    dialect: Dialect = Field(Dialect.GPT2, description="a named set of the defaults below")
+    num_layers: int = Field(12, ge=1, le=_MOST_LAYERS, description="number of blocks")
+    hidden_size: int = Field(768, ge=1, le=_MOST, description="width of the residual stream")
+    num_attention_heads: int = Field(12, ge=1, le=_MOST, description="query heads of a block")
     num_key_value_heads: int = Field(0, ge=0, le=_MOST, description="0: one per query head (MHA)")
     head_dim: int = Field(0, ge=0, le=_MOST, description="0: hidden_size / num_attention_heads")
     ffn_hidden_size: int = Field(
@@ -97,13 +97,19 @@ class GPTConfig(BaseModel):
         description="none: only the causal mask distinguishes positions (Kazemnejad et al. 2023)",
     )
     rotary_fraction: float = Field(1.0, gt=0, le=1, description="share of head_dim that rotates")
-    rotary_base: float = Field(10_000.0, gt=0)
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_epsilon: float = Field(1e-5, gt=0)
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
-    biases: bool = True
-    parallel_residual: bool = False
-    tied_head: bool = True
+    rotary_base: float = Field(10_000.0, gt=0, description="θ of the rotary frequencies")
+    norm: Literal["layernorm", "rmsnorm"] = Field(
+        "layernorm", description="before attention, before the MLP, and at the end"
+    )
+    norm_epsilon: float = Field(1e-5, gt=0, description="added to the variance")
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = Field(
+        "gelu_tanh", description="of the MLP; swiglu has a gate (Shazeer 2020)"
+    )
+    biases: bool = Field(True, description="matrices of the blocks have biases")
+    parallel_residual: bool = Field(
+        False, description="attention and MLP of a block have the same input"
+    )
+    tied_head: bool = Field(True, description="the head is the embedding")
     qk_norm: bool = Field(False, description="RMSNorm of queries and keys, per head")
     attention: Literal["softmax", "linear", "sigmoid"] = Field(
         "softmax",
@@ -115,9 +121,11 @@ class GPTConfig(BaseModel):
     image_size: int = Field(
         0, ge=0, le=_MOST_PIXELS, description="> 0: images are classified, not text modelled"
     )
-    patch_size: int = Field(0, ge=0, le=_MOST_PIXELS)
-    image_channels: int = Field(3, ge=1, le=_MOST_CHANNELS)
-    initialization: Literal["normal", "small_init"] = "normal"
+    patch_size: int = Field(0, ge=0, le=_MOST_PIXELS, description="pixels; divides image_size")
+    image_channels: int = Field(3, ge=1, le=_MOST_CHANNELS, description="values of a pixel")
+    initialization: Literal["normal", "small_init"] = Field(
+        "normal", description="small_init: GPT-NeoX's, by width (Nguyen & Salazar 2019)"
+    )
     init_std: float = Field(0.02, gt=0, description="of `normal`; small_init follows the width")
 
     @model_validator(mode="before")
@@ -129,7 +137,7 @@ class GPTConfig(BaseModel):
         if isinstance(image, int) and isinstance(patch, int) and image > 0 and patch > 0:
             values = {"context": max(2, (image // patch) ** 2), **values}
         # For an unknown dialect, the field's own validation reports the error.
-        return {**_DIALECTS.get(str(values.get("dialect", Dialect.GPT2)), {}), **values}
+        return {**PRESETS.get(str(values.get("dialect", Dialect.GPT2)), {}), **values}
 
     @model_validator(mode="after")
     def _divides(self) -> GPTConfig:

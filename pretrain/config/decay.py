@@ -18,9 +18,9 @@ Form = Literal["decoupled", "l2", "cautious", "adadecay", "nuclear"]
 class DecayRule(Section):
     """An exception: the decay of some roles in some layers."""
 
-    roles: list[str] = Field(min_length=1)
+    roles: list[str] = Field(min_length=1, description="names of keys above, such as qk or mlp_in")
     layers: str = Field("", description='blocks, such as "0-3,7"; empty: everywhere')
-    decay: float = Field(ge=0)
+    decay: float = Field(ge=0, description="λ")
 
 
 DecayPolicy = Annotated[SerializeAsAny[PolicySection], BeforeValidator(POLICIES.validate)]
@@ -35,20 +35,20 @@ class WeightDecayConfig(Section):
 
     default: float = Field(0.1, ge=0, description="every matrix not named below")
     attention: float | None = Field(None, ge=0, description="query, key, value, attention_output")
-    qk: float | None = Field(None, ge=0)
-    vo: float | None = Field(None, ge=0)
-    query: float | None = Field(None, ge=0)
-    key: float | None = Field(None, ge=0)
-    value: float | None = Field(None, ge=0)
-    attention_output: float | None = Field(None, ge=0)
+    qk: float | None = Field(None, ge=0, description="query, key")
+    vo: float | None = Field(None, ge=0, description="value, attention_output")
+    query: float | None = Field(None, ge=0, description="W_Q")
+    key: float | None = Field(None, ge=0, description="W_K")
+    value: float | None = Field(None, ge=0, description="W_V")
+    attention_output: float | None = Field(None, ge=0, description="W_P, after the heads")
     mlp: float | None = Field(None, ge=0, description="mlp_in, mlp_gate, mlp_out")
-    mlp_in: float | None = Field(None, ge=0)
-    mlp_gate: float | None = Field(None, ge=0)
-    mlp_out: float | None = Field(None, ge=0)
-    embedding: float | None = Field(None, ge=0)
-    position: float | None = Field(None, ge=0)
-    head: float | None = Field(None, ge=0)
-    norm: float | None = Field(None, ge=0, description="0 unless set")
+    mlp_in: float | None = Field(None, ge=0, description="the MLP's first matrix")
+    mlp_gate: float | None = Field(None, ge=0, description="the gate of SwiGLU")
+    mlp_out: float | None = Field(None, ge=0, description="the MLP's last matrix")
+    embedding: float | None = Field(None, ge=0, description="of tokens")
+    position: float | None = Field(None, ge=0, description="learned positions")
+    head: float | None = Field(None, ge=0, description="logits, unless tied")
+    norm: float | None = Field(None, ge=0, description="gains of norms; 0 unless set")
     bias: float | None = Field(None, ge=0, description="0 unless set")
     rules: list[DecayRule] = Field(
         default=[], description="exceptions to the keys above; the first match wins"

@@ -76,6 +76,11 @@ class Kinds(Generic[Entry, Made]):
 
         return register
 
+    def built_in_sections(self) -> dict[str, type[Entry]]:
+        """The section of each built-in kind, in the order of their names."""
+        self._load()
+        return {kind: self._built_in[kind].Config for kind in sorted(self._built_in)}  # type: ignore[attr-defined]
+
     def validate(self, value: Any, info: ValidationInfo) -> Entry:
         """Validate an entry of a recipe by the class of its kind (a pydantic validator)."""
         if isinstance(value, self._section):

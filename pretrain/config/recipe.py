@@ -59,7 +59,9 @@ OwnSamples = Annotated[SerializeAsAny[SamplesSection], BeforeValidator(SAMPLE_TA
 class TaskConfig(Section):
     """The task: text by default."""
 
-    kind: Literal["text", "recall", "images", "own"] = "text"
+    kind: Literal["text", "recall", "images", "own"] = Field(
+        "text", description="language modelling; associative recall; images; samples of your own"
+    )
     pairs: int = Field(20, ge=1, le=1 << 20, description="recall: pairs (x, y) before the question")
     symbols: int = Field(
         32, ge=2, le=1 << 20, description="recall: number of different x, and of different y"
@@ -95,9 +97,15 @@ class TrainConfig(Section):
 class GridConfig(Section):
     """How the model is divided among processes; data parallelism uses the rest."""
 
-    tensor_parallel: int = Field(1, ge=1)
-    pipeline_parallel: int = Field(1, ge=1)
-    sequence_parallel: bool = False
+    tensor_parallel: int = Field(
+        1, ge=1, description="processes that share each layer (Shoeybi et al. 2019)"
+    )
+    pipeline_parallel: int = Field(1, ge=1, description="stages that share the layers")
+    sequence_parallel: bool = Field(
+        False,
+        description="with tensor parallelism: also share the activations between its layers "
+        "(Korthikanti et al. 2022)",
+    )
     activation_checkpointing: bool = Field(
         False, description="recompute blocks in the backward pass"
     )
@@ -107,7 +115,9 @@ class GridConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over the run."""
 
-    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    kind: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="shape after the warm-up; wsd: constant, then linear at the end"
+    )
     warmup: int | float = Field(0.01, ge=0, description="< 1: share of the steps; else steps")
     final_fraction: float = Field(0.1, ge=0, le=1, description="last rate / peak")
     decay: int | float = Field(
@@ -123,11 +133,11 @@ class OptimizerConfig(Section):
         description="AdamW (Loshchilov & Hutter 2019); SGD with momentum; Lion (Chen et al. 2023); "
         "Muon (Jordan et al. 2024) for the blocks' matrices with AdamW for the rest",
     )
-    learning_rate: float = Field(6e-4, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
+    learning_rate: float = Field(6e-4, ge=0, description="peak η")
+    beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW and Lion: first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="of AdamW and Lion: second moment")
     momentum: float = Field(0.95, ge=0, lt=1, description="momentum of sgd and muon")
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment")
     gradient_clipping: float = Field(
         1.0, ge=0, description="clip the gradient to this global norm; 0: off"
     )
@@ -138,7 +148,9 @@ class OptimizerConfig(Section):
 class Config(Section):
     """Everything that defines a run."""
 
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(
+        1234, ge=0, description="of the initial weights and of the order of the data, on every grid"
+    )
     model: GPTConfig = GPTConfig()
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()

@@ -44,7 +44,7 @@ class EvaluationConfig(Section):
     """Held-out loss during training, on a fixed sample of documents."""
 
     every: int = Field(0, ge=0, description="steps; 0: a tenth of the run")
-    split: str = "val"
+    split: str = Field("val", description="split of the data: val or test")
     documents: int = Field(100, ge=1, description="documents in the fixed sample")
     batch: int = Field(8, ge=1, description="sequences per forward pass")
     at_end: Literal["none", "sample", "all"] = Field(
@@ -72,7 +72,7 @@ class LoggingConfig(Section):
     every: int = Field(1, ge=1, description="steps between lines of metrics")
     wandb: str = Field("", description="W&B project; empty: off; offline without an account")
     wandb_group: str = Field("", description="W&B group, for example the sweep's name")
-    tensorboard: bool = False
+    tensorboard: bool = Field(False, description="write RUN/tensorboard")
     trackers: list[TrackerEntry] = Field(
         default=[], description="further services, also of your own: docs/extending.md"
     )
@@ -90,7 +90,11 @@ class LoggingConfig(Section):
 class ResumeConfig(Section):
     """What applies if a checkpoint and the recipe disagree."""
 
-    decay: Literal["error", "recipe", "checkpoint"] = "error"
+    decay: Literal["error", "recipe", "checkpoint"] = Field(
+        "error",
+        description="λ of a resumed run if the recipe has another one than its checkpoint: refuse, "
+        "or follow one of the two",
+    )
 
 
 class FaultsConfig(Section):

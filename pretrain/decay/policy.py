@@ -28,7 +28,7 @@ whole model."""
 class PolicySection(KindSection):
     """An entry of ``optimizer.weight_decay.policies``; subclasses add keys of their own."""
 
-    roles: list[str] = Field(min_length=1)
+    roles: list[str] = Field(min_length=1, description="matrices whose λ it sets")
 
     def lengths(self) -> dict[str, float]:
         """The keys that are a share of the run (below 1) or a number of steps."""

@@ -23,7 +23,9 @@ _FLOOR = 1e-12
 class AlphaDecay(PolicySection):
     """AlphaDecay (He et al. 2025, arXiv 2506.14562): λ of a matrix by the tail of its spectrum."""
 
-    roles: list[str] = Field(["attention", "mlp"], min_length=1)
+    roles: list[str] = Field(
+        ["attention", "mlp"], min_length=1, description="matrices whose λ it sets"
+    )
     low: float = Field(0.67, ge=0, description="multiplier of the heaviest tail (smallest α)")
     high: float = Field(
         5.0, ge=0, description="multiplier of the lightest tail; the paper: 5 for AdamW, 3 for Adam"

@@ -15,9 +15,11 @@ from pretrain.decay.sites import Site
 class AdaptiveDecay(PolicySection):
     """AWD (Ghiasi et al. 2023): λ·‖∇‖/‖w‖ of the whole model, smoothed, as L2 in the gradient."""
 
-    roles: list[str] = Field(["attention", "mlp"])
+    roles: list[str] = Field(["attention", "mlp"], description="matrices whose λ it sets")
     memory: float = Field(0.1, ge=0, lt=1, description="share of the running mean that is kept")
-    form: Literal["l2", "decoupled"] = "l2"
+    form: Literal["l2", "decoupled"] = Field(
+        "l2", description="l2: as in the paper; decoupled: as weight_decay.form"
+    )
 
 
 @POLICIES.built_in("awd")

@@ -21,7 +21,11 @@ class ScheduleDecay(PolicySection):
     ``{shape: window, roles: [attention], stop: 0.2}``: decay of attention in the first fifth only.
     """
 
-    shape: Literal["linear", "cosine", "step", "warmup", "window"] = "linear"
+    shape: Literal["linear", "cosine", "step", "warmup", "window"] = Field(
+        "linear",
+        description="of the multiplier from start to stop; step: jumps at start; warmup: "
+        "rises from 0; window: first inside, last outside",
+    )
     start: int | float = Field(0.0, ge=0, description="< 1: share of the steps; else steps")
     stop: int | float | None = Field(None, ge=0, description="as start; empty: the end of the run")
     first: float = Field(1.0, ge=0, description="multiplier before (window: inside)")

@@ -15,7 +15,7 @@ from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
 class WandbSection(ServiceSection):
     """A run of W&B."""
 
-    project: str = Field(min_length=1)
+    project: str = Field(min_length=1, description="the project's name")
     group: str = Field("", description="for example the sweep's name")
 
 

@@ -1,0 +1,51 @@
+"""The page of every key of a recipe is what the classes that validate it say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.config.recipe import Config, apply_overrides
+from pretrain.config.reference import Table, markdown, tables
+from tests.recipe_fuzz import keys_of
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/recipe.md"
+
+
+def sections() -> list[Table]:
+    """The tables of sections; those of lists' entries are left out."""
+    return [table for table in tables() if ":" not in table.title]
+
+
+def dotted(table: Table, name: str) -> str:
+    return name if table.title == "The top level" else f"{table.title}.{name}"
+
+
+def test_the_page_is_made_from_the_classes() -> None:
+    assert PAGE.read_text(encoding="utf-8") == markdown(), (
+        "run: python -m pretrain.config.reference > docs/recipe.md"
+    )
+
+
+def test_every_key_is_there_once_and_says_what_it_means() -> None:
+    shown = [dotted(table, key.name) for table in sections() for key in table.keys]
+    assert len(set(shown)) == len(shown)
+    wanted = {
+        ".".join(map(str, key.path))
+        for key in keys_of(Config)
+        if key.good and not any(isinstance(part, int) for part in key.path)
+    }
+    assert {name for name in wanted if name.rpartition(".")[0] not in shown} <= set(shown)
+    assert not [key.name for table in tables() for key in table.keys if not key.meaning]
+
+
+def test_the_defaults_are_those_of_a_recipe_without_keys() -> None:
+    tried = 0
+    for table in sections():
+        for key in table.keys:
+            if key.default.startswith("`"):
+                changed = apply_overrides(
+                    Config(), [f"{dotted(table, key.name)}={key.default[1:-1]}"]
+                )
+                assert changed == Config(), key
+                tried += 1
+    assert tried > 80

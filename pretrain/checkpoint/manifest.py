@@ -238,7 +238,7 @@ def _check_coverage(manifest: CheckpointManifest) -> None:
     Raises:
         ValueError: naming the tensor.
     """
-    found: dict[tuple[str, str, int], list[tuple[int, int]]] = defaultdict(list)
+    stored_pieces: dict[tuple[str, str, int], list[tuple[int, int]]] = defaultdict(list)
     for file, entry in manifest.files.items():
         stored = 0
         for name, (offset, numel, keys) in entry.fragments.items():
@@ -248,26 +248,26 @@ def _check_coverage(manifest: CheckpointManifest) -> None:
                 raise ValueError(f"{file}: {name} occurs twice")
             stored += numel * len(keys) * 4
             for key in keys:
-                found[name, key, entry.tensor_rank].append((offset, numel))
+                stored_pieces[name, key, entry.tensor_rank].append((offset, numel))
         if stored > entry.size:
             raise ValueError(f"{file}: is smaller than its contents")
     for name, parameter in manifest.parameters.items():
         sizes = shard_sizes(parameter, manifest.grid.tensor)
         for rank, size in sizes.items():
-            if size and (name, MASTER, rank) not in found:
+            if size and (name, MASTER, rank) not in stored_pieces:
                 raise ValueError(f"{name} is missing")
-    for (name, key, rank), pieces in found.items():
+    for (name, key, rank), pieces in stored_pieces.items():
         _check_pieces(f"{name} ({key})", pieces, shard_sizes_of(manifest, name).get(rank, 0))
 
 
-def _check_pieces(what: str, pieces: list[tuple[int, int]], size: int) -> None:
+def _check_pieces(label: str, pieces: list[tuple[int, int]], size: int) -> None:
     end = 0
     for offset, numel in sorted(pieces):
         if offset != end:
-            raise ValueError(f"{what} {'overlaps' if offset < end else 'is incomplete'}")
+            raise ValueError(f"{label} {'overlaps' if offset < end else 'is incomplete'}")
         end += numel
     if end != size:
-        raise ValueError(f"{what} is incomplete: {end}/{size}")
+        raise ValueError(f"{label} is incomplete: {end}/{size}")
 
 
 def shard_sizes_of(manifest: CheckpointManifest, name: str) -> Mapping[int, int]:

@@ -74,7 +74,7 @@ class Mirror:
         for name in _REFERENCE.findall(url):
             if name not in os.environ:
                 raise UsageError(f"checkpoint.mirror: {self.url}: {name} is not set")
-        whole = _REFERENCE.sub(lambda found: os.environ[found[1]], url)
+        whole = _REFERENCE.sub(lambda match: os.environ[match[1]], url)
         parts = urlsplit(whole)
         self._secrets = {os.environ[name] for name in _REFERENCE.findall(url)}
         self._secrets |= {parts.password or "", *dict(parse_qsl(parts.query)).values()} - {""}
@@ -120,9 +120,9 @@ class Mirror:
 
     def _copy(self, source: Path, target: str) -> None:
         """Copy a file block by block, so that a slow mirror can be distinguished from a hang."""
-        with open_regular(source) as read, self._system.open(target, "wb") as write:
-            while block := read.read(_BLOCK):
-                write.write(block)
+        with open_regular(source) as source_file, self._system.open(target, "wb") as target_file:
+            while block := source_file.read(_BLOCK):
+                target_file.write(block)
                 count(len(block))
 
     def _superseded(self, place: str, pushed: Path, settings: CheckpointConfig) -> list[str]:
@@ -152,7 +152,7 @@ class Mirror:
         Raises:
             RunError: if the mirror cannot be read.
         """
-        folder, told = self._run / CHECKPOINTS, list[str]()
+        folder, lines = self._run / CHECKPOINTS, list[str]()
         refused: dict[str, str] = {}
         try:
             for place, name in self._candidates():
@@ -167,14 +167,14 @@ class Mirror:
                         refused[place] = problem
                     if problem:
                         where = f"{place.removeprefix(self._root)}/{name}".strip("/")
-                        told.append(f"{self.url}, {where}: {problem}")
+                        lines.append(f"{self.url}, {where}: {problem}")
                         continue
                     self._take(place, aside)
                     os.rename(aside, folder / name)
-                    return [*told[:3], f"{name} was fetched from {self.url}"]
+                    return [*lines[:3], f"{name} was fetched from {self.url}"]
                 finally:
                     shutil.rmtree(aside, ignore_errors=True)
-            return told[:3]
+            return lines[:3]
         except Exception as error:
             raise RunError(f"{self.url}: cannot be read ({self._line(error)})") from None
 
@@ -183,13 +183,13 @@ class Mirror:
         mine = run_id_of(self._run)
         pattern = re.compile(re.escape(self._name) + "-[0-9a-f]{8}")
         named = [name for name in self._names(self._root) if pattern.fullmatch(name)]
-        found: list[tuple[bool, int, str, str]] = []
+        copies: list[tuple[bool, int, str, str]] = []
         for place in named:
             own = bool(mine) and place == f"{self._name}-{mine}"
             where = f"{self._root}/{place}"
-            found += [(own, step, where, name) for step, name in self._whole(where)]
+            copies += [(own, step, where, name) for step, name in self._whole(where)]
         first = [(self._root, name) for _, name in reversed(self._whole(self._root))]
-        return [(where, name) for _, _, where, name in sorted(found, reverse=True)] + first
+        return [(where, name) for _, _, where, name in sorted(copies, reverse=True)] + first
 
     def _fetch(self, source: str, aside: Path, misfit: Callable[[Checkpoint], str]) -> str:
         """Fetch a checkpoint, and return why it cannot be used, if so."""
@@ -239,8 +239,8 @@ class Mirror:
         self._system.invalidate_cache()
         if not self._system.exists(place):
             return []
-        found: list[Any] = self._system.ls(place, detail=False)
-        return [PurePosixPath(str(one).rstrip("/")).name for one in found]
+        paths: list[Any] = self._system.ls(place, detail=False)
+        return [PurePosixPath(str(path).rstrip("/")).name for path in paths]
 
 
 _MISFIT = "has another recipe"
@@ -283,7 +283,7 @@ class Pusher:
             with self.lock:
                 # A checkpoint that was superseded while it waited may be deleted; this is not an
                 # error.
-                self._waiting = [one for one in self._waiting if one.is_dir()]
+                self._waiting = [folder for folder in self._waiting if folder.is_dir()]
                 if not self._waiting:
                     self.current, self._thread = None, None
                     return

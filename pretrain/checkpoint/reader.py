@@ -94,8 +94,8 @@ def names_in(folder: Path) -> list[str]:
 
 def named_so(folder: Path) -> list[Path]:
     """Paths with a checkpoint's name, by step."""
-    found = [folder / name for name in names_in(folder) if is_checkpoint_name(name)]
-    return sorted(found, key=lambda path: (step_of(path), path.name))
+    paths = [folder / name for name in names_in(folder) if is_checkpoint_name(name)]
+    return sorted(paths, key=lambda path: (step_of(path), path.name))
 
 
 def run_id_of(run: Path) -> str:
@@ -148,8 +148,8 @@ def stranger(path: Path, run: str) -> str:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last of `list_checkpoints`, if there is one."""
-    found = list_checkpoints(folder)
-    return found[-1] if found else None
+    checkpoints = list_checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class Checkpoint:
 
     def keys(self, name: str) -> list[str]:
         """The stored keys of a parameter: the master and the optimizer's moments."""
-        return sorted(key for one, key in self._places if one == name)
+        return sorted(key for parameter, key in self._places if parameter == name)
 
     def full(self, name: str, key: str = MASTER) -> Tensor:
         """The global tensor in float32, however it was split."""
@@ -285,7 +285,7 @@ class Checkpoint:
         return fresh
 
     def _shard(self, name: str, key: str, tensor_rank: int, shape: list[int]) -> Tensor:
-        places = [one for one in self._places[name, key] if one.tensor_rank == tensor_rank]
+        places = [place for place in self._places[name, key] if place.tensor_rank == tensor_rank]
         files = [self._file(place.file) for place in places]  # likewise
         flat = torch.empty(int(torch.Size(shape).numel()))
         filled = 0

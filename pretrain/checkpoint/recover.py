@@ -45,13 +45,13 @@ def find_whole(
         RunError: if there were checkpoints and none is complete, or if a disk does not respond; in
             the latter case nothing was renamed.
     """
-    told: list[str] = []
+    reports: list[str] = []
     with grid.together(""):
         if grid.is_main:
-            told = [line for line in [_left_alone(folder)] if line]
-            for line in told:
+            reports = [line for line in [_left_alone(folder)] if line]
+            for line in reports:
                 warn(line)
-    told = grid.broadcast(told)
+    reports = grid.broadcast(reports)
     damaged = 0
     while True:
         newest, problem = None, ""
@@ -64,14 +64,14 @@ def find_whole(
         mine = ""
         with grid.together(""):
             mine = problem or _problem(newest, grid)
-        found = [one for one in grid.gather(mine) if one]
-        if not found:
-            return told
+        problems = [reason for reason in grid.gather(mine) if reason]
+        if not problems:
+            return reports
         damaged += 1
-        told.append(f"{found[0]}; renamed, and continuing from the one before")
+        reports.append(f"{problems[0]}; renamed, and continuing from the one before")
         with grid.together(""):
             if grid.is_main:
-                warn(told[-1])
+                warn(reports[-1])
                 _put_aside(newest)
     if mirror and misfit:
         lines: list[str] = []
@@ -82,14 +82,14 @@ def find_whole(
                     warn(line)
         lines = grid.broadcast(lines)
         if grid.broadcast(bool(_own(folder)) if grid.is_main else None):
-            return [*told, *lines]
-        told += lines
+            return [*reports, *lines]
+        reports += lines
     if damaged:
         raise RunError(
             f"{folder}: no complete checkpoint is left (the others were renamed damaged-…); choose "
             "another --out to start from the beginning, or restore one from a copy"
         )
-    return told
+    return reports
 
 
 def _own(folder: Path) -> list[Path]:
@@ -134,17 +134,18 @@ def _left_alone(folder: Path) -> str:
     if not why:
         return ""
     shown = ", ".join(f"{name} ({reason})" for name, reason in list(why.items())[:4])
-    more = f" and {len(why) - 4} more" if len(why) > 4 else ""
-    return f"{folder}: left alone, not checkpoints of this run: {shown}{more}"
+    rest = f" and {len(why) - 4} more" if len(why) > 4 else ""
+    return f"{folder}: left alone, not checkpoints of this run: {shown}{rest}"
 
 
 def _newest(folder: Path) -> tuple[Path | None, str]:
     """The newest checkpoint of the run, and what is wrong with its manifest."""
-    found = _own(folder)
-    if not found:
+    checkpoints = _own(folder)
+    if not checkpoints:
         return None, ""
-    gone = not (found[-1] / MANIFEST).exists()
-    return found[-1], f"{found[-1]}: damaged (its {MANIFEST} is missing)" if gone else ""
+    newest = checkpoints[-1]
+    missing = not (newest / MANIFEST).exists()
+    return newest, f"{newest}: damaged (its {MANIFEST} is missing)" if missing else ""
 
 
 def _problem(path: Path, grid: Grid) -> str:

@@ -39,7 +39,7 @@ def loss_in(manifest: bytes) -> float | None:
 
 
 def superseded(
-    found: list[Path],
+    checkpoints: list[Path],
     settings: CheckpointConfig,
     loss_of: Callable[[Path], float | None] = held_out_loss,
 ) -> list[Path]:
@@ -50,11 +50,11 @@ def superseded(
     """
     if not settings.keep:
         return []
-    kept = set(found[-settings.keep :])
+    kept = set(checkpoints[-settings.keep :])
     if settings.keep_every:
-        kept |= {one for one in found if step_of(one) % settings.keep_every == 0}
-    if settings.keep_best and len(kept) < len(found):
-        losses = [(loss, one) for one in found if (loss := loss_of(one)) is not None]
+        kept |= {path for path in checkpoints if step_of(path) % settings.keep_every == 0}
+    if settings.keep_best and len(kept) < len(checkpoints):
+        losses = [(loss, path) for path in checkpoints if (loss := loss_of(path)) is not None]
         if losses:
             kept.add(min(losses)[1])
-    return [one for one in found if one not in kept]
+    return [path for path in checkpoints if path not in kept]

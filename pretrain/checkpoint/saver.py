@@ -172,10 +172,10 @@ class Saver:
             notes += [f"ranks.parquet waits: {problem}"] if problem else []
         try:
             entry, problem = _attempt(lambda: _write_piece(piece, aside))
-            found = self._gather((entry, problem))
-            problem = next((bad for _, bad in found if bad), "")
+            results = self._gather((entry, problem))
+            problem = next((reason for _, reason in results if reason), "")
             if not problem and self._grid.is_main:
-                described["files"] = dict(filter(None, (entry for entry, _ in found)))
+                described["files"] = dict(filter(None, (entry for entry, _ in results)))
                 target, problem = _attempt(lambda: self._commit(aside, step, described))
                 if target is not None:
                     notes += self._follow_up(target, step)
@@ -203,9 +203,9 @@ class Saver:
     def _gather(self, value: Any) -> list[Any]:
         if self._group is None:
             return [value]
-        found: list[Any] = [None] * self._grid.world_size
-        dist.all_gather_object(found, value, group=self._group)
-        return found
+        values: list[Any] = [None] * self._grid.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def _commit(self, aside: Path, step: int, described: dict[str, Any]) -> Path:
         """Turn the written files into a checkpoint; it exists from the rename on."""
@@ -213,11 +213,11 @@ class Saver:
         described["run"] = run_id_of(self.folder.parent)
         write_synced(aside / MANIFEST, sealed(described))
         target = _free_name(self.folder, step)
-        before = hide(target) if target.exists() else None
+        replaced = hide(target) if target.exists() else None
         os.rename(aside, target)
         sync_folder(self.folder)
-        if before is not None:
-            remove(before)
+        if replaced is not None:
+            remove(replaced)
         return target
 
     def _follow_up(self, target: Path, step: int) -> list[str]:

@@ -128,7 +128,7 @@ class TensorFile:
     def get_tensor(self, name: str) -> Tensor:
         """A stored tensor."""
         entry = self._header[name]
-        dtype = next(dtype for dtype, known in _NAMES.items() if known == entry["dtype"])
-        found = torch.empty(entry["shape"], dtype=dtype)
-        self.read_into(name, found.view(-1))
-        return found
+        dtype = next(dtype for dtype, code in _NAMES.items() if code == entry["dtype"])
+        tensor = torch.empty(entry["shape"], dtype=dtype)
+        self.read_into(name, tensor.view(-1))
+        return tensor

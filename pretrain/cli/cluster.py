@@ -86,15 +86,15 @@ def doctor(
 
     run = out or Path("runs") / (recipe.stem if recipe else "")
     findings = examine(grid, config, run)
-    failed = any(one.state == "fail" for one in findings)
+    failed = any(finding.state == "fail" for finding in findings)
     if grid.is_main:
         if json:
             from data_pipeline.strict_json import to_json
 
             print(to_json(as_json(findings)))
         else:
-            for one in findings:
-                print(f"{one.state:5} {one.check:14} {one.text}")
+            for finding in findings:
+                print(f"{finding.state:5} {finding.check:14} {finding.text}")
             print("not fit for a run: see fail above" if failed else "fit for a run")
         sys.stdout.flush()
     disconnect()

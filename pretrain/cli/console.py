@@ -39,8 +39,8 @@ def console(**settings: Any) -> Any:
     from rich.console import Console
 
     class Plain(Console):
-        def render_str(self, text: str, **more: Any) -> Any:
-            return super().render_str(plain(text), **more)
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(plain(text), **options)
 
     return Plain(markup=False, emoji=False, highlight=False, **settings)
 
@@ -65,8 +65,8 @@ def warn(text: str) -> None:
 class Progress:
     """A progress bar on a terminal, a line every few seconds elsewhere; silent if not active."""
 
-    def __init__(self, total: int, what: str, active: bool, start: int = 0) -> None:
-        self._total, self._active, self._what = total, active, on_one_line(what)
+    def __init__(self, total: int, label: str, active: bool, start: int = 0) -> None:
+        self._total, self._active, self._label = total, active, on_one_line(label)
         self._start, self._began, self._shown = start, time.monotonic(), 0.0
         self._bar: Any = None
         if active and sys.stderr.isatty():
@@ -82,7 +82,7 @@ class Progress:
                 console=console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(self._what, total=total, completed=start, note="")
+            self._task = self._bar.add_task(self._label, total=total, completed=start, note="")
 
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
         """Show that ``done`` of the total is done."""
@@ -98,8 +98,8 @@ class Progress:
             return
         self._shown = now
         speed = (done - self._start) / max(1e-9, now - self._began)
-        left = (self._total - done) / speed if speed > 0 else 0.0
-        text = f"{self._what} {done}/{self._total} {note} {clock(left)} left"
+        remaining = (self._total - done) / speed if speed > 0 else 0.0
+        text = f"{self._label} {done}/{self._total} {note} {clock(remaining)} left"
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:

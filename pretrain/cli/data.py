@@ -185,12 +185,12 @@ def adopt(
         raise UsageError(f"--split: {split!r} is not three numbers, such as 98,1,1") from None
     progress = Progress(1, "adopt", True)
     with whole_folder(out, "adopt") as aside:
-        told = adopt_pairs(
+        lines = adopt_pairs(
             prefixes, tokenizer, aside, (train, val, test), name, eod_token, packed,
             lambda done, total: progress.update(done, total=total),
         )  # fmt: skip
     progress.close()
-    for line in told:
+    for line in lines:
         print(line)
     info(out)
 

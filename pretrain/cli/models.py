@@ -212,11 +212,11 @@ def ranks(
         raise typer.BadParameter(f"--threshold: {threshold} is not above 0 and at most 1")
     from pretrain.offline.ranks import rank_command
 
-    given = {"threshold": threshold, "denominator": denominator}
-    asked = {key: value for key, value in given.items() if value is not None}
+    options = {"threshold": threshold, "denominator": denominator}
+    chosen = {key: value for key, value in options.items() if value is not None}
     rank_command(
         target,
-        {**asked, "spectra": spectra},
+        {**chosen, "spectra": spectra},
         family,
         batch_tokens,
         out,

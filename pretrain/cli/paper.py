@@ -43,11 +43,11 @@ def _alone(command: Callable[..., None]) -> Callable[..., None]:
     name = command.__name__.replace("_", "-")
 
     @wraps(command)
-    def run(out: Path = _PAPER, **more: Any) -> None:
+    def run(out: Path = _PAPER, **options: Any) -> None:
         from data_pipeline.files import held
 
         with held(out / name):
-            command(out=out, **more)
+            command(out=out, **options)
 
     return run
 
@@ -62,9 +62,9 @@ def _at_once(parallel: int) -> int:
     return max(1, min(2, usable_cores()))
 
 
-def _runs(name: str, runs: Path, given: Path | None, parallel: int, data: Path | None) -> Path:
-    if given is not None:
-        return given
+def _runs(name: str, runs: Path, existing: Path | None, parallel: int, data: Path | None) -> Path:
+    if existing is not None:
+        return existing
     from launchers.paper import experiment
 
     return experiment(name, runs, _at_once(parallel), data)
@@ -81,17 +81,19 @@ def fig1(out: Out = _PAPER) -> None:
 
 @paper_app.command()
 @_alone
-def fig2(out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0) -> None:
+def fig2(
+    out: Out = _PAPER, runs: Runs = _RUNS, existing: From = None, parallel: Parallel = 0
+) -> None:
     """Associative recall: rank, discrepancy and gap of an attention-only model over training."""
     from pretrain.paper.fig2 import figure
 
-    figure(_runs("fig2", runs, given, parallel, None), out)
+    figure(_runs("fig2", runs, existing, parallel, None), out)
 
 
 @paper_app.command()
 @_alone
 def fig3(
-    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
+    out: Out = _PAPER, runs: Runs = _RUNS, existing: From = None, parallel: Parallel = 0,
     data: Data = None,
 ) -> None:  # fmt: skip
     """Language model: rank in the paper's layer 5 (at its depth) against attention decay.
@@ -100,37 +102,37 @@ def fig3(
     """
     from pretrain.paper.fig3 import figure
 
-    figure("fig3", _runs("fig3", runs, given, parallel, data), out)
+    figure("fig3", _runs("fig3", runs, existing, parallel, data), out)
 
 
 @paper_app.command()
 @_alone
 def fig7(
-    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
+    out: Out = _PAPER, runs: Runs = _RUNS, existing: From = None, parallel: Parallel = 0,
     data: Data = None,
 ) -> None:  # fmt: skip
     """The same for the layers at the depth of layers 7 and 9."""
     from pretrain.paper.fig3 import figure
 
-    figure("fig7", _runs("fig3", runs, given, parallel, data), out)
+    figure("fig7", _runs("fig3", runs, existing, parallel, data), out)
 
 
 @paper_app.command()
 @_alone
 def table1(
-    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
+    out: Out = _PAPER, runs: Runs = _RUNS, existing: From = None, parallel: Parallel = 0,
     data: Data = None,
 ) -> None:  # fmt: skip
     """Perplexity on held-out text by attention decay and MLP decay, over seeds."""
     from pretrain.paper.fig3 import table
 
-    table(_runs("fig3", runs, given, parallel, data), out)
+    table(_runs("fig3", runs, existing, parallel, data), out)
 
 
 @paper_app.command("fig3-vit")
 @_alone
 def fig3_vit(
-    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0
+    out: Out = _PAPER, runs: Runs = _RUNS, existing: From = None, parallel: Parallel = 0
 ) -> None:
     """Vision Transformer: rank over all heads and layers, and accuracy, against decay.
 
@@ -138,7 +140,7 @@ def fig3_vit(
     """
     from pretrain.paper.fig3_vit import figure
 
-    figure(_runs("fig3-vit", runs, given, parallel, None), out)
+    figure(_runs("fig3-vit", runs, existing, parallel, None), out)
 
 
 @paper_app.command()
@@ -171,9 +173,9 @@ def _scatter(
     if model is not None:
         figure(name, model, out, family)
         return
-    found = load_runs(_runs(sweep, runs, None, parallel, None))
-    usual = min(found, key=lambda run: abs(run.exposure - 3))  # the paper's λ = 0.1
-    figure(name, str(usual.path), out, contrast=str(found[0].path))
+    sweep_runs = load_runs(_runs(sweep, runs, None, parallel, None))
+    usual = min(sweep_runs, key=lambda run: abs(run.exposure - 3))  # the paper's λ = 0.1
+    figure(name, str(usual.path), out, contrast=str(sweep_runs[0].path))
 
 
 @paper_app.command()
@@ -188,26 +190,26 @@ def fig5(out: Out = _PAPER) -> None:
 @paper_app.command()
 @_alone
 def modern(
-    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
+    out: Out = _PAPER, runs: Runs = _RUNS, existing: From = None, parallel: Parallel = 0,
     data: Data = None,
 ) -> None:  # fmt: skip
     """Beyond the paper: grouped queries, rotary, QK-norm, biases, linear and sigmoid, Muon."""
     from pretrain.paper.modern import figure
 
-    figure(_runs("modern", runs, given, parallel, data), out)
+    figure(_runs("modern", runs, existing, parallel, data), out)
 
 
 @paper_app.command("rank-cost")
 @_alone
 def rank_cost(
-    out: Out = _PAPER, runs: Runs = _RUNS, given: From = None, parallel: Parallel = 0,
+    out: Out = _PAPER, runs: Runs = _RUNS, existing: From = None, parallel: Parallel = 0,
     data: Data = None,
 ) -> None:  # fmt: skip
     """Beyond the paper: perplexity when attention is cut to a share of its rank."""
     from pretrain.paper.rank_cost import figure
 
-    text = _runs("fig3", runs, given, parallel, data)
-    recall = None if given else _runs("fig2", runs, None, parallel, None)
+    text = _runs("fig3", runs, existing, parallel, data)
+    recall = None if existing else _runs("fig2", runs, None, parallel, None)
     figure(text, out, data, recall)
 
 

@@ -51,9 +51,9 @@ def examine(grid: Grid, config: Config | None, run: Path, size: int = _MESSAGE) 
         run: the run folder, which need not exist; nothing is left in it.
         size: bytes of the messages whose bandwidth is measured.
     """
-    here = environment()
+    local = environment()
     findings = [
-        *_alike(grid, "versions", here["versions"] | {"python": here["python"]}),
+        *_alike(grid, "versions", local["versions"] | {"python": local["python"]}),
         *_requirements(grid),
         *_alike(grid, "code", code_hash()),
         *_devices(grid),
@@ -65,13 +65,13 @@ def examine(grid: Grid, config: Config | None, run: Path, size: int = _MESSAGE) 
         findings += _alike(grid, "data", data_hash(Path(config.data.path)))
     own = code_of(config) if config is not None else []
     if own:
-        findings += _alike(grid, "own code", " ".join(one.sha256[:16] for one in own))
+        findings += _alike(grid, "own code", " ".join(file.sha256[:16] for file in own))
     return findings
 
 
 def as_json(findings: list[Finding]) -> list[dict[str, str]]:
     """Findings as plain data."""
-    return [asdict(one) for one in findings]
+    return [asdict(finding) for finding in findings]
 
 
 # --- the same everywhere --------------------------------------------------------------------------
@@ -147,18 +147,20 @@ def _requirements(grid: Grid) -> list[Finding]:
         return [Finding("requirements", "warn", text)]
     wrong = []
     for line in lines:
-        wanted = Requirement(line)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            found = metadata.version(wanted.name)
+            version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            found = ""
-        if not found or not wanted.specifier.contains(found, prereleases=True):
-            wrong.append(f"{wanted.name} {found or 'is missing'} (needs {wanted.specifier})")
-    every = sorted({text for texts in grid.gather(wrong) for text in texts})
-    if every:
-        return [Finding("requirements", "warn", "; ".join(every))]
+            version = ""
+        if not version or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(
+                f"{requirement.name} {version or 'is missing'} (needs {requirement.specifier})"
+            )
+    mismatches = sorted({text for texts in grid.gather(wrong) for text in texts})
+    if mismatches:
+        return [Finding("requirements", "warn", "; ".join(mismatches))]
     return [Finding("requirements", "ok", "installed versions are in the tested ranges")]
 
 
@@ -171,38 +173,38 @@ def _required() -> list[str] | None:
         return metadata.requires("rankdecay") or []
     try:
         text = (_TOP / "pyproject.toml").read_text(encoding="utf-8")
-        found: list[str] = tomllib.loads(text)["project"]["dependencies"]
+        dependencies: list[str] = tomllib.loads(text)["project"]["dependencies"]
     except (OSError, KeyError, tomllib.TOMLDecodeError):
         return None
-    return found
+    return dependencies
 
 
 # --- machines -------------------------------------------------------------------------------------
 
 
 def _devices(grid: Grid) -> list[Finding]:
-    device: dict[str, Any] = {
+    mine: dict[str, Any] = {
         "host": socket.gethostname(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
     }
     if grid.device.type == "cuda":
         properties = torch.cuda.get_device_properties(grid.device)
-        device |= {"name": properties.name, "memory": properties.total_memory}
-    every = grid.gather(device)
-    names = {one.get("name", "CPU") for one in every}
+        mine |= {"name": properties.name, "memory": properties.total_memory}
+    devices = grid.gather(mine)
+    names = {device.get("name", "CPU") for device in devices}
     hosts: dict[str, int] = {}
-    for one in every:
-        hosts[one["host"]] = hosts.get(one["host"], 0) + 1
+    for device in devices:
+        hosts[device["host"]] = hosts.get(device["host"], 0) + 1
     text = f"{grid.world_size} process(es) on {len(hosts)} host(s): {', '.join(sorted(names))}"
     findings = [Finding("devices", "ok" if len(names) == 1 else "warn", text)]
     if grid.device.type == "cpu" and shutil.which("nvidia-smi"):
         findings.append(Finding("devices", "warn", "nvidia-smi exists, but torch sees no GPU"))
-    for one in every:
-        if one["threads"] * hosts[one["host"]] > (one["cores"] or 1) * 1.5:
+    for device in devices:
+        if device["threads"] * hosts[device["host"]] > (device["cores"] or 1) * 1.5:
             text = (
-                f"{one['host']}: {hosts[one['host']]} processes of {one['threads']} threads share "
-                f"{one['cores']} cores; set OMP_NUM_THREADS"
+                f"{device['host']}: {hosts[device['host']]} processes of {device['threads']} "
+                f"threads share {device['cores']} cores; set OMP_NUM_THREADS"
             )
             findings.append(Finding("threads", "warn", text))
             break
@@ -216,8 +218,8 @@ def _clocks(grid: Grid) -> Finding:
     for _ in range(5):
         grid.barrier()
         times = grid.gather(time.time())
-        tries.append([one - times[0] for one in times])
-    offsets = min(tries, key=lambda one: max(one) - min(one))
+        tries.append([reading - times[0] for reading in times])
+    offsets = min(tries, key=lambda attempt: max(attempt) - min(attempt))
     worst = max(range(grid.world_size), key=lambda rank: abs(offsets[rank]))
     if abs(offsets[worst]) > _SKEW:
         return Finding(
@@ -248,17 +250,17 @@ def _links(grid: Grid, size: int) -> list[Finding]:
         latency = _all_reduce(grid, group, members, 4)
         seconds = _all_reduce(grid, group, members, size)
         mine = (latency, seconds, dist.get_process_group_ranks(group))
-        every = grid.gather(mine)
-        right = all(one[0] >= 0 and one[1] >= 0 for one in every)
-        slowest = max(every, key=lambda one: one[1])
+        results = grid.gather(mine)
+        right = all(result[0] >= 0 and result[1] >= 0 for result in results)
+        slowest = max(results, key=lambda result: result[1])
         # What one process sends and receives in a ring (nccl-tests: busbw).
         moved = 2 * (members - 1) / members * size
         text = (
-            f"all-reduce {max(one[0] for one in every) * 1e6:.0f} µs, "
+            f"all-reduce {max(result[0] for result in results) * 1e6:.0f} µs, "
             f"{moved / slowest[1] / 1e9:.2f} GB/s (slowest: process ranks "
             f"{', '.join(map(str, slowest[2][:8]))})"
         )
-        fastest = min(one[1] for one in every if one[1] > 0)
+        fastest = min(result[1] for result in results if result[1] > 0)
         state = "ok" if slowest[1] < 3 * fastest else "warn"
         if not right:
             state, text = "fail", "an all-reduce gave a wrong sum"
@@ -339,9 +341,9 @@ def _needed(config: Config) -> int:
     from pretrain.training.setup import prepare
 
     infos = prepare(config, config.grid.tensor_parallel).infos
-    one = _BYTES_PER_PARAMETER * sum(info.numel for info in infos)
+    checkpoint_bytes = _BYTES_PER_PARAMETER * sum(info.numel for info in infos)
     settings = config.checkpoint
     count = settings.keep or config.train.steps // config.interval("checkpoint")
     if settings.keep_every and settings.keep:
         count += config.train.steps // settings.keep_every
-    return one * (count + 1 + settings.keep_best)
+    return checkpoint_bytes * (count + 1 + settings.keep_best)

@@ -139,7 +139,7 @@ def _exposures(control: DecayControl, group: DecayGroup, config: Config) -> list
     """Σ rate·λ over the run, of each tensor of a group; None if λ depends on measurements."""
     if control.is_adaptive(group.role):
         return None
-    sites = [site_of(one) for one in group.parameters]
+    sites = [site_of(info) for info in group.parameters]
     if not control.moves_layers_apart(group.role):
         sites = sites[:1]
     totals = dict.fromkeys(sites, 0.0)

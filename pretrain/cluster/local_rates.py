@@ -100,10 +100,10 @@ def _best(work: Callable[[], object]) -> float:
         return time.perf_counter() - began
 
     once()
-    found, stop = [once()], time.perf_counter() + _SECONDS
+    times, stop = [once()], time.perf_counter() + _SECONDS
     while time.perf_counter() < stop:
-        found.append(once())
-    return min(found)
+        times.append(once())
+    return min(times)
 
 
 def _memory() -> int:

@@ -113,33 +113,37 @@ def rank(config: Config, device: Device, count: int, limit: int = 0) -> list[Cho
     Raises:
         UsageError: if `pretrain train` would accept no grid of this number of devices.
     """
-    found: dict[tuple[int, int], list[Choice]] = {}
+    by_grid: dict[tuple[int, int], list[Choice]] = {}
     sizes: dict[int, Sizes] = {}
     for recipe in candidates(config, device.type, device.per_node, count):
         tensor = recipe.grid.tensor_parallel
         if tensor not in sizes:
             sizes[tensor] = sizes_of(recipe)
-        one = choose(recipe, device, count, sizes[tensor])
-        found.setdefault((one.tensor, one.pipeline), []).append(one)
-    best = sorted((_best(one, device) for one in found.values()), key=_order)
+        choice = choose(recipe, device, count, sizes[tensor])
+        by_grid.setdefault((choice.tensor, choice.pipeline), []).append(choice)
+    best = sorted((_best(variants, device) for variants in by_grid.values()), key=_order)
     return best[:limit] if limit else best
 
 
 def _best(choices: list[Choice], device: Device) -> Choice:
     """The fastest variant of one grid; of equally fast ones, the largest micro batch that fits."""
-    fitting = [one for one in choices if one.fits]
+    fitting = [choice for choice in choices if choice.fits]
     if not fitting:
-        return min(choices, key=lambda one: one.total)
-    fastest = min(one.seconds["step"] for one in fitting)
-    near = [one for one in fitting if one.seconds["step"] <= (1 + _EQUAL) * fastest]
-    near = [one for one in near if one.total <= _ROOM * device.memory * 1e9] or near
-    return max(near, key=lambda one: (one.micro_batch, -one.total))
+        return min(choices, key=lambda choice: choice.total)
+    fastest = min(choice.seconds["step"] for choice in fitting)
+    near = [choice for choice in fitting if choice.seconds["step"] <= (1 + _EQUAL) * fastest]
+    near = [choice for choice in near if choice.total <= _ROOM * device.memory * 1e9] or near
+    return max(near, key=lambda choice: (choice.micro_batch, -choice.total))
 
 
-def _order(one: Choice) -> tuple[bool, float, float]:
+def _order(choice: Choice) -> tuple[bool, float, float]:
     """A sort key: fastest first, then smallest memory; grids that do not fit last, smallest
     first."""
-    return (not one.fits, round(one.seconds["step"], 6) if one.fits else one.total, one.total)
+    return (
+        not choice.fits,
+        round(choice.seconds["step"], 6) if choice.fits else choice.total,
+        choice.total,
+    )
 
 
 def choose(config: Config, device: Device, count: int, sizes: Sizes | None = None) -> Choice:
@@ -168,20 +172,20 @@ def _seconds(
     sizes: Sizes, device: Device, on: Layout, traffic: dict[str, float], bubble: float
 ) -> dict[str, float]:
     tokens = sizes.context * on.micro * on.count  # of a rank
-    again = 4 / 3 if on.recompute else 1.0
+    recompute_factor = 4 / 3 if on.recompute else 1.0
     layers = sizes.stage(on.pipeline)
     # The largest stage sets the pace: the last one also has the head.
     fullest = sizes.block.whole * layers + sizes.head
     uneven = fullest * on.pipeline / sizes.matrices if on.pipeline > 1 else 1.0
     rate = on.world * _rate(device, on) * device.efficiency
-    products = again * uneven * sizes.flops(tokens * on.data) / rate
+    products = recompute_factor * uneven * sizes.flops(tokens * on.data) / rate
     # Operations other than products are bound by memory: norms, activations and residuals read and
     # write about six times what is kept; the optimizer reads and writes 28 bytes per parameter.
     moved = 6 * kept_by_layer(sizes, on) * on.count * layers
     predicted = sizes.outputs * on.micro * on.count
     logits = 6 * 4 * predicted * sizes.vocabulary / on.tensor / on.pipeline
     optimizer = 28 * on.parameters(sizes) / on.data
-    memory = (again * moved + logits + optimizer) / (device.bandwidth * 1e9)
+    memory = (recompute_factor * moved + logits + optimizer) / (device.bandwidth * 1e9)
     inside = device.node_link * 1e9 * _LINK
     outside = device.network * 1e9 * _LINK
     # Data-parallel neighbours are in one node only if tensor parallelism does not fill it.
@@ -192,7 +196,7 @@ def _seconds(
         "tensor": traffic["tensor"] / inside,
         "data": traffic["data"] / reach * (1 - _OVERLAP),
         "pipeline": traffic["pipeline"] / (inside if on.world <= device.per_node else outside),
-        "launches": again * _LAUNCHES * _LAUNCH * layers * on.count,
+        "launches": recompute_factor * _LAUNCHES * _LAUNCH * layers * on.count,
     }
     busy = max(parts["products"] + parts["memory"], parts["launches"])
     working = busy + parts["tensor"] + parts["pipeline"]

@@ -36,24 +36,24 @@ def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
     update. On flat buffers, the float32 gradients always exist, and one layer's gradients as
     computed. DeepSpeed has all of them as computed, in its bucket, and in float32.
     """
-    here = sizes.held(on.pipeline)
-    local = here.on(on.tensor)
+    fullest = sizes.fullest_stage(on.pipeline)
+    local = fullest.on(on.tensor)
     shards = on.data if on.stage else 1
     masters = 4 if on.width == 2 or (on.stage and not on.flat) else 0
     kept = _kept(sizes, on)
-    held = _between(sizes, on) if on.recompute else kept
+    per_layer = _between(sizes, on) if on.recompute else kept
     # Summed in float32, in every precision.
     gradients = local * 4 / (on.data if on.stage >= 2 else 1)
     several = on.count > 1  # they wait for the next micro batch
     always = {
         "libraries": on.base,
         "weights": local * on.width / (on.data if on.stage == 3 else 1),
-        "optimizer": (here.state(on.tensor) + local * masters) / shards,
+        "optimizer": (fullest.state(on.tensor) + local * masters) / shards,
     }
     forward = {
         "gradients": gradients if several or on.flat else 0.0,
         "gathered": on.kept_gathered(sizes) * on.width if on.stage == 3 else 0.0,
-        "activations": held * sizes.stage(on.pipeline) * min(on.pipeline, on.count),
+        "activations": per_layer * sizes.stage(on.pipeline) * min(on.pipeline, on.count),
         # One layer's at work: its own, and the gradients that flow through it.
         "work": 1.5 * kept,
         "loss": _loss(sizes, on),
@@ -68,13 +68,13 @@ def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
         update = {"gradients": gradients, "arriving gradients": arriving * on.width}
     if sizes.largest:
         # The update and its orthogonal form, flat, and the matrices and products of one parameter.
-        mine = here.orthogonal / on.tensor / shards
+        mine = fullest.orthogonal / on.tensor / shards
         update["orthogonal"] = 8 * mine + 6 * 4 * sizes.largest
-    found = always | max(forward, update, key=lambda parts: sum(parts.values()))
+    peak = always | max(forward, update, key=lambda parts: sum(parts.values()))
     # Flat buffers are allocated once; the allocator wastes memory on what comes and goes.
     lasting = ("weights", "optimizer", "gradients") if on.flat else ()
-    changing = sum(size for part, size in found.items() if part not in ("libraries", *lasting))
-    return found | {"allocator": on.slack * changing}
+    changing = sum(size for part, size in peak.items() if part not in ("libraries", *lasting))
+    return peak | {"allocator": on.slack * changing}
 
 
 def kept_by_layer(sizes: Sizes, on: Layout) -> float:

@@ -108,7 +108,7 @@ class Sizes:
         """Number of layers in the largest stage."""
         return -(-self.layers // pipeline)
 
-    def held(self, pipeline: int) -> Part:
+    def fullest_stage(self, pipeline: int) -> Part:
         """Parameters of the largest stage."""
         end = max(self.first, self.last, key=lambda part: part.whole)
         if pipeline == 1:
@@ -157,7 +157,7 @@ class Layout:
 
     def parameters(self, sizes: Sizes) -> float:
         """Parameters of the process with the most, before ZeRO divides them."""
-        return sizes.held(self.pipeline).on(self.tensor)
+        return sizes.fullest_stage(self.pipeline).on(self.tensor)
 
     def kept_gathered(self, sizes: Sizes) -> float:
         """Parameters that ZeRO 3 keeps between the two passes of a micro batch: the last ones."""

@@ -35,16 +35,16 @@ def plan(config: Config, device: str, count: int, limit: int, as_json: bool) -> 
         machine, note = measure_here(count, config), _HERE
     else:
         machine, note = DEVICES[device], _CAUTION
-    found = rank(config, machine, count, limit)
+    choices = rank(config, machine, count, limit)
     if as_json:
         print(to_json({"device": device, "gpus": count, "note": note,
-                          "grids": [one.plain() for one in found]}))  # fmt: skip
+                          "grids": [choice.plain() for choice in choices]}))  # fmt: skip
         return
-    _print(config, sizes, machine, count, found)
+    _print(config, sizes, machine, count, choices)
     print(f"note: {note}")
 
 
-def _print(config: Config, sizes: Sizes, device: Device, count: int, found: list[Choice]) -> None:
+def _print(config: Config, sizes: Sizes, device: Device, count: int, choices: list[Choice]) -> None:
     from rich.table import Table
 
     from pretrain.cli.console import show_table
@@ -55,16 +55,16 @@ def _print(config: Config, sizes: Sizes, device: Device, count: int, found: list
                "s/step", "tokens/s", "MFU")  # fmt: skip
     for column in columns:
         table.add_column(column, justify="right")
-    for one in found:
+    for choice in choices:
         table.add_row(
-            str(one.tensor), str(one.pipeline), str(one.data), str(one.zero_stage),
-            str(one.micro_batch), "yes" if one.recompute else "",
-            f"{one.total / 1e9:.1f}" + ("" if one.fits else " too much"),
-            f"{100 * one.bubble:.0f} %", f"{one.seconds['step']:.3g}",
-            f"{tokens / one.seconds['step']:,.0f}", f"{100 * one.mfu:.0f} %",
+            str(choice.tensor), str(choice.pipeline), str(choice.data), str(choice.zero_stage),
+            str(choice.micro_batch), "yes" if choice.recompute else "",
+            f"{choice.total / 1e9:.1f}" + ("" if choice.fits else " too much"),
+            f"{100 * choice.bubble:.0f} %", f"{choice.seconds['step']:.3g}",
+            f"{tokens / choice.seconds['step']:,.0f}", f"{100 * choice.mfu:.0f} %",
         )  # fmt: skip
     show_table(table, 120)
-    best = found[0]
+    best = choices[0]
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in best.memory.items())
     print(f"memory of the first, GB per process: {parts}")
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in best.traffic.items())

@@ -38,11 +38,11 @@ def _tensor(sizes: Sizes, on: Layout) -> float:
     activations = _message(sizes, on) * (layers * products * passes + ends)
     # For each prediction: the largest logit, the correct one, the sum of exponentials.
     loss = 3 * 4 * sizes.outputs * on.micro
-    here = sizes.held(on.pipeline)
-    replicas = here.replicated if on.sequence else 0
+    fullest = sizes.fullest_stage(on.pipeline)
+    replicas = fullest.replicated if on.sequence else 0
     gradients = on.width * (replicas or layers * sizes.gains)
     ring = (on.tensor - 1) / on.tensor
-    return ring * (2 * on.count * (activations + loss + gradients) + 4 * here.orthogonal)
+    return ring * (2 * on.count * (activations + loss + gradients) + 4 * fullest.orthogonal)
 
 
 def _pipeline(sizes: Sizes, on: Layout) -> float:
@@ -72,7 +72,7 @@ def _data(sizes: Sizes, on: Layout) -> float:
         whole = 1 if on.flat and on.stage else 2
         sent = local * (whole * 4 * reductions + (on.width if on.stage else 0))
     if on.stage:  # Muon needs whole matrices of gradients that are divided
-        sent += 2 * 4 * sizes.held(on.pipeline).orthogonal / on.tensor
+        sent += 2 * 4 * sizes.fullest_stage(on.pipeline).orthogonal / on.tensor
     return sent * (on.data - 1) / on.data
 
 

@@ -217,7 +217,7 @@ TERMS = {
     "w_qk-and-w_vp": r"W_(?:QK|VP)",
 }
 """How the terms of the glossary appear in the prose of other pages."""
-GENERATED = {"docs/paper.md", "docs/studies/attention-decay/report.md"}
+GENERATED = {"docs/paper.md", "docs/recipe.md", "docs/studies/attention-decay/report.md"}
 WRITTEN = {one for one in NAMES if one.startswith("docs/")} - GENERATED - {"docs/glossary.md"}
 
 

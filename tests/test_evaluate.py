@@ -16,7 +16,7 @@ from data_pipeline.manifest import load_manifest
 from models.config import GPTConfig
 from models.gpt import GPT
 from models.layers import ParameterFactory
-from pretrain.config.recipe import GridConfig
+from pretrain.config.science import GridConfig
 from pretrain.distributed.grid import Grid, build_grid, connect
 from pretrain.tasks.score import documents_hash, score, summarize, windows
 

@@ -145,7 +145,7 @@ sys.path.insert(0, {root!r})
 from pretrain.cli.exits import leave
 import torch.distributed as dist
 from pretrain.distributed.grid import connect, build_grid
-from pretrain.config.recipe import GridConfig
+from pretrain.config.science import GridConfig
 held = build_grid(GridConfig(), connect())  # groups that live on
 atexit.register(print, "at exit")
 folder = tempfile.TemporaryDirectory()

@@ -10,7 +10,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from models.config import GPTConfig
-from pretrain.config.recipe import Config, DataConfig, parse_config
+from pretrain.config.recipe import Config, parse_config
+from pretrain.config.science import DataConfig
 from pretrain.errors import UsageError
 
 

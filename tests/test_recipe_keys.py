@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.config.recipe import Config, apply_overrides
-from pretrain.config.reference import Table, markdown, tables
+from pretrain.config.reference import KeyTable, markdown, tables
 from tests.recipe_fuzz import keys_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/recipe.md"
 
 
-def sections() -> list[Table]:
+def sections() -> list[KeyTable]:
     """The tables of sections; those of lists' entries are left out."""
     return [table for table in tables() if ":" not in table.title]
 
 
-def dotted(table: Table, name: str) -> str:
+def dotted(table: KeyTable, name: str) -> str:
     return name if table.title == "The top level" else f"{table.title}.{name}"
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from models.config import GPTConfig
 from models.roles import ParameterInfo, Role
-from pretrain.config.recipe import Config, OptimizerConfig
+from pretrain.config.recipe import Config
+from pretrain.config.science import OptimizerConfig
 from pretrain.engine.engine import whole_model
 from pretrain.engine.optimizers import is_muon_role, rule_of
 from pretrain.errors import UsageError

@@ -1,8 +1,9 @@
-"""The page of every key of a recipe: ``python -m pretrain.config.reference > docs/recipe.md``."""
+"""The page docs/recipe.md: ``python -m pretrain.config.reference`` prints it."""
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,8 +28,8 @@ value: `pretrain train configs/gpt-tiny.yaml train.steps=200`. An unknown key or
 ends the command with one line that names it. `pretrain train RECIPE --dry-run` shows what a recipe
 means.
 
-This page is made from the classes that validate a recipe, by
-`python -m pretrain.config.reference > docs/recipe.md`.
+This page is made from the classes that validate a recipe: `python -m pretrain.config.reference`
+prints it.
 """
 _BY_DIALECT = "by dialect"
 _LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -38,7 +39,7 @@ _WORDS = {int: "integer", float: "number", bool: "`true`, `false`", str: "text",
 
 
 @dataclass(frozen=True)
-class Key:
+class RecipeKey:
     """A key: its name, the values that it takes, its default, and its meaning."""
 
     name: str
@@ -48,15 +49,15 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Table:
+class KeyTable:
     """The keys of a section."""
 
     title: str
     about: str
-    keys: tuple[Key, ...]
+    keys: tuple[RecipeKey, ...]
 
 
-def tables() -> Iterator[Table]:
+def tables() -> Iterator[KeyTable]:
     """Yield every section of a recipe, then the built-in entries of its open lists."""
     yield from _tables("", Config)
     lists: dict[str, Mapping[str, type[BaseModel]]] = {
@@ -95,7 +96,7 @@ def _presets() -> list[tuple[str, ...]]:
     ]
 
 
-def _tables(title: str, section: type[BaseModel]) -> Iterator[Table]:
+def _tables(title: str, section: type[BaseModel]) -> Iterator[KeyTable]:
     """Yield a section's own keys, then the tables of the sections within it."""
     inner = {
         name: field.annotation
@@ -109,7 +110,7 @@ def _tables(title: str, section: type[BaseModel]) -> Iterator[Table]:
     )
     about = " ".join((section.__doc__ or "").split("\n\n")[0].split())
     if keys:
-        yield Table(title or "The top level", about, keys)
+        yield KeyTable(title or "The top level", about, keys)
     for name, field in section.model_fields.items():
         if name in inner:
             yield from _tables(f"{title}.{name}".lstrip("."), inner[name])
@@ -125,7 +126,7 @@ def _element(field: FieldInfo) -> type[BaseModel] | None:
     return None
 
 
-def _key(section: type[BaseModel], name: str, field: FieldInfo) -> Key:
+def _key(section: type[BaseModel], name: str, field: FieldInfo) -> RecipeKey:
     words, null = _values(field.annotation), ", or null"
     optional = null if words.endswith(null) else ""
     values = words.removesuffix(optional) + _limits(field) + optional
@@ -135,7 +136,7 @@ def _key(section: type[BaseModel], name: str, field: FieldInfo) -> Key:
         default = "none: must be set"
     else:
         default = _shown(field.get_default(call_default_factory=True))
-    return Key(name, values, default, _escaped(field.description or ""))
+    return RecipeKey(name, values, default, _escaped(field.description or ""))
 
 
 def _limits(field: FieldInfo) -> str:
@@ -196,6 +197,7 @@ def _number(value: float) -> str:
 
 
 def _escaped(text: str) -> str:
+    text = re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text)
     return " ".join(text.replace("|", "\\|").split())
 
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 
 from pretrain.cli.console import warn
 from pretrain.config.extension import running
-from pretrain.config.recipe import Config, ScheduleConfig, entries
+from pretrain.config.recipe import Config, entries
 from pretrain.config.schedule import in_steps
+from pretrain.config.science import ScheduleConfig
 from pretrain.decay.policy import PolicySection
 from pretrain.decay.sites import KEY
 from pretrain.errors import UsageError

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from models.parallel import TensorParallel
 from models.roles import ModelError
-from pretrain.config.recipe import GridConfig
+from pretrain.config.science import GridConfig
 from pretrain.distributed.cores import fit_threads
 from pretrain.distributed.devices import own_gpu, refuse_shared
 from pretrain.distributed.failures import exit_code, is_of_machine

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.roles import ATTENTION, MLP, Role
-from pretrain.config.recipe import OptimizerConfig
+from pretrain.config.science import OptimizerConfig
 from pretrain.engine.norms import square_sum
 from pretrain.errors import UsageError
 

@@ -92,11 +92,11 @@ def _folder_beside(out: Path) -> Path:
 def _images(figures: list[Figure], folder: Written, kind: str) -> list[tuple[Figure, str]]:
     from pretrain.report.printed import draw
 
-    found = []
+    images = []
     for figure in figures:
         folder.write(f"{figure.key}.{kind}", draw(figure, kind))
-        found.append((figure, f"{folder.path.name}/{figure.key}.{kind}"))
-    return found
+        images.append((figure, f"{folder.path.name}/{figure.key}.{kind}"))
+    return images
 
 
 def _csv(

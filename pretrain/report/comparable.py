@@ -17,13 +17,13 @@ def check_same(runs: list[RunData]) -> None:
     Raises:
         UsageError: naming two runs and what differs.
     """
-    known = [run for run in runs if run.source]
-    for run in known[1:]:
-        for index, what in ((1, "tokenizer"), (0, "data")):
-            if run.source[index] != known[0].source[index]:  # type: ignore[index]
+    sourced = [run for run in runs if run.source]
+    for run in sourced[1:]:
+        for index, name in ((1, "tokenizer"), (0, "data")):
+            if run.source[index] != sourced[0].source[index]:  # type: ignore[index]
                 raise UsageError(
-                    f"{run.path}: has another {what} than {known[0].path}, so their figures cannot "
-                    "be compared; report them separately"
+                    f"{run.path}: has another {name} than {sourced[0].path}, so their figures "
+                    "cannot be compared; report them separately"
                 )
     for run in runs[1:]:
         mine, other = _definition(run), _definition(runs[0])
@@ -39,31 +39,35 @@ def _definition(run: RunData) -> str:
     return f"ranks.threshold {ranks.threshold:g} and ranks.denominator {ranks.denominator}"
 
 
-def _documents(found: dict[str, Any]) -> str | None:
-    if "documents_sha256" not in found:  # a task without text
-        return str(found["overall"].get("samples")) if "samples" in found["overall"] else None
-    count = found["overall"].get("documents", "some")
-    return f"{count} (sha256 {found['documents_sha256'][:8]})"
+def _documents(evaluation: dict[str, Any]) -> str | None:
+    if "documents_sha256" not in evaluation:  # a task without text
+        return (
+            str(evaluation["overall"].get("samples"))
+            if "samples" in evaluation["overall"]
+            else None
+        )
+    count = evaluation["overall"].get("documents", "some")
+    return f"{count} (sha256 {evaluation['documents_sha256'][:8]})"
 
 
-def _stride(run: RunData, found: dict[str, Any]) -> Any:
+def _stride(run: RunData, evaluation: dict[str, Any]) -> Any:
     """The stride as a setting; windows without overlap are one setting for every context."""
-    context = found.get("context", run.config.model.context)
-    stride = found.get("stride")
+    context = evaluation.get("context", run.config.model.context)
+    stride = evaluation.get("stride")
     return "the context" if stride == context else stride
 
 
-def _precision(run: RunData, found: dict[str, Any]) -> str | None:
-    precision = found.get("precision")
+def _precision(run: RunData, evaluation: dict[str, Any]) -> str | None:
+    precision = evaluation.get("precision")
     return "that of training" if precision and precision == run.precision else precision
 
 
 _SETTINGS: dict[str, Callable[[RunData, dict[str, Any]], Any]] = {
-    "split": lambda run, found: found.get("split"),
-    "documents": lambda run, found: _documents(found),
+    "split": lambda run, evaluation: evaluation.get("split"),
+    "documents": lambda run, evaluation: _documents(evaluation),
     "stride": _stride,
     "precision": _precision,
-    "attention rank": lambda run, found: found.get("attention_rank", "whole"),
+    "attention rank": lambda run, evaluation: evaluation.get("attention_rank", "whole"),
 }
 """Settings of an evaluation that change its figures; None: not known (older folders)."""
 
@@ -76,22 +80,22 @@ def with_comparable_scores(runs: list[RunData]) -> tuple[list[RunData], list[str
     """
     notes: list[str] = []
     wanted = {name: _usual(runs, name) for name in _SETTINGS}
-    found = []
+    comparable = []
     for run in runs:
         odd = _odd(run, wanted)
-        if run.evaluation is None and any(one.evaluation for one in runs):
+        if run.evaluation is None and any(other.evaluation for other in runs):
             odd = "it was not evaluated"
         if odd:
             notes.append(f"held-out figures left out: {run.path}: {odd}")
-        found.append(replace(run, evaluation=None) if odd else run)
-    return found, notes
+        comparable.append(replace(run, evaluation=None) if odd else run)
+    return comparable, notes
 
 
 def _usual(runs: list[RunData], name: str) -> Any:
     """The value that most runs have; in a tie, the first."""
     values = [_SETTINGS[name](run, run.evaluation) for run in runs if run.evaluation]
-    known = Counter(value for value in values if value is not None)
-    return known.most_common(1)[0][0] if known else None
+    counts = Counter(value for value in values if value is not None)
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _odd(run: RunData, wanted: dict[str, Any]) -> str:
@@ -123,8 +127,8 @@ def differences_of_pair(run: RunData, other: RunData, only: set[str]) -> list[st
         for key in ("initial_weights", "data_order")
         if run.identity[key] != other.identity[key]
     ]
-    known = run.precision and other.precision
-    if known and run.precision != other.precision and only != {"precision"}:
+    both_known = run.precision and other.precision
+    if both_known and run.precision != other.precision and only != {"precision"}:
         reasons.append(f"trained in {run.precision} and in {other.precision}")
     for word, mine, its in (
         ("left out blocks of samples", run.jumped, other.jumped),

@@ -55,8 +55,8 @@ def _finite(value: float | None) -> bool:
 
 def condition_mean(condition: Condition, measure: Measure) -> Mean:
     """Mean over the seeds of a condition whose figure is finite."""
-    found = [measure(run) for run in condition.runs]
-    return mean_of([value for value in found if value is not None and math.isfinite(value)])
+    values = [measure(run) for run in condition.runs]
+    return mean_of([value for value in values if value is not None and math.isfinite(value)])
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class Difference:
 
 def pairs_of(condition: Condition, baseline: Condition) -> list[tuple[RunData, RunData]]:
     """Runs of one seed that differ only in their recipe (`differences_of_pair`)."""
-    others = {run.seed: run for run in baseline.runs}
+    by_seed = {run.seed: run for run in baseline.runs}
     only = differing(condition, baseline)
     return [
-        (run, others[run.seed])
+        (run, by_seed[run.seed])
         for run in condition.runs
-        if run.seed in others and not differences_of_pair(run, others[run.seed], only)
+        if run.seed in by_seed and not differences_of_pair(run, by_seed[run.seed], only)
     ]
 
 
@@ -105,18 +105,18 @@ def differing(condition: Condition, baseline: Condition) -> set[str]:
 def unpaired(study: Study) -> list[str]:
     """Notes about runs that are in no pair, with the reason."""
     notes = []
-    others = {run.seed: run for run in study.baseline.runs}
+    by_seed = {run.seed: run for run in study.baseline.runs}
     for condition in study.conditions:
         if condition is study.baseline:
             continue
         only = differing(condition, study.baseline)
         for run in condition.runs:
-            other = others.get(run.seed)
-            if other is None:
+            partner = by_seed.get(run.seed)
+            if partner is None:
                 notes.append(f"not paired: {run.path}: the baseline has no run of seed {run.seed}")
                 continue
-            for reason in differences_of_pair(run, other, only):
-                notes.append(f"not paired: {run.path} and {other.path}: {reason}")
+            for reason in differences_of_pair(run, partner, only):
+                notes.append(f"not paired: {run.path} and {partner.path}: {reason}")
     return notes
 
 
@@ -130,16 +130,25 @@ def uncounted(study: Study) -> list[str]:
             if value is not None and not math.isfinite(value):
                 why = f" ({run.nonfinite[0]}: weights are not finite)" if run.nonfinite else ""
                 notes.append(f"left out of {title}: {run.path}: its value is {value}{why}")
-        found = differences_from(study, measure)
+        differences = differences_from(study, measure)
         if not any(_finite(measure(run)) for run in study.runs):
             continue
-        few |= {one.condition.name: one.n for one in found if one.n < FEW}
-        untested = [one for one in found if one.why_untested]
-        if untested and (len(untested) < len(found) or any(one.n > 1 for one in untested)):
-            words = "; ".join(f"{one.condition.name} ({one.why_untested})" for one in untested)
+        few |= {
+            difference.condition.name: difference.n
+            for difference in differences
+            if difference.n < FEW
+        }
+        untested = [difference for difference in differences if difference.why_untested]
+        if untested and (
+            len(untested) < len(differences) or any(difference.n > 1 for difference in untested)
+        ):
+            words = "; ".join(
+                f"{difference.condition.name} ({difference.why_untested})"
+                for difference in untested
+            )
             notes.append(
                 f"{title}: no p for {words}; Holm's correction counts the other "
-                f"{len(found) - len(untested)} of {len(found)} comparisons"
+                f"{len(differences) - len(untested)} of {len(differences)} comparisons"
             )
     if few:
         words = ", ".join(f"{name} ({n})" for name, n in few.items())
@@ -157,14 +166,14 @@ def differences_from(study: Study, measure: Measure) -> list[Difference]:
 
 def differences_of(measures: Sequence[Measure], study: Study) -> list[list[Difference]]:
     """As `differences_from` for several figures, corrected for all comparisons together."""
-    others = [one for one in study.conditions if one is not study.baseline]
-    pairs = [pairs_of(condition, study.baseline) for condition in others]
+    conditions = [condition for condition in study.conditions if condition is not study.baseline]
+    pairs = [pairs_of(condition, study.baseline) for condition in conditions]
     tests = [[t_test(_values(measure, part)) for part in pairs] for measure in measures]
-    corrected = iter(holm([one.p for line in tests for one in line]))
+    corrected = iter(holm([test.p for line in tests for test in line]))
     return [
         [
-            Difference(condition, one.mean, one.low, one.high, one.n, one.p, next(corrected))
-            for condition, one in zip(others, line, strict=True)
+            Difference(condition, test.mean, test.low, test.high, test.n, test.p, next(corrected))
+            for condition, test in zip(conditions, line, strict=True)
         ]
         for line in tests
     ]
@@ -172,10 +181,10 @@ def differences_of(measures: Sequence[Measure], study: Study) -> list[list[Diffe
 
 def _values(measure: Measure, pairs: list[tuple[RunData, RunData]]) -> list[tuple[float, float]]:
     """The figures of both runs, for every pair in which both are finite."""
-    found = [(measure(run), measure(other)) for run, other in pairs]
+    values = [(measure(run), measure(other)) for run, other in pairs]
     return [
         (a, b)
-        for a, b in found
+        for a, b in values
         if a is not None and b is not None and math.isfinite(a) and math.isfinite(b)
     ]
 
@@ -198,18 +207,18 @@ def t_test(pairs: Sequence[tuple[float, float]]) -> Test:
         Interval and p are NaN for fewer than two pairs, and for differences that are equal up to
         rounding: without a variance there is no test.
     """
-    found = mean_of([a - b for a, b in pairs])
-    if found.n < 2:
-        return Test(found.n, found.value)
+    mean = mean_of([a - b for a, b in pairs])
+    if mean.n < 2:
+        return Test(mean.n, mean.value)
     scale = max(max(abs(a), abs(b)) for a, b in pairs)
-    if found.error * math.sqrt(found.n) <= _ROUNDING * scale:
-        return Test(found.n, found.value)
+    if mean.error * math.sqrt(mean.n) <= _ROUNDING * scale:
+        return Test(mean.n, mean.value)
     from scipy.stats import t
 
-    half = float(t.ppf(0.975, found.n - 1)) * found.error
-    p = 2 * float(t.sf(abs(found.value) / found.error, found.n - 1))
+    half = float(t.ppf(0.975, mean.n - 1)) * mean.error
+    p = 2 * float(t.sf(abs(mean.value) / mean.error, mean.n - 1))
     p = max(p, sys.float_info.min)  # the tail underflows, but is not 0
-    return Test(found.n, found.value, found.value - half, found.value + half, p)
+    return Test(mean.n, mean.value, mean.value - half, mean.value + half, p)
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -73,12 +73,12 @@ def data_seen(study: Study) -> list[DataTable]:
     rows, raw = [], []
     for text, names in groups.items():
         data = json.loads(text)
-        who = "all runs" if len(groups) == 1 else "; ".join(names)
+        group_name = "all runs" if len(groups) == 1 else "; ".join(names)
         for subset, use in data["subsets"].items():
             figures = [f"{int(use[key]):,}" for key in ("corpus", "seen")]
-            cells = [who, subset, data["unit"], *figures, f"{use['epochs']:.3g}"]
+            cells = [group_name, subset, data["unit"], *figures, f"{use['epochs']:.3g}"]
             rows.append([Cell(cell) for cell in cells])
-            raw.append({"conditions": who, "subset": subset, "unit": data["unit"], **use})
+            raw.append({"conditions": group_name, "subset": subset, "unit": data["unit"], **use})
     if not rows:
         return []
     caption = (

@@ -16,7 +16,7 @@ from pretrain.report.training_figures import losses, settings
 
 def figures_of(study: Study) -> list[Figure]:
     """Every figure for which the study's runs have data."""
-    found = [
+    figures = [
         over_decay(study),
         over_training(study),
         heads(study),
@@ -27,4 +27,4 @@ def figures_of(study: Study) -> list[Figure]:
         losses(study),
         settings(study),
     ]
-    return found
+    return figures

@@ -101,9 +101,9 @@ def load_study(
                 taken = "included although not finished" if unfinished else "left out"
                 notes.append(f"{taken}: {folder}: {run.why_unfinished}")
     if not runs:
-        many = f"; {notes[0]}" if notes else ""
+        first_note = f"; {notes[0]}" if notes else ""
         raise UsageError(
-            f"{', '.join(map(str, paths))}: no finished run to report{many} (--unfinished "
+            f"{', '.join(map(str, paths))}: no finished run to report{first_note} (--unfinished "
             "includes the others)"
         )
     check_same(runs)
@@ -124,27 +124,27 @@ def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:
     sweep = None
     with suppress(FileNotFoundError):
         sweep = read_record(path / SWEEP, SweepRecord)
-    found = sorted(
-        one
-        for one in path.iterdir()
-        if one.is_dir() and ((one / CONFIG).exists() or (one / METRICS).exists())
+    folders = sorted(
+        folder
+        for folder in path.iterdir()
+        if folder.is_dir() and ((folder / CONFIG).exists() or (folder / METRICS).exists())
     )
     notes: list[str] = []
     if sweep:
-        wanted, there = set(sweep["runs"]), {one.name for one in found}
+        wanted, present = set(sweep["runs"]), {folder.name for folder in folders}
         notes += [
             f"left out: {path / name}: planned by {SWEEP}, but the run does not exist"
-            for name in sorted(wanted - there)
+            for name in sorted(wanted - present)
         ]
         notes += [
             f"left out: {path / name}: not a run of {SWEEP}"
-            for name in sorted(there - wanted)
+            for name in sorted(present - wanted)
             if not name.startswith("trunk,")
         ]
-        found = [one for one in found if one.name in wanted]
-    if not found:
+        folders = [folder for folder in folders if folder.name in wanted]
+    if not folders:
         raise UsageError(f"{path}: contains no run folder; wait until its runs have started")
-    return found, sweep, notes
+    return folders, sweep, notes
 
 
 def _conditions(runs: list[RunData]) -> list[Condition]:
@@ -158,30 +158,32 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
     keys = dict.fromkeys(sorted(keys, key=lambda key: order.get(key, len(order))))
     short = short_names(list(keys))
     groups: dict[str, Condition] = {}
-    for run in sorted(runs, key=lambda one: (one.seed, str(one.path))):
+    for run in sorted(runs, key=lambda item: (item.seed, str(item.path))):
         values = {key: value_at(run.config, key) for key in keys}
         name = ", ".join(f"{short[key]} = {_text(value)}" for key, value in values.items())
         whole = json.dumps(values, sort_keys=True)
         if whole not in groups and any(group.name == name for group in groups.values()):
             name += f" ({hashlib.sha256(whole.encode()).hexdigest()[:4]})"
         group = groups.setdefault(whole, Condition(name or "all runs", values, []))
-        if any(other.seed == run.seed for other in group.runs):
-            other = next(one for one in group.runs if one.seed == run.seed)
+        if any(member.seed == run.seed for member in group.runs):
+            earlier = next(member for member in group.runs if member.seed == run.seed)
             raise UsageError(
-                f"{run.path}: has the same recipe and seed as {other.path}; report only one of them"
+                f"{run.path}: has the same recipe and seed as {earlier.path}; report only one "
+                "of them"
             )
         group.runs.append(run)
     return sorted(
-        groups.values(), key=lambda one: (float(f"{one.exposure:.9g}"), one.decay, one.name)
+        groups.values(),
+        key=lambda condition: (float(f"{condition.exposure:.9g}"), condition.decay, condition.name),
     )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, int]:
     """Dotted keys of a tree, numbered in their order."""
-    found: list[str] = []
+    keys: list[str] = []
     for key, value in tree.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return {key: index for index, key in enumerate(found)}
+        keys += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return {key: index for index, key in enumerate(keys)}
 
 
 def _text(value: Any) -> str:

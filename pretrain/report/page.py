@@ -30,7 +30,9 @@ figcaption,.caption{color:#555;font-size:.85rem}
 def page(study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str]) -> str:
     """The whole report as self-contained HTML."""
     warnings = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
-    places = [(one.key, one.title) for one in tables] + [(one.key, one.title) for one in figures]
+    places = [(part.key, part.title) for part in tables] + [
+        (part.key, part.title) for part in figures
+    ]
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title in places)
     lead, rest = tables[:4], tables[4:]
     body = "".join(map(table_html, lead)) + "".join(map(figure_html, figures))

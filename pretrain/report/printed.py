@@ -75,8 +75,8 @@ def _page(plt: Any, figure: Figure) -> Any:
     rows = math.ceil(len(panels) / columns)
     page = plt.figure(figsize=(8.6 if columns > 1 else 6.0, 3.4 * rows), layout="constrained")
     axes = page.subplots(rows, columns, squeeze=False).flat
-    for one, panel in zip(axes, panels, strict=False):
-        _panel(page, one, panel)
+    for subplot, panel in zip(axes, panels, strict=False):
+        _panel(page, subplot, panel)
     choice = [c.options[i] for c, i in zip(figure.controls, figure.default, strict=True)]
     title = ": ".join([figure.title, ", ".join(choice)]) if choice else figure.title
     page.suptitle(_plain(title))
@@ -120,11 +120,11 @@ def _panel(page: Any, axes: Any, panel: Panel) -> None:
 
 def _label(series: Series, named: set[str]) -> str | None:
     """The legend's entries; for lines named "CONDITION: WHAT", WHAT is shown only once."""
-    what = series.name.rpartition(": ")[2] if series.dash else series.name
-    if what in named:
+    entry = series.name.rpartition(": ")[2] if series.dash else series.name
+    if entry in named:
         return None
-    named.add(what)
-    text = _plain(what)
+    named.add(entry)
+    text = _plain(entry)
     return f" {text}" if text.startswith("_") else text  # matplotlib hides names that begin with it
 
 
@@ -151,7 +151,7 @@ def _scales(axes: Any, panel: Panel) -> None:
     if panel.y_range:
         axes.set_ylim(*panel.y_range)
     if panel.diagonal:
-        found = [value for point in points for value in point if value > 0]
-        if found:
-            axes.plot([min(found), max(found)], [min(found), max(found)], "--", color="grey",
-                      linewidth=1)  # fmt: skip
+        coordinates = [value for point in points for value in point if value > 0]
+        if coordinates:
+            axes.plot([min(coordinates), max(coordinates)], [min(coordinates), max(coordinates)],
+                      "--", color="grey", linewidth=1)  # fmt: skip

@@ -72,11 +72,11 @@ def over_decay(study: Study) -> Figure:
 
 def _by_head(condition: Condition, product: str, layer: int | None) -> list[float]:
     """Final pseudo-rank of every head, mean over the seeds."""
-    found: dict[tuple[int, int], list[float]] = defaultdict(list)
+    ranks: dict[tuple[int, int], list[float]] = defaultdict(list)
     for run in condition.runs:
         for row in pick(run.final, product, layer):
-            found[row["layer"], row["head"]].append(row["pseudo_rank"])
-    return [mean_over(values) for values in found.values()]
+            ranks[row["layer"], row["head"]].append(row["pseudo_rank"])
+    return [mean_over(values) for values in ranks.values()]
 
 
 def over_training(study: Study) -> Figure:
@@ -112,12 +112,12 @@ def over_training(study: Study) -> Figure:
 
 def _course(condition: Condition, product: str, layer: int | None, colour: float) -> Series:
     """Mean over heads and seeds at each step, with the heads as a band."""
-    found: dict[int, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    by_step: dict[int, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in condition.runs:
         for row in pick(run.heads, product, layer):
-            found[row["step"]][row["layer"], row["head"]].append(row["pseudo_rank"])
-    steps = sorted(found)
-    heads = [[mean_over(values) for values in found[step].values()] for step in steps]
+            by_step[row["step"]][row["layer"], row["head"]].append(row["pseudo_rank"])
+    steps = sorted(by_step)
+    heads = [[mean_over(values) for values in by_step[step].values()] for step in steps]
     return Series(
         condition.name,
         [float(step) for step in steps],
@@ -138,11 +138,11 @@ def heads(study: Study) -> Figure:
 
     @cache
     def table(index: int, product: str) -> dict[tuple[int, int, int], float]:
-        found: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+        ranks: dict[tuple[int, int, int], list[float]] = defaultdict(list)
         for run in study.conditions[index].runs:
             for row in pick(run.heads, product, None):
-                found[row["step"], row["layer"], row["head"]].append(row["pseudo_rank"])
-        return {key: mean_over(values) for key, values in found.items()}
+                ranks[row["step"], row["layer"], row["head"]].append(row["pseudo_rank"])
+        return {key: mean_over(values) for key, values in ranks.items()}
 
     def view(choice: Choice) -> list[Panel]:
         product = list(PRODUCTS)[choice[1]]

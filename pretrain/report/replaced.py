@@ -38,24 +38,24 @@ def replaced(path: Path, kind: str) -> Iterator[Written]:
     """
     path.mkdir(parents=True, exist_ok=True)
     listed = path / f".report-{kind}.json"
-    before, now = _listed(listed, kind), Written(path)
-    yield now
-    left = {name: sha for name, sha in before.items() if name not in now.hashes}
-    for name, sha in left.items():
+    before, written = _listed(listed, kind), Written(path)
+    yield written
+    stale = {name: sha for name, sha in before.items() if name not in written.hashes}
+    for name, sha in stale.items():
         _remove(path / name, sha)
-    write_aside(listed, to_json(now.hashes, indent=1).encode())
+    write_aside(listed, to_json(written.hashes, indent=1).encode())
 
 
 def _listed(path: Path, kind: str) -> dict[str, str]:
     """Files that an earlier report wrote, according to its list, without those of another kind."""
     try:
-        found = read_json(path)
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         return {}
     return {
-        name: sha for name, sha in found.items()
+        name: sha for name, sha in content.items()
         if Path(name).name == name and name.endswith(f".{kind}") and isinstance(sha, str)
     }  # fmt: skip
 

@@ -64,8 +64,10 @@ class RunData:
     @property
     def precision(self) -> str:
         """The precision of training: ``bf16``, or ``fp32 then bf16``; empty if it is not known."""
-        found = dict.fromkeys(start["precision"] for start in self.starts if "precision" in start)
-        return " then ".join(found)
+        precisions = dict.fromkeys(
+            start["precision"] for start in self.starts if "precision" in start
+        )
+        return " then ".join(precisions)
 
     @property
     def last_step(self) -> int:
@@ -133,12 +135,12 @@ class RunData:
         for policy in self.config.optimizer.weight_decay.policies:
             if any(role in ATTENTION for word in policy.roles for role in ALIASES.get(word, ())):
                 return False
-        seen: dict[tuple[Any, ...], set[float]] = {}
+        decays: dict[tuple[Any, ...], set[float]] = {}
         for row in self.heads:
             for side in "ab":
                 key = row["layer"], row["product"], side
-                seen.setdefault(key, set()).add(row[f"decay_{side}"])
-        return all(len(values) == 1 for values in seen.values())
+                decays.setdefault(key, set()).add(row[f"decay_{side}"])
+        return all(len(values) == 1 for values in decays.values())
 
     def _rate(self, step: int) -> float:
         """The rate that multiplied λ in an update (counted from 0), mean over the matrices."""
@@ -162,8 +164,8 @@ class RunData:
         """
         logged = numbers_of(self.metrics, "weight_decay")
         names = sorted(name for name in logged if name.startswith("mlp_"))
-        found = [self._logged_decay(name, logged[name]) for name in names]
-        return _rounded(math.fsum(found) / len(found)) if found else 0.0
+        decays = [self._logged_decay(name, logged[name]) for name in names]
+        return _rounded(math.fsum(decays) / len(decays)) if decays else 0.0
 
     def _logged_decay(self, name: str, column: Sequence[float]) -> float:
         steps = column_of(self.metrics, "step")
@@ -276,8 +278,8 @@ def load_run(path: Path) -> RunData:
 
 def _evaluation(run: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = read_record(run / EVALUATION, Evaluation)
-        return found
+        evaluation: dict[str, Any] = read_record(run / EVALUATION, Evaluation)
+        return evaluation
     except FileNotFoundError:
         return None
 

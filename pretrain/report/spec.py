@@ -90,10 +90,12 @@ class Figure:
 
     def choices(self) -> list[Choice]:
         """Every combination of options."""
-        found: list[Choice] = [()]
+        combinations: list[Choice] = [()]
         for control in self.controls:
-            found = [(*one, index) for one in found for index in range(len(control.options))]
-        return found
+            combinations = [
+                (*choice, index) for choice in combinations for index in range(len(control.options))
+            ]
+        return combinations
 
 
 def to_csv(figure: Figure) -> str:

@@ -24,12 +24,12 @@ from pretrain.report.load import Condition, Study
 
 def tables_of(study: Study) -> list[DataTable]:
     """Every table, most important first."""
-    found = [summary(study)]
+    tables = [summary(study)]
     for key in ("perplexity", "bits_per_byte"):
         title, measure = MEASURES[key]
-        found += [table_one(study, key, title, measure)] if _scored(study, measure) else []
-    found.append(paired(study))
-    return [*found, *subsets(study), *configuration(study), *data_seen(study), environment(study)]
+        tables += [table_one(study, key, title, measure)] if _scored(study, measure) else []
+    tables.append(paired(study))
+    return [*tables, *subsets(study), *configuration(study), *data_seen(study), environment(study)]
 
 
 def _scored(study: Study, measure: Measure) -> bool:
@@ -87,7 +87,9 @@ def _pair_balance(study: Study) -> dict[str, Measure]:
 
 def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable:
     """λ_attention x λ_mlp (the paper's Table 1), or one row per condition if it is not a grid."""
-    versus = {one.condition.name: one for one in differences_from(study, measure)}
+    versus = {
+        difference.condition.name: difference for difference in differences_from(study, measure)
+    }
     places: dict[tuple[float, float], Condition] = {}
     for condition in study.conditions:
         place = (condition.mean_of(lambda run: run.mlp_decay), condition.decay)
@@ -97,9 +99,9 @@ def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable
     def cell(condition: Condition | None) -> Cell:
         if condition is None:
             return Cell("–")
-        one = versus.get(condition.name)
+        difference = versus.get(condition.name)
         text = _plus_minus(condition_mean(condition, measure), len(condition.runs))
-        return Cell(text, _shade(one, span), bool(one and one.is_clear))
+        return Cell(text, _shade(difference, span), bool(difference and difference.is_clear))
 
     raw = [
         {
@@ -136,25 +138,27 @@ def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable
 _CLEAR = f"* and coloured: p < {LEVEL:g} for the difference from the baseline, corrected (Holm)"
 
 
-def _span(found: Iterable[Difference]) -> float:
+def _span(differences: Iterable[Difference]) -> float:
     """The largest clear difference."""
-    return max((abs(one.mean) for one in found if one.is_clear), default=0.0)
+    return max(
+        (abs(difference.mean) for difference in differences if difference.is_clear), default=0.0
+    )
 
 
-def _shade(one: Difference | None, span: float) -> float:
-    return one.mean / span if one and one.is_clear and span else 0.0
+def _shade(difference: Difference | None, span: float) -> float:
+    return difference.mean / span if difference and difference.is_clear and span else 0.0
 
 
-def _against(one: Difference | None) -> dict[str, Any]:
+def _against(difference: Difference | None) -> dict[str, Any]:
     """A difference from the baseline, for CSV; empty cells for the baseline itself."""
-    if one is None:
+    if difference is None:
         return dict.fromkeys(("pairs", "difference", "p", "p_holm", "clear"))
     return {
-        "pairs": one.n,
-        "difference": one.mean,
-        "p": one.p,
-        "p_holm": one.corrected,
-        "clear": one.is_clear,
+        "pairs": difference.n,
+        "difference": difference.mean,
+        "p": difference.p,
+        "p_holm": difference.corrected,
+        "clear": difference.is_clear,
     }
 
 
@@ -180,22 +184,22 @@ def paired(study: Study) -> DataTable:
     for title, measure in MEASURES.values():
         if not _scored(study, measure):
             continue
-        found = differences_from(study, measure)
-        span = _span(found)
-        for one in found:
-            rows.append(_difference_cells(title, one, _shade(one, span)))
+        differences = differences_from(study, measure)
+        span = _span(differences)
+        for difference in differences:
+            rows.append(_difference_cells(title, difference, _shade(difference, span)))
             raw.append(
                 {
                     "figure": title,
-                    "condition": one.condition.name,
+                    "condition": difference.condition.name,
                     "baseline": study.baseline.name,
-                    "pairs": one.n,
-                    "difference": one.mean,
-                    "low": one.low,
-                    "high": one.high,
-                    "p": one.p,
-                    "p_holm": one.corrected,
-                    "clear": one.is_clear,
+                    "pairs": difference.n,
+                    "difference": difference.mean,
+                    "low": difference.low,
+                    "high": difference.high,
+                    "p": difference.p,
+                    "p_holm": difference.corrected,
+                    "clear": difference.is_clear,
                 }
             )
     return DataTable(
@@ -212,16 +216,22 @@ def paired(study: Study) -> DataTable:
     )
 
 
-def _difference_cells(title: str, one: Difference, shade: float) -> list[Cell]:
-    interval = "–" if math.isnan(one.low) else f"[{one.low:+.4g}, {one.high:+.4g}]"
+def _difference_cells(title: str, difference: Difference, shade: float) -> list[Cell]:
+    interval = (
+        "–" if math.isnan(difference.low) else f"[{difference.low:+.4g}, {difference.high:+.4g}]"
+    )
     return [
         Cell(title),
-        Cell(one.condition.name),
-        Cell(str(one.n)),
-        Cell("–" if math.isnan(one.mean) else f"{one.mean:+.4g}", shade, one.is_clear),
+        Cell(difference.condition.name),
+        Cell(str(difference.n)),
+        Cell(
+            "–" if math.isnan(difference.mean) else f"{difference.mean:+.4g}",
+            shade,
+            difference.is_clear,
+        ),
         Cell(interval),
-        Cell(_p(one.p)),
-        Cell(_p(one.corrected)),
+        Cell(_p(difference.p)),
+        Cell(_p(difference.corrected)),
     ]
 
 
@@ -243,18 +253,20 @@ def subsets(study: Study) -> list[DataTable]:
         title = MEASURES[key][0]
         rows, raw = [], []
         measures = [_subset_measure(key, name) for name in names]
-        for name, measure, found in zip(
+        for name, measure, differences in zip(
             names, measures, differences_of(measures, study), strict=True
         ):
-            versus = {one.condition.name: one for one in found}
-            span = _span(found)
+            versus = {difference.condition.name: difference for difference in differences}
+            span = _span(differences)
             cells = [Cell(name)]
             for condition in study.conditions:
-                one, mean = versus.get(condition.name), condition_mean(condition, measure)
+                difference, mean = versus.get(condition.name), condition_mean(condition, measure)
                 text = _plus_minus(mean, len(condition.runs))
-                cells.append(Cell(text, _shade(one, span), bool(one and one.is_clear)))
+                cells.append(
+                    Cell(text, _shade(difference, span), bool(difference and difference.is_clear))
+                )
                 head = {"subset": name, "condition": condition.name}
-                raw.append({**head, **_numbers(mean), **_against(one)})
+                raw.append({**head, **_numbers(mean), **_against(difference)})
             rows.append(cells)
         tables.append(
             DataTable(

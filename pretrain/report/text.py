@@ -101,5 +101,5 @@ def _latex_table(table: DataTable) -> str:
 
 def escape(text: str) -> str:
     """Escape plain text for LaTeX; characters that LaTeX lacks are shown by their number."""
-    found = "".join(_LATEX.get(letter, letter) for letter in on_one_line(text))
-    return re.sub(r"[^\x20-\x7e]", lambda sign: f"(U+{ord(sign[0]):04X})", found)
+    escaped = "".join(_LATEX.get(letter, letter) for letter in on_one_line(text))
+    return re.sub(r"[^\x20-\x7e]", lambda sign: f"(U+{ord(sign[0]):04X})", escaped)

@@ -46,14 +46,14 @@ def discrepancy(study: Study) -> Figure:
             lines = []
             for index, condition in enumerate(study.conditions):
                 colour = shade(index, len(study.conditions))
-                found, left = _fall(condition, product)
-                steps = sorted(found)
+                shares, predicted = _fall(condition, product)
+                steps = sorted(shares)
                 if not steps:
                     continue
                 x = [float(step) for step in steps]
-                lines.append(Series(condition.name, x, [found[s] for s in steps], colour))
+                lines.append(Series(condition.name, x, [shares[s] for s in steps], colour))
                 lines.append(
-                    Series(f"{condition.name}: ∏(1−ηλ)²", x, [left[s] for s in steps], colour,
+                    Series(f"{condition.name}: ∏(1−ηλ)²", x, [predicted[s] for s in steps], colour,
                            dash=True)
                 )  # fmt: skip
             title = (
@@ -77,8 +77,8 @@ def discrepancy(study: Study) -> Figure:
 
 
 def _fall(condition: Condition, product: str) -> tuple[dict[int, float], dict[int, float]]:
-    found: dict[int, list[float]] = defaultdict(list)
-    left: dict[int, list[float]] = defaultdict(list)
+    shares: dict[int, list[float]] = defaultdict(list)
+    predicted: dict[int, list[float]] = defaultdict(list)
     for run in condition.runs:
         level, column, _ = _law(run, product)
         rows = [row for row in run.ranks if row["product"] == product and row["level"] == level]
@@ -87,12 +87,14 @@ def _fall(condition: Condition, product: str) -> tuple[dict[int, float], dict[in
         for row in rows:
             before = start[row["layer"], row["head"]]
             if before[column] > 0:
-                found[row["step"]].append(row[column] / before[column])
-                kept = row["retention_a"] * row["retention_b"]
-                left[row["step"]].append(kept / (before["retention_a"] * before["retention_b"]))
+                shares[row["step"]].append(row[column] / before[column])
+                retention = row["retention_a"] * row["retention_b"]
+                predicted[row["step"]].append(
+                    retention / (before["retention_a"] * before["retention_b"])
+                )
     return (
-        {step: mean_over(values) for step, values in found.items()},
-        {step: mean_over(values) for step, values in left.items()},
+        {step: mean_over(values) for step, values in shares.items()},
+        {step: mean_over(values) for step, values in predicted.items()},
     )
 
 
@@ -154,7 +156,7 @@ def row_norms_if_any(study: Study) -> list[Figure]:
 
     chosen = [condition.runs[0] for condition in study.conditions]
     norms = [row_norms(run) for run in chosen]
-    if any(one is None for one in norms):
+    if any(run_norms is None for run_norms in norms):
         return []
 
     def view(choice: Choice) -> list[Panel]:
@@ -162,9 +164,11 @@ def row_norms_if_any(study: Study) -> list[Figure]:
         for pair, (x, y) in {"qk": ("‖W_K row‖²", "‖W_Q row‖²"),
                              "vp": ("‖P column‖²", "‖W_V row‖²")}.items():  # fmt: skip
             lines = []
-            for index, (condition, found) in enumerate(zip(study.conditions, norms, strict=True)):
-                assert found is not None
-                a, b, texts = found[pair]
+            for index, (condition, run_norms) in enumerate(
+                zip(study.conditions, norms, strict=True)
+            ):
+                assert run_norms is not None
+                a, b, texts = run_norms[pair]
                 colour = shade(index, len(norms))
                 lines.append(Series(condition.name, a, b, colour, points=True, texts=texts))
             panels.append(Panel(PRODUCTS[pair], x, y, lines, log_x=True, log_y=True, diagonal=True))

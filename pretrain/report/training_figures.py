@@ -26,16 +26,16 @@ def losses(study: Study) -> Figure:
 
     def view(choice: Choice) -> list[Panel]:
         count = len(study.conditions)
-        training, held = [], []
+        training, held_out = [], []
         for index, condition in enumerate(study.conditions):
             colour = shade(index, count)
             x, y = _averaged(condition, lambda run: _over_steps(run.metrics, "loss"))
             training.append(_line(condition.name, x, y, colour, smooth=True))
             x, y = _averaged(condition, lambda run: _over_steps(run.held_out, "loss"))
-            held.append(_line(condition.name, x, y, colour))
+            held_out.append(_line(condition.name, x, y, colour))
         return [
             Panel("training, running mean", "step", "loss, nats per token", training),
-            Panel("held out, fixed sample", "step", "loss, nats per token", held),
+            Panel("held out, fixed sample", "step", "loss, nats per token", held_out),
         ]
 
     return Figure(
@@ -61,28 +61,30 @@ def _averaged(condition: Condition, line_of: Callable[[RunData], _Line]) -> _Lin
     steps = lines[0][0]
     if len(lines) == 1 and all(a < b for a, b in pairwise(steps)):
         return lines[0]
-    if all(one == steps for one, _ in lines) and all(a < b for a, b in pairwise(steps)):
+    if all(line_steps == steps for line_steps, _ in lines) and all(
+        a < b for a, b in pairwise(steps)
+    ):
         return steps, [
             mean_over(list(values)) for values in zip(*(y for _, y in lines), strict=True)
         ]
-    found: dict[int, list[float]] = defaultdict(list)
+    by_step: dict[int, list[float]] = defaultdict(list)
     for x, y in lines:
         for step, value in zip(x, y, strict=True):
-            found[step].append(value)
-    return sorted(found), [mean_over(found[step]) for step in sorted(found)]
+            by_step[step].append(value)
+    return sorted(by_step), [mean_over(by_step[step]) for step in sorted(by_step)]
 
 
-def _smooth(values: Sequence[float], at: list[int]) -> list[float]:
+def _smooth(values: Sequence[float], indices: list[int]) -> list[float]:
     """Running mean over the last thirtieth of the run; values that are not finite do not count.
 
     Args:
-        at: indices of the values to return.
+        indices: positions of the values to return.
     """
     finite = [math.isfinite(value) for value in values]
     sums = [0.0, *accumulate(v if ok else 0.0 for v, ok in zip(values, finite, strict=True))]
     counts = [0, *accumulate(map(int, finite))]
     width = max(1, len(values) // 30) + 1
-    ends = [place + 1 for place in at]
+    ends = [place + 1 for place in indices]
     starts = [max(0, i - width) for i in ends]
     return [
         (sums[i] - sums[start]) / (counts[i] - counts[start])
@@ -96,9 +98,9 @@ def _line(
     name: str, x: Sequence[int], y: Sequence[float], colour: float, smooth: bool = False
 ) -> Series:
     """A line with only as many points as a reader can see."""
-    kept = some_of(range(len(x)), _MOST_POINTS)
-    values = _smooth(y, kept) if smooth else [y[i] for i in kept]
-    return Series(name, [float(x[i]) for i in kept], values, colour)
+    indices = some_of(range(len(x)), _MOST_POINTS)
+    values = _smooth(y, indices) if smooth else [y[i] for i in indices]
+    return Series(name, [float(x[i]) for i in indices], values, colour)
 
 
 def settings(study: Study) -> Figure:

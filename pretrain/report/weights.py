@@ -15,10 +15,10 @@ def row_norms(run: RunData) -> Norms | None:
     Returns:
         None without a checkpoint.
     """
-    found = list_checkpoints(run.path / CHECKPOINTS)
-    if not found:
+    checkpoints = list_checkpoints(run.path / CHECKPOINTS)
+    if not checkpoints:
         return None
-    checkpoint = Checkpoint(found[-1])
+    checkpoint = Checkpoint(checkpoints[-1])
     norms: Norms = {"qk": ([], [], []), "vp": ([], [], [])}
     for layer in range(checkpoint.config.model.num_layers):
         for product, (a, b) in checkpoint.attention(layer).row_norms().items():

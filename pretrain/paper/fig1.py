@@ -51,18 +51,18 @@ def descend(decays: tuple[float, ...], rate: float, steps: int, every: int) -> T
     a, b = start(len(decays))
     target = torch.diag(LEVELS)
     decay = torch.tensor(decays, dtype=torch.float64)[:, None, None]
-    found, times = [], []
+    statistics, times = [], []
     for step in range(steps + 1):
         if step % every == 0:
             times.append(step)
-            found.append(product_statistics(a, b))
+            statistics.append(product_statistics(a, b))
         residual = 2 * (a @ b.mT - target)
         a, b = a - rate * (residual @ b + decay * a), b - rate * (residual.mT @ a + decay * b)
     return Trajectory(
         times,
-        torch.stack([one.gap for one in found]),
-        torch.stack([one.discrepancy for one in found]),
-        torch.stack([one.singular_values for one in found]),
+        torch.stack([sample.gap for sample in statistics]),
+        torch.stack([sample.discrepancy for sample in statistics]),
+        torch.stack([sample.singular_values for sample in statistics]),
     )
 
 

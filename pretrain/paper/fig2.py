@@ -32,11 +32,11 @@ _PAPER = 0.15
 
 def fall_rate(run: RunData, product: str, layer: int = 0) -> float:
     """Fitted rate per step at which log ‖AᵀA − BᵀB‖ falls, over its first 1/e (least squares)."""
-    steps, found = series(run, product, "discrepancy", layer)
-    floor = found[0] / math.e
-    stop = next((i for i, value in enumerate(found) if value < floor), len(found) - 1)
+    steps, sizes = series(run, product, "discrepancy", layer)
+    floor = sizes[0] / math.e
+    stop = next((i for i, value in enumerate(sizes) if value < floor), len(sizes) - 1)
     x = steps[: stop + 1]
-    y = [math.log(value / found[0]) for value in found[: stop + 1]]
+    y = [math.log(value / sizes[0]) for value in sizes[: stop + 1]]
     return -sum(a * b for a, b in zip(x, y, strict=True)) / sum(a * a for a in x)
 
 
@@ -60,7 +60,7 @@ def checks(runs: list[RunData]) -> list[Check]:
     chance = 1 / runs[0].config.task.pairs
     usual = [run for run in runs if given_decay(run) <= _PAPER]
     worst = min(accuracy(run) for run in usual)
-    found = [
+    results = [
         Check(
             f"recall is learned at λ up to {_PAPER:g} (chance {chance:.2f})",
             1 - worst,
@@ -71,17 +71,19 @@ def checks(runs: list[RunData]) -> list[Check]:
     for product, name in (("vp", "W_VP"), ("qk", "W_QK")):
         ranks = [mean(values(run, product, "pseudo_rank", 0)) for run in runs]
         claim = f"the rank of the first layer's {name} falls with decay"
-        found.append(Check(claim, largest_rise(ranks), 0.0, arrow(ranks)))
+        results.append(Check(claim, largest_rise(ranks), 0.0, arrow(ranks)))
         rates = [fall_rate(run, product) for run in runs]
         least = min(later - earlier for earlier, later in pairwise(rates))
         claim = f"‖AᵀA − BᵀB‖ of {name} falls faster with larger λ"
         words = "per 1,000 steps " + arrow([1000 * rate for rate in rates], 2)
-        found.append(Check(claim, -least, 0.0, words))
+        results.append(Check(claim, -least, 0.0, words))
         size = series(runs[0], product, "discrepancy", 0)[1]
-        kept = size[-1] / size[0]
+        share_left = size[-1] / size[0]
         claim = f"without decay it does not vanish ({name})"
-        found.append(Check(claim, 1 - kept, 0.5, f"{kept:.2f} of its initial size is left"))
-    return found
+        results.append(
+            Check(claim, 1 - share_left, 0.5, f"{share_left:.2f} of its initial size is left")
+        )
+    return results
 
 
 def _table(runs: list[RunData]) -> str:
@@ -120,7 +122,7 @@ def _draw(runs: list[RunData], path: Path) -> None:
             nuclear = series(run, product, "nuclear_norm", 0)[1]
             gap.semilogy(steps, [b - n for b, n in zip(bound, nuclear, strict=True)], **style)
             if row == 0:
-                points = [(one["step"], one["accuracy"]) for one in run.held_out]
+                points = [(row["step"], row["accuracy"]) for row in run.held_out]
                 extra.plot(*zip(*points, strict=True), **style)
         name = PRODUCTS[product]
         rank.set(title=f"rank of {name}, layer 0", xlabel="step")

@@ -99,22 +99,22 @@ def table(runs_folder: Path, out: Path) -> None:
         if score is not None:
             cells.setdefault((given_decay(run, MLP), given_decay(run)), []).append(score)
     rows = [
-        {"mlp": mlp, "attention": attention, "perplexity": mean(found), "error": _error(found),
-         "seeds": len(found)}
-        for (mlp, attention), found in sorted(cells.items())
+        {"mlp": mlp, "attention": attention, "perplexity": mean(scores), "error": _error(scores),
+         "seeds": len(scores)}
+        for (mlp, attention), scores in sorted(cells.items())
     ]  # fmt: skip
     write_csv(out / "table1.csv", rows)
     _draw_table(rows, out / "table1.png")
     conclude("table1", table_checks(runs, rows), out, _markdown(rows))
 
 
-def _error(found: list[float]) -> float:
+def _error(scores: list[float]) -> float:
     """Standard error of the mean; NaN for one seed."""
-    if len(found) < 2:
+    if len(scores) < 2:
         return math.nan
-    centre = mean(found)
-    variance = sum((value - centre) ** 2 for value in found) / (len(found) - 1)
-    return math.sqrt(variance / len(found))
+    centre = mean(scores)
+    variance = sum((value - centre) ** 2 for value in scores) / (len(scores) - 1)
+    return math.sqrt(variance / len(scores))
 
 
 def table_checks(runs: list[RunData], rows: list[dict[str, Any]]) -> list[Check]:
@@ -125,7 +125,7 @@ def table_checks(runs: list[RunData], rows: list[dict[str, Any]]) -> list[Check]
         len({(run.identity or {}).get("data_order") for run in runs if run.seed == seed}) - 1
         for seed in seeds
     )
-    found = [Check("the arms of a seed saw the same samples in the same order", paired, 0)]
+    results = [Check("the arms of a seed saw the same samples in the same order", paired, 0)]
     decays = sorted({row["attention"] for row in rows})
     levels = sorted({row["mlp"] for row in rows})
     if len(levels) > 1:
@@ -134,14 +134,14 @@ def table_checks(runs: list[RunData], rows: list[dict[str, Any]]) -> list[Check]
         claim = (
             f"more MLP decay than {levels[0]:g} helps (here {levels[-1]:g}, attention {usual:g})"
         )
-        found.append(Check(claim, last - first, 0.0, f"{first:.2f} → {last:.2f}", decides=False))
+        results.append(Check(claim, last - first, 0.0, f"{first:.2f} → {last:.2f}", decides=False))
     across = [_cell(rows, levels[0], decay) for decay in decays]
     best = min(range(len(decays)), key=lambda index: across[index])
     inner = 0.0 if 0 < best < len(decays) - 1 else 1.0
     claim = "attention decay has a sweet spot: some helps, more hurts"
     words = f"{arrow(across, 2)}; best λ {decays[best]:.3g}"
-    found.append(Check(claim, inner, 0.0, words, decides=False))
-    return found
+    results.append(Check(claim, inner, 0.0, words, decides=False))
+    return results
 
 
 def _cell(rows: list[dict[str, Any]], mlp: float, attention: float) -> float:
@@ -159,9 +159,9 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     for mlp in sorted({row["mlp"] for row in rows}):
         cells = []
         for decay in decays:
-            found = [r for r in rows if r["mlp"] == mlp and r["attention"] == decay]
+            matches = [r for r in rows if r["mlp"] == mlp and r["attention"] == decay]
             cells.append(
-                f"{found[0]['perplexity']:.2f} ± {found[0]['error']:.2f}" if found else "–"
+                f"{matches[0]['perplexity']:.2f} ± {matches[0]['error']:.2f}" if matches else "–"
             )
         lines.append(f"| {mlp:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -34,10 +34,10 @@ def figure(
         ("qk", "W_QK", "rows of W_Q and W_K"),
         ("vp", "W_VP", "rows of W_V and columns of P"),
     ):
-        found = scatter.correlation("row", product)
+        correlation = scatter.correlation("row", product)
         beside = f"; without decay {before.correlation('row', product):.3f}" if before else ""
         claim = f"squared norms of {sides} lie along the diagonal (correlation of logarithms)"
-        checks.append(Check(claim, 1 - found, 1 - _CORRELATION, f"{found:.3f}{beside}"))
+        checks.append(Check(claim, 1 - correlation, 1 - _CORRELATION, f"{correlation:.3f}{beside}"))
         share = scatter.balance(product)
         beside = f"; without decay {before.balance(product):.3f}" if before else ""
         claim = f"the norms of {word} are at their bound (Σ nuclear / Σ bound)"

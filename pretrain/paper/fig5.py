@@ -78,27 +78,27 @@ ARMS: dict[tuple[str, str], tuple[Callable[[Tensor], Tensor], bool]] = {
 def run(out: Path) -> None:
     """Draw both panels, write the paths, print the checks."""
     out.mkdir(parents=True, exist_ok=True)
-    found = {arm: train(*words) for arm, words in ARMS.items()}
+    results = {arm: train(*words) for arm, words in ARMS.items()}
     write_csv(
         out / "fig5.csv",
         [
             {"form": form, "optimizer": optimizer, "step": step, "w1": x, "w2": y}
-            for (form, optimizer), (path, *_) in found.items()
+            for (form, optimizer), (path, *_) in results.items()
             for step, x, y in path
         ],
     )
-    _draw({arm: path for arm, (path, *_) in found.items()}, out / "fig5.png")
-    conclude("fig5", checks(found), out)
+    _draw({arm: path for arm, (path, *_) in results.items()}, out / "fig5.png")
+    conclude("fig5", checks(results), out)
 
 
-def checks(found: dict[tuple[str, str], tuple[list[Any], Tensor, Tensor]]) -> list[Check]:
+def checks(trained: dict[tuple[str, str], tuple[list[Any], Tensor, Tensor]]) -> list[Check]:
     """Check the end points, and compare AdamW's exact fixed point with the approximate one."""
     results = []
-    for (form, optimizer), (path, *_) in found.items():
+    for (form, optimizer), (path, *_) in trained.items():
         name, point = ("L2", L2_POINT) if form == "direct" else ("L1", L1_POINT)
         miss = max(abs(a - b) for a, b in zip(path[-1][1:], point, strict=True))
         results.append(Check(f"{form}, {optimizer}: ends at the {name} point of S", miss, 0.03))
-    _, w, gradient = found["direct", "AdamW"]
+    _, w, gradient = trained["direct", "AdamW"]
     exact = DECAY * EPSILON / (1 - DECAY * w.abs())
     measured = -gradient / w
     error = (measured / exact - 1).abs().max().item()

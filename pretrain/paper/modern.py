@@ -50,13 +50,13 @@ Pair = tuple[RunData, RunData]
 
 
 def _pairs(runs: list[RunData]) -> dict[str, Pair]:
-    found: dict[str, list[RunData]] = {}
+    by_variant: dict[str, list[RunData]] = {}
     for run in runs:
-        found.setdefault(variant(run.config), []).append(run)
-    if not all(len(pair) >= 2 for pair in found.values()) or "plain" not in found:
+        by_variant.setdefault(variant(run.config), []).append(run)
+    if not all(len(pair) >= 2 for pair in by_variant.values()) or "plain" not in by_variant:
         raise UsageError("modern: every variant needs one run without and one with decay")
-    names = sorted(found, key=lambda name: (name != "plain", name))
-    return {name: (found[name][0], found[name][-1]) for name in names}
+    names = sorted(by_variant, key=lambda name: (name != "plain", name))
+    return {name: (by_variant[name][0], by_variant[name][-1]) for name in names}
 
 
 def figure(runs_folder: Path, out: Path) -> None:
@@ -89,40 +89,40 @@ def _ratio(pair: Pair, product: str, column: str = "pseudo_rank") -> float:
 def checks(pairs: dict[str, Pair]) -> list[Check]:
     """The prediction of each variant, with its number."""
     plain = pairs["plain"]
-    found = [_falls("plain attention", plain)]
+    results = [_falls("plain attention", plain)]
     balances = [mean(values(plain[1], product, "balance")) for product in ("qk", "vp")]
     words = f"{balances[0]:.3f}, {balances[1]:.3f}"
-    found.append(
+    results.append(
         Check("plain: heads reach their bound (W_QK, W_VP)", 1 - min(balances), 0.05, words)
     )
     if "grouped-query" in pairs:
-        found += _grouped(pairs["grouped-query"])
+        results += _grouped(pairs["grouped-query"])
     if "grouped-query, SGD" in pairs:
-        found += _grouped_by_gradients(pairs["grouped-query, SGD"])
+        results += _grouped_by_gradients(pairs["grouped-query, SGD"])
     if "rotary" in pairs:
-        found += _rotary(pairs["rotary"])
+        results += _rotary(pairs["rotary"])
     if "QK-norm" in pairs:
         normed, bare = _ratio(pairs["QK-norm"], "qk"), _ratio(plain, "qk")
         words = f"{normed:.2f} of the rank without decay is left, against {bare:.2f} plain"
         claim = (
             "QK-norm: decay removes less rank of W_QK than without QK-norm (no nuclear mechanism)"
         )
-        found.append(Check(claim, bare - normed, 0.0, words))
-        left = _ratio(pairs["QK-norm"], "vp")
+        results.append(Check(claim, bare - normed, 0.0, words))
+        share_left = _ratio(pairs["QK-norm"], "vp")
         claim = "QK-norm: the rank of W_VP still falls"
-        found.append(Check(claim, left - _FALL, 0.0, f"{left:.2f} is left"))
+        results.append(Check(claim, share_left - _FALL, 0.0, f"{share_left:.2f} is left"))
     if "biases" in pairs:
-        found += _biased(pairs["biases"])
+        results += _biased(pairs["biases"])
     for name in ("linear attention", "sigmoid attention"):
         if name in pairs:
-            found.append(_falls(name, pairs[name]))
+            results.append(_falls(name, pairs[name]))
     if "Muon" in pairs:
         qk, vp = (_ratio(pairs["Muon"], product) for product in ("qk", "vp"))
         adam = max(_ratio(plain, product) for product in ("qk", "vp"))
         words = f"W_QK {qk:.2f}, W_VP {vp:.2f} of the rank is left"
         claim = "Muon: decay removes less rank than under AdamW (Muon's step has full rank)"
-        found.append(Check(claim, adam - min(qk, vp), 0.0, words))
-    return found
+        results.append(Check(claim, adam - min(qk, vp), 0.0, words))
+    return results
 
 
 def _falls(name: str, pair: Pair) -> Check:
@@ -139,25 +139,25 @@ def _grouped(pair: Pair) -> list[Check]:
     """
     g = pair[1].config.model.num_attention_heads // pair[1].config.model.key_value_heads
     ceiling = 2 * math.sqrt(g) / (1 + g)
-    found = []
+    results = []
     for product, word in (("qk", "W_QK"), ("vp", "W_VP")):
         group, head = _group_and_head(pair, product)
         words = f"single heads {head:.3f}, group {group:.3f}, 2√g/(1 + g) = {ceiling:.3f}"
         claim = f"grouped queries, AdamW: heads of {word} are at their bound, the group is not"
         missed = max(1 - head, abs(group - ceiling))
-        found.append(Check(claim, missed, 0.05, words))
-    return found
+        results.append(Check(claim, missed, 0.05, words))
+    return results
 
 
 def _grouped_by_gradients(pair: Pair) -> list[Check]:
     """Under gradient descent AᵀA − ΣBᵢᵀBᵢ decays, and the stacked product nears its bound."""
-    found = []
+    results = []
     for product, word in (("qk", "W_QK"), ("vp", "W_VP")):
         group, head = _group_and_head(pair, product)
         words = f"group {group:.3f}, single heads {head:.3f}"
         claim = f"grouped queries, SGD: the law is the group's; its stacked {word} nears the bound"
-        found.append(Check(claim, 1 - group, 0.12, words))
-    return found
+        results.append(Check(claim, 1 - group, 0.12, words))
+    return results
 
 
 def _group_and_head(pair: Pair, product: str) -> tuple[float, float]:
@@ -193,7 +193,7 @@ def _biased(pair: Pair) -> list[Check]:
         augmented = (torch.cat([key, rows[0]], 1), torch.cat([query, rows[1]], 1))
         for index, (a, b) in enumerate(((key, query), augmented)):
             balances[index] += product_statistics(a, b).balance.tolist()
-    weights, whole = (mean(one) for one in balances)
+    weights, whole = (mean(samples) for samples in balances)
     words = f"weights {weights:.3f}, with biases {whole:.3f}"
     claim = "biases without decay: the weights are at their bound, with the biases they are not"
     return [Check(claim, max(1 - weights - 0.05, whole - weights), 0.0, words)]
@@ -207,13 +207,13 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = [head, "|---" * 7 + "|"]
     for row in rows:
         lawful = (row["group_balance_qk"], row["pair_balance"])
-        other = next((f" ({value:.3f})" for value in lawful if not math.isnan(value)), "")
+        beside = next((f" ({value:.3f})" for value in lawful if not math.isnan(value)), "")
         shared = row["group_balance_vp"]
         group = "" if math.isnan(shared) else f" ({shared:.3f})"
         qk = "n/a" if math.isnan(row["balance_qk"]) else f"{row['balance_qk']:.3f}"
         lines.append(
             f"| {row['variant']} | {row['decay']:g} | {row['pseudo_rank_qk']:.3f} | "
-            f"{row['pseudo_rank_vp']:.3f} | {qk}{other} | {row['balance_vp']:.3f}{group} | "
+            f"{row['pseudo_rank_vp']:.3f} | {qk}{beside} | {row['balance_vp']:.3f}{group} | "
             f"{row['loss']:.3f} |"
         )  # fmt: skip
     return "\n".join(lines)
@@ -227,9 +227,9 @@ def _draw(pairs: dict[str, Pair], rows: list[dict[str, Any]], path: Path) -> Non
 
     figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", sharey=True)
     for axes, product, word in zip(panels, ("qk", "vp"), ("W$_{QK}$", "W$_{VP}$"), strict=False):
-        for shift, which in ((-0.2, 0), (0.2, 1)):
-            heights = [mean(values(pair[which], product, "pseudo_rank")) for pair in pairs.values()]
-            label = ("without decay of attention", "exposure 3")[which]
+        for shift, index in ((-0.2, 0), (0.2, 1)):
+            heights = [mean(values(pair[index], product, "pseudo_rank")) for pair in pairs.values()]
+            label = ("without decay of attention", "exposure 3")[index]
             axes.bar([x + shift for x in range(len(pairs))], heights, 0.4, label=label)
         axes.set_xticks(range(len(pairs)), list(pairs), rotation=30, ha="right", fontsize=8)
         axes.set(title=f"rank of {word}, all heads")

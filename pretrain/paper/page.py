@@ -101,14 +101,16 @@ def _head(names: list[str], figures: Path) -> str:
         source = figures / f"{name}.json"
         checks = json.loads(source.read_text(encoding="utf-8"))["checks"] if source.exists() else []
         required = [check for check in checks if check["decides"]]
-        told = [check for check in checks if not check["decides"]]
-        held = sum(check["holds"] for check in required)
+        optional = [check for check in checks if not check["decides"]]
+        passed = sum(check["holds"] for check in required)
         extra = (
-            f"; {sum(check['holds'] for check in told)} of {len(told)} not required" if told else ""
+            f"; {sum(check['holds'] for check in optional)} of {len(optional)} not required"
+            if optional
+            else ""
         )
         anchor = "".join(c for c in TITLES[name][0].lower() if c.isalnum() or c in " -")
         link = f"[{TITLES[name][0]}](#{anchor.replace(' ', '-')})"
-        rows.append(f"| {link} | `pretrain paper {name}` | {held} of {len(required)}{extra} |")
+        rows.append(f"| {link} | `pretrain paper {name}` | {passed} of {len(required)}{extra} |")
     return "\n".join([
         "# The paper, figure by figure",
         "",

@@ -37,10 +37,10 @@ def figure(
         data: tokenised text to use instead of the runs' own.
         recall: runs of Figure 2, for the second panel.
     """
-    found = load_runs(runs_folder)
-    lowest = min(given_decay(run, MLP) for run in found)
-    seed = min(run.seed for run in found)
-    runs = [run for run in found if run.seed == seed and given_decay(run, MLP) == lowest]
+    finished = load_runs(runs_folder)
+    lowest = min(given_decay(run, MLP) for run in finished)
+    seed = min(run.seed for run in finished)
+    runs = [run for run in finished if run.seed == seed and given_decay(run, MLP) == lowest]
     out.mkdir(parents=True, exist_ok=True)
     panels = {"text": _Panel("text", runs, out, data)}
     if recall is not None:
@@ -85,8 +85,8 @@ class _Panel:
     def at(self, run: RunData, share: object) -> float:
         """Perplexity of a run with a share kept."""
         decay = given_decay(run)
-        found = [row for row in self.rows if row["decay"] == decay and row["share"] == share]
-        return float(found[0]["perplexity"])
+        matches = [row for row in self.rows if row["decay"] == decay and row["share"] == share]
+        return float(matches[0]["perplexity"])
 
     def unchanged(self) -> Check:
         """Check that cutting nothing changes nothing."""

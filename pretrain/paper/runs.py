@@ -26,7 +26,7 @@ def load_runs(folder: Path) -> list[RunData]:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give a folder of runs")
-    runs = [load_run(one) for one in sorted(folder.iterdir()) if (one / CONFIG).is_file()]
+    runs = [load_run(path) for path in sorted(folder.iterdir()) if (path / CONFIG).is_file()]
     runs = [run for run in runs if run.is_finished]
     if not runs:
         raise UsageError(f"{folder}: contains no finished runs")
@@ -66,9 +66,9 @@ def values(
     ]
 
 
-def mean(found: Sequence[float]) -> float:
+def mean(numbers: Sequence[float]) -> float:
     """Mean; NaN if there are no values."""
-    return sum(found) / len(found) if found else math.nan
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def series(
@@ -84,9 +84,9 @@ def largest_rise(falling: Sequence[float]) -> float:
     return max((later - earlier for earlier, later in pairwise(falling)), default=0.0)
 
 
-def arrow(found: Sequence[float], digits: int = 3) -> str:
+def arrow(numbers: Sequence[float], digits: int = 3) -> str:
     """``0.672 → 0.510 → 0.036``."""
-    return " → ".join(f"{value:.{digits}f}" for value in found)
+    return " → ".join(f"{value:.{digits}f}" for value in numbers)
 
 
 def by_decay(runs: list[RunData]) -> dict[float, list[RunData]]:
@@ -107,7 +107,7 @@ def colours(count: int) -> list[Any]:
 
 def long_rows(runs: list[RunData], columns: Sequence[str]) -> list[dict[str, Any]]:
     """One row per run, step, layer and product, with means over heads, for CSV."""
-    found = []
+    rows = []
     for run in runs:
         keys = sorted({(row["step"], row["layer"]) for row in run.ranks})
         for step, layer in keys:
@@ -116,5 +116,5 @@ def long_rows(runs: list[RunData], columns: Sequence[str]) -> list[dict[str, Any
                     column: mean(values(run, product, column, layer, step)) for column in columns
                 }
                 head = {"run": run.path.name, "decay": given_decay(run), "exposure": run.exposure}
-                found.append({**head, "step": step, "layer": layer, "product": product, **cells})
-    return found
+                rows.append({**head, "step": step, "layer": layer, "product": product, **cells})
+    return rows

@@ -36,7 +36,7 @@ class Columns(Sequence[AnyRow]):
     def __getitem__(self, index: slice) -> list[AnyRow]: ...
     def __getitem__(self, index: int | slice) -> AnyRow | list[AnyRow]:
         if isinstance(index, slice):
-            return [_Row(self._columns, one) for one in range(*index.indices(self._rows))]
+            return [_Row(self._columns, row) for row in range(*index.indices(self._rows))]
         return _Row(self._columns, range(self._rows)[index])
 
     def __iter__(self) -> Iterator[AnyRow]:
@@ -94,8 +94,8 @@ class Named(Sequence[dict[str, float]]):
         return self._rows
 
     def __getitem__(self, index: Any) -> Any:
-        found = {name: column[index] for name, column in self.numbers.items()}
-        return {name: value for name, value in found.items() if not math.isnan(value)}
+        numbers = {name: column[index] for name, column in self.numbers.items()}
+        return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
 
 def column_of(rows: Sequence[AnyRow], name: str) -> Sequence[Any]:
@@ -107,10 +107,10 @@ def numbers_of(rows: Sequence[AnyRow], name: str) -> dict[str, Sequence[float]]:
     """The numbers of small dictionaries by their names, one a row; NaN where there is none."""
     values = column_of(rows, name)
     if not isinstance(values, Named):
-        made = Named()
-        for one in values:
-            made.append(one)
-        values = made
+        named = Named()
+        for value in values:
+            named.append(value)
+        values = named
     return dict(values.numbers)
 
 
@@ -135,6 +135,6 @@ def _column(column: Any) -> Sequence[Any]:
         return list(column.to_pylist())
     numbers = column.to_numpy()  # of integers with holes: floats
     is_whole = numbers.dtype.kind in "iu"
-    made: array[Any] = array("q" if is_whole else "d")
-    made.frombytes(numbers.astype("int64" if is_whole else "float64").tobytes())
-    return made
+    copy: array[Any] = array("q" if is_whole else "d")
+    copy.frombytes(numbers.astype("int64" if is_whole else "float64").tobytes())
+    return copy

@@ -43,12 +43,12 @@ def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list
     shape = model.attention_shape
     mine: list[Row] = []
     books = engine.control.books()
-    held = {fragment.info.name: fragment for fragment in engine.fragments()}
+    fragments = {fragment.info.name: fragment for fragment in engine.fragments()}
     layers = attention_layers(engine.module)
     names = {info_of(p).name for layer in layers for p in _matrices(layer)}
-    spans = _spans(engine, {name: held[name] for name in names if name in held})
+    spans = _spans(engine, {name: fragments[name] for name in names if name in fragments})
     for layer in layers:
-        units, factors = _collect(layer, model, grid, held, spans, engine.is_replicated)
+        units, factors = _collect(layer, model, grid, fragments, spans, engine.is_replicated)
         if units:
             first = grid.tensor_rank * (model.key_value_heads // grid.tensor)
             indices = [first + unit for unit in units]
@@ -67,8 +67,8 @@ Spans = dict[str, list[tuple[int, int]]]
 """For each parameter, (offset, length) of the fragment on every data-parallel process."""
 
 
-def _spans(engine: Engine, held: dict[str, Fragment]) -> Spans:
-    mine = {name: (part.offset, part.master.numel()) for name, part in held.items()}
+def _spans(engine: Engine, fragments: dict[str, Fragment]) -> Spans:
+    mine = {name: (part.offset, part.master.numel()) for name, part in fragments.items()}
     parts: list[dict[str, tuple[int, int]]] = [mine]
     if engine.grid.data > 1:
         parts = [{} for _ in range(engine.grid.data)]
@@ -81,7 +81,7 @@ def _collect(
     layer: Attention,
     model: GPTConfig,
     grid: Grid,
-    held: dict[str, Fragment],
+    fragments: dict[str, Fragment],
     spans: Spans,
     replicated: bool,
 ) -> tuple[list[int], Factors]:
@@ -92,20 +92,22 @@ def _collect(
     mine = [unit for unit in range(count) if owners[unit] == grid.data_rank]
     inbox: dict[tuple[int, int, int], Tensor] = {}
     if not replicated and grid.data > 1:
-        inbox = _exchange(layer, pieces, owners, held, spans, grid)
+        inbox = _exchange(layer, pieces, owners, fragments, spans, grid)
     assembled: list[list[Tensor]] = []
     for unit in mine:
         parts = []
-        for which, parameter in enumerate(_matrices(layer)):
-            indices = pieces[unit][which]
+        for matrix, parameter in enumerate(_matrices(layer)):
+            indices = pieces[unit][matrix]
             values = torch.zeros(len(indices), device=grid.device)
             name = info_of(parameter).name
             for rank in range(1 if replicated else grid.data):
-                here = replicated or rank == grid.data_rank
-                low, high = _range(indices, spans[name][grid.data_rank if here else rank])
+                is_local = replicated or rank == grid.data_rank
+                low, high = _range(indices, spans[name][grid.data_rank if is_local else rank])
                 if high > low:
                     values[low:high] = (
-                        _select(held[name], indices[low:high]) if here else inbox[rank, unit, which]
+                        _select(fragments[name], indices[low:high])
+                        if is_local
+                        else inbox[rank, unit, matrix]
                     )
             parts.append(values)
         assembled.append(parts)
@@ -115,17 +117,17 @@ def _collect(
 
 def _piece_indices(layer: Attention, unit: int, count: int) -> list[Tensor]:
     """Ascending flat indices, in each local matrix, of the elements of ``unit``."""
-    found = []
+    indices = []
     for parameter in _matrices(layer):
         rows, columns = local_shape(parameter)
         if parameter is layer.output:
             width = columns // count
             part = torch.arange(unit * width, (unit + 1) * width)
-            found.append((torch.arange(rows)[:, None] * columns + part).flatten())
+            indices.append((torch.arange(rows)[:, None] * columns + part).flatten())
         else:
             height = rows // count
-            found.append(torch.arange(unit * height * columns, (unit + 1) * height * columns))
-    return found
+            indices.append(torch.arange(unit * height * columns, (unit + 1) * height * columns))
+    return indices
 
 
 def _range(indices: Tensor, span: tuple[int, int]) -> tuple[int, int]:
@@ -147,12 +149,12 @@ def _owners(
         return [(layer.layer * len(pieces) + unit) % grid.data for unit in range(len(pieces))]
     owners = []
     for unit in pieces:
-        held = [0] * grid.data
+        sizes = [0] * grid.data
         for parameter, indices in zip(_matrices(layer), unit, strict=True):
             for rank, span in enumerate(spans[info_of(parameter).name]):
                 low, high = _range(indices, span)
-                held[rank] += high - low
-        owners.append(held.index(max(held)))
+                sizes[rank] += high - low
+        owners.append(sizes.index(max(sizes)))
     return owners
 
 
@@ -160,7 +162,7 @@ def _exchange(
     layer: Attention,
     pieces: list[list[Tensor]],
     owners: list[int],
-    held: dict[str, Fragment],
+    fragments: dict[str, Fragment],
     spans: Spans,
     grid: Grid,
 ) -> dict[tuple[int, int, int], Tensor]:
@@ -172,17 +174,17 @@ def _exchange(
     outgoing: dict[int, list[Tensor]] = defaultdict(list)
     incoming: dict[int, list[tuple[tuple[int, int, int], int]]] = defaultdict(list)
     for unit, owner in enumerate(owners):
-        for which, parameter in enumerate(_matrices(layer)):
-            indices, name = pieces[unit][which], info_of(parameter).name
+        for matrix, parameter in enumerate(_matrices(layer)):
+            indices, name = pieces[unit][matrix], info_of(parameter).name
             if owner != me:
                 low, high = _range(indices, spans[name][me])
                 if high > low:
-                    outgoing[owner].append(_select(held[name], indices[low:high]))
+                    outgoing[owner].append(_select(fragments[name], indices[low:high]))
                 continue
             for source, span in enumerate(spans[name]):
                 low, high = _range(indices, span)
                 if source != me and high > low:
-                    incoming[source].append(((source, unit, which), high - low))
+                    incoming[source].append(((source, unit, matrix), high - low))
     peer = {rank: _peer(grid, rank) for rank in range(grid.data)}
     buffers = {
         source: torch.empty(sum(size for _, size in wanted), device=grid.device)
@@ -282,8 +284,8 @@ def _rows(
         columns["pseudo_rank"] = [rank * share for rank in columns["pseudo_rank"]]
     pairs = {name: [float("nan")] * len(heads) for name in OF_PAIRS}
     if product == "qk" and shape.rotary_dim:
-        found = pair_statistics(a, b, shape.rotary_dim, config.threshold)
-        pairs = {name: getattr(found, name).tolist() for name in OF_PAIRS}
+        by_pair = pair_statistics(a, b, shape.rotary_dim, config.threshold)
+        pairs = {name: getattr(by_pair, name).tolist() for name in OF_PAIRS}
     columns |= pairs
     if product == "qk" and shape.qk_norm:
         columns |= {name: [float("nan")] * len(heads) for name in OF_SIZES}

@@ -71,10 +71,10 @@ def _decay(figure: str, unit: str, meaning: str) -> tuple[Column, ...]:
     factors = {"a": "key, or output", "b": "query, or value"}
     return tuple(
         Column(
-            f"{figure}_{side}", "number", unit, f"{meaning} ({which})", f"{_TOTALS}.{figure}",
+            f"{figure}_{side}", "number", unit, f"{meaning} ({factor})", f"{_TOTALS}.{figure}",
             "decay", needed=True,
         )
-        for side, which in factors.items()
+        for side, factor in factors.items()
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def markdown() -> str:
     """The table of docs/statistics.md."""
     lines = ["| column | type | unit | definition | computed by |", "|---|---|---|---|---|"]
     lines += [
-        f"| `{one.name}` | {one.type} | {one.unit} | {one.meaning} | `{one.defined}` |"
-        for one in COLUMNS
+        f"| `{entry.name}` | {entry.type} | {entry.unit} | {entry.meaning} | `{entry.defined}` |"
+        for entry in COLUMNS
     ]
     return "\n".join(lines) + "\n"

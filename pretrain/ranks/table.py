@@ -83,7 +83,7 @@ def _merge(run: Path, parts: list[Path], until: int | None = None) -> None:
     schemas = [_table_in(file, pq.read_schema) for file in files]
     # Null columns of one file get the type that another file has.
     schema = pa.unify_schemas(
-        [one.remove_metadata() for one in schemas], promote_options="permissive"
+        [part_schema.remove_metadata() for part_schema in schemas], promote_options="permissive"
     ).with_metadata(schemas[-1].metadata)
     chosen = _steps_of(files, until)
     with (
@@ -184,7 +184,8 @@ def _plain(table: Any) -> Any:
     for name in table.schema.names:
         _check_column(name, table.column(name))
     plain = [
-        pa.field(one.name, pa.string()) if one.name in TEXT_KEYS else one for one in table.schema
+        pa.field(field.name, pa.string()) if field.name in TEXT_KEYS else field
+        for field in table.schema
     ]
     return table.cast(pa.schema(plain, table.schema.metadata))
 
@@ -194,8 +195,8 @@ def _steps_in(opened: BinaryIO) -> list[int]:
     with _parquet(opened) as file:
         if "step" not in file.schema_arrow.names:  # nothing was measured
             return []
-        found: list[int] = file.read(columns=["step"]).column("step").unique().to_pylist()
-        return found
+        steps: list[int] = file.read(columns=["step"]).column("step").unique().to_pylist()
+        return steps
 
 
 def _check_column(name: str, column: Any) -> None:
@@ -208,8 +209,8 @@ def _check_column(name: str, column: Any) -> None:
 
     kind = column.type
     if name in TEXT_KEYS and pa.types.is_dictionary(kind):
-        texts = [one for chunk in column.chunks for one in chunk.dictionary.to_pylist()]
-        good = all(one and len(one) <= _LONGEST_TEXT for one in texts)
+        texts = [text for chunk in column.chunks for text in chunk.dictionary.to_pylist()]
+        good = all(text and len(text) <= _LONGEST_TEXT for text in texts)
     elif name in KEYS:
         good = pa.types.is_integer(kind)
     else:  # earlier versions let Arrow guess the types of figures
@@ -237,13 +238,13 @@ def ranks_definition(run: Path) -> dict[str, Any] | None:
     import pyarrow.parquet as pq
 
     files = [
-        one for one in (run / RANKS, *sorted((run / _PARTS).glob("*.parquet"))) if one.exists()
+        file for file in (run / RANKS, *sorted((run / _PARTS).glob("*.parquet"))) if file.exists()
     ]
     if not files:
         return None
-    said = (_table_in(files[0], pq.read_schema).metadata or {}).get(_DEFINITION)
-    if said is not None:
-        return dict(json.loads(said))
+    definition = (_table_in(files[0], pq.read_schema).metadata or {}).get(_DEFINITION)
+    if definition is not None:
+        return dict(json.loads(definition))
     return _definition_of(load_config(run / _CONFIG).ranks)
 
 
@@ -282,8 +283,8 @@ def read_rank_columns(run: Path) -> Columns:
     table = pa.concat_tables(tables, promote_options="permissive")
     keys = np.stack([_numbers(table.column(name)) for name in KEYS])
     # Of a row that is there twice the last counts.
-    _, found = np.unique(keys[:, ::-1], axis=1, return_index=True)
-    chosen = np.sort(len(table) - 1 - found)
+    _, last = np.unique(keys[:, ::-1], axis=1, return_index=True)
+    chosen = np.sort(len(table) - 1 - last)
     chosen = chosen[np.argsort(keys[0, chosen], kind="stable")]
     if len(chosen) < len(table) or (chosen[1:] < chosen[:-1]).any():
         table = table.take(pa.array(chosen))
@@ -321,7 +322,7 @@ def write_rows(path: Path, rows: list[Row], definition: dict[str, Any] | None = 
     if unknown:
         raise ValueError(f"{unknown[0]} is not a column of pretrain.ranks.schema")
     schema = pa.schema(
-        [pa.field(one.name, _arrow_type(one)) for one in COLUMNS if one.name in names],
+        [pa.field(entry.name, _arrow_type(entry)) for entry in COLUMNS if entry.name in names],
         {_DEFINITION: to_json(definition).encode()} if definition else None,
     )
     table = pa.Table.from_pylist(rows, schema)

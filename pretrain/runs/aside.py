@@ -64,12 +64,12 @@ def _taken(out: Path) -> UsageError:
 
 def _tell_leftovers(parent: Path, head: str) -> None:
     """Report folders that a killed process left; they are not deleted automatically."""
-    for one in sorted(parent.glob(f"{head.replace('[', '[[]')}*")):
+    for folder in sorted(parent.glob(f"{head.replace('[', '[[]')}*")):
         with suppress(OSError):  # a file system without locks cannot show this
-            mark = os.open(one, os.O_RDONLY | os.O_DIRECTORY)
+            mark = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(mark, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                warn(f"{one}: was left by a killed process; delete it")
+                warn(f"{folder}: was left by a killed process; delete it")
             finally:
                 os.close(mark)
 

@@ -44,18 +44,22 @@ def kept_code(run: Path, config: Config) -> Iterator[str]:
 def changed_code(old: Config, new: Config) -> list[str]:
     """Policies that differ only in their code: ``my_file.py:Mine, OLD -> NEW``."""
     before, after = (
-        [part.model_dump(mode="json") for part in one.optimizer.weight_decay.policies]
-        for one in (old, new)
+        [part.model_dump(mode="json") for part in config.optimizer.weight_decay.policies]
+        for config in (old, new)
     )
     if len(before) != len(after):
         return []
-    found = []
-    for one, other in zip(before, after, strict=True):
-        pin = next((key for key in PINS if key in one and key in other), "")
-        if pin and one[pin] != other[pin] and {**one, pin: other[pin]} == other:
+    changes = []
+    for policy, replacement in zip(before, after, strict=True):
+        pin = next((key for key in PINS if key in policy and key in replacement), "")
+        if (
+            pin
+            and policy[pin] != replacement[pin]
+            and {**policy, pin: replacement[pin]} == replacement
+        ):
             name = "SHA-256 " * (pin == "sha256")
-            found.append(f"{one['kind']}, {name}{one[pin]} -> {other[pin]}")
-    return found
+            changes.append(f"{policy['kind']}, {name}{policy[pin]} -> {replacement[pin]}")
+    return changes
 
 
 def _path(run: Path, name: str, sha256: str) -> Path:

@@ -46,8 +46,8 @@ _LATE = ("checkpoint", "evaluation", "ranks", "faults")
 
 def is_trained(run: Path, config: Config, until: int | None = None) -> bool:
     """Whether a run has a checkpoint of its last step (or ``until``), or of a later one."""
-    found = list_checkpoints(run / CHECKPOINTS)
-    return bool(found) and step_of(found[-1]) >= (until or config.train.steps)
+    checkpoints = list_checkpoints(run / CHECKPOINTS)
+    return bool(checkpoints) and step_of(checkpoints[-1]) >= (until or config.train.steps)
 
 
 def is_complete(run: Path, config: Config, until: int | None = None) -> bool:
@@ -62,10 +62,10 @@ def is_evaluated(run: Path, config: Config) -> bool:
     """Whether ``evaluation.json`` has the last step's figures that `evaluation.at_end` asks for."""
     path = run / EVALUATION
     try:
-        found = _figures(path)
-        if found.get("step", config.train.steps) != config.train.steps:
+        figures = _figures(path)
+        if figures.get("step", config.train.steps) != config.train.steps:
             return False
-        return _is_sample(run, found) == (config.evaluation.at_end == "sample")
+        return _is_sample(run, figures) == (config.evaluation.at_end == "sample")
     except ValueError:  # damaged: it is made again
         return False
     except (OSError, RunError):
@@ -78,15 +78,15 @@ def put_evaluation_aside(run: Path, config: Config) -> None:
     if not path.exists() or is_evaluated(run, config):
         return
     try:
-        found = _figures(path)
+        figures = _figures(path)
     except ValueError:
         _put_damaged_aside(path)
         return
     text = read_small(path)
-    split = re.sub(r"[^\w.+-]", "_", found.get("split", "test"))[:50]  # a part of a file's name
+    split = re.sub(r"[^\w.+-]", "_", figures.get("split", "test"))[:50]  # a part of a file's name
     parts = [] if split == "test" else [split]
-    parts += ["sample"] * _is_sample(run, found)
-    step = found.get("step", config.train.steps)
+    parts += ["sample"] * _is_sample(run, figures)
+    step = figures.get("step", config.train.steps)
     parts += [f"step={step}"] * (step != config.train.steps)
     target = path.with_name("-".join([path.stem, *(parts or ["all"])]) + ".json")
     if target.exists():
@@ -102,9 +102,9 @@ def _figures(path: Path) -> dict[str, Any]:
         ValueError: if the file has other contents.
         OSError: if it cannot be read.
     """
-    found: dict[str, Any] = read_json(path)
-    check_record(found, Evaluation)
-    return found
+    figures: dict[str, Any] = read_json(path)
+    check_record(figures, Evaluation)
+    return figures
 
 
 def _put_damaged_aside(path: Path) -> None:
@@ -119,9 +119,9 @@ def _put_damaged_aside(path: Path) -> None:
 
 def _is_sample(run: Path, figures: dict[str, Any]) -> bool:
     """Whether figures are those of the recipe's sample; earlier versions did not record this."""
-    said = figures.get("sample")
-    if said is not None:
-        return bool(said)
+    recorded = figures.get("sample")
+    if recorded is not None:
+        return bool(recorded)
     return (run / CONFIG).is_file() and recipe_of(run).evaluation.at_end == "sample"
 
 
@@ -138,27 +138,29 @@ def check_finished(
         UsageError: with both values.
     """
     if until is not None and until < checkpoint.step:
-        steps = [step_of(one) for one in list_checkpoints(run / CHECKPOINTS)]
+        steps = [step_of(folder) for folder in list_checkpoints(run / CHECKPOINTS)]
         if until not in steps:
             raise UsageError(
                 f"--until: {until} is before step {checkpoint.step} of {run}, which keeps no "
                 f"checkpoint of it (it has {', '.join(map(str, steps))}); choose another --out"
             )
     end = "its last step" if until is None else f"--until {until}"
-    at = f"{run}: was trained to {end}, its newest checkpoint has step {checkpoint.step},"
+    intro = f"{run}: was trained to {end}, its newest checkpoint has step {checkpoint.step},"
     mend = f"keep that, or choose another --out (--fork {run}@{checkpoint.step} continues from it)"
     # A folder that was lost and fetched from its mirror has only checkpoints.
-    kept = recipe_of(run) if (run / CONFIG).is_file() else checkpoint.config
+    recorded = recipe_of(run) if (run / CONFIG).is_file() else checkpoint.config
     changed = {
-        key: values for key, values in differences(kept, config, _LATE).items() if not is_free(key)
+        key: values
+        for key, values in differences(recorded, config, _LATE).items()
+        if not is_free(key)
     }
     for key, (before, after) in changed.items():
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise UsageError(f"{at} with {key}={before}, the recipe says {after}{more}; {mend}")
+        others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UsageError(f"{intro} with {key}={before}, the recipe says {after}{others}; {mend}")
     if config.resume.decay != "checkpoint" and (moved := decay_changes(plan, checkpoint, config)):
-        raise UsageError(f"{at} with another weight decay: {moved}; {mend}")
+        raise UsageError(f"{intro} with another weight decay: {moved}; {mend}")
 
 
 def is_free(key: str) -> bool:
     """Whether a finished run may be started again with another value of a key."""
-    return any(key == one or key.startswith(f"{one}.") for one in FREE)
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)

@@ -93,8 +93,8 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
         RunError: if the file is damaged.
     """
     try:
-        found: list[dict[str, Any]] = read_record(run / ENVIRONMENT, list[Start])
-        return found
+        starts: list[dict[str, Any]] = read_record(run / ENVIRONMENT, list[Start])
+        return starts
     except FileNotFoundError:
         return []
 
@@ -106,8 +106,8 @@ def was_imported(run: Path) -> bool:
 
 def forked_from(run: Path) -> dict[str, Any] | None:
     """The run folder and the step from which a run was forked, according to its records."""
-    found = [start["forked"] for start in _starts(run) if "forked" in start]
-    return found[-1] if found else None
+    origins = [start["forked"] for start in _starts(run) if "forked" in start]
+    return origins[-1] if origins else None
 
 
 def _starts(run: Path) -> list[dict[str, Any]]:
@@ -125,12 +125,16 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         FileNotFoundError: if there is none.
         RunError: if it is damaged.
     """
-    found: dict[str, Any] = read_record(path, Evaluation)
-    for part in (found["overall"], *found.get("subsets", {}).values(), found.get("pile_weighted")):
+    evaluation: dict[str, Any] = read_record(path, Evaluation)
+    for part in (
+        evaluation["overall"],
+        *evaluation.get("subsets", {}).values(),
+        evaluation.get("pile_weighted"),
+    ):
         for key in ("loss", "perplexity", "bits_per_byte"):
             if part and part.get(key, 0) is None:
                 part[key] = math.nan
-    return found
+    return evaluation
 
 
 def _id_of_checkpoints(run: Path) -> str:
@@ -185,7 +189,7 @@ def recipe_of(run: Path) -> Config:
     if config.precision != "auto":
         return config
     starts = read_starts(run)
-    words = [one["precision"] for one in starts if one.get("precision") in ("fp32", "bf16")]
+    words = [start["precision"] for start in starts if start.get("precision") in ("fp32", "bf16")]
     return config.model_copy(update={"precision": words[0]}) if words else config
 
 
@@ -208,19 +212,19 @@ def _changes(old: Config, new: Config) -> dict[str, Any]:
     }
 
 
-def resume_point(run: Path, config: Config, asked: str = "") -> Checkpoint | None:
+def resume_point(run: Path, config: Config, recipe_precision: str = "") -> Checkpoint | None:
     """The checkpoint from which a run in this folder continues, or None for a new run.
 
     Args:
-        asked: the recipe's value of precision; ``config`` has its meaning on this machine.
+        recipe_precision: precision in the recipe; ``config`` has its meaning on this machine.
 
     Raises:
         UsageError: if the folder holds a run with another recipe.
     """
     if not (run / CONFIG).exists():
         # Leftovers of a kill, the folder for the mirror's checkpoint, and files of a launcher.
-        known = {f"{CONFIG}.tmp", LOCK, CHECKPOINTS, RUN_ID, *LAUNCHED, ".launch.lock"}
-        unknown = {name for name in names_in(run) if not is_leftover(name, *_OWN)} - known
+        expected = {f"{CONFIG}.tmp", LOCK, CHECKPOINTS, RUN_ID, *LAUNCHED, ".launch.lock"}
+        unknown = {name for name in names_in(run) if not is_leftover(name, *_OWN)} - expected
         if unknown:
             raise UsageError(f"{run}: not empty and not a run folder; choose another --out")
         return _newest_readable(run)
@@ -234,11 +238,11 @@ def resume_point(run: Path, config: Config, asked: str = "") -> Checkpoint | Non
     changed |= {key: sample[key] for key in _SAMPLE if key in sample}
     if changed:
         key, (before, after) = next(iter(changed.items()))
-        if key == "precision" and asked not in ("", after):
-            after = f"{asked}, which is {after} here"
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        if key == "precision" and recipe_precision not in ("", after):
+            after = f"{recipe_precision}, which is {after} here"
+        others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UsageError(
-            f"{run}: holds a run with {key}={before}, the recipe says {after}{more}; choose "
+            f"{run}: holds a run with {key}={before}, the recipe says {after}{others}; choose "
             f"another --out, or continue from it with --fork {run}@STEP"
         )
     check_definition(run, config.ranks)
@@ -274,14 +278,14 @@ def resolve_checkpoint(text: str) -> Path:
     if (path / "manifest.json").is_file() and not wanted:
         # The run is found from parent folders, which a path such as "." does not contain.
         return path.resolve() if len(path.parts) < 3 or ".." in path.parts else path
-    found = list_checkpoints(path / CHECKPOINTS)
-    if not found:
+    checkpoints = list_checkpoints(path / CHECKPOINTS)
+    if not checkpoints:
         raise UsageError(
             f"{name}: has no checkpoint (give a run folder, RUN@STEP or a step-... folder)"
         )
     if not wanted or wanted == "last":
-        return found[-1]
-    steps = {step_of(one): one for one in found}
+        return checkpoints[-1]
+    steps = {step_of(checkpoint): checkpoint for checkpoint in checkpoints}
     if not wanted.isdigit() or int(wanted) not in steps:
         raise UsageError(f"{text}: no such step; the run has {', '.join(map(str, steps))}")
     return steps[int(wanted)]
@@ -308,10 +312,10 @@ def plan_for_resume(
         return plan
     words = "resume.decay=recipe or resume.decay=checkpoint"
     if changed_code(checkpoint.config, config):
-        kept = " ".join(kept_code(checkpoint.path.parent.parent, checkpoint.config))
+        old_code = " ".join(kept_code(checkpoint.path.parent.parent, checkpoint.config))
         words = (
             "resume.decay=recipe (the new file, which begins without the memory of the old) or "
-            f"resume.decay=checkpoint {kept}"
+            f"resume.decay=checkpoint {old_code}"
         )
     raise UsageError(
         f"{checkpoint.path}: was trained with another weight decay: {changed}; choose one "
@@ -336,10 +340,17 @@ def decay_changes(plan: DecayPlan, checkpoint: Checkpoint, config: Config) -> st
 
 
 def _table(changed: list[DecayDifference]) -> str:
-    def where(one: DecayDifference) -> str:
-        return f"{one.role} (layers {one.layers})" if one.layers else one.role.value
+    def where(difference: DecayDifference) -> str:
+        return (
+            f"{difference.role} (layers {difference.layers})"
+            if difference.layers
+            else difference.role.value
+        )
 
-    return ", ".join(f"{where(one)} {one.before:g} -> {one.after:g}" for one in changed)
+    return ", ".join(
+        f"{where(difference)} {difference.before:g} -> {difference.after:g}"
+        for difference in changed
+    )
 
 
 def check_continues(checkpoint: Checkpoint, config: Config, task: Task) -> None:
@@ -360,7 +371,7 @@ def check_continues(checkpoint: Checkpoint, config: Config, task: Task) -> None:
             f"give {new[key]}; use the recipe and the data that the checkpoint was trained with"
         )
     for key in ("seed", "data.weights", "train.global_batch"):
-        before, after = (attrgetter(key)(one) for one in (checkpoint.config, config))
+        before, after = (attrgetter(key)(recipe) for recipe in (checkpoint.config, config))
         if before != after:
             raise UsageError(
                 f"{key}: {after} is not the {before} of {checkpoint.path}, so its order of samples "

@@ -45,10 +45,10 @@ def initial_weights(module: nn.Module, grid: Grid) -> str:
     It is the same on every process grid, because every tensor is drawn whole.
     """
     mine = {info_of(p).name: fingerprint_of(p) for p in declared_parameters(module)}
-    found: dict[str, str] = {}
+    fingerprints: dict[str, str] = {}
     for part in grid.gather(mine):
-        found |= part
-    return _digest(sorted(found.items()))
+        fingerprints |= part
+    return _digest(sorted(fingerprints.items()))
 
 
 def write_identity(run: Path, weights: str, order: str, task: Task, precision: str) -> None:
@@ -69,8 +69,8 @@ def read_identity(
 ) -> dict[str, str] | None:
     """Hashes of a run, or None if one is missing or unreadable."""
     try:
-        found = read_json(run / IDENTITY)
-        return {key: str(found[key]) for key in keys}
+        hashes = read_json(run / IDENTITY)
+        return {key: str(hashes[key]) for key in keys}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

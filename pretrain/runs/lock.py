@@ -64,12 +64,12 @@ class RunLock:
 
 
 @contextmanager
-def shared(folder: Path, files: dict[Path, bytes], what: str) -> Iterator[None]:
+def shared(folder: Path, files: dict[Path, bytes], work: str) -> Iterator[None]:
     """Hold a folder together with other processes of the same sweep.
 
     Args:
         files: files that are in the folder meanwhile; the first process writes them.
-        what: the name of the work, for messages.
+        work: the name of the work, for messages.
 
     Raises:
         BusyError: if a process of other work holds the folder.
@@ -83,11 +83,11 @@ def shared(folder: Path, files: dict[Path, bytes], what: str) -> Iterator[None]:
             _warn_no_locks(folder, error)
             _write_all(files)
         else:
-            _join(folder, file, files, what)
+            _join(folder, file, files, work)
         yield
 
 
-def _join(folder: Path, file: IO[str], files: dict[Path, bytes], what: str) -> None:
+def _join(folder: Path, file: IO[str], files: dict[Path, bytes], work: str) -> None:
     joined = False
     for pause in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
         if _try(file, fcntl.LOCK_EX, pause):  # no other process holds it
@@ -102,7 +102,7 @@ def _join(folder: Path, file: IO[str], files: dict[Path, bytes], what: str) -> N
     for path, data in files.items():
         if not path.is_file() or path.read_bytes() != data:
             raise BusyError(
-                f"{folder}: another {what} is running here, with another {path.name}; wait for "
+                f"{folder}: another {work} is running here, with another {path.name}; wait for "
                 "it, or choose another --out"
             )
 

@@ -56,11 +56,11 @@ def read_all_metrics(run: Path) -> Metrics:
     """
     steps, decays = array("q"), Named()
     figures = {name: array("d") for name in FIGURES}
-    others: dict[str, list[dict[str, Any]]] = {"evaluation": [], "event": []}
+    by_kind: dict[str, list[dict[str, Any]]] = {"evaluation": [], "event": []}
     path = run / METRICS
     for number, row in _rows(path) if path.exists() else ():
-        if row["kind"] in others:
-            others[row["kind"]].append(_with_nan(row))
+        if row["kind"] in by_kind:
+            by_kind[row["kind"]].append(_with_nan(row))
         if row["kind"] != "train":
             continue
         if missing := [name for name in (*FIGURES, "weight_decay") if name not in row]:
@@ -73,7 +73,7 @@ def read_all_metrics(run: Path) -> Metrics:
         except (ValueError, OverflowError) as error:
             raise _damaged(path, number, error) from None
     updates = Columns({"step": steps, **figures, "weight_decay": decays})
-    return Metrics(updates, others["evaluation"], others["event"])
+    return Metrics(updates, by_kind["evaluation"], by_kind["event"])
 
 
 def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
@@ -130,8 +130,8 @@ def rewind_metrics(run: Path, step: int) -> None:
     path = run / METRICS
     if not path.exists():
         return
-    kept = [row for _, row in _rows(path) if row["step"] <= step]
-    write_aside(path, "".join(to_json(row) + "\n" for row in kept).encode("utf-8"))
+    rows = [row for _, row in _rows(path) if row["step"] <= step]
+    write_aside(path, "".join(to_json(row) + "\n" for row in rows).encode("utf-8"))
 
 
 def _append(path: Path, line: str) -> None:
@@ -190,14 +190,14 @@ class Tracker:
             message = f"{kind}: {', '.join(missing)} not finite, null in {METRICS}"
             self._write(to_json({"kind": "event", "step": step, "message": message}) + "\n")
         numbers = {f"{kind}/{k}": v for k, v in _flatten(values).items()}
-        for one in list(self._services):
-            name, section, service = one
+        for entry in list(self._services):
+            name, section, service = entry
             try:
                 service.log(numbers, step)
             except Exception as error:  # a failing service must not stop a run
                 reason = _reason(section, error)
                 warn(f"{name} stopped ({reason}); metrics go on in {METRICS}")
-                self._services.remove(one)
+                self._services.remove(entry)
 
     def _write(self, line: str) -> None:
         """Write a line to the file; lines that a full or lost disk refuses wait for the next
@@ -218,14 +218,14 @@ class Tracker:
         """Remove what was logged after ``step``, because the run goes back there."""
         if self.active:
             rewind_metrics(self._run, step)
-        for one in list(self._services):
-            name, section, service = one
+        for entry in list(self._services):
+            name, section, service = entry
             try:
                 service.rewind(step)
             except Exception as error:
                 reason = _reason(section, error)
                 warn(f"{name} stopped ({reason}); metrics go on in {METRICS}")
-                self._services.remove(one)
+                self._services.remove(entry)
 
     def close(self) -> None:
         """Flush the file and finish all services."""
@@ -238,9 +238,9 @@ class Tracker:
 
 def _reason(section: ServiceSection, error: Exception) -> str:
     """One line of an error, with the place in the user's file."""
-    own = SERVICES.own_of(section)
-    if own is not None and own.code is not None:
-        return own.code.place_of(error)
+    extension = SERVICES.own_of(section)
+    if extension is not None and extension.code is not None:
+        return extension.code.place_of(error)
     return " ".join(str(error).split())
 
 

@@ -151,8 +151,8 @@ def read_record(path: Path, kind: Any) -> Any:
         RunError: naming the file, and the place in it that has another type.
     """
     try:
-        found = read_json(path)
-        check_record(found, kind)
+        content = read_json(path)
+        check_record(content, kind)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -162,7 +162,7 @@ def read_record(path: Path, kind: Any) -> Any:
         raise RunError(
             f"{path}: damaged ({reason}); restore it from a copy, or delete it"
         ) from None
-    return found
+    return content
 
 
 def check_record(value: Any, kind: Any) -> None:

@@ -56,9 +56,9 @@ class Service:
         """Finish at the end of the run: write everything that is left."""
 
 
-def _check(own: Extension) -> None:
-    if own.found.log is Service.log:
-        raise ExtensionError(f"{own.kind} has no method log")
+def _check(extension: Extension) -> None:
+    if extension.found.log is Service.log:
+        raise ExtensionError(f"{extension.kind} has no method log")
 
 
 SERVICES: Kinds[ServiceSection, Service] = Kinds(

@@ -34,8 +34,8 @@ class Wandb(Service):
         identity = run.folder / "wandb-id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
-        known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+        has_key = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
         self._run = wandb.init(
             project=config.project,
             name=run.folder.name,

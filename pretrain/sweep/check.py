@@ -14,7 +14,7 @@ from pretrain.engine.precision import with_precision
 from pretrain.errors import RunError, UsageError
 from pretrain.runs.folder import CONFIG, forked_from, known_recipe, recipe_of, resolve_checkpoint
 from pretrain.sweep.config import Sweep, SweepRun
-from pretrain.training.origin import Asked, begin
+from pretrain.training.origin import StartRequest, begin
 from pretrain.training.setup import prepare
 
 _SILENT = 3.0
@@ -67,4 +67,4 @@ def _check(task: SweepRun, device: torch.device | None, known: Config | None) ->
         ):  # not trained that far: it starts from the trunk again
             fork = resolve_checkpoint(f"{task.trunk.run}@{task.trunk.last}")
     setup = prepare(config, config.grid.tensor_parallel, known)
-    begin(setup, Asked(task.run, fork, task.until, task.config.precision))
+    begin(setup, StartRequest(task.run, fork, task.until, task.config.precision))

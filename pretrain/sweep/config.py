@@ -44,8 +44,8 @@ class Range(Section):
             if low <= 0 or high <= 0:
                 raise ValueError("a log range needs positive ends")
             low, high = math.log(low), math.log(high)
-        found = [low + (high - low) * i / (self.count - 1) for i in range(self.count)]
-        return [_round(math.exp(x) if self.scale == "log" else x) for x in found]
+        levels = [low + (high - low) * i / (self.count - 1) for i in range(self.count)]
+        return [_round(math.exp(x) if self.scale == "log" else x) for x in levels]
 
 
 class ForkConfig(Section):
@@ -199,33 +199,35 @@ def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
         raise UsageError(f"{path}: grid: nothing varies; give keys and their values")
     if math.prod(len(values) for values in axes.values()) > MOST_RUNS:
         raise UsageError(f"{path}: grid: more than {MOST_RUNS:,} points; use fewer values")
-    givens = [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
-    givens = (givens if axes else []) + [
+    settings = [
+        dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())
+    ]
+    settings = (settings if axes else []) + [
         {key: number(value) for key, value in point.items()} for point in config.points
     ]
-    for given in givens:
-        if "seed" in given:
+    for setting in settings:
+        if "seed" in setting:
             raise UsageError(f"{path}: seed: belongs to seeds:, not to the grid")
-    order = list(dict.fromkeys([*axes, *(key for given in givens for key in given)]))
-    givens = [{key: given[key] for key in order if key in given} for given in givens]
+    order = list(dict.fromkeys([*axes, *(key for setting in settings for key in setting)]))
+    settings = [{key: setting[key] for key in order if key in setting} for setting in settings]
     short = short_names(order)
     sums: dict[str, float] = {}
     points: dict[str, Point] = {}
-    for given in givens:
-        name = ",".join(f"{short[key]}={_text(value)}" for key, value in given.items())
-        values = dict(given)
-        for key in set(given).intersection(config.exposure):
-            other = {k: v for k, v in given.items() if k not in config.exposure}
-            which = json.dumps([key, other])
-            if which not in sums:
-                sums[which] = _per_decay(path, config, base, other, key)
-            values[key] = _round(float(given[key]) / sums[which])
+    for setting in settings:
+        name = ",".join(f"{short[key]}={_text(value)}" for key, value in setting.items())
+        values = dict(setting)
+        for key in set(setting).intersection(config.exposure):
+            fixed = {k: v for k, v in setting.items() if k not in config.exposure}
+            group = json.dumps([key, fixed])
+            if group not in sums:
+                sums[group] = _per_decay(path, config, base, fixed, key)
+            values[key] = _round(float(setting[key]) / sums[group])
         with_values(base, values, f"{path}: grid")
-        if name in points and points[name].given != given:
+        if name in points and points[name].given != setting:
             raise UsageError(
                 f"{path}: two points would both be named {name}; make their values differ more"
             )
-        points[name] = Point(name, given, values)
+        points[name] = Point(name, setting, values)
     return list(points.values())
 
 
@@ -303,9 +305,11 @@ def kinds_of(value: Any) -> str:
     """``alpha+schedule`` for a list of policies, ``none`` for an empty one; else nothing."""
     if value == []:
         return "none"
-    if isinstance(value, list) and all(isinstance(one, dict) and "kind" in one for one in value):
+    if isinstance(value, list) and all(
+        isinstance(policy, dict) and "kind" in policy for policy in value
+    ):
         # Of a user's own file, ``my_file.py:LayerCosine`` without its folder.
-        return "+".join(str(one["kind"]).rpartition("/")[2] for one in value)
+        return "+".join(str(policy["kind"]).rpartition("/")[2] for policy in value)
     return ""
 
 

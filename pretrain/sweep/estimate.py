@@ -34,18 +34,18 @@ def plan(sweep: Sweep, slots: int, start: Starter | None, price: float) -> dict[
         price: price of one process for one hour, in any currency.
     """
     open_tasks = [task for task in sweep.tasks if not is_done(task)]
-    found: dict[str, Any] = {
+    estimate: dict[str, Any] = {
         "runs": [_describe(task) for task in sweep.tasks],
         "tokens": sum(task.tokens for task in open_tasks),
         "open": len(open_tasks),
     }
     if start is None or not open_tasks:
-        return found
+        return estimate
     speed = _timing(open_tasks[-1], start)
     seconds = [_seconds(task, speed) for task in open_tasks]
     hours = sum(seconds) / 3600
     return {
-        **found,
+        **estimate,
         "timing": speed,
         "seconds_a_run": statistics.mean(seconds),
         "seconds": max(sum(seconds) / slots, *seconds),
@@ -106,24 +106,24 @@ def _seconds(task: SweepRun, speed: dict[str, float]) -> float:
     )
 
 
-def print_plan(found: dict[str, Any], slots: int) -> None:
+def print_plan(estimate: dict[str, Any], slots: int) -> None:
     """Print the dry run as a table to standard output."""
     from rich.table import Table
 
-    table = Table(title=f"{len(found['runs'])} runs, {found['open']} to do")
+    table = Table(title=f"{len(estimate['runs'])} runs, {estimate['open']} to do")
     for column in ("run", "values", "steps", "tokens", "state"):
         table.add_column(column, justify="right" if column in ("steps", "tokens") else "left")
-    for run in found["runs"]:
+    for run in estimate["runs"]:
         values = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in run["values"].items())
         tokens = f"{run['tokens']:,}"
         table.add_row(run["name"], values, f"{run['steps']:,}", tokens, run["state"])
     show_table(table, 120)
-    print(f"{found['tokens']:,} tokens to train")
-    if "timing" in found:
-        minutes = found["seconds"] / 60
+    print(f"{estimate['tokens']:,} tokens to train")
+    if "timing" in estimate:
+        minutes = estimate["seconds"] / 60
         print(
-            f"timed: {found['timing']['step'] * 1000:.0f} ms per step, "
-            f"{found['seconds_a_run']:.0f} s per run (without its last evaluation); {slots} at "
-            f"once: about {minutes:.0f} min, {found['process_hours']:.2f} process-hours, cost "
-            f"{found['cost']:.2f}"
+            f"timed: {estimate['timing']['step'] * 1000:.0f} ms per step, "
+            f"{estimate['seconds_a_run']:.0f} s per run (without its last evaluation); {slots} at "
+            f"once: about {minutes:.0f} min, {estimate['process_hours']:.2f} process-hours, cost "
+            f"{estimate['cost']:.2f}"
         )

@@ -30,10 +30,10 @@ def exposure_per_decay(config: Config, key: str, first: int, source: str) -> flo
     if config.optimizer.weight_decay.coupling != "lr":
         raise UsageError(f"{source}: exposure: Σηλ is defined only for {KEY}.coupling=lr")
     control = _control(with_values(config, {key: _PROBE}, source))
-    other = _control(with_values(config, {key: 2 * _PROBE}, source))
+    doubled = _control(with_values(config, {key: 2 * _PROBE}, source))
     # By role, because schedules do not distinguish layers.
     sites: dict[str, Site] = {
-        site[0].value: site for site, decay in control.base.items() if decay != other.base[site]
+        site[0].value: site for site, decay in control.base.items() if decay != doubled.base[site]
     }
     if not sites:
         raise UsageError(f"{source}: exposure: no parameter takes its λ from {key}")

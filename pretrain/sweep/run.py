@@ -98,7 +98,9 @@ def _round(
     for status in statuses:
         _look(status, by_name)
     running = sum(status.state in ("running", "elsewhere") for status in statuses)
-    ready = [one for one in statuses if one.state == "waiting" and _can_start(one, by_name)]
+    ready = [
+        status for status in statuses if status.state == "waiting" and _can_start(status, by_name)
+    ]
     chosen = ready[: max(0, executor.slots - running)]
     for status in chosen:
         status.state, status.tries = "running", status.tries + 1
@@ -125,8 +127,8 @@ def _ended(status: Status, code: int, out: Path, retries: int) -> None:
 
 
 def _newest(run: Path) -> str:
-    found = newest_checkpoint(run / CHECKPOINTS)
-    return found.name if found else ""
+    checkpoint = newest_checkpoint(run / CHECKPOINTS)
+    return checkpoint.name if checkpoint else ""
 
 
 def _look(status: Status, by_name: dict[str, Status]) -> None:

@@ -25,7 +25,7 @@ class Status:
     """The newest checkpoint at the beginning of this start."""
 
     @property
-    def left(self) -> float | None:
+    def seconds_left(self) -> float | None:
         """Seconds to the end, estimated from the speed of this start."""
         done = self.step - self.first_step
         if self.state != "running" or self.started is None or done < 1:

@@ -30,7 +30,7 @@ class Table:
         for status in statuses:
             if self._told.get(status.task.name, "waiting") != status.state:
                 self._told[status.task.name] = status.state
-                done = sum(one.state == "done" for one in statuses)
+                done = sum(item.state == "done" for item in statuses)
                 note = f": {status.note}" if status.note else ""
                 print(
                     on_one_line(
@@ -66,7 +66,7 @@ def _rich_table(title: str, statuses: list[Status]) -> Any:
             status.state,
             f"{status.step}/{status.task.last}",
             f"{status.loss:.3f}" if status.loss is not None else "",
-            "" if status.left is None else clock(status.left),
+            "" if status.seconds_left is None else clock(status.seconds_left),
             status.note[:60],
         )
     if waiting > 5:

@@ -46,8 +46,8 @@ def block_of(update: int, jumped: Iterable[int]) -> int:
     Without jumps, update s uses block s; each jumped block shifts the later ones by one.
     """
     block = update
-    for other in sorted(jumped):
-        if other <= block:
+    for jump in sorted(jumped):
+        if jump <= block:
             block += 1
     return block
 
@@ -55,8 +55,8 @@ def block_of(update: int, jumped: Iterable[int]) -> int:
 def read_jumps(run: Path) -> list[int]:
     """Jumped blocks of a run folder."""
     try:
-        found: list[int] = read_record(run / JUMPS, list[Step])
-        return found
+        jumps: list[int] = read_record(run / JUMPS, list[Step])
+        return jumps
     except FileNotFoundError:
         return []
 
@@ -88,12 +88,12 @@ class FaultDetector:
         if skipped:
             self.skipped += 1
             self._row.append(step)
-            what = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
+            cause = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
             if len(self._row) >= self._config.skip_limit:
                 raise GoBackError(
-                    self._row[0], f"{what}, {len(self._row)} updates in a row", tuple(self._row)
+                    self._row[0], f"{cause}, {len(self._row)} updates in a row", tuple(self._row)
                 )
-            return f"{what}: {SKIPPED}"
+            return f"{cause}: {SKIPPED}"
         self._row.clear()
         if self._is_spike(loss):
             raise GoBackError(

@@ -25,7 +25,7 @@ def sample_numbers(block: int, global_batch: int, grid: Grid, micro: int) -> lis
     """
     share = global_batch // grid.data
     first = block * global_batch + grid.data_rank * share
-    return [list(range(at, at + micro)) for at in range(first, first + share, micro)]
+    return [list(range(start, start + micro)) for start in range(first, first + share, micro)]
 
 
 class Loader:

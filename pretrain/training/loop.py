@@ -40,8 +40,8 @@ def run_training(training: Training, origin: Origin) -> None:
                 periodic.evaluate(training, first)  # it may be the best checkpoint
             periodic.save(training, first)  # a fork does not depend on its trunk from here on
         elif training.moving.owes_evaluation:
-            made = periodic.evaluate(training, first)
-            if made and training.config.checkpoint.keep_best:
+            evaluated = periodic.evaluate(training, first)
+            if evaluated and training.config.checkpoint.keep_best:
                 periodic.save(training, first)  # again, now with its loss
         with SIGNALS.remembered():
             while True:
@@ -68,8 +68,8 @@ def _loader(training: Training, first: int) -> Loader:
     micro, _ = micro_batches(config, training.grid)
     data = training.samples.training
     if training.moving.jumped:  # this many more blocks are needed
-        more = {"steps": config.train.steps + len(training.moving.jumped)}
-        longer = config.model_copy(update={"train": config.train.model_copy(update=more)})
+        extended = {"steps": config.train.steps + len(training.moving.jumped)}
+        longer = config.model_copy(update={"train": config.train.model_copy(update=extended)})
         data = training.setup.task.training(longer)
     prefetch, workers = config.data.prefetch, config.task.workers
     batch = config.train.global_batch
@@ -146,8 +146,10 @@ def _loop(training: Training, loader: Loader, first: int) -> None:
 def restore(start: Checkpoint, engine: Engine, faults: FaultDetector) -> None:
     """Restore an engine from a checkpoint, with λ of its own plan."""
     load_into_engine(start, engine)
-    before, now = (one.optimizer.weight_decay.policies for one in (start.config, engine.config))
-    engine.control.restore(start.state["decay"], same_policies(before, now))
+    before, after = (
+        config.optimizer.weight_decay.policies for config in (start.config, engine.config)
+    )
+    engine.control.restore(start.state["decay"], same_policies(before, after))
     if "faults" in start.state:
         faults.restore(start.state["faults"])
     engine.begin_step(start.step, 0.0)
@@ -160,9 +162,9 @@ def _go_back(training: Training, fault: GoBackError) -> int:
     folder = training.run / CHECKPOINTS
     with training.grid.together(f"{folder}"):
         if training.grid.is_main:
-            for one in list_checkpoints(folder):
-                if step_of(one) >= fault.step:  # written between the fault and its detection
-                    remove(hide(one))
+            for stored in list_checkpoints(folder):
+                if step_of(stored) >= fault.step:  # written between the fault and its detection
+                    remove(hide(stored))
     find_whole(folder, training.grid)
     newest = newest_checkpoint(folder)
     name = training.grid.broadcast(newest.name if newest else "")
@@ -210,12 +212,12 @@ def _compare_decay(training: Training, step: int) -> None:
     Raises:
         RunError: on every rank, if they differ.
     """
-    found = training.grid.gather(training.engine.control.fingerprints())
-    for rank, other in enumerate(found):
-        for what, digest in other.items():
-            if digest != found[0].get(what):
+    by_rank = training.grid.gather(training.engine.control.fingerprints())
+    for rank, fingerprints in enumerate(by_rank):
+        for name, digest in fingerprints.items():
+            if digest != by_rank[0].get(name):
                 raise RunError(
-                    f"step {step}: {what} differs between ranks 0 and {rank}: a policy must depend "
+                    f"step {step}: {name} differs between ranks 0 and {rank}: a policy must depend "
                     "on its keys, the step and what it observes alone"
                 )
 
@@ -230,6 +232,6 @@ def _compare_if_due(training: Training, step: int, saving: bool) -> None:
     if not every or not are_replicated(training.grid, training.config.grid.zero_stage):
         return
     if saving or step % every == 0:
-        found = disagreement(training.engine.module, training.grid)
-        if found:
-            raise GoBackError(step, f"{found}: a memory or a network is failing")
+        difference = disagreement(training.engine.module, training.grid)
+        if difference:
+            raise GoBackError(step, f"{difference}: a memory or a network is failing")

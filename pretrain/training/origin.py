@@ -18,7 +18,7 @@ JUMPED = "jumped"
 
 
 @dataclass(frozen=True)
-class Asked:
+class StartRequest:
     """What a start asks for in addition to its recipe."""
 
     run: Path
@@ -74,26 +74,26 @@ class Origin:
         return self.checkpoint.state.get(key, default) if self.checkpoint else default
 
 
-def begin(setup: Setup, asked: Asked) -> tuple[Setup, Origin]:
+def begin(setup: Setup, request: StartRequest) -> tuple[Setup, Origin]:
     """Find where a run begins, and the setup with the decay that applies from there on.
 
     Raises:
         UsageError: if the folder holds a run of another recipe or origin, or one that is finished
             and cannot do what is asked.
     """
-    run, config, until = asked.run, setup.config, asked.until
-    own = resume_point(run, config, asked.precision)
-    if asked.fork is not None:
-        _check_fork(run, asked.fork, own)
+    run, config, until = request.run, setup.config, request.until
+    own = resume_point(run, config, request.precision)
+    if request.fork is not None:
+        _check_fork(run, request.fork, own)
     if until is not None and until > config.train.steps:
         raise UsageError(f"--until: {until} is after the last step, {config.train.steps}")
     if own is not None and own.step >= (until or config.train.steps):
         check_finished(run, config, setup.plan, own, until)
-    origin = _origin(own, asked.fork)
+    origin = _origin(own, request.fork)
     if origin.checkpoint is not None:
         setup = _with_decay(setup, origin.checkpoint, config.resume.decay if own else "recipe")
         if origin.kind == "forked":
-            _check_precision(origin.checkpoint, config.precision, asked.precision)
+            _check_precision(origin.checkpoint, config.precision, request.precision)
         check_continues(origin.checkpoint, setup.config, setup.task)
     return setup, origin
 
@@ -129,24 +129,24 @@ def _check_fork(run: Path, fork: Path, own: Checkpoint | None) -> None:
     Args:
         own: the newest checkpoint of the run.
     """
-    asked = "{run}@{step}".format(**described(fork))
+    source = "{run}@{step}".format(**described(fork))
     mend = "remove --fork to continue that run, or choose another --out"
     if fork.resolve().parent == (run / CHECKPOINTS).resolve():
-        raise UsageError(f"--fork: {asked} belongs to {run} itself, which --out names; {mend}")
+        raise UsageError(f"--fork: {source} belongs to {run} itself, which --out names; {mend}")
     began = own.state.get("initial_weights") if own else None
     if own is not None and began and Checkpoint(fork).digest != began:
         before = forked_from(run)
         origin = "{run}@{step}".format(**before) if before else "other weights"
         raise UsageError(
             f"--fork: {run} is at step {own.step} of a run that began with {origin}, not "
-            f"with {asked}; {mend}"
+            f"with {source}; {mend}"
         )
 
 
-def _check_precision(trunk: Checkpoint, precision: str, asked: str) -> None:
+def _check_precision(trunk: Checkpoint, precision: str, recipe_precision: str) -> None:
     """Refuse to fork into another precision unless the recipe asks for it."""
     before = trunk.config.precision
-    if asked == "auto" and before not in ("auto", precision):
+    if recipe_precision == "auto" and before not in ("auto", precision):
         raise UsageError(
             f"precision: auto is {precision} on this machine, but {trunk.path} was trained in "
             f"{before}; set precision={before}, or precision={precision} if you want the change"

@@ -24,7 +24,9 @@ OWES_EVALUATION = "owes_evaluation"
 
 def measure_if_due(training: Training, step: int) -> None:
     """Measure for the table, for policies that want ranks, or once for both."""
-    policies = [one for one in training.engine.control.wanting("ranks") if one.due(step)]
+    policies = [
+        candidate for candidate in training.engine.control.wanting("ranks") if candidate.due(step)
+    ]
     rows: list[Row] = []
     if training.is_due("ranks", step):
         rows = _measure(training, step)
@@ -62,9 +64,14 @@ def _measure(training: Training, step: int) -> list[Row]:
 def _write_ranks(training: Training, step: int) -> None:
     """Write measurements to disk; those that the disk refuses are kept for the next time."""
     try:
-        for at in list(training.moving.unwritten):
-            add_ranks(training.run, at, training.moving.unwritten[at], training.config.ranks)
-            del training.moving.unwritten[at]
+        for measured_step in list(training.moving.unwritten):
+            add_ranks(
+                training.run,
+                measured_step,
+                training.moving.unwritten[measured_step],
+                training.config.ranks,
+            )
+            del training.moving.unwritten[measured_step]
     except OSError as error:
         training.say(step, f"rank statistics wait in memory: {error.strerror or error}")
 
@@ -122,8 +129,8 @@ def save(training: Training, step: int) -> None:
     }
     if training.generation is not None:
         state[GENERATION] = training.generation
-    at, loss = training.moving.held_out_loss
-    if at == step and math.isfinite(loss):
+    evaluated_step, loss = training.moving.held_out_loss
+    if evaluated_step == step and math.isfinite(loss):
         state[HELD_OUT_LOSS] = loss
     if training.moving.owes_evaluation:
         state[OWES_EVALUATION] = True
@@ -139,8 +146,8 @@ def tell_saved(training: Training) -> None:
     while training.saver.outcomes:
         outcome = training.saver.outcomes.pop(0)
         if outcome.problem:
-            more = "" if outcome.step == training.last else "; training continues"
-            training.say(outcome.step, outcome.problem + more)
+            ending = "" if outcome.step == training.last else "; training continues"
+            training.say(outcome.step, outcome.problem + ending)
         if outcome.note:
             training.say(outcome.step, outcome.note)
 

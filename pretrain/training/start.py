@@ -29,7 +29,7 @@ from pretrain.runs.metrics import Tracker
 from pretrain.tasks.epochs import describe, in_words, unit_of, uses_of
 from pretrain.training.faults import FaultDetector
 from pretrain.training.loop import restore, run_training
-from pretrain.training.origin import Asked, Origin, begin, described, with_jumps
+from pretrain.training.origin import Origin, StartRequest, begin, described, with_jumps
 from pretrain.training.periodic import OWES_EVALUATION
 from pretrain.training.setup import Setup, prepare
 from pretrain.training.state import GENERATION, Moving, SampleSets, Training
@@ -48,19 +48,19 @@ def train(
     Raises:
         UsageError, RunError: one line that names the cause; earlier checkpoints are untouched.
     """
-    asked = Asked(run, fork, until, config.precision)
+    request = StartRequest(run, fork, until, config.precision)
     with grid.together(""):
         # Refuse everything that can be refused before the folder is touched.
         prepared = prepare(with_precision(config, grid.device), grid.tensor, known_recipe(run))
-        setup, samples = _checked(prepared, asked, grid)
+        setup, samples = _checked(prepared, request, grid)
     with _locked(run, grid):
         damaged = _find_whole(setup, run, grid)
         with grid.together(""):  # again: another process may have trained here until now
-            setup, origin = begin(prepared, asked)
+            setup, origin = begin(prepared, request)
             origin.trust()
-        if _is_done(setup, origin, asked, grid):
+        if _is_done(setup, origin, request, grid):
             return
-        _write_folder(setup, origin, asked, grid)
+        _write_folder(setup, origin, request, grid)
         engine, faults, weights = _built(setup, origin, grid)
         origin = _identified(setup, origin, run, grid, weights, samples)
         with Watchdog(grid, run, config.faults.watchdog) as watchdog:
@@ -81,12 +81,12 @@ def train(
             run_training(training, origin)
 
 
-def _checked(prepared: Setup, asked: Asked, grid: Grid) -> tuple[Setup, SampleSets]:
+def _checked(prepared: Setup, request: StartRequest, grid: Grid) -> tuple[Setup, SampleSets]:
     """The setup for a start now, and its samples."""
     config = prepared.config
     if config.checkpoint.mirror:
-        Mirror(config.checkpoint.mirror, asked.run)
-    setup, _ = begin(prepared, asked)
+        Mirror(config.checkpoint.mirror, request.run)
+    setup, _ = begin(prepared, request)
     micro_batches(setup.config, grid)
     held_out = setup.task.held_out(setup.config)
     data = setup.task.training(setup.config)
@@ -112,32 +112,32 @@ def _find_whole(setup: Setup, run: Path, grid: Grid) -> list[str]:
     return find_whole(run / CHECKPOINTS, grid, setup.config.checkpoint.mirror, fits)
 
 
-def _is_done(setup: Setup, origin: Origin, asked: Asked, grid: Grid) -> bool:
+def _is_done(setup: Setup, origin: Origin, request: StartRequest, grid: Grid) -> bool:
     """Whether nothing is left to do; prints this."""
     own = origin.own
-    done = own is not None and is_complete(asked.run, setup.config, asked.until)
+    done = own is not None and is_complete(request.run, setup.config, request.until)
     if not grid.broadcast(done):
         return False
     if grid.is_main and own is not None:
-        text = f"{asked.run}: is already at step {own.step}: nothing is left to do"
+        text = f"{request.run}: is already at step {own.step}: nothing is left to do"
         print(text, file=sys.stderr, flush=True)
     return True
 
 
-def _write_folder(setup: Setup, origin: Origin, asked: Asked, grid: Grid) -> None:
+def _write_folder(setup: Setup, origin: Origin, request: StartRequest, grid: Grid) -> None:
     """Print what runs, and bring the run folder to the step where the run begins."""
-    run, config = asked.run, setup.config
+    run, config = request.run, setup.config
     with grid.together(f"{run}"):
         if not grid.is_main:
             return
-        _announce(setup, asked, grid)
+        _announce(setup, request, grid)
         setting: dict[str, Any] = {
             "grid": grid.describe(),
             "precision": config.precision,
             "data": describe(setup.task, config),
         }
-        if origin.kind == "forked" and asked.fork is not None:
-            setting["forked"] = described(asked.fork)
+        if origin.kind == "forked" and request.fork is not None:
+            setting["forked"] = described(request.fork)
         if origin.checkpoint is not None and origin.step == config.train.steps:
             put_evaluation_aside(run, config)
         create_run(run, config, setting)
@@ -177,9 +177,9 @@ def _tracker(setup: Setup, origin: Origin, run: Path, grid: Grid, messages: list
     return tracker
 
 
-def _announce(setup: Setup, asked: Asked, grid: Grid) -> None:
+def _announce(setup: Setup, request: StartRequest, grid: Grid) -> None:
     """Print one line about what runs, and a warning if less than possible is used."""
-    run, config = asked.run, setup.config
+    run, config = request.run, setup.config
     count = sum(info.numel for info in setup.infos)
     stage, precision = config.grid.zero_stage, config.precision
     text = f"{run}: {count:,} parameters, {grid.describe()}, ZeRO {stage}, {precision}"
@@ -189,5 +189,5 @@ def _announce(setup: Setup, asked: Asked, grid: Grid) -> None:
         words = in_words(uses, unit_of(config))
         print(f"{run}: {plain(words)}", file=sys.stderr, flush=True)
     say_remarks([config])
-    if precision == "fp32" and resolve_precision(asked.precision, grid.device, 1) == "bf16":
+    if precision == "fp32" and resolve_precision(request.precision, grid.device, 1) == "bf16":
         warn("precision auto uses fp32 with grid.zero_stage 0; bf16 needs zero_stage 1 or more")

@@ -33,7 +33,7 @@ class ImageClasses(Labelled):
     def held_out(self, config: Config, everything: bool = False) -> Samples:
         """Images that are held out from training."""
         model = config.model
-        found = ImageSamples(self._held, model.image_size, model.patch_size, model.image_channels)
+        samples = ImageSamples(self._held, model.image_size, model.patch_size, model.image_channels)
         if not everything:
-            found.count = min(len(found), config.evaluation.documents)
-        return found
+            samples.count = min(len(samples), config.evaluation.documents)
+        return samples

@@ -98,7 +98,7 @@ def _scored(projection: Projection, labels: torch.Tensor, grid: Grid) -> torch.T
         winner = every[:, 0].argmax(0, keepdim=True)
         answer = every[:, 1].gather(0, winner)[0].long()
     losses = token_losses(projection, targets.clamp_min(0))
-    asked = targets >= 0
-    counted = (losses[asked], (answer == targets)[asked], asked)
-    sums = torch.stack([one.double().sum() for one in counted])
+    has_label = targets >= 0
+    counted = (losses[has_label], (answer == targets)[has_label], has_label)
+    sums = torch.stack([column.double().sum() for column in counted])
     return sums.cpu() if grid.tensor_rank == 0 else torch.zeros(3, dtype=torch.float64)

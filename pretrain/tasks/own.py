@@ -47,15 +47,15 @@ class OwnTask(Labelled):
         """The user's samples of the run."""
         count = config.train.steps * config.train.global_batch
         model = self.complete(config.model)
-        found = self._ask("training", lambda: self._inner.training(config.seed, count, model))
-        return self._checked(found, count, model)
+        samples = self._ask("training", lambda: self._inner.training(config.seed, count, model))
+        return self._checked(samples, count, model)
 
     def held_out(self, config: Config, everything: bool = False) -> Samples:
         """The user's held-out samples."""
         count = _EVERYTHING if everything else config.evaluation.documents
         model = self.complete(config.model)
-        found = self._ask("held_out", lambda: self._inner.held_out(count, model))
-        return self._checked(found, count, model)
+        samples = self._ask("held_out", lambda: self._inner.held_out(count, model))
+        return self._checked(samples, count, model)
 
     def _checked(self, samples: Numbered, count: int, model: GPTConfig) -> Samples:
         checked = _Checked(self, samples, count, model.context)
@@ -91,15 +91,15 @@ class OwnTask(Labelled):
         """Refuse what would make the mean loss depend on how samples are put together."""
         first, self._labels = self._labels or count, self._labels or count
         if count == 0 or count != first:
-            other = "" if count == first else f" and an earlier one {first}"
+            earlier = "" if count == first else f" and an earlier one {first}"
             raise self._wrong(
-                f"sample {number} has {count} labels{other}; every sample must have the same "
+                f"sample {number} has {count} labels{earlier}; every sample must have the same "
                 "number of them, at least 1 (positions without one have label -1)"
             )
 
-    def _ask(self, what: str, call: Callable[[], Answer]) -> Answer:
+    def _ask(self, method: str, call: Callable[[], Answer]) -> Answer:
         code = self._extension.code if self._extension else None
-        return ask(code, what, call, self._wrong)
+        return ask(code, method, call, self._wrong)
 
     def _wrong(self, text: str) -> UsageError:
         return UsageError(f"task.own: {self.source}: {text}")

@@ -56,10 +56,10 @@ class SampleTask:
         raise NotImplementedError
 
 
-def _check(own: Extension) -> None:
+def _check(extension: Extension) -> None:
     for name in ("answers", "training", "held_out"):
-        if getattr(own.found, name) is getattr(SampleTask, name):
-            raise ExtensionError(f"{own.kind} has no method {name}")
+        if getattr(extension.found, name) is getattr(SampleTask, name):
+            raise ExtensionError(f"{extension.kind} has no method {name}")
 
 
 SAMPLE_TASKS: Kinds[SamplesSection, SampleTask] = Kinds(

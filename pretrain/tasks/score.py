@@ -105,8 +105,8 @@ def score(
             if losses is not None and number < len(batches):
                 for window, row in zip(part, losses, strict=True):
                     stop = len(window.inputs)
-                    kept = row[stop - len(window.targets) : stop]
-                    totals[window.document] += kept.double().sum()
+                    scored = row[stop - len(window.targets) : stop]
+                    totals[window.document] += scored.double().sum()
             if progress:
                 progress(turn + 1, rounds)
     module.train(was_training)
@@ -151,19 +151,19 @@ def forward_pass(
         The result of ``finish`` on the last stage, else None.
     """
     x = inputs.to(grid.device)
-    here = {"data": grid.data_rank, "tensor": grid.tensor_rank}
+    coordinates = {"data": grid.data_rank, "tensor": grid.tensor_rank}
     if grid.pipeline_rank > 0:
         batch, length = inputs.shape[:2]
         rows = length // grid.tensor if grid.sequence_parallel else length
         dtype = next(module.parameters()).dtype
         x = torch.empty(rows, batch, model.hidden_size, dtype=dtype, device=grid.device)
-        dist.recv(x, grid.global_rank(pipeline=grid.pipeline_rank - 1, **here))
+        dist.recv(x, grid.global_rank(pipeline=grid.pipeline_rank - 1, **coordinates))
     if grid.pipeline == 1:
-        found: torch.Tensor = module(x, finish)
-        return found
+        output: torch.Tensor = module(x, finish)
+        return output
     y = module(x)
     if not grid.is_last_stage:
-        dist.send(y.contiguous(), grid.global_rank(pipeline=grid.pipeline_rank + 1, **here))
+        dist.send(y.contiguous(), grid.global_rank(pipeline=grid.pipeline_rank + 1, **coordinates))
         return None
     return finish(y)
 

@@ -26,8 +26,8 @@ class Text:
         self.tokenizer = manifest.tokenizer_sha256
         self.eod: int | None = manifest.eod
         counts = [
-            (one.split, one.subset, one.documents, one.tokens, one.bytes)
-            for one in manifest.entries
+            (entry.split, entry.subset, entry.documents, entry.tokens, entry.bytes)
+            for entry in manifest.entries
         ]
         self.identity = digest([counts, manifest.tokenizer_sha256])
 

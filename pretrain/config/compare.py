@@ -29,8 +29,8 @@ def _plain(value: Any) -> Any:
 
 def _differ(key: str, old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        found: dict[str, tuple[Any, Any]] = {}
+        changes: dict[str, tuple[Any, Any]] = {}
         for part in {**old, **new}:
-            found |= _differ(f"{key}.{part}", old.get(part), new.get(part))
-        return found
+            changes |= _differ(f"{key}.{part}", old.get(part), new.get(part))
+        return changes
     return {} if old == new else {key: (old, new)}

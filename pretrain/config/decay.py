@@ -68,7 +68,9 @@ class WeightDecayConfig(Section):
     policies: list[DecayPolicy] = Field(default=[], description="what changes λ during training")
 
 
-def same_policies(one: Iterable[PolicySection], other: Iterable[PolicySection]) -> bool:
+def same_policies(policies: Iterable[PolicySection], others: Iterable[PolicySection]) -> bool:
     """Whether two recipes have the same policies with the same code."""
-    first, second = ([part.model_dump(mode="json") for part in parts] for parts in (one, other))
+    first, second = (
+        [part.model_dump(mode="json") for part in parts] for parts in (policies, others)
+    )
     return first == second

@@ -22,10 +22,10 @@ def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     path = [str(part) for part in error["loc"] if not _ALTERNATIVE.match(str(part))]
     key = ".".join(path) or "recipe"
     if error["type"] == "extra_forbidden":
-        known = _keys_beside(path, root)
-        close = difflib.get_close_matches(path[-1], known, 1)
+        keys = _keys_beside(path, root)
+        close = difflib.get_close_matches(path[-1], keys, 1)
         key = cut(key)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(keys)}"
         return f"{key}: unknown key; {hint}"
     if error["type"] == "value_error":
         text = str(error.get("ctx", {}).get("error", error["msg"]))

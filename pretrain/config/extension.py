@@ -68,7 +68,7 @@ class Code:
 class Extension:
     """A user's class, and what identifies it."""
 
-    found: Any
+    cls: Any
     kind: str
     """The kind in the run folder: ``my_file.py:LayerCosine``, or the name of an entry point."""
     pin: tuple[str, str]
@@ -77,7 +77,7 @@ class Extension:
 
 
 def ask(
-    code: Code | None, what: str, call: Callable[[], Answer], wrong: Callable[[str], UsageError]
+    code: Code | None, action: str, call: Callable[[], Answer], wrong: Callable[[str], UsageError]
 ) -> Answer:
     """Call a user's code; its exceptions become one line with the place in the user's file.
 
@@ -91,7 +91,7 @@ def ask(
         raise
     except (Exception, SystemExit) as error:
         place = code.place_of(error) if code else f"{type(error).__name__}: {error}"
-        raise wrong(f"{what} fails: {place}") from error
+        raise wrong(f"{action} fails: {place}") from error
 
 
 _RUNNING: dict[str, Code] = {}
@@ -146,10 +146,10 @@ def run_file(path: Path) -> Code:
         exec(compile(data, str(path), "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        more = ""
+        hint = ""
         if isinstance(error, ModuleNotFoundError):
-            more = "; a code file can import only installed packages"
-        raise ExtensionError(f"{path}: cannot be run ({code.place_of(error)}){more}") from None
+            hint = "; a code file can import only installed packages"
+        raise ExtensionError(f"{path}: cannot be run ({code.place_of(error)}){hint}") from None
     _RUNNING[digest] = code
     return code
 
@@ -166,7 +166,7 @@ def running_files() -> list[Code]:
 
 def names(group: str) -> list[str]:
     """Names of the entry points of a group."""
-    return sorted({one.name for one in entry_points(group=group)})
+    return sorted({point.name for point in entry_points(group=group)})
 
 
 def folder_of(recipe: Path) -> Path | None:
@@ -183,53 +183,53 @@ def folder_of(recipe: Path) -> Path | None:
     return home
 
 
-def _in_file(name: str, word: str, wanted: str, folder: Path | None) -> Extension | None:
-    code = _RUNNING.get(wanted)
+def _in_file(name: str, word: str, pinned: str, folder: Path | None) -> Extension | None:
+    code = _RUNNING.get(pinned)
     if code is None:
         if folder is None:
-            if wanted:
+            if pinned:
                 return None
             raise ExtensionError(
                 f"{name}: a recipe in a folder that this program wrote cannot run code; name "
                 f"the file with --code, or copy the recipe elsewhere"
             )
         code = run_file(folder / Path(name).expanduser())
-        if wanted and code.sha256 != wanted:
+        if pinned and code.sha256 != pinned:
             raise ExtensionError(
-                f"{code.path} has SHA-256 {code.sha256}, but the recipe needs {wanted}; "
+                f"{code.path} has SHA-256 {code.sha256}, but the recipe needs {pinned}; "
                 "restore that file, or remove sha256"
             )
-    found = getattr(code.module, word, None)
-    if found is None:
-        there = [key for key, value in vars(code.module).items() if _is_own(value, code)]
-        listed = f"it has {', '.join(there)}" if there else "it has no class of its own"
+    cls = getattr(code.module, word, None)
+    if cls is None:
+        classes = [key for key, value in vars(code.module).items() if _is_own(value, code)]
+        listed = f"it has {', '.join(classes)}" if classes else "it has no class of its own"
         raise ExtensionError(f"{code.path}: has no {word}; {listed}")
-    return Extension(found, f"{Path(name).name}:{word}", ("sha256", code.sha256), code)
+    return Extension(cls, f"{Path(name).name}:{word}", ("sha256", code.sha256), code)
 
 
 def _is_own(value: Any, code: Code) -> bool:
     return isinstance(value, type) and value.__module__ == code.module.__name__
 
 
-def _in_package(group: str, kind: str, wanted: str, folder: Path | None) -> Extension | None:
+def _in_package(group: str, kind: str, pinned: str, folder: Path | None) -> Extension | None:
     if folder is None:
-        return _LOADED.get((group, kind, wanted))
+        return _LOADED.get((group, kind, pinned))
     chosen = next(iter(entry_points(group=group, name=kind)), None)
     if chosen is None:
         return None
     package = _package_of(chosen)
-    if wanted and wanted != package:
-        raise ExtensionError(f"{kind} belongs to {package} here, but the recipe needs {wanted}")
+    if pinned and pinned != package:
+        raise ExtensionError(f"{kind} belongs to {package} here, but the recipe needs {pinned}")
     key = group, kind, package
     if key not in _LOADED:
         try:
-            found = chosen.load()
+            cls = chosen.load()
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ExtensionError(
                 f"{kind}: {package} cannot be imported ({type(error).__name__}: {reason})"
             ) from None
-        _LOADED[key] = Extension(found, kind, ("package", package))
+        _LOADED[key] = Extension(cls, kind, ("package", package))
     return _LOADED[key]
 
 

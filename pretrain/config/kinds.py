@@ -40,7 +40,7 @@ class Kinds(Generic[Entry, Made]):
 
     def __init__(
         self,
-        what: str,
+        noun: str,
         group: str,
         package: str,
         section: type[Entry],
@@ -49,14 +49,14 @@ class Kinds(Generic[Entry, Made]):
     ) -> None:
         """
         Args:
-            what: ``policy``, for messages.
+            noun: ``policy``, for messages.
             group: the group of entry points, such as ``rankdecay.policies``.
             package: its modules register the built-in classes; empty: there are none.
             section: base class of the sections.
             base: base class of the objects; its class attribute ``Config`` is a section.
             check: further checks of a user's class; raises `ExtensionError`.
         """
-        self._what, self._package = what, package
+        self._noun, self._package = noun, package
         self._section, self._base, self._check = section, base, check
         self.group = group
         self._built_in: dict[str, type[Made]] = {}
@@ -70,9 +70,9 @@ class Kinds(Generic[Entry, Made]):
     def built_in(self, kind: str) -> Callable[[Registered], Registered]:
         """Register a class of the package under the kind that recipes use."""
 
-        def register(made: Registered) -> Registered:
-            self._built_in[kind] = made
-            return made
+        def register(cls: Registered) -> Registered:
+            self._built_in[kind] = cls
+            return cls
 
         return register
 
@@ -86,7 +86,7 @@ class Kinds(Generic[Entry, Made]):
         if isinstance(value, self._section):
             return value
         if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-            raise explained(f"kind: missing; a {self._what} is a mapping with a kind")
+            raise explained(f"kind: missing; a {self._noun} is a mapping with a kind")
         return self.section(value, (info.context or {}).get(FOLDER))
 
     def section(self, entry: dict[str, Any], folder: Path | None = None) -> Entry:
@@ -103,21 +103,21 @@ class Kinds(Generic[Entry, Made]):
         except ExtensionError as error:
             raise explained(f"kind: {error}") from None
         try:
-            made = section.model_validate(values)
+            parsed = section.model_validate(values)
         except ValidationError as error:
             raise explained(explain(error.errors()[0], section)) from None
-        if section in self._own and (lost := _lost_in_json(made)):
+        if section in self._own and (lost := _lost_in_json(parsed)):
             raise explained(
-                f"kind: {made.kind}: a run folder could not give its Config back ({lost}); use "
+                f"kind: {parsed.kind}: a run folder could not give its Config back ({lost}); use "
                 "values that JSON has, keys without alias, and finite numbers"
             )
-        return made
+        return parsed
 
     def class_of(self, section: KindSection) -> type[Made]:
         """The class for a section whose code is loaded in this process (see `absent`)."""
         own = self.own_of(section)
-        found: type[Made] = own.found if own else self._built_in[section.kind]
-        return found
+        cls: type[Made] = own.cls if own else self._built_in[section.kind]
+        return cls
 
     def own_of(self, section: KindSection) -> Extension | None:
         """The user's class of a section, if it has one."""
@@ -130,9 +130,9 @@ class Kinds(Generic[Entry, Made]):
         pins = section.model_extra or {}
         if "sha256" not in pins:
             return f"{section.kind} belongs to {pins['package']}, which is not loaded; install it"
-        there = ", ".join(f"{code.path.name} {code.sha256}" for code in running_files())
+        loaded = ", ".join(f"{code.path.name} {code.sha256}" for code in running_files())
         return (
-            f"{section.kind} with SHA-256 {pins['sha256']} is not loaded ({there or 'no file'} "
+            f"{section.kind} with SHA-256 {pins['sha256']} is not loaded ({loaded or 'no file'} "
             "is); name the file with --code (a run keeps a copy under code/)"
         )
 
@@ -143,13 +143,13 @@ class Kinds(Generic[Entry, Made]):
         self._load()
         if kind in self._built_in:
             return self._built_in[kind].Config, values  # type: ignore[attr-defined]
-        found = find(self.group, kind, values, folder)
-        if found is not None:
-            return self._pin(found), {**values, "kind": found.kind}
+        extension = find(self.group, kind, values, folder)
+        if extension is not None:
+            return self._pin(extension), {**values, "kind": extension.kind}
         if any(pin in values for pin in PINS):
             return self._absent, values
-        known = ", ".join([*sorted(self._built_in), *names(self.group)])
-        raise ExtensionError(f"{kind!r} is not a {self._what}; known: {known}, or FILE.py:CLASS")
+        kinds = ", ".join([*sorted(self._built_in), *names(self.group)])
+        raise ExtensionError(f"{kind!r} is not a {self._noun}; known: {kinds}, or FILE.py:CLASS")
 
     def _load(self) -> None:
         if self._loaded or not self._package:
@@ -163,7 +163,7 @@ class Kinds(Generic[Entry, Made]):
         """The section of a user's class, with the key that pins its code."""
         if own not in self._pinned:
             self._check_class(own)
-            config: type[Entry] = own.found.Config
+            config: type[Entry] = own.cls.Config
             key, value = own.pin
             fields: dict[str, Any] = {key: (str, value)}
             pinned = create_model(config.__name__, __base__=config, **fields)
@@ -171,24 +171,24 @@ class Kinds(Generic[Entry, Made]):
         return self._pinned[own]
 
     def _check_class(self, own: Extension) -> None:
-        found, base, section = own.found, self._base, self._section
-        if not (isinstance(found, type) and issubclass(found, base)):
+        cls, base, section = own.cls, self._base, self._section
+        if not (isinstance(cls, type) and issubclass(cls, base)):
             place = f"{base.__module__}.{base.__name__}"
             raise ExtensionError(f"{own.kind} is not a class derived from {place}")
-        config = getattr(found, "Config", None)
+        config = getattr(cls, "Config", None)
         if not (isinstance(config, type) and issubclass(config, section)):
             place = f"{section.__module__}.{section.__name__}"
             raise ExtensionError(f"{own.kind}.Config is not a class derived from {place}")
         for name, method in vars(base).items():
             if not inspect.isfunction(method) or (name[0] == "_" and name != "__init__"):
                 continue
-            wanted = inspect.signature(method)
+            signature = inspect.signature(method)
             try:
-                inspect.signature(getattr(found, name)).bind(*range(len(wanted.parameters)))
+                inspect.signature(getattr(cls, name)).bind(*range(len(signature.parameters)))
             except (TypeError, ValueError):
                 raise ExtensionError(
                     f"{own.kind}.{name} has another signature than "
-                    f"{name}({', '.join(wanted.parameters)})"
+                    f"{name}({', '.join(signature.parameters)})"
                 ) from None
         if self._check is not None:
             self._check(own)
@@ -197,9 +197,9 @@ class Kinds(Generic[Entry, Made]):
 def _lost_in_json(section: KindSection) -> str:
     """What keeps a section from being read again from a run folder; empty if nothing does."""
     try:
-        again = type(section).model_validate(json.loads(section.model_dump_json()))
+        reread = type(section).model_validate(json.loads(section.model_dump_json()))
     except ValidationError as error:
         return explain(error.errors()[0], type(section))
     except ValueError as error:  # pydantic's error of what it cannot write
         return " ".join(str(error).split())[:200]
-    return "" if again == section else "it comes back with other values"
+    return "" if reread == section else "it comes back with other values"

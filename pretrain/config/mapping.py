@@ -16,11 +16,11 @@ LARGEST_RECIPE = 1 << 20
 """Largest size of a YAML file in bytes."""
 
 
-def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
+def read_mapping(path: Path, noun: str, content: str) -> dict[str, Any]:
     """Read a YAML file that is a mapping.
 
     Args:
-        what, content: for the messages: "a recipe is a mapping of sections".
+        noun, content: for the messages: "a recipe is a mapping of sections".
 
     Raises:
         UsageError: one line that names the file and what to do.
@@ -30,13 +30,13 @@ def read_mapping(path: Path, what: str, content: str) -> dict[str, Any]:
         values = load_yaml(text) or {}
     except OSError as error:
         mend = "; save it as a file" if error.errno == errno.ENXIO else ""
-        raise UsageError(f"{path}: cannot read the {what} ({error.strerror}){mend}") from None
+        raise UsageError(f"{path}: cannot read the {noun} ({error.strerror}){mend}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except RecipeError as error:
         raise UsageError(f"{path}{f':{error.line}' * bool(error.line)}: {error}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: a {what} is a mapping of {content}")
+        raise UsageError(f"{path}: a {noun} is a mapping of {content}")
     return values
 
 

@@ -138,8 +138,10 @@ class Config(Section):
             f"grid.zero_stage {grid.zero_stage}": grid.zero_stage > 1,
             "keys of deepspeed:": bool(self.deepspeed),
         }
-        if what := next((key for key, refused in unfit.items() if refused), ""):
-            raise ValueError(f"speed.update: flat does not support {what}; use speed.update auto")
+        if setting := next((key for key, refused in unfit.items() if refused), ""):
+            raise ValueError(
+                f"speed.update: flat does not support {setting}; use speed.update auto"
+            )
 
     @property
     def is_flat(self) -> bool:
@@ -203,7 +205,7 @@ def load_config(
     run_code(code)
     config = parse_config(values, str(path), folder_of(path))
     for key, section in entries(config):
-        if missing := next(filter(None, (one.absent(section) for one in _OPEN)), ""):
+        if missing := next(filter(None, (kinds.absent(section) for kinds in _OPEN)), ""):
             raise UsageError(f"{path}: {key}: {missing}")
     return config
 
@@ -278,8 +280,8 @@ def parse_config(
 
 def code_of(config: Config) -> list[Code]:
     """The user's code files that a recipe runs, each once."""
-    found = [running(getattr(section, "sha256", "")) for _, section in entries(config)]
-    return list({code.sha256: code for code in found if code}.values())
+    codes = [running(getattr(section, "sha256", "")) for _, section in entries(config)]
+    return list({code.sha256: code for code in codes if code}.values())
 
 
 def value_at(config: Config, key: str) -> Any:
@@ -296,8 +298,8 @@ def _value_in(tree: Any, key: str) -> Any:
     if key in tree:
         return tree[key]
     parts = (part for part in tree if key.startswith(f"{part}."))
-    found = (_value_in(tree[part], key[len(part) + 1 :]) for part in parts)
-    return next((value for value in found if value is not None), None)
+    values = (_value_in(tree[part], key[len(part) + 1 :]) for part in parts)
+    return next((value for value in values if value is not None), None)
 
 
 def dump_config(config: Config) -> str:

@@ -39,8 +39,8 @@ class _Loader(yaml.SafeLoader):
                         line,
                     )
                 first[key] = line
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 _INTEGER = r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+"
@@ -60,7 +60,7 @@ for _kind, _pattern, _first in _RESOLVERS:
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_kind}",
         re.compile(f"^(?:{_pattern})$"),
-        ["" if one == "\0" else one for one in _first],
+        ["" if letter == "\0" else letter for letter in _first],
     )
 _Loader.add_constructor(
     "tag:yaml.org,2002:int",
@@ -104,11 +104,11 @@ def load_yaml(text: str) -> Any:
         raise RecipeError(f"not valid YAML ({error})") from None
 
 
-def _count(node: Any, known: dict[int, int]) -> int:
+def _count(node: Any, counts: dict[int, int]) -> int:
     """Number of values in a node with aliases expanded; each node is visited once.
 
     Args:
-        known: the numbers counted so far, by the node's identity.
+        counts: the numbers counted so far, by the node's identity.
 
     Raises:
         RecipeError: if the node is part of itself.
@@ -116,11 +116,13 @@ def _count(node: Any, known: dict[int, int]) -> int:
     if node.tag not in _TAGS:
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         raise RecipeError(f"{kind}: this kind of value is not allowed", node.start_mark.line + 1)
-    if id(node) not in known:
-        known[id(node)] = 0  # being counted
+    if id(node) not in counts:
+        counts[id(node)] = 0  # being counted
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        found = [part for one in parts for part in (one if isinstance(one, tuple) else (one,))]
-        known[id(node)] = 1 + sum(_count(part, known) for part in found)
-    if not known[id(node)]:
+        children = [
+            part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))
+        ]
+        counts[id(node)] = 1 + sum(_count(part, counts) for part in children)
+    if not counts[id(node)]:
         raise RecipeError("has an alias that contains itself", node.start_mark.line + 1)
-    return known[id(node)]
+    return counts[id(node)]

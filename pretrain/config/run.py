@@ -79,12 +79,12 @@ class LoggingConfig(Section):
 
     def services(self) -> list[ServiceSection]:
         """All services that receive metrics in addition to the file."""
-        found: list[dict[str, str]] = []
+        entries: list[dict[str, str]] = []
         if self.wandb:
-            found.append({"kind": "wandb", "project": self.wandb, "group": self.wandb_group})
+            entries.append({"kind": "wandb", "project": self.wandb, "group": self.wandb_group})
         if self.tensorboard:
-            found.append({"kind": "tensorboard"})
-        return [*map(SERVICES.section, found), *self.trackers]
+            entries.append({"kind": "tensorboard"})
+        return [*map(SERVICES.section, entries), *self.trackers]
 
 
 class ResumeConfig(Section):

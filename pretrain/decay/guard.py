@@ -24,8 +24,8 @@ class Guarded(Policy):
     def __init__(self, own: Extension, config: PolicySection, setting: Setting) -> None:
         super().__init__(config, setting)
         self.kind, self._code = own.kind, own.code
-        self._inner: Policy = self._ask("__init__", lambda: own.found(config, setting))
-        self.wants, self.per_layer = own.found.wants, bool(own.found.per_layer)
+        self._inner: Policy = self._ask("__init__", lambda: own.cls(config, setting))
+        self.wants, self.per_layer = own.cls.wants, bool(own.cls.per_layer)
         self.form, self.every = self._inner.form, self._inner.every
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise self._wrong(f"every is {self.every!r}; it must be a number of steps, 1 or more")
@@ -41,21 +41,21 @@ class Guarded(Policy):
         self._ask("restore", lambda: self._inner.restore(saved))
 
     def move(self, site: Site, decay: float, step: int) -> float:
-        where = f"move at {label(site)} in update {step}"
-        found = self._ask(where, lambda: self._inner.move(site, decay, step))
-        if isinstance(found, bool) or not isinstance(found, Real):
-            raise self._wrong(f"{where} returns {_shown(found)}, which is not a number")
-        decay = float(found)
+        action = f"move at {label(site)} in update {step}"
+        returned = self._ask(action, lambda: self._inner.move(site, decay, step))
+        if isinstance(returned, bool) or not isinstance(returned, Real):
+            raise self._wrong(f"{action} returns {_shown(returned)}, which is not a number")
+        decay = float(returned)
         if not 0 <= decay < math.inf:
-            raise self._wrong(f"{where} returns {decay:g}; λ must be a finite number, 0 or more")
+            raise self._wrong(f"{action} returns {decay:g}; λ must be a finite number, 0 or more")
         return decay
 
     def due(self, step: int) -> bool:
         return bool(self._ask("due", lambda: self._inner.due(step)))
 
     def observe(self, measured: Any, step: int) -> list[str]:
-        said = self._ask(f"observe at step {step}", lambda: self._inner.observe(measured, step))
-        return [" ".join(str(line).split()) for line in said or []]
+        lines = self._ask(f"observe at step {step}", lambda: self._inner.observe(measured, step))
+        return [" ".join(str(line).split()) for line in lines or []]
 
     def measures(self, info: ParameterInfo) -> bool:
         return bool(self._ask("measures", lambda: self._inner.measures(info)))
@@ -64,8 +64,8 @@ class Guarded(Policy):
         return float(self._ask(f"figure of {info.name}", lambda: self._inner.figure(info, matrix)))
 
     def figures(self) -> dict[str, Any]:
-        found = dict(self._ask("figures", self._inner.figures))
-        return {"policy": self.kind, **found} if found else {}
+        figures = dict(self._ask("figures", self._inner.figures))
+        return {"policy": self.kind, **figures} if figures else {}
 
     def state(self) -> dict[str, Any]:
         return self._saved()
@@ -75,17 +75,17 @@ class Guarded(Policy):
 
     def _saved(self) -> dict[str, Any]:
         """The state in the form in which a checkpoint returns it."""
-        found = self._ask("state", self._inner.state)
+        state = self._ask("state", self._inner.state)
         try:
-            saved: Any = json.loads(to_json(found))
+            saved: Any = json.loads(to_json(state))
         except (TypeError, ValueError) as error:
             raise self._wrong(f"state returns something that is not JSON ({error})") from None
         if not isinstance(saved, dict):
-            raise self._wrong(f"state returns {_shown(found)}, which is not a mapping")
+            raise self._wrong(f"state returns {_shown(state)}, which is not a mapping")
         return saved
 
-    def _ask(self, what: str, call: Callable[[], Answer]) -> Answer:
-        return ask(self._code, what, call, self._wrong)
+    def _ask(self, action: str, call: Callable[[], Answer]) -> Answer:
+        return ask(self._code, action, call, self._wrong)
 
     def _wrong(self, text: str) -> UsageError:
         return UsageError(f"{self.setting.key}: {self.kind}: {text}")

@@ -16,12 +16,12 @@ def _check(own: Extension) -> None:
     Raises:
         ExtensionError: if a user's class lacks a method that its ``wants`` needs.
     """
-    found = own.found
-    if found.wants not in (None, *get_args(Want)):
+    cls = own.cls
+    if cls.wants not in (None, *get_args(Want)):
         raise ExtensionError(
-            f"{own.kind}.wants is {found.wants!r}; it must be None, {', '.join(get_args(Want))}"
+            f"{own.kind}.wants is {cls.wants!r}; it must be None, {', '.join(get_args(Want))}"
         )
-    needed = {"move": found.move} | ({"figure": found.figure} if found.wants == "weights" else {})
+    needed = {"move": cls.move} | ({"figure": cls.figure} if cls.wants == "weights" else {})
     for name, method in needed.items():
         if method is getattr(Policy, name):
             raise ExtensionError(f"{own.kind} has no method {name}")

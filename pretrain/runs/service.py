@@ -57,7 +57,7 @@ class Service:
 
 
 def _check(extension: Extension) -> None:
-    if extension.found.log is Service.log:
+    if extension.cls.log is Service.log:
         raise ExtensionError(f"{extension.kind} has no method log")
 
 

@@ -58,7 +58,7 @@ class SampleTask:
 
 def _check(extension: Extension) -> None:
     for name in ("answers", "training", "held_out"):
-        if getattr(extension.found, name) is getattr(SampleTask, name):
+        if getattr(extension.cls, name) is getattr(SampleTask, name):
             raise ExtensionError(f"{extension.kind} has no method {name}")
 
 

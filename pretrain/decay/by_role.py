@@ -25,10 +25,10 @@ def named(words: Iterable[str], key: str, present: frozenset[Role]) -> frozenset
     """
     roles: set[Role] = set()
     for word in words:
-        here = present.intersection(roles_of(word, f"{KEY}.{key}"))
-        if not here:
+        matching = present.intersection(roles_of(word, f"{KEY}.{key}"))
+        if not matching:
             raise UsageError(f"{KEY}.{key}: this model has no {word!r}; remove it")
-        roles |= here
+        roles |= matching
     return frozenset(roles)
 
 
@@ -38,12 +38,12 @@ def by_role(
     """A setting of one word, or one word by role, as one word for every role of a model."""
     if isinstance(setting, str):
         return dict.fromkeys(present, setting)
-    found = dict.fromkeys(present, setting.get("default", default))
+    chosen = dict.fromkeys(present, setting.get("default", default))
     # General words first, so that more specific ones override them.
     words = [word for word in setting if word != "default"]
     for word in sorted(words, key=lambda word: -len(ALIASES.get(word, ()))):
-        found |= dict.fromkeys(named([word], key, present), setting[word])
-    return found
+        chosen |= dict.fromkeys(named([word], key, present), setting[word])
+    return chosen
 
 
 def check_directions(

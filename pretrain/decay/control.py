@@ -170,14 +170,14 @@ class DecayControl:
 
     def in_use(self) -> dict[str, float]:
         """λ of the last update, for the log: by group, or by layer if policies distinguish them."""
-        found: dict[str, float] = {}
+        decays: dict[str, float] = {}
         for group in self._plan.groups:
             by_layer = self.moves_layers_apart(group.role)
             for info in group.parameters:
                 site = site_of(info)
                 applied = self.used.get(site) or self.now(site)
-                found[label(site) if by_layer else group.name] = applied.decay
-        return found
+                decays[label(site) if by_layer else group.name] = applied.decay
+        return decays
 
     def books(self) -> DecayRecords:
         """The decay applied so far at every site."""

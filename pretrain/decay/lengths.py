@@ -26,16 +26,16 @@ _OF_LENGTHS = ("train", "optimizer", "checkpoint", "evaluation")
 """Sections of a recipe that have lengths."""
 
 
-def check_lengths(config: Config, known: Config | None = None) -> None:
+def check_lengths(config: Config, existing: Config | None = None) -> None:
     """Refuse lengths that are ambiguous or meaningless.
 
     Args:
-        known: the recipe of the existing run; an earlier version accepted its values.
+        existing: the recipe of the existing run; an earlier version accepted its values.
 
     Raises:
         UsageError: naming the key and what to do.
     """
-    if known and all(getattr(known, one) == getattr(config, one) for one in _OF_LENGTHS):
+    if existing and all(getattr(existing, name) == getattr(config, name) for name in _OF_LENGTHS):
         return
     steps = config.train.steps
     for key, value in _lengths(config):
@@ -106,20 +106,20 @@ def _of_the_rate(config: Config) -> Iterator[str]:
             f"{100 * steps / (warmup + 1):.3g} % of optimizer.learning_rate"
         )
         return
-    left = steps - warmup
+    remaining = steps - warmup
     if schedule.kind == "constant":
         if schedule.final_fraction != ScheduleConfig.model_fields["final_fraction"].default:
             yield f"{_RATE}.final_fraction: has no effect on a constant rate"
         return
-    wanted = left
+    decay_steps = remaining
     if schedule.kind == "wsd":
-        wanted = in_steps(schedule.decay, steps)
-        if wanted > left:
+        decay_steps = in_steps(schedule.decay, steps)
+        if decay_steps > remaining:
             yield (
-                f"{_RATE}.decay: {wanted:,} steps are shortened to the {left:,} that the warm-up "
-                "leaves"
+                f"{_RATE}.decay: {decay_steps:,} steps are shortened to the {remaining:,} that the "
+                "warm-up leaves"
             )
-    fall = min(wanted, left)
+    fall = min(decay_steps, remaining)
     if fall < 2:
         yield (
             f"{_RATE}: the decay phase of {schedule.kind} has {'one step' if fall else 'no step'} "

@@ -162,11 +162,13 @@ def alpha_multipliers(
     if not finite or max(finite) == min(finite):
         return dict.fromkeys(exponents, 1.0)
     least, span = min(finite), max(finite) - min(finite)
-    found = {
+    multipliers = {
         name: low + (high - low) * (value - least) / span if math.isfinite(value) else 1.0
         for name, value in exponents.items()
     }
     if normalize_mean:
-        mean = sum(found.values()) / len(found)
-        found = {name: value / mean for name, value in found.items()} if mean > 0 else found
-    return found
+        mean = sum(multipliers.values()) / len(multipliers)
+        multipliers = (
+            {name: value / mean for name, value in multipliers.items()} if mean > 0 else multipliers
+        )
+    return multipliers

@@ -188,15 +188,15 @@ class RankController(Policy):
         state.place, state.time = place, time
         if time < config.start:
             return None
-        left = max(config.until - time, config.horizon)
+        remaining = max(config.until - time, config.horizon)
         drift = 0.0 if math.isnan(state.drift) else state.drift
-        wanted = ((self._goal - place) / left - drift) / max(2 * total, 1e-12)
-        state.decay = min(max(wanted, self.minimum), self.maximum)
-        held = not self.minimum < wanted < self.maximum and abs(rank - config.target) > _OFF
-        state.stuck = state.stuck + 1 if held and time > config.until else 0
+        exact = ((self._goal - place) / remaining - drift) / max(2 * total, 1e-12)
+        state.decay = min(max(exact, self.minimum), self.maximum)
+        clamped = not self.minimum < exact < self.maximum and abs(rank - config.target) > _OFF
+        state.stuck = state.stuck + 1 if clamped and time > config.until else 0
         if state.stuck != _PATIENCE:
             return None
-        return "minimum" if wanted <= self.minimum else "maximum"
+        return "minimum" if exact <= self.minimum else "maximum"
 
     def move(self, site: Site, decay: float, step: int) -> float:
         """λ of the site's loop; until its control begins, λ unchanged (the recipe's).

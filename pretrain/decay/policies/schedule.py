@@ -32,8 +32,8 @@ class ScheduleDecay(PolicySection):
     last: float = Field(0.0, ge=0, description="multiplier after (window: outside)")
 
     def lengths(self) -> dict[str, float]:
-        found: dict[str, float] = {"start": self.start}
-        return found if self.stop is None else {**found, "stop": self.stop}
+        lengths: dict[str, float] = {"start": self.start}
+        return lengths if self.stop is None else {**lengths, "stop": self.stop}
 
     def check_lengths(self, key: str, steps: int) -> None:
         if self.stop is None or self.shape == "step":
@@ -51,9 +51,10 @@ class ScheduleDecay(PolicySection):
             yield f"{key}.stop: has no effect on the shape step, which jumps at start"
         if self.shape == "warmup" and self.last:
             yield f"{key}.last: has no effect on the shape warmup, which ends at first"
-        found = self._multipliers(steps)
-        if len(found) == 1 and self.first != self.last:
-            yield f"{key}: λ is multiplied by {found.pop():g} in every update of a run of {steps:,}"
+        multipliers = self._multipliers(steps)
+        if len(multipliers) == 1 and self.first != self.last:
+            only = multipliers.pop()
+            yield f"{key}: λ is multiplied by {only:g} in every update of a run of {steps:,}"
         elif self.shape != "step":
             if begin + span > steps:
                 yield f"{key}.stop: step {begin + span:,} is after the last of a run of {steps:,}"

@@ -80,8 +80,8 @@ def config_json(
         "tie_word_embeddings": config.tied_head,
         "dtype": "float32",
     }
-    own = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": None}
-    common |= own if ids is None else ids
+    default_ids = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": None}
+    common |= default_ids if ids is None else ids
     if kind == "gpt2":
         return common | {
             "n_embd": config.hidden_size,
@@ -141,40 +141,40 @@ def shards(config: GPTConfig, read: Read, head_size: int) -> Iterator[dict[str, 
 
 def _words(kind: str) -> tuple[str, str, str, str]:
     """Names of the class: its prefix, embedding, layers and final norm."""
-    known = {
+    names = {
         "gpt2": ("transformer.", "wte.weight", "h.{}.", "ln_f"),
         "gpt_neox": ("gpt_neox.", "embed_in.weight", "layers.{}.", "final_layer_norm"),
     }
-    return known.get(kind, ("model.", "embed_tokens.weight", "layers.{}.", "norm"))
+    return names.get(kind, ("model.", "embed_tokens.weight", "layers.{}.", "norm"))
 
 
 def _first(config: GPTConfig, read: Read) -> dict[str, Tensor]:
     kind = class_of(config)
     prefix, embedding, _, _ = _words(kind)
-    found = {prefix + embedding: read("embedding.weight")[: config.vocabulary_size]}
+    tensors = {prefix + embedding: read("embedding.weight")[: config.vocabulary_size]}
     if kind == "gpt2":
-        found["transformer.wpe.weight"] = read("position.weight")
-    return _whole(found)
+        tensors["transformer.wpe.weight"] = read("position.weight")
+    return _whole(tensors)
 
 
 def _layer(config: GPTConfig, read: Read, layer: int, scale: float) -> dict[str, Tensor]:
     kind = class_of(config)
     prefix, _, layers, _ = _words(kind)
     make = {"gpt2": _gpt2_layer, "gpt_neox": _neox_layer}.get(kind, _llama_layer)
-    found = make(config, _of_layer(read, layer), scale)
-    return _whole({prefix + layers.format(layer) + name: value for name, value in found.items()})
+    tensors = make(config, _of_layer(read, layer), scale)
+    return _whole({prefix + layers.format(layer) + name: value for name, value in tensors.items()})
 
 
 def _last(config: GPTConfig, read: Read) -> dict[str, Tensor]:
     kind = class_of(config)
     prefix, _, _, norm = _words(kind)
-    found = {f"{prefix}{norm}.weight": read("final_norm.weight")}
+    tensors = {f"{prefix}{norm}.weight": read("final_norm.weight")}
     if config.norm == "layernorm":
-        found[f"{prefix}{norm}.bias"] = read("final_norm.bias")
+        tensors[f"{prefix}{norm}.bias"] = read("final_norm.bias")
     if not config.tied_head:
         head = "embed_out.weight" if kind == "gpt_neox" else "lm_head.weight"
-        found[head] = read("head.weight")[: config.vocabulary_size]
-    return _whole(found)
+        tensors[head] = read("head.weight")[: config.vocabulary_size]
+    return _whole(tensors)
 
 
 def _of_layer(read: Read, layer: int) -> Read:
@@ -213,8 +213,8 @@ def _gpt2_layer(config: GPTConfig, read: Read, scale: float) -> dict[str, Tensor
 def _neox_layer(config: GPTConfig, read: Read, scale: float) -> dict[str, Tensor]:
     def interleaved(kind: str) -> Tensor:
         parts = [
-            one.unflatten(0, (config.num_attention_heads, -1))
-            for one in _scaled_qkv(read, kind, scale)
+            matrix.unflatten(0, (config.num_attention_heads, -1))
+            for matrix in _scaled_qkv(read, kind, scale)
         ]
         return torch.cat(parts, 1).flatten(0, 1)
 
@@ -236,7 +236,7 @@ def _neox_layer(config: GPTConfig, read: Read, scale: float) -> dict[str, Tensor
 
 def _llama_layer(config: GPTConfig, read: Read, scale: float) -> dict[str, Tensor]:
     query, key, value = _scaled_qkv(read, "weight", scale)
-    found = {
+    tensors = {
         "input_layernorm.weight": read("attention_norm.weight"),
         "post_attention_layernorm.weight": read("mlp_norm.weight"),
         "self_attn.q_proj.weight": query,
@@ -248,6 +248,6 @@ def _llama_layer(config: GPTConfig, read: Read, scale: float) -> dict[str, Tenso
         "mlp.down_proj.weight": read("mlp.out.weight"),
     }
     if config.qk_norm:
-        found["self_attn.q_norm.weight"] = read("attention.query_norm.weight")
-        found["self_attn.k_norm.weight"] = read("attention.key_norm.weight")
-    return found
+        tensors["self_attn.q_norm.weight"] = read("attention.query_norm.weight")
+        tensors["self_attn.k_norm.weight"] = read("attention.key_norm.weight")
+    return tensors

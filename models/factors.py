@@ -82,7 +82,8 @@ class Factors:
             applies to the group.
         """
         query, key, value, output = (
-            one[0].double().square() for one in (self.query, self.key, self.value, self.output)
+            matrices[0].double().square()
+            for matrices in (self.query, self.key, self.value, self.output)
         )
         return {
             "qk": (key.sum(1), query.sum((0, 2))),

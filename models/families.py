@@ -102,12 +102,12 @@ class Tower(BaseModel):
         """
         if not self.rotary_layers:
             return True
-        found = _lookup(self._section(config), self.rotary_layers)
-        if not isinstance(found, list) or layer >= len(found) or found[layer] not in (0, 1):
+        flags = _lookup(self._section(config), self.rotary_layers)
+        if not isinstance(flags, list) or layer >= len(flags) or flags[layer] not in (0, 1):
             raise ModelError(
                 f"config.json: {self.rotary_layers} has no 0 or 1 for layer {layer}; add it"
             )
-        return bool(found[layer])
+        return bool(flags[layer])
 
     def _section(self, config: dict[str, Any]) -> dict[str, Any]:
         names = [self.config] if isinstance(self.config, str) else self.config
@@ -119,19 +119,19 @@ class Tower(BaseModel):
 
     def _count(self, section: dict[str, Any], keys: Keys, default: int | None = None) -> int:
         names = keys if isinstance(keys, list) else [keys]
-        found: dict[str | int, int] = {}
+        counts: dict[str | int, int] = {}
         for name in names:
             value = _lookup(section, name) if isinstance(name, str) and name else name or None
-            if value is None or (found and isinstance(name, int)):
+            if value is None or (counts and isinstance(name, int)):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ModelError(f"config.json: {name} is {value!r}, not a number above 0")
-            found[name] = value
-        if len(set(found.values())) > 1:
-            said = ", ".join(f"{name}={value}" for name, value in found.items())
-            raise ModelError(f"config.json: {said} contradict each other; keep the correct one")
-        if found:
-            return next(iter(found.values()))
+            counts[name] = value
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name}={value}" for name, value in counts.items())
+            raise ModelError(f"config.json: {listed} contradict each other; keep the correct one")
+        if counts:
+            return next(iter(counts.values()))
         if default is None:
             raise ModelError(
                 f"config.json: has no {' or '.join(map(str, names))}; add it (a file without it "
@@ -141,8 +141,8 @@ class Tower(BaseModel):
         return default
 
     def _rotary(self, section: dict[str, Any]) -> float:
-        for one in self.rotary if isinstance(self.rotary, list) else [self.rotary]:
-            value = _lookup(section, one) if isinstance(one, str) else one
+        for choice in self.rotary if isinstance(self.rotary, list) else [self.rotary]:
+            value = _lookup(section, choice) if isinstance(choice, str) else choice
             if isinstance(value, int | float):
                 return float(value)
         return 0.0
@@ -171,10 +171,10 @@ def _says_qk_norm(section: dict[str, Any]) -> bool:
 
 
 def _lookup(section: dict[str, Any], key: str) -> Any:
-    found: Any = section
+    value: Any = section
     for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 @cache
@@ -182,11 +182,11 @@ def known_families() -> dict[str, Family]:
     """The families that ``families.yaml`` describes, by ``model_type``."""
     path = Path(__file__).with_name("families.yaml")
     described = yaml.safe_load(path.read_text(encoding="utf-8"))
-    found: dict[str, Family] = {}
+    families: dict[str, Family] = {}
     for name, values in described.items():
         family = family_of(values, f"{path.name}: {name}")
-        found |= dict.fromkeys(family.model_types, family)
-    return found
+        families |= dict.fromkeys(family.model_types, family)
+    return families
 
 
 def family_of(values: dict[str, Any], source: str) -> Family:

@@ -99,17 +99,17 @@ class _Keys:
             ModelError: if it has another type, or is a number that is not above 0.
         """
         names = [key, _ALIASES[key]] if self.kind == "gpt2" and key in _ALIASES else [key]
-        found = {name: self.given(name) for name in names}
-        found = {name: value for name, value in found.items() if value is not None}
-        if len(set(map(str, found.values()))) > 1:
-            raise ModelError(f"config.json: {' and '.join(names)} differ: {found}; keep one")
-        if not found:
-            known = DEFAULTS[self.kind].get(key) if default is None else default
-            if known is None:
+        values = {name: self.given(name) for name in names}
+        values = {name: value for name, value in values.items() if value is not None}
+        if len(set(map(str, values.values()))) > 1:
+            raise ModelError(f"config.json: {' and '.join(names)} differ: {values}; keep one")
+        if not values:
+            fallback = DEFAULTS[self.kind].get(key) if default is None else default
+            if fallback is None:
                 raise ModelError(f"config.json has no {key}")
-            return known
-        name = next(iter(found))
-        value: Any = found[name]
+            return fallback
+        name = next(iter(values))
+        value: Any = values[name]
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         counts = isinstance(value, int | float) and not isinstance(value, bool)
@@ -120,12 +120,12 @@ class _Keys:
 
     def only(self, key: str, *usual: Any) -> None:
         """Refuse a key that is present with a value other than the usual one."""
-        found = self.given(key)
-        if found is not None and not any(
-            found == one and type(found) is type(one) for one in usual
+        value = self.given(key)
+        if value is not None and not any(
+            value == option and type(value) is type(option) for option in usual
         ):
             raise ModelError(
-                f"config.json: {key} is {found!r}, but our models support only {usual[0]!r}"
+                f"config.json: {key} is {value!r}, but our models support only {usual[0]!r}"
             )
 
     def check_all_read(self) -> None:
@@ -134,15 +134,15 @@ class _Keys:
         Raises:
             ModelError: naming the key, its value, and what can be done.
         """
-        others = {
+        unread = {
             key: value for key, value in self.values.items()
             if value is not None and key not in self.read | _WITHOUT_EFFECT
         }  # fmt: skip
-        if others:
-            key = next(iter(others))
-            more = f" (nor {', '.join([*others][1:6])})" if len(others) > 1 else ""
+        if unread:
+            key = next(iter(unread))
+            also = f" (nor {', '.join([*unread][1:6])})" if len(unread) > 1 else ""
             raise ModelError(
-                f"config.json: unknown key {key} {str(others[key])[:80]!r}{more}, which may change "
+                f"config.json: unknown key {key} {str(unread[key])[:80]!r}{also}, which may change "
                 "what the model computes; remove the key if it does not"
             )
 
@@ -174,14 +174,14 @@ def model_values(config: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _activation(keys: _Keys, key: str, default: str, known: dict[str, str]) -> str:
+def _activation(keys: _Keys, key: str, default: str, activations: dict[str, str]) -> str:
     name = keys.take(key, str, default)
-    if name not in known:
+    if name not in activations:
         raise ModelError(
             f"config.json: {key}: unknown activation {name!r}; a {keys.kind} can have "
-            f"{', '.join(known)}"
+            f"{', '.join(activations)}"
         )
-    return known[name]
+    return activations[name]
 
 
 def _gpt2(keys: _Keys, common: dict[str, Any]) -> dict[str, Any]:
@@ -274,20 +274,20 @@ def _rotary(keys: _Keys, base_key: str, share_key: str) -> tuple[float, float]:
     if sections["rope_parameters"] and sections["rope_scaling"]:
         raise ModelError("config.json: has rope_parameters and rope_scaling; keep one of them")
     rope = {**sections["rope_parameters"], **sections["rope_scaling"]}
-    found = []
+    results = []
     for inner, outer in (("rope_theta", base_key), ("partial_rotary_factor", share_key)):
-        said = {f"rope_parameters.{inner}": rope.get(inner), outer: keys.given(outer)}
-        said = {name: value for name, value in said.items() if value is not None}
-        value = next(iter(said.values()), DEFAULTS[keys.kind].get(outer, _COMMON.get(inner, 1.0)))
+        stated = {f"rope_parameters.{inner}": rope.get(inner), outer: keys.given(outer)}
+        stated = {name: value for name, value in stated.items() if value is not None}
+        value = next(iter(stated.values()), DEFAULTS[keys.kind].get(outer, _COMMON.get(inner, 1.0)))
         if keys.given(inner) is not None:
-            said[inner] = keys.given(inner)
-        for name, one in said.items():
-            if not isinstance(one, int | float) or isinstance(one, bool) or not one > 0:
-                raise ModelError(f"config.json: {name} is {one!r}, not a number above 0")
-            if one != value:
+            stated[inner] = keys.given(inner)
+        for name, number in stated.items():
+            if not isinstance(number, int | float) or isinstance(number, bool) or not number > 0:
+                raise ModelError(f"config.json: {name} is {number!r}, not a number above 0")
+            if number != value:
                 raise ModelError(
-                    f"config.json: {name} is {one!r}, but transformers uses {value!r}; write one "
-                    "value for both"
+                    f"config.json: {name} is {number!r}, but transformers uses {value!r}; write "
+                    "one value for both"
                 )
-        found.append(float(value))
-    return found[0], found[1]
+        results.append(float(value))
+    return results[0], results[1]

@@ -32,15 +32,15 @@ def generation_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """
     ids = {key: value for key, value in config.items() if _is_id_key(key)}
     file = folder / GENERATION_CONFIG
-    others = read_json(file) if file.exists() else None
-    for name, values in (("config.json", ids), (GENERATION_CONFIG, others or {})):
+    settings = read_json(file) if file.exists() else None
+    for name, values in (("config.json", ids), (GENERATION_CONFIG, settings or {})):
         for key, value in values.items():
             if key.endswith("_token_id") and not _is_id(value):
                 raise ModelError(
                     f"{folder / name}: {key} is {str(value)[:80]!r}, not a token id, a list of "
                     "them or null"
                 )
-    return {"config": ids, "generation_config": others}
+    return {"config": ids, "generation_config": settings}
 
 
 def _is_id_key(key: str) -> bool:
@@ -49,12 +49,12 @@ def _is_id_key(key: str) -> bool:
 
 def _is_id(value: Any) -> bool:
     if isinstance(value, list):
-        return all(type(one) is int for one in value)
+        return all(type(item) is int for item in value)
     return value is None or type(value) is int
 
 
 def ends_with(generation: dict[str, Any], token: int) -> bool:
     """Whether a model's texts end with ``token`` by either file; a file without an end agrees."""
     both = (generation["generation_config"] or {}, generation["config"])
-    found = [values["eos_token_id"] for values in both if values.get("eos_token_id") is not None]
-    return all(token in one if isinstance(one, list) else token == one for one in found)
+    ends = [values["eos_token_id"] for values in both if values.get("eos_token_id") is not None]
+    return all(token in end if isinstance(end, list) else token == end for end in ends)

@@ -99,8 +99,8 @@ class Block(nn.Module):
             return again
         if self._compiled is not None and torch.is_grad_enabled():
             # Batches of training have one shape; those of an evaluation would each be compiled.
-            found: torch.Tensor = self._compiled(x)
-            return found
+            output: torch.Tensor = self._compiled(x)
+            return output
         return self._forward(x)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -251,5 +251,5 @@ class GPT(nn.Module):
 
 def attention_layers(module: nn.Module) -> list[Attention]:
     """The attention layers that this process holds, by layer."""
-    found = [part for part in module.modules() if isinstance(part, Attention)]
-    return sorted(found, key=lambda part: part.layer)
+    layers = [part for part in module.modules() if isinstance(part, Attention)]
+    return sorted(layers, key=lambda part: part.layer)

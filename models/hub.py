@@ -36,11 +36,11 @@ def revisions(name: str, pattern: str) -> list[str]:
         references = api.list_repo_refs(name)
     except Exception as error:
         raise _explained(name, error) from None
-    names = [one.name for one in [*references.branches, *references.tags]]
-    found = sorted(set(fnmatch.filter(names, pattern)), key=by_number)
-    if not found:
+    names = [reference.name for reference in [*references.branches, *references.tags]]
+    matches = sorted(set(fnmatch.filter(names, pattern)), key=by_number)
+    if not matches:
         raise ModelError(f"{name}: no revision matches {pattern}; there are {', '.join(names[:8])}")
-    return found
+    return matches
 
 
 def by_number(name: str) -> tuple[int, str]:
@@ -61,8 +61,8 @@ def fetch(name: str, revision: str = "") -> Path:
         if _is_off_network():
             raise ConnectionError
         files = api.list_repo_files(name, revision=revision or None)
-        kind = "*.safetensors" if any(one.endswith(".safetensors") for one in files) else "*.bin"
-        found = snapshot_download(
+        kind = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
+        folder = snapshot_download(
             name, revision=revision or None, allow_patterns=[*_FILES, kind], max_workers=2
         )
     except Exception as error:
@@ -70,7 +70,7 @@ def fetch(name: str, revision: str = "") -> Path:
         if cached is None:
             raise _explained(name, error) from None
         return cached
-    return Path(found)
+    return Path(folder)
 
 
 def _cached(name: str, revision: str) -> Path | None:

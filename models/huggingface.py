@@ -107,23 +107,27 @@ def find_tensor(files: TensorFiles, name: str) -> str:
     Raises:
         ModelError: showing the tensors found, and how to describe another family.
     """
-    found = [one for one in files.names if one == name or one.endswith("." + name)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise _ambiguous(files, name, found)
+    matches = [
+        candidate
+        for candidate in files.names
+        if candidate == name or candidate.endswith("." + name)
+    ]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise _ambiguous(files, name, matches)
     raise ModelError(f"{files.folder}: has no {name}; {_how_to_describe(files)}")
 
 
-def _ambiguous(files: TensorFiles, name: str, found: list[str]) -> ModelError:
+def _ambiguous(files: TensorFiles, name: str, matches: list[str]) -> ModelError:
     return ModelError(
-        f"{files.folder}: {name} could be {' or '.join(found[:3])}; make `layer` of a --family "
+        f"{files.folder}: {name} could be {' or '.join(matches[:3])}; make `layer` of a --family "
         "file more specific"
     )
 
 
 def _how_to_describe(files: TensorFiles) -> str:
-    attention = [one for one in files.names if "att" in one.lower()] or files.names
+    attention = [name for name in files.names if "att" in name.lower()] or files.names
     shown = ", ".join(attention[:6]) or "(none)"
     return (
         f"its tensors have names like {shown}; describe the family in a YAML file for --family, "
@@ -169,8 +173,10 @@ def open_pretrained(
             "apply to them"
         )
     parts = {name: _parts(files, tower) for name, tower in family.towers.items()}
-    used = {one for tower in parts.values() for layer in tower.values() for one in layer.values()}
-    normed = clipped or any(_QK_NORM.search(one) for one in files.names if one not in used)
+    used = {
+        tensor for tower in parts.values() for layer in tower.values() for tensor in layer.values()
+    }
+    normed = clipped or any(_QK_NORM.search(tensor) for tensor in files.names if tensor not in used)
     towers = []
     for name, tower in family.towers.items():
         shape = tower.shape(config, normed or _has_qk_norm(parts[name], tower))
@@ -192,16 +198,16 @@ Parts = dict[int, dict[str, str]]
 def _parts(files: TensorFiles, tower: Tower) -> Parts:
     head = re.escape(tower.layer).replace(re.escape("{layer}"), r"(\d+)")
     pattern = re.compile(rf"(?:^|.*\.){head}(.+)")
-    found: Parts = {}
+    layers: Parts = {}
     for name in files.names:
         match = pattern.fullmatch(name)
         if match is None:
             continue
-        layer = found.setdefault(int(match[1]), {})
+        layer = layers.setdefault(int(match[1]), {})
         if match[2] in layer:
             raise _ambiguous(files, match[2], [layer[match[2]], name])
         layer[match[2]] = name
-    return found
+    return layers
 
 
 def _has_qk_norm(parts: Parts, tower: Tower) -> bool:
@@ -228,12 +234,18 @@ def _check_layers(files: TensorFiles, parts: Parts, tower: Tower, shape: Attenti
 
 def _check_parts(folder: Path, parts: Parts, tower: Tower) -> None:
     """Refuse a tensor of a layer's attention that is not read and may change a product."""
-    read = {one for one in (tower.query, tower.key, tower.value, tower.qkv, tower.output) if one}
-    biases = {one.removesuffix("weight") + "bias" for one in read if one.endswith("weight")}
-    known = read | biases | {tower.qk_norm, *tower.beside}
+    read = {
+        tensor
+        for tensor in (tower.query, tower.key, tower.value, tower.qkv, tower.output)
+        if tensor
+    }
+    biases = {
+        tensor.removesuffix("weight") + "bias" for tensor in read if tensor.endswith("weight")
+    }
+    expected = read | biases | {tower.qk_norm, *tower.beside}
     for layer in parts.values():
         for part, name in layer.items():
-            if part not in known and not _QK_NORM.search(part) and not _BUFFERS.search(part):
+            if part not in expected and not _QK_NORM.search(part) and not _BUFFERS.search(part):
                 raise ModelError(
                     f"{folder}: {name} is part of the attention but is not read, so the products "
                     "may differ from what the model computes; if it changes none, list "
@@ -244,7 +256,7 @@ def _check_parts(folder: Path, parts: Parts, tower: Tower) -> None:
 def _check_elsewhere(files: TensorFiles, family: Family, used: set[str]) -> None:
     """Refuse to leave out an attention matrix silently."""
     for name in files.names:
-        if name in used or any(f".{one}" in f".{name}" for one in family.elsewhere):
+        if name in used or any(f".{fragment}" in f".{name}" for fragment in family.elsewhere):
             continue
         module = name.rpartition(".")[0]
         if _ATTENTION.search(module) and len(files.shape(name)) > 1:

@@ -70,10 +70,10 @@ class ForeignModel:
         Raises:
             ModelError: if it is missing or not finite.
         """
-        found = self._as_ours(config, name, self.files.read).float()
-        if not torch.isfinite(found).all():
+        values = self._as_ours(config, name, self.files.read).float()
+        if not torch.isfinite(values).all():
             raise ModelError(f"{self.folder}: {name} contains NaN or infinity")
-        return found
+        return values
 
     def check(self, config: GPTConfig, infos: Iterable[ParameterInfo], allow_unused: bool) -> None:
         """Account for every tensor of the files, using only names and shapes.
@@ -93,10 +93,10 @@ class ForeignModel:
             return torch.empty(self.files.shape(name), device="meta")
 
         for info in infos:
-            found = tuple(self._as_ours(config, info.name, shaped).shape)
+            shape = tuple(self._as_ours(config, info.name, shaped).shape)
             wanted = self._shape(config, info)
-            if found != wanted:
-                raise ModelError(f"{info.name}: {found}, but config.json needs {wanted}")
+            if shape != wanted:
+                raise ModelError(f"{info.name}: {shape}, but config.json needs {wanted}")
         for name in self.files.names:
             if name not in read and not self._is_derived(config, name):
                 self._refuse(name, allow_unused)
@@ -111,10 +111,10 @@ class ForeignModel:
     def _as_ours(self, config: GPTConfig, name: str, read: ReadTheirs) -> Tensor:
         def theirs(name: str) -> Tensor:
             bare = name.partition(".")[2]  # base models are saved without the name's first part
-            found = [one for one in (name, bare) if one in self.files]
-            if not found:
+            names = [candidate for candidate in (name, bare) if candidate in self.files]
+            if not names:
                 raise ModelError(f"{self.folder}: has no {name}")
-            return read(found[0])
+            return read(names[0])
 
         return read_as_ours(self.kind, config, theirs, name)
 
@@ -132,9 +132,9 @@ class ForeignModel:
             return True
         if _FREQUENCIES.fullmatch(bare) and config.position == "rotary":
             steps = torch.arange(0, config.rotary_dim, 2) / config.rotary_dim
-            found, wanted = self.files.read(name).float(), config.rotary_base**-steps
-            if found.shape != wanted.shape or not torch.allclose(
-                found, wanted, rtol=0.02, atol=1e-6
+            frequencies, wanted = self.files.read(name).float(), config.rotary_base**-steps
+            if frequencies.shape != wanted.shape or not torch.allclose(
+                frequencies, wanted, rtol=0.02, atol=1e-6
             ):
                 raise ModelError(
                     f"{self.folder}: {name} has other frequencies than config.json's rope_theta "
@@ -153,8 +153,8 @@ class ForeignModel:
         return False
 
     def _refuse(self, name: str, allow_unused: bool) -> None:
-        own = _OWN.get(self.kind, _OWN_LLAMA)
-        if self._bare(name).partition(".")[0] in own:
+        own_modules = _OWN.get(self.kind, _OWN_LLAMA)
+        if self._bare(name).partition(".")[0] in own_modules:
             raise ModelError(
                 f"{self.folder}: contains {name}, which a {self.kind} with this config.json does "
                 "not "
@@ -179,9 +179,9 @@ def read_as_ours(kind: str, config: GPTConfig, theirs: ReadTheirs, name: str) ->
         return theirs(table[name] if name == "head.weight" else prefix + table[name])
     _, layer, part = name.split(".", 2)
     if kind == "gpt2":
-        return _gpt2_part(lambda one: theirs(f"{prefix}h.{layer}.{one}"), part)
+        return _gpt2_part(lambda tail: theirs(f"{prefix}h.{layer}.{tail}"), part)
     if kind == "gpt_neox":
-        return _neox_part(config, lambda one: theirs(f"{prefix}layers.{layer}.{one}"), part)
+        return _neox_part(config, lambda tail: theirs(f"{prefix}layers.{layer}.{tail}"), part)
     return theirs(f"{prefix}layers.{layer}.{_LLAMA_PARTS[part]}")
 
 
@@ -226,24 +226,24 @@ _NEOX_PARTS = {
 def _gpt2_part(theirs: ReadTheirs, part: str) -> Tensor:
     """Matrices are stored transposed (Conv1D), queries, keys and values side by side."""
     module, _, kind = part.rpartition(".")
-    _, _, which = module.rpartition(".")
-    if which in _FUSED:
+    _, _, role = module.rpartition(".")
+    if role in _FUSED:
         fused = theirs(f"attn.c_attn.{kind}")
-        return fused.mT.chunk(3)[_FUSED.index(which)] if kind == "weight" else _third(fused, which)
-    found = theirs(f"{_GPT2_PARTS[module]}.{kind}")
-    return found.mT if found.ndim == 2 else found
+        return fused.mT.chunk(3)[_FUSED.index(role)] if kind == "weight" else _third(fused, role)
+    tensor = theirs(f"{_GPT2_PARTS[module]}.{kind}")
+    return tensor.mT if tensor.ndim == 2 else tensor
 
 
-def _third(fused: Tensor, which: str) -> Tensor:
-    return fused.chunk(3)[_FUSED.index(which)]
+def _third(fused: Tensor, role: str) -> Tensor:
+    return fused.chunk(3)[_FUSED.index(role)]
 
 
 def _neox_part(config: GPTConfig, theirs: ReadTheirs, part: str) -> Tensor:
     """Queries, keys and values are interleaved by head."""
     module, _, kind = part.rpartition(".")
-    _, _, which = module.rpartition(".")
-    if which in _FUSED:
+    _, _, role = module.rpartition(".")
+    if role in _FUSED:
         fused = theirs(f"attention.query_key_value.{kind}")
         by_head = fused.unflatten(0, (config.num_attention_heads, 3, -1))
-        return torch.flatten(by_head[:, _FUSED.index(which)], 0, 1)
+        return torch.flatten(by_head[:, _FUSED.index(role)], 0, 1)
     return theirs(f"{_NEOX_PARTS[module]}.{kind}")

@@ -206,13 +206,13 @@ class Attention(nn.Module):
         length = q.shape[-2]
         # The numbers of visible positions, in float32: bf16 has no integer between 256 and 258.
         counts = torch.promote_types(q.dtype, torch.float32)
-        seen = torch.full((length, 1), length, device=q.device, dtype=counts)
+        visible = torch.full((length, 1), length, device=q.device, dtype=counts)
         if causal:
-            seen = torch.arange(1, length + 1, device=q.device, dtype=counts).unsqueeze(1)
+            visible = torch.arange(1, length + 1, device=q.device, dtype=counts).unsqueeze(1)
         if self.config.attention == "sigmoid":
-            weights = torch.sigmoid(scores - seen.log())
+            weights = torch.sigmoid(scores - visible.log())
         else:
-            weights = scores / seen
+            weights = scores / visible
         weights = weights.to(q.dtype)
         return (weights.tril() if causal else weights) @ v
 

@@ -55,12 +55,12 @@ def mean_loss(projection: Projection, labels: Tensor, partial_labels: bool = Fal
         partial_labels: labels below 0 do not count; every micro batch has the same number of them.
     """
     targets = labels.t().flatten()
-    asked = targets >= 0 if partial_labels else None
+    has_label = targets >= 0 if partial_labels else None
     hidden = enter(projection.hidden, projection.tp).flatten(0, 1)
-    found: Tensor = _MeanCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, projection.weight, targets.clamp_min(0), asked, projection
+    loss: Tensor = _MeanCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, projection.weight, targets.clamp_min(0), has_label, projection
     )
-    return found
+    return loss
 
 
 @torch.no_grad()
@@ -112,10 +112,10 @@ class _CrossEntropy:
         loss."""
         operands = self._steps.prepare_gradient_calculation_operands(self._softmax, self._mask)
         flat, rows, update, result = operands
-        found: Tensor = self._steps.calculate_gradients(
+        logits_gradient: Tensor = self._steps.calculate_gradients(
             flat, rows, self._targets, update, result, upstream
         )
-        return found
+        return logits_gradient
 
 
 def _with_gradient(
@@ -125,8 +125,8 @@ def _with_gradient(
     if projection.kernels.compiled and projection.tp.size == 1:
         fused: tuple[Tensor, Tensor] = _compiled_steps()(logits, targets, upstream)
         return fused
-    found = _CrossEntropy(logits, targets, projection.tp)
-    return found.losses, found.gradient(upstream).to(logits.dtype)
+    cross_entropy = _CrossEntropy(logits, targets, projection.tp)
+    return cross_entropy.losses, cross_entropy.gradient(upstream).to(logits.dtype)
 
 
 @cache
@@ -155,12 +155,12 @@ class _MeanCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        asked: Tensor | None,
+        has_label: Tensor | None,
         projection: Projection,
     ) -> Tensor:
         upstream = torch.full_like(targets, 1, dtype=torch.float32) / len(targets)
-        if asked is not None:
-            upstream = asked / asked.sum()
+        if has_label is not None:
+            upstream = has_label / has_label.sum()
         wanted = any(ctx.needs_input_grad)
         sums = _Gradients(hidden, weight, projection.rows) if wanted else None
         losses = []
@@ -170,11 +170,13 @@ class _MeanCrossEntropy(torch.autograd.Function):
             if sums is None:
                 losses.append(_CrossEntropy(logits, targets[part], projection.tp).losses)
                 continue
-            found, of_logits = _with_gradient(logits, targets[part], upstream[part], projection)
-            losses.append(found)
+            part_losses, of_logits = _with_gradient(
+                logits, targets[part], upstream[part], projection
+            )
+            losses.append(part_losses)
             sums.add(part, of_logits)
         every = torch.cat(losses)
-        loss = every.mean() if asked is None else (every * asked).sum() / asked.sum()
+        loss = every.mean() if has_label is None else (every * has_label).sum() / has_label.sum()
         if sums is not None:
             # 1, or NaN if the loss is not finite: such a loss must not lead to an update, but its
             # own gradient can be finite (a label to which the model gives probability 0).

@@ -109,8 +109,8 @@ def embed(tokens: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
     start = tp.rank * weight.shape[0]
     local = tokens - start
     outside = (local < 0) | (local >= weight.shape[0])
-    found = embedding(local.masked_fill(outside, 0), weight)
-    return leave(found.masked_fill(outside.unsqueeze(-1), 0.0), tp)
+    rows = embedding(local.masked_fill(outside, 0), weight)
+    return leave(rows.masked_fill(outside.unsqueeze(-1), 0.0), tp)
 
 
 class _Gather(torch.autograd.Function):
@@ -140,12 +140,12 @@ class _SumAndSplit(torch.autograd.Function):
 
 
 def _gathered(x: Tensor, group: str, size: int) -> Tensor:
-    found = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
-    done: Tensor = torch.ops._c10d_functional.wait_tensor(found)
+    pending = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(pending)
     return done
 
 
 def _summed_and_split(x: Tensor, group: str, size: int) -> Tensor:
-    found = torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
-    done: Tensor = torch.ops._c10d_functional.wait_tensor(found)
+    pending = torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(pending)
     return done

@@ -40,7 +40,7 @@ def refuse_quantised(folder: Path, config: dict[str, Any], files: TensorFiles) -
             f"{folder / _ADAPTER}: an adapter changes the weights of this folder; merge it into "
             "them (peft: merge_and_unload) and save the whole model elsewhere"
         )
-    for section in (config, *(one for one in config.values() if isinstance(one, dict))):
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("quantization_config", "compression_config"):
             if section.get(key):
                 raise ModelError(
@@ -60,8 +60,12 @@ def refuse_quantised(folder: Path, config: dict[str, Any], files: TensorFiles) -
             )
 
 
-def _method(said: Any) -> str:
-    return str(said.get("quant_method", "no quant_method")) if isinstance(said, dict) else str(said)
+def _method(section: Any) -> str:
+    return (
+        str(section.get("quant_method", "no quant_method"))
+        if isinstance(section, dict)
+        else str(section)
+    )
 
 
 def _method_of(name: str) -> str:

@@ -61,15 +61,15 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without its values."""
-        found = self._look(name)
-        return tuple(found.shape if isinstance(found, Tensor) else found.get_shape())
+        entry = self._look(name)
+        return tuple(entry.shape if isinstance(entry, Tensor) else entry.get_shape())
 
     def dtype(self, name: str) -> str:
         """The type of a tensor's values as safetensors names it, such as BF16, I8 or F8_E4M3."""
-        found = self._look(name)
-        if not isinstance(found, Tensor):
-            return str(found.get_dtype())
-        return _NAMES.get(found.dtype, str(found.dtype).removeprefix("torch."))
+        entry = self._look(name)
+        if not isinstance(entry, Tensor):
+            return str(entry.get_dtype())
+        return _NAMES.get(entry.dtype, str(entry.dtype).removeprefix("torch."))
 
     def read(self, name: str) -> Tensor:
         """One tensor, in the file's dtype; only its file is open, until the next one is needed.
@@ -84,10 +84,10 @@ class TensorFiles:
                 f"{where}: {name} is stored as {kind}, as quantised weights are; use the model in "
                 "bfloat16, float16 or float32"
             )
-        found: Tensor = self._look(name, whole=True)
-        if found.numel() * found.element_size() > found.untyped_storage().nbytes():
+        tensor: Tensor = self._look(name, whole=True)
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ModelError(f"{where}: {name} is larger than its data in the file")
-        return found
+        return tensor
 
     def close(self) -> None:
         """Close the open file and release the memory of its pages."""
@@ -105,16 +105,16 @@ class TensorFiles:
             raise ModelError(f"{self.folder / file}: {first_line(error)}") from None
 
     def _list(self) -> dict[str, str]:
-        there = [name for name in _FORMS if (self.folder / name).is_file()]
-        if there:
-            chosen = there[0]
-            if chosen == "model.safetensors" and "model.safetensors.index.json" in there:
+        present = [name for name in _FORMS if (self.folder / name).is_file()]
+        if present:
+            chosen = present[0]
+            if chosen == "model.safetensors" and "model.safetensors.index.json" in present:
                 self._say(
                     f"{self.folder}: has model.safetensors and an index of shards; the single file "
                     "is read, as in transformers"
                 )
             return self._indexed(chosen) if chosen.endswith(".json") else self._names([chosen])
-        shards = sorted(one.name for one in self.folder.glob("*.safetensors") if one.is_file())
+        shards = sorted(path.name for path in self.folder.glob("*.safetensors") if path.is_file())
         if not shards:
             raise ModelError(f"{self.folder}: {_without_weights(self.folder)}")
         _check_count(self.folder, shards)
@@ -140,29 +140,31 @@ class TensorFiles:
     def _indexed(self, index: str) -> dict[str, str]:
         """The entries of an index, checked against the headers of its shards."""
         path = self.folder / index
-        said = read_json(path).get("weight_map")
-        if not isinstance(said, dict) or not all(isinstance(one, str) for one in said.values()):
+        listed = read_json(path).get("weight_map")
+        if not isinstance(listed, dict) or not all(
+            isinstance(file, str) for file in listed.values()
+        ):
             raise ModelError(f"{path}: damaged (no weight_map)")
-        outside = [file for file in said.values() if Path(file).name != file]
+        outside = [file for file in listed.values() if Path(file).name != file]
         if outside:
             raise ModelError(f"{path}: {outside[0]} is not in the folder")
-        files = sorted(set(said.values()))
+        files = sorted(set(listed.values()))
         missing = [file for file in files if not (self.folder / file).exists()]
         if missing:
             raise ModelError(
                 f"{self.folder / missing[0]}: No such file; {index} names it ({len(missing)} of "
                 f"{len(files)} shards are missing)"
             )
-        found = self._names(files)
-        wrong = [name for name in {**said, **found} if said.get(name) != found.get(name)]
+        stored = self._names(files)
+        wrong = [name for name in {**listed, **stored} if listed.get(name) != stored.get(name)]
         if wrong:
             name = wrong[0]
-            places = said.get(name, "no shard"), found.get(name, "no shard")
+            places = listed.get(name, "no shard"), stored.get(name, "no shard")
             raise ModelError(
                 f"{path}: says that {name} is in {places[0]}, but it is in {places[1]}; the index "
                 "does not belong to these shards; download or save the model again"
             )
-        return found
+        return stored
 
     def _open(self, file: str) -> Any:
         if self._name != file:
@@ -183,40 +185,44 @@ class TensorFiles:
     def _load(self, path: Path) -> Any:
         _check_archive(path)
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
             if not self._legacy:
                 self._say(f"{path}: written before torch 1.6, so it is read whole into memory")
                 self._legacy = True
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(found, dict):
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(tensors, dict):
             raise ValueError("not a mapping of names to tensors")
-        others = [name for name, one in found.items() if not isinstance(one, Tensor)]
-        if others:
-            raise ValueError(f"{others[0]} in it is not a tensor")
-        return found
+        wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} in it is not a tensor")
+        return tensors
 
 
 def _check_count(folder: Path, shards: list[str]) -> None:
     """Shards without an index, whose names say how many there are, must all exist."""
-    for one in shards:
-        match = _NUMBERED.fullmatch(one)
+    for shard in shards:
+        match = _NUMBERED.fullmatch(shard)
         if match is None:
             continue
         stem, _, count, kind = match.groups()
         for number in range(1, min(int(count), len(shards) + 1) + 1):
             wanted = f"{stem}-{number:05d}-of-{count}.{kind}"
             if wanted not in shards:
-                raise ModelError(f"{folder / wanted}: No such file, although {one} exists")
+                raise ModelError(f"{folder / wanted}: No such file, although {shard} exists")
 
 
 def _check_archive(path: Path) -> None:
     """Refuse a zip with compressed entries, which torch never writes and which could expand."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            packed = [one for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED]
+            packed = [
+                member
+                for member in archive.infolist()
+                if member.compress_type != zipfile.ZIP_STORED
+            ]
         if packed:
             raise ValueError(f"{packed[0].filename} in it is compressed, which torch never does")
 
@@ -257,11 +263,11 @@ def read_json(path: Path) -> dict[str, Any]:
                 raise ModelError(f"{path}: not a regular file")
             if size > _LARGEST_JSON:
                 raise ModelError(f"{path}: larger than {_LARGEST_JSON >> 20} MB, so it is not read")
-            found = json.loads(file.read(size))
+            content = json.loads(file.read(size))
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise ModelError(f"{path}: damaged (not JSON)") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ModelError(f"{path}: damaged (not a mapping)")
-    return found
+    return content

@@ -22,16 +22,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     """LayerNorm over the last dimension of ``x``."""
     if not _sums_narrowly(x):
         return F.layer_norm(x, weight.shape, weight, bias, epsilon)
-    found: Tensor = _LayerNorm.apply(x, weight.float(), bias.float(), epsilon)  # type: ignore[no-untyped-call]
-    return found
+    output: Tensor = _LayerNorm.apply(x, weight.float(), bias.float(), epsilon)  # type: ignore[no-untyped-call]
+    return output
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """Rows of ``weight`` (``[vocabulary, hidden]``) for ``tokens`` of any shape."""
     if not _sums_narrowly(weight):
         return F.embedding(tokens, weight)
-    found: Tensor = _Embedding.apply(tokens, weight)  # type: ignore[no-untyped-call]
-    return found
+    rows: Tensor = _Embedding.apply(tokens, weight)  # type: ignore[no-untyped-call]
+    return rows
 
 
 def _sums_narrowly(x: Tensor) -> bool:
@@ -62,13 +62,13 @@ class _LayerNorm(torch.autograd.Function):
             strict=True,
         )
         for up, rows, out, center, inverse in parts:
-            found = torch.ops.aten.native_layer_norm_backward(
+            gradients = torch.ops.aten.native_layer_norm_backward(
                 up.float(), rows.float(), weight.shape, center, inverse, weight, bias,
                 [True, True, True],
             )  # fmt: skip
-            out.copy_(found[0])
-            of_weight += found[1]
-            of_bias += found[2]
+            out.copy_(gradients[0])
+            of_weight += gradients[1]
+            of_bias += gradients[2]
         return of_x, of_weight, of_bias, None
 
 

@@ -70,19 +70,19 @@ def account_of(tokenizer: Tokenizer, texts: list[str], ids: list[np.ndarray]) ->
     Args:
         ids: the token ids of each text.
     """
-    found = Account(documents=len(texts))
+    account = Account(documents=len(texts))
     for text, whole in zip(texts, ids, strict=True):
         inside = tokenizer.inside(whole)
         raw = text.encode("utf-8")
-        found.bytes += len(raw)
-        found.tokens += len(inside)
-        _count(found, "eod_inside", "eod_documents", int((inside == tokenizer.eod).sum()))
+        account.bytes += len(raw)
+        account.tokens += len(inside)
+        _count(account, "eod_inside", "eod_documents", int((inside == tokenizer.eod).sum()))
         if tokenizer.unknown is not None:
             unknown = int((inside == tokenizer.unknown).sum())
-            _count(found, "unknown", "unknown_documents", unknown)
-        _count(found, "special_texts", "special_documents", tokenizer.special_texts(text))
-        _compare(found, text, raw, tokenizer, inside)
-    return found
+            _count(account, "unknown", "unknown_documents", unknown)
+        _count(account, "special_texts", "special_documents", tokenizer.special_texts(text))
+        _compare(account, text, raw, tokenizer, inside)
+    return account
 
 
 def why_lossy(tokenizer: Tokenizer) -> str:
@@ -94,9 +94,9 @@ def why_lossy(tokenizer: Tokenizer) -> str:
     return "" if account.is_exact else ", ".join(tokenizer.causes()) or "its vocabulary"
 
 
-def _count(found: Account, total: str, documents: str, count: int) -> None:
-    setattr(found, total, getattr(found, total) + count)
-    setattr(found, documents, getattr(found, documents) + (count > 0))
+def _count(account: Account, total: str, documents: str, count: int) -> None:
+    setattr(account, total, getattr(account, total) + count)
+    setattr(account, documents, getattr(account, documents) + (count > 0))
 
 
 def _decoded(tokenizer: Tokenizer, ids: np.ndarray) -> str:
@@ -106,24 +106,28 @@ def _decoded(tokenizer: Tokenizer, ids: np.ndarray) -> str:
         return ""
 
 
-def _compare(found: Account, text: str, raw: bytes, tokenizer: Tokenizer, ids: np.ndarray) -> None:
+def _compare(
+    account: Account, text: str, raw: bytes, tokenizer: Tokenizer, ids: np.ndarray
+) -> None:
     back = text if tokenizer.spells(ids, raw) else _decoded(tokenizer, ids)
     if back == text:
-        found.exact += 1
-        found.bytes_back += len(raw)
+        account.exact += 1
+        account.bytes_back += len(raw)
         return
     # The name of the unknown token does not count as reproduced text.
     known = ids if tokenizer.unknown is None else ids[ids != tokenizer.unknown]
     common = Counter(text) & Counter(back if known is ids else _decoded(tokenizer, known))
-    found.bytes_back += sum(len(one.encode("utf-8")) * count for one, count in common.items())
-    if len(found.examples) < _EXAMPLES:
-        found.examples.append(_example(text, back))
+    account.bytes_back += sum(
+        len(character.encode("utf-8")) * count for character, count in common.items()
+    )
+    if len(account.examples) < _EXAMPLES:
+        account.examples.append(_example(text, back))
 
 
 def _example(text: str, back: str) -> str:
     """Both texts around their first difference."""
     same = next(
-        (at for at, (one, other) in enumerate(zip(text, back, strict=False)) if one != other),
+        (index for index, (a, b) in enumerate(zip(text, back, strict=False)) if a != b),
         min(len(text), len(back)),
     )
     start = max(0, same - _SHOWN)
@@ -139,29 +143,29 @@ def share(part: int, whole: int) -> str:
 
 def described(account: Account, tokenizer: Tokenizer, parses_special: bool) -> list[str]:
     """What to know about documents under this tokenizer, one line each."""
-    one = account
+    counts = account
     lines = [
-        f"round trip: {one.exact:,} of {one.documents:,} documents come back exactly, "
-        f"{share(one.bytes_back, one.bytes)} of their bytes"
+        f"round trip: {counts.exact:,} of {counts.documents:,} documents come back exactly, "
+        f"{share(counts.bytes_back, counts.bytes)} of their bytes"
     ]
-    if not one.is_exact:
+    if not counts.is_exact:
         causes = ", ".join(tokenizer.causes()) or "its vocabulary"
-        lines[0] += f"; {one.examples[0]} ({causes}); --lossless refuses such a tokenizer"
-    if one.unknown:
+        lines[0] += f"; {counts.examples[0]} ({causes}); --lossless refuses such a tokenizer"
+    if counts.unknown:
         lines.append(
-            f"unknown tokens: {one.unknown:,} of {one.tokens:,} "
-            f"({share(one.unknown, one.tokens)}), in {one.unknown_documents:,} documents: the "
-            "vocabulary does not fit this text"
+            f"unknown tokens: {counts.unknown:,} of {counts.tokens:,} "
+            f"({share(counts.unknown, counts.tokens)}), in {counts.unknown_documents:,} documents: "
+            "the vocabulary does not fit this text"
         )
-    if one.special_texts:
+    if counts.special_texts:
         taken = "made these tokens" if parses_special else "kept as text (--parse-special-tokens)"
         lines.append(
-            f"text of special tokens: {one.special_texts:,} times, in "
-            f"{one.special_documents:,} documents: {taken}"
+            f"text of special tokens: {counts.special_texts:,} times, in "
+            f"{counts.special_documents:,} documents: {taken}"
         )
-    if one.eod_inside:
+    if counts.eod_inside:
         lines.append(
-            f"{tokenizer.eod_name} inside texts: {one.eod_inside:,} times, in "
-            f"{one.eod_documents:,} documents: the model will treat it as an end of document"
+            f"{tokenizer.eod_name} inside texts: {counts.eod_inside:,} times, in "
+            f"{counts.eod_documents:,} documents: the model will treat it as an end of document"
         )
     return lines

@@ -66,11 +66,11 @@ def adopt(
     if len(set(names)) != len(pairs):
         raise DataError(f"--name: {', '.join(names)} are not {len(pairs)} different names")
     stems = file_names(names)
-    made = not out.exists()
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
         file, tokenizer = _take_tokenizer(tokenizer_path, out, eod_token)
-        told: list[str] = []
+        notes: list[str] = []
         entries: list[dict[str, Any]] = []
         files: dict[str, str] = {file.name: sha256_of(file)}
         for number, (name, pair) in enumerate(zip(names, pairs, strict=True)):
@@ -79,7 +79,7 @@ def adopt(
                 raise DataError(f"{pair.prefix}: --packed, but its sequences differ in length")
             indexed = index_classes().IndexedDataset(str(pair.prefix), multimodal=False, mmap=True)
             looked = look_at_all(pair, tokenizer, progress)
-            told += _told(pair, looked, tokenizer, as_samples)
+            notes += _told(pair, looked, tokenizer, as_samples)
             checksums = f"checksums/{number}.crc"
             write_aside(out / checksums, looked.checksums.values().tobytes())
             files[checksums] = sha256_of(out / checksums)
@@ -97,7 +97,7 @@ def adopt(
                 entries.append(entry)
         lossy = why_lossy(tokenizer)
         if lossy and any(entry["split"] != "train" for entry in entries):
-            told.append(
+            notes.append(
                 f"{tokenizer_path.name} does not reproduce every text ({lossy}): the bytes of "
                 "held-out documents, and so bits per byte, are those of the decoded text, not of "
                 "the original"
@@ -115,9 +115,9 @@ def adopt(
             files,
         )
         write_aside(out / MANIFEST, to_json(manifest, indent=1).encode())
-        return told
+        return notes
     except BaseException:
-        if made:
+        if is_new:
             shutil.rmtree(out, ignore_errors=True)
         raise
 
@@ -132,8 +132,8 @@ def _parts(pair: Pair, shares: tuple[float, float, float]) -> dict[str, tuple[in
         edges.append(min(count, edges[-1] + round(count * share_of / total)))
     edges[-1] = count
     starts = [int(pair.bounds[edge]) for edge in edges]
-    found = {split: (starts[i], starts[i + 1]) for i, split in enumerate(_SPLITS)}
-    return {split: part for split, part in found.items() if part[1] > part[0]}
+    parts = {split: (starts[i], starts[i + 1]) for i, split in enumerate(_SPLITS)}
+    return {split: part for split, part in parts.items() if part[1] > part[0]}
 
 
 def _entry(
@@ -157,9 +157,9 @@ def _entry(
 def _told(pair: Pair, looked: Looked, tokenizer: Tokenizer, packed: bool) -> list[str]:
     """What the tokens show about tokenizer and packing, one line each."""
     count, name = len(pair.lengths), pair.prefix.name
-    told = []
+    notes = []
     if looked.unknown:
-        told.append(
+        notes.append(
             f"{name}: {looked.unknown:,} of {pair.tokens:,} tokens are unknown "
             f"({share(looked.unknown, pair.tokens)}): the vocabulary does not fit this text"
         )
@@ -167,15 +167,15 @@ def _told(pair: Pair, looked: Looked, tokenizer: Tokenizer, packed: bool) -> lis
         return [
             f"{name}: {count:,} samples of {pair.packed} tokens, taken in their order: "
             f"train with model.context {pair.packed - 1}",
-            *told,
+            *notes,
         ]
     if len(pair.bounds) - 1 != count:
-        told.append(
+        notes.append(
             f"{name}: {len(pair.bounds) - 1:,} documents of {count:,} sequences; each sequence is "
             "used as a document, and no document is in two splits"
         )
     if looked.eod_inside:
-        told.append(
+        notes.append(
             f"{name}: {looked.eod_inside:,} end-of-document tokens inside documents: the model "
             "will treat them as ends"
         )
@@ -183,9 +183,9 @@ def _told(pair: Pair, looked: Looked, tokenizer: Tokenizer, packed: bool) -> lis
         return [
             f"{name}: no document ends with token {tokenizer.eod}; if documents are "
             "not separated, the model learns across them (name the token with --eod-token)",
-            *told,
+            *notes,
         ]
-    return [f"{name}: {count:,} documents ({looked.ended} of {count} looked at end in eod)", *told]
+    return [f"{name}: {count:,} documents ({looked.ended} of {count} looked at end in eod)", *notes]
 
 
 def _measure(
@@ -233,10 +233,10 @@ def _byte_level(vocabulary: Path, merges: Path, eod_token: str | None) -> str:
     for file in (vocabulary, merges):
         read_tokenizer(file)  # refuses files that are too large to read
     try:
-        made = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+        bpe = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{vocabulary}: not GPT-2's vocabulary ({error})") from None
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([eod_token or "<|endoftext|>"])
-    return str(made.to_str())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([eod_token or "<|endoftext|>"])
+    return str(bpe.to_str())

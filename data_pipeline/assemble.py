@@ -93,15 +93,15 @@ def assemble(
     files[name] = sha256_of(state.out / name)
     described = [
         {
-            "name": one.name,
-            "size": one.stamp[0],
-            "sha256": one.sha256,
-            "split": one.split,
-            "stamp": one.stamp,
-            "documents": one.documents,
-            "malformed": one.malformed,
+            "name": origin.name,
+            "size": origin.stamp[0],
+            "sha256": origin.sha256,
+            "split": origin.split,
+            "stamp": origin.stamp,
+            "documents": origin.documents,
+            "malformed": origin.malformed,
         }
-        for one in state.sources
+        for origin in state.sources
     ]
     manifest = manifest_values(
         name, tokenizer, dtype.__name__, entries, state.malformed, described, state.identity,
@@ -135,9 +135,9 @@ def _join(
     write_synced(aside / "x.crc", checksums.values().tobytes())
     (state.out / prefix).parent.mkdir(parents=True, exist_ok=True)
     for end in _ENDINGS:
-        made = aside / f"x{end}"
-        files[prefix + end] = digest.hexdigest() if end == ".bin" else sha256_of(made)
-        os.replace(made, state.out / (prefix + end))
+        built = aside / f"x{end}"
+        files[prefix + end] = digest.hexdigest() if end == ".bin" else sha256_of(built)
+        os.replace(built, state.out / (prefix + end))
     return {
         "split": key[0],
         "subset": key[1],

@@ -27,14 +27,14 @@ class BoundedReader:
         Raises:
             DataError: naming the document and the id that is not in the vocabulary.
         """
-        found = self._reader.read(dtype=dtype, count=count, offset=offset)
-        if count and (found.min() < 0 or found.max() >= self._size):
-            at = int(np.flatnonzero((found < 0) | (found >= self._size))[0])
-            where = offset + at * np.dtype(dtype).itemsize
+        tokens = self._reader.read(dtype=dtype, count=count, offset=offset)
+        if count and (tokens.min() < 0 or tokens.max() >= self._size):
+            index = int(np.flatnonzero((tokens < 0) | (tokens >= self._size))[0])
+            where = offset + index * np.dtype(dtype).itemsize
             number = int(np.searchsorted(self._starts, where, side="right")) - 1
             raise DataError(
-                f"{self._data}: document {number} has token {found[at]}, but the vocabulary has "
-                f"{self._size} tokens; tokenise again, or set model.vocabulary_size to more than "
-                "the largest id"
+                f"{self._data}: document {number} has token {tokens[index]}, but the vocabulary "
+                f"has {self._size} tokens; tokenise again, or set model.vocabulary_size to more "
+                "than the largest id"
             )
-        return found
+        return tokens

@@ -52,11 +52,11 @@ class Checksums:
 
 def checksums_of(data: Path) -> np.ndarray:
     """CRC-32 of each block of a file, ``[blocks]`` uint32."""
-    found = Checksums()
+    checksums = Checksums()
     with data.open("rb") as file:
         while part := file.read(1 << 20):
-            found.update(part)
-    return found.values()
+            checksums.update(part)
+    return checksums.values()
 
 
 def read_checksums(data: Path, path: Path | None = None) -> np.ndarray | None:
@@ -106,8 +106,8 @@ class CheckedReader:
         if fresh and hasattr(os, "posix_fadvise"):
             # The bit may have flipped in memory: make the system drop its cached copy.
             os.posix_fadvise(self._file, block * BLOCK, BLOCK, os.POSIX_FADV_DONTNEED)
-        found = os.pread(self._file, BLOCK, block * BLOCK)
-        return bool(zlib.crc32(found) == self._checksums[block])
+        data = os.pread(self._file, BLOCK, block * BLOCK)
+        return bool(zlib.crc32(data) == self._checksums[block])
 
     def __del__(self) -> None:
         os.close(self._file)
@@ -152,8 +152,8 @@ def load_documents(path: Path) -> np.ndarray:
     """
     if not path.is_file():
         raise FileNotFoundError(path)
-    found: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")
-    return found
+    documents: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")
+    return documents
 
 
 def check_folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[list[str], int]:
@@ -172,7 +172,7 @@ def check_folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[li
     wrong = _overlaps(manifest.entries)
     beside = {entry.path(".bin"): entry.checksum_file for entry in manifest.entries}
     files = sorted({*manifest.files, *beside})
-    sizes = {one: one.stat().st_size if one.is_file() else 0 for one in files}
+    sizes = {path: path.stat().st_size if path.is_file() else 0 for path in files}
     done, without = 0, 0
     for file in files:
         try:
@@ -208,8 +208,8 @@ def _overlaps(entries: Iterable[Entry]) -> list[str]:
     by_file: dict[Path, list[Entry]] = {}
     for entry in entries:
         by_file.setdefault(entry.prefix, []).append(entry)
-    for prefix, found in by_file.items():
-        ordered = sorted(found, key=lambda one: one.first)
+    for prefix, uses in by_file.items():
+        ordered = sorted(uses, key=lambda use: use.first)
         for before, after in pairwise(ordered):
             if after.first < before.first + before.documents:
                 wrong.append(
@@ -244,8 +244,8 @@ def _check_counts(entry: Entry, manifest: Manifest) -> list[str]:
 
 def _check_documents(path: Path, entry: Entry) -> list[str]:
     try:
-        found = load_documents(path)
-        counted = (len(found), int(found["bytes"].sum()))
+        documents = load_documents(path)
+        counted = (len(documents), int(documents["bytes"].sum()))
     except (OSError, ValueError, IndexError):
         return [f"{path}: missing or damaged"]
     if counted != (entry.documents, entry.bytes):

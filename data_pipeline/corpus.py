@@ -37,7 +37,7 @@ def write_corpus(out: Path) -> dict[str, int]:
     import zstandard
 
     library = Path(sysconfig.get_paths()["stdlib"])
-    documents = sorted(_documents(library), key=lambda one: _order(one[1], one[2]))
+    documents = sorted(_documents(library), key=lambda document: _order(document[1], document[2]))
     if len(documents) < 100:
         raise DataError(f"{library}: has too few sources; give your own files to `data tokenize`")
     counts = {}
@@ -79,12 +79,14 @@ def _documents(library: Path) -> Iterator[tuple[str, str, str]]:
         except (SyntaxError, UnicodeDecodeError, ValueError, OSError):
             continue
         if relative.parts[0] == "pydoc_data":
-            found = [(_split(text[:80]), "Python Documentation", text) for text in _topics(tree)]
+            candidates = [
+                (_split(text[:80]), "Python Documentation", text) for text in _topics(tree)
+            ]
         else:
             part = _split(str(relative))
-            found = [(part, "Github", source)]
-            found += [(part, "Python Docstrings", text) for text in _docstrings(tree)]
-        for part, subset, text in found:
+            candidates = [(part, "Github", source)]
+            candidates += [(part, "Python Docstrings", text) for text in _docstrings(tree)]
+        for part, subset, text in candidates:
             if len(text) >= _MIN_CHARACTERS and text not in seen and is_utf8(text):
                 seen.add(text)
                 yield part, subset, text

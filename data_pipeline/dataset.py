@@ -74,13 +74,13 @@ def open_indexed(entry: Entry, dtype: str, size: int) -> Any:
     # Check them before Megatron reads them: it trusts its index.
     for file in (index, entry.checksum_file):
         verify(file, entry.files)
-    found = index_classes().IndexedDataset(str(entry.prefix), multimodal=False, mmap=True)
+    dataset = index_classes().IndexedDataset(str(entry.prefix), multimodal=False, mmap=True)
     checksums = read_checksums(data, entry.checksum_file)
     if checksums is not None:
-        found.bin_reader = CheckedReader(found.bin_reader, data, checksums)
-    starts = found.index.sequence_pointers
-    found.bin_reader = BoundedReader(found.bin_reader, data, starts, size)
-    return found
+        dataset.bin_reader = CheckedReader(dataset.bin_reader, data, checksums)
+    starts = dataset.index.sequence_pointers
+    dataset.bin_reader = BoundedReader(dataset.bin_reader, data, starts, size)
+    return dataset
 
 
 def _fits(header: Header, entry: Entry) -> bool:
@@ -296,7 +296,7 @@ def held_out(
             (int(documents["hash"][i]), entry, int(i), int(documents["bytes"][i])) for i in order
         ]
     if limit is not None:
-        chosen = sorted(chosen, key=lambda one: (one[0], one[1].subset))[:limit]
+        chosen = sorted(chosen, key=lambda item: (item[0], item[1].subset))[:limit]
     size = max(manifest.vocabulary_size, vocabulary_size)
     readers = {entry.subset: open_indexed(entry, manifest.dtype, size) for entry in entries}
     return [
@@ -306,7 +306,7 @@ def held_out(
             size,
             digest,
         )
-        for digest, entry, i, size in sorted(chosen, key=lambda one: (one[1].subset, one[2]))
+        for digest, entry, i, size in sorted(chosen, key=lambda item: (item[1].subset, item[2]))
     ]
 
 

@@ -71,13 +71,13 @@ def open_regular(path: Path, most: int | None = None) -> BinaryIO:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode):
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
             raise NotRegularError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise NotRegularError(errno.ENXIO, "not a regular file", str(path))
-        if most is not None and found.st_size > most:
-            text = f"{found.st_size:,} bytes; such a file has at most {most:,}"
+        if most is not None and status.st_size > most:
+            text = f"{status.st_size:,} bytes; such a file has at most {most:,}"
             raise OSError(errno.EFBIG, text, str(path))
         return os.fdopen(descriptor, "rb")
     except BaseException:
@@ -103,7 +103,7 @@ def remove(hidden: Path) -> None:
     network
     file systems, files that are still open somewhere stay hidden: `remove_hidden` tries again.
     """
-    left: list[str] = []
+    leftovers: list[str] = []
     with contextlib.suppress(OSError):
         for path in list(hidden.iterdir()):
             own = path.name == "manifest.json" or path.suffix == ".safetensors"
@@ -111,12 +111,12 @@ def remove(hidden: Path) -> None:
                 if own:
                     path.unlink()
                 else:
-                    left.append(path.name)
+                    leftovers.append(path.name)
             except OSError:
-                left.append(".nfs")
-        if not left:
+                leftovers.append(".nfs")
+        if not leftovers:
             hidden.rmdir()
-        elif not any(name.startswith(".nfs") for name in left):
+        elif not any(name.startswith(".nfs") for name in leftovers):
             os.rename(hidden, hidden.with_name(hidden.name[1:].rpartition(".")[0][:-9]))
 
 

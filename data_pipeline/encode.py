@@ -101,7 +101,7 @@ def _encode_block(
             [np.array([len(ids[n]) + 1 for n in numbers], dtype=np.int32)],
             [np.array([(len(text), hash_text(text)) for text in raw], dtype=DOCUMENT_TYPE)],
         )
-    total = sum(int(one.documents[0]["bytes"].sum()) for one in encoded.values())
+    total = sum(int(arrays.documents[0]["bytes"].sum()) for arrays in encoded.values())
     raw_bytes = sum(len(record) for record in block.records if isinstance(record, bytes)) or total
     account = account_of(tokenizer, texts, ids)
     return Result(encoded, parsed.problems, total, raw_bytes, len(texts), account)

@@ -34,7 +34,7 @@ def special_names(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
     names = {"eos_token": tokenizer.eod_name}
     if isinstance(tokenizer, SentencePieceTokenizer):
         pieces = read_model(read_tokenizer(path)).pieces
-        names["unk_token"] = next(one.piece for one in pieces if one.type == UNKNOWN)
+        names["unk_token"] = next(piece.piece for piece in pieces if piece.type == UNKNOWN)
     return names
 
 
@@ -84,7 +84,7 @@ def fast_tokenizer(path: Path, texts: list[str], eod_name: str | None = None) ->
         return None
     fast.encode_special_tokens = True  # text of a document, not commands
     # Only a literal space mark cannot be distinguished from a space in this format.
-    trials = [one.replace(_MARK, " ") for one in [*TRIALS, *texts]]
+    trials = [example.replace(_MARK, " ") for example in [*TRIALS, *texts]]
     for trial in trials:
         if fast.encode(trial, add_special_tokens=False).ids != slow.encode([trial])[0].tolist():
             return None
@@ -93,15 +93,15 @@ def fast_tokenizer(path: Path, texts: list[str], eod_name: str | None = None) ->
 
 def _tree(model: Model) -> dict[str, Any]:
     is_bpe = model.kind == BPE
-    special = [one.piece for one in model.pieces if one.type in (UNKNOWN, CONTROL)]
+    special = [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL)]
     # User-defined symbols are cut out before anything else, in both libraries.
     added = [
         {
-            "id": number, "content": one.piece, "special": one.type != USER_DEFINED,
+            "id": number, "content": piece.piece, "special": piece.type != USER_DEFINED,
             "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
         }
-        for number, one in enumerate(model.pieces)
-        if one.type in (UNKNOWN, CONTROL, USER_DEFINED)
+        for number, piece in enumerate(model.pieces)
+        if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]  # fmt: skip
     return {
         "version": "1.0",
@@ -136,8 +136,8 @@ def _names_apart(special: list[str]) -> dict[str, Any]:
 def _unigram(pieces: list[Piece]) -> dict[str, Any]:
     return {
         "type": "Unigram",
-        "unk_id": next(number for number, one in enumerate(pieces) if one.type == UNKNOWN),
-        "vocab": [[one.piece, one.score] for one in pieces],
+        "unk_id": next(number for number, piece in enumerate(pieces) if piece.type == UNKNOWN),
+        "vocab": [[piece.piece, piece.score] for piece in pieces],
         "byte_fallback": True,
     }
 
@@ -146,28 +146,30 @@ def _bpe(pieces: list[Piece]) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
-        "unk_token": next(one.piece for one in pieces if one.type == UNKNOWN),
+        "unk_token": next(piece.piece for piece in pieces if piece.type == UNKNOWN),
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,
         "byte_fallback": True,
         "ignore_merges": False,
-        "vocab": {one.piece: number for number, one in enumerate(pieces)},
+        "vocab": {piece.piece: number for number, piece in enumerate(pieces)},
         "merges": _merges(pieces),
     }
 
 
 def _merges(pieces: list[Piece]) -> list[list[str]]:
     """Every way to make a piece from two others, best pieces first."""
-    known = {
-        one.piece: number for number, one in enumerate(pieces)
-        if one.type not in (UNKNOWN, CONTROL, BYTE)
+    numbers = {
+        entry.piece: number for number, entry in enumerate(pieces)
+        if entry.type not in (UNKNOWN, CONTROL, BYTE)
     }  # fmt: skip
-    found = []
-    for piece, number in known.items():
+    candidates = []
+    for piece, number in numbers.items():
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
-            if left in known and right in known:
-                found.append((-pieces[number].score, known[left], known[right], [left, right]))
-    found.sort(key=lambda one: one[:3])
-    return [merge for *_, merge in found]
+            if left in numbers and right in numbers:
+                candidates.append(
+                    (-pieces[number].score, numbers[left], numbers[right], [left, right])
+                )
+    candidates.sort(key=lambda entry: entry[:3])
+    return [merge for *_, merge in candidates]

@@ -83,9 +83,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
-        there = path.stat().st_mode
+        file_mode = path.stat().st_mode
         stream = path.is_symlink() and str(path.readlink()).startswith("/proc/")
-        if stream or not (stat.S_ISREG(there) or stat.S_ISDIR(there)):  # /dev/stdout, /dev/null
+        if stream or not (
+            stat.S_ISREG(file_mode) or stat.S_ISDIR(file_mode)
+        ):  # /dev/stdout, /dev/null
             raise OSError(errno.ENXIO, "not a regular file", str(path))
     aside = path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
     try:
@@ -116,8 +118,8 @@ def write_aside(path: Path, data: bytes) -> None:
 
 def is_leftover(name: str, *of: str) -> bool:
     """Whether a file name was left by a kill during `replacing`, for a file named in ``of``."""
-    found = _ASIDE.fullmatch(name)
-    return found is not None and found["name"] in of
+    match = _ASIDE.fullmatch(name)
+    return match is not None and match["name"] in of
 
 
 @contextlib.contextmanager
@@ -204,7 +206,7 @@ def open_lock(path: Path, mode: int = 0o644) -> int:
     return descriptor
 
 
-def _take(descriptor: int, what: Path, patience: float = 0.0) -> None:
+def _take(descriptor: int, path: Path, patience: float = 0.0) -> None:
     """Lock an open file and write the holder's name into it.
 
     Raises:
@@ -218,9 +220,9 @@ def _take(descriptor: int, what: Path, patience: float = 0.0) -> None:
         except BlockingIOError:
             if time.monotonic() > until:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-                kind = "folder" if what.is_dir() else "file"
+                kind = "folder" if path.is_dir() else "file"
                 raise DataError(
-                    f"{what}: another process is writing this {kind} ({holder or 'unknown'}); wait "
+                    f"{path}: another process is writing this {kind} ({holder or 'unknown'}); wait "
                     "for it or choose another --out"
                 ) from None
             time.sleep(0.05)
@@ -228,7 +230,7 @@ def _take(descriptor: int, what: Path, patience: float = 0.0) -> None:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             print(
-                f"warning: {what}: this file system has no locks; do not start a second process "
+                f"warning: {path}: this file system has no locks; do not start a second process "
                 "here",
                 file=sys.stderr,
                 flush=True,

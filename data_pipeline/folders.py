@@ -46,38 +46,38 @@ def list_folder(folder: Path) -> Listing:
     Raises:
         OSError: if a folder cannot be read.
     """
-    found = Listing()
+    listing = Listing()
     # Each folder with the real folders that lead to it: a link to one of them is a loop.
     waiting: list[tuple[Path, tuple[str, ...]]] = [(folder, (os.path.realpath(folder),))]
     seen: Counter[str] = Counter()
     while waiting:
-        here, above = waiting.pop()
-        for entry in os.scandir(here):
+        parent, above = waiting.pop()
+        for entry in os.scandir(parent):
             path = Path(entry.path)
             if entry.name.startswith((".", "_")):
-                found.leave_out(path, "hidden (a name that begins with . or _)")
+                listing.leave_out(path, "hidden (a name that begins with . or _)")
             elif entry.is_dir():
                 real = os.path.realpath(path)
                 seen[real] += 1
                 if real in above:
-                    found.leave_out(path, "link(s) back to a folder above")
+                    listing.leave_out(path, "link(s) back to a folder above")
                 elif seen[real] > _NAMES:  # links to links multiply
-                    found.leave_out(path, f"link(s) to a folder that already has {_NAMES} names")
+                    listing.leave_out(path, f"link(s) to a folder that already has {_NAMES} names")
                 else:
                     waiting.append((path, (*above, real)))
             else:
-                _sort_in(found, path, entry)
-    found.files.sort()
-    return found
+                _sort_in(listing, path, entry)
+    listing.files.sort()
+    return listing
 
 
-def _sort_in(found: Listing, path: Path, entry: os.DirEntry[str]) -> None:
+def _sort_in(listing: Listing, path: Path, entry: os.DirEntry[str]) -> None:
     if not entry.is_file():
         dangling = entry.is_symlink() and not path.exists()
-        found.leave_out(path, "dangling link(s)" if dangling else "not a regular file")
+        listing.leave_out(path, "dangling link(s)" if dangling else "not a regular file")
     elif not suffix_of(path):
-        found.leave_out(path, f"of another kind than {', '.join(SUFFIXES)}")
+        listing.leave_out(path, f"of another kind than {', '.join(SUFFIXES)}")
     elif not entry.stat().st_size:
-        found.leave_out(path, "empty")
+        listing.leave_out(path, "empty")
     else:
-        found.files.append(path)
+        listing.files.append(path)

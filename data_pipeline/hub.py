@@ -34,7 +34,9 @@ def _stream(name: str, split: str) -> Iterator[Any]:
 
     try:
         available = datasets.get_dataset_split_names(name)
-        matching = [one for one in available if SPLIT_WORDS.get(one, one) == split]
+        matching = [
+            candidate for candidate in available if SPLIT_WORDS.get(candidate, candidate) == split
+        ]
         if matching:
             yield from datasets.load_dataset(name, split=matching[0], streaming=True)
     except Exception as error:  # the Hub client raises many kinds

@@ -31,8 +31,8 @@ class _Digits(Images):
     def __init__(self, split: str) -> None:
         images, labels = _digits()
         order = np.random.default_rng(0).permutation(len(labels))
-        held = int(len(labels) * _HELD_OUT)
-        chosen = order[held:] if split == "train" else order[:held]
+        held_out = int(len(labels) * _HELD_OUT)
+        chosen = order[held_out:] if split == "train" else order[:held_out]
         digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
         super().__init__(labels[chosen], 10, digest)
         self._images = images[chosen]
@@ -47,8 +47,8 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise DataError("the digits are scikit-learn's: pip install 'rankdecay[vision]'") from None
-    found = load_digits()
-    return (found.images / 16).astype(np.float32), found.target.astype(np.int64)
+    digits = load_digits()
+    return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
 
 
 class _Folder(Images):
@@ -58,7 +58,7 @@ class _Folder(Images):
         folder = path / split
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; an ImageFolder has train/ and val/")
-        classes = sorted(one.name for one in (path / "train").iterdir() if one.is_dir())
+        classes = sorted(entry.name for entry in (path / "train").iterdir() if entry.is_dir())
         self._files = [
             file
             for name in classes
@@ -115,8 +115,8 @@ def open_images(source: str, path: str, split: str) -> Images:
         return _Digits(split)
     if not path:
         raise DataError("task.path: not set; give the folder of images or the dataset's name")
-    held = "train" if split == "train" else "val"
-    return _Folder(Path(path), held) if source == "folder" else _Hub(path, held)
+    part = "train" if split == "train" else "val"
+    return _Folder(Path(path), part) if source == "folder" else _Hub(path, part)
 
 
 class ImageSamples:

@@ -41,8 +41,8 @@ def read_header(file: BinaryIO) -> Header | None:
     head = file.read(_HEADER.size)
     if len(head) < _HEADER.size:
         return None
-    magic, _, *found = _HEADER.unpack(head)
-    return Header(*found) if magic == _MAGIC else None
+    magic, _, *values = _HEADER.unpack(head)
+    return Header(*values) if magic == _MAGIC else None
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: Any) -> None:

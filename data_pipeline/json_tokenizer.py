@@ -59,8 +59,8 @@ class HuggingFaceTokenizer:
             raise DataError(f"{wrong} (its merges do not begin with continuing_subword_prefix)")
         self._tokenizer = _ask(lambda: tokenizers.Tokenizer.from_str(self._data.decode()), wrong)
         names = (eod_token,) if eod_token else _EOD_NAMES
-        found = [self._tokenizer.token_to_id(name) for name in names]
-        eods = [token for token in found if token is not None]
+        tokens = [self._tokenizer.token_to_id(name) for name in names]
+        eods = [token for token in tokens if token is not None]
         if not eods:
             raise DataError(
                 f"{path}: no end-of-document token among {', '.join(names)}; name it with "
@@ -94,7 +94,9 @@ class HuggingFaceTokenizer:
         if not self._tokenizer.num_special_tokens_to_add(False):
             return [], []
         before, after = self._template()
-        names = " … ".join(" ".join(self._name(one) for one in part) for part in (before, after))
+        names = " … ".join(
+            " ".join(self._name(token) for token in part) for part in (before, after)
+        )
         kept = "added to every document" if self._special.add else "left out (--add-special-tokens)"
         self.notes.append(f"tokens of the post-processor around a text, {names.strip()}: {kept}")
         return (before, after) if self._special.add else ([], [])
@@ -108,7 +110,9 @@ class HuggingFaceTokenizer:
                 )
             except Exception:  # the library raises plain Exception if a token is missing
                 continue
-            starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
+            starts = [
+                index for index in range(len(whole)) if whole[index : index + len(bare)] == bare
+            ]
             if bare and starts:
                 return whole[: starts[0]], whole[starts[0] + len(bare) :]
         raise DataError(f"{self._path}: cannot find out what its post-processor puts around a text")
@@ -148,8 +152,8 @@ class HuggingFaceTokenizer:
         model = self._tree.get("model") or {}
         if model.get("unk_id") is not None:
             return int(model["unk_id"])
-        found = self._tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else None
-        return None if found is None else int(found)
+        token = self._tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else None
+        return None if token is None else int(token)
 
     @property
     def sha256(self) -> str:
@@ -169,9 +173,9 @@ class HuggingFaceTokenizer:
             _reraise_if_ours(error)
             self._name_culprit(texts)
             raise DataError(f"{self._path}: {_reason(error)}") from None
-        ids = [np.array(one.ids, dtype=np.int32) for one in encoded]
+        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
         if self._after[-1:] == [self._eod]:
-            return [one[:-1] for one in ids]  # the caller adds the end-of-document token
+            return [tokens[:-1] for tokens in ids]  # the caller adds the end-of-document token
         return ids
 
     def _name_culprit(self, texts: list[str]) -> None:
@@ -203,7 +207,7 @@ class HuggingFaceTokenizer:
     @cached_property
     def _special_pattern(self) -> tuple[set[str], re.Pattern[str]]:
         added = self._tree.get("added_tokens") or []
-        names = [one["content"] for one in added if one.get("special") and one["content"]]
+        names = [token["content"] for token in added if token.get("special") and token["content"]]
         longest_first = sorted(names, key=len, reverse=True)
         # Without names, a pattern that never matches.
         pattern = "|".join(re.escape(name) for name in longest_first) or r"(?!)"
@@ -211,13 +215,13 @@ class HuggingFaceTokenizer:
 
     def causes(self) -> list[str]:
         """Parts of the file that may change a text."""
-        found = [f"normalizer {one}" for one in _kinds(self._tree.get("normalizer"))]
-        found += [f"pre_tokenizer {one}" for one in _kinds(self._tree.get("pre_tokenizer"))]
+        parts = [f"normalizer {kind}" for kind in _kinds(self._tree.get("normalizer"))]
+        parts += [f"pre_tokenizer {kind}" for kind in _kinds(self._tree.get("pre_tokenizer"))]
         model, decoder = self._tree.get("model") or {}, _kinds(self._tree.get("decoder"))
-        found += [f"decoder {one}" for one in decoder] or ["no decoder"]
+        parts += [f"decoder {kind}" for kind in decoder] or ["no decoder"]
         if "ByteLevel" not in decoder and not model.get("byte_fallback"):
-            found.append("no byte fallback")
-        return found
+            parts.append("no byte fallback")
+        return parts
 
 
 def _merges_fit(tree: Any) -> bool:
@@ -230,8 +234,8 @@ def _merges_fit(tree: Any) -> bool:
     merges = model.get("merges") if isinstance(model, dict) else None
     if not isinstance(prefix, str) or not isinstance(merges, list):
         return True
-    pairs = [one.split(" ") if isinstance(one, str) else one for one in merges]
-    return all(one and str(one[-1]).startswith(prefix) for one in pairs)
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    return all(merge and str(merge[-1]).startswith(prefix) for merge in pairs)
 
 
 def _kinds(part: Any) -> list[str]:
@@ -242,7 +246,7 @@ def _kinds(part: Any) -> list[str]:
         (part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None
     )
     if isinstance(inner, list):
-        return [kind for one in inner for kind in _kinds(one)]
+        return [kind for component in inner for kind in _kinds(component)]
     return [str(part.get("type"))]
 
 

@@ -90,11 +90,11 @@ class Manifest:
         Raises:
             DataError: if there are none.
         """
-        found = [entry for entry in self.entries if entry.split == name]
-        if not found:
+        entries = [entry for entry in self.entries if entry.split == name]
+        if not entries:
             known = sorted({entry.split for entry in self.entries})
             raise DataError(f"{self.path}: no split {name!r}; it has {', '.join(known)}")
-        return found
+        return entries
 
 
 def manifest_values(
@@ -165,10 +165,10 @@ def load_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     try:
-        there = file.is_file()
+        exists = file.is_file()
     except OSError as error:  # a name too long, no permission
         raise DataError(f"{str(file)[:200]}: cannot be read ({error.strerror})") from None
-    if not there:
+    if not exists:
         if (path / ".parts").is_dir():
             raise DataError(f"{path}: tokenisation is not finished; rerun `pretrain data tokenize`")
         raise DataError(f"{path}: no {MANIFEST}; make the folder with `pretrain data tokenize`")

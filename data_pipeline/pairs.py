@@ -65,12 +65,12 @@ def read_pair(prefix: Path) -> Pair:
         bounds = np.fromfile(stream, dtype="<i8", count=header.documents)
     if header.code not in TYPES:
         raise DataError(f"{index}: tokens have type {header.code}; only integers can be used")
-    found = Pair(prefix, TYPES[header.code], lengths, bounds)
-    width = np.dtype(found.dtype).itemsize
+    pair = Pair(prefix, TYPES[header.code], lengths, bounds)
+    width = np.dtype(pair.dtype).itemsize
     if lengths.min() < 0:
         number = int(np.flatnonzero(lengths < 0)[0])
         raise DataError(f"{index}: sequence {number} has {lengths[number]} tokens")
-    wanted = found.tokens * width
+    wanted = pair.tokens * width
     if data.stat().st_size != wanted:
         raise DataError(f"{data}: has {data.stat().st_size} bytes, but its index says {wanted}")
     ends = np.cumsum(lengths, dtype=np.int64) * width
@@ -86,7 +86,7 @@ def read_pair(prefix: Path) -> Pair:
             f"{index}: its documents do not match its {len(lengths)} sequences; the index is "
             "damaged"
         )
-    return found
+    return pair
 
 
 def _check_size(index: Path, header: Header) -> None:
@@ -128,10 +128,10 @@ def look_at_all(
             checksums.update(data)
             tokens = np.frombuffer(data, dtype=pair.dtype)
             if tokens.min() < 0 or tokens.max() >= size:
-                at = int(np.flatnonzero((tokens < 0) | (tokens >= size))[0])
-                number = int(np.searchsorted(ends, done + at, side="right"))
+                position = int(np.flatnonzero((tokens < 0) | (tokens >= size))[0])
+                number = int(np.searchsorted(ends, done + position, side="right"))
                 raise DataError(
-                    f"{pair.path('.bin')}: document {number} has token {tokens[at]}, but the "
+                    f"{pair.path('.bin')}: document {number} has token {tokens[position]}, but the "
                     f"tokenizer has {size} tokens; give the tokenizer that made the data"
                 )
             first, stop = np.searchsorted(last, (done, done + len(tokens)))

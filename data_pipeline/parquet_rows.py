@@ -52,14 +52,14 @@ def _rows(path: Path, fields: Fields) -> Iterator[list[Any]]:
     paths = [leaf.path for leaf in leaves]
     text = _columns(fields.text, paths)
     if not text:
-        held = ", ".join(repr(name)[:40] for name in names[:5])
-        yield from _without(f"no column {fields.text!r} (the file has {held})", wanted)
+        shown = ", ".join(repr(name)[:40] for name in names[:5])
+        yield from _without(f"no column {fields.text!r} (the file has {shown})", wanted)
         return
     columns = sorted({*text, *_columns(fields.subset, paths)})
     # A value that a dictionary holds once may occur in each of a million rows: it stays in the
     # dictionary until its slice of the rows becomes text.
-    packed = [one.path for one in leaves if one.physical_type == "BYTE_ARRAY"]
-    packed = [one for one in packed if one in columns and one in names]
+    packed = [column.path for column in leaves if column.physical_type == "BYTE_ARRAY"]
+    packed = [leaf for leaf in packed if leaf in columns and leaf in names]
     counted, size = 0, 0
     rows: list[Any] = []
     with pq.ParquetFile(path, read_dictionary=packed, page_checksum_verification=True) as file:
@@ -89,9 +89,9 @@ def _columns(wanted: str, leaves: list[str]) -> list[str]:
     for count in range(len(parts), 0, -1):
         prefix = ".".join(parts[:count])
         pairs = tuple(f"{prefix}.{group}." for group in ("key_value", "map", "entries"))
-        found = [leaf for leaf in leaves if leaf == prefix or leaf.startswith(pairs)]
-        if found:
-            return found
+        matches = [leaf for leaf in leaves if leaf == prefix or leaf.startswith(pairs)]
+        if matches:
+            return matches
     return []
 
 

@@ -75,21 +75,21 @@ class SourceState:
 
 def recorded_sources(manifest: dict[str, Any]) -> list[SourceState]:
     """The sources of a finished folder, of this version or an earlier one."""
-    splits = [one[2] for one in manifest["identity"].get("sources", [])]  # earlier versions
+    splits = [source[2] for source in manifest["identity"].get("sources", [])]  # earlier versions
     return [
         SourceState(
-            one["name"],
-            one.get("split", splits[i] if i < len(splits) else None),
-            one.get("stamp", [one["size"], 0, 0]),
-            sha256=one["sha256"],
+            source["name"],
+            source.get("split", splits[i] if i < len(splits) else None),
+            source.get("stamp", [source["size"], 0, 0]),
+            sha256=source["sha256"],
         )
-        for i, one in enumerate(manifest["sources"])
+        for i, source in enumerate(manifest["sources"])
     ]
 
 
-def why_others(identity: dict[str, Any], found: Any) -> str:
+def why_others(identity: dict[str, Any], recorded: Any) -> str:
     """A description of what differs between the identities of two folders; empty: nothing."""
-    before = found if isinstance(found, dict) else {}
+    before = recorded if isinstance(recorded, dict) else {}
     keys = [key for key in identity if before.get(key) != identity[key]]
     keys += [key for key in (SPECIAL,) if key in before and key not in identity]
     if "dealing" in before and "dealing" in keys:  # names gave splits there, or did not
@@ -110,28 +110,30 @@ class Parts:
         self.out, self.identity = out, identity
         self.folder = out / FOLDER
         self.parts: list[dict[str, Any]] = []
-        self.sources = [SourceState(one.name, one.split, list(one.stamp)) for one in sources]
-        self.made: list[str] = []
+        self.sources = [
+            SourceState(source.name, source.split, list(source.stamp)) for source in sources
+        ]
+        self.targets: list[str] = []
         """Files of the finished folder that are being written."""
         self._next = 0
 
     @property
     def malformed(self) -> int:
         """Number of records that were reported and skipped."""
-        return sum(one.malformed for one in self.sources)
+        return sum(source.malformed for source in self.sources)
 
     @property
     def account(self) -> Account:
         """The counts over all documents so far."""
         whole = Account()
-        for one in self.sources:
-            whole.add(Account(**one.account))
+        for source in self.sources:
+            whole.add(Account(**source.account))
         return whole
 
     @property
     def shown(self) -> list[str]:
         """Some of the malformed records, with their reasons."""
-        return [line for one in self.sources for line in one.shown][:_SHOWN_PROBLEMS]
+        return [line for source in self.sources for line in source.shown][:_SHOWN_PROBLEMS]
 
     def load(self, sources: list[Source], tell: Tell) -> bool:
         """Read the progress of an interrupted run, and remove what it had not recorded.
@@ -146,16 +148,16 @@ class Parts:
         resumed = path.exists() and self._read(path, sources, tell)
         self.folder.mkdir(parents=True, exist_ok=True)
         known = {part["folder"] for part in self.parts}
-        for one in sorted(self.folder.iterdir()):
-            if one.name in known or one.name == path.name:
+        for entry in sorted(self.folder.iterdir()):
+            if entry.name in known or entry.name == path.name:
                 continue
-            if (one.name.isdigit() or one.name == WHOLE) and one.is_dir():
-                shutil.rmtree(one)
-            elif is_leftover(one.name, path.name) or one.name == f"{path.name}.tmp":
-                one.unlink()
+            if (entry.name.isdigit() or entry.name == WHOLE) and entry.is_dir():
+                shutil.rmtree(entry)
+            elif is_leftover(entry.name, path.name) or entry.name == f"{path.name}.tmp":
+                entry.unlink()
             else:
                 raise DataError(
-                    f"{one}: was not made by this command; choose another --out or move it"
+                    f"{entry}: was not made by this command; choose another --out or move it"
                 )
         self._save()
         return resumed
@@ -163,18 +165,18 @@ class Parts:
     def _read(self, path: Path, sources: list[Source], tell: Tell) -> bool:
         """Take over recorded progress; False if there is none that this command could spoil."""
         try:
-            found = read_json(path)
-            reason = why_others(self.identity, found["identity"])
-            before = [SourceState(**one) for one in found["sources"]]
-            self.parts, self.made, self._next = found["parts"], found["made"], found["next"]
+            state = read_json(path)
+            reason = why_others(self.identity, state["identity"])
+            before = [SourceState(**source) for source in state["sources"]]
+            self.parts, self.targets, self._next = state["parts"], state["made"], state["next"]
         except (KeyError, TypeError, ValueError):
             raise DataError(
                 f"{path}: was written by another version; delete {self.folder} to start again"
             ) from None
-        names = [os.path.abspath(one.name) for one in before]  # noqa: PTH100
-        if not reason and names != [os.path.abspath(one.name) for one in sources]:  # noqa: PTH100
+        names = [os.path.abspath(source.name) for source in before]  # noqa: PTH100
+        if not reason and names != [os.path.abspath(source.name) for source in sources]:  # noqa: PTH100
             reason = "other sources"
-        if reason and not self.parts and not self.made:
+        if reason and not self.parts and not self.targets:
             return False
         if reason:
             raise DataError(
@@ -217,20 +219,20 @@ class Parts:
             DataError: if one already exists that this command did not make.
         """
         for name in names:
-            if name not in self.made and os.path.lexists(self.out / name):
+            if name not in self.targets and os.path.lexists(self.out / name):
                 raise DataError(
                     f"{self.out / name}: already exists and was not made by this command; choose "
                     "another --out or move it"
                 )
-        self.made = sorted({*self.made, *names})
+        self.targets = sorted({*self.targets, *names})
         self._save()
 
     def _save(self) -> None:
         state = {
             "identity": self.identity,
             "parts": self.parts,
-            "sources": [vars(one) for one in self.sources],
-            "made": self.made,
+            "sources": [vars(source) for source in self.sources],
+            "made": self.targets,
             "next": self._next,
         }
         write_aside(self.folder / "state.json", to_json(state).encode())

@@ -69,9 +69,9 @@ def train_from_sources(
         DataError: if the sources hold no training documents.
     """
     _check_split(split)
-    found, _ = _find(names, window_mb, split)
-    held_out = [one for one in found if (split or one.split) in ("val", "test")]
-    chosen = [one for one in found if one not in held_out]
+    sources, _ = _find(names, window_mb, split)
+    held_out = [source for source in sources if (split or source.split) in ("val", "test")]
+    chosen = [source for source in sources if source not in held_out]
     if not chosen:
         raise DataError(
             f"{held_out[0].name}: is held out ({split or held_out[0].split}), like all other "
@@ -80,14 +80,14 @@ def train_from_sources(
     if held_out:
         _say(f"{len(held_out)} held-out source(s) not read: {held_out[0].name} …")
     fields = Fields(text_field, subset_field, "unknown")
-    which: Literal["unigram", "bpe"] = "bpe" if kind == "bpe" else "unigram"
+    algorithm: Literal["unigram", "bpe"] = "bpe" if kind == "bpe" else "unigram"
     _say(
         f"tokenizer: learning {vocabulary_size:,} pieces from up to {max_bytes >> 20} MB; about a "
         "minute per 50 MB"
     )
     texts = _TrainingTexts(chosen, fields, split)
     with held(out):
-        model = train_tokenizer(texts, vocabulary_size, which, max_bytes)
+        model = train_tokenizer(texts, vocabulary_size, algorithm, max_bytes)
         texts.say_problems()
         write_aside(out, model)
     return vocabulary_size
@@ -174,10 +174,10 @@ def _say_splits(sources: list[Source]) -> None:
     """One line: which sources are a split by their names, and how many are divided."""
     parts = []
     for split in (*SPLITS, None):
-        found = [one.name for one in sources if one.split == split]
-        if found:
-            what = f"{split} by name" if split else "divided 98 : 1 : 1 by document"
-            parts.append(f"{len(found)} {what} ({found[0]}{' …' if len(found) > 1 else ''})")
+        names = [source.name for source in sources if source.split == split]
+        if names:
+            kind = f"{split} by name" if split else "divided 98 : 1 : 1 by document"
+            parts.append(f"{len(names)} {kind} ({names[0]}{' …' if len(names) > 1 else ''})")
     _say(f"sources: {', '.join(parts)}")
 
 

@@ -39,12 +39,12 @@ class RecallSamples:
         order = rng.random((_BLOCK, self.symbols)).argsort(1)
         keys = order[:, : self.pairs]
         values = self.symbols + rng.integers(self.symbols, size=(_BLOCK, self.pairs))
-        asked = rng.integers(self.pairs, size=_BLOCK)
+        queried = rng.integers(self.pairs, size=_BLOCK)
         rows = np.arange(_BLOCK)
         inputs = np.empty((_BLOCK, 2 * self.pairs + 1), np.int64)
         inputs[:, 0:-1:2], inputs[:, 1::2] = keys, values
-        inputs[:, -1] = keys[rows, asked]
-        answers = values[rows, asked]
+        inputs[:, -1] = keys[rows, queried]
+        answers = values[rows, queried]
         noise = self.symbols + rng.integers(self.symbols, size=_BLOCK)
         answers = np.where(rng.random(_BLOCK) < self.random_labels, noise, answers)
         labels = np.full_like(inputs, IGNORED)

@@ -89,9 +89,9 @@ def _document(record: Any, fields: Fields) -> Document:
         text, subset = _text_and_subset(record, fields)
     if not text:
         raise ValueError("the text is empty")
-    for what, value in (("text", text), ("subset's name", subset)):
+    for label, value in (("text", text), ("subset's name", subset)):
         if not is_utf8(value):
-            raise ValueError(f"the {what} has a lone surrogate, which is not valid UTF-8")
+            raise ValueError(f"the {label} has a lone surrogate, which is not valid UTF-8")
     return Document(text, subset)
 
 
@@ -99,8 +99,8 @@ def _text_and_subset(record: Any, fields: Fields) -> tuple[str, str]:
     values = _parse_line(record) if isinstance(record, bytes) else record
     text = _value(values, fields.text)
     if not isinstance(text, str):
-        held = ", ".join(repr(key)[:40] for key in list(values)[:5]) or "nothing"
-        raise ValueError(f"no text in field {fields.text!r} (the record has {held})")
+        shown = ", ".join(repr(key)[:40] for key in list(values)[:5]) or "nothing"
+        raise ValueError(f"no text in field {fields.text!r} (the record has {shown})")
     subset = _value(values, fields.subset)
     if subset is None or subset == "":
         subset = fields.default_subset
@@ -139,12 +139,12 @@ def _parse_line(line: bytes) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         for key, value in pairs:
-            if found[key] is not _TWICE and found[key] != value:
-                found[key] = _TWICE
-    return found
+            if values[key] is not _TWICE and values[key] != value:
+                values[key] = _TWICE
+    return values
 
 
 def _whole(digits: str) -> int | float:

@@ -77,11 +77,11 @@ Value = int | bytes | float
 
 def _message(fields: list[tuple[int, Value]], number: int) -> dict[int, Value]:
     """The last value of each field of a message; of no message there are none."""
-    found: dict[int, Value] = {}
-    for at, value in fields:
-        if at == number:
-            found |= dict(_fields(_bytes(value)))
-    return found
+    last: dict[int, Value] = {}
+    for field, value in fields:
+        if field == number:
+            last |= dict(_fields(_bytes(value)))
+    return last
 
 
 def _piece(value: Value) -> Piece:
@@ -98,31 +98,31 @@ def _bytes(value: Value) -> bytes:
 
 def _fields(data: bytes) -> Iterator[tuple[int, Value]]:
     """(number, value) of every field of a message, in the order of the file."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
+    offset = 0
+    while offset < len(data):
+        key, offset = _varint(data, offset)
         number, wire = key >> 3, key & 7
         if wire == 0:
-            value, at = _varint(data, at)
+            value, offset = _varint(data, offset)
             yield number, value
         elif wire == 5:
-            yield number, struct.unpack_from("<f", data, at)[0]
-            at += 4
+            yield number, struct.unpack_from("<f", data, offset)[0]
+            offset += 4
         else:
-            size, at = _varint(data, at) if wire == 2 else (8, at)
-            if wire not in (1, 2) or at + size > len(data):
+            size, offset = _varint(data, offset) if wire == 2 else (8, offset)
+            if wire not in (1, 2) or offset + size > len(data):
                 raise ValueError("a field is cut off")
-            yield number, data[at : at + size]
-            at += size
+            yield number, data[offset : offset + size]
+            offset += size
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, offset: int) -> tuple[int, int]:
     """An integer, seven bits a byte, and where it ends."""
     value = shift = 0
     while True:
-        byte = data[at]
-        at += 1
+        byte = data[offset]
+        offset += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return value, offset
         shift += 7

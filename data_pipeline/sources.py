@@ -83,13 +83,13 @@ def find_sources(
         DataError: if a name is none of these, or a folder has no usable file.
     """
     say: Tell = tell or (lambda line: None)
-    others = left_out if left_out is not None else []
+    omitted = left_out if left_out is not None else []
     files: list[tuple[Path, Place]] = []
     hubs: list[Source] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            files += _files_of_folder(path, others)
+            files += _files_of_folder(path, omitted)
         elif path.is_file():
             if not suffix_of(path):
                 raise DataError(f"{name}: unknown file type; known: {', '.join(SUFFIXES)}")
@@ -100,10 +100,10 @@ def find_sources(
             raise DataError(f"{name}: not a regular file or folder")
         else:
             raise DataError(f"{name}: no such file or folder, nor a Hub dataset (owner/name)")
-    found = _file_sources(files, window_mb, say, others)
-    if not found and not hubs:
+    sources = _file_sources(files, window_mb, say, omitted)
+    if not sources and not hubs:
         raise DataError("no sources given")
-    return [*found, *hubs]
+    return [*sources, *hubs]
 
 
 def _exists(path: Path) -> bool:
@@ -115,8 +115,8 @@ def _files_of_folder(folder: Path, left_out: list[str]) -> list[tuple[Path, Plac
     left_out += [f"left out of {folder}: {line}" for line in listing.lines()]
     if not listing.files:
         raise DataError(f"{folder}: has no {', '.join(SUFFIXES)} file that is not empty")
-    given = len(_parts(folder)) - 1
-    return [(file, _place(file, given)) for file in listing.files]
+    first_part = len(_parts(folder)) - 1
+    return [(file, _place(file, first_part)) for file in listing.files]
 
 
 def _file_sources(
@@ -124,35 +124,35 @@ def _file_sources(
 ) -> list[Source]:
     """Each file once with its split, however many names and links lead to it."""
     splits, passed = splits_of([place for _, place in files])
-    found: dict[str, Source] = {}
+    by_file: dict[str, Source] = {}
     for (path, _), split in zip(files, splits, strict=True):
         source = _file_source(path, split, window_mb)
         real = os.path.realpath(path)
-        if real not in found:
-            found[real] = source
+        if real not in by_file:
+            by_file[real] = source
             continue
-        first = found[real]
+        first = by_file[real]
         if None not in (split, first.split) and split != first.split:
             raise DataError(f"{path}: is {first.name}, once in {first.split}, once in {split}")
         left_out.append(f"left out: {path}, which is the same file as {first.name}")
-        found[real] = replace(first, split=first.split or split)
+        by_file[real] = replace(first, split=first.split or split)
     if passed:
         some = ", ".join(str(files[number][0]) for number in passed[:3])
         say(
             f"{len(passed)} file(s) whose name contains a split's word but means no split: {some};"
             " divided 98 : 1 : 1 by document (--split changes this)"
         )
-    return list(found.values())
+    return list(by_file.values())
 
 
 def _parts(path: Path) -> tuple[str, ...]:
     return Path(os.path.abspath(path)).parts  # noqa: PTH100  (a link keeps the name it was given)
 
 
-def _place(path: Path, given: int) -> Place:
+def _place(path: Path, first_part: int) -> Place:
     parts = _parts(path)
     name = parts[-1][: -len(suffix_of(path) or "") or None]
-    return Place((*parts[:-1], name), given)
+    return Place((*parts[:-1], name), first_part)
 
 
 def _file_source(path: Path, split: str | None, window_mb: int) -> Source:
@@ -168,8 +168,8 @@ def _file_source(path: Path, split: str | None, window_mb: int) -> Source:
 
 def stamp_of(path: Path) -> tuple[int, int, int]:
     """Size and times of a file, which show whether it may have changed."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def sha256_of(path: Path) -> str:

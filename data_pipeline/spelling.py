@@ -22,7 +22,7 @@ class Spelling:
 
     def __init__(self, processor: Any) -> None:
         texts = [_bytes_of(processor, piece) for piece in range(processor.GetPieceSize())]
-        self._lengths = np.array([len(one) for one in texts], dtype=np.int32)
+        self._lengths = np.array([len(text) for text in texts], dtype=np.int32)
         self._starts = np.cumsum(self._lengths, dtype=np.int32) - self._lengths
         self._letters = np.frombuffer(b"".join(texts), dtype=np.uint8)
 
@@ -57,6 +57,6 @@ def _bytes_of(processor: Any, piece: int) -> bytes:
     if processor.IsControl(piece) or processor.IsUnknown(piece) or processor.IsUnused(piece):
         return b""
     if processor.IsByte(piece):
-        found = _BYTE_PIECE.fullmatch(name)
-        return bytes([int(found[1], 16)]) if found else b""
+        match = _BYTE_PIECE.fullmatch(name)
+        return bytes([int(match[1], 16)]) if match else b""
     return name.replace(_SPACE_MARK, " ").encode("utf-8")

@@ -29,7 +29,7 @@ class Place:
 
     parts: tuple[str, ...]
     """Parts of its absolute path; the last one is its name without the suffix."""
-    given: int
+    first_part: int
     """Index of the first part that counts by itself: the last part of the given path."""
 
 
@@ -47,24 +47,24 @@ def splits_of(places: list[Place]) -> tuple[list[str | None], list[int]]:
     Returns:
         (split of each source, numbers of the sources with a split's word that means no split).
     """
-    found = [list(_candidates(place)) for place in places]
-    known: dict[tuple[object, ...], set[str]] = {}
-    for place, candidates in zip(places, found, strict=True):
-        for one in candidates:
-            known.setdefault(_key(place, one), set()).add(one.split)
+    by_place = [list(_candidates(place)) for place in places]
+    splits_by_key: dict[tuple[object, ...], set[str]] = {}
+    for place, candidates in zip(places, by_place, strict=True):
+        for candidate in candidates:
+            splits_by_key.setdefault(_key(place, candidate), set()).add(candidate.split)
     splits: list[str | None] = []
     passed = []
-    for number, (place, candidates) in enumerate(zip(places, found, strict=True)):
+    for number, (place, candidates) in enumerate(zip(places, by_place, strict=True)):
         taken = next(
             (
-                one.split
-                for one in candidates
-                if len(known[_key(place, one)]) > 1 or _counts_alone(place, one)
+                candidate.split
+                for candidate in candidates
+                if len(splits_by_key[_key(place, candidate)]) > 1 or _counts_alone(place, candidate)
             ),
             None,
         )
         splits.append(taken)
-        if taken is None and any(one.index >= place.given for one in candidates):
+        if taken is None and any(candidate.index >= place.first_part for candidate in candidates):
             passed.append(number)
     return splits, passed
 
@@ -88,13 +88,13 @@ def _candidates(place: Place) -> Iterator[_Candidate]:
         yield _Candidate(index, SPLIT_WORDS[telling[last]], kind)
 
 
-def _counts_alone(place: Place, one: _Candidate) -> bool:
-    if one.kind == "whole":  # the folder of a file that was given counts too
-        return one.index >= min(place.given, len(place.parts) - 2)
-    return one.kind == "last" and one.index >= place.given
+def _counts_alone(place: Place, candidate: _Candidate) -> bool:
+    if candidate.kind == "whole":  # the folder of a file that was given counts too
+        return candidate.index >= min(place.first_part, len(place.parts) - 2)
+    return candidate.kind == "last" and candidate.index >= place.first_part
 
 
-def _key(place: Place, one: _Candidate) -> tuple[object, ...]:
+def _key(place: Place, candidate: _Candidate) -> tuple[object, ...]:
     """A key that is equal for sources whose paths, up to this part, differ only in the split's
     word."""
-    return (one.index, place.parts[: one.index], one.kind)
+    return (candidate.index, place.parts[: candidate.index], candidate.kind)

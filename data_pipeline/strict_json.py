@@ -26,7 +26,7 @@ def not_finite(value: Any, path: str = "") -> list[str]:
     else:
         return []
     return [
-        found for key, part in parts for found in not_finite(part, f"{path}.{key}" if path else key)
+        name for key, part in parts for name in not_finite(part, f"{path}.{key}" if path else key)
     ]
 
 

@@ -104,12 +104,12 @@ def _identity(
     sources: list[Source], settings: EncodingSettings, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """The settings that a folder is made with, apart from the sources."""
-    dealt = settings.split is None and any(one.split is None for one in sources)
+    dealt = settings.split is None and any(source.split is None for source in sources)
     # The default is not recorded, so that folders of earlier versions still match.
-    asked = [name for name, value in asdict(settings.special).items() if value]
+    special = [name for name, value in asdict(settings.special).items() if value]
     return {
         "tokenizer": tokenizer.sha256,
-        **({SPECIAL: asked} if asked else {}),
+        **({SPECIAL: special} if special else {}),
         "eod": tokenizer.eod,
         "fields": [settings.fields.text, settings.fields.subset, settings.fields.default_subset],
         "split": settings.split,
@@ -128,9 +128,9 @@ def _finished(out: Path, identity: dict[str, Any], sources: list[Source]) -> dic
     if not path.exists():
         return None
     try:
-        found: dict[str, Any] = read_json(path)
-        reason = why_others(identity, found["identity"])
-        before = recorded_sources(found)
+        manifest: dict[str, Any] = read_json(path)
+        reason = why_others(identity, manifest["identity"])
+        before = recorded_sources(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise DataError(f"{path}: is not a manifest of tokens; choose another --out") from None
     same = len(before) == len(sources)
@@ -141,7 +141,7 @@ def _finished(out: Path, identity: dict[str, Any], sources: list[Source]) -> dic
             reason += f" ({changed[0]} has changed)"
     if reason:
         raise DataError(f"{out}: was made with {reason}; choose another --out or delete it")
-    return found
+    return manifest
 
 
 def _tokenize_source(

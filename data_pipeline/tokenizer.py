@@ -95,10 +95,10 @@ class SentencePieceTokenizer:
 
     def _find_eod(self, path: Path, eod_token: str | None) -> int:
         if eod_token is not None:
-            found = int(self._processor.PieceToId(eod_token))
-            if self._processor.IdToPiece(found) != eod_token:
+            token = int(self._processor.PieceToId(eod_token))
+            if self._processor.IdToPiece(token) != eod_token:
                 raise DataError(f"{path}: has no piece {eod_token!r}; name another --eod-token")
-            return found
+            return token
         eod = int(self._processor.eos_id())
         if eod < 0:
             raise DataError(
@@ -143,14 +143,14 @@ class SentencePieceTokenizer:
 
     def _arrays(self, texts: list[str]) -> list[np.ndarray]:
         # Request arrays: lists of numbers would take a quarter of the encoding time.
-        found: list[np.ndarray] = self._processor.Encode(texts, return_type="numpy", num_threads=1)
-        return found
+        arrays: list[np.ndarray] = self._processor.Encode(texts, return_type="numpy", num_threads=1)
+        return arrays
 
     def _encode_with_marks(self, text: str, mark: list[int]) -> np.ndarray:
         """Write a literal space mark as its bytes: as a piece it would decode to a space."""
         between = np.array(mark, dtype=np.int32)
-        first, *others = self._arrays(text.split(_SPACE_MARK))
-        return np.concatenate([first, *(part for one in others for part in (between, one))])
+        first, *later = self._arrays(text.split(_SPACE_MARK))
+        return np.concatenate([first, *(part for array in later for part in (between, array))])
 
     def inside(self, ids: np.ndarray) -> np.ndarray:
         """All tokens of a document's text."""

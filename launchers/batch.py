@@ -107,8 +107,8 @@ def render(site: Site, words: list[str], run: Path, folder: Path, environment: P
     values = [f". {shlex.quote(str(environment))}"] if site.variables else []
     program = [*local.program(site.interpreter(_in_image(site))), *words]
     srun = _srun_options(site)
-    what = words[1 : words.index("--out") + 2]
-    checked = [*local.program(program[0]), "doctor", *what]
+    checked_words = words[1 : words.index("--out") + 2]
+    checked = [*local.program(program[0]), "doctor", *checked_words]
     doctor = f"step {shlex.join([*srun, *_contained(site, checked)])} || exit\n"
     body = _LOOP.format(
         run=shlex.quote(str(run)),
@@ -158,12 +158,12 @@ def _in_image(site: Site) -> bool:
 
 def _srun_options(site: Site) -> list[str]:
     # A step does not inherit this from its job.
-    found = [f"--cpus-per-task={site.cpus_per_process}"] if site.cpus_per_process else []
+    options = [f"--cpus-per-task={site.cpus_per_process}"] if site.cpus_per_process else []
     if site.container.kind == "pyxis":
-        found.append(f"--container-image={site.container.image}")
+        options.append(f"--container-image={site.container.image}")
         if site.container.mounts:
-            found.append(f"--container-mounts={','.join(site.container.mounts)}")
-    return found
+            options.append(f"--container-mounts={','.join(site.container.mounts)}")
+    return options
 
 
 def _contained(site: Site, program: list[str]) -> list[str]:

@@ -55,7 +55,7 @@ def final(monitor: Any) -> Any:
     def look(self: Any, *arguments: Any) -> Any:
         result = monitor(self, *arguments)
         failures = (result.failures or {}).values() if result.is_failed() else ()
-        if any(one.exitcode in FINAL for one in failures):
+        if any(failure.exitcode in FINAL for failure in failures):
             self._remaining_restarts = 0
         return result
 

@@ -88,16 +88,16 @@ def launch(
     config = load_config(recipe, overrides, code)
     say_remarks([config])
     _check_secrets(config, overrides)
-    found = hosts.read_hosts(Path(site.hosts.file)) if site.hosts.file else {}
-    if on == "hostfile" and not found:
+    machines = hosts.read_hosts(Path(site.hosts.file)) if site.hosts.file else {}
+    if on == "hostfile" and not machines:
         raise UsageError("hosts.file: missing in the site file; --on hostfile needs it")
     sizes = [count * site.processes for count in site.sizes]
-    if on in ("hostfile", "mpi") and found:
-        sizes = [sum(found.values())]
+    if on in ("hostfile", "mpi") and machines:
+        sizes = [sum(machines.values())]
     for size in sizes:
         _check_size(config, size)
     if on in ("local", "hostfile", "mpi"):
-        return _start_here(job, on, found, show)
+        return _start_here(job, on, machines, show)
     return _hand_over(job, on, show)
 
 
@@ -125,7 +125,7 @@ def _check_size(config: Config, processes: int) -> None:
         )
 
 
-def _start_here(job: Launch, on: str, found: dict[str, int], show: bool) -> int:
+def _start_here(job: Launch, on: str, machines: dict[str, int], show: bool) -> int:
     site = job.site
     words = job.words()
     variables = dict(site.variables)
@@ -137,9 +137,9 @@ def _start_here(job: Launch, on: str, found: dict[str, int], show: bool) -> int:
         command = local.command(words, site.processes, site.restarts)
         variables = {**local.start_environment(site.processes), **variables}
     elif on == "mpi":
-        command = hosts.mpi_command(site, words, found)
+        command = hosts.mpi_command(site, words, machines)
     else:
-        command = hosts.deepspeed_command(site, words, found)
+        command = hosts.deepspeed_command(site, words, machines)
         file = job.folder.absolute() / _ENVIRONMENT_FILE
         if variables and not show:
             _write_secret(file, hosts.exports(variables))

@@ -73,9 +73,9 @@ def program(python: str = sys.executable) -> list[str]:
 
 def command(words: list[str], processes: int, restarts: int = 0) -> list[str]:
     """The command `pretrain WORDS...` on N processes, as a list of arguments."""
-    many = ["--processes", str(processes)] if processes > 1 else []
+    processes_option = ["--processes", str(processes)] if processes > 1 else []
     again = ["--restarts", str(restarts)] if restarts else []
-    return [*program(), *words, *many, *again]
+    return [*program(), *words, *processes_option, *again]
 
 
 class LocalExecutor:
@@ -148,7 +148,7 @@ def _gpus() -> list[str]:
     if visible is not None:
         return [name for name in visible.split(",") if name.strip()]
     try:
-        found = subprocess.run(
+        answer = subprocess.run(
             ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
             capture_output=True,
             text=True,
@@ -156,4 +156,4 @@ def _gpus() -> list[str]:
         )
     except OSError:
         return []
-    return found.stdout.split() if found.returncode == 0 else []
+    return answer.stdout.split() if answer.returncode == 0 else []

@@ -64,10 +64,10 @@ def _address(node: str) -> str:
     On the node itself, its name may resolve to a loopback address (127.0.1.1 on Debian).
     """
     try:
-        found = {str(one[4][0]) for one in socket.getaddrinfo(node, None)}
+        addresses = {str(address[4][0]) for address in socket.getaddrinfo(node, None)}
     except OSError:
-        found = set()
-    if any(not (one.startswith("127.") or one == "::1") for one in found):
+        addresses = set()
+    if any(not (address.startswith("127.") or address == "::1") for address in addresses):
         return node
     command = ["scontrol", "--oneliner", "show", "node", node]
     shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
@@ -108,10 +108,10 @@ class SlurmExecutor:
     def submit(self, jobs: list[Job]) -> None:
         """Adopt jobs that an earlier sweep left in the queue, and submit the rest as one array."""
         queued = _queued()
-        known = self._known()
+        recorded = self._known()
         for job in jobs:
-            if known.get(job.name) in queued:
-                self._jobs[job.name] = known[job.name]
+            if recorded.get(job.name) in queued:
+                self._jobs[job.name] = recorded[job.name]
         fresh = [job for job in jobs if job.name not in self._jobs]
         if not fresh:
             return
@@ -122,14 +122,16 @@ class SlurmExecutor:
             )
         except Exception as error:  # submitit wraps sbatch's message in several classes
             raise RunError(f"sbatch: {_first_line(error)}") from None
-        self._jobs |= {job.name: one.job_id for job, one in zip(fresh, elements, strict=True)}
-        text = to_json({**known, **self._jobs})
+        self._jobs |= {
+            job.name: element.job_id for job, element in zip(fresh, elements, strict=True)
+        }
+        text = to_json({**recorded, **self._jobs})
         write_aside(self._folder / "jobs.json", text.encode())
 
     def _known(self) -> dict[str, str]:
         try:
-            found: dict[str, str] = json.loads((self._folder / "jobs.json").read_text("utf-8"))
-            return found
+            numbers: dict[str, str] = json.loads((self._folder / "jobs.json").read_text("utf-8"))
+            return numbers
         except (OSError, ValueError):
             return {}
 
@@ -184,13 +186,13 @@ def _queued() -> set[str]:
     """
     command = ["squeue", "--noheader", "--array", "--me", "--format=%i %T"]
     for _ in range(5):
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-        if found.returncode == 0:
-            rows = [line.split() for line in found.stdout.splitlines()]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode == 0:
+            rows = [line.split() for line in answer.stdout.splitlines()]
             gone = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
             return {row[0] for row in rows if len(row) == 2 and row[1] not in gone}
         time.sleep(2.0)
-    raise RunError(f"squeue: {found.stderr.strip() or 'no answer'}; rerun the sweep later")
+    raise RunError(f"squeue: {answer.stderr.strip() or 'no answer'}; rerun the sweep later")
 
 
 def _first_line(error: Exception) -> str:

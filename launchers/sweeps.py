@@ -54,11 +54,11 @@ def run(
         )
 
     if dry_run:
-        found = plan(sweep, slots, start if timing else None, price)
+        estimate = plan(sweep, slots, start if timing else None, price)
         if as_json:
-            print(to_json(found))
+            print(to_json(estimate))
         else:
-            print_plan(found, slots)
+            print_plan(estimate, slots)
         return 0
     executor: Executor
     if launcher == "slurm":
@@ -90,5 +90,5 @@ def _check_folders(sweep: Sweep, launcher: str) -> None:
 
     from pretrain.sweep.check import check_runs
 
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_runs(sweep, here if launcher == "local" else None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_runs(sweep, device if launcher == "local" else None)

@@ -45,9 +45,11 @@ def run_team(command: list[str], processes: int, environment: dict[str, str]) ->
     try:
         with SIGNALS.handed_to(hand_on):
             for rank in range(processes):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                       "LOCAL_WORLD_SIZE": str(processes), MEETING: folder}  # fmt: skip
-                team.append(subprocess.Popen(command, env={**environment, **own}))
+                variables = {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                    "LOCAL_WORLD_SIZE": str(processes), MEETING: folder,
+                }  # fmt: skip
+                team.append(subprocess.Popen(command, env={**environment, **variables}))
                 if SIGNALS.asked:  # a signal may have arrived before this process existed
                     _send(team[-1], signal.SIGTERM)
             return _watch(team)

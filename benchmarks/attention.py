@@ -39,10 +39,10 @@ def main() -> None:
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         for batch, heads, context, head in SHAPES:
-            made = [torch.randn(context, batch, heads, head, device=device, dtype=dtype)
+            inputs = [torch.randn(context, batch, heads, head, device=device, dtype=dtype)
                     .permute(1, 2, 0, 3).requires_grad_() for _ in range(3)]  # fmt: skip
-            upstream = torch.randn_like(made[0])
-            q, k, v = made
+            upstream = torch.randn_like(inputs[0])
+            q, k, v = inputs
             kernels: dict[str, Callable[[], torch.Tensor]] = {
                 "sdpa": partial(F.scaled_dot_product_attention, q, k, v, is_causal=True),
                 "products": partial(attention_by_products, q, k, v, True),
@@ -51,12 +51,12 @@ def main() -> None:
             for turn in range(options.turns + 1):
                 for name, kernel in kernels.items():
                     began = time.perf_counter()
-                    torch.autograd.grad(kernel(), made, upstream)
+                    torch.autograd.grad(kernel(), inputs, upstream)
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     if turn:
                         seconds[name].append(time.perf_counter() - began)
-            middle = {name: 1e3 * statistics.median(found) for name, found in seconds.items()}
+            middle = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
             kind = str(dtype).removeprefix("torch.")
             print(f"{kind:9} context {context:5}: SDPA {middle['sdpa']:6.1f} ms, "
                   f"products {middle['products']:6.1f} ms, "

@@ -31,13 +31,13 @@ TURNS, USUAL = 5, 8
 
 def timed(engine: Engine, loader: Loader, count: int) -> list[float]:
     """Seconds of each of ``count`` updates."""
-    found = []
+    seconds = []
     for number in range(count):
         began = time.monotonic()
         engine.begin_step(number, 1e-4)
         engine.train_step(loader)
-        found.append(time.monotonic() - began)
-    return found
+        seconds.append(time.monotonic() - began)
+    return seconds
 
 
 def main() -> None:
@@ -77,12 +77,14 @@ def main() -> None:
     loader.close()
     engine.close()
     disconnect()
-    medians = {name: statistics.median(found) for name, found in delays.items()}
+    medians = {name: statistics.median(waits) for name, waits in delays.items()}
     result = {
         "parameters": sum(info.numel for info in setup.infos),
         "usual_update_seconds": round(statistics.median(usual), 3),
-        "delay_seconds": {name: [round(one, 3) for one in found] for name, found in delays.items()},
-        "median_delay_seconds": {name: round(one, 3) for name, one in medians.items()},
+        "delay_seconds": {
+            name: [round(value, 3) for value in waits] for name, waits in delays.items()
+        },
+        "median_delay_seconds": {name: round(value, 3) for name, value in medians.items()},
         "beside_over_waiting": round(medians["beside"] / medians["waiting"], 3),
     }
     finish(result, options.out)

@@ -111,11 +111,11 @@ def datasets_map(folder: Path, lines: list[bytes]) -> float:
     datasets.disable_caching()
     table = datasets.Dataset.from_dict({"text": [json.loads(line)["text"] for line in lines]})
     began = time.monotonic()
-    made = table.map(
+    encoded = table.map(
         _map_batch, batched=True, num_proc=CORES, remove_columns=["text"],
         fn_kwargs={"model": str(folder / "tokenizer.model")},
     )  # fmt: skip
-    assert len(made) == len(lines)
+    assert len(encoded) == len(lines)
     return time.monotonic() - began
 
 
@@ -134,8 +134,8 @@ def _map_batch(batch: dict[str, list[str]], model: str) -> dict[str, list[list[i
     return {"ids": _model(model).Encode(batch["text"], out_type=int, num_threads=1)}
 
 
-def _encode_line(given: tuple[bytes, str]) -> list[int]:
-    line, model = given
+def _encode_line(item: tuple[bytes, str]) -> list[int]:
+    line, model = item
     return [*_model(model).Encode(json.loads(line)["text"], out_type=int), 1]
 
 
@@ -158,8 +158,8 @@ def pool_over_lines(folder: Path, lines: list[bytes]) -> float:
 
 
 CONTENDERS: dict[str, Callable[[Path, list[bytes]], float]] = {
-    "sentencepiece, arrays": lambda *given: sentencepiece_alone("numpy", *given),
-    "sentencepiece, lists": lambda *given: sentencepiece_alone(int, *given),
+    "sentencepiece, arrays": lambda *arguments: sentencepiece_alone("numpy", *arguments),
+    "sentencepiece, lists": lambda *arguments: sentencepiece_alone(int, *arguments),
     "rankdecay": rankdecay,
     "datasets.map": datasets_map,
     "pool over lines": pool_over_lines,
@@ -175,14 +175,16 @@ def tokenisation(folder: Path, lines: list[bytes], turns: int) -> dict[str, Any]
         for name, work in order if turn % 2 == 0 else order[::-1]:
             rates[name].append(size / 1e6 / work(folder, lines))
     tokens = sum(entry.tokens for entry in load_manifest(folder / "tokens").entries)
-    middle = {name: statistics.median(found) for name, found in rates.items()}
+    middle = {name: statistics.median(values) for name, values in rates.items()}
     print(f"\ntokenisation, {size / 1e6:.0f} MB, {CORES} cores, {turns} turns")
     for name, rate in middle.items():
         spread = f"{min(rates[name]):.1f}-{max(rates[name]):.1f}"
         print(f"{name:22} {rate:6.1f} MB/s ({spread}), x{middle['rankdecay'] / rate:.2f}")
     return {
         "text_mb": round(size / 1e6, 1),
-        "mb_per_second": {name: [round(one, 2) for one in found] for name, found in rates.items()},
+        "mb_per_second": {
+            name: [round(value, 2) for value in values] for name, values in rates.items()
+        },
         "rankdecay_tokens_per_second_per_core": round(
             middle["rankdecay"] * 1e6 * tokens / size / CORES
         ),
@@ -209,7 +211,7 @@ def loading(folder: Path, turns: int) -> dict[str, Any]:
         rates.append(4000 * 256 / (time.monotonic() - began))
     rate = statistics.median(rates)
     print(f"loader: {rate:,.0f} tokens/s ({min(rates):,.0f}-{max(rates):,.0f}), one core")
-    return {"tokens_per_second": [round(one) for one in rates]}
+    return {"tokens_per_second": [round(rate) for rate in rates]}
 
 
 def write_sparse(folder: Path) -> None:
@@ -270,8 +272,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         _, lines = make_corpus(folder, options.megabytes * 10**6)
         figures = {
             "cores": CORES,

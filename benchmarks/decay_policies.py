@@ -86,27 +86,28 @@ def main() -> None:
                 times[name].append(time.perf_counter() - began)
     engine = engines["alpha"][0]
     apart = {}
-    for what, call in (
+    for subject, call in (
         ("exponents", lambda: engine.shrinker.figures(engine.control.wanting("weights")[0])),
         ("ranks", lambda: measure(engine, 0, 0, engine.config.ranks)),
     ):
         began = time.perf_counter()
         call()
-        apart[what] = time.perf_counter() - began
+        apart[subject] = time.perf_counter() - began
     base = statistics.median(times["constant"])
-    found = {
+    policies = {
         name: {
             "seconds": statistics.median(values),
             "ratio": statistics.median(
-                mine / other for mine, other in zip(values, times["constant"], strict=True)
+                mine / base_seconds
+                for mine, base_seconds in zip(values, times["constant"], strict=True)
             ),
         }
         for name, values in times.items()
     }
-    for name, row in found.items():
+    for name, row in policies.items():
         print(f"{name:16} {row['seconds'] * 1000:8.1f} ms  {row['ratio']:.3f}")
-    for what, seconds in apart.items():
-        print(f"measuring {what}: {seconds * 1000:.0f} ms, {seconds / base:.2f} steps")
+    for subject, seconds in apart.items():
+        print(f"measuring {subject}: {seconds * 1000:.0f} ms, {seconds / base:.2f} steps")
     if words.out:
         result = {
             "command": "python " + " ".join(["benchmarks/decay_policies.py", *sys.argv[1:]]),
@@ -115,7 +116,7 @@ def main() -> None:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "rounds": words.rounds,
-            "policies": found,
+            "policies": policies,
             "measurements": apart,
         }
         words.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -44,15 +44,15 @@ def first_update(folder: Path, number: int) -> float:
     process = subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    seen = 0.0
+    first_seen = 0.0
     while process.poll() is None:
         metrics = run / "metrics.jsonl"
-        if not seen and metrics.exists() and '"train"' in metrics.read_text(encoding="utf-8"):
-            seen = time.monotonic() - began
+        if not first_seen and metrics.exists() and '"train"' in metrics.read_text(encoding="utf-8"):
+            first_seen = time.monotonic() - began
         time.sleep(0.02)
-    if process.returncode or not seen:
+    if process.returncode or not first_seen:
         raise SystemExit(f"no update: {' '.join(words)}")
-    return seen
+    return first_seen
 
 
 def evaluation(folder: Path) -> dict[str, float]:
@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         seconds_of("data", "corpus", "--out", str(folder / "text"))
         model = str(folder / "pieces.model")
         seconds_of(
@@ -91,8 +91,8 @@ def main() -> None:
             "evaluation": evaluation(folder),
         }
     for name in ("help_seconds", "first_update_seconds"):
-        found = figures[name]
-        print(f"{name:21} {statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})")
+        values = figures[name]
+        print(f"{name:21} {statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
     print(f"evaluation            {figures['evaluation']['tokens_per_second']:,.0f} tokens/s")
     finish(figures, options.out, show=False)
 

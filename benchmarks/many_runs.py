@@ -31,7 +31,7 @@ def together(contenders: list[Contender], steps: int, tokens: int) -> float:
     """Tokens a second of all, from the first start to the last end."""
     began = time.monotonic()
     with ThreadPoolExecutor(len(contenders)) as pool:
-        list(pool.map(lambda one: one.run(steps, tokens), contenders))
+        list(pool.map(lambda contender: contender.run(steps, tokens), contenders))
     return len(contenders) * steps * tokens / (time.monotonic() - began)
 
 
@@ -52,19 +52,19 @@ def main() -> None:
         threads = cores if torch.cuda.is_available() else max(1, cores // runs)
         crews[runs] = [Contender("rankdecay-eager", options.shape, threads) for _ in range(runs)]
         together(crews[runs], 3, tokens)
-    found: dict[int, list[float]] = {runs: [] for runs in crews}
+    rates_by_runs: dict[int, list[float]] = {runs: [] for runs in crews}
     for turn in range(options.turns):
         for runs in list(crews)[:: 1 if turn % 2 == 0 else -1]:
-            found[runs].append(together(crews[runs], options.steps, tokens))
+            rates_by_runs[runs].append(together(crews[runs], options.steps, tokens))
     for crew in crews.values():
-        for one in crew:
-            one.close()
-    middle = {runs: statistics.median(rates) for runs, rates in found.items()}
+        for contender in crew:
+            contender.close()
+    middle = {runs: statistics.median(rates) for runs, rates in rates_by_runs.items()}
     first = next(iter(middle.values()))
     for runs, rate in middle.items():
-        spread = f"{min(found[runs]):,.0f}-{max(found[runs]):,.0f}"
+        spread = f"{min(rates_by_runs[runs]):,.0f}-{max(rates_by_runs[runs]):,.0f}"
         print(f"{runs} at once: {rate:,.0f} tokens/s in all ({spread}), x{rate / first:.2f}")
-    figures: dict[str, Any] = {"shape": options.shape, "tokens_per_second": found}
+    figures: dict[str, Any] = {"shape": options.shape, "tokens_per_second": rates_by_runs}
     finish(figures, options.out, show=False)
 
 

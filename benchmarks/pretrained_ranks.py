@@ -70,8 +70,8 @@ def high_water(process: int) -> int:
         text = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return 0
-    found = [line.split()[1] for line in text.splitlines() if line.startswith("VmHWM")]
-    return int(found[0]) if found else 0
+    values = [line.split()[1] for line in text.splitlines() if line.startswith("VmHWM")]
+    return int(values[0]) if values else 0
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.folder / "config.json").exists():
         write_model(options.folder)
-    size = sum(one.stat().st_size for one in options.folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in options.folder.glob("*.safetensors"))
     words = [sys.executable, "-m", "pretrain", "ranks", str(options.folder)]
     began = time.monotonic()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)

@@ -44,12 +44,12 @@ def main() -> None:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(options.steps):
             step()
-    found = dict.fromkeys([*KINDS, "rest"], 0.0)
-    for one in profiler.key_averages():
-        kind = next((k for k, starts in KINDS.items() if one.key.startswith(starts)), "rest")
-        found[kind] += one.self_cpu_time_total
-    total = sum(found.values())
-    shares = {kind: round(time / total, 4) for kind, time in found.items()}
+    times = dict.fromkeys([*KINDS, "rest"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((k for k, starts in KINDS.items() if event.key.startswith(starts)), "rest")
+        times[kind] += event.self_cpu_time_total
+    total = sum(times.values())
+    shares = {kind: round(time / total, 4) for kind, time in times.items()}
     for kind, share in sorted(shares.items(), key=lambda pair: -pair[1]):
         print(f"{kind:22} {100 * share:5.1f} %")
     figures = {"contender": options.contender, "shape": options.shape, "shares": shares,

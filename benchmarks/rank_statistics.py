@@ -99,8 +99,8 @@ def measured(shape: str) -> dict[str, Any]:
             theirs.append(naive(width, head) * products)
             watched.append(weightwatcher(width, head) * products)
     mine = statistics.median(ours)
-    ratios = {name: statistics.median(found) / mine
-              for name, found in (("dense SVD", theirs), ("WeightWatcher", watched))}  # fmt: skip
+    ratios = {name: statistics.median(seconds) / mine
+              for name, seconds in (("dense SVD", theirs), ("WeightWatcher", watched))}  # fmt: skip
     print(
         f"{shape}: {products} products in {mine:.2f} s ({min(ours):.2f}-{max(ours):.2f}); "
         f"dense SVD {statistics.median(theirs):,.0f} s, x{ratios['dense SVD']:.0f}; "
@@ -118,7 +118,7 @@ def measured(shape: str) -> dict[str, Any]:
 def in_training(shape: str) -> dict[str, Any]:
     """Share of training time at every 100 steps, and bytes on two ranks."""
     worker = str(ROOT / "benchmarks/contenders/probe_worker.py")
-    found = []
+    results = []
     for processes in (1, 2):
         start = [sys.executable] if processes == 1 else torchrun(processes)
         done = subprocess.run(
@@ -127,8 +127,8 @@ def in_training(shape: str) -> dict[str, Any]:
         )  # fmt: skip
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
-        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    alone, spread = found
+        results.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    alone, spread = results
     update, measurement = (
         statistics.median(alone[f"{what}_seconds"]) for what in ("update", "measurement")
     )

@@ -33,7 +33,7 @@ BATCH, CONTEXT = 1024, 2048
 
 def rows(gpu: str) -> list[dict[str, Any]]:
     """The best grid of each model and count; those that nothing fits on are left out."""
-    found = []
+    choices = []
     for name, (layers, hidden, heads) in MODELS.items():
         config = parse_config(
             {
@@ -47,7 +47,7 @@ def rows(gpu: str) -> list[dict[str, Any]]:
             best = rank(config, DEVICES[gpu], count, 1)[0]
             if not best.fits:
                 continue
-            found.append(
+            choices.append(
                 {
                     "model": name, "gpus": count, "tensor": best.tensor,
                     "pipeline": best.pipeline, "data": best.data, "zero": best.zero_stage,
@@ -58,10 +58,10 @@ def rows(gpu: str) -> list[dict[str, Any]]:
                     "mfu": round(best.mfu, 3),
                 }
             )  # fmt: skip
-    return found
+    return choices
 
 
-def draw(found: list[dict[str, Any]], gpu: str, path: Path) -> None:
+def draw(points: list[dict[str, Any]], gpu: str, path: Path) -> None:
     """Speed against the number of GPUs, with straight lines for perfect scaling."""
     import matplotlib
 
@@ -71,7 +71,7 @@ def draw(found: list[dict[str, Any]], gpu: str, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name in MODELS:
-        mine = [row for row in found if row["model"] == name]
+        mine = [row for row in points if row["model"] == name]
         counts = [row["gpus"] for row in mine]
         (line,) = axes.loglog(
             counts, [row["tokens_per_second"] for row in mine], "o-", ms=3, label=name
@@ -90,15 +90,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    found = rows(options.gpu)
+    choices = rows(options.gpu)
     with (options.out / "scaling.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(found[0]))
+        writer = csv.DictWriter(file, list(choices[0]))
         writer.writeheader()
-        writer.writerows(found)
-    draw(found, options.gpu, options.out / "scaling.png")
+        writer.writerows(choices)
+    draw(choices, options.gpu, options.out / "scaling.png")
     print("| model | GPUs | tensor x pipeline x data, ZeRO | GB per GPU | tokens/s | MFU |")
     print("|---|---:|---|---:|---:|---:|")
-    for row in found:
+    for row in choices:
         if row["gpus"] in (1, 8, 64, 512, 1024):
             grid = f"{row['tensor']} x {row['pipeline']} x {row['data']}, {row['zero']}"
             print(

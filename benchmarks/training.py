@@ -99,32 +99,36 @@ def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[s
     shape: Shape = SHAPES[shape_name]
     tokens = shape.batch * shape.context
     contenders = [Contender(name, shape_name) for name in names]
-    for one in contenders:  # compile and warm up
-        if one.alive:
-            one.run(3, tokens, count=False)
+    for contender in contenders:  # compile and warm up
+        if contender.alive:
+            contender.run(3, tokens, count=False)
     limits = []
     for turn in range(turns):
         limits.append(product_rate(2 if half() else 4))
-        for one in [contenders, contenders[::-1]][turn % 2]:
-            if one.alive:
-                one.run(steps, tokens)
+        for contender in [contenders, contenders[::-1]][turn % 2]:
+            if contender.alive:
+                contender.run(steps, tokens)
     limit = statistics.median(limits)
     rows: dict[str, dict[str, Any]] = {}
-    for one in contenders:
-        if not one.rates:
-            rows[one.name] = {"failed": True}
+    for contender in contenders:
+        if not contender.rates:
+            rows[contender.name] = {"failed": True}
             continue
-        quarters = statistics.quantiles(one.rates, n=4) if len(one.rates) > 1 else one.rates * 3
-        rows[one.name] = {
-            "tokens_per_second": round(statistics.median(one.rates), 1),
+        quarters = (
+            statistics.quantiles(contender.rates, n=4)
+            if len(contender.rates) > 1
+            else contender.rates * 3
+        )
+        rows[contender.name] = {
+            "tokens_per_second": round(statistics.median(contender.rates), 1),
             "quartiles": [round(quarters[0], 1), round(quarters[2], 1)],
             "share_of_product_rate": round(
-                statistics.median(one.rates) * shape.flops_per_token / limit, 3
+                statistics.median(contender.rates) * shape.flops_per_token / limit, 3
             ),
-            "peak_bytes": one.peak,
+            "peak_bytes": contender.peak,
         }
-    for one in contenders:
-        one.close()
+    for contender in contenders:
+        contender.close()
     for name in set(rows) & set(GRIDS):
         rows[name]["plan"] = planned(shape, name, limit)
     return {

@@ -22,8 +22,8 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, d = x.shape
         q, k, v = (
-            one.view(batch, length, self.heads, -1).transpose(1, 2)
-            for one in self.qkv(self.norm1(x)).split(d, dim=2)
+            projected.view(batch, length, self.heads, -1).transpose(1, 2)
+            for projected in self.qkv(self.norm1(x)).split(d, dim=2)
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(batch, length, d))

@@ -47,7 +47,7 @@ def main() -> None:
         for layer in attention_layers(engine.module)
         for name in ("query", "key", "value", "output")
     )
-    everything = sum(4 * info_of(one).numel for one in engine.module.parameters())
+    everything = sum(4 * info_of(parameter).numel for parameter in engine.module.parameters())
     if dist.get_rank() == 0:
         ranks = dist.get_world_size()
         print(

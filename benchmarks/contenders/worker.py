@@ -57,9 +57,9 @@ def autocast() -> torch.autocast:
 def adamw(model: torch.nn.Module, shape: Shape) -> torch.optim.Optimizer:
     """AdamW as nanoGPT sets it: decay of matrices alone, one fused kernel."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": shape.decay},
-              {"params": rest, "weight_decay": 0.0}]  # fmt: skip
+              {"params": vectors, "weight_decay": 0.0}]  # fmt: skip
     return torch.optim.AdamW(groups, lr=shape.rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -133,17 +133,17 @@ def rankdecay_engine(
     config = parse_config(values)
     where = connect()
     load_libraries()
-    made = build_grid(config.grid, where)
-    plan = plan_decay(whole_model(config.model, made.tensor), config.optimizer.weight_decay)
-    engine = build_engine(config, made, plan)
-    micro, _ = micro_batches(config, made)
-    share = shape.batch // made.data
-    first = share * made.data_rank
+    process_grid = build_grid(config.grid, where)
+    plan = plan_decay(whole_model(config.model, process_grid.tensor), config.optimizer.weight_decay)
+    engine = build_engine(config, process_grid, plan)
+    micro, _ = micro_batches(config, process_grid)
+    share = shape.batch // process_grid.data
+    first = share * process_grid.data_rank
 
     def mine() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for inputs, labels in tensors(shape):
-            for at in range(first, first + share, micro):
-                yield inputs[at : at + micro], labels[at : at + micro]
+            for start in range(first, first + share, micro):
+                yield inputs[start : start + micro], labels[start : start + micro]
 
     data, count = mine(), 0
 
@@ -231,10 +231,10 @@ def trainer(shape: Shape, compiled: bool = True) -> Step:
         save_strategy="no", logging_strategy="no", use_cpu=device().type == "cpu",
         torch_compile=compiled, disable_tqdm=True,
     )  # fmt: skip
-    made = Trainer(
+    hf_trainer = Trainer(
         GPT2LMHeadModel(config), arguments, train_dataset=_Random(shape), callbacks=[Turns()]
     )
-    threading.Thread(target=made.train, daemon=True).start()
+    threading.Thread(target=hf_trainer.train, daemon=True).start()
 
     def step() -> float:
         go.release()
@@ -270,11 +270,11 @@ def requests() -> Iterator[int]:
         yield from (int(line) for line in sys.stdin if line.strip())
         return
     while True:
-        said = [sys.stdin.readline().strip() if dist.get_rank() == 0 else ""]
-        dist.broadcast_object_list(said, 0)
-        if not said[0]:
+        turn = [sys.stdin.readline().strip() if dist.get_rank() == 0 else ""]
+        dist.broadcast_object_list(turn, 0)
+        if not turn[0]:
             return
-        yield int(said[0])
+        yield int(turn[0])
 
 
 def peak_of_all() -> int:
@@ -284,9 +284,9 @@ def peak_of_all() -> int:
     mine = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return mine
-    found: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return max(found)
+    peaks: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, mine)
+    return max(peaks)
 
 
 def main() -> None:

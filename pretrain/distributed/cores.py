@@ -20,7 +20,7 @@ def usable_cores(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")
     """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    quotas = [found for folder in _folders(cgroups, own) if (found := _quota(folder))]
+    quotas = [quota for folder in _folders(cgroups, own) if (quota := _quota(folder))]
     return max(1, min([cores, *(int(quota) for quota in quotas)]))
 
 
@@ -44,12 +44,14 @@ def _folders(cgroups: Path, own: Path) -> list[Path]:
                 tops |= {cgroups / "cpu": path, cgroups / "cpu,cpuacct": path}
     except (OSError, ValueError):
         pass
-    found = []
+    folders = []
     for top, path in tops.items():
         # In a container the path may be the host's: its own group is then mounted at the top.
         inner = top / path.lstrip("/")
-        found += [one for one in (inner, *inner.parents) if one == top or top in one.parents]
-    return found
+        folders += [
+            folder for folder in (inner, *inner.parents) if folder == top or top in folder.parents
+        ]
+    return folders
 
 
 def _quota(folder: Path) -> float | None:

@@ -59,15 +59,15 @@ def refuse_shared(gpu: str, size: int, store: Any, timeout: timedelta) -> None:
         place.set("shared", gpu)
     _wait_for_all(place, "counted", size, timeout)
     if place.check(["shared"]):
-        found = place.get("shared").decode()
+        shared = place.get("shared").decode()
         _wait_for_all(place, "told", size, timeout)  # the store may end with this process
         raise UsageError(
-            f"two processes use the same GPU ({found}); start one process per GPU, or set "
+            f"two processes use the same GPU ({shared}); start one process per GPU, or set "
             "CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
 
 
-def _wait_for_all(place: Any, what: str, size: int, timeout: timedelta) -> None:
-    if place.add(what, 1) == size:
-        place.set(f"{what}/all", "yes")
-    place.wait([f"{what}/all"], timeout)
+def _wait_for_all(place: Any, counter: str, size: int, timeout: timedelta) -> None:
+    if place.add(counter, 1) == size:
+        place.set(f"{counter}/all", "yes")
+    place.wait([f"{counter}/all"], timeout)

@@ -104,11 +104,11 @@ def _was_given(name: str | bytes | int) -> bool:
         return False
     path = _resolved(os.fsdecode(name))
     words = [part for word in sys.argv[1:] for part in (word, word.rpartition("=")[2])]
-    given = [_resolved(word.partition("@")[0]) for word in words if word.strip("-")]
+    paths = [_resolved(word.partition("@")[0]) for word in words if word.strip("-")]
     # A folder may be named by a file in it: RECIPE's other files are beside it.
-    near = [one.parent for one in given if one.suffix and one.parent != Path.cwd()]
+    near = [named.parent for named in paths if named.suffix and named.parent != Path.cwd()]
     return any(
-        path == one or one in path.parents for one in [*given, *near, Path("runs").resolve()]
+        path == named or named in path.parents for named in [*paths, *near, Path("runs").resolve()]
     )
 
 

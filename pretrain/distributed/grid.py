@@ -109,7 +109,7 @@ class Grid:
         return box[0]
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
+    def together(self, label: str) -> Iterator[None]:
         """Run a block on every process; if it fails on one, all raise the same one-line error.
 
         Otherwise the processes that did not fail would wait for ever in their next collective.
@@ -119,8 +119,8 @@ class Grid:
             yield
         except Exception as error:
             failure = error
-        found = self.gather(None if failure is None else (_kind(failure), _line(failure, what)))
-        problems = [problem for problem in found if problem]
+        gathered = self.gather(None if failure is None else (_kind(failure), _line(failure, label)))
+        problems = [problem for problem in gathered if problem]
         if not problems:
             return
         kind, text = problems[0]
@@ -138,14 +138,14 @@ def _kind(error: Exception) -> str:
     return "machine" if is_of_machine(error) else "run"
 
 
-def _line(error: Exception, what: str) -> str:
+def _line(error: Exception, label: str) -> str:
     """One line with the file and the reason, for any exception."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     lines = text.strip().splitlines()
     text = lines[0] if lines else type(error).__name__
-    return f"{what}: {text}" if what and not text.startswith(what) else text
+    return f"{label}: {text}" if label and not text.startswith(label) else text
 
 
 def process_count() -> int:

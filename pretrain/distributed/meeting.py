@@ -117,5 +117,5 @@ def _on_one_machine(host: str) -> bool:
     """Whether all processes run on this machine, according to the launcher or the address."""
     if host in ("localhost", "::1") or host.startswith("127.0.0."):
         return True
-    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
-    return here is not None and here == os.environ.get("WORLD_SIZE")
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    return local_size is not None and local_size == os.environ.get("WORLD_SIZE")

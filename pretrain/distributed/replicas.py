@@ -40,13 +40,13 @@ def disagreement(module: nn.Module, grid: Grid) -> str:
     copies = [torch.empty_like(mine) for _ in range(grid.data)]
     dist.all_gather(copies, mine, group=grid.data_group)
     table = torch.stack(copies).tolist()
-    found = ""
+    difference = ""
     for number, parameter in enumerate(declared_parameters(module)):
         values = [row[number] for row in table]
         if len(set(values)) > 1:
-            found = f"{info_of(parameter).name} differs {_odd_ones(values, grid)}"
+            difference = f"{info_of(parameter).name} differs {_odd_ones(values, grid)}"
             break
-    return next((text for text in grid.gather(found) if text), "")
+    return next((text for text in grid.gather(difference) if text), "")
 
 
 def _odd_ones(values: list[int], grid: Grid) -> str:

@@ -108,12 +108,12 @@ class StopSignals:
         ours = not self._before
         if ours:
             self.listen()
-        before = self._answer, self._remembers
+        previous = self._answer, self._remembers
         self._answer, self._remembers = answer, answer is None
         try:
             yield
         finally:
-            self._answer, self._remembers = before
+            self._answer, self._remembers = previous
             if ours:
                 self.restore()
 
@@ -134,35 +134,35 @@ class StopSignals:
         import torch
         import torch.distributed as dist
 
-        asked = torch.tensor(int(self.asked), device=grid.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+        flag = torch.tensor(int(self.asked), device=grid.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
 
-    def _swallowed(self, found: Any) -> None:
+    def _swallowed(self, unraisable: Any) -> None:
         """Send a signal again that came while a destructor ran: Python drops its exceptions."""
-        if not isinstance(found.exc_value, Stopped) or self._asked is None:
-            self._hook(found)
+        if not isinstance(unraisable.exc_value, Stopped) or self._asked is None:
+            self._hook(unraisable)
             return
         number, self._asked = self._asked, None
-        again = threading.Timer(_LATER, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
+        timer = threading.Timer(_LATER, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        came, now = signal.Signals(number), time.monotonic()
+        received, now = signal.Signals(number), time.monotonic()
         repeated = self._asked is not None and now - self._at < _AGAIN
-        interrupted = self._asked == came == signal.SIGINT
+        interrupted = self._asked == received == signal.SIGINT
         late = now - self._at > _IMPATIENT
         if self._asked is None:
-            self._asked, self._at = came, now
+            self._asked, self._at = received, now
         if self._answer is not None:
-            self._answer(came)
+            self._answer(received)
         elif repeated and interrupted and late:
             os._exit(INTERRUPTED)
-        elif self._remembers and (interrupted or came != signal.SIGINT):
+        elif self._remembers and (interrupted or received != signal.SIGINT):
             return
         elif self._remembers or not repeated:
-            raise Stopped(came.name)
+            raise Stopped(received.name)
 
 
 SIGNALS = StopSignals()

@@ -80,21 +80,21 @@ class Watchdog:
         if now - beat <= self._limit / 2:
             self._traffic = (beat, [])
             return False
-        counts = [moved(), *(told and told["moved"] for told in self._read_all())]
-        seen, before = self._traffic  # the first count is only compared with later ones
+        counts = [moved(), *(message and message["moved"] for message in self._read_all())]
+        moved_at, earlier = self._traffic  # the first count is only compared with later ones
         if any(
-            None not in (old, new) and old != new for old, new in zip(before, counts, strict=False)
+            None not in (old, new) and old != new for old, new in zip(earlier, counts, strict=False)
         ):
-            seen = now
-        self._traffic = (seen, counts)
-        return now - max(beat, seen) > self._limit
+            moved_at = now
+        self._traffic = (moved_at, counts)
+        return now - max(beat, moved_at) > self._limit
 
-    def _tell(self, more: dict[str, Any]) -> None:
+    def _tell(self, extra: dict[str, Any]) -> None:
         _, step, phase = self._beat
         self._count += 1
-        known = {"count": self._count, "step": step, "phase": phase, "moved": moved(),
-                 "pid": os.getpid(), "host": socket.gethostname(), **more}  # fmt: skip
-        self._try_store(lambda: self._store.set(str(self._grid.rank), json.dumps(known)))
+        message = {"count": self._count, "step": step, "phase": phase, "moved": moved(),
+                   "pid": os.getpid(), "host": socket.gethostname(), **extra}  # fmt: skip
+        self._try_store(lambda: self._store.set(str(self._grid.rank), json.dumps(message)))
 
     def _try_store(self, action: Callable[[], Any]) -> Any:
         """The store's answer; None after it has failed to answer.
@@ -104,30 +104,30 @@ class Watchdog:
         """
         if self._store is None:
             return None
-        found: list[Any] = []
+        answers: list[Any] = []
 
         def ask() -> None:
             with contextlib.suppress(Exception):  # the launcher or the network is lost
-                found.append(action())
+                answers.append(action())
 
         asking = threading.Thread(target=ask, name="watchdog-store", daemon=True)
         asking.start()
         asking.join(min(_STORE_TIMEOUT.total_seconds() + 1.0, max(1.0, self._limit / 8)))
-        if not found:
+        if not answers:
             self._store = None  # local information can still be reported
             return None
-        return found[0]
+        return answers[0]
 
     def _get(self, rank: int) -> Any:
         return self._store.get(str(rank))
 
     def _read_all(self) -> list[dict[str, Any] | None]:
         """The last message of each process."""
-        found: list[dict[str, Any] | None] = []
+        messages: list[dict[str, Any] | None] = []
         for rank in range(self._grid.world_size):
             text = self._try_store(partial(self._get, rank))
-            found.append(json.loads(text) if text else None)
-        return found
+            messages.append(json.loads(text) if text else None)
+        return messages
 
     def _end(self) -> None:
         where = _where(self._main)
@@ -170,15 +170,15 @@ class Watchdog:
             return []
         lines = [f"{head}; {see}"]
         for rank in living:
-            known = after[rank] or {}
-            place = where if rank == me else known.get("where", "no process: it is still working")
-            lines.append(f"process rank {rank} (step {known.get('step', step)}): waits {place}")
+            message = after[rank] or {}
+            place = where if rank == me else message.get("where", "no process: it is still working")
+            lines.append(f"process rank {rank} (step {message.get('step', step)}): waits {place}")
         for rank in silent:
-            known = after[rank] or {}
-            which = f"{known.get('host', 'unknown host')}, pid {known.get('pid', 'unknown')}"
+            message = after[rank] or {}
+            process = f"{message.get('host', 'unknown host')}, pid {message.get('pid', 'unknown')}"
             lines.append(
-                f"process rank {rank} (step {known.get('step', '?')}; {which}): gives no sign of "
-                "life; the others wait for it"
+                f"process rank {rank} (step {message.get('step', '?')}; {process}): gives no sign "
+                "of life; the others wait for it"
             )
         return lines
 
@@ -210,11 +210,11 @@ def _where(thread: int) -> str:
         return "nowhere"
     stack = traceback.extract_stack(frame)
     root = Path(__file__).resolve().parent.parent
-    ours = [one for one in stack if Path(one.filename).is_relative_to(root)]
+    ours = [call for call in stack if Path(call.filename).is_relative_to(root)]
     place = ours[-1] if ours else stack[-1]
     waiting = next(
-        (one.name for one in stack if "distributed_c10d" in one.filename and one.name[0] != "_"
-         and one.name != "wrapper"), stack[-1].name,
+        (call.name for call in stack if "distributed_c10d" in call.filename and call.name[0] != "_"
+         and call.name != "wrapper"), stack[-1].name,
     )  # fmt: skip
     name = Path(place.filename).name
     return f"in {waiting}, called from {name}:{place.lineno} ({place.name})"

@@ -167,7 +167,9 @@ def record_plain_norm(engine: Any, grid: Grid) -> None:
 
     def clip() -> None:
         total = torch.zeros((), dtype=torch.float64, device=grid.device)
-        gradients = [one.grad for one in engine.module.parameters() if one.grad is not None]
+        gradients = [
+            parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None
+        ]
         if grid.data_rank == 0:  # the others hold the same
             for parameter in engine.module.parameters():
                 if parameter.grad is not None and counts_in_norms(parameter):
@@ -181,12 +183,12 @@ def record_plain_norm(engine: Any, grid: Grid) -> None:
 
     take = engine.optimizer.step
 
-    def step_if_finite(*arguments: Any, **more: Any) -> Any:
+    def step_if_finite(*arguments: Any, **options: Any) -> Any:
         """Skip the step if the gradient is not finite, as ZeRO does."""
         if not engine.gradient_clipping():  # the engine would not compute the norm otherwise
             clip()
         if math.isfinite(float(engine._global_grad_norm)):
-            return take(*arguments, **more)
+            return take(*arguments, **options)
         return None
 
     engine.clip_fp32_gradients = clip
@@ -223,12 +225,12 @@ def sum_tied_gradients_in_float32(engine: Any) -> None:
     It would look for `.grad`, which is empty there, and each stage would keep its own half.
     """
     module = engine.module
-    found = module.get_tied_weights_and_groups
+    original = module.get_tied_weights_and_groups
 
     def tied() -> list[tuple[Any, Any]]:
         return [
             (weight if weight.grad_accum is None else _Gradient(weight.grad_accum), group)
-            for weight, group in found()
+            for weight, group in original()
         ]
 
     module.get_tied_weights_and_groups = tied
@@ -251,7 +253,7 @@ def norm_in_one_reduction(zero: Any, grid: Grid) -> None:
         """The elements of each parameter of a group that this process owns."""
         if not zero.cpu_offload:
             parts = zero.averaged_gradients[index]
-            yield from (one for one in parts if not getattr(one, "_zero_padding", False))
+            yield from (part for part in parts if not getattr(part, "_zero_padding", False))
             return
         flat = zero.single_partition_of_fp32_groups[index].grad
         for parameter in zero.params_in_partition[index]:

@@ -214,13 +214,13 @@ class Engine:
         """
         names = self.plan.group_of
         for fragment in self.fragments():
-            held, planned = (
+            actual, planned = (
                 float(fragment.group["weight_decay"]),
                 self._held(names[fragment.info.name]),
             )
-            if held != planned:
+            if actual != planned:
                 raise RunError(
-                    f"{fragment.info.name}: the optimizer holds decay {held:g}, but the plan has "
+                    f"{fragment.info.name}: the optimizer holds decay {actual:g}, but the plan has "
                     f"{planned:g} (group {fragment.group.get('name')}); this is a bug, please "
                     "report it with the recipe"
                 )
@@ -297,8 +297,8 @@ def _deepspeed_engine(
     prepare_deepspeed()
     import deepspeed
 
-    held = sum(parameter.numel() for parameter in module.parameters())
-    settings = deepspeed_settings(config, grid, micro, count, held)
+    numel = sum(parameter.numel() for parameter in module.parameters())
+    settings = deepspeed_settings(config, grid, micro, count, numel)
     pipeline = grid.pipeline > 1
     with (
         contextlib.redirect_stdout(io.StringIO()),

@@ -61,10 +61,10 @@ class FlatBuffer:
         parts: int,
         part: int,
     ) -> None:
-        self.parameters = [one for _, parameters in members for one in parameters]
+        self.parameters = [parameter for _, parameters in members for parameter in parameters]
         device = self.parameters[0].device
         unit = parts * _ALIGNMENT if parts > 1 else 1
-        size = -(-sum(one.numel() for one in self.parameters) // unit) * unit
+        size = -(-sum(parameter.numel() for parameter in self.parameters) // unit) * unit
         self.working = torch.zeros(size, dtype=precision, device=device)
         self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
         self._starts: dict[int, int] = {}
@@ -82,13 +82,13 @@ class FlatBuffer:
     @torch.no_grad()
     def _lay_out(self) -> None:
         start = 0
-        for one in self.parameters:
-            stop = start + one.numel()
-            place = self.working[start:stop].view_as(one)
-            place.copy_(one.data)
-            one.data = place
-            self._starts[id(one)] = start
-            self.views[id(one)] = self.gradient[start:stop].view_as(one)
+        for parameter in self.parameters:
+            stop = start + parameter.numel()
+            place = self.working[start:stop].view_as(parameter)
+            place.copy_(parameter.data)
+            parameter.data = place
+            self._starts[id(parameter)] = start
+            self.views[id(parameter)] = self.gradient[start:stop].view_as(parameter)
             start = stop
 
     def _owner(self, parameters: list[nn.Parameter]) -> Owner:
@@ -99,11 +99,11 @@ class FlatBuffer:
         tensor = self.master[low - self.low : high - self.low].detach()
         tensor.grad = self.own_gradient[low - self.low : high - self.low]
         owner = Owner(tensor, parameters)
-        for one in parameters:
-            start = self._starts[id(one)]
-            begin, end = max(start, low), min(start + one.numel(), high)
+        for parameter in parameters:
+            start = self._starts[id(parameter)]
+            begin, end = max(start, low), min(start + parameter.numel(), high)
             if end > begin:
-                owner.pieces.append(OwnedPiece(one, begin - start, begin - low, end - begin))
+                owner.pieces.append(OwnedPiece(parameter, begin - start, begin - low, end - begin))
         return owner
 
     def own_gradients(self, counted: set[int]) -> list[Tensor]:
@@ -127,26 +127,26 @@ def in_buckets(
 ) -> list[list[nn.Parameter]]:
     """Parameters in their order, split between layers into parts of at least ``smallest``
     elements."""
-    found: list[list[nn.Parameter]] = []
+    buckets: list[list[nn.Parameter]] = []
     current: list[nn.Parameter] = []
-    for _, layer in groupby(parameters, lambda one: info_of(one).layer):
+    for _, layer in groupby(parameters, lambda parameter: info_of(parameter).layer):
         current = current + list(layer)
-        if sum(one.numel() for one in current) >= smallest:
-            found.append(current)
+        if sum(parameter.numel() for parameter in current) >= smallest:
+            buckets.append(current)
             current = []
     if current:
-        found.append(current)
-    return found
+        buckets.append(current)
+    return buckets
 
 
 def by_group(
     parameters: Iterable[nn.Parameter], groups: list[dict[str, Any]]
 ) -> list[tuple[str, list[nn.Parameter]]]:
     """Parameters by param group, in the order of the groups, without empty groups."""
-    wanted = {id(one) for one in parameters}
-    found = []
+    identities = {id(parameter) for parameter in parameters}
+    named_members = []
     for group in groups:
-        members = [one for one in group["params"] if id(one) in wanted]
+        members = [parameter for parameter in group["params"] if id(parameter) in identities]
         if members:
-            found.append((group["name"], members))
-    return found
+            named_members.append((group["name"], members))
+    return named_members

@@ -58,7 +58,7 @@ class FlatUpdate:
         laid_out = (
             [by_group(bucket, groups) for bucket in buckets]
             if grid.data > 1
-            else [[one] for one in by_group(list(declared_parameters(module)), groups)]
+            else [[group] for group in by_group(list(declared_parameters(module)), groups)]
         )
         self.buffers = [FlatBuffer(members, precision, parts, part) for members in laid_out]
         self.owners = [owner for buffer in self.buffers for owner in buffer.owners.values()]
@@ -66,16 +66,20 @@ class FlatUpdate:
         self._buckets = [
             _Bucket(
                 bucket,
-                [views[id(one)] for one in bucket],
+                [views[id(parameter)] for parameter in bucket],
                 self.buffers[index] if grid.data > 1 else None,
                 self._complete,
             )
             for index, bucket in enumerate(buckets)
         ]
         counted = self._counted()
-        gradients = [one for buffer in self.buffers for one in buffer.own_gradients(counted)]
+        gradients = [
+            gradient for buffer in self.buffers for gradient in buffer.own_gradients(counted)
+        ]
         self._square_sum = SquareSum(gradients) if gradients else None
-        self.optimizer = build([{**one, "params": self._owned(one["name"])} for one in groups])
+        self.optimizer = build(
+            [{**group, "params": self._owned(group["name"])} for group in groups]
+        )
         self._done = 0
         """Number of micro batches of the current update so far."""
         self._reductions: list[Any] = []
@@ -88,7 +92,7 @@ class FlatUpdate:
 
     def _owned(self, name: str) -> list[Tensor]:
         """This process's masters of a param group."""
-        return [one.owners[name].tensor for one in self.buffers if name in one.owners]
+        return [buffer.owners[name].tensor for buffer in self.buffers if name in buffer.owners]
 
     def _counted(self) -> set[int]:
         """``id`` of the parameters that this process counts in the global norm, each element
@@ -97,9 +101,9 @@ class FlatUpdate:
         if not self.shared and grid.data_rank:  # the others hold the same
             return set()
         return {
-            id(one)
-            for one in declared_parameters(self.module)
-            if info_of(one).partition_dim is not None or grid.tensor_rank == 0
+            id(parameter)
+            for parameter in declared_parameters(self.module)
+            if info_of(parameter).partition_dim is not None or grid.tensor_rank == 0
         }
 
     def __call__(self, *arguments: Any) -> Any:
@@ -159,7 +163,7 @@ class FlatUpdate:
             return
         if self._clipping:
             excess = ((self.gradient_norm + 1e-6) / self._clipping).clamp_min(1.0)
-            torch._foreach_mul_([one.own_gradient for one in self.buffers], 1.0 / excess)
+            torch._foreach_mul_([buffer.own_gradient for buffer in self.buffers], 1.0 / excess)
         self.optimizer.step()
         for buffer in self.buffers:
             buffer.refresh()
@@ -167,8 +171,8 @@ class FlatUpdate:
             self._gather()
 
     def _wait_for_reductions(self) -> None:
-        for one in self._reductions:
-            one.wait()
+        for reduction in self._reductions:
+            reduction.wait()
         self._reductions.clear()
 
     def _norm(self) -> Tensor:
@@ -186,8 +190,8 @@ class FlatUpdate:
             )
             for buffer in self.buffers
         ]
-        for one in pending:
-            one.wait()
+        for gathering in pending:
+            gathering.wait()
 
     def get_global_grad_norm(self) -> Tensor:
         """Norm of the last update's gradient over the whole model, before clipping."""
@@ -226,13 +230,15 @@ class _Bucket:
         self._parameters, self._views = parameters, views
         self._missing = 0
         self._report = complete
-        self._hooks = [one.register_post_accumulate_grad_hook(self._arrived) for one in parameters]
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in parameters
+        ]
 
     def begin(self) -> None:
         """Prepare for a backward pass."""
         self._missing = len(self._parameters)
-        for one in self._parameters:
-            one.grad = None  # so that autograd passes its tensors on and adds nothing
+        for parameter in self._parameters:
+            parameter.grad = None  # so that autograd passes its tensors on and adds nothing
 
     @property
     def is_complete(self) -> bool:
@@ -246,23 +252,23 @@ class _Bucket:
 
     def finish(self) -> None:
         """Treat missing gradients as zero."""
-        for one in self._parameters:
-            if one.grad is None:
-                one.grad = torch.zeros_like(one)
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         self._missing = 0
 
     @torch.no_grad()
     def pack(self, first: bool) -> None:
         """Set or add the gradients in the buffer, and release them."""
-        gradients = [one.grad for one in self._parameters if one.grad is not None]
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if first:
             torch._foreach_copy_(self._views, gradients)
         else:
             torch._foreach_add_(self._views, gradients)
-        for one in self._parameters:
-            one.grad = None
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def remove(self) -> None:
         """Remove the hooks."""
-        for one in self._hooks:
-            one.remove()
+        for hook in self._hooks:
+            hook.remove()

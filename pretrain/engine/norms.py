@@ -40,8 +40,8 @@ class SquareSum:
         """``[blocks, 2048]`` views; neighbours in memory are one view."""
         self._rests: list[Tensor] = []
         run: list[Tensor] = []
-        for one in tensors:
-            flat = one.detach().view(-1)
+        for tensor in tensors:
+            flat = tensor.detach().view(-1)
             cut = flat.numel() // _BLOCK * _BLOCK
             if cut < flat.numel():
                 self._rests.append(flat[cut:])
@@ -53,19 +53,22 @@ class SquareSum:
 
     def _add(self, run: list[Tensor]) -> None:
         if run:
-            count = sum(one.numel() for one in run)
+            count = sum(view.numel() for view in run)
             self._blocks.append(run[0].as_strided((count // _BLOCK, _BLOCK), (_BLOCK, 1)))
             run.clear()
 
     def __call__(self) -> Tensor:
         """The sum now, a float64 scalar on the tensors' device."""
-        norms = [torch.linalg.vector_norm(one, dim=1) for one in self._blocks]
+        norms = [torch.linalg.vector_norm(block, dim=1) for block in self._blocks]
         if self._rests:
             norms.append(torch.stack(torch._foreach_norm(self._rests)))
         return torch.cat(norms).double().square().sum()
 
 
-def _follows(one: Tensor, before: Tensor) -> bool:
+def _follows(tensor: Tensor, previous: Tensor) -> bool:
     """Whether a tensor begins where another ends, in the same storage."""
-    same = one.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
-    return same and one.data_ptr() == before.data_ptr() + before.numel() * before.element_size()
+    same_storage = tensor.untyped_storage().data_ptr() == previous.untyped_storage().data_ptr()
+    return (
+        same_storage
+        and tensor.data_ptr() == previous.data_ptr() + previous.numel() * previous.element_size()
+    )

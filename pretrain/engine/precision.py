@@ -23,5 +23,5 @@ def resolve_precision(precision: str, device: torch.device, zero_stage: int) -> 
 
 def multiplies_bf16() -> bool:
     """Whether this CPU has instructions for bf16 products: AMX (6 x fp32) or AVX512-BF16 (2 x)."""
-    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in known)
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)

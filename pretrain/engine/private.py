@@ -89,7 +89,9 @@ PRIVATE = (
 
 def used(stage: int, cases: Iterable[Case] = ()) -> list[Private]:
     """The private parts that a ZeRO stage uses in the given cases."""
-    return [one for one in PRIVATE if stage in one.zero and (not one.only or one.only in cases)]
+    return [
+        part for part in PRIVATE if stage in part.zero and (not part.only or part.only in cases)
+    ]
 
 
 def check_private(
@@ -103,10 +105,10 @@ def check_private(
     Raises:
         RunError: naming the first missing attribute, its purpose, and the versions that have it.
     """
-    for one in used(stage, cases):
-        if not all(_has(each, one.name) for each in holders.get(one.holder, ())):
+    for part in used(stage, cases):
+        if not all(_has(holder, part.name) for holder in holders.get(part.holder, ())):
             raise RunError(
-                f"DeepSpeed {metadata.version('deepspeed')} has no {one} any more ({one.why}; "
+                f"DeepSpeed {metadata.version('deepspeed')} has no {part} any more ({part.why}; "
                 f"ZeRO {', '.join([str(stage), *cases])}): pip install '{_known_to_work()}'"
             )
 
@@ -128,4 +130,6 @@ def _known_to_work() -> str:
         stated = metadata.requires("rankdecay") or []
     except metadata.PackageNotFoundError:
         stated = []
-    return next((one for one in stated if one.startswith("deepspeed")), "deepspeed")
+    return next(
+        (requirement for requirement in stated if requirement.startswith("deepspeed")), "deepspeed"
+    )

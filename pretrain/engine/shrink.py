@@ -70,7 +70,7 @@ class Shrinker:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Take part in every step of ``optimizer``."""
-        optimizer.register_step_pre_hook(lambda one, *_: self._before_step(one))
+        optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping))
         optimizer.register_step_post_hook(lambda *_: self._after_step())
         if isinstance(optimizer, MuonWithAdamW):
             optimizer.whole = self._orthogonalized
@@ -120,13 +120,13 @@ class Shrinker:
 
     def _with_gradient(self, owner: Tensor) -> None:
         """Apply the forms that need the gradient to the fragments in ``owner``."""
-        held = self._by_owner[id(owner)]
+        own_fragments = self._by_owner[id(owner)]
         assert owner.grad is not None
         flat = owner.grad.view(-1)
         scores: dict[str, tuple[float, float]] = {}
         if any(self._control.form[info_of(p).role] == "adadecay" for p in self._tensors[id(owner)]):
             scores = self._gradient_scores(owner, flat)
-        for fragment in held:
+        for fragment in own_fragments:
             form, shrink = self._form(fragment), self._shrink(fragment)
             if form not in _WITH_GRADIENT or not shrink:
                 continue
@@ -147,9 +147,9 @@ class Shrinker:
     def _after_step(self) -> None:
         """Cautious decay (Chen et al. 2025, "Cautious weight decay"): only where the update and
         the weight have the same sign, so that decay never works against the optimizer."""
-        for fragment, before, shrink in self._before:
-            agrees = (before - fragment.master) * before >= 0
-            fragment.master.sub_(before.mul_(agrees), alpha=shrink)
+        for fragment, previous, shrink in self._before:
+            agrees = (previous - fragment.master) * previous >= 0
+            fragment.master.sub_(previous.mul_(agrees), alpha=shrink)
         self._before.clear()
 
     def _gradient_scores(self, owner: Tensor, flat: Tensor) -> dict[str, tuple[float, float]]:
@@ -162,12 +162,12 @@ class Shrinker:
             row = sums[names.index(fragment.info.name)]
             row += torch.stack([sizes.sum(), sizes.square().sum(), sizes.new_tensor(sizes.numel())])
         sum_over_stage(sums, self._grid, self._replicated)
-        found = {}
+        scores = {}
         for name, (total, squares, count) in zip(names, sums.tolist(), strict=True):
             mean = total / max(1.0, count)
             variance = max(0.0, squares / max(1.0, count) - mean * mean)
-            found[name] = (mean, variance**0.5 or 1.0)
-        return found
+            scores[name] = (mean, variance**0.5 or 1.0)
+        return scores
 
     # --- forms that need the whole model or whole tensors
     # ----------------------------------------------
@@ -187,8 +187,8 @@ class Shrinker:
 
     def _local(self, parameter: nn.Parameter) -> Tensor:
         """The whole local (tensor-parallel) shard of a parameter's master, flat."""
-        held = self._by_name[info_of(parameter).name]
-        parts = [(fragment.offset, fragment.master) for fragment in held]
+        own_fragments = self._by_name[info_of(parameter).name]
+        parts = [(fragment.offset, fragment.master) for fragment in own_fragments]
         return local_shard(parameter, parts, self._grid, self._replicated)
 
     def _nuclear(self) -> None:
@@ -206,12 +206,12 @@ class Shrinker:
                 roles = info_of(left).role, info_of(right).role
                 if self._control.form[roles[0]] != "nuclear":
                     continue
-                found = (
+                directions = (
                     self._qk_directions(left, right)
                     if pair == "qk"
                     else self._vo_directions(left, right)
                 )
-                for parameter, direction in zip((left, right), found, strict=True):
+                for parameter, direction in zip((left, right), directions, strict=True):
                     for fragment in self._by_name[info_of(parameter).name]:
                         part = direction[fragment.offset :][: fragment.master.numel()]
                         fragment.master.sub_(part, alpha=self._shrink(fragment))
@@ -239,17 +239,22 @@ class Shrinker:
 
     def _orthogonalized(self, owner: Tensor, update: Tensor) -> Tensor:
         """Muon's step for the matrices in ``owner``: computed whole, then this process's part."""
-        flat, held = update.reshape(-1), self._by_owner[id(owner)]
+        flat, own_fragments = update.reshape(-1), self._by_owner[id(owner)]
         result = torch.zeros_like(flat)
         for parameter in self._tensors[id(owner)]:
-            mine = [one for one in held if one.parameter is parameter]
-            parts = [(one.offset, flat.narrow(0, one.start, one.master.numel())) for one in mine]
+            mine = [fragment for fragment in own_fragments if fragment.parameter is parameter]
+            parts = [
+                (fragment.offset, flat.narrow(0, fragment.start, fragment.master.numel()))
+                for fragment in mine
+            ]
             local = local_shard(parameter, parts, self._grid, self._replicated)
             step = muon_update(whole_tensor(parameter, local, self._grid))
             own = own_shard(parameter, step, self._grid)
-            for one in mine:
-                size = one.master.numel()
-                result.narrow(0, one.start, size).copy_(own[one.offset : one.offset + size])
+            for fragment in mine:
+                size = fragment.master.numel()
+                result.narrow(0, fragment.start, size).copy_(
+                    own[fragment.offset : fragment.offset + size]
+                )
         return result
 
     @torch.no_grad()
@@ -275,9 +280,9 @@ class Shrinker:
                 except UsageError as error:  # the others wait in the next collective
                     problem = problem or str(error)
             turn += 1
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for part, wrong in grid.gather((mine, problem)):
             if wrong:
                 raise UsageError(wrong)
-            found |= part
-        return dict(sorted(found.items()))
+            figures |= part
+        return dict(sorted(figures.items()))

@@ -238,12 +238,12 @@ def _trained_in(run: Path) -> str | None:
 def _is_of_others(path: Path, figures: dict[str, Any]) -> bool:
     """Whether a file has figures of other settings (missing settings count as the same)."""
     try:
-        there = read_json(path)
+        stored = read_json(path)
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
         return True  # unknown contents: do not replace it
-    told = isinstance(there, dict) and all(
-        there.get(key, figures.get(key)) == figures.get(key) for key in _SETTINGS
+    same = isinstance(stored, dict) and all(
+        stored.get(key, figures.get(key)) == figures.get(key) for key in _SETTINGS
     )
-    return not told
+    return not same

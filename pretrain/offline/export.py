@@ -62,11 +62,11 @@ def export_checkpoint(
         tokenizer = f"no tokenizer ({problem})"
         if manifest:
             tokenizer = write_tokenizer(aside, manifest, model.context, _pad(generation))
-    told = [
+    lines = [
         f"{out}: {kind}, step {checkpoint.step}{width}, {tokenizer}",
         *_differs(checkpoint, eod),
     ]
-    return "; ".join(told)
+    return "; ".join(lines)
 
 
 def _write_settings(checkpoint: Checkpoint, folder: Path, head_size: int, eod: int | None) -> None:
@@ -82,17 +82,17 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, head_size: int) -> None
     model = checkpoint.config.model
     count = model.num_layers + 2
     progress = Progress(count, "export", True)
-    where: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     size = 0
     for number, tensors in enumerate(shards(model, checkpoint.full, head_size)):
         name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         write_tensors(folder / name, tensors, {"format": "pt"})
-        where |= dict.fromkeys(tensors, name)
-        size += sum(one.nbytes for one in tensors.values())
+        file_of |= dict.fromkeys(tensors, name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
         tensors.clear()  # before the next part is read
         progress.update(number + 1)
     progress.close()
-    index = {"metadata": {"total_size": size}, "weight_map": where}
+    index = {"metadata": {"total_size": size}, "weight_map": file_of}
     write_text(folder / "model.safetensors.index.json", to_json(index, indent=1))
 
 
@@ -126,19 +126,19 @@ def _eod(checkpoint: Checkpoint, manifest: Manifest | None, problem: str) -> int
     """The token that begins and ends documents; None if the data has no documents."""
     if checkpoint.config.task.kind != "text":
         return None
-    found: int | None = checkpoint.state.get("eod", manifest.eod if manifest else None)
-    if found is None:
+    token: int | None = checkpoint.state.get("eod", manifest.eod if manifest else None)
+    if token is None:
         raise UsageError(
             f"{checkpoint.path}: an earlier version wrote it without the token that ends documents "
             f"(state.eod), and {problem}; give the run's data with --data"
         )
-    return found
+    return token
 
 
 def _pad(generation: dict[str, Any] | None) -> int | None:
     """The padding token of an imported model."""
-    found = generation["config"].get("pad_token_id") if generation else None
-    return found if isinstance(found, int) and found >= 0 else None
+    token = generation["config"].get("pad_token_id") if generation else None
+    return token if isinstance(token, int) and token >= 0 else None
 
 
 def _differs(checkpoint: Checkpoint, eod: int | None) -> list[str]:

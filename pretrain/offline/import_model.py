@@ -81,12 +81,12 @@ def _folder(source: str) -> Path:
 
 def _check_tokenizer(folder: Path, task: Text) -> None:
     """Warn if the data seems to be made with another tokenizer."""
-    there = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
-    hashes = [hashlib.sha256(read_tokenizer(file)).hexdigest() for file in there]
-    if there and task.tokenizer not in hashes:
+    tokenizers = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
+    hashes = [hashlib.sha256(read_tokenizer(file)).hexdigest() for file in tokenizers]
+    if tokenizers and task.tokenizer not in hashes:
         warn(
             f"{task.source} was tokenised with {task.manifest.tokenizer}, which differs from "
-            f"{there[0].name} of {folder}: make sure that their tokens mean the same"
+            f"{tokenizers[0].name} of {folder}: make sure that their tokens mean the same"
         )
 
 

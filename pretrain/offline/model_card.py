@@ -51,19 +51,19 @@ def write_tokenizer(folder: Path, manifest: Manifest, context: int, pad: int | N
     settings |= names
     if isinstance(tokenizer, HuggingFaceTokenizer):
         text: str | None = tokenizer.as_used()
-        told = "tokenizer.json"
+        description = "tokenizer.json"
     else:
         shutil.copyfile(source, folder / "tokenizer.model")
         text = fast_tokenizer(source, _texts(manifest, tokenizer), tokenizer.eod_name)
-        told = "tokenizer.json and tokenizer.model"
+        description = "tokenizer.json and tokenizer.model"
     if text is None:
         return "only tokenizer.model (tokenizer.json would give other tokens)"
     write_text(folder / "tokenizer.json", text)
     other = other_tokens(text, tokenizer, list(names.values()), not parses)
     if other:
-        told += f" (transformers gives other tokens for some texts, such as {other[:40]!r})"
+        description += f" (transformers gives other tokens for some texts, such as {other[:40]!r})"
     write_text(folder / "tokenizer_config.json", to_json(settings, indent=1))
-    return told
+    return description
 
 
 def _texts(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
@@ -71,8 +71,8 @@ def _texts(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
     split = next((name for name in ("test", "val", "train") if name in splits), None)
     if split is None:
         return []
-    found = held_out(manifest, split, _SAMPLE)
-    return [tokenizer.decode([int(token) for token in one.tokens]) for one in found]
+    documents = held_out(manifest, split, _SAMPLE)
+    return [tokenizer.decode([int(token) for token in document.tokens]) for document in documents]
 
 
 def write_card(folder: Path, checkpoint: Checkpoint, kind: str, name: str, width: str) -> None:
@@ -119,10 +119,12 @@ def _numel(shape: list[int]) -> int:
 
 def _decays(checkpoint: Checkpoint) -> dict[str, str]:
     """λ by role; several values if layers differ."""
-    found: dict[str, set[float]] = {}
+    decays: dict[str, set[float]] = {}
     for entry in checkpoint.parameters.values():
-        found.setdefault(entry["role"], set()).add(entry["decay"])
-    return {role: ", ".join(f"{one:g}" for one in sorted(values)) for role, values in found.items()}
+        decays.setdefault(entry["role"], set()).add(entry["decay"])
+    return {
+        role: ", ".join(f"{value:g}" for value in sorted(values)) for role, values in decays.items()
+    }
 
 
 def _scores(checkpoint: Checkpoint) -> list[str]:

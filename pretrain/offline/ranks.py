@@ -87,27 +87,28 @@ def find_weights(
     def pretrained(folder: Path, name: str) -> Weights:
         return _pretrained(folder, name, described, batch_tokens, allow_unused)
 
-    base, _, wanted = target.rpartition("@") if "@" in target else (target, "", "")
+    base, _, version = target.rpartition("@") if "@" in target else (target, "", "")
     path = Path(base)
     if not path.exists() and is_hub_name(target) and not target.startswith("."):
-        chosen = revisions(base, wanted)
-        return [pretrained(fetch(base, one), one or base) for one in chosen]
+        chosen = revisions(base, version)
+        return [pretrained(fetch(base, revision), revision or base) for revision in chosen]
     if is_pretrained(path):
         return [pretrained(path, path.name)]
-    if wanted == "*":
-        found = list_checkpoints(path / CHECKPOINTS)
-        if not found:
+    if version == "*":
+        checkpoints = list_checkpoints(path / CHECKPOINTS)
+        if not checkpoints:
             raise UsageError(f"{path}: the run has no checkpoint")
-        return [_checkpoint(one) for one in found]
-    if path.is_dir() and not wanted and not (path / CONFIG).exists():
+        return [_checkpoint(checkpoint) for checkpoint in checkpoints]
+    if path.is_dir() and not version and not (path / CONFIG).exists():
         parts = sorted(
-            (one for one in path.iterdir() if one.is_dir()), key=lambda path: by_number(path.name)
+            (folder for folder in path.iterdir() if folder.is_dir()),
+            key=lambda path: by_number(path.name),
         )
-        if any(is_pretrained(one) for one in parts):
-            parts = [one for one in parts if is_pretrained(one)]
-            return [pretrained(one, one.name) for one in parts]
+        if any(is_pretrained(folder) for folder in parts):
+            parts = [folder for folder in parts if is_pretrained(folder)]
+            return [pretrained(folder, folder.name) for folder in parts]
         if not (path / MANIFEST).is_file() and list_checkpoints(path):
-            return [_checkpoint(one) for one in list_checkpoints(path)]
+            return [_checkpoint(checkpoint) for checkpoint in list_checkpoints(path)]
     if not path.exists():
         raise UsageError(f"{base}: no such folder")
     return [_checkpoint(resolve_checkpoint(target))]
@@ -143,7 +144,7 @@ def _checkpoint(path: Path) -> Weights:
     return Weights(path.name, checkpoint.step, checkpoint.step * batch, stacks, ranks)
 
 
-def measure_weights(found: list[Weights], config: RanksConfig) -> tuple[list[Row], Scatter]:
+def measure_weights(models: list[Weights], config: RanksConfig) -> tuple[list[Row], Scatter]:
     """Statistics of every head, one layer in memory at a time, with progress.
 
     Returns:
@@ -152,9 +153,9 @@ def measure_weights(found: list[Weights], config: RanksConfig) -> tuple[list[Row
     """
     rows: list[Row] = []
     scatter = Scatter()
-    for weights in found:
+    for weights in models:
         scatter = Scatter()
-        several = {"revision": weights.name} if len(found) > 1 else {}
+        several = {"revision": weights.name} if len(models) > 1 else {}
         stacks = weights.open()
         total = sum(stack.shape.num_layers for stack in stacks)
         progress = Progress(total, f"ranks of {weights.name}", True)
@@ -176,8 +177,8 @@ def measure_weights(found: list[Weights], config: RanksConfig) -> tuple[list[Row
 
 def _layer(factors: Factors, layer: int, stack: Stack, config: RanksConfig) -> list[Row]:
     shape = stack.shape_of(layer)
-    each = shape.group * shape.head_size * shape.hidden_size
-    at_once = max(1, _CHUNK // each)
+    unit_size = shape.group * shape.head_size * shape.hidden_size
+    at_once = max(1, _CHUNK // unit_size)
     rows: list[Row] = []
     for start in range(0, shape.key_value_heads, at_once):
         stop = min(start + at_once, shape.key_value_heads)
@@ -202,17 +203,17 @@ def means(rows: list[Row]) -> dict[str, float]:
     If heads share keys, balance and discrepancy are those of the groups, to which the balance law
     applies; they are NaN if queries are normalised, because sizes then have no meaning.
     """
-    found = {}
+    averages = {}
     for product in ("qk", "vp"):
         chosen = [row for row in rows if row["product"] == product]
         heads = [row for row in chosen if row["level"] == "head"]
         lawful = lawful_rows(chosen)
-        found[f"pseudo_rank_{product}"] = _mean([row["pseudo_rank"] for row in heads])
-        found[f"balance_{product}"] = _mean([row["balance"] for row in lawful])
-        found[f"discrepancy_{product}"] = _mean(
+        averages[f"pseudo_rank_{product}"] = _mean([row["pseudo_rank"] for row in heads])
+        averages[f"balance_{product}"] = _mean([row["balance"] for row in lawful])
+        averages[f"discrepancy_{product}"] = _mean(
             [row["discrepancy"] / (row["frobenius_bound"] or 1.0) for row in lawful]
         )
-    return found
+    return averages
 
 
 def _mean(values: list[float]) -> float:
@@ -257,10 +258,10 @@ def _why_missing(rows: list[Row]) -> list[str]:
     heads = [row for row in rows if row["level"] == "head"]
     lost = [row for row in heads if row["nonfinite"]]
     if lost:
-        one = lost[0]
+        first = lost[0]
         reasons.append(
             f"{len(lost)} of {len(heads)} products have weights that are not finite, the first in "
-            f"layer {one['layer']}, {one['product']}, head {one['head']}"
+            f"layer {first['layer']}, {first['product']}, head {first['head']}"
         )
     if any(math.isnan(row["balance"]) and not row["nonfinite"] for row in heads):
         reasons.append(
@@ -275,7 +276,7 @@ def _finite(line: dict[str, float]) -> dict[str, float | None]:
 
 def rank_command(
     target: str,
-    asked: dict[str, Any],
+    settings: dict[str, Any],
     family: Path | None,
     batch_tokens: int,
     out: Path | None,
@@ -289,14 +290,14 @@ def rank_command(
         asked: keys of `RanksConfig`; the others are those of the run, so that the table continues
             its own.
     """
-    found = find_weights(target, family, batch_tokens, allow_unused)
+    models = find_weights(target, family, batch_tokens, allow_unused)
     config = RanksConfig.model_validate(
-        {**(found[-1].ranks or RanksConfig()).model_dump(), **asked}
+        {**(models[-1].ranks or RanksConfig()).model_dump(), **settings}
     )
     with contextlib.ExitStack() as ours:
         for path in filter(None, (out, figures / "scatter" if figures else None)):
             ours.enter_context(held(path))
-        rows, scatter = measure_weights(found, config)
+        rows, scatter = measure_weights(models, config)
         print_ranks(rows, as_json)
         if out:
             write_rows(out, rows)

@@ -58,9 +58,11 @@ class Scatter:
     def values(self, panel: str, product: str) -> tuple[list[float], list[float]]:
         """The finite points of one panel (``row`` or ``norm``) for one product."""
         chosen = [
-            (one["a"], one["b"])
-            for one in self.points
-            if one["panel"] == panel and one["product"] == product and not math.isnan(one["a"])
+            (point["a"], point["b"])
+            for point in self.points
+            if point["panel"] == panel
+            and point["product"] == product
+            and not math.isnan(point["a"])
         ]
         return [x for x, _ in chosen], [y for _, y in chosen]
 
@@ -68,7 +70,7 @@ class Scatter:
         """Correlation of the logarithms of the points: 1 on a line in the diagonal's direction."""
         import numpy as np
 
-        x, y = (np.array(one) for one in self.values(panel, product))
+        x, y = (np.array(coordinates) for coordinates in self.values(panel, product))
         keep = (x > 0) & (y > 0)
         if keep.sum() < 3:
             return math.nan

@@ -99,7 +99,7 @@ def cut_product(a: Tensor, b: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     roots = torch.where(kept, sigma, 0.0).sqrt()[..., None, :]
     cut = (q_a @ u * roots, q_b @ v.mT * roots)
     missing = a.shape[-1] - width
-    left, right = (torch.nn.functional.pad(one, (0, missing)) for one in cut)
+    left, right = (torch.nn.functional.pad(factor, (0, missing)) for factor in cut)
     return left, right
 
 
@@ -178,18 +178,19 @@ class CutCheckpoint(Checkpoint):
             a, b = cut_product(stacked, value.mT, self._keep(layer, "vp"))
             output, value = a.reshape(units, group, width, head), b.mT
         size = self.head_size
-        kept = Factors(query[..., :size, :], key[..., :size, :], value[..., :size, :],
-                       output[..., :size])  # fmt: skip
-        matrices = [one.float().contiguous() for one in kept.matrices()]
+        factors = Factors(query[..., :size, :], key[..., :size, :], value[..., :size, :],
+                          output[..., :size])  # fmt: skip
+        matrices = [matrix.float().contiguous() for matrix in factors.matrices()]
         if not self.config.model.biases:
             return {
-                f"{part}.weight": one for part, one in zip(ATTENTION_PARTS, matrices, strict=True)
+                f"{part}.weight": matrix
+                for part, matrix in zip(ATTENTION_PARTS, matrices, strict=True)
             }
-        found = {"output.weight": matrices[3]}
-        for part, one in zip(ATTENTION_PARTS[:3], matrices, strict=False):
-            found[f"{part}.weight"] = one[:, :-1].contiguous()
-            found[f"{part}.bias"] = one[:, -1].contiguous()
-        return found
+        tensors = {"output.weight": matrices[3]}
+        for part, matrix in zip(ATTENTION_PARTS[:3], matrices, strict=False):
+            tensors[f"{part}.weight"] = matrix[:, :-1].contiguous()
+            tensors[f"{part}.bias"] = matrix[:, -1].contiguous()
+        return tensors
 
     def _augmented(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The layer's factors with the biases as a last column of the inputs."""

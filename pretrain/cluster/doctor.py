@@ -63,9 +63,9 @@ def examine(grid: Grid, config: Config | None, run: Path, size: int = _MESSAGE) 
     ]
     if config is not None and config.data.path:
         findings += _alike(grid, "data", data_hash(Path(config.data.path)))
-    own = code_of(config) if config is not None else []
-    if own:
-        findings += _alike(grid, "own code", " ".join(file.sha256[:16] for file in own))
+    files = code_of(config) if config is not None else []
+    if files:
+        findings += _alike(grid, "own code", " ".join(file.sha256[:16] for file in files))
     return findings
 
 

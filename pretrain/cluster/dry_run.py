@@ -76,9 +76,12 @@ def _print_subsets(uses: Uses, unit: str) -> None:
     table = Table(title=f"{unit} by subset")
     for column in ("subset", "in the data", "seen", "epochs"):
         table.add_column(column, justify="left" if column == "subset" else "right")
-    for name, use in uses.items():
+    for name, subset in uses.items():
         table.add_row(
-            name, f"{int(use['corpus']):,}", f"{int(use['seen']):,}", f"{use['epochs']:.3g}"
+            name,
+            f"{int(subset['corpus']):,}",
+            f"{int(subset['seen']):,}",
+            f"{subset['epochs']:.3g}",
         )
     show_table(table, 120)
 

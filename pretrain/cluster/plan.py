@@ -149,54 +149,54 @@ def _order(choice: Choice) -> tuple[bool, float, float]:
 def choose(config: Config, device: Device, count: int, sizes: Sizes | None = None) -> Choice:
     """The cost of a recipe's grid on ``count`` devices."""
     sizes = sizes or sizes_of(config)
-    on = layout_of(config, device.type, count, device.base, device.slack)
-    memory = memory_of(sizes, on)
-    bubble = (on.pipeline - 1) / (on.count + on.pipeline - 1)
-    traffic = traffic_of(sizes, on)
-    seconds = _seconds(sizes, device, on, traffic, bubble)
+    layout = layout_of(config, device.type, count, device.base, device.slack)
+    memory = memory_of(sizes, layout)
+    bubble = (layout.pipeline - 1) / (layout.count + layout.pipeline - 1)
+    traffic = traffic_of(sizes, layout)
+    seconds = _seconds(sizes, device, layout, traffic, bubble)
     tokens = config.train.global_batch * sizes.context
-    mfu = sizes.flops(tokens) / (seconds["step"] * on.world * _rate(device, on))
+    mfu = sizes.flops(tokens) / (seconds["step"] * layout.world * _rate(device, layout))
     fits = sum(memory.values()) <= device.memory * 1e9 * (1 - _RESERVE)
     return Choice(
-        on.tensor, on.pipeline, on.data, on.stage, on.micro, on.recompute,
-        "bf16" if on.width == 2 else "fp32", memory, traffic, bubble, seconds, mfu, fits,
+        layout.tensor, layout.pipeline, layout.data, layout.stage, layout.micro, layout.recompute,
+        "bf16" if layout.width == 2 else "fp32", memory, traffic, bubble, seconds, mfu, fits,
     )  # fmt: skip
 
 
-def _rate(device: Device, on: Layout) -> float:
+def _rate(device: Device, layout: Layout) -> float:
     """Flops per second of products."""
-    return (device.tflops if on.width == 2 else device.tflops32) * 1e12
+    return (device.tflops if layout.width == 2 else device.tflops32) * 1e12
 
 
 def _seconds(
-    sizes: Sizes, device: Device, on: Layout, traffic: dict[str, float], bubble: float
+    sizes: Sizes, device: Device, layout: Layout, traffic: dict[str, float], bubble: float
 ) -> dict[str, float]:
-    tokens = sizes.context * on.micro * on.count  # of a rank
-    recompute_factor = 4 / 3 if on.recompute else 1.0
-    layers = sizes.stage(on.pipeline)
+    tokens = sizes.context * layout.micro * layout.count  # of a rank
+    recompute_factor = 4 / 3 if layout.recompute else 1.0
+    layers = sizes.stage(layout.pipeline)
     # The largest stage sets the pace: the last one also has the head.
     fullest = sizes.block.whole * layers + sizes.head
-    uneven = fullest * on.pipeline / sizes.matrices if on.pipeline > 1 else 1.0
-    rate = on.world * _rate(device, on) * device.efficiency
-    products = recompute_factor * uneven * sizes.flops(tokens * on.data) / rate
+    uneven = fullest * layout.pipeline / sizes.matrices if layout.pipeline > 1 else 1.0
+    rate = layout.world * _rate(device, layout) * device.efficiency
+    products = recompute_factor * uneven * sizes.flops(tokens * layout.data) / rate
     # Operations other than products are bound by memory: norms, activations and residuals read and
     # write about six times what is kept; the optimizer reads and writes 28 bytes per parameter.
-    moved = 6 * kept_by_layer(sizes, on) * on.count * layers
-    predicted = sizes.outputs * on.micro * on.count
-    logits = 6 * 4 * predicted * sizes.vocabulary / on.tensor / on.pipeline
-    optimizer = 28 * on.parameters(sizes) / on.data
+    moved = 6 * kept_by_layer(sizes, layout) * layout.count * layers
+    predicted = sizes.outputs * layout.micro * layout.count
+    logits = 6 * 4 * predicted * sizes.vocabulary / layout.tensor / layout.pipeline
+    optimizer = 28 * layout.parameters(sizes) / layout.data
     memory = (recompute_factor * moved + logits + optimizer) / (device.bandwidth * 1e9)
     inside = device.node_link * 1e9 * _LINK
     outside = device.network * 1e9 * _LINK
     # Data-parallel neighbours are in one node only if tensor parallelism does not fill it.
-    reach = inside if on.tensor * on.data <= device.per_node else outside
+    reach = inside if layout.tensor * layout.data <= device.per_node else outside
     parts = {
         "products": products,
         "memory": memory,
         "tensor": traffic["tensor"] / inside,
         "data": traffic["data"] / reach * (1 - _OVERLAP),
-        "pipeline": traffic["pipeline"] / (inside if on.world <= device.per_node else outside),
-        "launches": recompute_factor * _LAUNCHES * _LAUNCH * layers * on.count,
+        "pipeline": traffic["pipeline"] / (inside if layout.world <= device.per_node else outside),
+        "launches": recompute_factor * _LAUNCHES * _LAUNCH * layers * layout.count,
     }
     busy = max(parts["products"] + parts["memory"], parts["launches"])
     working = busy + parts["tensor"] + parts["pipeline"]

@@ -29,69 +29,70 @@ def process_bytes(device: str) -> tuple[float, float]:
     return (CPU_LIBRARIES, CPU_SLACK) if device == "cpu" else (GPU_LIBRARIES, 0.0)
 
 
-def memory_of(sizes: Sizes, on: Layout) -> dict[str, float]:
+def memory_of(sizes: Sizes, layout: Layout) -> dict[str, float]:
     """Peak bytes by part, on the process that uses most memory.
 
     The peak is either at the end of a forward pass, with its activations and the loss, or in the
     update. On flat buffers, the float32 gradients always exist, and one layer's gradients as
     computed. DeepSpeed has all of them as computed, in its bucket, and in float32.
     """
-    fullest = sizes.fullest_stage(on.pipeline)
-    local = fullest.on(on.tensor)
-    shards = on.data if on.stage else 1
-    masters = 4 if on.width == 2 or (on.stage and not on.flat) else 0
-    kept = _kept(sizes, on)
-    per_layer = _between(sizes, on) if on.recompute else kept
+    fullest = sizes.fullest_stage(layout.pipeline)
+    local = fullest.on(layout.tensor)
+    shards = layout.data if layout.stage else 1
+    masters = 4 if layout.width == 2 or (layout.stage and not layout.flat) else 0
+    kept = _kept(sizes, layout)
+    per_layer = _between(sizes, layout) if layout.recompute else kept
+    waiting = min(layout.pipeline, layout.count)
     # Summed in float32, in every precision.
-    gradients = local * 4 / (on.data if on.stage >= 2 else 1)
-    several = on.count > 1  # they wait for the next micro batch
+    gradients = local * 4 / (layout.data if layout.stage >= 2 else 1)
+    several = layout.count > 1  # they wait for the next micro batch
     always = {
-        "libraries": on.base,
-        "weights": local * on.width / (on.data if on.stage == 3 else 1),
-        "optimizer": (fullest.state(on.tensor) + local * masters) / shards,
+        "libraries": layout.base,
+        "weights": local * layout.width / (layout.data if layout.stage == 3 else 1),
+        "optimizer": (fullest.state(layout.tensor) + local * masters) / shards,
     }
     forward = {
-        "gradients": gradients if several or on.flat else 0.0,
-        "gathered": on.kept_gathered(sizes) * on.width if on.stage == 3 else 0.0,
-        "activations": per_layer * sizes.stage(on.pipeline) * min(on.pipeline, on.count),
+        "gradients": gradients if several or layout.flat else 0.0,
+        "gathered": layout.kept_gathered(sizes) * layout.width if layout.stage == 3 else 0.0,
+        "activations": per_layer * sizes.stage(layout.pipeline) * waiting,
         # One layer's at work: its own, and the gradients that flow through it.
         "work": 1.5 * kept,
-        "loss": _loss(sizes, on),
+        "loss": _loss(sizes, layout),
     }
     update = {
         "gradients": gradients,
-        "bucket": min(local, _BUCKET) * 4 if on.stage else 0.0,
-        "float32 gradients": 4 * local / on.data if on.stage and on.width == 2 else 0.0,
+        "bucket": min(local, _BUCKET) * 4 if layout.stage else 0.0,
+        "float32 gradients": 4 * local / layout.data if layout.stage and layout.width == 2 else 0.0,
     }
-    if on.flat:
-        arriving = max(sizes.block.on(on.tensor), sizes.tied.on(on.tensor))
-        update = {"gradients": gradients, "arriving gradients": arriving * on.width}
+    if layout.flat:
+        arriving = max(sizes.block.on(layout.tensor), sizes.tied.on(layout.tensor))
+        update = {"gradients": gradients, "arriving gradients": arriving * layout.width}
     if sizes.largest:
         # The update and its orthogonal form, flat, and the matrices and products of one parameter.
-        mine = fullest.orthogonal / on.tensor / shards
+        mine = fullest.orthogonal / layout.tensor / shards
         update["orthogonal"] = 8 * mine + 6 * 4 * sizes.largest
     peak = always | max(forward, update, key=lambda parts: sum(parts.values()))
     # Flat buffers are allocated once; the allocator wastes memory on what comes and goes.
-    lasting = ("weights", "optimizer", "gradients") if on.flat else ()
+    lasting = ("weights", "optimizer", "gradients") if layout.flat else ()
     changing = sum(size for part, size in peak.items() if part not in ("libraries", *lasting))
-    return peak | {"allocator": on.slack * changing}
+    return peak | {"allocator": layout.slack * changing}
 
 
-def kept_by_layer(sizes: Sizes, on: Layout) -> float:
+def kept_by_layer(sizes: Sizes, layout: Layout) -> float:
     """Bytes that a layer reads and writes between its products, once."""
-    return _kept(sizes, on)
+    return _kept(sizes, layout)
 
 
-def _between(sizes: Sizes, on: Layout) -> float:
+def _between(sizes: Sizes, layout: Layout) -> float:
     """Bytes of the activations between two layers."""
-    whole = sizes.context * on.micro * sizes.hidden * on.width
-    return whole / on.tensor if on.sequence else whole
+    whole = sizes.context * layout.micro * sizes.hidden * layout.width
+    return whole / layout.tensor if layout.sequence else whole
 
 
-def _kept(sizes: Sizes, on: Layout) -> float:
+def _kept(sizes: Sizes, layout: Layout) -> float:
     """Bytes that a layer keeps for its backward pass."""
     norms = 2.0 * sizes.hidden  # inputs of both; their outputs are inputs of the products
-    norms = norms / on.tensor if on.sequence else norms
+    norms = norms / layout.tensor if layout.sequence else norms
     # q, mixed; k, v, which are repeated for each head of a group.
     shared = (
         4 * sizes.query_width
@@ -99,21 +100,21 @@ def _kept(sizes: Sizes, on: Layout) -> float:
         else 2 * sizes.query_width + 2 * sizes.key_value_width
     )
     inner = (3 if sizes.gated else 2) * sizes.ffn
-    tokens = sizes.context * on.micro
-    kept = tokens * on.width * (norms + 2 * sizes.hidden + (shared + inner) / on.tensor)
-    return kept + tokens * sizes.context * sizes.heads / on.tensor * _of_scores(sizes, on)
+    tokens = sizes.context * layout.micro
+    kept = tokens * layout.width * (norms + 2 * sizes.hidden + (shared + inner) / layout.tensor)
+    return kept + tokens * sizes.context * sizes.heads / layout.tensor * _of_scores(sizes, layout)
 
 
-def _of_scores(sizes: Sizes, on: Layout) -> int:
+def _of_scores(sizes: Sizes, layout: Layout) -> int:
     """Bytes that a layer keeps of a score: softmax keeps none, sigmoid its float32 value too."""
-    return {"softmax": 0, "linear": on.width, "sigmoid": on.width + 4}[sizes.attention]
+    return {"softmax": 0, "linear": layout.width, "sigmoid": layout.width + 4}[sizes.attention]
 
 
-def _loss(sizes: Sizes, on: Layout) -> float:
+def _loss(sizes: Sizes, layout: Layout) -> float:
     """Bytes of some logits, in both types and as their gradient, and of the head's gradient."""
     if not sizes.vocabulary:
         return 0.0
-    tokens, vocabulary = sizes.outputs * on.micro, sizes.vocabulary / on.tensor
-    rows = min(tokens, max(256, on.loss_bytes / 4 / max(1.0, vocabulary)))
-    logits = rows * vocabulary * (2 * on.width + 4)
-    return logits + vocabulary * sizes.hidden * (on.width + (4 if rows < tokens else 0))
+    tokens, vocabulary = sizes.outputs * layout.micro, sizes.vocabulary / layout.tensor
+    rows = min(tokens, max(256, layout.loss_bytes / 4 / max(1.0, vocabulary)))
+    logits = rows * vocabulary * (2 * layout.width + 4)
+    return logits + vocabulary * sizes.hidden * (layout.width + (4 if rows < tokens else 0))

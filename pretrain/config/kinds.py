@@ -115,8 +115,8 @@ class Kinds(Generic[Entry, Made]):
 
     def class_of(self, section: KindSection) -> type[Made]:
         """The class for a section whose code is loaded in this process (see `absent`)."""
-        own = self.own_of(section)
-        cls: type[Made] = own.cls if own else self._built_in[section.kind]
+        extension = self.own_of(section)
+        cls: type[Made] = extension.cls if extension else self._built_in[section.kind]
         return cls
 
     def own_of(self, section: KindSection) -> Extension | None:
@@ -159,26 +159,26 @@ class Kinds(Generic[Entry, Made]):
         for module in pkgutil.iter_modules(package.__path__):
             import_module(f"{self._package}.{module.name}")
 
-    def _pin(self, own: Extension) -> type[Entry]:
+    def _pin(self, extension: Extension) -> type[Entry]:
         """The section of a user's class, with the key that pins its code."""
-        if own not in self._pinned:
-            self._check_class(own)
-            config: type[Entry] = own.cls.Config
-            key, value = own.pin
+        if extension not in self._pinned:
+            self._check_class(extension)
+            config: type[Entry] = extension.cls.Config
+            key, value = extension.pin
             fields: dict[str, Any] = {key: (str, value)}
             pinned = create_model(config.__name__, __base__=config, **fields)
-            self._pinned[own], self._own[pinned] = pinned, own
-        return self._pinned[own]
+            self._pinned[extension], self._own[pinned] = pinned, extension
+        return self._pinned[extension]
 
-    def _check_class(self, own: Extension) -> None:
-        cls, base, section = own.cls, self._base, self._section
+    def _check_class(self, extension: Extension) -> None:
+        cls, base, section = extension.cls, self._base, self._section
         if not (isinstance(cls, type) and issubclass(cls, base)):
             place = f"{base.__module__}.{base.__name__}"
-            raise ExtensionError(f"{own.kind} is not a class derived from {place}")
+            raise ExtensionError(f"{extension.kind} is not a class derived from {place}")
         config = getattr(cls, "Config", None)
         if not (isinstance(config, type) and issubclass(config, section)):
             place = f"{section.__module__}.{section.__name__}"
-            raise ExtensionError(f"{own.kind}.Config is not a class derived from {place}")
+            raise ExtensionError(f"{extension.kind}.Config is not a class derived from {place}")
         for name, method in vars(base).items():
             if not inspect.isfunction(method) or (name[0] == "_" and name != "__init__"):
                 continue
@@ -187,11 +187,11 @@ class Kinds(Generic[Entry, Made]):
                 inspect.signature(getattr(cls, name)).bind(*range(len(signature.parameters)))
             except (TypeError, ValueError):
                 raise ExtensionError(
-                    f"{own.kind}.{name} has another signature than "
+                    f"{extension.kind}.{name} has another signature than "
                     f"{name}({', '.join(signature.parameters)})"
                 ) from None
         if self._check is not None:
-            self._check(own)
+            self._check(extension)
 
 
 def _lost_in_json(section: KindSection) -> str:

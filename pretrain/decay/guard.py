@@ -21,11 +21,11 @@ from pretrain.errors import UsageError
 class Guarded(Policy):
     """A user's policy; its exceptions and wrong results are reported as the user's errors."""
 
-    def __init__(self, own: Extension, config: PolicySection, setting: Setting) -> None:
+    def __init__(self, extension: Extension, config: PolicySection, setting: Setting) -> None:
         super().__init__(config, setting)
-        self.kind, self._code = own.kind, own.code
-        self._inner: Policy = self._ask("__init__", lambda: own.cls(config, setting))
-        self.wants, self.per_layer = own.cls.wants, bool(own.cls.per_layer)
+        self.kind, self._code = extension.kind, extension.code
+        self._inner: Policy = self._ask("__init__", lambda: extension.cls(config, setting))
+        self.wants, self.per_layer = extension.cls.wants, bool(extension.cls.per_layer)
         self.form, self.every = self._inner.form, self._inner.every
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise self._wrong(f"every is {self.every!r}; it must be a number of steps, 1 or more")

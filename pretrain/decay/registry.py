@@ -11,20 +11,20 @@ from pretrain.decay.policy import Policy, PolicySection, Setting, Want
 from pretrain.errors import UsageError
 
 
-def _check(own: Extension) -> None:
+def _check(extension: Extension) -> None:
     """
     Raises:
         ExtensionError: if a user's class lacks a method that its ``wants`` needs.
     """
-    cls = own.cls
+    cls = extension.cls
     if cls.wants not in (None, *get_args(Want)):
         raise ExtensionError(
-            f"{own.kind}.wants is {cls.wants!r}; it must be None, {', '.join(get_args(Want))}"
+            f"{extension.kind}.wants is {cls.wants!r}; it must be None, {', '.join(get_args(Want))}"
         )
     needed = {"move": cls.move} | ({"figure": cls.figure} if cls.wants == "weights" else {})
     for name, method in needed.items():
         if method is getattr(Policy, name):
-            raise ExtensionError(f"{own.kind} has no method {name}")
+            raise ExtensionError(f"{extension.kind} has no method {name}")
 
 
 POLICIES: Kinds[PolicySection, Policy] = Kinds(
@@ -41,7 +41,7 @@ def make_policy(section: PolicySection, setting: Setting) -> Policy:
     """
     if missing := POLICIES.absent(section):
         raise UsageError(f"{setting.key}: {missing}")
-    own = POLICIES.own_of(section)
-    if own is not None:
-        return Guarded(own, section, setting)
+    extension = POLICIES.own_of(section)
+    if extension is not None:
+        return Guarded(extension, section, setting)
     return POLICIES.class_of(section)(section, setting)

@@ -93,8 +93,8 @@ def product_statistics(a: Tensor, b: Tensor, threshold: float = 0.95) -> Product
         )
     batch = a.shape[:-2]
     flat = [factor.detach().reshape(-1, *factor.shape[-2:]) for factor in (a, b)]
-    few = _AT_ONCE // max(1, a.shape[-2])
-    parts = _in_threads(partial(_measured, threshold=threshold), flat, few)
+    chunk = _AT_ONCE // max(1, a.shape[-2])
+    parts = _in_threads(partial(_measured, threshold=threshold), flat, chunk)
     columns = {
         field.name: torch.cat([getattr(part, field.name) for part in parts])
         for field in fields(ProductStatistics)
@@ -263,22 +263,22 @@ def _pair_norms(factor: Tensor, rotary_dim: int) -> Tensor:
     return (columns[..., :half] + columns[..., half:]).sqrt()
 
 
-def _in_threads(work: Callable[..., T], batches: list[Tensor], few: int) -> list[T]:
-    """Apply ``work`` to ``few`` entries of the batches at a time, in order.
+def _in_threads(work: Callable[..., T], batches: list[Tensor], chunk: int) -> list[T]:
+    """Apply ``work`` to ``chunk`` entries of the batches at a time, in order.
 
     There is one thread per core, because LAPACK gains nothing from more.
 
     Args:
         batches: CPU tensors with the same first dimension; on a GPU, which divides work by itself,
             everything is done at once.
-        few: at least 1 is used, and at most what leaves work for every thread.
+        chunk: at least 1 is used, and at most what leaves work for every thread.
     """
     threads = torch.get_num_threads()
     count = len(batches[0])
     if batches[0].device.type != "cpu":
         return [work(*batches)]
-    few = max(1, min(few, -(-count // threads)))
-    pieces = list(zip(*(batch.split(few) for batch in batches), strict=True))
+    chunk = max(1, min(chunk, -(-count // threads)))
+    pieces = list(zip(*(batch.split(chunk) for batch in batches), strict=True))
     if threads == 1 or len(pieces) < 2:
         return [work(*piece) for piece in pieces]
     try:

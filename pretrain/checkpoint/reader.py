@@ -50,7 +50,7 @@ RUN_ID = "run-id"
 ATTENTION_PARTS = ("query", "key", "value", "output")
 _NAME = re.compile(r"step-([0-9]{8,18})")
 _BLOCK = 8 << 20
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def checkpoint_name(step: int) -> str:
@@ -312,7 +312,7 @@ class Checkpoint:
                 raise ValueError("its checksum differs")
         return TensorFile(path)
 
-    def _read(self, name: str, action: Callable[[], Found]) -> Found:
+    def _read(self, name: str, action: Callable[[], Result]) -> Result:
         """Call an action that reads a file, and return its result.
 
         Raises:

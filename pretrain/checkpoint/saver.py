@@ -262,11 +262,11 @@ def _free_name(folder: Path, step: int) -> Path:
 
     Anything else with that name is left alone: one more zero gives a name that is still recognised.
     """
-    own = list_checkpoints(folder)
+    checkpoints = list_checkpoints(folder)
     digits = 8
     while True:
         path = folder / f"step-{step:0{digits}d}"
-        if path in own or not os.path.lexists(path):
+        if path in checkpoints or not os.path.lexists(path):
             return path
         digits += 1
 

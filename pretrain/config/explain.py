@@ -42,9 +42,9 @@ def explained(text: str) -> PydanticCustomError:
     return PydanticCustomError(_EXPLAINED, "{text}", {"text": text})
 
 
-def cut(text: str, most: int = 200) -> str:
+def cut(text: str, length: int = 200) -> str:
     """The beginning of a text, for a message."""
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _keys_beside(path: list[str], root: type[BaseModel]) -> list[str]:

@@ -153,25 +153,28 @@ class Watchdog:
         where: str,
     ) -> list[str]:
         """The report of the first living process; empty on the others."""
-        me, step = self._grid.rank, self._beat[1]
+        own_rank, step = self._grid.rank, self._beat[1]
         head = f"error: nothing was finished for {self._limit:g} s (step {step}, {self._beat[2]})"
-        see = (
+        advice = (
             f"stacks are in {self._folder}; rerun the same command to continue from the checkpoint"
         )
-        if after[me] is None and self._grid.world_size > 1:
+        if after[own_rank] is None and self._grid.world_size > 1:
             why = "the launcher's store does not answer: its machine or the network was lost"
-            return [f"{head}; process rank {me} waits {where}; {why}; {see}"]
+            return [f"{head}; process rank {own_rank} waits {where}; {why}; {advice}"]
         living: list[int] = []
         silent: list[int] = []
         for rank, (old, new) in enumerate(zip(before, after, strict=True)):
-            alive = rank == me or (new is not None and (old is None or new["count"] > old["count"]))
+            alive = rank == own_rank or (
+                new is not None and (old is None or new["count"] > old["count"])
+            )
             (living if alive else silent).append(rank)
-        if me != living[0]:
+        if own_rank != living[0]:
             return []
-        lines = [f"{head}; {see}"]
+        lines = [f"{head}; {advice}"]
         for rank in living:
             message = after[rank] or {}
-            place = where if rank == me else message.get("where", "no process: it is still working")
+            remote = message.get("where", "no process: it is still working")
+            place = where if rank == own_rank else remote
             lines.append(f"process rank {rank} (step {message.get('step', step)}): waits {place}")
         for rank in silent:
             message = after[rank] or {}

@@ -318,10 +318,10 @@ def _deepspeed_engine(
 
 def optimizer_groups(module: nn.Module, plan: DecayPlan) -> list[dict[str, Any]]:
     """Param groups of this process's parameters, in the plan's order, without empty groups."""
-    of = plan.group_of
+    group_of = plan.group_of
     members: dict[str, list[nn.Parameter]] = {group.name: [] for group in plan.groups}
     for parameter in declared_parameters(module):
-        members[of[info_of(parameter).name]].append(parameter)
+        members[group_of[info_of(parameter).name]].append(parameter)
     return [
         {
             "name": name,

@@ -199,10 +199,10 @@ class FlatUpdate:
 
     def owner_groups(self) -> list[tuple[dict[str, Any], Owner]]:
         """Each owner with its param group in the optimizer."""
-        of = {
+        group_of = {
             id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]
         }
-        return [(of[id(owner.tensor)], owner) for owner in self.owners]
+        return [(group_of[id(owner.tensor)], owner) for owner in self.owners]
 
     def destroy(self) -> None:
         """Remove the hooks."""

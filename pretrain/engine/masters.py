@@ -54,8 +54,8 @@ def fragments(engine: Any) -> list[Fragment]:
     """This process's fragments of a DeepSpeed engine, in a fixed order, without empty ones."""
     if isinstance(engine, FlatUpdate):
         return list(_flat(engine))
-    of = (_plain, _zero12, _zero12, _zero3)[engine.zero_optimization_stage()]
-    return list(of(engine.optimizer))
+    fragments_of = (_plain, _zero12, _zero12, _zero3)[engine.zero_optimization_stage()]
+    return list(fragments_of(engine.optimizer))
 
 
 def tensors_of(engine: Any) -> dict[int, list[nn.Parameter]]:

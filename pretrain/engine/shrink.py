@@ -223,8 +223,8 @@ class Shrinker:
         units, group = q.shape[:2]
         stacked = q.transpose(2, 3).reshape(units, group * width, head)
         for_k, for_q = nuclear_subgradient(k.mT, stacked)
-        back = for_q.view(units, group, width, head).transpose(2, 3)
-        return back.reshape(-1), for_k.mT.reshape(-1)
+        gradient = for_q.view(units, group, width, head).transpose(2, 3)
+        return gradient.reshape(-1), for_k.mT.reshape(-1)
 
     def _vo_directions(self, value: nn.Parameter, output: nn.Parameter) -> tuple[Tensor, Tensor]:
         head, width = self._model.head_size, self._model.hidden_size
@@ -234,8 +234,8 @@ class Shrinker:
         group = p.shape[2]
         stacked = p.permute(1, 2, 0, 3).reshape(units, group * width, head)
         for_p, for_v = nuclear_subgradient(stacked, v.mT)
-        back = for_p.view(units, group, width, head).permute(2, 0, 1, 3)
-        return for_v.mT.reshape(-1), back.reshape(-1)
+        gradient = for_p.view(units, group, width, head).permute(2, 0, 1, 3)
+        return for_v.mT.reshape(-1), gradient.reshape(-1)
 
     def _orthogonalized(self, owner: Tensor, update: Tensor) -> Tensor:
         """Muon's step for the matrices in ``owner``: computed whole, then this process's part."""
@@ -268,18 +268,18 @@ class Shrinker:
         """
         grid, mine, problem = self._grid, {}, ""
         ranks = grid.tensor * grid.data
-        turn = 0
+        number = 0
         for parameter in self._module.parameters():
             info = info_of(parameter)
             if not policy.measures(info):
                 continue
             matrix = whole_tensor(parameter, self._local(parameter), grid)
-            if turn % ranks == grid.data_rank * grid.tensor + grid.tensor_rank:
+            if number % ranks == grid.data_rank * grid.tensor + grid.tensor_rank:
                 try:
                     mine[label(site_of(info))] = policy.figure(info, matrix)
                 except UsageError as error:  # the others wait in the next collective
                     problem = problem or str(error)
-            turn += 1
+            number += 1
         figures: dict[str, float] = {}
         for part, wrong in grid.gather((mine, problem)):
             if wrong:

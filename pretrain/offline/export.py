@@ -113,8 +113,8 @@ def _manifest(checkpoint: Checkpoint, data: Path | None) -> tuple[Manifest | Non
         if data:
             raise
         return None, f"{place} does not exist"
-    own = (checkpoint.state["tokenizer"], checkpoint.state.get("eod", manifest.eod))
-    if (manifest.tokenizer_sha256, manifest.eod) == own:
+    of_run = (checkpoint.state["tokenizer"], checkpoint.state.get("eod", manifest.eod))
+    if (manifest.tokenizer_sha256, manifest.eod) == of_run:
         return manifest, ""
     problem = f"{place} has another tokenizer or end-of-document token than the run's data had"
     if data:

@@ -155,13 +155,13 @@ def measure_weights(models: list[Weights], config: RanksConfig) -> tuple[list[Ro
     scatter = Scatter()
     for weights in models:
         scatter = Scatter()
-        several = {"revision": weights.name} if len(models) > 1 else {}
+        of_model = {"revision": weights.name} if len(models) > 1 else {}
         stacks = weights.open()
         total = sum(stack.shape.num_layers for stack in stacks)
         progress = Progress(total, f"ranks of {weights.name}", True)
         done = 0
         for stack in stacks:
-            label = {**several, "tower": stack.name} if stack.name else several
+            label = {**of_model, "tower": stack.name} if stack.name else of_model
             for layer in range(stack.shape.num_layers):
                 factors = stack.layer(layer)
                 measured = _layer(factors, layer, stack, config)

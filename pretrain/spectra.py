@@ -177,11 +177,11 @@ def _statistics(
     largest = sigma[..., 0]
     shares = sigma / _nonzero(nuclear)[..., None]
     entropy = -torch.special.xlogy(shares, shares).sum(-1)
-    some = nuclear > 0
+    is_nonzero = nuclear > 0
 
     def valid(values: Tensor, zero_when_empty: bool = False) -> Tensor:
         if zero_when_empty:
-            values = torch.where(some, values, 0.0)
+            values = torch.where(is_nonzero, values, 0.0)
         return torch.where(finite, values, torch.nan)
 
     return ProductStatistics(

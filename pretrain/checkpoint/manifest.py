@@ -220,15 +220,15 @@ def _check_seal(path: Path, written: dict[str, Any]) -> None:
     """
     seal = written.pop(SEAL, None)
     version = written.get("version")
-    whole = seal == _digest(written)
-    if isinstance(version, int) and version > VERSION and (whole or seal is None):
+    intact = seal == _digest(written)
+    if isinstance(version, int) and version > VERSION and (intact or seal is None):
         raise UnreadableError(
             f"{path}: has format {version} of a newer version of this program, but this one reads "
             f"{VERSION}; install the newer version"
         )
     if version != VERSION:
         raise ValueError(f"version {version!r}")
-    if not whole and (seal is not None or "run" in written):
+    if not intact and (seal is not None or "run" in written):
         raise ValueError("its checksum differs")
 
 

@@ -57,10 +57,10 @@ class Mirror:
         from fsspec.core import url_to_fs
 
         self.url, self._run = without_secrets(url), run
-        whole = self._whole_url(url)
+        expanded = self._whole_url(url)
         self._name = re.sub(r"[^A-Za-z0-9._-]", "_", run.resolve().name)[:100]
         try:
-            self._system, self._root = url_to_fs(whole)
+            self._system, self._root = url_to_fs(expanded)
         except (ImportError, ValueError) as error:
             raise UsageError(f"checkpoint.mirror: {self.url}: {self._line(error)}") from None
 
@@ -74,11 +74,11 @@ class Mirror:
         for name in _REFERENCE.findall(url):
             if name not in os.environ:
                 raise UsageError(f"checkpoint.mirror: {self.url}: {name} is not set")
-        whole = _REFERENCE.sub(lambda match: os.environ[match[1]], url)
-        parts = urlsplit(whole)
+        expanded = _REFERENCE.sub(lambda match: os.environ[match[1]], url)
+        parts = urlsplit(expanded)
         self._secrets = {os.environ[name] for name in _REFERENCE.findall(url)}
         self._secrets |= {parts.password or "", *dict(parse_qsl(parts.query)).values()} - {""}
-        return whole
+        return expanded
 
     def _line(self, error: Exception) -> str:
         """One line of an error, without secrets."""
@@ -180,12 +180,12 @@ class Mirror:
 
     def _candidates(self) -> list[tuple[str, str]]:
         """(folder, name) of complete copies: of this run, of its name, of the first versions."""
-        mine = run_id_of(self._run)
+        run_id = run_id_of(self._run)
         pattern = re.compile(re.escape(self._name) + "-[0-9a-f]{8}")
         named = [name for name in self._names(self._root) if pattern.fullmatch(name)]
         copies: list[tuple[bool, int, str, str]] = []
         for place in named:
-            own = bool(mine) and place == f"{self._name}-{mine}"
+            own = bool(run_id) and place == f"{self._name}-{run_id}"
             where = f"{self._root}/{place}"
             copies += [(own, step, where, name) for step, name in self._whole(where)]
         first = [(self._root, name) for _, name in reversed(self._whole(self._root))]
@@ -218,16 +218,16 @@ class Mirror:
         A run that lost its folder gets its id back; a copy for another folder gets another id, so
         that two runs never write to one place.
         """
-        mine = run_id_of(self._run)
+        run_id = run_id_of(self._run)
         about: dict[str, Any] = {}
         if self._system.exists(f"{place}/{ABOUT}"):
             about = json.loads(self._system.cat_file(f"{place}/{ABOUT}"))
-        if not mine and about.get("folder") == str(self._run.resolve()):
-            mine = str(about["run"])
-        mine = mine or new_run_id()
+        if not run_id and about.get("folder") == str(self._run.resolve()):
+            run_id = str(about["run"])
+        run_id = run_id or new_run_id()
         _, written = read_manifest(aside)
-        write_synced(aside / MANIFEST, sealed({**written, "run": mine}))
-        write_aside(self._run / RUN_ID, mine.encode())
+        write_synced(aside / MANIFEST, sealed({**written, "run": run_id}))
+        write_aside(self._run / RUN_ID, run_id.encode())
 
     def _whole(self, place: str) -> list[tuple[int, str]]:
         """(step, name) of checkpoints in a folder of the mirror, oldest first."""

@@ -61,10 +61,10 @@ def find_whole(
         newest, problem = grid.broadcast((newest, problem))
         if newest is None:
             break
-        mine = ""
+        own_problem = ""
         with grid.together(""):
-            mine = problem or _problem(newest, grid)
-        problems = [reason for reason in grid.gather(mine) if reason]
+            own_problem = problem or _problem(newest, grid)
+        problems = [reason for reason in grid.gather(own_problem) if reason]
         if not problems:
             return reports
         damaged += 1

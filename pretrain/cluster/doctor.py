@@ -271,7 +271,7 @@ def _links(grid: Grid, size: int) -> list[Finding]:
 def _all_reduce(grid: Grid, group: Group, members: int, size: int, times: int = 5) -> float:
     """Median seconds of an all-reduce of ``size`` bytes; -1 if its sum is wrong."""
     tensor = torch.empty(max(1, size // 4), device=grid.device)
-    lasted = []
+    seconds = []
     right = True
     for _ in range(times + 1):
         tensor.fill_(1.0)
@@ -280,9 +280,9 @@ def _all_reduce(grid: Grid, group: Group, members: int, size: int, times: int = 
         dist.all_reduce(tensor, group=group)
         if grid.device.type == "cuda":
             torch.cuda.synchronize(grid.device)
-        lasted.append(time.monotonic() - began)
+        seconds.append(time.monotonic() - began)
         right &= bool((tensor == members).all())
-    return median(lasted[1:]) if right else -1.0  # the first one sets up the connection
+    return median(seconds[1:]) if right else -1.0  # the first one sets up the connection
 
 
 # --- disk -----------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def candidates(config: Config, device: str, per_node: int, count: int) -> Iterat
     infos = whole_model(config.model)
     DecayControl(config, plan_decay(infos, config.optimizer.weight_decay))
     refusals: list[str] = []
-    none = True
+    empty = True
     for values in _grids(config, per_node, count):
         try:
             accepted = accept(with_values(config, values, "plan"), device, count)
@@ -49,9 +49,9 @@ def candidates(config: Config, device: str, per_node: int, count: int) -> Iterat
             refusals.append(str(error).removeprefix("plan: "))
             continue
         for recipe in _micro_batches(accepted, device, count):
-            none = False
+            empty = False
             yield recipe
-    if none:
+    if empty:
         _refuse(config, count, refusals)
 
 

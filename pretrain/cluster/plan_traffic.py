@@ -70,8 +70,8 @@ def _data(sizes: Sizes, layout: Layout) -> float:
         sent = layout.count * (4 * local + layout.width * gathered)
     else:
         reductions = layout.count if layout.stage == 2 else 1
-        whole = 1 if layout.flat and layout.stage else 2
-        sent = local * (whole * 4 * reductions + (layout.width if layout.stage else 0))
+        transfers = 1 if layout.flat and layout.stage else 2
+        sent = local * (transfers * 4 * reductions + (layout.width if layout.stage else 0))
     if layout.stage:  # Muon needs whole matrices of gradients that are divided
         sent += 2 * 4 * sizes.fullest_stage(layout.pipeline).orthogonal / layout.tensor
     return sent * (layout.data - 1) / layout.data

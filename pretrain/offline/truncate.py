@@ -153,9 +153,9 @@ class CutCheckpoint(Checkpoint):
         return torch.stack([self._keep(layer, product) for product in ("qk", "vp")])
 
     def _keep(self, layer: int, product: str) -> Tensor:
-        whole = torch.full((self.shape.key_value_heads,), self.shape.head_size)
+        full_widths = torch.full((self.shape.key_value_heads,), self.shape.head_size)
         if product not in self.choice.products or self.choice.share == 1.0:
-            return whole
+            return full_widths
         factors = Factors.of_layer(self.shape, *self._weights(layer))
         if product == "qk":
             a, b = factors.key.mT, factors.query[:, 0].mT

@@ -40,7 +40,7 @@ class Text:
         """
         if not config.data.path:
             raise UsageError(
-                "data.path: not set; give the folder that `pretrain data tokenize` wrote"
+                "data.path: not set; task.kind text needs a folder that `data tokenize` wrote"
             )
         return cls(load_manifest(Path(config.data.path)))
 

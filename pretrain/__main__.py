@@ -16,7 +16,8 @@ from pretrain.cli.exits import fail, leave, report_failure, stopped
 from pretrain.cli.models import evaluate, export, import_, print_evaluation, ranks
 from pretrain.cli.options import Code, Json, Overrides
 from pretrain.cli.paper import paper_app
-from pretrain.distributed.signals import SIGNALS, Stopped
+from pretrain.distributed.signals import SIGNALS
+from pretrain.errors import ENDS
 
 app = typer.Typer(
     help="Pretrain transformers on the Pile with decoupled attention decay, and measure the rank "
@@ -250,9 +251,11 @@ def run_command() -> int:
         # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.
         code = app(standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except (typer.Abort, KeyboardInterrupt, Stopped):
+    except (typer.Abort, *ENDS):
         return fail(stopped(), SIGNALS.code)
     except Exception as error:
+        if SIGNALS.raised:
+            return fail(stopped(), SIGNALS.code)
         return report_failure(error)
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can fix: shown as one line, never as a traceback."""
+"""Errors that a user can fix, shown as one line, never as a traceback; and the end by a signal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ TRY_AGAIN = 75
 rerun the same command."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
+
+
+class Stopped(BaseException):
+    """A signal asks the process to end; raised between two instructions of the main thread.
+
+    It is not an `Exception`, which calling code may swallow, and not a `KeyboardInterrupt`, which
+    Typer turns into its own exit code.
+    """
+
+
+ENDS = (KeyboardInterrupt, Stopped)
+"""What a signal raises. Whatever else a user's code or a service raises is its fault."""
 
 
 class RunError(RuntimeError):

@@ -16,8 +16,7 @@ import pytest
 
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
 from pretrain.distributed.signals import SIGNALS as STOP_SIGNALS
-from pretrain.distributed.signals import Stopped
-from pretrain.errors import INTERRUPTED, TRY_AGAIN
+from pretrain.errors import INTERRUPTED, TRY_AGAIN, Stopped
 from pretrain.runs.lock import is_busy
 from tests.signalled import MOMENTS
 from tests.tools import (

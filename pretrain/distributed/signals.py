@@ -2,13 +2,18 @@
 
 SIGTERM, SIGUSR1 (a scheduler's warning) and SIGINT raise `Stopped` in the main thread, so that
 every command can end at any moment with the exit code that launchers read. While updates run, the
-first two
-are only recorded: the loop then writes a checkpoint and ends by itself. Signals after the first one
-change nothing, so that they do not interrupt a checkpoint that is being written.
+first two are only recorded: the loop then writes a checkpoint and ends by itself. Signals after the
+first one change nothing, so that they do not interrupt a checkpoint that is being written.
+
+Compiled libraries may call Python code in which `Stopped` is raised, and drop it (destructors) or
+raise an error of their own instead (pydantic's serializers, modules that are being imported). So an
+error that ends a command after `Stopped` was raised is reported as the signal (`raised`), and if the
+command goes on, the signal is sent again.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -17,9 +22,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pretrain.errors import INTERRUPTED, TRY_AGAIN, RunError
+from pretrain.errors import INTERRUPTED, TRY_AGAIN, RunError, Stopped
 
 if TYPE_CHECKING:
     from pretrain.distributed.grid import Grid
@@ -28,7 +33,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _AGAIN = 10.0
 """Seconds after which a signal counts again: a library may have swallowed the first one."""
 _LATER = 0.02
-"""Seconds after which a signal is sent again whose exception a destructor swallowed."""
+"""Seconds between two looks whether anybody handles `Stopped`."""
+_COMPUTED, _WAITED = 0.1, 1.0
+"""CPU seconds of this process, and seconds, after which nobody will handle it: it was swallowed."""
 _IMPATIENT = 1.0
 """Seconds after which a second Ctrl-C ends the process at once."""
 
@@ -37,14 +44,6 @@ Answer = Callable[[signal.Signals], None]
 
 class StopRequestedError(RunError):
     """The run stopped because it was asked to; rerunning the same command continues it."""
-
-
-class Stopped(BaseException):
-    """A signal asks the process to end; raised between two instructions of the main thread.
-
-    It is not an `Exception`, which calling code may swallow, and not a `KeyboardInterrupt`, which
-    Typer turns into its own exit code.
-    """
 
 
 class StopSignals:
@@ -57,6 +56,10 @@ class StopSignals:
         self._remembers = False
         self._before: dict[signal.Signals, Any] = {}
         self._hook: Any = None
+        self._raised = False
+        self._dropped = False
+        self._turn = 0
+        """Changes when nobody needs to look after `Stopped` any more."""
 
     # --- for the process --------------------------------------------------------------------------
 
@@ -64,7 +67,7 @@ class StopSignals:
         """Install the handlers; does nothing outside the main thread or a second time."""
         if self._before:
             return
-        self._asked = None
+        self._asked, self._raised = None, False
         try:
             for number in _SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
@@ -77,6 +80,7 @@ class StopSignals:
 
     def restore(self) -> None:
         """Restore the previous handlers."""
+        self._turn += 1
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._before:
@@ -85,6 +89,7 @@ class StopSignals:
 
     def ignore(self) -> None:
         """Ignore all signals from now on, because the process is about to end."""
+        self._turn += 1
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
 
@@ -92,6 +97,11 @@ class StopSignals:
     def code(self) -> int:
         """Exit code of a process that ends because of the signal."""
         return TRY_AGAIN if self.asked and self._asked != signal.SIGINT else INTERRUPTED
+
+    @property
+    def raised(self) -> bool:
+        """Whether `Stopped` was raised, which may have become another error on its way."""
+        return self._raised
 
     # --- for what runs in it ----------------------------------------------------------------------
 
@@ -139,14 +149,35 @@ class StopSignals:
         return bool(flag.item())
 
     def _swallowed(self, unraisable: Any) -> None:
-        """Send a signal again that came while a destructor ran: Python drops its exceptions."""
-        if not isinstance(unraisable.exc_value, Stopped) or self._asked is None:
+        """A destructor ran when a signal came: Python drops its exceptions."""
+        if isinstance(unraisable.exc_value, Stopped):
+            self._dropped = True
+        else:
             self._hook(unraisable)
-            return
-        number, self._asked = self._asked, None
-        timer = threading.Timer(_LATER, os.kill, (os.getpid(), number))
-        timer.daemon = True
-        timer.start()
+
+    def _stop(self, came: signal.Signals) -> NoReturn:
+        self._raised, self._dropped = True, False
+        self._turn += 1
+        # Not a Thread: the signal may have come while a lock of `threading` was held.
+        _thread.start_new_thread(self._look_after, (came, self._turn))
+        raise Stopped(came.name)
+
+    def _look_after(self, came: signal.Signals, turn: int) -> None:
+        """Send a signal again whose exception was swallowed."""
+        main = threading.main_thread().ident
+        began, computed = time.monotonic(), time.process_time()
+        while not self._dropped:
+            time.sleep(_LATER)
+            if self._turn != turn:
+                return
+            if _handles_an_exception(main):
+                began, computed = time.monotonic(), time.process_time()
+            elif time.monotonic() - began > _WAITED or time.process_time() - computed > _COMPUTED:
+                break
+        time.sleep(_LATER)
+        if self._turn == turn:
+            self._asked, self._raised = None, False
+            os.kill(os.getpid(), came)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         received, now = signal.Signals(number), time.monotonic()
@@ -162,7 +193,13 @@ class StopSignals:
         elif self._remembers and (interrupted or received != signal.SIGINT):
             return
         elif self._remembers or not repeated:
-            raise Stopped(received.name)
+            self._stop(received)
+
+
+def _handles_an_exception(thread: int | None) -> bool:
+    """Whether a thread is in an ``except`` or ``finally`` because of an exception."""
+    active = sys._current_exceptions().get(thread or 0)
+    return active is not None and active != (None, None, None)
 
 
 SIGNALS = StopSignals()

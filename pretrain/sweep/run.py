@@ -16,8 +16,7 @@ from data_pipeline.strict_json import to_json
 from pretrain.checkpoint.reader import CHECKPOINTS, newest_checkpoint
 from pretrain.config.recipe import code_of, dump_config
 from pretrain.distributed.jobs import Executor, Job
-from pretrain.distributed.signals import Stopped
-from pretrain.errors import TRY_AGAIN
+from pretrain.errors import ENDS, TRY_AGAIN
 from pretrain.runs.finished import is_complete
 from pretrain.runs.lock import is_busy, shared
 from pretrain.runs.metrics import METRICS
@@ -61,7 +60,7 @@ def _run(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list[Stat
             _round(statuses, out, executor, sweep.config.processes, retries)
             table.show(statuses)
             time.sleep(_PAUSE)
-    except (KeyboardInterrupt, Stopped):
+    except ENDS:
         executor.stop()
         raise
     finally:

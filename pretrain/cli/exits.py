@@ -20,6 +20,9 @@ from pretrain.distributed.failures import exit_code, one_line
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import TRY_AGAIN
 
+_LONGEST = 900
+"""Number of letters of an error that are shown; a value or a path may have thousands."""
+
 
 def stopped() -> str:
     """The message when a signal ended a command."""
@@ -44,7 +47,7 @@ def fail(text: str, code: int) -> int:
     """
     # All processes fail together with the same message: one of them prints it.
     if text and os.environ.get("RANK", "0") == "0":
-        print(f"error: {plain(text)}", file=sys.stderr, flush=True)
+        print(f"error: {_shortened(plain(text))}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _flush()
         os._exit(code)
@@ -53,6 +56,13 @@ def fail(text: str, code: int) -> int:
     if disconnect is not None:
         disconnect()
     return code
+
+
+def _shortened(text: str) -> str:
+    """The beginning and the end of a long text: the key or file, and what to do."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST - 300]} ... {text[-300:]}"
 
 
 def leave(code: int) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.config.extension import folder_of
+from pretrain.config.extension import Foreign, folder_of
 from pretrain.config.recipe import load_config
 from pretrain.errors import UsageError
 from pretrain.sweep.config import load_sweep
+from pretrain.sweep.run import describe
 from tests.own_code import COSINE, EXAMPLE, FILE, recipe_with, write_example
-from tests.tools import ROOT, assert_one_line, pretrain, run, write_recipe
+from tests.tools import ATTENTION, ROOT, assert_one_line, pretrain, run, write_recipe
 
 EVIL = """
 from pathlib import Path
@@ -139,12 +141,14 @@ def test_a_recipe_in_a_folder_of_this_program_runs_nothing(
     for entry in (ENTRY, {**ENTRY, "kind": f"{folder / FILE}:LayerCosine"}):
         recipe = write_recipe(folder / "r.yaml", recipe_with(data, entry))
         MARKS[mark](tmp_path / "found")
-        assert folder_of(recipe) is None
+        home = folder_of(recipe)
+        assert isinstance(home, Foreign) and home.mark.is_relative_to(tmp_path / "found")
         (tmp_path / "link.yaml").unlink(missing_ok=True)
         (tmp_path / "link.yaml").symlink_to(recipe)
         for path in (recipe, tmp_path / "link.yaml"):
-            with pytest.raises(UsageError, match=r"policies\.0\.kind: .*--code"):
+            with pytest.raises(UsageError, match=r"policies\.0\.kind: .*--code") as error:
                 load_config(path, code=[])
+            assert f"({home.mark} shows it)" in str(error.value)
     # Elsewhere it is a recipe of the user's, as any.
     moved = tmp_path / "mine"
     shutil.copytree(folder, moved, ignore=lambda *_: ["run-id", "environment.json", "run.json",
@@ -153,6 +157,61 @@ def test_a_recipe_in_a_folder_of_this_program_runs_nothing(
     assert not (tmp_path / "sentinel").exists()
     assert load_config(moved / "r.yaml", ["seed=3"], code=[moved / FILE]).seed == 3
     assert (tmp_path / "sentinel").exists()
+
+
+OTHERS = (
+    {"manifest_version": 3, "name": "an extension", "version": "1.0"},
+    {"name": "a page", "icons": [{"src": "icon.png"}]},
+    {"main.js": "main.4f2.js"},
+    [{"Config": "4a1.json", "Layers": ["1/layer.tar"]}],
+    {"schemaVersion": 2, "layers": [], "config": {"size": 1}},
+    {"production": {"url": "https://example.org"}},
+    {"id": 1, "command": "make", "status": "done", "files": []},
+)
+"""Contents of JSON files of other programs."""
+NAMES = ("manifest.json", "environment.json", "run.json", "sweep.json", "identity.json")
+
+
+@pytest.mark.parametrize("below", ["", "recipes", "a/b/c"])
+@pytest.mark.parametrize("name", NAMES)
+def test_files_of_other_programs_show_nothing(name: str, below: str, tmp_path: Path) -> None:
+    """A user's own recipe runs its code though a folder above has a file of such a name."""
+    home = tmp_path / below
+    home.mkdir(parents=True, exist_ok=True)
+    for other in OTHERS:
+        (tmp_path / name).write_text(json.dumps(other))
+        assert folder_of(home / "r.yaml") == home, other
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_cannot_be_judged_shows_it(name: str, tmp_path: Path) -> None:
+    """Empty, cut, huge, nested, a pipe: whatever may have been made of this program's own."""
+    path = tmp_path / name
+    odd = b'{"a": 1} ' + b" " * (1 << 20), b"[" * 100_000, b"\xff\xfe"
+    for content in (b"", b"{", b"{}", b"[]", b"null", b"[{}]", b"[1]", *odd):
+        path.write_bytes(content)
+        assert folder_of(tmp_path / "r.yaml") == Foreign(path), content[:20]
+    path.unlink()
+    os.mkfifo(path)
+    assert folder_of(tmp_path / "r.yaml") == Foreign(path)
+
+
+def test_files_that_this_program_writes_show_it(honest: Path, data: Path, tmp_path: Path) -> None:
+    """Each alone, as it is written now."""
+    run = honest / "run"
+    found = [run / "environment.json", run / "identity.json", data / "manifest.json",
+             next(run.glob("checkpoints/*/manifest.json"))]  # fmt: skip
+    about = {"run": "0" * 8, "folder": str(run)}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    recipe = write_recipe(tmp_path / "s/r.yaml", recipe_with(data))
+    body = {"recipe": recipe.name, "seeds": [1], "grid": {ATTENTION: [0, 1]}}
+    sweep = write_recipe(tmp_path / "s/s.yaml", body)
+    (tmp_path / "sweep.json").write_text(json.dumps(describe(load_sweep(sweep))))
+    for number, file in enumerate([*found, tmp_path / "run.json", tmp_path / "sweep.json"]):
+        place = tmp_path / f"place{number}"
+        place.mkdir()
+        shutil.copy(file, place)
+        assert folder_of(place / "r.yaml") == Foreign(place / file.name), file
 
 
 def test_a_sweep_file_of_others_runs_nothing(data: Path, tmp_path: Path) -> None:
@@ -173,7 +232,7 @@ def test_a_sweep_file_of_others_runs_nothing(data: Path, tmp_path: Path) -> None
         path = write_recipe(theirs / "s.yaml", {"recipe": str(recipe), **body})
         (theirs / "sweep.json").unlink(missing_ok=True)
         (theirs / "sweep.json").write_text("{}")
-        with pytest.raises(UsageError, match="--code"):
+        with pytest.raises(UsageError, match=r"sweep\.json shows it.*--code"):
             load_sweep(path)
         assert not sentinel.exists(), body
     (theirs / "sweep.json").unlink()

@@ -92,7 +92,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure held-out loss, perplexity and bits per byte, overall and per subset, on any grid."""
-    from pretrain.config.recipe import run_code
+    from pretrain.config.extension import run_code
     from pretrain.offline.evaluate import evaluate_checkpoint
     from pretrain.offline.truncate import parse_rank
 

@@ -3,7 +3,7 @@
 This is the only module that runs code outside installed packages. It runs a file if a recipe that
 the user gave on the command line names it, or if the command line itself does (``--code``). It
 never runs a file because a run folder, a checkpoint, a mirror or an exported model names it: a
-recipe that is read from there (``folder`` None) finds only code that is already loaded in this
+recipe that is read from there (`Home` is not a path) finds only code that is already loaded in this
 process. The SHA-256 that is recorded is that of the bytes that ran.
 """
 
@@ -13,27 +13,37 @@ import hashlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from data_pipeline.files import read_small
-from pretrain.errors import RunError, UsageError
+from data_pipeline.files import read_json, read_small
+from pretrain.errors import ENDS, RunError, UsageError
 
 Answer = TypeVar("Answer")
 
 _FILE = re.compile(r"(.*\.py):(\w+)", re.S)
 _LARGEST = 1 << 20
 """Largest size of a code file in bytes."""
-_WRITTEN = (
-    "run-id", "run.json", "sweep.json", "manifest.json", "environment.json", "identity.json",
-    "metrics.jsonl", "checkpoints/step-*", "step-*/manifest.json",
-)  # fmt: skip
+_LARGEST_MARK = 1 << 20
+"""Largest size in bytes of a JSON file that is looked at."""
+_WRITTEN: dict[str, tuple[str, ...]] = {
+    "run-id": (),
+    "metrics.jsonl": (),
+    "checkpoints/step-*": (),
+    "step-*/manifest.json": (),
+    "manifest.json": ("entries", "parameters"),
+    "environment.json": ("versions", "grid"),
+    "run.json": ("run", "folder"),
+    "sweep.json": ("runs", "baseline"),
+    "identity.json": ("initial_weights", "data_order"),
+}
 """Patterns of files that show that this program wrote a folder: a run, a mirror's copy, a sweep,
-checkpoints or tokenised data. Each is enough: a sender may have deleted the others."""
+checkpoints or tokenised data. Each is enough: a sender may have deleted the others. Other programs
+write JSON files of these names too: one that has values, but none of these keys, shows nothing."""
 
 
 class ExtensionError(ValueError):
@@ -76,6 +86,19 @@ class Extension:
     code: Code | None = None
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """A recipe is in or below a folder that this program wrote: it may run no code."""
+
+    mark: Path
+    """A file that shows it."""
+
+
+Home = Path | Foreign | None
+"""The folder of a recipe's code files; of `Foreign` or None no code may be run that is not loaded
+already."""
+
+
 def ask(
     code: Code | None, action: str, call: Callable[[], Answer], wrong: Callable[[str], UsageError]
 ) -> Answer:
@@ -87,9 +110,9 @@ def ask(
     """
     try:
         return call()
-    except (UsageError, RunError):  # the user's own message
+    except (UsageError, RunError, *ENDS):  # the user's own message, or a signal
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         place = code.place_of(error) if code else f"{type(error).__name__}: {error}"
         raise wrong(f"{action} fails: {place}") from error
 
@@ -102,13 +125,13 @@ PINS = ("sha256", "package")
 """Keys that a run folder adds to the entry of a user's class."""
 
 
-def find(group: str, kind: str, pin: Mapping[str, Any], folder: Path | None) -> Extension | None:
+def find(group: str, kind: str, pin: Mapping[str, Any], folder: Home) -> Extension | None:
     """Find the class that a kind in a recipe names.
 
     Args:
         group: the group of entry points, such as ``rankdecay.policies``.
         pin: the entry of the recipe; one from a run folder has a key of `PINS`.
-        folder: the folder of the files; None: no code may be run that is not loaded already.
+        folder: the folder of the files.
 
     Returns:
         None if no code may be run, and the class is not loaded in this process.
@@ -144,14 +167,29 @@ def run_file(path: Path) -> Code:
     sys.modules[name] = module  # dataclasses and pydantic look names up here
     try:
         exec(compile(data, str(path), "exec", dont_inherit=True), module.__dict__)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, ENDS):
+            raise
         hint = ""
         if isinstance(error, ModuleNotFoundError):
             hint = "; a code file can import only installed packages"
         raise ExtensionError(f"{path}: cannot be run ({code.place_of(error)}){hint}") from None
     _RUNNING[digest] = code
     return code
+
+
+def run_code(files: Iterable[Path]) -> None:
+    """Run files of code that the command line names.
+
+    Raises:
+        UsageError: if one cannot be read, or fails.
+    """
+    try:
+        for file in files:
+            run_file(file)
+    except ExtensionError as error:
+        raise UsageError(f"--code: {error}") from None
 
 
 def running(sha256: str) -> Code | None:
@@ -169,30 +207,58 @@ def names(group: str) -> list[str]:
     return sorted({point.name for point in entry_points(group=group)})
 
 
-def folder_of(recipe: Path) -> Path | None:
+def folder_of(recipe: Path) -> Path | Foreign:
     """The folder of the code files that a recipe names: the recipe's own folder.
 
-    It is None for a recipe in or below a folder that this program wrote, because its files may come
-    from somebody else.
+    In or below a folder that this program wrote there is none, because files there may come from
+    somebody else.
     """
     home = recipe.resolve().parent
     for folder in (home, *home.parents):
-        exported = (folder / "config.json").exists() and any(folder.glob("*.safetensors*"))
-        if exported or any(next(folder.glob(name), None) for name in _WRITTEN):
-            return None
+        if (mark := _mark(folder)) is not None:
+            return Foreign(mark)
     return home
 
 
-def _in_file(name: str, word: str, pinned: str, folder: Path | None) -> Extension | None:
+def _mark(folder: Path) -> Path | None:
+    """A file that shows that this program wrote a folder."""
+    weights = next(folder.glob("*.safetensors*"), None)
+    if weights is not None and (folder / "config.json").exists():
+        return weights
+    for pattern, keys in _WRITTEN.items():
+        mark = next(folder.glob(pattern), None)
+        if mark is not None and not (keys and _is_of_others(mark, keys)):
+            return mark
+    return None
+
+
+def _is_of_others(path: Path, keys: tuple[str, ...]) -> bool:
+    """Whether a JSON file has values, but none at these keys."""
+    try:
+        content = read_json(path, _LARGEST_MARK)
+    except (OSError, ValueError):
+        return False
+    parts = content if isinstance(content, list) else [content]
+    if not all(isinstance(part, dict) and part for part in parts):
+        return False
+    return bool(parts) and not any(key in part for part in parts for key in keys)
+
+
+def _refused(name: str, folder: Foreign | None) -> ExtensionError:
+    shown = f" ({folder.mark} shows it)" if folder else ""
+    return ExtensionError(
+        f"{name}: a recipe in a folder that this program wrote{shown} cannot run code; name the "
+        "file with --code, or copy the recipe elsewhere"
+    )
+
+
+def _in_file(name: str, word: str, pinned: str, folder: Home) -> Extension | None:
     code = _RUNNING.get(pinned)
     if code is None:
-        if folder is None:
+        if not isinstance(folder, Path):
             if pinned:
                 return None
-            raise ExtensionError(
-                f"{name}: a recipe in a folder that this program wrote cannot run code; name "
-                f"the file with --code, or copy the recipe elsewhere"
-            )
+            raise _refused(name, folder)
         code = run_file(folder / Path(name).expanduser())
         if pinned and code.sha256 != pinned:
             raise ExtensionError(
@@ -211,8 +277,8 @@ def _is_own(value: Any, code: Code) -> bool:
     return isinstance(value, type) and value.__module__ == code.module.__name__
 
 
-def _in_package(group: str, kind: str, pinned: str, folder: Path | None) -> Extension | None:
-    if folder is None:
+def _in_package(group: str, kind: str, pinned: str, folder: Home) -> Extension | None:
+    if not isinstance(folder, Path):
         return _LOADED.get((group, kind, pinned))
     chosen = next(iter(entry_points(group=group, name=kind)), None)
     if chosen is None:
@@ -224,7 +290,9 @@ def _in_package(group: str, kind: str, pinned: str, folder: Path | None) -> Exte
     if key not in _LOADED:
         try:
             cls = chosen.load()
-        except Exception as error:
+        except ENDS:
+            raise
+        except BaseException as error:
             reason = " ".join(str(error).split())[:200]
             raise ExtensionError(
                 f"{kind}: {package} cannot be imported ({type(error).__name__}: {reason})"

@@ -11,14 +11,22 @@ import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError, ValidationInfo, create_model
 
 from pretrain.config.explain import explain, explained
-from pretrain.config.extension import PINS, Extension, ExtensionError, find, names, running_files
+from pretrain.config.extension import (
+    PINS,
+    Extension,
+    ExtensionError,
+    Home,
+    find,
+    names,
+    running_files,
+)
 from pretrain.config.section import Section
+from pretrain.errors import ENDS
 
 FOLDER = "folder"
 """Key of a validation's context: the folder of code files (`pretrain.config.extension.find`)."""
@@ -89,7 +97,7 @@ class Kinds(Generic[Entry, Made]):
             raise explained(f"kind: missing; a {self._noun} is a mapping with a kind")
         return self.section(value, (info.context or {}).get(FOLDER))
 
-    def section(self, entry: dict[str, Any], folder: Path | None = None) -> Entry:
+    def section(self, entry: dict[str, Any], folder: Home = None) -> Entry:
         """The section of an entry, validated.
 
         Args:
@@ -106,6 +114,15 @@ class Kinds(Generic[Entry, Made]):
             parsed = section.model_validate(values)
         except ValidationError as error:
             raise explained(explain(error.errors()[0], section)) from None
+        except ENDS:
+            raise
+        except BaseException as error:  # of a user's validator
+            own = self._own.get(section)
+            if own is None or own.code is None:
+                raise
+            raise explained(
+                f"kind: {own.kind}: Config fails: {own.code.place_of(error)}"
+            ) from error
         if section in self._own and (lost := _lost_in_json(parsed)):
             raise explained(
                 f"kind: {parsed.kind}: a run folder could not give its Config back ({lost}); use "
@@ -137,7 +154,7 @@ class Kinds(Generic[Entry, Made]):
         )
 
     def _class_of(
-        self, values: Mapping[str, Any], folder: Path | None
+        self, values: Mapping[str, Any], folder: Home
     ) -> tuple[type[Entry], Mapping[str, Any]]:
         kind = values["kind"]
         self._load()

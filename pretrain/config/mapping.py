@@ -82,3 +82,14 @@ def number(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def value_in(tree: Any, key: str) -> Any:
+    """The value at a dotted key of plain data; None if there is none."""
+    if not isinstance(tree, dict):
+        return None
+    if key in tree:
+        return tree[key]
+    parts = (part for part in tree if key.startswith(f"{part}."))
+    found = (value_in(tree[part], key[len(part) + 1 :]) for part in parts)
+    return next((value for value in found if value is not None), None)

@@ -12,9 +12,9 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 
 from models.config import GPTConfig
 from pretrain.config.explain import explain
-from pretrain.config.extension import Code, ExtensionError, folder_of, run_file, running
+from pretrain.config.extension import Code, Foreign, Home, folder_of, run_code, running
 from pretrain.config.kinds import FOLDER, KindSection
-from pretrain.config.mapping import apply_value_overrides, read_mapping, set_value
+from pretrain.config.mapping import apply_value_overrides, read_mapping, set_value, value_in
 from pretrain.config.run import (
     CheckpointConfig,
     EvaluationConfig,
@@ -63,8 +63,8 @@ class Config(Section):
     resume: ResumeConfig = ResumeConfig()
     faults: FaultsConfig = FaultsConfig()
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings, for experts")
-    _folder: Path | None = PrivateAttr(None)
-    """The folder of code files that it names; None: no code may run."""
+    _folder: Home = PrivateAttr(None)
+    """The folder of code files that it names."""
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -123,10 +123,10 @@ class Config(Section):
             )
         return self
 
-    def without_code(self) -> Config:
+    def without_code(self, why: Foreign) -> Config:
         """A copy; values that are put into it can name only code that is loaded already."""
         copy = self.model_copy()
-        copy._folder = None
+        copy._folder = why
         return copy
 
     def _check_update(self) -> None:
@@ -178,9 +178,7 @@ class Config(Section):
             return every
         every = max(1, self.train.steps // parts)
         if section == "checkpoint" and self.checkpoint.keep_best and self.checkpoint.keep:
-            evaluations = self.interval(
-                "evaluation"
-            )  # the best is chosen by the losses of evaluations
+            evaluations = self.interval("evaluation")  # the best is chosen by their losses
             return -(-every // evaluations) * evaluations
         return every
 
@@ -208,19 +206,6 @@ def load_config(
         if missing := next(filter(None, (kinds.absent(section) for kinds in _OPEN)), ""):
             raise UsageError(f"{path}: {key}: {missing}")
     return config
-
-
-def run_code(files: Iterable[Path]) -> None:
-    """Run files of code that the command line names.
-
-    Raises:
-        UsageError: if one cannot be read, or fails.
-    """
-    try:
-        for file in files:
-            run_file(file)
-    except ExtensionError as error:
-        raise UsageError(f"--code: {error}") from None
 
 
 _OPEN = (POLICIES, SERVICES, SAMPLE_TASKS)
@@ -259,13 +244,11 @@ def with_values(config: Config, values: dict[str, Any], source: str) -> Config:
     return parse_config(tree, source, config._folder)
 
 
-def parse_config(
-    values: dict[str, Any], source: str = "recipe", folder: Path | None = None
-) -> Config:
+def parse_config(values: dict[str, Any], source: str = "recipe", folder: Home = None) -> Config:
     """Validate a plain mapping.
 
     Args:
-        folder: the folder of code files that it names; None: no code may run.
+        folder: the folder of code files that it names.
 
     Raises:
         UsageError: the first error, with a suggestion if a key is nearly right.
@@ -289,17 +272,7 @@ def value_at(config: Config, key: str) -> Any:
 
     Names that contain dots (``data.weights.my.corpus``) are found, too.
     """
-    return _value_in(config.model_dump(mode="json"), key)
-
-
-def _value_in(tree: Any, key: str) -> Any:
-    if not isinstance(tree, dict):
-        return None
-    if key in tree:
-        return tree[key]
-    parts = (part for part in tree if key.startswith(f"{part}."))
-    values = (_value_in(tree[part], key[len(part) + 1 :]) for part in parts)
-    return next((value for value in values if value is not None), None)
+    return value_in(config.model_dump(mode="json"), key)
 
 
 def dump_config(config: Config) -> str:

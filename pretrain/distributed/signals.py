@@ -6,8 +6,8 @@ first two are only recorded: the loop then writes a checkpoint and ends by itsel
 first one change nothing, so that they do not interrupt a checkpoint that is being written.
 
 Compiled libraries may call Python code in which `Stopped` is raised, and drop it (destructors) or
-raise an error of their own instead (pydantic's serializers, modules that are being imported). So an
-error that ends a command after `Stopped` was raised is reported as the signal (`raised`), and if the
+raise an error of their own instead (pydantic's serializers, modules that are being imported). So
+the error that ends a command after `Stopped` was `raised` is reported as the signal, and if the
 command goes on, the signal is sent again.
 """
 

@@ -8,8 +8,9 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +19,7 @@ from data_pipeline.files import write_aside
 from data_pipeline.strict_json import not_finite, to_json
 from pretrain.cli.console import warn
 from pretrain.config.recipe import Config
-from pretrain.errors import RunError
+from pretrain.errors import ENDS, RunError
 from pretrain.ranks.columns import Columns, Named
 from pretrain.runs.records import FIGURES, LINES, Line, check_record
 from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
@@ -171,11 +172,11 @@ class Tracker:
         """Start a service; if it cannot start, the run continues without it."""
         service = SERVICES.class_of(section)
         name = service.name or section.kind
-        try:
-            self._services.append((name, section, service(section, about)))
-        except Exception as error:  # missing package, dead network, bad key, a user's mistake
-            reason = _reason(section, error)
+        started: list[Service] = []
+        # missing package, dead network, bad key, a user's mistake
+        if reason := _failure(section, lambda: started.append(service(section, about))):
             warn(f"{name} is not available ({reason}); metrics go to {METRICS} without it")
+        self._services += [(name, section, one) for one in started]
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one line: ``kind``, ``step`` and ``values``.
@@ -190,12 +191,13 @@ class Tracker:
             message = f"{kind}: {', '.join(missing)} not finite, null in {METRICS}"
             self._write(to_json({"kind": "event", "step": step, "message": message}) + "\n")
         numbers = {f"{kind}/{k}": v for k, v in _flatten(values).items()}
+        self._tell(lambda service: service.log(numbers, step))
+
+    def _tell(self, what: Callable[[Service], None]) -> None:
+        """Call every service; one that fails must not stop the run, and is called no more."""
         for entry in list(self._services):
             name, section, service = entry
-            try:
-                service.log(numbers, step)
-            except Exception as error:  # a failing service must not stop a run
-                reason = _reason(section, error)
+            if reason := _failure(section, partial(what, service)):
                 warn(f"{name} stopped ({reason}); metrics go on in {METRICS}")
                 self._services.remove(entry)
 
@@ -218,30 +220,27 @@ class Tracker:
         """Remove what was logged after ``step``, because the run goes back there."""
         if self.active:
             rewind_metrics(self._run, step)
-        for entry in list(self._services):
-            name, section, service = entry
-            try:
-                service.rewind(step)
-            except Exception as error:
-                reason = _reason(section, error)
-                warn(f"{name} stopped ({reason}); metrics go on in {METRICS}")
-                self._services.remove(entry)
+        self._tell(lambda service: service.rewind(step))
 
     def close(self) -> None:
         """Flush the file and finish all services."""
         for name, section, service in self._services:
-            try:
-                service.close()
-            except Exception as error:
-                warn(f"{name} did not finish ({_reason(section, error)})")
+            if reason := _failure(section, service.close):
+                warn(f"{name} did not finish ({reason})")
 
 
-def _reason(section: ServiceSection, error: Exception) -> str:
-    """One line of an error, with the place in the user's file."""
-    extension = SERVICES.own_of(section)
-    if extension is not None and extension.code is not None:
-        return extension.code.place_of(error)
-    return " ".join(str(error).split())
+def _failure(section: ServiceSection, call: Callable[[], None]) -> str:
+    """Call a service; one line of its error with the place in the user's file, or nothing."""
+    try:
+        call()
+    except ENDS:
+        raise
+    except BaseException as error:
+        extension = SERVICES.own_of(section)
+        if extension is not None and extension.code is not None:
+            return extension.code.place_of(error)
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from pretrain.config.explain import explain
-from pretrain.config.extension import folder_of
+from pretrain.config.explain import cut, explain
+from pretrain.config.extension import Foreign, folder_of
 from pretrain.config.mapping import number, read_mapping
 from pretrain.config.recipe import Config, load_config, with_values
 from pretrain.config.section import Section
@@ -141,8 +141,9 @@ def load_sweep(path: Path, out: Path | None = None) -> Sweep:
     """
     config = _read(path)
     base = load_config(_recipe(path, config), code=[])
-    if folder_of(path) is None:  # a sweep file of others: only the recipe is the user's
-        base = base.without_code()
+    home = folder_of(path)
+    if isinstance(home, Foreign):  # a sweep file of others: only the recipe is the user's
+        base = base.without_code(home)
     base = with_values(base, config.set, f"{path}: set")
     points = _points(path, config, base)
     baseline = _baseline(path, config, points)
@@ -178,8 +179,11 @@ def _read(path: Path) -> SweepConfig:
 
 
 def _recipe(path: Path, config: SweepConfig) -> Path:
-    beside = path.parent / config.recipe
-    return beside if beside.exists() or not Path(config.recipe).exists() else Path(config.recipe)
+    places = path.parent / config.recipe, Path(config.recipe)
+    try:
+        return next((place for place in places if place.exists()), places[0])
+    except OSError:  # a name too long; whoever reads it says so
+        return places[0]
 
 
 def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
@@ -244,8 +248,9 @@ def _baseline(path: Path, config: SweepConfig, points: list[Point]) -> Point | N
     for point in points:
         if point.given == {key: number(value) for key, value in config.baseline.items()}:
             return point
+    shown = cut(str(config.baseline))
     raise UsageError(
-        f"{path}: baseline: {config.baseline} is not a point of the sweep; the points are "
+        f"{path}: baseline: {shown} is not a point of the sweep; the points are "
         f"{'; '.join(point.name for point in points[:6])}{' ...' * (len(points) > 6)}"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import time
@@ -123,6 +124,27 @@ def test_the_error_that_it_became_is_not_shown(
     assert run(monkeypatch) == (INTERRUPTED if number == signal.SIGINT else TRY_AGAIN)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and "rerun the same command" in line
+
+
+class HalfMade:
+    """A signal comes while it is made; its destructor needs what was to come."""
+
+    def __init__(self) -> None:
+        send(signal.SIGTERM)
+        self.file = 1
+
+    def __del__(self) -> None:
+        del self.file
+
+
+def test_what_it_left_half_made_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrain.__main__, "app", lambda **_: HalfMade())
+    assert run(monkeypatch) == TRY_AGAIN
+    gc.collect()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
 
 
 def test_an_error_of_a_later_command_is_shown(

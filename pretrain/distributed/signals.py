@@ -149,10 +149,13 @@ class StopSignals:
         return bool(flag.item())
 
     def _swallowed(self, unraisable: Any) -> None:
-        """A destructor ran when a signal came: Python drops its exceptions."""
+        """A destructor ran when a signal came: Python drops its exceptions.
+
+        Objects whose making a signal cut may fail when they are destroyed; that is not shown.
+        """
         if isinstance(unraisable.exc_value, Stopped):
             self._dropped = True
-        else:
+        elif not self._raised:
             self._hook(unraisable)
 
     def _stop(self, came: signal.Signals) -> NoReturn:

@@ -37,7 +37,7 @@ def figure_html(figure: Figure) -> str:
         f'<div class="controls">{controls}</div>'
         f'<div class="plot" role="img" aria-label="{escape(figure.title)}"></div>'
         f'<script type="application/json">{_json(views)}</script>'
-        f"<figcaption>{escape(figure.caption)} "
+        f"<figcaption>{escape(f'{figure.caption} {figure.hint}'.rstrip())} "
         f'<a class="data" download="{figure.key}.csv" href="#{figure.key}">data</a>'
         "</figcaption></figure>"
     )

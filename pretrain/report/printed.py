@@ -128,6 +128,16 @@ def _label(series: Series, named: set[str]) -> str | None:
     return f" {text}" if text.startswith("_") else text  # matplotlib hides names that begin with it
 
 
+def _few_ticks(axis: Any, values: list[float]) -> None:
+    """Label a logarithmic axis without overlaps: matplotlib labels 2, 3, 4 … of a short one."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+    axis.set_minor_formatter(NullFormatter())
+    if max(values) < 100 * min(values):
+        axis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(ScalarFormatter())
+
+
 def _scales(axes: Any, panel: Panel) -> None:
     points = [
         (x, y)
@@ -145,9 +155,11 @@ def _scales(axes: Any, panel: Panel) -> None:
             axes.set_xticks([], minor=True)
         else:
             axes.set_xscale("log")
+            _few_ticks(axes.xaxis, positive)
     heights = [y for _, y in points]
     if panel.log_y and any(y > 0 for y in heights):  # matplotlib refuses an empty panel
         axes.set_yscale("log")
+        _few_ticks(axes.yaxis, [y for y in heights if y > 0])
     if panel.y_range:
         axes.set_ylim(*panel.y_range)
     if panel.diagonal:

@@ -64,9 +64,10 @@ def over_decay(study: Study) -> Figure:
         "mean over heads and seeds; band: from the least to the greatest head (mean over seeds). "
         "Theory: decay acts like a nuclear norm penalty on each product, so rank falls as λ or the "
         "exposure Σηλ grows. λ is the applied λ (Σ rate·λ / Σ rate over the updates), on a "
-        "symmetric logarithmic axis. Click a layer in the legend to hide it.",
+        "symmetric logarithmic axis.",
         [axis],
         view,
+        "Click a layer in the legend to hide it.",
     )
 
 
@@ -104,9 +105,10 @@ def over_training(study: Study) -> Figure:
         "rank-over-training",
         "Rank during training",
         f"Pseudo-rank of both products over training. {about(study)} Line: mean over heads and "
-        "seeds; band: from the least to the greatest head (mean over seeds). Choose a layer above.",
+        "seeds; band: from the least to the greatest head (mean over seeds).",
         [control],
         view,
+        "Choose a layer above.",
     )
 
 
@@ -165,8 +167,8 @@ def heads(study: Study) -> Figure:
     return Figure(
         "rank-by-head",
         "Every head",
-        f"Pseudo-rank of every head, mean over seeds. {about(study)} Move the slider to choose "
-        "a step of training.",
+        f"Pseudo-rank of every head, mean over seeds. {about(study)}",
         [conditions, products, slider],
         view,
+        "Move the slider to choose a step of training.",
     )

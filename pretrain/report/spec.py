@@ -82,6 +82,8 @@ class Figure:
     controls: list[Control]
     view: Callable[[Choice], list[Panel]]
     """The panels for a choice."""
+    hint: str = ""
+    """How to use the figure on the page; print has no controls."""
 
     @property
     def default(self) -> Choice:

@@ -1,0 +1,56 @@
+"""What is printed, or shown without a page, is legible and speaks of nothing that is not there."""
+
+from __future__ import annotations
+
+import random
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import pytest
+
+from pretrain.report.interactive import figure_html
+from pretrain.report.load import Condition, Study
+from pretrain.report.printed import _page
+from pretrain.report.spec import Figure, Panel, Series
+from pretrain.report.text import markdown
+
+HINT = "Click a layer."
+
+
+def figure_of(low: float, high: float, panels: int = 2) -> Figure:
+    xs = [low * (high / low) ** (i / 20) for i in range(21)]
+    series = Series("a", xs, [0.8 * x for x in xs], points=True)
+    panel = Panel("W_QK", "bound", "norm", [series], log_x=True, log_y=True, diagonal=True)
+    return Figure("key", "title", "caption.", [], lambda _: [panel] * panels, HINT)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_labels_of_logarithmic_axes_do_not_overlap(seed: int) -> None:
+    draw = random.Random(seed)
+    low = 10 ** draw.uniform(-6, 6)
+    page = _page(plt, figure_of(low, low * 10 ** draw.choice((0.01, 0.1, 0.5, 1.2, 2.5, 8))))
+    page.canvas.draw()
+    renderer = page.canvas.get_renderer()  # type: ignore[attr-defined]
+    for axes in page.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low_end, high_end = sorted(axis.get_view_interval())
+            boxes = [
+                tick.label1.get_window_extent(renderer)
+                for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
+                if low_end <= tick.get_loc() <= high_end and tick.label1.get_text()
+            ]
+            assert 2 <= len(boxes) <= 8
+            assert not any(
+                box.overlaps(other) for k, box in enumerate(boxes) for other in boxes[k + 1 :]
+            )
+    plt.close(page)
+
+
+def test_only_the_page_says_how_to_use_its_controls() -> None:
+    figure = figure_of(1.0, 10.0)
+    assert f"caption. {HINT}" in figure_html(figure)
+    baseline = Condition("a", {}, [])
+    text = markdown(Study("title", [baseline], baseline), [], [(figure, "key.png")], [])
+    assert "caption." in text and HINT not in text

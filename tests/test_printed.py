@@ -32,7 +32,7 @@ def test_labels_of_logarithmic_axes_do_not_overlap(seed: int) -> None:
     low = 10 ** draw.uniform(-6, 6)
     page = _page(plt, figure_of(low, low * 10 ** draw.choice((0.01, 0.1, 0.5, 1.2, 2.5, 8))))
     page.canvas.draw()
-    renderer = page.canvas.get_renderer()  # type: ignore[attr-defined]
+    renderer = page.canvas.get_renderer()
     for axes in page.axes:
         for axis in (axes.xaxis, axes.yaxis):
             low_end, high_end = sorted(axis.get_view_interval())

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pretrain.config.recipe import Config, apply_overrides
+import yaml
+
+from pretrain.config.recipe import Config, apply_overrides, load_config
 from pretrain.config.reference import KeyTable, markdown, tables
+from pretrain.errors import UsageError
 from tests.recipe_fuzz import keys_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/recipe.md"
@@ -49,3 +53,31 @@ def test_the_defaults_are_those_of_a_recipe_without_keys() -> None:
                 assert changed == Config(), key
                 tried += 1
     assert tried > 80
+
+
+def test_an_error_names_who_set_the_key(tmp_path: Path) -> None:
+    """The command line for what an override sets, the file for all else."""
+    recipe = tmp_path / "r.yaml"
+    refused = 0
+    for table in sections():
+        for key in table.keys:
+            section, name = table.title.split("."), dotted(table, key.name)
+            recipe.write_text("seed: 1\n")
+            error = problem_of(recipe, [f"{name}=[[1]]", "seed=2"])
+            assert not error or error.startswith(f"command line: {name}"), error
+            refused += bool(error)
+            tree: Any = {key.name: [[1]]}
+            for part in reversed(section if table.title != "The top level" else []):
+                tree = {part: tree}
+            recipe.write_text(yaml.safe_dump(tree))
+            error = problem_of(recipe, ["data.prefetch=2"] if name != "data.prefetch" else [])
+            assert not error or error.startswith(f"{recipe}: {name}"), error
+    assert refused > 90
+
+
+def problem_of(recipe: Path, overrides: list[str]) -> str:
+    try:
+        load_config(recipe, overrides)
+    except UsageError as error:
+        return str(error)
+    return ""

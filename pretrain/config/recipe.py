@@ -199,9 +199,9 @@ def load_config(
     values = read_mapping(path, "recipe", "sections, such as `model:`")
     apply_value_overrides(values, overrides or [])
     if code is None:
-        return parse_config(values, str(path))
+        return parse_config(values, str(path), overrides=overrides or ())
     run_code(code)
-    config = parse_config(values, str(path), folder_of(path))
+    config = parse_config(values, str(path), folder_of(path), overrides or ())
     for key, section in entries(config):
         if missing := next(filter(None, (kinds.absent(section) for kinds in _OPEN)), ""):
             raise UsageError(f"{path}: {key}: {missing}")
@@ -244,11 +244,18 @@ def with_values(config: Config, values: dict[str, Any], source: str) -> Config:
     return parse_config(tree, source, config._folder)
 
 
-def parse_config(values: dict[str, Any], source: str = "recipe", folder: Home = None) -> Config:
+def parse_config(
+    values: dict[str, Any],
+    source: str = "recipe",
+    folder: Home = None,
+    overrides: Iterable[str] = (),
+) -> Config:
     """Validate a plain mapping.
 
     Args:
+        source: the file, for messages.
         folder: the folder of code files that it names.
+        overrides: those of the command line that the mapping contains, for messages.
 
     Raises:
         UsageError: the first error, with a suggestion if a key is nearly right.
@@ -256,9 +263,17 @@ def parse_config(values: dict[str, Any], source: str = "recipe", folder: Home = 
     try:
         config = Config.model_validate(values, context={FOLDER: folder})
     except ValidationError as error:
-        raise UsageError(f"{source}: {explain(error.errors()[0], Config)}") from None
+        problem = explain(error.errors()[0], Config)
+        place = "command line" if _sets(overrides, problem.partition(":")[0]) else source
+        raise UsageError(f"{place}: {problem}") from None
     config._folder = folder
     return config
+
+
+def _sets(overrides: Iterable[str], key: str) -> bool:
+    """Whether an override sets a dotted key, or one in it or around it."""
+    names = (override.partition("=")[0] for override in overrides)
+    return any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for name in names)
 
 
 def code_of(config: Config) -> list[Code]:

@@ -38,7 +38,10 @@ def kept_code(run: Path, config: Config) -> Iterator[str]:
     """The options that use the copies of a run folder for its recipe."""
     for section in config.optimizer.weight_decay.policies:
         if digest := getattr(section, "sha256", ""):
-            yield f"--code {_path(run, section.kind.rpartition(':')[0], digest)}"
+            named = _path(run, section.kind.rpartition(":")[0], digest)
+            # The file may have had another name when it was copied; its bytes are the same.
+            copies = sorted(path for path in named.parent.glob("*") if path.is_file())
+            yield f"--code {named if named in copies or not copies else copies[0]}"
 
 
 def changed_code(old: Config, new: Config) -> list[str]:

@@ -91,5 +91,5 @@ def value_in(tree: Any, key: str) -> Any:
     if key in tree:
         return tree[key]
     parts = (part for part in tree if key.startswith(f"{part}."))
-    found = (value_in(tree[part], key[len(part) + 1 :]) for part in parts)
-    return next((value for value in found if value is not None), None)
+    values = (value_in(tree[part], key[len(part) + 1 :]) for part in parts)
+    return next((value for value in values if value is not None), None)

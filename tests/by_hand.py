@@ -69,10 +69,11 @@ def recipe(
     }
     if dialect == "llama":
         del values["optimizer"]["weight_decay"]["bias"]
-    values["checkpoint"] = {"every": 1, "keep": 0}
-    # Heads of 8 dimensions all need more than 95 %.
-    values["ranks"] = {"every": 1, "threshold": 0.5}
-    values["evaluation"] = {"every": STEPS, "documents": 2, "at_end": "none"}
+    values["checkpoint"] = {"every": STEPS - 1, "keep": 0}
+    # Heads of 8 dimensions all need more than 95 %; only a target asks before each update.
+    targeted = any(one["kind"] == "rank_target" for one in decay.get("policies", ()))
+    values["ranks"] = {"every": 1 if targeted else STEPS, "threshold": 0.5}
+    values["evaluation"] = {"every": STEPS, "documents": 1, "batch": 24, "at_end": "none"}
     return values
 
 

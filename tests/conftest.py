@@ -52,15 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG_FILES = (
-    "faults/test_processes", "test_policies", "faults/test_machines", "test_sweep",
-    "faults/test_storage", "test_writing_pairs", "test_paper", "test_grid_sums", "test_speed",
-    "test_norms", "test_raw_deepspeed", "test_exchange", "test_tasks", "faults/test_files",
-    "faults/test_numbers", "test_every_signal", "test_signals", "test_report_notes", "test_grid",
-    "test_report", "test_resume", "test_decay_applied", "test_grid_gradients", "test_bf16",
-    "test_bombs", "test_report_names", "test_report_numbers", "test_damaged_folders",
-    "test_source_limits", "test_two_at_once", "test_team", "test_elastic", "test_launch",
-    "test_data", "test_skipped", "test_plan", "test_adopt", "test_extending", "test_own_task",
-    "test_extending_mistakes",
+    "faults/test_processes", "test_grid", "faults/test_machines", "test_policies", "test_sweep",
+    "test_grid_sums", "test_paper", "test_flat_update", "test_decay_applied", "test_speed",
+    "test_bf16", "test_report_numbers", "test_report_notes", "test_norms", "test_exchange",
+    "test_extending", "test_resume", "test_raw_deepspeed", "test_tasks", "faults/test_files",
+    "faults/test_numbers", "faults/test_storage", "test_every_signal", "test_signals",
+    "test_writing_pairs", "test_report", "test_grid_gradients", "test_bombs", "test_report_names",
+    "test_damaged_folders", "test_source_limits", "test_two_at_once", "test_team", "test_elastic",
+    "test_launch", "test_data", "test_skipped", "test_plan", "test_adopt", "test_own_task",
 )  # fmt: skip
 """Files that take more than five seconds of CPU, about the longest first (`--cpu-times` tells)."""
 

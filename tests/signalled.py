@@ -29,7 +29,7 @@ MOMENTS = {
     "first update": ("pretrain.engine.engine", "Engine.train_step", 1),
     "update": ("pretrain.engine.engine", "Engine.train_step", 4),
     "ranks": ("pretrain.training.periodic", "measure", 2),
-    "evaluation": ("pretrain.tasks.score", "_forward", 5),
+    "evaluation": ("pretrain.tasks.score", "_forward", 2),
     "checkpoint": ("pretrain.checkpoint.saver", "_write_piece", 1),
     "last evaluation": ("pretrain.training.periodic", "finish", 1),
     "engine's end": ("pretrain.engine.engine", "Engine.close", 1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any, Literal
 
@@ -96,11 +96,16 @@ def gradients(
     return found
 
 
+@cache
+def exact_gradients(model: GPTConfig, device: str) -> dict[str, torch.Tensor]:
+    """In float64, once for all kernels."""
+    return gradients(model, samples_of(model), torch.float64, device=device)
+
+
 def errors(model: GPTConfig, kernels: Kernels = PRODUCTS, device: str = "cpu") -> dict[str, float]:
     """Relative error of the norm of every parameter's bf16 gradient."""
-    batch = samples_of(model)
-    exact = gradients(model, batch, torch.float64, device=device)
-    found = gradients(model, batch, torch.bfloat16, kernels, device)
+    exact = exact_gradients(model, device)
+    found = gradients(model, samples_of(model), torch.bfloat16, kernels, device)
     sizes = {name: float(value.norm()) for name, value in exact.items()}
     if model.attention == "softmax" and model.position != "rotary" and not model.qk_norm:
         # A key's bias adds the same to all scores of a query: its gradient is 0 but for rounding.

@@ -30,7 +30,7 @@ from tests.tools import (
     spectra_of,
 )
 
-STEPS = 20
+STEPS = 14
 MODELS = DIALECTS | {
     "qk_norm": {"dialect": "llama", "num_key_value_heads": 2, "qk_norm": True, "tied_head": True},
 }

@@ -50,6 +50,7 @@ def recipe_for(
     values["precision"] = precision
     values["speed"], values["grid"] = speed, grid
     values["evaluation"]["every"] = values["ranks"]["every"] = values["checkpoint"]["every"] = 8
+    values["evaluation"]["batch"] = 8  # a shape that is compiled for training
     return values
 
 

@@ -56,7 +56,7 @@ def base_recipe(data: Path) -> dict[str, Any]:
             "learning_rate": 3e-3,
             "weight_decay": {"default": 0.1, "attention": 0.5},
         },
-        "evaluation": {"every": 3, "documents": 6, "batch": 4, "at_end": "sample"},
+        "evaluation": {"every": 3, "documents": 6, "batch": 24, "at_end": "sample"},
         "ranks": {"every": 3, "spectra": True},
         "checkpoint": {"every": 3, "keep": 0},
     }
@@ -248,7 +248,7 @@ def write_sweep(folder: Path, data: Path, steps: int = 50, **more: Any) -> Path:
     recipe["train"]["steps"] = steps
     recipe["checkpoint"] = {"every": 10, "keep": 1}
     recipe["ranks"] = {"every": 10}
-    recipe["evaluation"] = {"every": 25, "documents": 6, "batch": 4, "at_end": "all"}
+    recipe["evaluation"] = {"every": 25, "documents": 6, "batch": 24, "at_end": "all"}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     values = {

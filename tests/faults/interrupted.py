@@ -63,7 +63,7 @@ def arm(moment: str, marker: Path) -> None:
         pretrain.checkpoint.saver.os = SimpleNamespace(**{**vars(system), "rename": rename})  # type: ignore[assignment, attr-defined]
     elif moment == "evaluation":
         evaluate = pretrain.tasks.score
-        evaluate._forward = paused(evaluate._forward, 5, before=stop)
+        evaluate._forward = paused(evaluate._forward, 2, before=stop)
 
 
 if __name__ == "__main__":

@@ -58,10 +58,10 @@ def test_the_cable_is_pulled(
     row: Callable[..., None],
 ) -> None:  # fmt: skip
     """The job ends within the watchdog's time, and goes on by itself when the cable is back."""
-    limit, steps = 10, 600
+    limit, steps = 10, 300
     words = words_of(
         tmp_path, data, "grid.zero_stage=0", f"faults.watchdog={limit}", "checkpoint.every=50",
-        "checkpoint.keep=2", "ranks.every=300", "evaluation.every=600", "--restarts", "5",
+        "checkpoint.keep=2", "ranks.every=150", "evaluation.every=300", "--restarts", "5",
         steps=steps,
     )  # fmt: skip
     run = tmp_path / "run"
@@ -89,7 +89,7 @@ def test_the_cable_is_pulled(
     assert [one["step"] for one in read_metrics(run)] == list(range(1, steps + 1))
     whole = words_of(
         tmp_path / "whole", data, "grid.zero_stage=0", "checkpoint.every=50", "checkpoint.keep=2",
-        "ranks.every=300", "evaluation.every=600", steps=steps,
+        "ranks.every=150", "evaluation.every=300", steps=steps,
     )  # fmt: skip
     done = pretrain(*whole, processes=2)
     assert done.returncode == 0, done.stderr

@@ -142,5 +142,3 @@ def test_the_command(
     ):
         assert run(monkeypatch, *words, *more) == 2
         assert culprit in capsys.readouterr().err
-    assert run(monkeypatch, "plan", recipe) == 2
-    assert "model.vocabulary_size: not set" in capsys.readouterr().err

@@ -120,10 +120,15 @@ def plan(
     Nothing is run and no data is needed: the plan uses formulas of the recipe's shapes and the
     device's published rates. Grids that do not fit are listed last.
     """
+    from pretrain.cli.console import warn
     from pretrain.cluster.plan_table import plan as print_plan
+    from pretrain.cluster.vocabulary import with_vocabulary
     from pretrain.config.recipe import load_config
     from pretrain.decay.lengths import say_remarks
 
     config = load_config(recipe, overrides, code or [])
     say_remarks([config])
+    config, assumed = with_vocabulary(config)
+    if assumed:
+        warn(assumed)
     print_plan(config, gpu, gpus, show, json)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from data_pipeline.strict_json import to_json
-from pretrain.cli.console import plain, show_table
+from pretrain.cli.console import plain, show_table, warn
 from pretrain.cluster.plan_grids import layout_of
 from pretrain.cluster.plan_memory import memory_of, process_bytes
 from pretrain.cluster.plan_shapes import sizes_of
+from pretrain.cluster.vocabulary import task_to_plan
 from pretrain.config.recipe import Config
 from pretrain.decay.control import DecayControl
 from pretrain.decay.lengths import remarks
@@ -27,7 +28,10 @@ from pretrain.training.setup import Setup, prepare
 
 def dry_run(config: Config, as_json: bool) -> None:
     """Print parameter groups, grid and memory without building or training anything."""
-    setup = prepare(config, config.grid.tensor_parallel)
+    task, missing = task_to_plan(config)
+    if missing:
+        warn(missing)
+    setup = prepare(config, config.grid.tensor_parallel, task=task)
     summary = describe(setup)
     if as_json:
         print(to_json(summary))

@@ -25,18 +25,21 @@ class Setup:
     plan: DecayPlan
 
 
-def prepare(config: Config, tensor_parallel: int, known: Config | None = None) -> Setup:
+def prepare(
+    config: Config, tensor_parallel: int, known: Config | None = None, task: Task | None = None
+) -> Setup:
     """Check a recipe against its data and plan the decay, without building anything.
 
     Args:
         known: the recipe of the existing run, if there is one.
+        task: the recipe's task, if it is open.
 
     Raises:
         UsageError: if the data is missing or does not fit the model.
     """
     check_raw(config.deepspeed)
     check_lengths(config, known)
-    task = open_task(config)
+    task = task or open_task(config)
     config = config.model_copy(update={"model": task.complete(config.model)})
     infos = whole_model(config.model, tensor_parallel)
     plan = plan_decay(infos, config.optimizer.weight_decay)

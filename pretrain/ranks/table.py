@@ -82,9 +82,10 @@ def _merge(run: Path, parts: list[Path], until: int | None = None) -> None:
     files = [*([path] if path.exists() else []), *parts]
     schemas = [_table_in(file, pq.read_schema) for file in files]
     # Null columns of one file get the type that another file has.
-    schema = pa.unify_schemas(
-        [part_schema.remove_metadata() for part_schema in schemas], promote_options="permissive"
-    ).with_metadata(schemas[-1].metadata)
+    with _reading(path):  # columns of one name may have types that do not go together
+        schema = pa.unify_schemas(
+            [part_schema.remove_metadata() for part_schema in schemas], promote_options="permissive"
+        ).with_metadata(schemas[-1].metadata)
     chosen = _steps_of(files, until)
     with (
         replacing(path) as aside,
@@ -121,7 +122,7 @@ def _pieces(file: Path, steps: list[int]) -> Iterator[Any]:
     import pyarrow.compute as pc
 
     wanted = pa.array(steps, pa.int64())
-    with open_regular(file) as opened, _parquet(opened) as rows:
+    with _reading(file), open_regular(file) as opened, _parquet(opened) as rows:
         # No threads of Arrow: they would compete with the training threads.
         for batch in rows.iter_batches(_ROWS, use_threads=False):
             table = _plain(pa.Table.from_batches([batch]))
@@ -132,12 +133,22 @@ def _table_in(file: Path, read: Callable[[Any], Any] | None = None) -> Any:
     """Read a rank table, or apply another reader to its file.
 
     Raises:
+        RunError: as `_reading`.
+    """
+    with _reading(file), open_regular(file) as opened:  # Arrow accepts only UTF-8 paths
+        return (read or _bounded)(opened)
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """During a block that reads a rank table, say of any error that the table is damaged.
+
+    Raises:
         RunError: if it is damaged, or claims more rows than it can contain.
     """
     try:
-        with open_regular(file) as opened:  # Arrow accepts only UTF-8 paths
-            return (read or _bounded)(opened)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{file}: damaged ({reason}); delete it to continue without it") from None
 
@@ -195,8 +206,10 @@ def _steps_in(opened: BinaryIO) -> list[int]:
     with _parquet(opened) as file:
         if "step" not in file.schema_arrow.names:  # nothing was measured
             return []
-        steps: list[int] = file.read(columns=["step"]).column("step").unique().to_pylist()
-        return steps
+        column = file.read(columns=["step"]).column("step")
+    _check_column("step", column)
+    steps: list[int] = column.unique().to_pylist()
+    return steps
 
 
 def _check_column(name: str, column: Any) -> None:
@@ -235,17 +248,33 @@ def ranks_definition(run: Path) -> dict[str, Any] | None:
     Returns:
         None if nothing was measured; for a table without a definition, that of the run's recipe.
     """
-    import pyarrow.parquet as pq
-
     files = [
         file for file in (run / RANKS, *sorted((run / _PARTS).glob("*.parquet"))) if file.exists()
     ]
     if not files:
         return None
-    definition = (_table_in(files[0], pq.read_schema).metadata or {}).get(_DEFINITION)
-    if definition is not None:
-        return dict(json.loads(definition))
-    return _definition_of(load_config(run / _CONFIG).ranks)
+    definition: dict[str, Any] | None = _table_in(files[0], _definition_in)
+    return definition or _definition_of(load_config(run / _CONFIG).ranks)
+
+
+def _definition_in(opened: BinaryIO) -> dict[str, Any] | None:
+    """The definition that a file records.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    recorded = (pq.read_schema(opened).metadata or {}).get(_DEFINITION)
+    if recorded is None:
+        return None
+    definition = json.loads(recorded)
+    if (
+        not isinstance(definition, dict)
+        or definition.keys() != _definition_of(RanksConfig()).keys()
+    ):
+        raise ValueError("its definition of the pseudo-rank has other keys")
+    return definition
 
 
 def check_definition(run: Path, measured: RanksConfig) -> None:
@@ -280,7 +309,8 @@ def read_rank_columns(run: Path) -> Columns:
     tables = [_table_in(file) for file in _files(run)]
     if not any(table.num_rows for table in tables):
         return Columns({})
-    table = pa.concat_tables(tables, promote_options="permissive")
+    with _reading(run / RANKS):  # as in `_merge`
+        table = pa.concat_tables(tables, promote_options="permissive")
     keys = np.stack([_numbers(table.column(name)) for name in KEYS])
     # Of a row that is there twice the last counts.
     _, last = np.unique(keys[:, ::-1], axis=1, return_index=True)

@@ -17,10 +17,10 @@ from pretrain.checkpoint.reader import CHECKPOINTS, list_checkpoints
 from pretrain.config.recipe import Config
 from pretrain.decay.sites import coupled_rate
 from pretrain.errors import RunError, UsageError
-from pretrain.ranks.columns import AnyRow, column_of, numbers_of
+from pretrain.ranks.columns import AnyRow, Columns, column_of, numbers_of
 from pretrain.ranks.probe import lawful
 from pretrain.ranks.schema import NEEDED, OF_THE_LAW
-from pretrain.ranks.table import read_rank_columns
+from pretrain.ranks.table import RANKS, read_rank_columns
 from pretrain.runs.folder import CONFIG, EVALUATION, read_starts, recipe_of
 from pretrain.runs.identity import read_identity
 from pretrain.runs.metrics import read_all_metrics
@@ -260,6 +260,7 @@ def load_run(path: Path) -> RunData:
         raise RunError(
             f"{path}: its rank table has no {missing[0]}, as in an older version; train it again"
         )
+    _check_steps(path, ranks)
     metrics = read_all_metrics(path)
     return RunData(
         path,
@@ -274,6 +275,24 @@ def load_run(path: Path) -> RunData:
         tuple(read_jumps(path)),
         tuple(row["step"] for row in metrics.events if str(row["message"]).endswith(SKIPPED)),
     )
+
+
+def _check_steps(path: Path, ranks: Columns) -> None:
+    """Refuse a table that was cut: every step has heads of both products.
+
+    Raises:
+        RunError: naming the table, the step and the product.
+    """
+    columns = (ranks.column(name) for name in ("step", "product", "level"))
+    heads = {(step, product) for step, product, level in zip(*columns, strict=True)
+             if level == "head"}  # fmt: skip
+    for step in sorted(set(ranks.column("step"))):
+        lacking = [product for product in _PAIRS if (step, product) not in heads]
+        if lacking:
+            raise RunError(
+                f"{path / RANKS}: damaged (step {step} has no heads of {lacking[0]}); restore it "
+                f"from a copy, or measure again with `pretrain ranks`"
+            )
 
 
 def _evaluation(run: Path) -> dict[str, Any] | None:

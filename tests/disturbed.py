@@ -4,10 +4,10 @@ A script of `tests.tools.run_processes`: ``disturbed.py REQUEST``. The request h
 ``{"words": [...], "place": folder that it writes, "signal": number, "moment": share of its time,
 "group": ..., "again": ...}``, ``library`` as in `tests.together`, and ``answer``, the file for a
 list of what became of them: ``{"code": exit code, "stderr": ..., "sent": whether it lived until
-then, "after": seconds that it lived then, "orphans": [words of processes that it left], "again":
-exit code of the same words without a signal, or null}``. A trial without a signal tells its time,
-``seconds``, which is that of the same verb's later trials. One that ends before its signal is made
-again, with a shorter time.
+then, "after": CPU seconds that it used after it, "cpu": all that it used, "orphans": [words of
+processes that it left], "again": exit code of the same words without a signal, or null}``. A trial
+without a signal tells its time, ``seconds``, which is that of the same verb's later trials. One
+that ends before its signal is made again, with a shorter time.
 """
 
 from __future__ import annotations
@@ -66,22 +66,22 @@ def _trial(trial: dict[str, Any], seconds: float) -> dict[str, Any]:
     if trial["signal"] is not None:
         time.sleep(trial["moment"] * seconds)
         sent = _send(process, trial)
-    signalled = time.monotonic()
-    code = _ended(process, _LONGEST)
-    took, after = time.monotonic() - began, time.monotonic() - signalled
+    before = _cpu(process)
+    code, cpu = _ended(process, _LONGEST)
+    took = time.monotonic() - began
     orphans = _orphans()
     stderr = output.read_text(errors="replace")
     output.unlink()
     again = None
     if sent and code and trial["again"]:
         once_more, output = _start(trial["words"])
-        again = _ended(once_more, _LONGEST)
+        again, _ = _ended(once_more, _LONGEST)
         if again:
             stderr += "\nAGAIN:\n" + output.read_text(errors="replace")
         output.unlink()
         orphans += _orphans()
-    return {"code": code, "stderr": stderr, "sent": sent, "seconds": took, "after": after,
-            "orphans": orphans, "again": again}  # fmt: skip
+    return {"code": code, "stderr": stderr, "sent": sent, "seconds": took, "cpu": cpu,
+            "after": cpu - before, "orphans": orphans, "again": again}  # fmt: skip
 
 
 def _start(words: list[str]) -> tuple[int, Path]:
@@ -121,17 +121,23 @@ def _send(process: int, trial: dict[str, Any]) -> bool:
     return True
 
 
-def _ended(process: int, most: float) -> int | None:
-    """Its exit code; None if it had to be killed after so many seconds."""
+def _cpu(process: int) -> float:
+    """CPU seconds of a process so far."""
+    times = psutil.Process(process).cpu_times()
+    return float(times.user + times.system)
+
+
+def _ended(process: int, most: float) -> tuple[int | None, float]:
+    """Its exit code, None if it had to be killed after so many seconds; its CPU seconds."""
     until = time.monotonic() + most
     while time.monotonic() < until:
-        done, status = os.waitpid(process, os.WNOHANG)
+        done, status, usage = os.wait4(process, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
         time.sleep(0.005)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    return None
+    return None, 0.0
 
 
 def _orphans() -> list[str]:

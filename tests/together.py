@@ -171,6 +171,7 @@ def make_cheap(library: str) -> None:
     save = Figure.savefig
 
     def save_small(self: Figure, *words: Any, **more: Any) -> None:
+        self.set_layout_engine("none")  # to find places for all texts takes most of the time
         save(self, *words, **{**more, "dpi": 20})
 
     Figure.savefig = save_small

@@ -34,7 +34,7 @@ _AGAIN = 10.0
 """Seconds after which a signal counts again: a library may have swallowed the first one."""
 _LATER = 0.02
 """Seconds between two looks whether anybody handles `Stopped`."""
-_COMPUTED, _WAITED = 0.1, 1.0
+_COMPUTED, _WAITED = 0.05, 1.0
 """CPU seconds of this process, and seconds, after which nobody will handle it: it was swallowed."""
 _IMPATIENT = 1.0
 """Seconds after which a second Ctrl-C ends the process at once."""

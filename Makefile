@@ -38,10 +38,10 @@ test-fast: $(TESTS)  ## the tests that take no second each: 90 s on two cores, b
 
 # The numeric tests on another declared version of torch, in an environment of its own:
 # make test-torch TORCH=2.11.0
-NUMERIC := tests/test_grid.py tests/test_grid_sums.py tests/test_norms.py tests/test_speed.py \
-  tests/test_decay_applied.py tests/test_policies.py tests/test_evaluate.py tests/test_spectra.py \
-  tests/test_resume.py tests/test_models.py tests/test_tasks.py tests/test_bf16.py \
-  tests/test_grid_gradients.py
+NUMERIC := $(addprefix tests/, engine/test_grid.py engine/test_grid_sums.py engine/test_norms.py \
+  engine/test_speed.py decay/test_decay_applied.py decay/test_policies.py offline/test_evaluate.py \
+  ranks/test_spectra.py checkpoint/test_resume.py models/test_models.py tasks/test_tasks.py \
+  models/test_bf16.py engine/test_grid_gradients.py)
 test-torch: pyproject.toml  ## the numeric tests on another torch, in its own environment: TORCH=2.11.0
 	@test -n "$(TORCH)" || { echo "error: say which torch: make test-torch TORCH=2.11.0" >&2; exit 1; }
 	@test -x .venv-torch-$(TORCH)/bin/python || $(PYTHON) -m venv .venv-torch-$(TORCH)
@@ -52,8 +52,9 @@ test-torch: pyproject.toml  ## the numeric tests on another torch, in its own en
 
 # The long form of the fault suite: fifty kills, Slurm's own time limit, every grid; as root, all of it.
 faults: $(TESTS)  ## the long form of the suite: every grid, fuzzing, fifty kills; as root, all of it
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/test_launch.py tests/test_grid.py \
-	  tests/test_grid_gradients.py --long --faults faults.json
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults \
+	  tests/launchers/test_launch.py tests/engine/test_grid.py tests/engine/test_grid_gradients.py \
+	  --long --faults faults.json
 
 # Training, statistics, data and waiting times beside the peers; half an hour, quiet cores please.
 # In an environment of its own: the peers want other versions of what the product uses.

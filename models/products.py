@@ -105,7 +105,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     A part that all values share is added to the output unchanged. PyTorch's kernels round the
     gradients of the scores to 16 bits before they cancel, on CPUs and GPUs: up to 14 % of a query's
     gradient was rounding error. Without the means the error is as small as with attention in
-    float32 (`tests/test_bf16.py`).
+    float32 (`tests/models/test_bf16.py`).
     """
     if k.dtype.itemsize > 2:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)

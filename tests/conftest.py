@@ -52,14 +52,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG_FILES = (
-    "faults/test_processes", "test_grid", "faults/test_machines", "test_policies", "test_sweep",
-    "test_grid_sums", "test_paper", "test_flat_update", "test_decay_applied", "test_speed",
-    "test_bf16", "test_report_numbers", "test_report_notes", "test_norms", "test_exchange",
-    "test_extending", "test_resume", "test_raw_deepspeed", "test_tasks", "faults/test_files",
-    "faults/test_numbers", "faults/test_storage", "test_every_signal", "test_signals",
-    "test_writing_pairs", "test_report", "test_grid_gradients", "test_bombs", "test_report_names",
-    "test_damaged_folders", "test_source_limits", "test_two_at_once", "test_team", "test_elastic",
-    "test_launch", "test_data", "test_skipped", "test_plan", "test_adopt", "test_own_task",
+    "faults/test_processes", "engine/test_grid", "faults/test_machines", "decay/test_policies",
+    "sweep/test_sweep", "engine/test_grid_sums", "paper/test_paper", "engine/test_flat_update",
+    "decay/test_decay_applied", "engine/test_speed", "models/test_bf16",
+    "report/test_report_numbers", "report/test_report_notes", "engine/test_norms",
+    "offline/test_exchange", "decay/test_extending", "checkpoint/test_resume",
+    "engine/test_raw_deepspeed", "tasks/test_tasks", "faults/test_files", "faults/test_numbers",
+    "faults/test_storage", "cli/test_every_signal", "cli/test_signals", "runs/test_writing_pairs",
+    "report/test_report", "engine/test_grid_gradients", "cli/test_bombs",
+    "report/test_report_names", "runs/test_damaged_folders", "data_pipeline/test_source_limits",
+    "runs/test_two_at_once", "launchers/test_team", "launchers/test_elastic",
+    "launchers/test_launch", "data_pipeline/test_data", "engine/test_skipped", "cluster/test_plan",
+    "data_pipeline/test_adopt", "tasks/test_own_task",
 )  # fmt: skip
 """Files that take more than five seconds of CPU, about the longest first (`--cpu-times` tells)."""
 

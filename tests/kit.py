@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_pipeline.test_adopt import encoded, write_pair
 from tests.foreign import llama_tensors, write_model
-from tests.test_adopt import encoded, write_pair
 from tests.tokenizer_files import byte_level
 from tests.tools import base_recipe, run, write_recipe
 
@@ -99,7 +99,7 @@ def make_kit(folder: Path, data: Path, tokenizer: Path) -> Kit:
 
 
 def _gpt2(folder: Path) -> Path:
-    from tests.test_adopt import EOD, texts, tokenizers
+    from tests.data_pipeline.test_adopt import EOD, texts, tokenizers
 
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(texts(), vocab_size=400, special_tokens=[EOD], show_progress=False)

@@ -175,7 +175,7 @@ def test_pages_that_the_code_names_exist() -> None:
     ("![plot](docs/no.png)", "docs/no.png"),
     ("`configs/no.yaml`", "configs/no.yaml"),
     ("`pretrain/no/`", "pretrain/no/"),
-    ("`tests/test_cli.py::test_no`", "tests/test_cli.py::test_no"),
+    ("`tests/cli/test_cli.py::test_no`", "tests/cli/test_cli.py::test_no"),
     ("`pretrain train configs/no.yaml a=1`", "configs/no.yaml"),
     ("```\npretrain train configs/no.yaml\n```", "configs/no.yaml"),
     ("`pretrain.no`", "pretrain.no"),

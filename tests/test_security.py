@@ -13,7 +13,7 @@ from tests.tools import ROOT
 
 PACKAGES = ("pretrain", "models", "data_pipeline", "launchers")
 CLAIMS = re.findall(
-    r"^\| (.+?) \| `(tests/\w+\.py)::(\w+)` \|$", (ROOT / "SECURITY.md").read_text(), re.M
+    r"^\| (.+?) \| `(tests/[\w/]+\.py)::(\w+)` \|$", (ROOT / "SECURITY.md").read_text(), re.M
 )
 FORBIDDEN = {
     "eval", "exec", "compile", "os.system", "os.popen",
@@ -67,7 +67,7 @@ def test_the_product_runs_nothing_that_it_reads() -> None:
     found = {
         str(file.relative_to(ROOT)): wrong(file.read_text(encoding="utf-8")) for file in MODULES
     }
-    # A file of code that the user names is run, in one place (tests/test_code_of_others.py).
+    # A file of code that the user names is run, in one place (tests/config/test_code_of_others.py).
     runs = found.pop("pretrain/config/extension.py")
     assert sorted(line.partition(": ")[2] for line in runs) == ["compile", "exec"]
     assert {name: lines for name, lines in found.items() if lines} == {}

@@ -1,7 +1,7 @@
 """The private parts of DeepSpeed that this package uses, which DeepSpeed may change.
 
 It is one list: a version that renamed or removed something on it is refused at the start, with one
-line that names it. `tests/test_private_deepspeed.py` checks the list for every ZeRO stage.
+line that names it. `tests/engine/test_private_deepspeed.py` checks the list for every ZeRO stage.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.test_decay_applied import decays
+from tests.decay.test_decay_applied import decays
 from tests.tools import (
     DIALECTS,
     base_recipe,

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pretrain.engine.private import PRIVATE, Case, Private, used
 from tests.tools import base_recipe, run_workers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = {part for one in PRIVATE for part in one.name.split(".")} - {"optimizer", "start"}
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {

@@ -15,7 +15,7 @@ from pretrain.config.recipe import load_config
 from pretrain.runs.metrics import read_metrics
 from pretrain.tasks.tasks import open_task
 from tests.own_code import TASK, write_example
-from tests.test_tasks import COMMON, SMALL
+from tests.tasks.test_tasks import COMMON, SMALL
 from tests.tools import assert_one_line, losses_of, pretrain, run, write_recipe
 
 ENTRY = {"kind": "parity.py:Parity"}

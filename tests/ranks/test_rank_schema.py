@@ -23,7 +23,7 @@ from pretrain.report.runs import load_run
 from pretrain.runs.folder import CONFIG
 from pretrain.spectra import PairStatistics, ProductStatistics
 
-PAGE = Path(__file__).resolve().parent.parent / "docs/statistics.md"
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs/statistics.md"
 ARROW = {
     "integer": pa.int64(),
     "text": pa.string(),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_team import free_port
+from tests.launchers.test_team import free_port
 from tests.tools import ROOT, environment
 
 

@@ -176,7 +176,7 @@ def disturb(words: list[str], number: signal.Signals, delay: float) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("verb", ["sweep", "data tokenize"])
 def test_a_verb(verb: str, data: Path, corpus: Path, tmp_path: Path) -> None:
-    """As a user starts it; tests/test_every_signal.py has every verb, in forks."""
+    """As a user starts it; tests/cli/test_every_signal.py has every verb, in forks."""
     words = verbs(tmp_path, data, corpus)[verb]
     disturb(words, signal.SIGTERM, 3.0 if verb == "sweep" else 0.8)
 

@@ -25,7 +25,7 @@ from pretrain.paper.modern import variant
 from pretrain.paper.page import TITLES, write_page
 from pretrain.runs.folder import read_ranks
 from pretrain.sweep.config import load_sweep
-from tests.test_tasks import RECIPES
+from tests.tasks.test_tasks import RECIPES
 from tests.tools import ATTENTION, MLP, ROOT, run_workers
 from tests.tools import run as command
 

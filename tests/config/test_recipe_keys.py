@@ -12,7 +12,7 @@ from pretrain.config.reference import KeyTable, markdown, tables
 from pretrain.errors import UsageError
 from tests.recipe_fuzz import keys_of
 
-PAGE = Path(__file__).resolve().parent.parent / "docs/recipe.md"
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs/recipe.md"
 
 
 def sections() -> list[KeyTable]:

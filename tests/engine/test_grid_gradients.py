@@ -19,9 +19,9 @@ from models.loss import mean_loss
 from models.roles import info_of
 from pretrain.config.recipe import parse_config
 from pretrain.tasks.text import Text
+from tests.engine.test_grid_sums import gradients_of
+from tests.models.test_bf16 import MOST, SHAPE, TEXT, TOKENS
 from tests.moved import moved_constants
-from tests.test_bf16 import MOST, SHAPE, TEXT, TOKENS
-from tests.test_grid_sums import gradients_of
 from tests.tools import base_recipe, run_workers
 
 CONTEXT = 128

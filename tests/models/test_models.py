@@ -20,7 +20,7 @@ from models.roles import ModelError, declared_parameters, info_of
 from pretrain.config.recipe import load_config
 from pretrain.engine.engine import whole_model
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "context": 16}
 
 

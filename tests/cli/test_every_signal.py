@@ -23,7 +23,7 @@ import yaml
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
 from pretrain.errors import INTERRUPTED, TRY_AGAIN, RunError
 from tests.kit import Kit, make_kit
-from tests.test_writing_pairs import PAPER, VERBS
+from tests.runs.test_writing_pairs import PAPER, VERBS
 from tests.tools import ROOT, run_processes, write_recipe
 from tests.verbs import all_verbs
 

@@ -28,7 +28,7 @@ from pretrain.report.tables import tables_of
 from pretrain.report.text import latex, markdown
 from pretrain.sweep.table import _rich_table
 from tests.fake_runs import recipe, write_run
-from tests.test_report import BROWSER, parses
+from tests.report.test_report import BROWSER, parses
 from tests.tools import environment, run
 
 NAMES = (

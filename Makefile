@@ -33,7 +33,7 @@ demo: setup  ## corpus, tokenizer, tokens, four decays, report: minutes on two C
 test: $(TESTS)  ## the whole suite, on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: $(TESTS)  ## the tests that take no second each: 90 s on two cores, before each commit
+test-fast: $(TESTS)  ## the tests that are not marked slow, before each commit
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long"
 
 # The numeric tests on another declared version of torch, in an environment of its own:

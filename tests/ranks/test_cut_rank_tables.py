@@ -22,7 +22,7 @@ from pretrain.ranks.table import (
     rewind_ranks,
 )
 from pretrain.report.runs import load_run
-from tests.test_rank_table import rows_of
+from tests.ranks.test_rank_table import rows_of
 
 MEASURED = RanksConfig(threshold=0.9)
 READERS: dict[str, Callable[[Path], Any]] = {

@@ -1,4 +1,5 @@
-"""What `tests.test_warm` runs: ``sleep N``, ``start`` another one of these, or ``end CODE``.
+"""What `tests.test_warm` runs: ``sleep N``, ``spin N``, ``start`` another one of these, or
+``end CODE``.
 
 ``start`` holds a lock and prints what the ones that it started said and how they ended.
 """
@@ -41,10 +42,20 @@ def start() -> None:
     print(json.dumps({**found, "program": shown.stdout}))
 
 
+def spin(seconds: float) -> None:
+    """Be busy in a thread of the name WORD."""
+    Path("/proc/thread-self/comm").write_text(os.environ["WORD"])
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
 if __name__ == "__main__":
     what, *more = sys.argv[1:]
     if what == "sleep":
         time.sleep(float(more[0]))
+    elif what == "spin":
+        spin(float(more[0]))
     elif what == "start":
         start()
     else:

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import warm, warm_server
 from tests.forks import started_by
 from tests.tools import ROOT, run_processes, start_processes
 
@@ -62,3 +64,38 @@ def test_a_job_that_takes_too_long(capsys: pytest.CaptureFixture[str]) -> None:
         run_processes(["sleep", "1000"], 2, 0.5, SCRIPT)
     assert capsys.readouterr().out.count('started.py", line') == 2
     assert run_processes(["sleep", "0"], 1, 60, SCRIPT).returncode == 0  # the server goes on
+
+
+def test_a_thread_of_gloo_that_never_rests_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warm_server, "LOOK", 0.1)
+    monkeypatch.setattr(warm_server, "SPINNING", 0.3)
+    for name, spins in (("pt_gloo_runloop", True), ("other", False)):
+        started = [
+            subprocess.Popen([sys.executable, str(SCRIPT), *words], env=os.environ | {"WORD": name})
+            for words in (["sleep", "1000" if spins else "2"], ["spin", "1000" if spins else "1"])
+        ]
+        answer = warm_server._wait([process.pid for process in started], 100.0)
+        assert (answer["spins"], answer["expired"]) == (spins, spins)
+
+
+def test_a_job_that_gloo_keeps_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and only then."""
+    spins: dict[str, Any] = {"code": 1, "expired": True, "spins": True}
+    good: dict[str, Any] = {"code": 0, "expired": False, "spins": False}
+    answers = iter([spins, good, spins, spins, good])
+
+    def answer(request: warm.Request, environment: dict[str, str]) -> dict[str, Any]:
+        for path in (request.stdout, request.stderr):
+            assert not Path(path).exists()  # nothing of an earlier run
+            Path(path).touch()
+        return next(answers)
+
+    monkeypatch.setattr(warm, "_ask", answer)
+    with pytest.warns(UserWarning, match="run again: sleep 0"):
+        assert run_processes(["sleep", "0"], 2, 60, SCRIPT).returncode == 0
+    with pytest.warns(UserWarning), pytest.raises(subprocess.TimeoutExpired):
+        run_processes(["sleep", "0"], 2, 60, SCRIPT)
+    assert run_processes(["sleep", "0"], 2, 60, SCRIPT).returncode == 0

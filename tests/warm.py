@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -62,11 +63,16 @@ def run_warm(
         folder: where the outputs are kept, and nothing else; the job runs in the current folder.
     """
     outputs = [folder / "stdout", folder / "stderr"]
-    answer = _ask(
-        Request(words, environment, str(Path.cwd()), str(outputs[0]), str(outputs[1]),
-                str(script) if script else None, processes, timeout),
-        environment,
+    request = Request(
+        words, environment, str(Path.cwd()), str(outputs[0]), str(outputs[1]),
+        str(script) if script else None, processes, timeout,
     )  # fmt: skip
+    answer = _ask(request, environment)
+    if answer["spins"]:  # not ours to mend: the same words once more, as a user would
+        warnings.warn(f"gloo stood still, so this is run again: {' '.join(words)}", stacklevel=2)
+        for output in outputs:
+            output.unlink(missing_ok=True)
+        answer = _ask(request, environment)
     texts = [path.read_text(errors="replace") for path in outputs]
     if answer["expired"]:
         print(*(text[-20_000:] for text in texts), sep="\n")  # with the frames of each process

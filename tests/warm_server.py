@@ -139,10 +139,14 @@ def _free_port() -> int:
 
 
 def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
-    """The code as a launcher gives it: 1 where one of several ranks failed, the others ended."""
+    """The code as a launcher gives it: 1 where one of several ranks failed, the others ended.
+
+    ``expired`` tells that the job took too long, ``spins`` that gloo is why (`_spins`).
+    """
     deadline, parent = time.monotonic() + timeout, os.getppid()
+    look = time.monotonic() + LOOK
     codes: dict[int, int] = {}
-    expired = False
+    expired = spins = False
     while len(codes) < len(ranks):
         for process in ranks:
             if process not in codes:
@@ -156,15 +160,41 @@ def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
         if failed and left:
             signal_all(left, signal.SIGTERM)
             deadline = min(deadline, time.monotonic() + 10)
-        if left and time.monotonic() > deadline:
+        if len(ranks) > 1 and time.monotonic() > look:
+            look += LOOK
+            spins = spins or any(_spins(process) for process in left)
+        if left and (time.monotonic() > deadline or (spins and not failed)):
             if not (expired or failed):
                 expired = True
-                signal_all(left, signal.SIGABRT)  # each writes where it is, then ends
-                time.sleep(1.0)
+                for process in left:  # each writes where it is, then ends
+                    signal_all([process], signal.SIGABRT)
+                    time.sleep(0.5)
             signal_all(left, signal.SIGKILL)
         time.sleep(0.01)
     code = codes[ranks[0]] if len(ranks) == 1 else int(any(codes.values()))
-    return {"code": code, "expired": expired}
+    return {"code": code, "expired": expired, "spins": spins}
+
+
+LOOK = 10.0
+"""Seconds between looks for a thread that spins."""
+SPINNING = 20.0
+"""Seconds of a processor that no thread of gloo needs in a test."""
+
+
+def _spins(process: int) -> bool:
+    """Whether a thread of gloo waits for ever, as it rarely does (torch 2.13, on CPUs).
+
+    The destructor of its buffers (`gloo::transport::tcp::UnboundBuffer`) yields until the last
+    reference is gone. Seen twice in some thousand jobs: an all-reduce had ended, the reference
+    never went, and the job stood still with one thread busy.
+    """
+    for task in Path(f"/proc/{process}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            name, _, fields = (task / "stat").read_text().rpartition(")")
+            ticks = sum(map(int, fields.split()[11:13]))
+            if "pt_gloo_runloop" in name and ticks > SPINNING * os.sysconf("SC_CLK_TCK"):
+                return True
+    return False
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class Kit:
     tokenizer: Path
     vocabulary: Path
     site: Path
+    clusters: list[Path]
     library: Path
     data: Path
 
@@ -51,6 +52,8 @@ class Kit:
             "report md": [*report, "--format", "md"],
             "launch": ["launch", str(self.recipes[which]), "--on", "kubernetes", "--site",
                        str(self.site), *to],
+            "launch --on slurm": ["launch", str(self.recipes[which]), "--on", "slurm", "--site",
+                                  str(self.clusters[which]), *to],
             "demo": ["demo", "--steps", str(10 + which), *to],
             "data corpus": ["data", "corpus", *to],
             "data tokenizer": ["data", "tokenizer", str(self.texts[which]), "--vocab-size",
@@ -94,8 +97,15 @@ def make_kit(folder: Path, data: Path, tokenizer: Path) -> Kit:
     site = write_recipe(
         folder / "site.yaml", {"container": {"image": "i"}, "processes_per_node": 1}
     )
+    clusters = [
+        write_recipe(
+            folder / f"cluster{which}.yaml",
+            {"processes_per_node": 1, "environment": {"TOKEN": f"secret{which}"}},
+        )
+        for which in (0, 1)
+    ]
     return Kit(runs, models, recipes, sweeps, texts, pairs, tokenizer, vocabulary, site,
-               folder / "library", data)  # fmt: skip
+               clusters, folder / "library", data)  # fmt: skip
 
 
 def _gpt2(folder: Path) -> Path:

@@ -5,8 +5,8 @@ list of commands ``{"words": [...], "kill_after": seconds or null, "delay": seco
 ``answer``, the file for ``[[{"code": ..., "stderr": ..., "seconds": ...}, ...], ...]``; a code
 below 0 is a signal. With ``library``, what takes long in every such process is made small:
 `data corpus` reads that folder instead of Python's own, runs of a sweep are forks, images have few
-points, `demo` and the paper's figures only write their files slowly. Two writers of one such file
-at once are a traceback.
+points, `demo`, the paper's figures and `sbatch` only write their files slowly. Two writers of one
+such file at once are a traceback.
 """
 
 from __future__ import annotations
@@ -122,6 +122,15 @@ def _slow_sweep(name: str, runs: Path, parallel: int, data: Path | None = None) 
     return runs / name
 
 
+def _slow_submit(script: Path) -> str:
+    """What stands for `sbatch`: it reads the script and its variables; nobody may change them."""
+    files = [script, script.with_name("environment")]
+    before = {file: file.read_bytes() for file in files}
+    _write_slowly([script.with_name("submitted")], script.read_text())
+    assert {file: file.read_bytes() for file in files} == before
+    return "1"
+
+
 PAPER = {
     "fig1": ("fig1", "run"), "fig2": ("fig2", "figure"), "fig3": ("fig3", "figure"),
     "table1": ("fig3", "table"), "fig3-vit": ("fig3_vit", "figure"), "fig5": ("fig5", "run"),
@@ -159,6 +168,7 @@ def make_cheap(library: str) -> None:
     from matplotlib.figure import Figure
 
     import data_pipeline.corpus
+    import launchers.batch
     import pretrain.cli.demo
     import pretrain.offline.export
     import pretrain.offline.import_model
@@ -180,6 +190,7 @@ def make_cheap(library: str) -> None:
         get_paths=lambda: {"stdlib": library}
     )
     pretrain.sweep.run._PAUSE = 0.05
+    launchers.batch.submit = _slow_submit
     pretrain.cli.demo._run = _slow_demo
     _make_paper_cheap()
     _make_command_once()

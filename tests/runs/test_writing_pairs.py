@@ -30,8 +30,8 @@ WRITE_NOTHING = {"plan", "data check", "data info", "doctor"}
 """`doctor` writes a file under a random name and deletes it."""
 VERBS = [
     "train", "evaluate", "export", "import", "ranks", "ranks --figures", "sweep", "report",
-    "report csv", "report md", "launch", "demo", "data corpus", "data tokenizer", "data tokenize",
-    "data adopt", "paper fig4", "paper fig5",
+    "report csv", "report md", "launch", "launch --on slurm", "demo", "data corpus",
+    "data tokenizer", "data tokenize", "data adopt", "paper fig4", "paper fig5",
 ]  # fmt: skip
 PAPER = [
     "paper fig1", "paper fig2", "paper fig3", "paper fig7", "paper table1", "paper fig3-vit",
@@ -45,7 +45,8 @@ PAIRS = [
     *((verb, "paper all") for verb in (*PAPER[:-1], "paper fig4", "paper fig5")),
 ]
 SAMPLE = [
-    ("data adopt", "data adopt"), ("ranks", "ranks"), ("launch", "launch"), ("demo", "demo"),
+    ("data adopt", "data adopt"), ("ranks", "ranks"), ("launch --on slurm", "launch --on slurm"),
+    ("demo", "demo"),
     ("paper fig2", "paper fig2"), ("paper table1", "paper all"), ("sweep", "sweep"),
     ("train", "train"), ("report", "report csv"),
 ]  # fmt: skip

@@ -97,6 +97,8 @@ class ForkingPopen(subprocess.Popen):  # type: ignore[type-arg]
             return
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        # Where a program is started, no signal comes before it has forgotten its parent's handlers.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         process = os.fork()
         if process == 0:
             streams = {0: p2cread, 1: c2pwrite, 2: errwrite}
@@ -110,11 +112,13 @@ class ForkingPopen(subprocess.Popen):  # type: ignore[type-arg]
                     os.environ.clear()
                     os.environ.update(env)
                 begin_anew()
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 if prepare is not None:
                     prepare()
             except BaseException:
                 os._exit(255)
             run_to_the_end(run)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.pid = process
         self._child_created = True
         self._close_pipe_fds(  # type: ignore[attr-defined]

@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
@@ -124,13 +126,14 @@ class Trials:
         self._seconds: dict[tuple[str, int], float] = {}
         self._rng = random.Random(1)
 
-    def run(
-        self, pairs: list[tuple[str, str]], count: int, real: bool = False
-    ) -> list[tuple[tuple[str, str], str]]:
-        """Each pair together so often; what happened: who was refused, or the order.
+    def run(self, pairs: list[tuple[str, str]], count: int, real: bool = False) -> None:
+        """Each pair together so often; prints what happened: who was refused, or the order.
 
         Args:
             real: start new interpreters instead of forks.
+
+        Raises:
+            AssertionError: with all that went wrong.
         """
         self._find_alone(pairs)
         tried = [(pair, self.places.new(), number) for pair in pairs for number in range(count)]
@@ -138,17 +141,24 @@ class Trials:
         answers = _started(commands) if real else self._answers(commands)
         found = [tree(out) for _, out, _ in tried]
         told: list[str | None] = [
-            self._refused(pair, answer, left, out)
+            _or_wrong(partial(self._refused, pair, answer, left, out))
             for (pair, out, _), answer, left in zip(tried, answers, found, strict=True)
         ]
         both_wrote = [number for number, one in enumerate(told) if one is None]
         orders = self._in_turn(sorted({tried[number][0] for number in both_wrote}))
         for number in both_wrote:
             pair = tried[number][0]
-            told[number] = self._in_order(pair, answers[number], found[number], orders[pair])
+            told[number] = _or_wrong(
+                partial(self._in_order, pair, answers[number], found[number], orders[pair])
+            )
         for _, out, _ in tried:
             shutil.rmtree(out.parent)
-        return [(pair, str(name)) for (pair, _, _), name in zip(tried, told, strict=True)]
+        happened = Counter(
+            (pair, str(name)) for (pair, _, _), name in zip(tried, told, strict=True)
+        )
+        for (pair, name), times in sorted(happened.items()):
+            print("\npair", " + ".join(pair), ":", times, "x", name, flush=True)
+        assert not any(name.startswith(_WRONG) for _, name in happened)
 
     def _answers(self, rounds: list[list[Command]]) -> list[Answer]:
         return answers_of(rounds, self.kit, self.places.folder) if rounds else []
@@ -224,6 +234,17 @@ class Trials:
         raise AssertionError((pair, codes, lost, [one["stderr"] for one in answer]))
 
 
+_WRONG = "WRONG: "
+
+
+def _or_wrong(call: Callable[[], str | None]) -> str | None:
+    """What a check finds, or how it fails."""
+    try:
+        return call()
+    except AssertionError as error:
+        return f"{_WRONG}{error}"
+
+
 def _differing(found: dict[str, Any], whole: dict[str, Any]) -> set[str]:
     return {name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name)}
 
@@ -283,9 +304,7 @@ def test_a_figure_that_somebody_draws(
 @pytest.mark.parametrize("verb", [*VERBS, *PAPER])
 def test_every_pair_twenty_times(verb: str, trials: Trials) -> None:
     """This verb with itself and all that come after it."""
-    happened = Counter(trials.run([pair for pair in PAIRS if pair[0] == verb], 20))
-    for (pair, what), times in sorted(happened.items()):
-        print("pair", " + ".join(pair), ":", times, "x", what)
+    trials.run([pair for pair in PAIRS if pair[0] == verb], 20)
 
 
 @pytest.mark.long
@@ -293,4 +312,4 @@ def test_pairs_of_new_interpreters(trials: Trials) -> None:
     """What forks do, processes do as a user starts them."""
     pairs = [("import", "import"), ("data adopt", "data adopt"), ("export", "ranks"),
              ("train", "import"), ("report csv", "report csv")]  # fmt: skip
-    print(dict(Counter(trials.run(pairs, 3, real=True))))
+    trials.run(pairs, 3, real=True)

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import stat
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 
 from data_pipeline.files import write_aside
 from pretrain.config.recipe import apply_overrides, parse_config
-from pretrain.offline.evaluate import _words, result_path
+from pretrain.offline.evaluate import _words, _write, result_path
 from pretrain.runs.folder import resolve_checkpoint
 from tests.fake_runs import STEPS, recipe, write_run
 
@@ -90,6 +92,34 @@ def test_nothing_is_replaced_by_other_settings(tmp_path: Path, there: tuple[Any,
         same = figures_of(*there) == figures_of(*settings)
         assert (path == usual) == same and path.exists() == same
         usual.unlink()
+
+
+def test_two_that_end_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both want `evaluation.json`, with figures of other documents: each has a file."""
+    run = write_run(tmp_path / "run", recipe(), np.random.default_rng(0))
+    (run / "evaluation.json").unlink()
+    checkpoint: Any = SimpleNamespace(
+        path=run / "checkpoints" / f"step-{STEPS:08d}", step=STEPS, config=parse_config(recipe())
+    )
+    both = threading.Barrier(2)
+
+    def slowly(*words: Any) -> Path:
+        path = result_path(*words)
+        time.sleep(0.3)  # time for the other to choose the same
+        return path
+
+    def write(limit: int) -> None:
+        both.wait()
+        _write(checkpoint, figures_of("test", 32, "fp32", limit, {}, "same", 32), [], None)
+
+    monkeypatch.setattr("pretrain.offline.evaluate.result_path", slowly)
+    threads = [threading.Thread(target=write, args=(limit,)) for limit in (5, 50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [json.loads(path.read_text()) for path in run.glob("evaluation*.json")]
+    assert {one["documents_sha256"] for one in found} == {"test5same", "test50same"}
 
 
 def test_a_checkpoint_before_the_last_step(tmp_path: Path) -> None:

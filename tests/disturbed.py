@@ -12,6 +12,7 @@ that ends before its signal is made again, with a shorter time.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -122,9 +123,13 @@ def _send(process: int, trial: dict[str, Any]) -> bool:
 
 
 def _cpu(process: int) -> float:
-    """CPU seconds of a process so far."""
-    times = psutil.Process(process).cpu_times()
-    return float(times.user + times.system)
+    """CPU seconds of a process and its children so far."""
+    main = psutil.Process(process)
+    found = 0.0
+    for one in (main, *main.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            found += sum(one.cpu_times()[:4])  # the third and fourth are of ended children
+    return found
 
 
 def _ended(process: int, most: float) -> tuple[int | None, float]:

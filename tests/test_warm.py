@@ -83,19 +83,26 @@ def test_a_thread_of_gloo_that_never_rests_is_seen(
 
 def test_a_job_that_gloo_keeps_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, and only then."""
-    spins: dict[str, Any] = {"code": 1, "expired": True, "spins": True}
-    good: dict[str, Any] = {"code": 0, "expired": False, "spins": False}
-    answers = iter([spins, good, spins, spins, good])
+    good: dict[str, Any] = {"code": 0, "expired": False, "spins": False, "crashed": False}
+    spins = good | {"code": 1, "expired": True, "spins": True}
+    crashed = good | {"code": 1, "crashed": True}
+    broken = good | {"code": 1, "stderr": "malloc(): unaligned\nFatal Python error: Aborted\n"}
+    ended = good | {"code": 1, "stderr": "terminate called\nFatal Python error: Aborted\n"}
+    answers = iter([spins, good, crashed, good, broken, good, spins, spins, ended, good])
 
-    def answer(request: warm.Request, environment: dict[str, str]) -> dict[str, Any]:
+    def ask(request: warm.Request, environment: dict[str, str]) -> dict[str, Any]:
         for path in (request.stdout, request.stderr):
             assert not Path(path).exists()  # nothing of an earlier run
             Path(path).touch()
-        return next(answers)
+        answer = next(answers)
+        Path(request.stderr).write_text(answer.get("stderr", ""))
+        return answer
 
-    monkeypatch.setattr(warm, "_ask", answer)
-    with pytest.warns(UserWarning, match="run again: sleep 0"):
-        assert run_processes(["sleep", "0"], 2, 60, SCRIPT).returncode == 0
+    monkeypatch.setattr(warm, "_ask", ask)
+    for _ in (spins, crashed, broken):
+        with pytest.warns(UserWarning, match="run again: sleep 0"):
+            assert run_processes(["sleep", "0"], 2, 60, SCRIPT).returncode == 0
     with pytest.warns(UserWarning), pytest.raises(subprocess.TimeoutExpired):
         run_processes(["sleep", "0"], 2, 60, SCRIPT)
+    assert run_processes(["sleep", "0"], 2, 60, SCRIPT).returncode == 1
     assert run_processes(["sleep", "0"], 2, 60, SCRIPT).returncode == 0

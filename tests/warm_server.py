@@ -141,7 +141,8 @@ def _free_port() -> int:
 def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
     """The code as a launcher gives it: 1 where one of several ranks failed, the others ended.
 
-    ``expired`` tells that the job took too long, ``spins`` that gloo is why (`_spins`).
+    ``expired`` tells that the job took too long, ``spins`` that gloo is why (`_spins`), and
+    ``crashed`` that one of several ranks had a segmentation fault.
     """
     deadline, parent = time.monotonic() + timeout, os.getppid()
     look = time.monotonic() + LOOK
@@ -172,7 +173,8 @@ def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
             signal_all(left, signal.SIGKILL)
         time.sleep(0.01)
     code = codes[ranks[0]] if len(ranks) == 1 else int(any(codes.values()))
-    return {"code": code, "expired": expired, "spins": spins}
+    crashed = len(ranks) > 1 and not expired and -signal.SIGSEGV in codes.values()
+    return {"code": code, "expired": expired, "spins": spins, "crashed": crashed}
 
 
 LOOK = 10.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
+from data_pipeline.manifest import MANIFEST
 from models.config import GPTConfig
 from pretrain.config.recipe import Config
 from pretrain.errors import UsageError
@@ -58,16 +59,26 @@ def task_to_plan(config: Config) -> tuple[Task, str]:
     task = config.task
     if task.kind == "text":
         key, path, assumed = "data.path", config.data.path, f"{ASSUMED:,} tokens (GPT-NeoX's)"
+        there = bool(path) and _exists(Path(path) / MANIFEST)
     elif task.kind == "images" and task.source == "folder":
         key, path, assumed = "task.path", task.path, f"{CLASSES:,} classes (ImageNet's)"
+        there = bool(path) and _exists(Path(path))
     else:
         return open_task(config), ""
-    if path and Path(path).exists():
+    if there:
         return open_task(config), ""
     remark = f"{key}: {path or 'not set'}: there is no data"
     if not config.model.vocabulary_size:
         remark += f", so {assumed} are assumed; model.vocabulary_size sets another number"
     return NoData(), remark
+
+
+def _exists(path: Path) -> bool:
+    """Whether a path leads somewhere; not if it is too long, or in a closed folder."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def with_vocabulary(config: Config) -> tuple[Config, str]:

@@ -287,8 +287,8 @@ def rank_command(
     """Run `pretrain ranks`.
 
     Args:
-        asked: keys of `RanksConfig`; the others are those of the run, so that the table continues
-            its own.
+        settings: keys of `RanksConfig`; the others are those of the run, so that the table
+            continues its own.
     """
     models = find_weights(target, family, batch_tokens, allow_unused)
     config = RanksConfig.model_validate(

@@ -176,7 +176,7 @@ class Tracker:
         # missing package, dead network, bad key, a user's mistake
         if reason := _failure(section, lambda: started.append(service(section, about))):
             warn(f"{name} is not available ({reason}); metrics go to {METRICS} without it")
-        self._services += [(name, section, one) for one in started]
+        self._services += [(name, section, tracker) for tracker in started]
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one line: ``kind``, ``step`` and ``values``.

@@ -73,3 +73,15 @@ def test_data_that_is_there_counts(
     assert "assumed" not in shown.err and json.loads(shown.out)["data"]["subsets"]
     assert run(monkeypatch, "plan", recipe, f"data.path={data}", "--json", "--show", "1") == 0
     assert "assumed" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["nowhere", "empty", "file", "file/x", "a" * 300])
+def test_a_folder_without_data_is_no_data(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    recipe = str(ROOT / "configs/gpt-tiny.yaml")
+    assert run(monkeypatch, "train", recipe, "--dry-run", "--json", f"data.path={path}") == 0
+    assert f"data.path: {path}: there is no data" in capsys.readouterr().err

@@ -127,4 +127,11 @@ def test_gradients_on_a_grid_are_within_two_percent(data: Path, tmp_path: Path) 
 @pytest.mark.long
 @pytest.mark.parametrize("model", MODELS)
 def test_every_gradient_on_every_grid(data: Path, tmp_path: Path, model: str) -> None:
-    check(data, tmp_path, [(model, grid) for grid in GRIDS])
+    heads = MODELS[model].get("num_key_value_heads") or SHAPE["num_attention_heads"]
+    fitting = [
+        (model, name)
+        for name, (_, grid) in GRIDS.items()
+        if heads % grid.get("tensor_parallel", 1) == 0  # more processes than heads are refused
+    ]
+    assert len(fitting) >= len(GRIDS) - 1
+    check(data, tmp_path, fitting)

@@ -38,9 +38,10 @@ def whole_folder(out: Path, verb: str) -> Iterator[Path]:
     head = f".{place.name[:60]}.{verb}-"
     _tell_leftovers(place.parent, head)
     aside = place.with_name(head + secrets.token_hex(6))
-    aside.mkdir()
-    mark = _locked(aside)
+    mark = None
     try:
+        aside.mkdir()
+        mark = _locked(aside)
         yield aside
         # Signals come too late now: a command that is done must not say "try again".
         SIGNALS.ignore()
@@ -51,10 +52,12 @@ def whole_folder(out: Path, verb: str) -> Iterator[Path]:
                 raise
             raise _taken(out) from None
     except BaseException:
+        SIGNALS.ignore()  # a second one would interrupt the removal
         shutil.rmtree(aside, ignore_errors=True)
         raise
     finally:
-        os.close(mark)
+        if mark is not None:
+            os.close(mark)
     _sync(place.parent)
 
 

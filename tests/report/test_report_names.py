@@ -166,7 +166,7 @@ def test_a_terminal_obeys_no_name(name: str, capsys: pytest.CaptureFixture[str])
     stream = io.StringIO()
     task = SimpleNamespace(name=name, last=10)
     status: Any = SimpleNamespace(
-        task=task, state="failed", step=1, loss=None, left=None, note=name
+        task=task, state="failed", step=1, loss=None, seconds_left=None, note=name
     )
     console(file=stream, width=400, force_terminal=False).print(_rich_table(name, [status]))
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", stream.getvalue())

@@ -2,8 +2,10 @@
 
 Activations have the layout ``[sequence, batch, hidden]``, as in Megatron, because sequence
 parallelism splits the first dimension. Sums over the group use Megatron-core's mappings. The
-sequence is gathered and split by PyTorch's functional collectives: Megatron's own write into a
-tensor that they allocate, which torch 2.11 compiles to wrong gradients.
+sequence is gathered and split by PyTorch's functional collectives where it is compiled: Megatron's
+own write into a tensor that they allocate, which torch 2.11 compiles to wrong gradients. Elsewhere
+it is not: with gloo, the functional ones overwrite memory after some ten thousand calls (torch
+2.13: a segmentation fault, or a thread that waits for ever).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from models.wide_sums import embedding
@@ -54,7 +57,7 @@ def enter(x: Tensor, tp: TensorParallel) -> Tensor:
     if tp.size == 1:
         return x
     if tp.sequence_parallel:
-        whole: Tensor = _Gather.apply(x, tp.name, tp.size)  # type: ignore[no-untyped-call]
+        whole: Tensor = _Gather.apply(x, _handle(tp), tp.size)  # type: ignore[no-untyped-call]
         return whole
     copied: Tensor = megatron_module("mappings").copy_to_tensor_model_parallel_region(
         x, group=tp.group
@@ -67,7 +70,7 @@ def leave(x: Tensor, tp: TensorParallel) -> Tensor:
     if tp.size == 1:
         return x
     if tp.sequence_parallel:
-        part: Tensor = _SumAndSplit.apply(x, tp.name, tp.size)  # type: ignore[no-untyped-call]
+        part: Tensor = _SumAndSplit.apply(x, _handle(tp), tp.size)  # type: ignore[no-untyped-call]
         return part
     total: Tensor = megatron_module("mappings").reduce_from_tensor_model_parallel_region(
         x, group=tp.group
@@ -117,7 +120,7 @@ class _Gather(torch.autograd.Function):
     """The whole sequence from every process's part; its gradient is summed and split."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str, size: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Handle, size: int) -> Tensor:
         ctx.group, ctx.size = group, size
         return _gathered(x, group, size)
 
@@ -130,7 +133,7 @@ class _SumAndSplit(torch.autograd.Function):
     """This process's part of the sum over the group; its gradient is gathered."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str, size: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Handle, size: int) -> Tensor:
         ctx.group, ctx.size = group, size
         return _summed_and_split(x, group, size)
 
@@ -139,13 +142,29 @@ class _SumAndSplit(torch.autograd.Function):
         return _gathered(upstream[0], ctx.group, ctx.size), None, None
 
 
-def _gathered(x: Tensor, group: str, size: int) -> Tensor:
+Handle = Any
+"""A process group for eager code, its name for compiled code."""
+
+
+def _handle(tp: TensorParallel) -> Handle:
+    return tp.name if torch.compiler.is_compiling() else tp.group
+
+
+def _gathered(x: Tensor, group: Handle, size: int) -> Tensor:
+    if not isinstance(group, str):
+        whole = x.new_empty(size * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+        return whole
     pending = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
     done: Tensor = torch.ops._c10d_functional.wait_tensor(pending)
     return done
 
 
-def _summed_and_split(x: Tensor, group: str, size: int) -> Tensor:
+def _summed_and_split(x: Tensor, group: Handle, size: int) -> Tensor:
+    if not isinstance(group, str):
+        part = x.new_empty(x.shape[0] // size, *x.shape[1:])
+        dist.reduce_scatter_tensor(part, x.contiguous(), group=group)
+        return part
     pending = torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
     done: Tensor = torch.ops._c10d_functional.wait_tensor(pending)
     return done

@@ -88,8 +88,8 @@ _BROKEN = ("malloc():", "malloc_consolidate():", "free():", "double free", "corr
 def _broke_memory(stderr: Path) -> bool:
     """Whether a rank ended because of overwritten memory.
 
-    Reduce-scatters, gathers and sums in two groups of gloo do that after some ten thousand rounds
-    (torch 2.13 on CPUs, in a script without this project).
+    A loop of functional reduce-scatters and gathers over gloo did that after some ten thousand
+    rounds (torch 2.13 on CPUs; nothing but the groups was of this project).
     """
     text = stderr.read_text(errors="replace") if stderr.exists() else ""
     return "Fatal Python error: Aborted" in text and any(

@@ -46,7 +46,7 @@ def main() -> None:
     gc.freeze()
     seconds: dict[str, float] = {}
     answers = []
-    for trial in request["trials"]:
+    for trial in request["asked"]:
         answers.append(_trial(trial, seconds.get(trial["verb"], 0.0)))
         for _ in range(_TRIES if trial["signal"] is not None else 0):
             if answers[-1]["sent"]:

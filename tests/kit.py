@@ -6,13 +6,14 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.data_pipeline.test_adopt import encoded, write_pair
 from tests.foreign import llama_tensors, write_model
 from tests.tokenizer_files import byte_level
-from tests.tools import base_recipe, run, write_recipe
+from tests.tools import ROOT, base_recipe, run, run_processes, write_recipe
 
 
 @dataclass(frozen=True)
@@ -124,3 +125,20 @@ def _text(path: Path, which: int) -> Path:
             for _ in range(150)]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def ask_forks(script: str, asked: list[Any], kit: Kit, folder: Path, seconds: int) -> list[Any]:
+    """What became of each entry of ``asked``, by a script of tests/ whose forks are the commands.
+
+    Args:
+        script: ``disturbed`` or ``together``.
+        seconds: that one entry may take at most.
+    """
+    request, answer = folder / "request.json", folder / "answers.json"
+    request.write_text(
+        json.dumps({"asked": asked, "answer": str(answer), "library": str(kit.library)})
+    )
+    done = run_processes([str(request)], 1, 60 + seconds * len(asked), ROOT / f"tests/{script}.py")
+    assert done.returncode == 0, done.stderr
+    answers: list[Any] = json.loads(answer.read_text())
+    return answers

@@ -34,7 +34,7 @@ def main() -> None:
     if "library" in request:
         make_cheap(request["library"])
     gc.freeze()  # a fork's collector would copy all that is shared
-    answers = [_round(commands) for commands in request["rounds"]]
+    answers = [_round(commands) for commands in request["asked"]]
     Path(request["answer"]).write_text(json.dumps(answers))
 
 

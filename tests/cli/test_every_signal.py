@@ -7,7 +7,6 @@ held, every checkpoint is whole, nothing half written lies about, and the same w
 from __future__ import annotations
 
 import fcntl
-import json
 import random
 import re
 import shutil
@@ -22,9 +21,9 @@ import yaml
 
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
 from pretrain.errors import INTERRUPTED, TRY_AGAIN, RunError
-from tests.kit import Kit, make_kit
+from tests.kit import Kit, ask_forks, make_kit
 from tests.runs.test_writing_pairs import PAPER, VERBS
-from tests.tools import ROOT, run_processes, write_recipe
+from tests.tools import write_recipe
 from tests.verbs import all_verbs
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -100,7 +99,7 @@ def disturb(verb: str, moments: int, kit: Kit, folder: Path) -> tuple[Counter[st
         place.mkdir()
         words = words_of(verb, kit, place / "x")
         trials.append({**kind, "verb": verb, "words": words, "place": str(place)})
-    answers = _answers(trials, kit, folder)
+    answers = ask_forks("disturbed", trials, kit, folder, 30)
     happened: Counter[str] = Counter()
     wrong = []
     for trial, answer, place in zip(trials, answers, places, strict=True):
@@ -138,17 +137,6 @@ def faults(trial: dict[str, Any], answer: dict[str, Any], usual: dict[str, Any])
 
 def _errors(said: str) -> int:
     return sum(line.startswith("error: ") for line in said.splitlines())
-
-
-def _answers(trials: list[dict[str, Any]], kit: Kit, folder: Path) -> list[dict[str, Any]]:
-    request, answer = folder / "request.json", folder / "answers.json"
-    request.write_text(
-        json.dumps({"trials": trials, "answer": str(answer), "library": str(kit.library)})
-    )
-    script = ROOT / "tests/disturbed.py"
-    done = run_processes([str(request)], 1, timeout=60 + 30 * len(trials), script=script)
-    assert done.returncode == 0, done.stderr
-    return json.loads(answer.read_text())
 
 
 def left_in(place: Path) -> Iterator[str]:

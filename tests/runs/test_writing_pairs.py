@@ -23,9 +23,9 @@ import pytest
 from safetensors import safe_open
 
 from data_pipeline.files import held
-from tests.kit import Kit, make_kit
+from tests.kit import Kit, ask_forks, make_kit
 from tests.tools import ROOT as REPOSITORY
-from tests.tools import TIMED, assert_one_line, environment, run, run_processes
+from tests.tools import TIMED, assert_one_line, environment, run
 from tests.verbs import all_verbs
 
 WRITE_NOTHING = {"plan", "data check", "data info", "doctor"}
@@ -105,18 +105,6 @@ Order = tuple[str, list[int], dict[str, Any]]
 """Its name, the exit codes of two verbs that ran one after the other, and what they left."""
 
 
-def answers_of(rounds: list[list[Command]], kit: Kit, folder: Path) -> list[Answer]:
-    """What became of each round of commands, which are forks of one process."""
-    request, answer = folder / "rounds.json", folder / "answers.json"
-    request.write_text(
-        json.dumps({"rounds": rounds, "answer": str(answer), "library": str(kit.library)})
-    )
-    script = REPOSITORY / "tests/together.py"
-    done = run_processes([str(request)], 1, timeout=60 + 10 * len(rounds), script=script)
-    assert done.returncode == 0, done.stderr
-    return json.loads(answer.read_text())
-
-
 class Trials:
     """Pairs of verbs, started together; what a verb leaves alone is found out once."""
 
@@ -161,7 +149,7 @@ class Trials:
         assert not any(name.startswith(_WRONG) for _, name in happened)
 
     def _answers(self, rounds: list[list[Command]]) -> list[Answer]:
-        return answers_of(rounds, self.kit, self.places.folder) if rounds else []
+        return ask_forks("together", rounds, self.kit, self.places.folder, 10) if rounds else []
 
     def _together(self, pair: tuple[str, str], out: Path, number: int) -> list[Command]:
         """At one moment; every second time one of them while the other is under way."""

@@ -23,7 +23,7 @@ Answers = list[list[dict[str, Any]]]
 def together(rounds: list[list[dict[str, Any]]], folder: Path) -> Answers:
     """What became of commands that were started at one moment, round by round."""
     request, answer = folder / "rounds.json", folder / "answers.json"
-    request.write_text(json.dumps({"rounds": rounds, "answer": str(answer)}))
+    request.write_text(json.dumps({"asked": rounds, "answer": str(answer)}))
     script = ROOT / "tests" / "together.py"
     done = run_processes([str(request)], 1, timeout=500, script=script)
     assert done.returncode == 0, done.stderr

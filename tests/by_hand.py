@@ -1,8 +1,12 @@
-"""Short runs under every decay policy, in plain torch and numpy, from the formulas alone."""
+"""Short runs under every decay policy, in plain torch and numpy, from the formulas alone.
+
+The formulas are in ``tests/by_hand_formulas.py``, with their sources.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -19,6 +23,7 @@ from models.loss import mean_loss
 from models.roles import ATTENTION, MLP, Role, info_of
 from pretrain.config.recipe import Config, parse_config
 from pretrain.tasks.text import Text
+from tests import by_hand_formulas as formulas
 from tests.tools import DIALECTS, base_recipe
 
 STEPS = 4
@@ -51,6 +56,10 @@ POLICIES: dict[str, dict[str, Any]] = {
         "policies": [{"kind": "rank_target", "target": 0.3, "every": 1, "start": 0, "until": 0.5}]
     },
 }  # fmt: skip
+
+
+SCHEDULED = ("linear", "cosine", "step", "warmup", "window", "alpha_mean")
+"""Cases with a schedule for attention."""
 
 
 def recipe(
@@ -173,120 +182,101 @@ class Hand:
         return info_of(self.named[name]).role
 
 
-def schedule_by_hand(case: str, step: int) -> float:
-    """Multipliers worked out from the words, for four steps (0-3)."""
-    return {
-        "linear": [1.0, 0.8125, 0.625, 0.4375],
-        "cosine": [1.0, 1.0, 0.5, 0.0],
-        "step": [1.0, 1.0, 3.0, 3.0],
-        "warmup": [0.0, 1 / 3, 2 / 3, 1.0],
-        "window": [0.0, 1.0, 1.0, 0.0],
-        "alpha_mean": [1.0, 0.75, 0.5, 0.25],
-    }[case][step]
-
-
-def hill_by_hand(weight: np.ndarray, form: str) -> float:
-    values = np.sort(np.linalg.svd(weight.astype(np.float64), compute_uv=False) ** 2)
-    n = len(values)
-    if form == "paper":
-        k = n // 2
-        return 1 + k / sum(math.log(values[n - i] / values[n - k - 1]) for i in range(1, k + 1))
-    i = n // 2
-    m = n - i
-    return 1 + m / (np.log(values[i:]).sum() - m * math.log(values[i]))
-
-
 def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
     assert parameter.grad is not None
     return parameter.grad
 
 
-def alpha_by_hand(hand: Hand, case: str) -> None:
-    policy: Any = hand.config.optimizer.weight_decay.policies[0]
+def alpha_by_hand(hand: Hand, case: str) -> dict[str, float]:
+    """The multiplier of every matrix that the case's policy measures."""
     roles = ATTENTION + MLP if case == "alpha" else (*ATTENTION, Role.MLP_IN)
-    names = [name for name in hand.named if hand.role(name) in roles]
-    found = {name: hill_by_hand(hand.named[name].detach().numpy(), policy.hill) for name in names}
-    low, high = min(found.values()), max(found.values())
-    hand.multipliers = {
-        name: 0.67 + (5.0 - 0.67) * (value - low) / (high - low) for name, value in found.items()
+    exponent = formulas.paper_hill if case == "alpha" else formulas.released_hill
+    exponents = {
+        name: exponent(p.detach().numpy())
+        for name, p in hand.named.items()
+        if hand.role(name) in roles
     }
-    if case == "alpha_mean":
-        mean = sum(hand.multipliers.values()) / len(hand.multipliers)
-        hand.multipliers = {name: value / mean for name, value in hand.multipliers.items()}
+    multipliers = formulas.alpha_multipliers(exponents)
+    return formulas.with_mean_one(multipliers) if case == "alpha_mean" else multipliers
+
+
+def awd_by_hand(hand: Hand) -> float:
+    """The average of ‖∇‖/‖w‖ after this update's."""
+    with torch.no_grad():
+        gradient = math.sqrt(sum(float(gradient_of(p).square().sum()) for p in hand.named.values()))
+        size = math.sqrt(sum(float(p.square().sum()) for p in hand.named.values()))
+    return formulas.awd_average(hand.awd, gradient, size)
 
 
 def nuclear_by_hand(hand: Hand, name: str) -> torch.Tensor:
-    """The gradient of Σ over heads of ‖product‖_*, by autograd of an SVD."""
-    layer = name.rsplit(".", 2)[0]
+    """The gradient of a layer's nuclear norms by one of its attention weights."""
+    layer, part, _ = name.rsplit(".", 2)
     parts = {
-        part: hand.named[f"{layer}.{part}.weight"].detach().double().requires_grad_()
-        for part in ("query", "key", "value", "output")
+        part: hand.named[f"{layer}.{part}.weight"] for part in ("query", "key", "value", "output")
     }
-    heads, width = 4, 32
-    query, key, value = (parts[part].view(heads, -1, width) for part in ("query", "key", "value"))
-    output = parts["output"].view(width, heads, -1).permute(1, 0, 2)
-    total = torch.linalg.svdvals(key.mT @ query).sum() + torch.linalg.svdvals(output @ value).sum()
-    total.backward()
-    gradient = parts[name.rsplit(".", 2)[1]].grad
-    assert gradient is not None
-    return gradient.float()
+    return formulas.nuclear_gradient(parts, 4, part)
+
+
+def rate_of(case: str, role: Role) -> Callable[[float, float], float]:
+    """The formula of the rate in a case."""
+    if case in ("lr2", "l2_lr2") and role in ATTENTION:
+        return formulas.squared_rate
+    return formulas.independent_rate if case == "none" else formulas.coupled_rate
+
+
+def form_of(case: str, role: Role) -> str:
+    """The direction in a case."""
+    if case in ("l2", "cautious", "adadecay"):
+        return case
+    if role in ATTENTION and case in ("l2_lr2", "nuclear"):
+        return case.removesuffix("_lr2")
+    return "l2" if case == "awd" and role in ATTENTION + MLP else "decoupled"
+
+
+def decay_of(case: str, hand: Hand, name: str, step: int) -> float:
+    """λ of a parameter in an update."""
+    role, decay = hand.role(name), hand.base(name)
+    if case in SCHEDULED and role in ATTENTION:
+        decay *= formulas.schedule(case, step)
+    return decay * hand.multipliers.get(name, 1.0)
+
+
+def shrink_of(case: str, hand: Hand, name: str, step: int) -> float:
+    """rate · λ of a parameter in an update."""
+    role, peak = hand.role(name), max(hand.config.optimizer.learning_rate, 0.0)
+    shrink = rate_of(case, role)(hand.rate[step], peak) * decay_of(case, hand, name, step)
+    roles = {"awd": ATTENTION + MLP, "awd_decoupled": (Role.QUERY, Role.KEY)}.get(case, ())
+    return shrink * hand.awd if role in roles else shrink
 
 
 def run_by_hand(case: str, hand: Hand) -> None:
     """Four updates."""
-    peak = max(hand.config.optimizer.learning_rate, 0.0)
     for step in range(STEPS):
         hand.gradients(step)
-        rate = hand.rate[step]
         policies: list[Any] = list(hand.config.optimizer.weight_decay.policies)
         if case.startswith("alpha") and step % policies[0].refresh == 0:
-            alpha_by_hand(hand, case)
+            hand.multipliers = alpha_by_hand(hand, case)
         if case.startswith("awd"):
-            with torch.no_grad():
-                norm = math.sqrt(
-                    sum(float(gradient_of(p).square().sum()) for p in hand.named.values())
-                )
-                size = math.sqrt(sum(float(p.square().sum()) for p in hand.named.values()))
-            hand.awd = 0.1 * hand.awd + 0.9 * norm / size
+            hand.awd = awd_by_hand(hand)
+        forms = {name: form_of(case, hand.role(name)) for name in hand.named}
         nuclear = {
-            name: nuclear_by_hand(hand, name)
-            for name in hand.named
-            if case == "nuclear" and hand.role(name) in ATTENTION
+            name: nuclear_by_hand(hand, name) for name in hand.named if forms[name] == "nuclear"
         }
         before = {name: p.detach().clone() for name, p in hand.named.items()}
-        later: dict[str, torch.Tensor] = {}
+        shrinks = {name: shrink_of(case, hand, name, step) for name in hand.named}
         with torch.no_grad():
             for name, p in hand.named.items():
-                role, decay = hand.role(name), hand.base(name)
-                attention = role in ATTENTION
-                if case in ("linear", "cosine", "step", "warmup", "window", "alpha_mean"):
-                    decay *= schedule_by_hand(case, step) if attention else 1.0
-                decay *= hand.multipliers.get(name, 1.0)
-                shrink = rate * decay
-                if case in ("lr2", "l2_lr2") and attention:
-                    shrink = rate * rate / peak * decay
-                elif case == "none":
-                    shrink = decay
-                awd = case == "awd" and role in ATTENTION + MLP
-                awd_decoupled = case == "awd_decoupled" and role in (Role.QUERY, Role.KEY)
-                if awd or awd_decoupled:
-                    shrink *= hand.awd
-                if case == "l2" or awd or (case == "l2_lr2" and attention):
-                    gradient_of(p).add_(shrink / rate * before[name])
-                elif case == "cautious":
-                    later[name] = shrink * before[name]
-                elif case == "adadecay":
-                    sizes = gradient_of(p).abs()
-                    spread = float(sizes.double().std(correction=0)) or 1.0
-                    z = (sizes - sizes.double().mean()) / spread
-                    p.mul_((1 - shrink * 2 / (1 + torch.exp(-4 * z))).float())
-                elif name in nuclear:
+                shrink = shrinks[name]
+                if forms[name] == "l2":
+                    gradient_of(p).add_(formulas.l2_gradient(before[name], shrink, hand.rate[step]))
+                elif forms[name] == "adadecay":
+                    p.mul_(formulas.adadecay_factor(gradient_of(p), shrink))
+                elif forms[name] == "nuclear":
                     p.sub_(shrink * nuclear[name])
-                else:
-                    p.mul_(1 - shrink)
+                elif forms[name] == "decoupled":
+                    p.mul_(formulas.decoupled_factor(shrink))
         hand.move(step)
         with torch.no_grad():
-            for name, amount in later.items():
-                p = hand.named[name]
-                agrees = (before[name] - p) * before[name] >= 0
-                p.sub_(amount * agrees)
+            for name, p in hand.named.items():
+                if forms[name] == "cautious":
+                    p.sub_(formulas.cautious_amount(before[name], p, shrinks[name]))

@@ -16,6 +16,7 @@ from pretrain.engine.optimizers import MuonWithAdamW
 from pretrain.runs.folder import read_ranks
 from pretrain.runs.metrics import read_metrics
 from tests.by_hand import POLICIES, STEPS, Hand, recipe, run_by_hand
+from tests.by_hand_formulas import rank_target_decays
 from tests.tools import losses_of, run_workers, weights_of
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon")
@@ -123,27 +124,6 @@ def test_what_was_used_is_logged(runs: dict[str, Path]) -> None:
     assert math.isclose(plain["multiplier_min"], 0.67) and plain["multiplier_max"] == 5.0
 
 
-def control_by_hand(ranks: list[float], rates: list[float], base: float) -> list[float]:
-    """λ before each of four updates, from the ranks measured before each (docs/decay.md)."""
-    total = sum(rates)
-    spent = [sum(rates[:step]) / total for step in range(len(rates))]
-    places = [math.log(max(0.5 - rank, 0.01) / 0.5) for rank in ranks]
-    goal = math.log((0.5 - 0.31) / 0.5)
-    decays: list[float] = []
-    drift, used = math.nan, base
-    for step, place in enumerate(places):
-        if step:
-            passed = spent[step] - spent[step - 1]
-            found = (place - places[step - 1]) / passed - 2 * used * total
-            keep = math.exp(-passed / 0.05)
-            drift = found if math.isnan(drift) else keep * drift + (1 - keep) * found
-        left = max(0.5 - spent[step], 0.2)
-        wanted = ((goal - place) / left - (0.0 if math.isnan(drift) else drift)) / (2 * total)
-        used = min(max(wanted, 2.5 / total / 1000), 2.5 / total)
-        decays.append(used)
-    return decays
-
-
 def test_rank_target_follows_its_law(runs: dict[str, Path]) -> None:
     """λ = (distance / time left − drift) / 2Ση, within its bounds, on the measured means."""
     rates = [row["learning_rate"] for row in read_metrics(runs["rank_target"])]
@@ -157,7 +137,7 @@ def test_rank_target_follows_its_law(runs: dict[str, Path]) -> None:
                                == (step, layer, product)]))
                 for step in range(STEPS)
             ]  # fmt: skip
-            wanted = control_by_hand(ranks, rates, 1.5)
+            wanted = rank_target_decays(ranks, rates, 1.5)
             found = [row[f"{role}[{layer}]"] for row in used]
             assert found == pytest.approx(wanted, rel=1e-9)
             assert len(set(found)) > 1

@@ -23,8 +23,13 @@ WINDOW_MB = 512
 """Memory that a zstd frame may request, unless more is allowed."""
 
 
-def line_blocks(path: Path, window_mb: int = WINDOW_MB) -> Iterator[RecordBlock]:
+def line_blocks(
+    path: Path, window_mb: int = WINDOW_MB, block_bytes: int = BLOCK_BYTES
+) -> Iterator[RecordBlock]:
     """Blocks of the lines of a file, compressed or not.
+
+    Args:
+        block_bytes: a block ends after the line that fills it.
 
     Raises:
         DataError: naming an archive that is damaged, truncated, or needs more memory.
@@ -34,42 +39,46 @@ def line_blocks(path: Path, window_mb: int = WINDOW_MB) -> Iterator[RecordBlock]
     for number, line in enumerate(split_lines(_chunks(path, window_mb)), 1):
         lines.append(line)
         size += 1 + (len(line) if isinstance(line, bytes) else 0)
-        if size >= BLOCK_BYTES:
+        if size >= block_bytes:
             yield RecordBlock(str(path), first, lines)
             lines, size, first = [], 0, number + 1
     if lines:
         yield RecordBlock(str(path), first, lines)
 
 
-def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes | Unreadable]:
-    """Lines without their line ends, in time that is linear in their length."""
+def split_lines(chunks: Iterator[bytes], most: int = RECORD_BYTES) -> Iterator[bytes | Unreadable]:
+    """Lines without their line ends, in time that is linear in their length.
+
+    Args:
+        most: bytes of the longest line that is kept.
+    """
     pieces: list[bytes] = []
     size = 0
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
         for start in [first, *others[:-1]] if others else []:
-            yield _joined(pieces, start, size)
+            yield _joined(pieces, start, size, most)
             pieces, size = [], 0
         last = others[-1] if others else first
         size += len(last)
-        if size <= RECORD_BYTES:
+        if size <= most:
             pieces.append(last)
         else:
             pieces = []  # too long: only its length is kept
     if size:
-        yield _joined(pieces, b"", size)
+        yield _joined(pieces, b"", size, most)
 
 
-def _joined(pieces: list[bytes], end: bytes, size: int) -> bytes | Unreadable:
-    if size + len(end) > RECORD_BYTES:
-        return too_long(size + len(end))
+def _joined(pieces: list[bytes], end: bytes, size: int, most: int) -> bytes | Unreadable:
+    if size + len(end) > most:
+        return too_long(size + len(end), most)
     return b"".join([*pieces, end]) if pieces else end
 
 
-def too_long(size: int) -> Unreadable:
+def too_long(size: int, most: int = RECORD_BYTES) -> Unreadable:
     """The placeholder of a record that is too long to read."""
     return Unreadable(
-        f"{size >> 20:,} MB in one record; the limit is {RECORD_BYTES >> 20} MB, split the record"
+        f"{size >> 20:,} MB in one record; the limit is {most >> 20} MB, split the record"
     )
 
 

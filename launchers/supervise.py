@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launchers.local import child_environment, program, start_environment
@@ -72,10 +72,15 @@ def supervise(words: list[str], run: Path, restarts: int) -> int:
     return _again_and_again(start, run, restarts)
 
 
-def _again_and_again(start: Callable[[], int], run: Path, restarts: int) -> int:
+def _again_and_again(
+    start: Callable[[], int], run: Path, restarts: int, pauses: Sequence[float] = _PAUSES
+) -> int:
     """Start until the job is complete, or made no progress in ``restarts`` starts.
 
     A signal is forwarded and ends the job: the scheduler will start it again.
+
+    Args:
+        pauses: seconds before each further start, by starts without progress.
     """
     failures = 0
     while True:
@@ -86,7 +91,7 @@ def _again_and_again(start: Callable[[], int], run: Path, restarts: int) -> int:
         failures = 0 if _newest(run) != before else failures + 1
         if failures > restarts:
             return TRY_AGAIN
-        pause = _PAUSES[min(failures, len(_PAUSES) - 1)]
+        pause = pauses[min(failures, len(pauses) - 1)]
         print(
             f"supervisor: the process ended ({code}); restarting in {pause:g} s from "
             f"{_newest(run) or 'the beginning'} ({failures} of {restarts} without progress)",

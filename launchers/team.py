@@ -28,8 +28,13 @@ _PATIENCE_ASKED = 180.0
 _PAUSE = 0.05
 
 
-def run_team(command: list[str], processes: int, environment: dict[str, str]) -> int:
+def run_team(
+    command: list[str], processes: int, environment: dict[str, str], patience: float = _PATIENCE
+) -> int:
     """Run ``command`` as N processes and forward every signal to them.
+
+    Args:
+        patience: seconds that the others have to end by themselves after one has failed.
 
     Returns:
         0 if all succeeded; else the most informative code: usage error, trouble, or "try again".
@@ -52,7 +57,7 @@ def run_team(command: list[str], processes: int, environment: dict[str, str]) ->
                 team.append(subprocess.Popen(command, env={**environment, **variables}))
                 if SIGNALS.asked:  # a signal may have arrived before this process existed
                     _send(team[-1], signal.SIGTERM)
-            return _watch(team)
+            return _watch(team, patience)
     finally:
         for process in team:
             if process.poll() is None:  # starting the others failed
@@ -60,14 +65,14 @@ def run_team(command: list[str], processes: int, environment: dict[str, str]) ->
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(team: list[subprocess.Popen[bytes]]) -> int:
+def _watch(team: list[subprocess.Popen[bytes]], patience: float) -> int:
     failed_at: float | None = None
     while any(process.poll() is None for process in team):
         time.sleep(_PAUSE)
         if failed_at is None and any(process.poll() for process in team):
             failed_at = time.monotonic()
-        patience = _PATIENCE_ASKED if SIGNALS.asked else _PATIENCE
-        if failed_at is not None and time.monotonic() - failed_at > patience:
+        allowed = _PATIENCE_ASKED if SIGNALS.asked else patience
+        if failed_at is not None and time.monotonic() - failed_at > allowed:
             for process in team:
                 _send(process, signal.SIGKILL)
     _say_who_died(team)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -239,8 +240,11 @@ def demo(
     run_demo(out, steps)
 
 
-def run_command() -> int:
+def run_command(command: Callable[..., object] = app) -> int:
     """Run the command in ``sys.argv``, and report errors on standard error.
+
+    Args:
+        command: the program, called as Click calls one.
 
     Returns:
         The exit code: 2 for usage errors, 1 for trouble, 75 for "try again", 130 for Ctrl-C.
@@ -249,7 +253,7 @@ def run_command() -> int:
     SIGNALS.listen()
     try:
         # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.
-        code = app(standalone_mode=False)
+        code = command(standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (typer.Abort, *ENDS):
         return fail(stopped(), SIGNALS.code)
@@ -259,9 +263,9 @@ def run_command() -> int:
         return report_failure(error)
 
 
-def main() -> None:
+def main(command: Callable[..., object] = app) -> None:
     """The program: run a command and end the process with its exit code."""
-    leave(run_command())
+    leave(run_command(command))
 
 
 if __name__ == "__main__":

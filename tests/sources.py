@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.dataset import held_out
 from data_pipeline.manifest import load_manifest
+from data_pipeline.readers import WINDOW_MB, line_blocks
+from data_pipeline.records import Fields, RecordBlock
+from data_pipeline.sources import Source, find_sources
 from data_pipeline.tokenizer import load_tokenizer
 
 Used = Counter[tuple[str, str, str]]
@@ -34,6 +39,19 @@ def write(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
+
+
+def in_small_blocks(place: Path, block_bytes: int) -> list[Source]:
+    """The sources of lines in a file or folder, read in blocks of this size."""
+
+    def small(source: Source) -> Source:
+        def blocks(_: Fields) -> Iterator[RecordBlock]:
+            assert source.path is not None
+            return line_blocks(source.path, WINDOW_MB, block_bytes)
+
+        return replace(source, blocks=blocks)
+
+    return [small(source) for source in find_sources([str(place)])]
 
 
 TEXTS = [f"Text {i} é" for i in range(30)]

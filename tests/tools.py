@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from launchers.local import start_environment, torchrun
-from pretrain.__main__ import run_command
+from pretrain.__main__ import app, run_command
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
 from pretrain.distributed.signals import SIGNALS
 from pretrain.runs.folder import read_ranks
@@ -229,11 +229,11 @@ def check_theory(run: Path) -> int:
     return len(rows)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, *words: str, command: Callable[..., object] = app) -> int:
     """The command in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["pretrain", *words])
     try:
-        return run_command()
+        return run_command(command)
     finally:
         SIGNALS.restore()
 

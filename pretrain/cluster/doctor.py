@@ -135,13 +135,17 @@ def _different(first: dict[str, Any], other: dict[str, Any]) -> str:
     return ", ".join(f"{name} {other[name]}" for name in other if other[name] != first.get(name))
 
 
-def _requirements(grid: Grid) -> list[Finding]:
-    """Check that installed versions are within the ranges of pyproject.toml."""
+def _requirements(grid: Grid, top: Path = _TOP) -> list[Finding]:
+    """Check that installed versions are within the ranges of pyproject.toml.
+
+    Args:
+        top: the folder that has it if the program is not installed.
+    """
     from importlib import metadata
 
     from packaging.requirements import Requirement
 
-    lines = _required()
+    lines = _required(top)
     if lines is None:
         text = "unknown: the program is neither installed nor beside its pyproject.toml"
         return [Finding("requirements", "warn", text)]
@@ -164,15 +168,15 @@ def _requirements(grid: Grid) -> list[Finding]:
     return [Finding("requirements", "ok", "installed versions are in the tested ranges")]
 
 
-def _required() -> list[str] | None:
-    """Requirements of the installed package, else of the pyproject.toml beside it."""
+def _required(top: Path) -> list[str] | None:
+    """Requirements of the installed package, else of the pyproject.toml in ``top``."""
     import tomllib
     from importlib import metadata
 
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.requires("rankdecay") or []
     try:
-        text = (_TOP / "pyproject.toml").read_text(encoding="utf-8")
+        text = (top / "pyproject.toml").read_text(encoding="utf-8")
         dependencies: list[str] = tomllib.loads(text)["project"]["dependencies"]
     except (OSError, KeyError, tomllib.TOMLDecodeError):
         return None

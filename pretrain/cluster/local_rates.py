@@ -26,14 +26,25 @@ _SECONDS = 0.5
 """Seconds for each measurement, which takes the best of as many tries as fit."""
 
 
-def measure_here(processes: int, config: Config) -> Device:
-    """The share of this machine of one of ``processes`` processes, in the recipe's precision."""
+def rates_here(width: int) -> tuple[float, float]:
+    """Flops and bytes per second of this machine, with numbers of ``width`` bytes."""
+    return product_rate(width), elementwise_rate(width)
+
+
+def measure_here(
+    processes: int, config: Config, rates: Callable[[int], tuple[float, float]] = rates_here
+) -> Device:
+    """The share of this machine of one of ``processes`` processes, in the recipe's precision.
+
+    Args:
+        rates: measures the machine, for numbers of some bytes.
+    """
     on_gpu = torch.cuda.is_available()
     shared = 1 if on_gpu else processes
     device = torch.device("cuda" if on_gpu else "cpu")
     width = 2 if with_precision(config, device).precision == "bf16" else 4
     base, slack = process_bytes(device.type)
-    rate, bandwidth = product_rate(width), elementwise_rate(width)
+    rate, bandwidth = rates(width)
     link = link_rate() if processes > 1 else 1e12
     return Device(
         name="here",

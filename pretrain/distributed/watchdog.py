@@ -35,12 +35,19 @@ _STORE_TIMEOUT = timedelta(seconds=5)
 
 
 class Watchdog:
-    """Ends the process if nothing was finished for ``limit`` seconds (0: never)."""
+    """Ends the process if nothing was finished for ``limit`` seconds (0: never).
 
-    def __init__(self, grid: Grid, run: Path, limit: float) -> None:
+    Args:
+        clock: seconds by which waiting is measured.
+    """
+
+    def __init__(
+        self, grid: Grid, run: Path, limit: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._grid, self._folder, self._limit = grid, run / STACKS, limit
         self._turn = max(0.05, min(limit / 8, 5.0))
-        self._beat = (time.monotonic(), 0, "start")
+        self._beat = (clock(), 0, "start")
         self._done = threading.Event()
         self._main = threading.get_ident()
         self._store: Any = None
@@ -62,7 +69,7 @@ class Watchdog:
 
     def beat(self, step: int, phase: str = "training") -> None:
         """Report that something was finished; cheap enough for every batch."""
-        self._beat = (time.monotonic(), step, phase)
+        self._beat = (self._clock(), step, phase)
 
     # --- in the thread --------------------------------------------------------------------------
 
@@ -76,7 +83,7 @@ class Watchdog:
 
     def _hangs(self) -> bool:
         """Whether nothing was finished, and no checkpoint moved on any process, for too long."""
-        beat, now = self._beat[0], time.monotonic()
+        beat, now = self._beat[0], self._clock()
         if now - beat <= self._limit / 2:
             self._traffic = (beat, [])
             return False

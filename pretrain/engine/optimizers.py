@@ -128,13 +128,13 @@ def muon_update(momentum: Tensor) -> Tensor:
     return orthogonalize(momentum).mul_(0.2 * math.sqrt(max(momentum.shape)))
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
+def orthogonalize(matrix: Tensor, iterations: int = _ITERATIONS) -> Tensor:
     """Bring singular values into about [0.7, 1.2] and keep singular vectors (Newton-Schulz)."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix
     x = x / square_sum(x).sqrt().float().clamp_min(1e-7)
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).contiguous()

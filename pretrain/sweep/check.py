@@ -21,11 +21,12 @@ _SILENT = 3.0
 """Seconds that a check may take without a word."""
 
 
-def check_runs(sweep: Sweep, device: torch.device | None) -> None:
+def check_runs(sweep: Sweep, device: torch.device | None, silent: float = _SILENT) -> None:
     """Refuse a sweep whose folders hold runs of another recipe, before anything is written.
 
     Args:
         device: on which the runs train, which decides what precision auto means; None: not known.
+        silent: seconds that it may take before its progress is shown.
 
     Raises:
         UsageError: naming the run, the key and both values.
@@ -33,7 +34,7 @@ def check_runs(sweep: Sweep, device: torch.device | None) -> None:
     began = time.monotonic()
     progress: Progress | None = None
     for number, task in enumerate(sweep.tasks):
-        if time.monotonic() - began > _SILENT:
+        if time.monotonic() - began > silent:
             progress = progress or Progress(len(sweep.tasks), "check of the folders", True, number)
             progress.update(number)
         known = known_recipe(task.run)

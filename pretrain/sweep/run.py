@@ -33,8 +33,13 @@ def is_done(task: SweepRun) -> bool:
     return is_complete(task.run, task.config, task.until)
 
 
-def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list[Status]:
+def run_sweep(
+    sweep: Sweep, out: Path, executor: Executor, retries: int, pause: float = _PAUSE
+) -> list[Status]:
     """Run all tasks that are not done.
+
+    Args:
+        pause: seconds between two looks at the folders.
 
     Returns:
         The state of every task; failed tasks have the last line of their log as a note.
@@ -43,7 +48,7 @@ def run_sweep(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list
         Stopped: by a signal, after a clean stop.
     """
     with shared(out, _files(sweep, out), "sweep"):
-        return _run(sweep, out, executor, retries)
+        return _run(sweep, out, executor, retries, pause)
 
 
 def _files(sweep: Sweep, out: Path) -> dict[Path, bytes]:
@@ -52,14 +57,14 @@ def _files(sweep: Sweep, out: Path) -> dict[Path, bytes]:
     return {out / SWEEP: to_json(describe(sweep), indent=1).encode(), **recipes}
 
 
-def _run(sweep: Sweep, out: Path, executor: Executor, retries: int) -> list[Status]:
+def _run(sweep: Sweep, out: Path, executor: Executor, retries: int, pause: float) -> list[Status]:
     statuses = [Status(task) for task in sweep.tasks]
     table = Table(sweep.name)
     try:
         while not _settled(statuses):
             _round(statuses, out, executor, sweep.config.processes, retries)
             table.show(statuses)
-            time.sleep(_PAUSE)
+            time.sleep(pause)
     except ENDS:
         executor.stop()
         raise

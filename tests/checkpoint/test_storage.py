@@ -128,53 +128,43 @@ def test_a_lock_that_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
 # --- waiting ------------------------------------------------------------------------------------
 
 
-def watch(monkeypatch: pytest.MonkeyPatch, others: list[list[int | None]]) -> Watchdog:
-    """A watchdog of 10 s with a clock in ``monkeypatch``'s hands; ``others``: bytes by look."""
-    grid: Any = SimpleNamespace(rank=0, world_size=1)
-    dog = Watchdog(grid, Path("nowhere"), 10.0)
-    looks = iter(others)
+class Looking(Watchdog):
+    """A watchdog of 10 s whose clock is ``now``; ``others``: bytes of all ranks at each look."""
 
-    def read() -> list[dict[str, int] | None]:
-        return [None if n is None else {"moved": n} for n in next(looks, others[-1])]
+    def __init__(self, others: list[list[int | None]]) -> None:
+        grid: Any = SimpleNamespace(rank=0, world_size=1)
+        self.now = [0.0]
+        super().__init__(grid, Path("nowhere"), 10.0, clock=lambda: self.now[0])
+        self._looks, self._last = iter(others), others[-1]
 
-    monkeypatch.setattr(dog, "_read_all", read)
-    return dog
+    def _read_all(self) -> list[dict[str, Any] | None]:
+        counts = next(self._looks, self._last)
+        return [None if count is None else {"moved": count} for count in counts]
 
 
-def hangs_after(dog: Watchdog, clock: list[float], move: int = 0) -> float | None:
+def hangs_after(dog: Looking, move: int = 0) -> float | None:
     """Seconds until it says so, looking once a second for two minutes."""
     dog._beat = (0.0, 1, "training")
     for second in range(1, 121):
-        clock[0] = float(second)
+        dog.now[0] = float(second)
         if move and second % move == 0:
             count(1)
         if dog._hangs():
-            return clock[0]
+            return float(second)
     return None
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    now = [0.0]
-    monkeypatch.setattr(
-        "pretrain.distributed.watchdog.time", SimpleNamespace(monotonic=lambda: now[0])
-    )
-    return now
-
-
-def test_waiting_for_a_disk_that_works_is_no_hang(
-    monkeypatch: pytest.MonkeyPatch, clock: list[float]
-) -> None:
+def test_waiting_for_a_disk_that_works_is_no_hang() -> None:
     """Of this rank or of another; one that stands still is seen in time, and so is a dead store."""
-    assert hangs_after(watch(monkeypatch, [[0]]), clock) == 11.0
-    assert hangs_after(watch(monkeypatch, [[0]]), clock, move=8) is None
-    assert hangs_after(watch(monkeypatch, [[0]]), clock, move=30) == 11.0
+    assert hangs_after(Looking([[0]])) == 11.0
+    assert hangs_after(Looking([[0]]), move=8) is None
+    assert hangs_after(Looking([[0]]), move=30) == 11.0
     growing: list[list[int | None]] = [[0, number // 4] for number in range(200)]
-    assert hangs_after(watch(monkeypatch, growing), clock) is None
+    assert hangs_after(Looking(growing)) is None
     stops: list[list[int | None]] = [[0, min(number, 20)] for number in range(200)]
-    assert 30 < (hangs_after(watch(monkeypatch, stops), clock) or 0) < 40
+    assert 30 < (hangs_after(Looking(stops)) or 0) < 40
     gone: list[list[int | None]] = [[0, 5], [0, 5], *[[None, None]] * 200]  # type: ignore[list-item]
-    assert hangs_after(watch(monkeypatch, gone), clock) == 11.0
+    assert hangs_after(Looking(gone)) == 11.0
 
 
 def test_moved_only_grows() -> None:

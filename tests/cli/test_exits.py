@@ -125,11 +125,16 @@ def test_injected_into_a_run(
         assert_one_line(text, ((error.args[1] if isinstance(error, OSError) else str(error))[:30],))
 
 
-def test_all_ranks_say_the_same_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+class Heard(Grid):
+    """A grid whose other rank's GPU failed."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [None, ("machine", "GPU of rank 1")]
+
+
+def test_all_ranks_say_the_same_of_a_machine() -> None:
     """A rank whose peer's GPU failed asks for another start, too."""
-    grid = Grid(1, 1, 1, 0, torch.device("cpu"), None, None, None)
-    found = [None, ("machine", "GPU of rank 1")]
-    monkeypatch.setattr(Grid, "gather", lambda _, value: found)
+    grid = Heard(1, 1, 1, 0, torch.device("cpu"), None, None, None)
     with pytest.raises(MachineError, match="GPU of rank 1") as raised, grid.together(""):
         pass
     assert exit_code(raised.value) == TRY_AGAIN

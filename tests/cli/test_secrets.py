@@ -14,10 +14,11 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from launchers import batch, cloud
+from launchers import cloud
 from launchers.site import Site
 from pretrain.config.recipe import load_config
 from pretrain.errors import UsageError
+from tests.slurm import stand_in
 from tests.tools import base_recipe, run, write_recipe
 
 MARK = "hunter2-marked-secret"
@@ -55,7 +56,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                  "MIRROR_WORD"):  # fmt: skip
         monkeypatch.setenv(name, MARK)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(batch, "submit", lambda _: "7")
+    monkeypatch.setenv("PATH", stand_in(tmp_path / "bin", "sbatch", "7"))
     monkeypatch.chdir(tmp_path)
     os.umask(0o022)
     return tmp_path

@@ -110,10 +110,8 @@ def test_this_machine_is_measured(
     alone = measure_here(1, config)
     assert alone.tflops > 0 and alone.bandwidth > 0
     assert alone.base > 1e8 and alone.memory > 1
-    with monkeypatch.context() as patched:  # rates that a busy machine does not change
-        patched.setattr("pretrain.cluster.local_rates.product_rate", lambda width: 3e11)
-        patched.setattr("pretrain.cluster.local_rates.elementwise_rate", lambda width: 5e9)
-        one_of_two = measure_here(2, config)
+    # Rates that a busy machine does not change.
+    one_of_two = measure_here(2, config, rates=lambda width: (3e11, 5e9))
     assert one_of_two.tflops == pytest.approx(0.15) and 0 < one_of_two.node_link < 1000
     assert one_of_two.bandwidth == pytest.approx(2.5)
     assert one_of_two.memory == pytest.approx(alone.memory / 2)

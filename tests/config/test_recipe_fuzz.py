@@ -23,6 +23,7 @@ from tests.tools import base_recipe, run
 KEYS = keys_of(Config)
 SWEEP_KEYS = keys_of(SweepConfig)
 VERBS = get_command(pretrain.__main__.app)
+"""Made once: reading the signatures of all verbs takes longer than most trials."""
 
 
 def bases(data: Path) -> list[dict[str, Any]]:
@@ -56,13 +57,11 @@ class Trial:
         self._folder, self._patch, self._output = folder, monkeypatch, capsys
         self.seen: Counter[int] = Counter()
         monkeypatch.chdir(folder)
-        # Made once: reading the signatures of all verbs takes longer than most trials.
-        monkeypatch.setattr(pretrain.__main__, "app", VERBS)
 
     def __call__(self, changed: list[str], what: Any, *words: str) -> None:
         """Run it; `what` is shown where it went wrong."""
         before = set(self._folder.rglob("*"))
-        code = run(self._patch, *words)
+        code = run(self._patch, *words, command=VERBS)
         output = self._output.readouterr()
         self.seen[code] += 1
         errors = [line for line in output.err.splitlines() if line.startswith("error: ")]

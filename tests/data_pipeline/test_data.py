@@ -30,6 +30,7 @@ from data_pipeline.sources import DataError, Fields, find_sources, parse_block
 from data_pipeline.tokenize import tokenize
 from data_pipeline.tokenizer import load_tokenizer
 from tests.conftest import write_jsonl
+from tests.sources import in_small_blocks
 from tests.tools import environment
 
 HARD = [
@@ -242,22 +243,22 @@ def test_finished_refuses_others(corpus: Path, tokenizer: Path, data: Path, tmp_
 SLOW = """
 import sys, time
 from pathlib import Path
-import data_pipeline.parts as t, data_pipeline.readers as s
-s.BLOCK_BYTES = 4000
+import data_pipeline.parts as t
 commit = t.Parts.commit
 def slow(self, *a):
     commit(self, *a); time.sleep(0.15)
 t.Parts.commit = slow
 from data_pipeline.encode import EncodingSettings
 from data_pipeline.tokenize import tokenize
-from data_pipeline.sources import find_sources
-sources, settings = find_sources([sys.argv[1]]), EncodingSettings(Path(sys.argv[2]))
+from tests.sources import in_small_blocks
+sources = in_small_blocks(Path(sys.argv[1]), 4000)
+settings = EncodingSettings(Path(sys.argv[2]))
 tokenize(sources, settings, Path(sys.argv[3]), part_bytes=4000)
 """
 
 
 def test_killed_tokenisation_goes_on(
-    corpus: Path, tokenizer: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, tokenizer: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     words = [sys.executable, "-c", SLOW, str(corpus), str(tokenizer), str(out)]
@@ -272,9 +273,8 @@ def test_killed_tokenisation_goes_on(
         process.wait()
         with pytest.raises(DataError, match="not finished"):
             load_manifest(out)
-    monkeypatch.setattr("data_pipeline.readers.BLOCK_BYTES", 4000)
     report = tokenize(
-        find_sources([str(corpus)]), EncodingSettings(tokenizer), out, part_bytes=4000
+        in_small_blocks(corpus, 4000), EncodingSettings(tokenizer), out, part_bytes=4000
     )
     assert report.resumed
     assert tree(out) == tree(data)

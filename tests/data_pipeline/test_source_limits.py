@@ -27,10 +27,9 @@ from data_pipeline.files import locked
 from data_pipeline.manifest import load_manifest
 from data_pipeline.prepare import tokenize_sources
 from data_pipeline.records import DataError, Unreadable
-from data_pipeline.sources import find_sources
 from data_pipeline.tokenize import tokenize
 from tests.source_fuzz import one_case
-from tests.sources import TEXTS, lines, used, write
+from tests.sources import TEXTS, in_small_blocks, lines, used, write
 from tests.tools import assert_one_line, environment, run
 
 
@@ -72,12 +71,12 @@ def test_lines_however_they_are_cut(size: int) -> None:
     assert list(readers.split_lines(iter(cut))) == data.split(b"\n")
 
 
-def test_lines_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_beyond_the_limit() -> None:
     """Too long is too long by one byte; the lines around it are there, in their places."""
-    monkeypatch.setattr(readers, "RECORD_BYTES", 10)
     data = b"ok\n" + b"x" * 10 + b"\n" + b"y" * 11 + b"\n" + b"z" * 500 + b"\nend"
     for size in (1, 3, 1000):
-        found = list(readers.split_lines(data[i : i + size] for i in range(0, len(data), size)))
+        cut = (data[i : i + size] for i in range(0, len(data), size))
+        found = list(readers.split_lines(cut, most=10))
         assert [isinstance(one, Unreadable) for one in found] == [False, False, True, True, False]
         assert found[0] == b"ok" and found[1] == b"x" * 10 and found[4] == b"end"
 
@@ -185,12 +184,9 @@ def test_memory_that_runs_out_is_one_line(
 # --- workers and writers --------------------------------------------------------------------
 
 
-def test_a_worker_that_is_killed(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_is_killed(tokenizer: Path, tmp_path: Path) -> None:
     """As the system does when memory runs out: one line, and the same words go on."""
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 200)
-    sources = find_sources([str(write(tmp_path / "train.jsonl", lines(TEXTS * 40)))])
+    sources = in_small_blocks(write(tmp_path / "train.jsonl", lines(TEXTS * 40)), 200)
 
     def kill(size: int, documents: int) -> None:
         for child in multiprocessing.active_children()[:1]:

@@ -17,7 +17,6 @@ import pytest
 from pydantic import BaseModel, field_serializer
 from pydantic_core import PydanticSerializationError
 
-import pretrain.__main__
 from pretrain.distributed.signals import SIGNALS, StopSignals
 from pretrain.errors import INTERRUPTED, TRY_AGAIN, Stopped
 from tests.tools import run
@@ -117,11 +116,10 @@ def test_the_error_that_it_became_is_not_shown(
 ) -> None:
     """The command ends with the signal's code and one line, whatever the error says."""
 
-    def app(**_: Any) -> None:
+    def show(**_: Any) -> None:
         Shown(number=number).model_dump_json()
 
-    monkeypatch.setattr(pretrain.__main__, "app", app)
-    assert run(monkeypatch) == (INTERRUPTED if number == signal.SIGINT else TRY_AGAIN)
+    assert run(monkeypatch, command=show) == (INTERRUPTED if number == signal.SIGINT else TRY_AGAIN)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and "rerun the same command" in line
 
@@ -140,8 +138,7 @@ class HalfMade:
 def test_what_it_left_half_made_is_not_shown(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pretrain.__main__, "app", lambda **_: HalfMade())
-    assert run(monkeypatch) == TRY_AGAIN
+    assert run(monkeypatch, command=lambda **_: HalfMade()) == TRY_AGAIN
     gc.collect()
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -154,11 +151,10 @@ def test_an_error_of_a_later_command_is_shown(
     in_library(signal.SIGTERM)
     listening.restore()
 
-    def app(**_: Any) -> None:
+    def fail(**_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(pretrain.__main__, "app", app)
-    assert run(monkeypatch) == 1
+    assert run(monkeypatch, command=fail) == 1
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 

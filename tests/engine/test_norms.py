@@ -57,10 +57,12 @@ def test_the_ratio_of_awd_has_the_norm_of_all_weights(monkeypatch: pytest.Monkey
     assert Shrinker._norm_ratio(held) == pytest.approx(exact, rel=1e-6)  # type: ignore[arg-type]
 
 
-def test_muon_begins_with_the_norm_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_begins_with_the_norm_of_the_matrix() -> None:
+    """With no iterations: what they start from."""
     matrix = torch.randn(1, LARGE, generator=torch.Generator().manual_seed(1)).mul_(1e-3)
-    monkeypatch.setattr("pretrain.engine.optimizers._ITERATIONS", 0)  # what they start from
-    assert float(orthogonalize(matrix).double().norm()) == pytest.approx(1.0, rel=1e-6)
+    assert float(orthogonalize(matrix, iterations=0).double().norm()) == pytest.approx(
+        1.0, rel=1e-6
+    )
 
 
 @pytest.mark.slow

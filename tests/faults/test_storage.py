@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import data_pipeline.disk
 import pretrain.checkpoint.saver
 import pretrain.training.loop
 from pretrain.checkpoint.manifest import MANIFEST, sealed
@@ -39,13 +38,12 @@ def interrupted(tmp_path: Path, undisturbed: Callable[[str], Path]) -> tuple[Pat
 @pytest.mark.parametrize("name", ["EIO", "ESTALE", "EMFILE"])
 def test_a_disk_that_does_not_answer(
     interrupted: tuple[Path, Words], undisturbed: Callable[[str], Path], row: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, hurry: None,
 ) -> None:  # fmt: skip
     """Nothing is renamed; when it answers again, the run is as if nothing had happened."""
     folder, words = interrupted
     before = sorted(path.name for path in (folder / "checkpoints").iterdir())
     number, real = getattr(errno, name), os.open
-    monkeypatch.setattr(data_pipeline.disk, "_PAUSES", [0.1, 0.1])
 
     def fail(path: str, *more: int, **others: int) -> int:
         if str(path).endswith("rank-00000.safetensors"):

@@ -263,7 +263,7 @@ def test_the_doctor_of_a_program_that_is_not_installed(
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", not_there)
-    lines = doctor._required()
+    lines = doctor._required(ROOT)
     assert lines and any(line.startswith("torch") for line in lines)
     cases = {
         '[project]\ndependencies = ["packaging>=1"]': "ok",
@@ -278,9 +278,8 @@ def test_the_doctor_of_a_program_that_is_not_installed(
         top.mkdir()
         if text is not None:
             (top / "pyproject.toml").write_text(text)
-        monkeypatch.setattr(doctor, "_TOP", top)
         read = text is not None and text.endswith("]")
-        (found,) = doctor._requirements(Collected())  # type: ignore[arg-type]
+        (found,) = doctor._requirements(Collected(), top)  # type: ignore[arg-type]
         assert found.state == state, text
         assert ("unknown: the program" in found.text) == (not read)
         if read and state == "warn":

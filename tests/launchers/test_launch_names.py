@@ -17,6 +17,7 @@ from launchers import batch, cloud, elastic, hosts
 from launchers.launch import launch
 from launchers.site import Site, load_site
 from pretrain.errors import UsageError
+from tests.slurm import stand_in
 from tests.tools import base_recipe, write_recipe
 
 ODD = [chr(code) for code in range(1, 127) if not chr(code).isalnum()] + ["é", "日", "\u202e"]
@@ -110,7 +111,7 @@ def test_secrets_are_in_closed_files_alone(
     recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
     values = {"environment": {"KEY": "s3cret word"}, "container": {"image": "x"}}
     site = write_recipe(tmp_path / "site.yaml", values)
-    monkeypatch.setattr(batch, "submit", lambda _: "7")
+    monkeypatch.setenv("PATH", stand_in(tmp_path / "bin", "sbatch", "7"))
     os.umask(0o022)
     for place in ("slurm", "kubernetes", "skypilot"):
         run = tmp_path / place

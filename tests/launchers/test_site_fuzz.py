@@ -42,7 +42,6 @@ def check_prints(
     capsys: pytest.CaptureFixture[str],
 ) -> Counter[int]:  # fmt: skip
     """`launch --print` of random sites: a text that its reader takes, or one line."""
-    monkeypatch.setattr(pretrain.__main__, "app", VERBS)
     monkeypatch.chdir(folder)
     recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
     (folder / "hosts").write_text("one slots=1\n")
@@ -53,7 +52,7 @@ def check_prints(
         (folder / "site.yaml").write_text(yaml.safe_dump(tree))
         place = rng.choice(PLACES)
         words = ("launch", str(recipe), "--on", place, "--site", "site.yaml", "--print")
-        code = run(monkeypatch, *words)
+        code = run(monkeypatch, *words, command=VERBS)
         output = capsys.readouterr()
         told = (seed, place, changed, output.err[-800:])
         errors = [line for line in output.err.splitlines() if line.startswith("error: ")]

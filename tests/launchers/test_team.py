@@ -34,9 +34,9 @@ def listening() -> Iterator[None]:
     SIGNALS.restore()
 
 
-def ranks(script: str, count: int = 3) -> int:
+def ranks(script: str, count: int = 3, **more: float) -> int:
     """The code of a team whose ranks run a line of shell (RANK is their own)."""
-    return team.run_team(["bash", "-c", script], count, dict(os.environ))
+    return team.run_team(["bash", "-c", script], count, dict(os.environ), **more)
 
 
 @pytest.mark.parametrize(
@@ -71,26 +71,24 @@ def test_a_rank_that_was_killed_at_once_is_named(
     assert "rank 1 (pid " in capfd.readouterr().err
 
 
-def test_ranks_that_hang_after_a_failure_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(team, "_PATIENCE", 0.3)
+def test_ranks_that_hang_after_a_failure_are_ended() -> None:
     began = time.monotonic()
-    assert ranks("[ $RANK = 2 ] && exit 75; sleep 100") == TRY_AGAIN
+    assert ranks("[ $RANK = 2 ] && exit 75; sleep 100", patience=0.3) == TRY_AGAIN
     assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(("number", "wanted"), [(signal.SIGTERM, 75), (signal.SIGINT, 130),
                                                 (signal.SIGUSR1, 75)])  # fmt: skip
 def test_a_signal_reaches_every_rank_and_no_deadline_follows(
-    number: signal.Signals, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, wanted: int, tmp_path: Path
 ) -> None:
     """They write for longer than a failed team would be given, and nobody is killed."""
-    monkeypatch.setattr(team, "_PATIENCE", 0.1)
     threading.Timer(0.7, lambda: os.kill(os.getpid(), number)).start()
     name = number.name.removeprefix("SIG")
     script = (
         f"trap 'sleep 1.5; touch {tmp_path}/$RANK; exit {wanted}' {name}; sleep 30 & wait; wait"
     )
-    assert ranks(script) == wanted
+    assert ranks(script, patience=0.1) == wanted
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
 
 
@@ -99,20 +97,16 @@ def test_starts_without_progress_are_counted(tmp_path: Path) -> None:
         count = tmp_path / "count"
         count.unlink(missing_ok=True)
         script = f"echo x >> {count}; n=$(wc -l < {count}); {action}"
-        code = supervise._again_and_again(lambda: ranks(script, 1), tmp_path / "run", restarts)
+        run = tmp_path / "run"
+        code = supervise._again_and_again(lambda: ranks(script, 1), run, restarts, pauses=(0.0,))
         return code, len(count.read_text().splitlines())
 
     latest = tmp_path / "run/checkpoints/latest"
     latest.parent.mkdir(parents=True)
-    pauses = supervise._PAUSES
-    try:
-        supervise._PAUSES = (0.0,)  # type: ignore[assignment]
-        assert starts("exit 2") == (2, 1) and starts("exit 1") == (1, 1)
-        assert starts("exit 75") == (TRY_AGAIN, 3)
-        assert starts("kill -9 $$") == (TRY_AGAIN, 3)
-        assert starts(f"echo $n > {latest}; [ $n -lt 6 ] && exit 75; exit 0") == (0, 6)
-    finally:
-        supervise._PAUSES = pauses
+    assert starts("exit 2") == (2, 1) and starts("exit 1") == (1, 1)
+    assert starts("exit 75") == (TRY_AGAIN, 3)
+    assert starts("kill -9 $$") == (TRY_AGAIN, 3)
+    assert starts(f"echo $n > {latest}; [ $n -lt 6 ] && exit 75; exit 0") == (0, 6)
 
 
 def test_the_meeting_place_is_closed_to_others(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-import pretrain.sweep.check
 from pretrain.config.compare import differences
 from pretrain.config.recipe import Config, load_config, value_at, with_values
 from pretrain.decay.plan import plan_decay
@@ -219,9 +218,8 @@ def test_a_finished_sweep_with_another_rate(
 
 
 def test_a_long_check_of_the_folders_is_seen(
-    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    trained: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "runs"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(base_recipe(data)))
     values = {"recipe": "recipe.yaml", "grid": {ATTENTION: [0.5]}, "seeds": [7, 8]}
@@ -229,8 +227,7 @@ def test_a_long_check_of_the_folders_is_seen(
     shutil.copytree(trained, out / "attention=0.5,seed=7")
     check_runs(load_sweep(path, out), torch.device("cpu"))
     assert "check" not in capfd.readouterr().err
-    monkeypatch.setattr(pretrain.sweep.check, "_SILENT", -1.0)
-    check_runs(load_sweep(path, out), torch.device("cpu"))
+    check_runs(load_sweep(path, out), torch.device("cpu"), silent=-1.0)
     assert "check of the folders 0/2" in capfd.readouterr().err
 
 

@@ -158,7 +158,6 @@ class Trial:
         self._stage, self._work = stage, work
         self._patch, self._output = monkeypatch, capsys
         self.seen: Counter[int] = Counter()
-        monkeypatch.setattr(pretrain.__main__, "app", VERBS)
 
     def __call__(self, seed: int, verbs: tuple[str, ...], files: list[str]) -> None:
         """Damage one or two of the files by the seed, and run one of the verbs."""
@@ -169,7 +168,7 @@ class Trial:
         chosen = rng.sample(files, rng.choice((1, 1, 2)))
         how = [damage(rng, folder / name) for name in chosen]
         words = rng.choice(verbs).split()
-        code = run(self._patch, *words)
+        code = run(self._patch, *words, command=VERBS)
         self._patch.chdir(self._work)
         err = self._output.readouterr().err
         self.seen[code] += 1

@@ -18,6 +18,7 @@ from pretrain.errors import TRY_AGAIN
 from pretrain.sweep import run as sweep
 from pretrain.sweep.config import load_sweep
 from pretrain.sweep.status import Status
+from tests.slurm import stand_in
 from tests.tools import ATTENTION, run, write_sweep
 
 End = tuple[int, str]
@@ -58,13 +59,12 @@ class Scripted:
 def rounds(
     path: Path, out: Path, executor: Scripted, retries: int, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Status]:
-    monkeypatch.setattr(sweep, "_PAUSE", 0.0)
     monkeypatch.setattr(sweep, "is_done", lambda task: task.name in executor.done)
     monkeypatch.setattr(
         sweep, "newest_checkpoint",
         lambda folder: Path(f"step-{executor.newest.get(folder.parent.name, 0):08d}"),
     )  # fmt: skip
-    statuses = sweep.run_sweep(load_sweep(path, out), out, executor, retries)
+    statuses = sweep.run_sweep(load_sweep(path, out), out, executor, retries, pause=0.0)
     return {status.task.name: status for status in statuses}
 
 
@@ -107,12 +107,12 @@ def test_preemptions_are_no_tries(
 
 
 def test_a_job_that_left_the_queue_of_slurm_may_have_been_preempted(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Why it left is not known: whether it got further tells."""
     executor = SlurmExecutor.__new__(SlurmExecutor)
     executor._jobs = {"a": "12_0", "b": "12_1"}
-    monkeypatch.setattr("launchers.slurm._queued", lambda: {"12_1"})
+    monkeypatch.setenv("PATH", stand_in(tmp_path, "squeue", "12_1 RUNNING"))
     assert executor.poll() == {"a": TRY_AGAIN} and list(executor._jobs) == ["b"]
 
 

@@ -15,7 +15,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.files import held, refuse_run, write_aside
+from data_pipeline.files import held, refuse_busy, refuse_run, write_aside
 from data_pipeline.records import is_utf8
 from data_pipeline.sources import SPLITS, DataError
 
@@ -43,6 +43,7 @@ def write_corpus(out: Path) -> dict[str, int]:
     counts = {}
     with held(out):
         refuse_run(out)
+        refuse_busy(out)
         for split in SPLITS:
             lines = [
                 json.dumps({"text": text, "meta": {"pile_set_name": subset}}, ensure_ascii=False)

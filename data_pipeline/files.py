@@ -187,6 +187,23 @@ def refuse_run(folder: Path) -> None:
         raise DataError(f"{folder}: is a run folder; choose another --out")
 
 
+def refuse_busy(folder: Path) -> None:
+    """Refuse a folder in which another process trains, even if it contains only a lock yet.
+
+    Raises:
+        DataError: if another process holds the lock in the folder exclusively.
+    """
+    with contextlib.suppress(FileNotFoundError), open_regular(folder / LOCK) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{folder}: another process is writing here; wait for it or choose another --out"
+            ) from None
+        except OSError:  # no locks here
+            return
+
+
 def open_lock(path: Path, mode: int = 0o644) -> int:
     """The file that is locked, made if there is none; not through a link to somebody else's.
 

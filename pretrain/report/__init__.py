@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline.files import held, refuse_run, write_aside
+from data_pipeline.files import held, refuse_busy, refuse_run, write_aside
 from pretrain.cli.console import show_table, warn
 from pretrain.errors import UsageError
 from pretrain.report.cells import DataTable
@@ -48,6 +48,7 @@ def _write(
 ) -> Study:
     if out.is_dir():
         refuse_run(out)
+        refuse_busy(out)
     study = load_study(paths, baseline, unfinished)
     tables, figures = tables_of(study), figures_of(study)
     notes = [*study.notes, *unpaired(study), *uncounted(study)]

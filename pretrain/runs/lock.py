@@ -8,16 +8,18 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from data_pipeline.disk import open_regular
-from data_pipeline.files import open_lock, refuse_run, write_aside
+from data_pipeline.files import held, open_lock, refuse_run, write_aside
 from pretrain.cli.console import warn
 from pretrain.errors import RunError
 
 LOCK = ".lock"
+PATIENCE = 10.0
+"""Seconds to wait for a command that writes other files into a new folder."""
 _HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
 """Errors of a file system with locks that mean: another process has this one."""
 
@@ -29,8 +31,12 @@ class BusyError(RunError):
 class RunLock:
     """An advisory lock on a run folder, held by the main process of a job."""
 
-    def __init__(self, run: Path) -> None:
-        self._run = run
+    def __init__(self, run: Path, patience: float = PATIENCE) -> None:
+        """
+        Args:
+            patience: seconds to wait for a command that writes other files into a new folder.
+        """
+        self._run, self._patience = run, patience
         self._file: IO[str] | None = None
 
     def acquire(self) -> None:
@@ -38,15 +44,17 @@ class RunLock:
 
         Raises:
             BusyError: if another process has it.
+            DataError: if another command writes other files into the new folder.
         """
-        self._run.mkdir(parents=True, exist_ok=True)
-        file = _open(self._run)
-        try:
-            # `is_busy` holds a lock for a moment, in any number of other processes.
-            free = any(_try(file, fcntl.LOCK_EX, pause) for pause in (0.0, 0.05, 0.1, 0.2, 0.4))
-        except OSError as error:
-            _warn_no_locks(self._run, error)
-            free = True
+        with _alone(self._run, self._patience):
+            self._run.mkdir(parents=True, exist_ok=True)
+            file = _open(self._run)
+            try:
+                # `is_busy` holds a lock for a moment, in any number of other processes.
+                free = any(_try(file, fcntl.LOCK_EX, pause) for pause in (0.0, 0.05, 0.1, 0.2, 0.4))
+            except OSError as error:
+                _warn_no_locks(self._run, error)
+                free = True
         if not free:
             holder = file.read(200).strip() or "unknown"
             file.close()
@@ -64,26 +72,49 @@ class RunLock:
 
 
 @contextmanager
-def shared(folder: Path, files: dict[Path, bytes], work: str) -> Iterator[None]:
+def _alone(folder: Path, patience: float) -> Iterator[None]:
+    """Keep commands that write other files (`held`) out of a folder, while the block locks it.
+
+    Commands that come later see the lock in the folder (`refuse_busy`). They refuse a run folder
+    anyway, so nothing is done for one.
+
+    Raises:
+        DataError: if such a command still writes there after ``patience`` seconds.
+    """
+    with ExitStack() as stack:
+        if not (folder / "run-id").exists():
+            with suppress(PermissionError):  # nobody else can write beside it either
+                stack.enter_context(held(folder, patience=patience))
+        yield
+
+
+@contextmanager
+def shared(
+    folder: Path, files: dict[Path, bytes], work: str, patience: float = PATIENCE
+) -> Iterator[None]:
     """Hold a folder together with other processes of the same sweep.
 
     Args:
         files: files that are in the folder meanwhile; the first process writes them.
         work: the name of the work, for messages.
+        patience: seconds to wait for a command that writes other files into a new folder.
 
     Raises:
         BusyError: if a process of other work holds the folder.
+        DataError: if another command writes other files into the new folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _open(folder) as file:
-        refuse_run(folder)
-        try:
-            _try(file, fcntl.LOCK_SH)
-        except OSError as error:
-            _warn_no_locks(folder, error)
-            _write_all(files)
-        else:
-            _join(folder, file, files, work)
+    with ExitStack() as stack:
+        with _alone(folder, patience):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(_open(folder))
+            refuse_run(folder)
+            try:
+                _try(file, fcntl.LOCK_SH)
+            except OSError as error:
+                _warn_no_locks(folder, error)
+                _write_all(files)
+            else:
+                _join(folder, file, files, work)
         yield
 
 

@@ -1,0 +1,78 @@
+"""One new folder, wanted by training and by a verb that writes other files there."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.corpus import write_corpus
+from data_pipeline.files import held
+from data_pipeline.sources import DataError
+from pretrain.report import write_report
+from pretrain.runs.lock import RunLock, shared
+
+
+def test_a_report_keeps_training_out(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with held(out):
+        with pytest.raises(DataError, match="another process"):
+            RunLock(out, patience=0.1).acquire()
+        with (
+            pytest.raises(DataError, match="another process"),
+            shared(out, {out / "sweep.yaml": b"a"}, "sweep", patience=0.1),
+        ):
+            pass
+        assert not out.exists()
+
+
+def test_training_waits_for_a_moment(tmp_path: Path) -> None:
+    out, order = tmp_path / "out", []
+
+    def report() -> None:
+        with held(out):
+            holds.set()
+            time.sleep(0.3)
+            order.append("report")
+
+    holds = threading.Event()
+    other = threading.Thread(target=report)
+    other.start()
+    holds.wait()
+    RunLock(out).acquire()
+    order.append("training")
+    other.join()
+    assert order == ["report", "training"]
+
+
+def test_a_run_goes_on_beside_its_report(tmp_path: Path) -> None:
+    """Other commands refuse a run folder, so training need not wait for them."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run-id").write_text("1")
+    with held(out):
+        RunLock(out).acquire()
+
+
+@pytest.mark.parametrize("form", ["csv", "png"])
+def test_training_keeps_a_report_out(form: str, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = RunLock(out)
+    run.acquire()
+    with pytest.raises(DataError, match="another process"):
+        write_report([trained], out, form)
+    run.release()
+    assert [file.name for file in out.iterdir()] == [".lock"]
+    write_report([trained], out, form)
+
+
+def test_training_keeps_a_corpus_out(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = RunLock(out)
+    run.acquire()
+    with pytest.raises(DataError, match="another process"):
+        write_corpus(out)
+    assert [file.name for file in out.iterdir()] == [".lock"]
+    run.release()

@@ -128,7 +128,8 @@ class ByFormula:
         u, sigma, vh = torch.linalg.svd(x / x.norm(), full_matrices=False)
         for _ in range(5):
             sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
-        return (u * sigma) @ vh
+        product: torch.Tensor = (u * sigma) @ vh
+        return product
 
 
 class Hand:

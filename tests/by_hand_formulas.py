@@ -116,7 +116,7 @@ def released_hill(weight: np.ndarray) -> float:
     n = len(values)
     i = n // 2
     m = n - i
-    return 1 + m / (np.log(values[i:]).sum() - m * math.log(values[i]))
+    return float(1 + m / (np.log(values[i:]).sum() - m * math.log(values[i])))
 
 
 def eigenvalues(weight: np.ndarray) -> np.ndarray:

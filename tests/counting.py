@@ -21,7 +21,7 @@ class Counting(TorchDispatchMode):
     """While it is on, adds up the bytes that this rank sends of collectives, as rings send them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: dict[str, float] = defaultdict(float)
         """By operation and width of an element: ``allreduce_/4``."""
 
@@ -39,7 +39,7 @@ class Operations(TorchDispatchMode):
     """While it is on, counts the ATen operations that this process dispatches, by name."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(

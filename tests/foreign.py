@@ -77,7 +77,8 @@ def our_logits(folder: Path, tokens: torch.Tensor, allow_unused: bool = False) -
             values = theirs.tensor(config, info.name)
             parameter.zero_()
             parameter[: len(values)] = values
-        return model(tokens).transpose(0, 1)[..., : config.vocabulary_size]
+        logits: torch.Tensor = model(tokens).transpose(0, 1)[..., : config.vocabulary_size]
+        return logits
 
 
 ATTENTION = "model.layers.1.self_attn."

@@ -110,7 +110,9 @@ def make_kit(folder: Path, data: Path, tokenizer: Path) -> Kit:
 
 
 def _gpt2(folder: Path) -> Path:
-    from tests.data_pipeline.test_adopt import EOD, texts, tokenizers
+    import tokenizers
+
+    from tests.data_pipeline.test_adopt import EOD, texts
 
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(texts(), vocab_size=400, special_tokens=[EOD], show_progress=False)

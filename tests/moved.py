@@ -30,4 +30,4 @@ def moved_constants() -> Iterator[None]:
     try:
         yield
     finally:
-        ParameterFactory._stamped = plain
+        ParameterFactory._stamped = plain  # type: ignore[method-assign]

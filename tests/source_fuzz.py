@@ -43,7 +43,8 @@ def whole_file(form: str, rng: random.Random) -> bytes:
     records = _records(rng)
     lines = "".join(json.dumps(r, ensure_ascii=rng.random() < 0.5) + "\n" for r in records).encode()
     if form == ".txt":
-        return records[0]["text"].encode()
+        text: bytes = records[0]["text"].encode()
+        return text
     if form == ".jsonl.gz":
         half = rng.randrange(len(lines))
         return gzip.compress(lines[:half]) + gzip.compress(lines[half:])

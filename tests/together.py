@@ -184,7 +184,7 @@ def make_cheap(library: str) -> None:
         self.set_layout_engine("none")  # to find places for all texts takes most of the time
         save(self, *words, **{**more, "dpi": 20})
 
-    Figure.savefig = save_small
+    Figure.savefig = save_small  # type: ignore[method-assign]
     # In its module alone: others ask sysconfig too.
     data_pipeline.corpus.sysconfig = SimpleNamespace(  # type: ignore[assignment, attr-defined]
         get_paths=lambda: {"stdlib": library}

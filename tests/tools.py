@@ -93,7 +93,8 @@ def run_workers(processes: int, task: str, cases: list[dict[str, Any]], folder: 
         [str(request)], processes, timeout=560, script=ROOT / "tests" / "worker.py"
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads(answer.read_text())
+    answers: list[Any] = json.loads(answer.read_text())
+    return answers
 
 
 def assert_one_line(text: str, culprits: tuple[str, ...]) -> None:

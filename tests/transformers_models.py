@@ -130,7 +130,7 @@ def _recorded(tower: Any, family: str, name: str) -> list[tuple[torch.Tensor, ..
     recorded: list[tuple[torch.Tensor, ...]] = []
     modules: list[Any] = []
 
-    def record(module, query, key, value, *rest, **more):  # type: ignore[no-untyped-def]
+    def record(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
         recorded.append((query[0], key[0], value[0]))
         modules.append(module)
         return torch.zeros_like(query).transpose(1, 2), None

@@ -70,7 +70,7 @@ def lose(updates: list[int]) -> Any:
     pretrain.engine.engine.Engine.train_step = train_step  # type: ignore[assignment]
 
     def undo() -> None:
-        pretrain.engine.engine.Engine.train_step = plain
+        pretrain.engine.engine.Engine.train_step = plain  # type: ignore[method-assign]
 
     return undo
 
@@ -103,7 +103,7 @@ def run_decay(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, flo
             for moment in fragment.moments().values():
                 moment.zero_()  # what is left then is decay alone
     measured = engine.loss
-    engine.loss = lambda projection, labels: 0.0 * measured(projection, labels)
+    engine.loss = lambda projection, labels: 0.0 * measured(projection, labels)  # type: ignore[method-assign]
     samples = config.train.steps * config.train.global_batch
     assert isinstance(setup.task, Text)
     data = TrainingData(setup.task.manifest, "proportional", config.model.context, 1, samples)

@@ -27,7 +27,8 @@ class Block(nn.Module):
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(batch, length, d))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        out: torch.Tensor = x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return out
 
 
 class PlainGPT(nn.Module):

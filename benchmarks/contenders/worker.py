@@ -184,10 +184,11 @@ def litgpt(shape: Shape) -> Step:
     )  # fmt: skip
     model = GPT(config).to(device())
     model.lm_head.weight = model.transformer.wte.weight
-    run = torch.compile(model)
+    run: Any = torch.compile(model)
 
     def loss_of(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return chunked_cross_entropy(run(inputs), labels, chunk_size=0)
+        loss: torch.Tensor = chunked_cross_entropy(run(inputs), labels, chunk_size=0)
+        return loss
 
     return loop(model, loss_of, shape)
 

@@ -141,27 +141,47 @@ def spoil(rng: random.Random, folder: Path) -> None:
     content = file.read_bytes() if file.is_file() else b""
     kind = rng.randrange(17)
     place = rng.randrange(max(1, len(content)))
-    if kind <= 1 and content:
+    if content and (kind <= 7 or kind == 15):
+        spoil_file(rng, file, kind, place)
+    elif kind == 14 and len(files) > 1:
+        other = rng.choice(files)
+        file.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    elif not (8 <= kind <= 13 and spoil_folder(rng, path, kind)):
+        (folder / rng.choice(("latest", "step-list.txt", ".step-00000008.writing"))).write_text("x")
+
+
+def spoil_file(rng: random.Random, file: Path, kind: int, place: int) -> None:
+    """Something that happens to one file of a checkpoint, perhaps at a place in it."""
+    content = file.read_bytes()
+    if kind <= 1:
         flipped = bytearray(content)
         flipped[place] ^= 1 << rng.randrange(8)
         file.write_bytes(flipped)
-    elif kind == 2 and content:
+    elif kind == 2:
         file.write_bytes(content[:place])
-    elif kind == 3 and content:
+    elif kind == 3:
         file.write_bytes(content + rng.randbytes(rng.randint(1, 9)))
-    elif kind == 4 and content:
+    elif kind == 4:
         file.write_bytes(b"")
-    elif kind == 5 and content:
+    elif kind == 5:
         file.unlink()
-    elif kind == 6 and content:
+    elif kind == 6:
         file.rename(
             file.with_name(rng.choice(("x", "rank-00009.safetensors", "manifest.json.bak")))
         )
-    elif kind == 7 and content:
-        away = folder.parent / f"away-{rng.randrange(10**9)}"
+    elif kind == 7:
+        away = file.parents[2] / f"away-{rng.randrange(10**9)}"
         file.rename(away)
         file.symlink_to(away)
-    elif kind == 8:
+    else:
+        put_in_place_of(file, rng.choice(("pipe", "folder", "zero")))
+
+
+def spoil_folder(rng: random.Random, path: Path, kind: int) -> bool:
+    """Something that happens to a checkpoint as a whole; whether it could."""
+    folder = path.parent
+    if kind == 8:
         name = rng.choice((f"{path.name}.bak", "step-8", "old", "step-00000019"))
         if not (folder / name).exists():
             path.rename(folder / name)
@@ -177,14 +197,9 @@ def spoil(rng: random.Random, folder: Path) -> None:
         copy_as("step-00000014")(folder) if (folder / "step-00000004").is_dir() else None
     elif kind == 13 and not os.path.lexists(folder / "step-00000010"):
         rng.choice((put_file, put_folder, put_link, put_dangling))(folder)
-    elif kind == 14 and len(files) > 1:
-        other = rng.choice(files)
-        file.write_bytes(other.read_bytes())
-        other.write_bytes(content)
-    elif kind == 15 and content:
-        put_in_place_of(file, rng.choice(("pipe", "folder", "zero")))
     else:
-        (folder / rng.choice(("latest", "step-list.txt", ".step-00000008.writing"))).write_text("x")
+        return False
+    return True
 
 
 def newest_whole(folder: Path, whole: dict[int, dict[str, bytes]]) -> int | None:

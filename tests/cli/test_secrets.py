@@ -33,7 +33,9 @@ class Vault(LocalFileSystem):  # type: ignore[misc]
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         place = path.split("://", 1)[-1].partition("?")[0]
-        return super()._strip_protocol("/" + place.split("/", 1)[-1] if "@" in place else place)
+        inside = "/" + place.split("/", 1)[-1] if "@" in place else place
+        stripped: str = super()._strip_protocol(inside)
+        return stripped
 
     def pipe_file(self, path: str, value: bytes, **more: Any) -> None:
         if type(self).closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ VALIDATOR = """
         def no(cls, value):
             {raised}
 """
-POLICY = {
+POLICY: dict[str, Callable[[str], str]] = {
     "the file": lambda raised: f"{raised}\n{EXAMPLE}",
     "a validator": lambda raised: "import pydantic\n" + EXAMPLE.replace(
         "    class Config(PolicySection):\n", VALIDATOR.format(raised=raised)),

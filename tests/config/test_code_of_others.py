@@ -43,7 +43,8 @@ def honest(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def entry_of(tree: dict[str, Any]) -> dict[str, Any]:
-    return tree["optimizer"]["weight_decay"]["policies"][0]
+    policy: dict[str, Any] = tree["optimizer"]["weight_decay"]["policies"][0]
+    return policy
 
 
 @pytest.fixture

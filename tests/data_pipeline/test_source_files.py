@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,7 +34,7 @@ def _long(data: bytes, log: int) -> bytes:
 
 _SKIP = b"\x5a\x2a\x4d\x18\x05\0\0\0hello"
 
-ARCHIVES = {
+ARCHIVES: dict[str, Callable[[bytes], tuple[str, bytes]]] = {
     "long": lambda data: ("zst", _long(data, 29)),
     "frames": lambda data: ("zst", b"".join(zstandard.compress(data[i : i + 97])
                                             for i in range(0, len(data), 97))),

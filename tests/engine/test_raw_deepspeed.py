@@ -17,9 +17,11 @@ TRIED: dict[type, tuple[Any, ...]] = {int: (5000,), bool: (True, False), str: ("
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+    *sections, last = key.split(".")
+    tree = {last: value}
+    for part in reversed(sections):
+        tree = {part: tree}
+    return tree
 
 
 def settings(key: str) -> list[dict[str, Any]]:

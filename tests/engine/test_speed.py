@@ -116,7 +116,8 @@ def test_the_bucket_is_no_larger_than_the_model() -> None:
     def bucket(parameters: int, **zero: int) -> int:
         config = parse_config({"deepspeed": {"zero_optimization": zero}})
         settings = deepspeed_settings(config, grid, 8, 1, parameters)
-        return settings["zero_optimization"]["reduce_bucket_size"]
+        size: int = settings["zero_optimization"]["reduce_bucket_size"]
+        return size
 
     assert bucket(1000) == 1000 and bucket(10**10) == 500_000_000
     assert bucket(1000, reduce_bucket_size=77) == 77

@@ -30,7 +30,9 @@ def poison_label(engine: Any) -> None:
     loss = engine.loss
 
     def of_padding(projection: Any, labels: torch.Tensor) -> torch.Tensor:
-        return loss(projection, torch.full_like(labels, projection.weight.shape[0] - 1))
+        padding = torch.full_like(labels, projection.weight.shape[0] - 1)
+        large: torch.Tensor = loss(projection, padding)
+        return large
 
     engine.loss = of_padding
 
@@ -107,7 +109,7 @@ def arm(fault: str, rank: int, updates: set[int]) -> None:
             FAULTS[fault](self)
         return found
 
-    pretrain.engine.engine.Engine.train_step = train_step
+    pretrain.engine.engine.Engine.train_step = train_step  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def arm(moment: str, marker: Path) -> None:
     if moment in ("step", "slow"):  # slow: the sixth step takes a while, and then goes on
         wait = partial(pause, marker, 3.0) if moment == "slow" else stop
         engine = pretrain.engine.engine.Engine
-        engine.train_step = paused(engine.train_step, 6, before=wait)
+        engine.train_step = paused(engine.train_step, 6, before=wait)  # type: ignore[method-assign]
     elif moment == "checkpoint":
         saver = pretrain.checkpoint.saver
         saver._write_piece = paused(saver._write_piece, 2, after=stop)

@@ -34,7 +34,8 @@ class SlowFile(LocalFileOpener):  # type: ignore[misc]
 
     def write(self, data: Any) -> int:
         linger("mirror")
-        return super().write(data)
+        written: int = super().write(data)
+        return written
 
 
 class SlowFileSystem(LocalFileSystem):  # type: ignore[misc]

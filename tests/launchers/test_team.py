@@ -183,7 +183,8 @@ def own_address() -> str:
     for addresses in psutil.net_if_addrs().values():
         for one in addresses:
             if one.family == socket.AF_INET and not one.address.startswith("127."):
-                return one.address
+                address: str = one.address
+                return address
     pytest.skip("this machine has the loopback interface alone")
 
 

@@ -230,7 +230,8 @@ def write_varied(
     tree["model"]["dropout"] = dropout
     path.write_text(json.dumps(tree))
     pieces = [one for one in tree["model"]["vocab"] if len(one) == 2 and one.isascii()]
-    return {"special": EOD, "added": "XEND", "piece": pieces[0]}[end]
+    name: str = {"special": EOD, "added": "XEND", "piece": pieces[0]}[end]
+    return name
 
 
 def test_an_exported_tokenizer_encodes_as_the_run_did(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def logits_of(checkpoint: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
         for parameter in model.parameters():
             parameter.copy_(checkpoint.full(info_of(parameter).name))
         found = model(tokens).transpose(0, 1)
-    return found[..., : checkpoint.config.model.vocabulary_size]
+    logits: torch.Tensor = found[..., : checkpoint.config.model.vocabulary_size]
+    return logits
 
 
 def tokens_for(checkpoint: Checkpoint) -> torch.Tensor:
@@ -79,7 +80,8 @@ def test_rank_one_changes_nothing(
     def perplexity(*words: str) -> float:
         out = tmp_path / f"{len(words)}.json"
         assert run(monkeypatch, "evaluate", str(trained), "--out", str(out), *words) == 0
-        return json.loads(out.read_text())["overall"]["perplexity"]
+        perplexity: float = json.loads(out.read_text())["overall"]["perplexity"]
+        return perplexity
 
     assert perplexity("--attention-rank", share) == pytest.approx(perplexity(), rel=1e-5)
 

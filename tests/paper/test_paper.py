@@ -63,7 +63,8 @@ def test_a_wrong_threshold_is_noticed(
 
 
 def read_checks(folder: Path, name: str) -> list[dict[str, Any]]:
-    return json.loads((folder / f"{name}.json").read_text())["checks"]
+    checks: list[dict[str, Any]] = json.loads((folder / f"{name}.json").read_text())["checks"]
+    return checks
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ def factors_with(sigma: torch.Tensor, d: int, seed: int, share: str) -> tuple[An
 
 
 def dense(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.svdvals(a.double() @ b.double().mT)[..., : a.shape[-1]]
+    values: torch.Tensor = torch.linalg.svdvals(a.double() @ b.double().mT)[..., : a.shape[-1]]
+    return values
 
 
 SPECTRA = {

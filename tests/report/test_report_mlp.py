@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,12 @@ def test_lambda_of_the_mlp_is_what_was_applied(coupling: str, every: int) -> Non
     decays = [0.1 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
     config = parse_config(recipe)
     peak = config.optimizer.learning_rate
-    rate = {"lr": lambda x: x, "lr2": lambda x: x * x / peak, "none": lambda _: 1.0}[coupling]
-    rates = [rate(config.learning_rate(step)) for step in range(steps)]
+    forms: dict[str, Callable[[float], float]] = {
+        "lr": lambda x: x,
+        "lr2": lambda x: x * x / peak,
+        "none": lambda _: 1.0,
+    }
+    rates = [forms[coupling](config.learning_rate(step)) for step in range(steps)]
     wanted = math.fsum(r * d for r, d in zip(rates, decays, strict=True)) / math.fsum(rates)
     found = run_of(recipe, decays, every).mlp_decay
     assert found == pytest.approx(wanted, rel=1e-9 if every == 1 else 5e-3)

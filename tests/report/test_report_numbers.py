@@ -7,6 +7,7 @@ import html
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,11 @@ def test_applied_decay_follows_the_coupling(tmp_path: Path, coupling: Any) -> No
     from pretrain.config.recipe import parse_config
 
     eta, peak = parse_config(config).learning_rate, config["optimizer"]["learning_rate"]
-    forms = {"lr": eta, "lr2": lambda s: eta(s) ** 2 / peak, "none": lambda s: 1.0}
+    forms: dict[str, Callable[[int], float]] = {
+        "lr": eta,
+        "lr2": lambda s: eta(s) ** 2 / peak,
+        "none": lambda s: 1.0,
+    }
     words = coupling if isinstance(coupling, dict) else {"qk": coupling, "attention": coupling}
     sums = []
     for product, word in (("qk", words["qk"]), ("vp", words["attention"])):

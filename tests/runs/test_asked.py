@@ -68,10 +68,9 @@ def candidates(kind: Any, value: Any) -> list[Any]:
         return [not value]
     if kind is int:
         return [one for one in ((value or 0) + 1, 2 * (value or 2), 4, 2, 1, 0) if one != value]
-    if kind is float:
-        return [one for one in (0.37, 0.5, 2.0, 50.0) if one != value]
-    if kind is str:
-        return ["test", "0", "other"]
+    if kind in (float, str):
+        some: tuple[Any, ...] = {float: (0.37, 0.5, 2.0, 50.0), str: ("test", "0", "other")}[kind]
+        return [one for one in some if one != value]
     if isinstance(kind, type) and issubclass(kind, Enum):
         return [str(one.value) for one in kind if one != value]
     return []

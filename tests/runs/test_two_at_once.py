@@ -27,7 +27,8 @@ def together(rounds: list[list[dict[str, Any]]], folder: Path) -> Answers:
     script = ROOT / "tests" / "together.py"
     done = run_processes([str(request)], 1, timeout=500, script=script)
     assert done.returncode == 0, done.stderr
-    return json.loads(answer.read_text())
+    ends: list[list[dict[str, Any]]] = json.loads(answer.read_text())
+    return ends
 
 
 @pytest.fixture(scope="module")

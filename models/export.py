@@ -19,12 +19,30 @@ Read = Callable[[str], Tensor]
 """A function that reads a global tensor by our name."""
 
 
+_WRITTEN = frozenset({
+    "dialect", "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "ffn_hidden_size", "context", "vocabulary_size", "vocabulary_multiple", "position",
+    "rotary_fraction", "rotary_base", "norm", "norm_epsilon", "activation", "biases",
+    "parallel_residual", "tied_head", "qk_norm", "attention", "causal", "mlp", "image_size",
+    "patch_size", "image_channels", "initialization", "init_std",
+})  # fmt: skip
+"""The settings that `class_of` decides about, or the exported files have. A model that uses any
+other setting is refused: it would be exported as a model that computes something else."""
+
+
 def class_of(config: GPTConfig) -> str:
     """The class that computes exactly this model: gpt2, gpt_neox, llama, qwen3 or smollm3.
 
     Raises:
         ModelError: naming the settings that no class has.
     """
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name not in _WRITTEN and value != field.default:
+            raise ModelError(
+                f"no Hugging Face class is known for a model with model.{name} {value}; "
+                "models/export.py has to be extended for it"
+            )
     common = config.causal and config.attention == "softmax" and config.mlp
     layernorm = common and config.norm == "layernorm" and config.biases and not config.qk_norm
     grouped = config.key_value_heads != config.num_attention_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import re
@@ -13,12 +14,13 @@ from typing import Any
 
 import pytest
 
+import pretrain.cli.cluster
 from launchers import batch, cloud, elastic, hosts
-from launchers.launch import launch
+from launchers.launch import PLACES, launch
 from launchers.site import Site, load_site
 from pretrain.errors import UsageError
 from tests.slurm import stand_in
-from tests.tools import base_recipe, write_recipe
+from tests.tools import ROOT, base_recipe, write_recipe
 
 ODD = [chr(code) for code in range(1, 127) if not chr(code).isalnum()] + ["é", "日", "\u202e"]
 """Every mark that a shell, sbatch or YAML could take for more than itself."""
@@ -354,3 +356,12 @@ def test_words_and_values_on_hosts_are_as_they_were(
     monkeypatch.chdir(tmp_path / "a b")
     with pytest.raises(UsageError, match="without quoting"):
         hosts.deepspeed_command(site, ["train"], {"h1": 1, "h2": 1})
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_is_in_the_help_on_the_page_and_in_the_form(place: str) -> None:
+    option = inspect.signature(pretrain.cli.cluster.launch).parameters["on"].annotation
+    assert re.search(rf"\b{place}\b", option)
+    assert f"\n| `{place}` | " in (ROOT / "docs/launch.md").read_text()
+    form = (ROOT / ".github/ISSUE_TEMPLATE/cluster.yml").read_text()
+    assert place == "local" or re.search(rf"\b{place}\b", form)

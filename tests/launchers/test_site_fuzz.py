@@ -15,12 +15,12 @@ from typer.main import get_command
 
 import pretrain.__main__
 from launchers import batch
+from launchers.launch import PLACES
 from launchers.site import Site, load_site
 from pretrain.errors import UsageError
 from tests.recipe_fuzz import keys_of, spoil
 from tests.tools import base_recipe, run, write_recipe
 
-PLACES = ("local", "slurm", "hostfile", "mpi", "kubernetes", "skypilot")
 # Lines of `setup` are shell, as the user wrote them.
 KEYS = [key for key in keys_of(Site) if "setup" not in key.path]
 VERBS = get_command(pretrain.__main__.app)

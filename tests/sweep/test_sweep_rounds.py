@@ -9,42 +9,48 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import launchers.sweeps
 from launchers.local import LocalExecutor
 from launchers.slurm import SlurmExecutor
+from pretrain.checkpoint.manifest import MANIFEST
+from pretrain.checkpoint.reader import CHECKPOINTS, checkpoint_name, list_checkpoints
 from pretrain.distributed.jobs import Job
 from pretrain.errors import TRY_AGAIN
-from pretrain.sweep import run as sweep
 from pretrain.sweep.config import load_sweep
+from pretrain.sweep.run import run_sweep
 from pretrain.sweep.status import Status
 from tests.slurm import stand_in
-from tests.tools import ATTENTION, run, write_sweep
+from tests.tools import ATTENTION, run, write_recipe, write_sweep
 
+STEPS = 50
 End = tuple[int, str]
 """How a start ends: its exit code, and what it leaves: nothing, checkpoint or done."""
 
 
 class Scripted:
-    """An executor whose jobs end at once, each start as its run's script says."""
+    """An executor whose jobs end at once, each start as its run's script says.
+
+    What a start leaves is a folder with a checkpoint's name and manifest in the run's.
+    """
 
     def __init__(self, scripts: dict[str, list[End]], slots: int) -> None:
         self.slots = slots
         self.scripts = {name: iter(ends) for name, ends in scripts.items()}
         self.starts = dict.fromkeys(scripts, 0)
         self.most = 0
-        self.newest: dict[str, int] = {}
-        self.done: set[str] = set()
         self._ended: dict[str, int] = {}
 
     def submit(self, jobs: list[Job]) -> None:
         for job in jobs:
             code, leaves = next(self.scripts[job.name])
             self.starts[job.name] += 1
-            if leaves == "checkpoint":
-                self.newest[job.name] = self.newest.get(job.name, 0) + 1
-            elif leaves == "done":
-                self.done.add(job.name)
+            folder = Path(job.words[job.words.index("--out") + 1]) / CHECKPOINTS
+            if leaves != "nothing":
+                step = STEPS if leaves == "done" else len(list_checkpoints(folder)) + 1
+                (folder / checkpoint_name(step)).mkdir(parents=True)
+                (folder / checkpoint_name(step) / MANIFEST).write_text("{}")
             self._ended[job.name] = code
         self.most = max(self.most, len(jobs))
 
@@ -56,15 +62,8 @@ class Scripted:
         raise AssertionError("nothing was to be stopped")
 
 
-def rounds(
-    path: Path, out: Path, executor: Scripted, retries: int, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Status]:
-    monkeypatch.setattr(sweep, "is_done", lambda task: task.name in executor.done)
-    monkeypatch.setattr(
-        sweep, "newest_checkpoint",
-        lambda folder: Path(f"step-{executor.newest.get(folder.parent.name, 0):08d}"),
-    )  # fmt: skip
-    statuses = sweep.run_sweep(load_sweep(path, out), out, executor, retries, pause=0.0)
+def rounds(path: Path, out: Path, executor: Scripted, retries: int) -> dict[str, Status]:
+    statuses = run_sweep(load_sweep(path, out), out, executor, retries, pause=0.0)
     return {status.task.name: status for status in statuses}
 
 
@@ -80,15 +79,16 @@ def expected(ends: Iterator[End], retries: int) -> tuple[str, int]:
     raise AssertionError("a script without an end")
 
 
-def test_preemptions_are_no_tries(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_preemptions_are_no_tries(data: Path, tmp_path: Path) -> None:
     """Random histories: who gets further each time goes on for ever, another run does not."""
-    path, out = write_sweep(tmp_path, data), tmp_path / "runs"
-    names = [task.name for task in load_sweep(path, out).tasks]
+    path = write_sweep(tmp_path, data, STEPS)
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe["evaluation"]["at_end"] = "none"
+    write_recipe(tmp_path / "recipe.yaml", recipe)
+    names = [task.name for task in load_sweep(path, tmp_path / "runs").tasks]
     rng = random.Random(4)
     seen = set()
-    for retries in (0, 0, 1, 2, 3) * 4:
+    for number, retries in enumerate((0, 0, 1, 2, 3) * 4):
         scripts = {}
         for name in names:
             kinds = [(TRY_AGAIN, "checkpoint")] * 6 + [
@@ -97,7 +97,7 @@ def test_preemptions_are_no_tries(
             ]  # fmt: skip
             scripts[name] = [*rng.choices(kinds, k=rng.randint(0, 9)), (0, "done")]
         executor = Scripted(scripts, rng.randint(1, 9))
-        found = rounds(path, out, executor, retries, monkeypatch)
+        found = rounds(path, tmp_path / f"runs-{number}", executor, retries)
         for name, ends in scripts.items():
             wanted = expected(iter(ends), retries)
             assert (found[name].state, executor.starts[name]) == wanted, (ends, retries)

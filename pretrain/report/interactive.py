@@ -297,7 +297,7 @@ function draw(figure) {
     const view = move(views[choice]), placed = stack(view.layout);
     const layout = {font: {family: "system-ui, sans-serif", size: 12, color: "#222"},
       margin: {l: 55, r: 15, t: 10, b: 45}, paper_bgcolor: "white", plot_bgcolor: "white",
-      hovermode: "closest", 
+      hovermode: "closest",
       legend: {orientation: "h", y: -62 / (placed.height - 55), yanchor: "top"}, ...placed};
     Plotly.react(plot, view.data, layout, {responsive: true, displaylogo: false,
       modeBarButtonsToRemove: ["select2d", "lasso2d"]});

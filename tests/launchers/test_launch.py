@@ -310,7 +310,7 @@ def test_warned_and_requeued_on_slurm(
     steps = 3000 if by_limit else 600
     recipe = recipe_for_two(tmp_path, data, steps)
     out = tmp_path / "run"
-    settings = {"nodes": 2, "processes_per_node": 1, "cpus_per_process": 1, 
+    settings = {"nodes": 2, "processes_per_node": 1, "cpus_per_process": 1,
                 "slurm": {"time": "2", "warning": 40} if by_limit else {"time": "20"}}  # fmt: skip
     site = write_recipe(tmp_path / "site.yaml", settings)
     words = ["launch", str(recipe), "--on", "slurm", "--site", str(site), "--out", str(out)]

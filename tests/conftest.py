@@ -78,7 +78,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _file_of(item) in places:
             item.add_marker("slow")
-        if "long" in item.keywords and not config.getoption("--long"):
+        # Not `item.keywords`, which hold the names of cases too.
+        if item.get_closest_marker("long") and not config.getoption("--long"):
             item.add_marker(skip)
     items.sort(key=lambda item: places.get(_file_of(item), len(places)))
 

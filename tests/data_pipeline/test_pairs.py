@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,12 @@ def test_one_bad_token_of_many(
 ) -> None:
     """Wherever it lies, it is named with its document; chunks of any size see it."""
     rng = random.Random(f"{dtype}{wrong}")
-    for chunk in (64, 4 << 20):
+    for chunk, place in product((64, 4 << 20), ("first", "last", "any")):
         monkeypatch.setattr("data_pipeline.pairs._CHUNK", chunk)
         documents = make_documents(rng, 200)
         number = rng.choice((0, 199, rng.randrange(200)))
-        documents[number][rng.randrange(len(documents[number]))] = wrong
+        size = len(documents[number])
+        documents[number][{"first": 0, "last": size - 1}.get(place, rng.randrange(size))] = wrong
         write_pair(tmp_path / "pile", documents, dtype)
         with pytest.raises(DataError, match=rf"pile\.bin: document {number} has token {wrong},"):
             adopt([tmp_path / "pile"], vocabulary, tmp_path / "out", packed=False)

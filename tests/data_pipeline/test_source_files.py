@@ -82,6 +82,22 @@ def test_every_cut_of_an_archive(tokenizer: Path, tmp_path: Path, suffix: str) -
         assert str(file) in str(error.value)
 
 
+def test_damage_anywhere_in_an_archive(tmp_path: Path) -> None:
+    """Every kind of error of the library: a broken header, a broken code, a wrong checksum."""
+    data = lines(TEXTS)
+    packed = gzip.compress(data)
+    for place in range(len(packed)):
+        spoilt = packed[:place] + b"\xff" * 4 + packed[place + 4 :]
+        file = write(tmp_path / "train.jsonl.gz", spoilt)
+        source = find_sources([str(file)])[0]
+        try:
+            blocks = list(source.open_blocks())
+        except DataError as error:
+            assert "truncated or damaged" in str(error) and str(file) in str(error)
+        else:  # the date and the like
+            assert [line for block in blocks for line in block.records] == data.splitlines()
+
+
 def test_damage_is_one_line(
     tokenizer: Path,
     tmp_path: Path,

@@ -230,7 +230,7 @@ def test_two_writers_of_one_folder(
 
 @pytest.mark.parametrize("name", [
     "train/Github.bin", "val/x", "test/notes.txt", "tokenizer.model", ".parts/mine",
-    "manifest.json",
+    ".parts/mine/notes.txt", "manifest.json",
 ])  # fmt: skip
 def test_what_lies_in_the_folder_stays(tokenizer: Path, tmp_path: Path, name: str) -> None:
     """Files of others are not overwritten nor deleted: one line names the first."""

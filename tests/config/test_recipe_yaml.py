@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,16 @@ def test_recipes_that_are_refused(tmp_path: Path, text: bytes, culprit: str) -> 
     with pytest.raises(UsageError, match=culprit) as told:
         load_config(path)
     assert str(path) in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_pipe_is_refused_with_its_mend(tmp_path: Path) -> None:
+    """What a shell gives for `<(...)`; a file that is not there has another mend."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, mend in ((tmp_path / "pipe", "; save it as a file"), (tmp_path / "none", ")")):
+        with pytest.raises(UsageError) as told:
+            load_config(path)
+        said = str(told.value)
+        assert said.startswith(f"{path}: cannot read the recipe (") and said.endswith(mend)
 
 
 @pytest.mark.parametrize(

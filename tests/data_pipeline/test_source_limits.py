@@ -145,6 +145,8 @@ BOMBS = {
     "parquet with a dictionary": (1050, 0), "parquet with JSON in a dictionary": (0, 1050),
     "parquet of pages": (1050, 0),
 }  # fmt: skip
+LIMITS = {"parquet with a dictionary": 400}
+"""MB, where less than 1,000; 116 MB are taken, 724 if the rows were unpacked at once."""
 
 
 @pytest.mark.parametrize("case", [
@@ -161,7 +163,7 @@ def test_bombs_in_bounded_memory(tmp_path: Path, case: str) -> None:
     )  # fmt: skip
     good, bad, peak = (int(word) for word in done.stdout.split())
     assert (good, bad) == BOMBS[case]
-    assert peak < 1000
+    assert peak < LIMITS.get(case, 1000)
 
 
 def test_memory_that_runs_out_is_one_line(

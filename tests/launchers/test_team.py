@@ -229,6 +229,13 @@ def test_ranks_meet_on_that_address(monkeypatch: pytest.MonkeyPatch) -> None:
     other.join()
     stores[0].set("a", "1")
     assert stores[1].get("a") == b"1"
+    heard = [
+        one.laddr
+        for one in psutil.Process().net_connections("inet")
+        if one.status == psutil.CONN_LISTEN
+    ]
+    port = int(os.environ["MASTER_PORT"])
+    assert {one.ip for one in heard if one.port == port} == {"127.0.0.1"}
     board = meeting.open_board(2, limit)
     assert board is not None
     board.set("0", "{}")

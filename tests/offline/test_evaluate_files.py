@@ -18,6 +18,7 @@ import pytest
 
 from data_pipeline.files import write_aside
 from pretrain.config.recipe import apply_overrides, parse_config
+from pretrain.errors import RunError
 from pretrain.offline.evaluate import _words, _write, result_path
 from pretrain.runs.folder import resolve_checkpoint
 from tests.fake_runs import STEPS, recipe, write_run
@@ -167,6 +168,27 @@ def test_the_command_keeps_the_runs_own(
     assert run(monkeypatch, "evaluate", str(folder), "--stride", "8", "--batch", "2") == 0
     assert run(monkeypatch, "evaluate", str(folder), "--data", str(other), "--stride", "8") == 0
     assert len(list(folder.glob("evaluation*.json"))) == count  # the same documents, elsewhere
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Root may write everywhere, so the system's answer is replaced for this folder."""
+    from tests.tools import assert_one_line, run
+
+    def measured(*_: Any) -> Any:
+        raise RunError("scored")
+
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != trained and may(path, mode))
+    monkeypatch.setattr("pretrain.offline.evaluate._measure", measured)
+    assert run(monkeypatch, "evaluate", str(trained)) == 1
+    assert_one_line(capsys.readouterr().err, (f"{trained}: cannot be written", "--out FILE"))
+    assert run(monkeypatch, "evaluate", str(trained), "--out", str(tmp_path / "figures")) == 1
+    assert "error: scored" in capsys.readouterr().err
 
 
 def test_a_path_from_inside_a_run_is_of_that_run(

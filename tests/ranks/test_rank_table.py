@@ -66,6 +66,10 @@ def test_merged_rows_are_the_measured_ones(tmp_path: Path) -> None:
     add_ranks(tmp_path, 3, rows_of(3, 1.0), MEASURED)
     merge_ranks(tmp_path)
     assert read_ranks(tmp_path) == rows_of(3, 1.0)
+    add_ranks(tmp_path, 2, rows_of(2, 1.0), MEASURED)
+    merge_ranks(tmp_path)
+    found = pq.read_table(tmp_path / "ranks.parquet").column("step").to_pylist()
+    assert found == [2] * 6 + [3] * 6
 
 
 def test_a_checkpoint_does_not_wait_for_a_large_table(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel
 
 from pretrain.config.compare import differences
-from pretrain.config.recipe import Config, load_config, value_at, with_values
+from pretrain.config.recipe import Config, dump_config, load_config, value_at, with_values
 from pretrain.decay.plan import plan_decay
 from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
@@ -164,6 +164,37 @@ def test_a_key_of_a_finished_run(
                 old = value_at(config, key)
                 assert f"{key}={old}, the recipe says {value}" in line, (key, value, line)
         assert hashes(folder) == before, (key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "free"),
+    [
+        ("checkpoint.mirror", True), ("grid.zero_stage", True), ("logging.every", True),
+        ("speed.compile", True), ("evaluation.at_end", True), ("evaluation.batch", True),
+        ("faults.watchdog", True), ("resume.decay", True),
+        ("checkpoint.every", False), ("ranks.every", False), ("evaluation.every", False),
+        ("train.steps", False), ("optimizer.learning_rate", False), ("seed", False),
+    ],
+)  # fmt: skip
+def test_what_may_still_be_changed(key: str, free: bool) -> None:
+    assert is_free(key) == free and key in keys_of(Config)
+
+
+def test_a_sweep_of_an_earlier_version_keeps_its_lengths(data: Path, tmp_path: Path) -> None:
+    """What such a version took is not asked about again; other lengths are."""
+    values = base_recipe(data)
+    values["optimizer"]["schedule"] = {"warmup": 1.0}
+    values["model"]["vocabulary_size"] = 400
+    write_recipe(tmp_path / "recipe.yaml", values)
+    sweep = {"recipe": "recipe.yaml", "grid": {ATTENTION: [0.5]}, "seeds": [7]}
+    path = write_recipe(tmp_path / "one.yaml", sweep)
+    (task,) = load_sweep(path, tmp_path / "runs").tasks
+    task.run.mkdir(parents=True)
+    (task.run / CONFIG).write_text(dump_config(task.config))
+    check_runs(load_sweep(path, tmp_path / "runs"), torch.device("cpu"))
+    write_recipe(path, {**sweep, "set": {"train.steps": 77}})
+    with pytest.raises(UsageError, match="one step or the whole run"):
+        check_runs(load_sweep(path, tmp_path / "runs"), torch.device("cpu"))
 
 
 def test_a_key_of_a_finished_sweep(trained: Path, data: Path, tmp_path: Path) -> None:

@@ -263,9 +263,9 @@ def run_command(command: Callable[..., object] = app) -> int:
         return report_failure(error)
 
 
-def main(command: Callable[..., object] = app) -> None:
+def main() -> None:
     """The program: run a command and end the process with its exit code."""
-    leave(run_command(command))
+    leave(run_command())
 
 
 if __name__ == "__main__":

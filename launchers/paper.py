@@ -37,12 +37,11 @@ def experiment(name: str, runs: Path, parallel: int, data: Path | None = None) -
     sweep = read_mapping(source, "sweep", "keys")
     recipe = (source.parent / sweep["recipe"]).resolve()
     sweep["recipe"] = str(recipe)
-    out = runs / name
-    with held(out):
+    out, file = runs / name, runs / f"{name}.yaml"
+    with held(file):  # the sweep takes the lock of its own folder
         if load_config(recipe).task.kind == "text":
             text = data or prepare_embedded(runs / "text", _say)
             sweep["set"] = {**sweep.get("set", {}), "data.path": str(text)}
-        file = runs / f"{name}.yaml"
         write_aside(file, yaml.safe_dump(sweep, sort_keys=False).encode())
         if run(file, out, "local", parallel, None, [], False, False, 0.0, as_json=False):
             raise RunError(

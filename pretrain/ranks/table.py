@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.disk import open_regular
 from data_pipeline.files import replacing
 from data_pipeline.strict_json import to_json
 from pretrain.config.recipe import load_config
 from pretrain.config.run import RanksConfig
-from pretrain.errors import RunError, UsageError
+from pretrain.errors import UsageError
 from pretrain.ranks.columns import Columns, from_arrow
+from pretrain.ranks.files import ROWS, pieces, reading, steps_in, table_in
 from pretrain.ranks.probe import Row
-from pretrain.ranks.schema import BY_NAME, COLUMNS, KEYS, TEXT_KEYS, Column
+from pretrain.ranks.schema import BY_NAME, COLUMNS, KEYS, Column
 
 RANKS = "ranks.parquet"
 _CONFIG = "config.yaml"
 _PARTS = ".ranks"
-_ROWS = 20_000
-"""Number of rows in memory at once when a table is rewritten."""
 
 
 def rewind_ranks(run: Path, step: int) -> None:
@@ -80,9 +77,9 @@ def _merge(run: Path, parts: list[Path], until: int | None = None) -> None:
 
     path = run / RANKS
     files = [*([path] if path.exists() else []), *parts]
-    schemas = [_table_in(file, pq.read_schema) for file in files]
+    schemas = [table_in(file, pq.read_schema) for file in files]
     # Null columns of one file get the type that another file has.
-    with _reading(path):  # columns of one name may have types that do not go together
+    with reading(path):  # columns of one name may have types that do not go together
         schema = pa.unify_schemas(
             [part_schema.remove_metadata() for part_schema in schemas], promote_options="permissive"
         ).with_metadata(schemas[-1].metadata)
@@ -92,20 +89,36 @@ def _merge(run: Path, parts: list[Path], until: int | None = None) -> None:
         aside.open("wb") as opened,  # Arrow accepts only UTF-8 paths
         pq.ParquetWriter(opened, schema) as writer,
     ):
-        for file, steps in chosen:
-            for table in _pieces(file, steps):
-                if table.num_rows:
-                    like = [schema.empty_table(), table]
-                    writer.write_table(pa.concat_tables(like, promote_options="permissive"))
+        found = (table for file, steps in chosen for table in pieces(file, steps))
+        for group in _groups(found, schema):
+            writer.write_table(group)
     for part in parts:
         part.unlink()
 
 
-def _steps_of(files: list[Path], until: int | None) -> list[tuple[Path, list[int]]]:
+def _groups(tables: Iterable[Any], schema: Any) -> Iterator[Any]:
+    """Tables joined into groups of rows: thousands of small ones take more memory than their rows.
+
+    Args:
+        schema: the columns and types of the groups.
+    """
+    import pyarrow as pa
+
+    waiting = [schema.empty_table()]
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= ROWS:
+            yield pa.concat_tables(waiting, promote_options="permissive")
+            waiting = [schema.empty_table()]
+    if len(waiting) > 1:
+        yield pa.concat_tables(waiting, promote_options="permissive")
+
+
+def _steps_of(files: list[Path], until: int | None = None) -> list[tuple[Path, list[int]]]:
     """The file from which each step is taken, in order of steps."""
     owner: dict[int, Path] = {}
     for file in files:
-        owner |= dict.fromkeys(_table_in(file, _steps_in), file)
+        owner |= dict.fromkeys(table_in(file, steps_in), file)
     chosen: list[tuple[Path, list[int]]] = []
     for step in sorted(owner):
         if until is not None and step > until:
@@ -114,124 +127,6 @@ def _steps_of(files: list[Path], until: int | None) -> list[tuple[Path, list[int
             chosen.append((owner[step], []))
         chosen[-1][1].append(step)
     return chosen
-
-
-def _pieces(file: Path, steps: list[int]) -> Iterator[Any]:
-    """The rows of some steps, a limited number at a time."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    wanted = pa.array(steps, pa.int64())
-    with _reading(file), open_regular(file) as opened, _parquet(opened) as rows:
-        # No threads of Arrow: they would compete with the training threads.
-        for batch in rows.iter_batches(_ROWS, use_threads=False):
-            table = _plain(pa.Table.from_batches([batch]))
-            yield table.filter(pc.is_in(table.column("step"), value_set=wanted))
-
-
-def _table_in(file: Path, read: Callable[[Any], Any] | None = None) -> Any:
-    """Read a rank table, or apply another reader to its file.
-
-    Raises:
-        RunError: as `_reading`.
-    """
-    with _reading(file), open_regular(file) as opened:  # Arrow accepts only UTF-8 paths
-        return (read or _bounded)(opened)
-
-
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """During a block that reads a rank table, say of any error that the table is damaged.
-
-    Raises:
-        RunError: if it is damaged, or claims more rows than it can contain.
-    """
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(f"{file}: damaged ({reason}); delete it to continue without it") from None
-
-
-_LONGEST_TEXT = 20
-_FEW_ROWS, _SMALLEST_ROW = 250_000, 8
-"""Number of rows that any file may have, and bytes per row beyond that (a row has some 20
-values)."""
-
-
-def _bounded(opened: BinaryIO) -> Any:
-    """The table of a file, with its types as written; a small file cannot expand to a huge table.
-
-    Raises:
-        ValueError: if it is not a rank table.
-    """
-    with _parquet(opened) as file:
-        return _plain(file.read())
-
-
-def _parquet(opened: BinaryIO) -> Any:
-    """Open a file whose rows are safe to read; texts are dictionaries, with each text once.
-
-    Raises:
-        ValueError: if it claims more rows than it can contain, or lacks a column.
-    """
-    import pyarrow.parquet as pq
-
-    size = os.fstat(opened.fileno()).st_size
-    with pq.ParquetFile(opened) as file:
-        rows, names = file.metadata.num_rows, file.schema_arrow.names
-    if rows > max(_FEW_ROWS, size // _SMALLEST_ROW):
-        raise ValueError(f"{rows:,} rows in {size:,} bytes")
-    missing = [name for name in KEYS if name not in names]
-    if rows and missing:
-        raise ValueError(f"has no column {missing[0]}")
-    return pq.ParquetFile(opened, read_dictionary=[name for name in TEXT_KEYS if name in names])
-
-
-def _plain(table: Any) -> Any:
-    """Rows with plain texts, after each column was checked."""
-    import pyarrow as pa
-
-    for name in table.schema.names:
-        _check_column(name, table.column(name))
-    plain = [
-        pa.field(field.name, pa.string()) if field.name in TEXT_KEYS else field
-        for field in table.schema
-    ]
-    return table.cast(pa.schema(plain, table.schema.metadata))
-
-
-def _steps_in(opened: BinaryIO) -> list[int]:
-    """The steps of which a file has rows."""
-    with _parquet(opened) as file:
-        if "step" not in file.schema_arrow.names:  # nothing was measured
-            return []
-        column = file.read(columns=["step"]).column("step")
-    _check_column("step", column)
-    steps: list[int] = column.unique().to_pylist()
-    return steps
-
-
-def _check_column(name: str, column: Any) -> None:
-    """Check that a column has values of the right kind: short texts or numbers.
-
-    Raises:
-        ValueError: naming the column.
-    """
-    import pyarrow as pa
-
-    kind = column.type
-    if name in TEXT_KEYS and pa.types.is_dictionary(kind):
-        texts = [text for chunk in column.chunks for text in chunk.dictionary.to_pylist()]
-        good = all(text and len(text) <= _LONGEST_TEXT for text in texts)
-    elif name in KEYS:
-        good = pa.types.is_integer(kind)
-    else:  # earlier versions let Arrow guess the types of figures
-        if name in BY_NAME and BY_NAME[name].type == "numbers" and pa.types.is_list(kind):
-            kind = kind.value_type
-        good = kind in (pa.float64(), pa.int64(), pa.bool_(), pa.null())
-    if not good or (name in KEYS and column.null_count):
-        raise ValueError(f"{name} is not a column of rank tables")
 
 
 _DEFINITION = b"rankdecay.ranks"
@@ -253,7 +148,7 @@ def ranks_definition(run: Path) -> dict[str, Any] | None:
     ]
     if not files:
         return None
-    definition: dict[str, Any] | None = _table_in(files[0], _definition_in)
+    definition: dict[str, Any] | None = table_in(files[0], _definition_in)
     return definition or _definition_of(load_config(run / _CONFIG).ranks)
 
 
@@ -296,29 +191,54 @@ def read_ranks(run: Path) -> list[Row]:
     """All rows measured so far, in order of steps."""
     rows: dict[tuple[Any, ...], Row] = {}
     for file in _files(run):
-        for row in _table_in(file).to_pylist():
+        for row in table_in(file).to_pylist():
             rows[tuple(row[name] for name in KEYS)] = row
     return sorted(rows.values(), key=lambda row: row["step"])
 
 
-def read_rank_columns(run: Path) -> Columns:
-    """The rows of `read_ranks`, column by column."""
+def read_rank_columns(
+    run: Path,
+    names: Sequence[str] | None = None,
+    choose: Callable[[list[int]], Iterable[int]] | None = None,
+) -> Columns:
+    """The rows of `read_ranks`, column by column.
+
+    Args:
+        names: columns to read, beside those that name a row; default: all.
+        choose: selects steps from those that were measured, which it gets in order; default: all.
+            Only the rows of these steps are in memory.
+    """
+    import pyarrow as pa
+
+    wanted = None if names is None else [*KEYS, *(name for name in names if name not in KEYS)]
+    files = _steps_of(_files(run))
+    steps = sorted(step for _, part in files for step in part)
+    kept = set(steps if choose is None else choose(steps))
+    tables = [
+        table
+        for file, part in files
+        for table in pieces(file, [step for step in part if step in kept], wanted)
+        if table.num_rows
+    ]
+    if not tables:
+        return Columns({})
+    with reading(run / RANKS):  # as in `_merge`
+        table = pa.concat_tables(tables, promote_options="permissive")
+    return from_arrow(_in_order(table))
+
+
+def _in_order(table: Any) -> Any:
+    """Rows in order of steps; of rows that name the same, the last."""
     import numpy as np
     import pyarrow as pa
 
-    tables = [_table_in(file) for file in _files(run)]
-    if not any(table.num_rows for table in tables):
-        return Columns({})
-    with _reading(run / RANKS):  # as in `_merge`
-        table = pa.concat_tables(tables, promote_options="permissive")
     keys = np.stack([_numbers(table.column(name)) for name in KEYS])
-    # Of a row that is there twice the last counts.
     _, last = np.unique(keys[:, ::-1], axis=1, return_index=True)
     chosen = np.sort(len(table) - 1 - last)
     chosen = chosen[np.argsort(keys[0, chosen], kind="stable")]
     if len(chosen) < len(table) or (chosen[1:] < chosen[:-1]).any():
         table = table.take(pa.array(chosen))
-    return from_arrow(table)
+    return table
 
 
 def _numbers(column: Any) -> Any:

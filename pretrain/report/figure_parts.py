@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable
 
 from pretrain.ranks.columns import AnyRow
 from pretrain.report.load import Study
 
 PRODUCTS = {"qk": "W_QK", "vp": "W_VP"}
-_T = TypeVar("_T")
 
 
 def shade(index: int, count: int) -> float:
@@ -54,10 +52,3 @@ def about(study: Study) -> str:
         f"{'s' * (len(seeds) > 1)}; {model.dialect.value} of {model.num_layers} layers x "
         f"{model.num_attention_heads} heads, width {model.hidden_size}, {tokens:,} tokens per run."
     )
-
-
-def some_of(values: Sequence[_T], most: int) -> list[_T]:
-    """At most ``most`` items, evenly spaced, including the first and the last."""
-    if len(values) <= most:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

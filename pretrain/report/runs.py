@@ -21,6 +21,7 @@ from pretrain.ranks.columns import AnyRow, Columns, column_of, numbers_of
 from pretrain.ranks.probe import lawful
 from pretrain.ranks.schema import NEEDED, OF_THE_LAW
 from pretrain.ranks.table import RANKS, read_rank_columns
+from pretrain.report.sample import shown_steps
 from pretrain.runs.folder import CONFIG, EVALUATION, read_starts, recipe_of
 from pretrain.runs.identity import read_identity
 from pretrain.runs.metrics import read_all_metrics
@@ -37,6 +38,7 @@ class RunData:
     path: Path
     config: Config
     ranks: Sequence[AnyRow]
+    """The rank table: at most `sample.MOST_STEPS` of its steps, with the first and the last."""
     metrics: Sequence[AnyRow]
     held_out: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
@@ -50,6 +52,8 @@ class RunData:
     """Blocks of samples that were left out after a fault."""
     skipped: tuple[int, ...] = ()
     """Updates that were skipped because a value was not finite."""
+    constant_decay: bool = True
+    """Whether every measurement has the same λ of each attention matrix."""
 
     @property
     def seed(self) -> int:
@@ -135,12 +139,7 @@ class RunData:
         for policy in self.config.optimizer.weight_decay.policies:
             if any(role in ATTENTION for word in policy.roles for role in ALIASES.get(word, ())):
                 return False
-        decays: dict[tuple[Any, ...], set[float]] = {}
-        for row in self.heads:
-            for side in "ab":
-                key = row["layer"], row["product"], side
-                decays.setdefault(key, set()).add(row[f"decay_{side}"])
-        return all(len(values) == 1 for values in decays.values())
+        return self.constant_decay
 
     def _rate(self, step: int) -> float:
         """The rate that multiplied λ in an update (counted from 0), mean over the matrices."""
@@ -252,15 +251,16 @@ def load_run(path: Path) -> RunData:
     if not (path / CONFIG).is_file():
         raise UsageError(f"{path}: not a run folder (no {CONFIG})")
     config = recipe_of(path)
-    ranks = read_rank_columns(path)
-    if not ranks:
+    outline = read_rank_columns(path, ["decay_a", "decay_b"])
+    if not outline:
         raise UsageError(f"{path}: nothing was measured yet; let it train")
+    ranks = read_rank_columns(path, choose=shown_steps)
     missing = [name for name in NEEDED if name not in ranks.names]
     if missing:
         raise RunError(
             f"{path}: its rank table has no {missing[0]}, as in an older version; train it again"
         )
-    _check_steps(path, ranks)
+    _check_steps(path, outline)
     metrics = read_all_metrics(path)
     return RunData(
         path,
@@ -274,7 +274,18 @@ def load_run(path: Path) -> RunData:
         read_starts(path),
         tuple(read_jumps(path)),
         tuple(row["step"] for row in metrics.events if str(row["message"]).endswith(SKIPPED)),
+        _is_constant(outline),
     )
+
+
+def _is_constant(outline: Columns) -> bool:
+    """Whether each factor of attention has one λ in all rows of heads."""
+    names = ("level", "layer", "product", "decay_a", "decay_b")
+    decays: dict[tuple[Any, ...], tuple[float, float]] = {}
+    for level, layer, product, *both in zip(*map(outline.column, names), strict=True):
+        if level == "head" and decays.setdefault((layer, product), tuple(both)) != tuple(both):
+            return False
+    return True
 
 
 def _check_steps(path: Path, ranks: Columns) -> None:

@@ -12,9 +12,9 @@ from pretrain.report.figure_parts import (
     about,
     mean_over,
     shade,
-    some_of,
 )
 from pretrain.report.load import Condition, RunData, Study
+from pretrain.report.sample import some_of
 from pretrain.report.spec import Choice, Figure, Panel, Series
 
 _MOST_POINTS = 1000

@@ -14,6 +14,7 @@ import pytest
 
 from pretrain.config.run import RanksConfig
 from pretrain.errors import UsageError
+from pretrain.ranks import files as rank_files
 from pretrain.ranks import table as rank_table
 from pretrain.ranks.table import (
     add_ranks,
@@ -153,7 +154,7 @@ def test_a_merge_loses_nothing_and_takes_little_at_once(
 ) -> None:
     """Steps measured twice, rows that come while it writes, a rewind: as of all rows in memory."""
     rng = random.Random(seed)
-    monkeypatch.setattr(rank_table, "_ROWS", 3)
+    monkeypatch.setattr(rank_files, "ROWS", 3)
     wanted: dict[tuple[int, int], float] = {}
 
     def add(step: int) -> None:
@@ -193,3 +194,12 @@ def test_a_merge_loses_nothing_and_takes_little_at_once(
     rank_table.merge_ranks(tmp_path)
     steps = pq.read_table(tmp_path / "ranks.parquet").column("step").to_pylist()
     assert steps == sorted(steps) and found() == wanted
+
+
+def test_a_merge_leaves_few_row_groups(tmp_path: Path) -> None:
+    """Thousands of measurements: a row group for each would take most of a reader's memory."""
+    for step in range(40):
+        add_ranks(tmp_path, step, rows_of(step, 0.5, 10), MEASURED)
+    merge_ranks(tmp_path)
+    metadata = pq.read_metadata(tmp_path / "ranks.parquet")
+    assert (metadata.num_row_groups, metadata.num_rows) == (1, 800)

@@ -36,14 +36,11 @@ def write_corpus(out: Path) -> dict[str, int]:
     """
     import zstandard
 
-    library = Path(sysconfig.get_paths()["stdlib"])
-    documents = sorted(_documents(library), key=lambda document: _order(document[1], document[2]))
-    if len(documents) < 100:
-        raise DataError(f"{library}: has too few sources; give your own files to `data tokenize`")
     counts = {}
     with held(out):
         refuse_run(out)
         refuse_busy(out)
+        documents = _sorted_documents(Path(sysconfig.get_paths()["stdlib"]))
         for split in SPLITS:
             lines = [
                 json.dumps({"text": text, "meta": {"pile_set_name": subset}}, ensure_ascii=False)
@@ -55,6 +52,13 @@ def write_corpus(out: Path) -> dict[str, int]:
             packed = zstandard.ZstdCompressor(level=9).compress(data)
             _write_new(out / f"{split}.jsonl.zst", packed)
     return counts
+
+
+def _sorted_documents(library: Path) -> list[tuple[str, str, str]]:
+    documents = sorted(_documents(library), key=lambda document: _order(document[1], document[2]))
+    if len(documents) < 100:
+        raise DataError(f"{library}: has too few sources; give your own files to `data tokenize`")
+    return documents
 
 
 def _write_new(path: Path, data: bytes) -> None:

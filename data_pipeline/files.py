@@ -24,6 +24,10 @@ LOCK = ".lock"
 LARGEST = 1 << 25
 """Largest file that is read whole into Python objects, which take some twenty times its bytes."""
 _LARGEST_TOKENIZER = 1 << 28
+HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
+"""Errors of a file system with locks that mean: another process has this one."""
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
+"""Errors of a file system without locks."""
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.tmp")
 
@@ -140,7 +144,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held(path: Path, patience: float = 0.0) -> Iterator[None]:
+def held(path: Path, patience: float = 0.0, warns: bool = True) -> Iterator[None]:
     """Lock the name of a file or folder for this process.
 
     Until the block ends, ``.NAME.lock`` is beside it; then the lock file is removed, and only the
@@ -148,6 +152,7 @@ def held(path: Path, patience: float = 0.0) -> Iterator[None]:
 
     Args:
         patience: seconds to wait for another process that holds the lock.
+        warns: whether to warn if the file system has no locks; the block runs in any case.
 
     Raises:
         DataError: if another process still holds it.
@@ -162,7 +167,7 @@ def held(path: Path, patience: float = 0.0) -> Iterator[None]:
         except OSError as error:
             raise type(error)(error.errno, error.strerror, str(path)) from None
         try:
-            _take(descriptor, path, until - time.monotonic())
+            _take(descriptor, path, until - time.monotonic(), warns)
         except BaseException:
             os.close(descriptor)
             raise
@@ -196,12 +201,12 @@ def refuse_busy(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError), open_regular(folder / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{folder}: another process is writing here; wait for it or choose another --out"
-            ) from None
-        except OSError:  # no locks here
-            return
+        except OSError as error:
+            if error.errno in HELD:
+                raise DataError(
+                    f"{folder}: another process is writing here; wait for it or choose another "
+                    "--out"
+                ) from None
 
 
 def open_lock(path: Path, mode: int = 0o644) -> int:
@@ -223,7 +228,7 @@ def open_lock(path: Path, mode: int = 0o644) -> int:
     return descriptor
 
 
-def _take(descriptor: int, path: Path, patience: float = 0.0) -> None:
+def _take(descriptor: int, path: Path, patience: float = 0.0, warns: bool = True) -> None:
     """Lock an open file and write the holder's name into it.
 
     Raises:
@@ -234,7 +239,18 @@ def _take(descriptor: int, path: Path, patience: float = 0.0) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                if warns:
+                    print(
+                        f"warning: {path}: this file system has no locks; do not start a second "
+                        "process here",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                break
+            if error.errno not in HELD:
+                raise
             if time.monotonic() > until:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                 kind = "folder" if path.is_dir() else "file"
@@ -243,16 +259,6 @@ def _take(descriptor: int, path: Path, patience: float = 0.0) -> None:
                     "for it or choose another --out"
                 ) from None
             time.sleep(0.05)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            print(
-                f"warning: {path}: this file system has no locks; do not start a second process "
-                "here",
-                file=sys.stderr,
-                flush=True,
-            )
-            break
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
 

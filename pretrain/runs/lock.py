@@ -8,20 +8,19 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from data_pipeline.disk import open_regular
-from data_pipeline.files import held, open_lock, refuse_run, write_aside
+from data_pipeline.files import HELD, NO_LOCKS, held, open_lock, refuse_run, write_aside
+from data_pipeline.records import DataError
 from pretrain.cli.console import warn
 from pretrain.errors import RunError
 
 LOCK = ".lock"
 PATIENCE = 10.0
 """Seconds to wait for a command that writes other files into a new folder."""
-_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
-"""Errors of a file system with locks that mean: another process has this one."""
 
 
 class BusyError(RunError):
@@ -43,8 +42,7 @@ class RunLock:
         """Take the lock; if the file system has no locks, warn and continue without.
 
         Raises:
-            BusyError: if another process has it.
-            DataError: if another command writes other files into the new folder.
+            BusyError: if another process has it, or writes other files into the new folder.
         """
         with _alone(self._run, self._patience):
             self._run.mkdir(parents=True, exist_ok=True)
@@ -79,12 +77,16 @@ def _alone(folder: Path, patience: float) -> Iterator[None]:
     anyway, so nothing is done for one.
 
     Raises:
-        DataError: if such a command still writes there after ``patience`` seconds.
+        BusyError: if such a command still writes there after ``patience`` seconds.
     """
     with ExitStack() as stack:
         if not (folder / "run-id").exists():
-            with suppress(PermissionError):  # nobody else can write beside it either
-                stack.enter_context(held(folder, patience=patience))
+            try:
+                stack.enter_context(held(folder, patience, warns=False))
+            except DataError as error:
+                raise BusyError(str(error)) from None
+            except PermissionError:  # nobody else can write beside it either
+                pass
         yield
 
 
@@ -100,8 +102,7 @@ def shared(
         patience: seconds to wait for a command that writes other files into a new folder.
 
     Raises:
-        BusyError: if a process of other work holds the folder.
-        DataError: if another command writes other files into the new folder.
+        BusyError: if a process of other work holds the folder, or writes other files there.
     """
     with ExitStack() as stack:
         with _alone(folder, patience):
@@ -169,12 +170,9 @@ def is_busy(run: Path) -> bool:
         with open_regular(run / LOCK) as file:
             return not _try(file, fcntl.LOCK_SH)
     except OSError as error:
-        if error.errno in (errno.ENOENT, *_NO_LOCKS):
+        if error.errno in (errno.ENOENT, *NO_LOCKS):
             return False
         raise
-
-
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 def _try(file: IO[Any], kind: int, pause: float = 0.0) -> bool:
@@ -187,7 +185,7 @@ def _try(file: IO[Any], kind: int, pause: float = 0.0) -> bool:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _HELD:
+        if error.errno in HELD:
             return False
         raise
     return True

@@ -121,7 +121,7 @@ def test_a_lock_that_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     (tmp_path / LOCK).touch()
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(BusyError):
-        RunLock(tmp_path).acquire()
+        RunLock(tmp_path, patience=0.1).acquire()
     assert is_busy(tmp_path)
 
 

@@ -12,16 +12,16 @@ from data_pipeline.corpus import write_corpus
 from data_pipeline.files import held
 from data_pipeline.sources import DataError
 from pretrain.report import write_report
-from pretrain.runs.lock import RunLock, shared
+from pretrain.runs.lock import BusyError, RunLock, shared
 
 
 def test_a_report_keeps_training_out(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with held(out):
-        with pytest.raises(DataError, match="another process"):
+        with pytest.raises(BusyError, match="another process"):
             RunLock(out, patience=0.1).acquire()
         with (
-            pytest.raises(DataError, match="another process"),
+            pytest.raises(BusyError, match="another process"),
             shared(out, {out / "sweep.yaml": b"a"}, "sweep", patience=0.1),
         ):
             pass

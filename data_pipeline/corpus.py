@@ -12,6 +12,7 @@ import hashlib
 import json
 import sysconfig
 import tokenize
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,12 +116,25 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             parts = [
                 f"{part.name}: {text}"
-                for part in ast.walk(node)
+                for part in _statements(node)
                 if isinstance(part, ast.ClassDef | ast.FunctionDef)
                 and (text := ast.get_docstring(part))
             ]
             if parts:
                 yield "\n\n".join(parts)
+
+
+def _statements(node: ast.stmt) -> Iterator[ast.AST]:
+    """A statement and those in it, in the order of `ast.walk`, which also visits expressions."""
+    waiting: deque[ast.AST] = deque([node])
+    while waiting:
+        part = waiting.popleft()
+        waiting.extend(
+            child
+            for child in ast.iter_child_nodes(part)
+            if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case)
+        )
+        yield part
 
 
 def _split(key: str) -> str:

@@ -40,45 +40,49 @@ def factored(parameters: Tensor) -> Tensor:
     return parameters[:2] * parameters[2:]
 
 
-def train(form: Callable[[Tensor], Tensor], decoupled: bool) -> tuple[list[Any], Tensor, Tensor]:
-    """The path of w under AdamW with decay λ, or Adam with L2 penalty λε.
+End = tuple[list[Any], Tensor, Tensor]
+"""Points ``(step, w₁, w₂)``, the final parameters, their gradient without any penalty."""
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {"direct": direct, "factored": factored}
+OPTIMIZERS = {"AdamW": True, "Adam + L2": False}
 
-    Returns:
-        (points ``(step, w₁, w₂)``, the final parameters, their gradient without any penalty).
+
+def train(decoupled: bool) -> dict[str, End]:
+    """The path of w in each form under AdamW with decay λ, or Adam with L2 penalty λε.
+
+    Both forms are parameters of one optimizer: it treats every element alone.
     """
     w = torch.tensor(START, dtype=torch.float64)
-    first = w if form is direct else torch.cat([w.sqrt(), w.sqrt()])
-    parameters = first.clone().requires_grad_()
-    settings: dict[str, Any] = {"lr": RATE, "betas": (0.9, 0.95), "eps": EPSILON}
+    firsts = {"direct": w, "factored": torch.cat([w.sqrt(), w.sqrt()])}
+    parameters = {form: first.clone().requires_grad_() for form, first in firsts.items()}
+    settings: dict[str, Any] = {"lr": RATE, "betas": (0.9, 0.95), "eps": EPSILON, "foreach": False}
     optimizer: torch.optim.Optimizer
     if decoupled:
-        optimizer = torch.optim.AdamW([parameters], weight_decay=DECAY, **settings)
+        optimizer = torch.optim.AdamW(parameters.values(), weight_decay=DECAY, **settings)
     else:
-        optimizer = torch.optim.Adam([parameters], weight_decay=DECAY * EPSILON, **settings)
-    path = []
+        optimizer = torch.optim.Adam(parameters.values(), weight_decay=DECAY * EPSILON, **settings)
+    paths: dict[str, list[Any]] = {form: [] for form in FORMS}
     for step in range(STEPS + 1):
+        points = {form: FORMS[form](values) for form, values in parameters.items()}
         if step % EVERY == 0:
-            path.append((step, *form(parameters.detach()).tolist()))
+            for form, point in points.items():
+                paths[form].append((step, *point.tolist()))
         optimizer.zero_grad()
-        distance(form(parameters)).backward()
+        sum(map(distance, points.values()), torch.zeros(())).backward()
         if step < STEPS:
             optimizer.step()
+    return {form: (paths[form], p.detach(), _gradient(p)) for form, p in parameters.items()}
+
+
+def _gradient(parameters: Tensor) -> Tensor:
     assert parameters.grad is not None
-    return path, parameters.detach(), parameters.grad
-
-
-ARMS: dict[tuple[str, str], tuple[Callable[[Tensor], Tensor], bool]] = {
-    ("direct", "AdamW"): (direct, True),
-    ("direct", "Adam + L2"): (direct, False),
-    ("factored", "AdamW"): (factored, True),
-    ("factored", "Adam + L2"): (factored, False),
-}
+    return parameters.grad
 
 
 def run(out: Path) -> None:
     """Draw both panels, write the paths, print the checks."""
     out.mkdir(parents=True, exist_ok=True)
-    results = {arm: train(*words) for arm, words in ARMS.items()}
+    trained = {name: train(decoupled) for name, decoupled in OPTIMIZERS.items()}
+    results = {(form, name): trained[name][form] for form in FORMS for name in OPTIMIZERS}
     write_csv(
         out / "fig5.csv",
         [

@@ -76,3 +76,19 @@ def test_training_keeps_a_corpus_out(tmp_path: Path) -> None:
         write_corpus(out)
     assert [file.name for file in out.iterdir()] == [".lock"]
     run.release()
+
+
+def test_processes_of_one_sweep_share_a_folder(tmp_path: Path) -> None:
+    """Of another sweep none comes in beside them, and nothing of theirs is written."""
+    out = tmp_path / "out"
+    mine = {out / "sweep.json": b"a", out / "recipes" / "x.yaml": b"1"}
+    others = ({**mine, out / "sweep.json": b"b"}, {**mine, out / "recipes" / "y.yaml": b"1"})
+    with shared(out, mine, "sweep"):
+        with shared(out, mine, "sweep"):
+            pass
+        for other in others:
+            with pytest.raises(BusyError, match="another sweep"), shared(out, other, "sweep"):
+                pass
+            assert {file: file.read_bytes() for file in mine} == mine
+    with shared(out, others[0], "sweep"):
+        assert {file: file.read_bytes() for file in others[0]} == others[0]

@@ -125,19 +125,33 @@ def test_injected_into_a_run(
         assert_one_line(text, ((error.args[1] if isinstance(error, OSError) else str(error))[:30],))
 
 
-class Heard(Grid):
-    """A grid whose other rank's GPU failed."""
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (AcceleratorError("CUDA error: uncorrectable ECC error encountered"), MachineError),
+        (RunError("the disk is full"), RunError),
+        (UsageError("a: no"), UsageError),
+    ],
+)
+def test_all_ranks_say_the_same(error: Exception, kind: type[Exception]) -> None:
+    """A rank ends as its peer that failed: if a GPU did, both ask for another start."""
+    sent: list[Any] = []
 
-    def gather(self, value: Any) -> list[Any]:
-        return [None, ("machine", "GPU of rank 1")]
+    class Failed(Grid):
+        def gather(self, value: Any) -> list[Any]:
+            sent.append(value)
+            return [None, value]
 
+    class Heard(Grid):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, *sent]
 
-def test_all_ranks_say_the_same_of_a_machine() -> None:
-    """A rank whose peer's GPU failed asks for another start, too."""
-    grid = Heard(1, 1, 1, 0, torch.device("cpu"), None, None, None)
-    with pytest.raises(MachineError, match="GPU of rank 1") as raised, grid.together(""):
+    place = (1, 1, 1, 0, torch.device("cpu"), None, None, None)
+    with pytest.raises(kind, match=str(error)), Failed(*place).together(""):
+        raise error
+    with pytest.raises(kind, match=str(error)) as raised, Heard(*place).together(""):
         pass
-    assert exit_code(raised.value) == TRY_AGAIN
+    assert exit_code(raised.value) == exit_code(error)
 
 
 def test_what_a_terminal_would_obey_is_written_out() -> None:

@@ -109,6 +109,18 @@ def test_starts_without_progress_are_counted(tmp_path: Path) -> None:
     assert starts(f"echo $n > {latest}; [ $n -lt 6 ] && exit 75; exit 0") == (0, 6)
 
 
+@pytest.mark.parametrize(("said", "threads"), [(None, {1: "6", 4: "1", 8: "1"}), ("5", {4: "5"})])
+def test_ranks_share_the_cores_of_a_quota(
+    said: str | None, threads: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launchers.local.usable_cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    for processes, wanted in threads.items():
+        assert start_environment(processes)["OMP_NUM_THREADS"] == wanted
+
+
 def test_the_meeting_place_is_closed_to_others(tmp_path: Path) -> None:
     shown = tmp_path / "shown"
     assert ranks(f'stat -c %a "${MEETING}" > {shown}; echo "${MEETING}" >> {shown}', 1) == 0

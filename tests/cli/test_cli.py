@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from pretrain.cluster.plan_memory import process_bytes
 from tests.tools import (
     base_recipe,
     check_theory,
@@ -84,6 +86,11 @@ def test_dry_run_counts_every_parameter(
     total = 2 * block + vocabulary * width + 32 * width + 2 * width
     assert found["parameters"] == total
     assert {"role", "layers", "tensors", "parameters", "weight_decay"} <= found["groups"][0].keys()
+    memory = found["memory_gib"]
+    base, slack = process_bytes("cuda" if torch.cuda.is_available() else "cpu")
+    assert memory["libraries"] == pytest.approx(base / 2**30)
+    assert (memory["allocator"] > 0) == (slack > 0)
+    assert memory.pop("total") == pytest.approx(sum(memory.values()))
     assert not (tmp_path / "runs").exists()
     assert run(monkeypatch, "train", str(recipe), "--dry-run") == 0
     assert "attention_output" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.cluster.local_rates import measure_here
-from pretrain.cluster.plan import DEVICES, choose, rank
+from pretrain.cluster.plan import DEVICES, Choice, _best, choose, rank
 from pretrain.cluster.plan_memory import memory_of
 from pretrain.cluster.plan_shapes import Layout, sizes_of
 from pretrain.config.recipe import Config, parse_config, with_values
@@ -76,6 +76,75 @@ def test_what_a_recipe_sets_counts() -> None:
     attention = [one.flops(1) - 6 * one.matrices for one in (wide, usual)]
     assert attention[0] == 4 * attention[1]
     assert rank(config_of(batch=16), DEVICES["h100"], 1)[0].micro_batch == 16
+
+
+def test_precision_decides_the_rate() -> None:
+    found = {
+        word: choose(with_values(config_of(), {"precision": word}, "test"), DEVICES["h100"], 1)
+        for word in ("fp32", "bf16")
+    }
+    ratio = found["fp32"].seconds["products"] / found["bf16"].seconds["products"]
+    assert ratio == pytest.approx(989 / 67)
+
+
+def test_what_attention_costs() -> None:
+    """Products of all scores where none is left out; scores that a layer keeps; repeated keys."""
+
+    def attention(**model: object) -> float:
+        sizes = sizes_of(config_of(**model))  # type: ignore[arg-type]
+        return sizes.flops(1) - 6 * sizes.matrices
+
+    causal = attention()
+    assert all(attention(attention=kind) == 2 * causal for kind in ("linear", "sigmoid"))
+    assert attention(dialect="gpt_neox", causal=False) == 2 * causal
+
+    def kept(**model: object) -> float:
+        sizes = sizes_of(config_of(**model))  # type: ignore[arg-type]
+        return memory_of(sizes, layout(micro=512))["activations"]
+
+    scores = 4 * 512 * 128 * 128 * 8  # layers, sequences, queries, keys, heads
+    assert kept(attention="linear") - kept() == 2 * scores
+    assert kept(attention="sigmoid") - kept() == 6 * scores
+    groups = [kept(dialect="llama", num_key_value_heads=count) for count in (1, 4, 8)]
+    assert groups == [groups[-1]] * 3
+
+
+def test_zero_3_keeps_what_it_gathers_between_the_passes() -> None:
+    sizes = sizes_of(config_of())
+    count = sizes.parameters + sizes.ends
+    for reuse, kept in ((1e9, count), (1e6, 5e5), (0, 0)):
+        found = memory_of(sizes, layout(micro=512, data=4, stage=3, reuse=reuse))
+        assert found["gathered"] == 2 * kept
+
+
+def test_each_grid_pads_the_vocabulary_in_its_own_way() -> None:
+    """To a number of tokens that its processes divide."""
+    config = config_of(vocabulary_size=1099, vocabulary_multiple=1)
+    eight = with_values(config, {"grid.tensor_parallel": 8}, "test")
+    assert (sizes_of(config).vocabulary, sizes_of(eight).vocabulary) == (1099, 1104)
+    for found in rank(config, DEVICES["h100"], 8):
+        values = {
+            "grid.tensor_parallel": found.tensor,
+            "grid.pipeline_parallel": found.pipeline,
+            "grid.zero_stage": found.zero_stage,
+            "grid.activation_checkpointing": found.recompute,
+            "train.micro_batch": found.micro_batch,
+        }
+        assert choose(with_values(config, values, "test"), DEVICES["h100"], 8) == found
+
+
+def test_of_equals_the_largest_micro_batch_with_room() -> None:
+    def choice(micro: int, seconds: float, gigabytes: float) -> Choice:
+        some = choose(config_of(), DEVICES["h100"], 1)
+        memory = {"weights": gigabytes * 1e9}
+        return replace(some, micro_batch=micro, seconds={"step": seconds}, memory=memory)
+
+    def best(*choices: Choice) -> int:
+        return _best(list(choices), DEVICES["h100"]).micro_batch
+
+    assert best(choice(2, 1.005, 20), choice(4, 1.0, 60), choice(8, 1.02, 63)) == 4
+    assert best(choice(2, 1.005, 20), choice(4, 1.0, 70)) == 2  # 80 % are 64 GB
+    assert best(choice(2, 1.005, 66), choice(4, 1.0, 70)) == 4  # nothing has room
 
 
 def test_grids_are_ranked() -> None:

@@ -52,20 +52,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG_FILES = (
-    "faults/test_processes", "engine/test_grid", "faults/test_machines", "decay/test_policies",
-    "sweep/test_sweep", "engine/test_grid_sums", "paper/test_paper", "engine/test_flat_update",
-    "decay/test_decay_applied", "engine/test_speed", "models/test_bf16",
-    "report/test_report_numbers", "report/test_report_notes", "engine/test_norms",
-    "offline/test_exchange", "decay/test_extending", "checkpoint/test_resume",
-    "engine/test_raw_deepspeed", "tasks/test_tasks", "faults/test_files", "faults/test_numbers",
-    "faults/test_storage", "cli/test_every_signal", "cli/test_signals", "runs/test_writing_pairs",
-    "report/test_report", "engine/test_grid_gradients", "cli/test_bombs",
-    "report/test_report_names", "runs/test_damaged_folders", "data_pipeline/test_source_limits",
-    "runs/test_two_at_once", "launchers/test_team", "launchers/test_elastic",
-    "launchers/test_launch", "data_pipeline/test_data", "engine/test_skipped", "cluster/test_plan",
-    "data_pipeline/test_adopt", "tasks/test_own_task",
+    "engine/test_grid", "engine/test_speed", "faults/test_processes", "decay/test_policies",
+    "faults/test_machines", "engine/test_flat_update", "paper/test_paper", "engine/test_grid_sums",
+    "offline/test_exchange", "cli/test_signals", "sweep/test_sweep", "decay/test_decay_applied",
+    "report/test_report_again", "checkpoint/test_resume", "launchers/test_launch",
+    "config/test_shipped_recipes", "launchers/test_team", "report/test_report", "models/test_bf16",
+    "engine/test_norms", "engine/test_raw_deepspeed", "cluster/test_plan_truth",
+    "data_pipeline/test_data", "tasks/test_tasks", "report/test_report_notes",
+    "report/test_report_numbers", "runs/test_writing_pairs", "report/test_report_names",
+    "faults/test_files", "runs/test_asked", "cli/test_bombs", "data_pipeline/test_source_limits",
+    "faults/test_numbers", "engine/test_grid_gradients", "cluster/test_plan",
+    "launchers/test_elastic", "cli/test_exits", "cli/test_every_signal", "decay/test_extending",
+    "engine/test_private_deepspeed", "runs/test_two_at_once", "cli/test_mistakes",
+    "tasks/test_own_task", "engine/test_skipped", "faults/test_storage", "models/test_models",
+    "offline/test_truncate", "offline/test_exports", "test_warm", "config/test_code_of_others",
+    "cli/test_secrets", "runs/test_damaged_folders", "config/test_lengths",
+    "config/test_recipe_fuzz", "cli/test_printed", "runs/test_lock_files", "runs/test_folder_taken",
 )  # fmt: skip
-"""Files that take more than five seconds of CPU, about the longest first (`--cpu-times` tells)."""
+"""Files that take more than three seconds of CPU, about the longest first (`--cpu-times` tells)."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
 from data_pipeline.files import read_json
 from data_pipeline.json_tokenizer import SpecialTokens
 from data_pipeline.records import DataError
@@ -49,6 +51,48 @@ class Entry:
     def path(self, ending: str) -> Path:
         """A file of this entry, such as ``.bin``."""
         return self.prefix.with_name(self.prefix.name + ending)
+
+
+class _EntryRecord(BaseModel):
+    """An entry as the file has it."""
+
+    model_config = ConfigDict(strict=True)
+
+    split: str
+    subset: str
+    prefix: str
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    bytes: NonNegativeInt
+    first: NonNegativeInt = 0
+    file_documents: NonNegativeInt = 0
+    file_tokens: NonNegativeInt = 0
+    packed: NonNegativeInt = 0
+    index: str = ""
+    checksums: str = ""
+
+
+class _TokenizerRecord(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    file: str
+    sha256: str
+    vocabulary_size: PositiveInt
+    eod: NonNegativeInt
+    special: dict[str, bool] = {}
+
+
+class _Record(BaseModel):
+    """The types of a ``manifest.json``."""
+
+    model_config = ConfigDict(strict=True)
+
+    tokenizer: _TokenizerRecord
+    entries: list[_EntryRecord]
+    dtype: str
+    malformed: NonNegativeInt
+    files: dict[str, str] = {}
+    left_out: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -184,6 +228,7 @@ def load_manifest(path: Path) -> Manifest:
                 f"{file}: does not match its own checksum; restore it from a copy or tokenise "
                 "again (if you edited it, remove its line `checksum`)"
             )
+        _Record.model_validate(values)
         files = {path / name: digest for name, digest in values.get("files", {}).items()}
         entries = tuple(
             Entry(**{**entry, **_places(path, entry)}, files=files) for entry in values["entries"]
@@ -202,6 +247,12 @@ def load_manifest(path: Path) -> Manifest:
             files,
             SpecialTokens(**tokenizer.get("special", {})),
         )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{file}: not a manifest ({place}: {first['msg'].lower()}); tokenise again"
+        ) from None
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise

@@ -22,47 +22,43 @@ AttentionProduct = Annotated[str, typer.Option(help="Which product to cut: qk, v
 
 def print_evaluation(figures: dict[str, Any]) -> None:
     """Print the figures of ``evaluation.json`` as a table to standard output."""
+    from pretrain.runs.records import shown
+
     overall = figures["overall"]
+    what = f"{figures.get('split', 'unknown')} split, step {figures.get('step', 'unknown')}"
     if "accuracy" in overall:
         print(
-            f"{figures['split']} split, step {figures['step']}: {overall['samples']:,} samples, "
-            f"loss {_shown(overall['loss'], '.4f')}, accuracy {_shown(overall['accuracy'], '.4f')}"
+            f"{what}: {shown(overall, 'samples', ',')} samples, loss "
+            f"{shown(overall, 'loss', '.4f')}, accuracy {shown(overall, 'accuracy', '.4f')}"
         )
         return
     from rich.table import Table
 
     from pretrain.cli.console import show_table
 
-    table = Table(title=f"{figures['split']} split, step {figures['step']}")
+    table = Table(title=what)
     for column in ("subset", "documents", "tokens", "bytes", "loss", "perplexity", "bits/byte"):
         table.add_column(column, justify="left" if column == "subset" else "right")
-    rows = [*figures["subsets"].items(), ("all", overall)]
+    rows = [*figures.get("subsets", {}).items(), ("all", overall)]
     for name, row in rows:
         table.add_row(
             name,
-            f"{row['documents']:,}",
-            f"{row['tokens']:,}",
-            f"{row['bytes']:,}",
-            _shown(row["loss"], ".4f"),
-            _shown(row["perplexity"], ".2f"),
-            _shown(row["bits_per_byte"], ".4f"),
+            *(shown(row, count, ",") for count in ("documents", "tokens", "bytes")),
+            shown(row, "loss", ".4f"),
+            shown(row, "perplexity", ".2f"),
+            shown(row, "bits_per_byte", ".4f"),
         )
     show_table(table, 120)
-    present = len(figures["pile_subsets_present"])
-    weighted = figures["pile_weighted"]
+    present = len(figures.get("pile_subsets_present", ()))
+    weighted = figures.get("pile_weighted")
     if weighted:
         print(
             f"{present} of the Pile's 22 subsets present; weighted by their published shares: "
-            f"perplexity {_shown(weighted['perplexity'], '.2f')}, "
-            f"{_shown(weighted['bits_per_byte'], '.4f')} bits/byte"
+            f"perplexity {shown(weighted, 'perplexity', '.2f')}, "
+            f"{shown(weighted, 'bits_per_byte', '.4f')} bits/byte"
         )
     else:
         print("none of the Pile's 22 subsets present: no Pile-weighted average")
-
-
-def _shown(value: float | None, form: str) -> str:
-    """A figure in a format; JSON has null for one that is not finite."""
-    return "n/a" if value is None else format(value, form)
 
 
 def evaluate(

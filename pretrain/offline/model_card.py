@@ -16,6 +16,7 @@ from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.recipe import dump_config
 from pretrain.errors import RunError
 from pretrain.runs.folder import CONFIG, EVALUATION, read_evaluation, was_imported, write_text
+from pretrain.runs.records import shown
 from pretrain.training.state import GENERATION
 
 _SAMPLE = 64
@@ -136,13 +137,13 @@ def _scores(checkpoint: Checkpoint) -> list[str]:
         return []
     if figures.get("step") != checkpoint.step or "bits_per_byte" not in figures["overall"]:
         return []
-    rows = [*figures["subsets"].items(), ("all", figures["overall"])]
+    rows = [*figures.get("subsets", {}).items(), ("all", figures["overall"])]
     return [
-        f"## Evaluation ({figures['split']} split)", "",
+        f"## Evaluation ({figures.get('split', 'unknown')} split)", "",
         "| subset | documents | perplexity | bits per byte |", "|---|---:|---:|---:|",
         *(
-            f"| {name} | {row['documents']:,} | {row['perplexity']:.2f} | "
-            f"{row['bits_per_byte']:.4f} |"
+            f"| {name} | {shown(row, 'documents', ',')} | {shown(row, 'perplexity', '.2f')} | "
+            f"{shown(row, 'bits_per_byte', '.4f')} |"
             for name, row in rows
         ), "",
     ]  # fmt: skip

@@ -5,6 +5,8 @@ The values are those of the file; keys that a schema does not name are kept unch
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,6 +140,12 @@ class SweepRecord(_Record):
 
     baseline: str | None = None
     runs: dict[str, Any]
+
+
+def shown(row: Mapping[str, Any], name: str, form: str) -> str:
+    """A figure of a record in a format; ``n/a`` if it is missing or not finite."""
+    value = row.get(name)
+    return "n/a" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def read_record(path: Path, kind: Any) -> Any:

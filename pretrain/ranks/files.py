@@ -96,11 +96,18 @@ def _parquet(opened: BinaryIO) -> Any:
 
 
 def _plain(table: Any) -> Any:
-    """Rows with plain texts, after each column was checked."""
+    """Rows with plain texts, after each column was checked; without lists that are all missing."""
     import pyarrow as pa
 
     for name in table.schema.names:
         _check_column(name, table.column(name))
+    table = table.drop_columns(
+        [
+            field.name
+            for field in table.schema
+            if _holds_lists(field.name) and pa.types.is_null(field.type)
+        ]
+    )
     plain = [
         pa.field(field.name, pa.string()) if field.name in TEXT_KEYS else field
         for field in table.schema
@@ -126,6 +133,7 @@ def _check_column(name: str, column: Any) -> None:
         ValueError: naming the column.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     kind = column.type
     if name in TEXT_KEYS and pa.types.is_dictionary(kind):
@@ -134,8 +142,14 @@ def _check_column(name: str, column: Any) -> None:
     elif name in KEYS:
         good = pa.types.is_integer(kind)
     else:  # earlier versions let Arrow guess the types of figures
-        if name in BY_NAME and BY_NAME[name].type == "numbers" and pa.types.is_list(kind):
-            kind = kind.value_type
-        good = kind in (pa.float64(), pa.int64(), pa.bool_(), pa.null())
+        in_lists = _holds_lists(name) and kind != pa.null()
+        if in_lists and pa.types.is_list(kind):
+            values = pc.list_flatten(column)
+            kind, in_lists = values.type, values.null_count > 0
+        good = not in_lists and kind in (pa.float64(), pa.int64(), pa.bool_(), pa.null())
     if not good or (name in KEYS and column.null_count):
         raise ValueError(f"{name} is not a column of rank tables")
+
+
+def _holds_lists(name: str) -> bool:
+    return name in BY_NAME and BY_NAME[name].type == "numbers"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +23,9 @@ from pretrain.ranks.table import (
     read_rank_columns,
     rewind_ranks,
 )
+from pretrain.report import write_report
 from pretrain.report.runs import load_run
+from tests.fake_runs import recipe, write_run
 from tests.ranks.test_rank_table import rows_of
 
 MEASURED = RanksConfig(threshold=0.9)
@@ -94,3 +98,30 @@ def test_a_report_refuses_a_table_that_is_cut(trained: Path, tmp_path: Path) -> 
             assert not whole and str(run / "ranks.parquet") in str(error) and "step" in str(error)
             refused += 1
     assert 0 < refused < len(table)
+
+
+@pytest.mark.parametrize("missing", ["all", "all but the last", "first", "none"])
+def test_spectra_that_are_missing(missing: str, tmp_path: Path) -> None:
+    """`ranks.spectra` may be set when a run is resumed: earlier rows have no singular values."""
+    run = write_run(tmp_path / "run", recipe(), np.random.default_rng(0))
+    table = pq.read_table(run / "ranks.parquet")
+    steps = table.column("step").to_pylist()
+    has: Callable[[int], bool] = {
+        "all": lambda step: False, "all but the last": lambda step: step == max(steps),
+        "first": lambda step: step > min(steps), "none": lambda step: True,
+    }[missing]  # fmt: skip
+    values = pa.array([[2.0, 1.0] if has(step) else None for step in steps])
+    pq.write_table(table.append_column("singular_values", values), run / "ranks.parquet")
+    write_report([run], tmp_path / "out.html", unfinished=True)
+    page = (tmp_path / "out.html").read_text()
+    assert ('id="spectra"' in page) == (missing != "all")
+
+
+@pytest.mark.parametrize("values", [1.0, math.nan, [None], ["x"]])
+def test_spectra_that_are_none(values: Any, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", recipe(), np.random.default_rng(0))
+    table = pq.read_table(run / "ranks.parquet")
+    odd = pa.array([values] * len(table))
+    pq.write_table(table.append_column("singular_values", odd), run / "ranks.parquet")
+    with pytest.raises(RunError, match="singular_values is not a column"):
+        load_run(run)

@@ -52,17 +52,14 @@ def test_names_are_unique_and_statistics_have_theirs() -> None:
 
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
 def test_what_defines_a_column_is_there(column: Column) -> None:
-    module, _, rest = column.defined.partition(".")
-    while True:
+    parts = column.defined.split(".")
+    for count in range(len(parts), 0, -1):  # a module may be a part of a package, or not
         try:
-            found: Any = importlib.import_module(module)
+            found: Any = importlib.import_module(".".join(parts[:count]))
+            break
         except ModuleNotFoundError:
-            break
-        name, _, more = rest.partition(".")
-        if hasattr(found, name):
-            break
-        module, rest = f"{module}.{name}", more
-    for name in rest.split("."):
+            continue
+    for name in parts[count:]:
         has_field = name in getattr(found, "__dataclass_fields__", {})
         assert has_field or hasattr(found, name), column.defined
         found = None if has_field else getattr(found, name)

@@ -152,7 +152,10 @@ def load_documents(path: Path) -> np.ndarray:
     """
     if not path.is_file():
         raise FileNotFoundError(path)
-    documents: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")
+    try:
+        documents: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")
+    except EOFError:
+        raise ValueError("the file is empty") from None
     return documents
 
 

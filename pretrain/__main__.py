@@ -255,7 +255,11 @@ def run_command(command: Callable[..., object] = app) -> int:
         # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.
         code = command(standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except (typer.Abort, *ENDS):
+    except typer.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # of a file; nothing here asks on a terminal
+            return report_failure(abort.__cause__)
+        return fail(stopped(), SIGNALS.code)
+    except ENDS:
         return fail(stopped(), SIGNALS.code)
     except Exception as error:
         if SIGNALS.raised:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 import pretrain.engine.engine
+from pretrain.__main__ import run_command
 from pretrain.cli import console, exits
 from pretrain.distributed.cores import fit_threads, usable_cores
 from pretrain.distributed.failures import exit_code, one_line
@@ -249,3 +251,19 @@ def test_a_signal_amid_an_import_of_torch(
     )  # another import of it fails
     assert exits.fail("stopped", TRY_AGAIN) == TRY_AGAIN
     assert capsys.readouterr().err == "error: stopped\n"
+
+
+def test_an_end_of_a_file_is_no_interruption(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Click takes any `EOFError` for Ctrl-D; here it is of a file that a library read."""
+    program = typer.Typer()
+
+    @program.command()
+    def read() -> None:
+        raise EOFError("No data left in file")
+
+    monkeypatch.setattr("sys.argv", ["pretrain"])
+    assert run_command(program) == 1
+    err = capsys.readouterr().err
+    assert "interrupted" not in err and "No data left in file" in err

@@ -86,13 +86,8 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: that names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        file_mode = path.stat().st_mode
-        stream = path.is_symlink() and str(path.readlink()).startswith("/proc/")
-        if stream or not (
-            stat.S_ISREG(file_mode) or stat.S_ISDIR(file_mode)
-        ):  # /dev/stdout, /dev/null
-            raise OSError(errno.ENXIO, "not a regular file", str(path))
+    if _is_stream(path):
+        raise OSError(errno.ENXIO, "not a regular file", str(path))
     aside = path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
     try:
         os.close(os.open(aside, _NEW | os.O_EXCL, 0o666))
@@ -111,6 +106,19 @@ def replacing(path: Path) -> Iterator[Path]:
         if error.filename not in (None, str(aside)):
             raise
         raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path leads to a device, a pipe or an open file: /dev/stdout, /dev/null."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        # A link that leads nowhere, or to itself, is replaced as any other.
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return False
+        raise
+    is_open_file = path.is_symlink() and str(path.readlink()).startswith("/proc/")
+    return is_open_file or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def write_aside(path: Path, data: bytes) -> None:

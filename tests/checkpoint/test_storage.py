@@ -56,6 +56,17 @@ def test_what_lies_in_wait_is_not_written_through(tmp_path: Path) -> None:
     assert victim.read_text() == "precious"
 
 
+@pytest.mark.parametrize("target", ["nowhere", "file", "x/y/z", "folder"])
+def test_a_link_that_leads_nowhere_is_replaced(tmp_path: Path, target: str) -> None:
+    """Also one to itself (``file``), and one to a folder that it must not fill."""
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "file"
+    path.symlink_to(target)
+    write_aside(path, b"x")
+    assert path.read_bytes() == b"x" and not path.is_symlink()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "folder"]
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
 def test_the_mode_stays(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "file"

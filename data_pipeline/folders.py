@@ -56,6 +56,8 @@ def list_folder(folder: Path) -> Listing:
             path = Path(entry.path)
             if entry.name.startswith((".", "_")):
                 listing.leave_out(path, "hidden (a name that begins with . or _)")
+            elif _leads_nowhere(entry):
+                listing.leave_out(path, "dangling link(s)")
             elif entry.is_dir():
                 real = os.path.realpath(path)
                 seen[real] += 1
@@ -73,11 +75,15 @@ def list_folder(folder: Path) -> Listing:
 
 def _sort_in(listing: Listing, path: Path, entry: os.DirEntry[str]) -> None:
     if not entry.is_file():
-        dangling = entry.is_symlink() and not path.exists()
-        listing.leave_out(path, "dangling link(s)" if dangling else "not a regular file")
+        listing.leave_out(path, "not a regular file")
     elif not suffix_of(path):
         listing.leave_out(path, f"of another kind than {', '.join(SUFFIXES)}")
     elif not entry.stat().st_size:
         listing.leave_out(path, "empty")
     else:
         listing.files.append(path)
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a link to nothing, or to itself."""
+    return entry.is_symlink() and not Path(entry.path).exists()

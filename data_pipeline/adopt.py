@@ -7,6 +7,7 @@ preshuffled Pile of Pythia) are taken as samples, in the order of the file.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from data_pipeline.assemble import file_names
 from data_pipeline.dataset import index_classes
 from data_pipeline.encode import DOCUMENT_TYPE, hash_text
 from data_pipeline.files import read_tokenizer, write_aside
-from data_pipeline.json_tokenizer import HuggingFaceTokenizer
+from data_pipeline.json_tokenizer import HuggingFaceTokenizer, ask_library, check_ids
 from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.pairs import Looked, Pair, look_at_all, read_pair
 from data_pipeline.records import DataError
@@ -230,12 +231,12 @@ def _byte_level(vocabulary: Path, merges: Path, eod_token: str | None) -> str:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    for file in (vocabulary, merges):
-        read_tokenizer(file)  # refuses files that are too large to read
-    try:
-        bpe = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # the library raises plain Exception
-        raise DataError(f"{vocabulary}: not GPT-2's vocabulary ({error})") from None
+    read_tokenizer(merges)  # refuses a file that is too large to read
+    wrong = f"{vocabulary}: not GPT-2's vocabulary"
+    check_ids(ask_library(lambda: json.loads(read_tokenizer(vocabulary)), wrong), wrong)
+    bpe = ask_library(
+        lambda: tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges))), wrong
+    )
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([eod_token or "<|endoftext|>"])

@@ -54,10 +54,12 @@ class HuggingFaceTokenizer:
         self._path, self._special = path, special
         self._data = read_tokenizer(path)
         wrong = f"{path}: not a Hugging Face tokenizer.json"
-        self._tree: dict[str, Any] = _ask(lambda: json.loads(self._data), wrong)
+        self._tree: dict[str, Any] = ask_library(lambda: json.loads(self._data), wrong)
         if not _merges_fit(self._tree):
             raise DataError(f"{wrong} (its merges do not begin with continuing_subword_prefix)")
-        self._tokenizer = _ask(lambda: tokenizers.Tokenizer.from_str(self._data.decode()), wrong)
+        self._tokenizer = ask_library(
+            lambda: tokenizers.Tokenizer.from_str(self._data.decode()), wrong
+        )
         names = (eod_token,) if eod_token else _EOD_NAMES
         tokens = [self._tokenizer.token_to_id(name) for name in names]
         eods = [token for token in tokens if token is not None]
@@ -180,7 +182,10 @@ class HuggingFaceTokenizer:
 
     def _name_culprit(self, texts: list[str]) -> None:
         for text in texts:
-            _ask(lambda: self._tokenizer.encode(text), f"{self._path}: cannot encode {text[:60]!r}")  # noqa: B023
+            ask_library(
+                lambda: self._tokenizer.encode(text),  # noqa: B023 - called at once
+                f"{self._path}: cannot encode {text[:60]!r}",
+            )
 
     def spells(self, ids: np.ndarray, text: bytes) -> bool:
         """Whether ids are quickly seen to decode to a text: never, its decoder says."""
@@ -190,7 +195,9 @@ class HuggingFaceTokenizer:
         """Text of some token ids."""
         listed = np.asarray(ids, dtype=np.int64).tolist()
         wrong = f"{self._path}: cannot decode"
-        return str(_ask(lambda: self._tokenizer.decode(listed, skip_special_tokens=False), wrong))
+        return str(
+            ask_library(lambda: self._tokenizer.decode(listed, skip_special_tokens=False), wrong)
+        )
 
     def inside(self, ids: np.ndarray) -> np.ndarray:
         """The tokens of a document's text, without added ones."""
@@ -238,6 +245,23 @@ def _merges_fit(tree: Any) -> bool:
     return all(merge and str(merge[-1]).startswith(prefix) for merge in pairs)
 
 
+def check_ids(vocabulary: Any, wrong: str) -> None:
+    """Check that a vocabulary has texts with ids of their own, which can be stored.
+
+    The library aborts the process, or panics, on some others.
+
+    Raises:
+        DataError: ``wrong`` and what is wrong.
+    """
+    if not isinstance(vocabulary, dict):
+        raise DataError(f"{wrong} (its ids are not by text)")
+    ids = list(vocabulary.values())
+    if not all(type(number) is int and 0 <= number <= _LARGEST for number in ids):
+        raise DataError(f"{wrong} (its ids are not integers from 0 to {_LARGEST})")
+    if len(set(ids)) < len(ids):
+        raise DataError(f"{wrong} (two texts have the same id)")
+
+
 def _kinds(part: Any) -> list[str]:
     """Types of the components in a part of the file; sequences are flattened."""
     if not isinstance(part, dict):
@@ -250,7 +274,7 @@ def _kinds(part: Any) -> list[str]:
     return [str(part.get("type"))]
 
 
-def _ask(call: Callable[[], _Result], wrong: str) -> _Result:
+def ask_library(call: Callable[[], _Result], wrong: str) -> _Result:
     """Call the library and turn its exceptions into one line.
 
     Raises:

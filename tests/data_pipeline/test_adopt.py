@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import tokenizers
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from data_pipeline.adopt import adopt
+from data_pipeline.adopt import _byte_level, adopt
 from data_pipeline.dataset import TrainingData, held_out
 from data_pipeline.manifest import load_manifest
 from data_pipeline.sources import DataError
@@ -171,3 +173,24 @@ def test_mistakes_are_one_line(
     text = capsys.readouterr().err
     assert culprit in text and "Traceback" not in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("odd", [
+    10**12, 2**32 - 1, 2**31, -1, 1.5, True, None, "x", [1], {"a": 1}, "the same", "a list", "cut",
+])  # fmt: skip
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_a_vocabulary_with_other_ids(
+    odd: Any, all_of_them: bool, gpt2_files: Path, tmp_path: Path
+) -> None:
+    """The library would abort the process at some of them."""
+    for file in gpt2_files.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    values = json.loads(gpt2_files.read_text())
+    names = list(values)[:: 1 if all_of_them else 50]
+    text = json.dumps(values | dict.fromkeys(names, 7 if odd == "the same" else odd))
+    if odd in ("a list", "cut"):
+        text = json.dumps(names) if odd == "a list" else text[:-40]
+    (tmp_path / "vocab.json").write_text(text)
+    with pytest.raises(DataError, match=r"vocab\.json: not GPT-2's vocabulary \(") as caught:
+        _byte_level(tmp_path / "vocab.json", tmp_path / "merges.txt", None)
+    assert "\n" not in str(caught.value)

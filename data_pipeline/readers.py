@@ -6,7 +6,6 @@ a record that is longer than `RECORD_BYTES` is reported and skipped.
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ _PIECE = 1 << 20
 _ZST_PIECE = 1 << 12
 """Bytes of zstd that are unpacked at a time: four may become 128 KiB, so these may become 128
 MiB."""
+_GZ_PIECE = 1 << 17
 WINDOW_MB = 512
 """Memory that a zstd frame may request, unless more is allowed."""
 
@@ -103,13 +103,44 @@ def _chunks(path: Path, window_mb: int) -> Iterator[bytes]:
             for start in range(0, len(output), _PIECE):
                 yield output[start : start + _PIECE]
         return
-    opener: Any = gzip.open if name.endswith(".gz") else open
-    try:
-        with opener(path, "rb") as file:
-            while chunk := file.read(_PIECE):
-                yield chunk
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise damaged(path, error) from None
+    if name.endswith(".gz"):
+        try:
+            yield from _gz_chunks(path)
+        except (EOFError, zlib.error) as error:
+            raise damaged(path, error) from None
+        return
+    with path.open("rb") as file:
+        while chunk := file.read(_PIECE):
+            yield chunk
+
+
+def _gz_chunks(path: Path) -> Iterator[bytes]:
+    """Unpacked bytes of all members; zeros after a member are padding.
+
+    Python's gzip skips padding byte by byte: a file that was allocated in advance takes hours.
+
+    Raises:
+        EOFError, zlib.error: if it is cut or damaged.
+    """
+    member, is_first = None, True
+    with path.open("rb") as file:
+        while data := file.read(_GZ_PIECE):
+            output = b""
+            while data or len(output) == _PIECE:
+                if member is None:
+                    data = data if is_first else data.lstrip(b"\0")
+                    if not data:
+                        break
+                    member, is_first = zlib.decompressobj(wbits=31), False  # gzip's header
+                output = member.decompress(data, _PIECE)
+                if output:
+                    yield output
+                if member.eof:
+                    data, output, member = member.unused_data, b"", None
+                else:
+                    data = member.unconsumed_tail
+    if member is not None:
+        raise EOFError("Compressed file ended before the end-of-stream marker was reached")
 
 
 def _zst_chunks(path: Path, window_mb: int) -> Iterator[bytes]:

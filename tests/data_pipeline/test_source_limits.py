@@ -6,11 +6,13 @@ import gzip
 import json
 import multiprocessing
 import os
+import random
 import signal
 import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from data_pipeline.encode import EncodingSettings
 from data_pipeline.files import locked
 from data_pipeline.manifest import load_manifest
 from data_pipeline.prepare import tokenize_sources
+from data_pipeline.readers import _gz_chunks
 from data_pipeline.records import DataError, Unreadable
 from data_pipeline.tokenize import tokenize
 from tests.source_fuzz import one_case
@@ -348,3 +351,44 @@ def test_every_bit_of_a_folder(tokenizer: Path, tmp_path: Path) -> None:
     assert check_folder(out, lambda done, total: None) == ([], 0)
     files[-1].unlink()
     assert "missing" in check_folder(out, lambda done, total: None)[0][0]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_members_of_an_archive(seed: int, tmp_path: Path) -> None:
+    """As Python's gzip reads them: members, padding, cuts and bytes behind; flips are damage."""
+    rng = random.Random(seed)
+    path = tmp_path / "x.jsonl.gz"
+    for _ in range(20):
+        parts = []
+        for _ in range(rng.randint(1, 4)):
+            text = rng.randbytes(rng.choice([0, 1, 5, 1000])) * rng.choice([1, 1, 3, 4000])
+            parts.append(
+                gzip.compress(text, rng.choice([0, 1, 9])) + bytes(rng.choice([0, 1, 700]))
+            )
+        raw = b"".join(parts)
+        act = rng.random()
+        if act < 0.3:
+            raw = raw[: rng.randrange(1, len(raw))]
+        elif act < 0.5:
+            raw += rng.randbytes(rng.randint(1, 9))
+        path.write_bytes(raw)
+        try:
+            with gzip.open(path) as file:
+                wanted = file.read()
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            with pytest.raises((EOFError, zlib.error)):
+                list(_gz_chunks(path))
+        else:
+            found = list(_gz_chunks(path))
+            assert b"".join(found) == wanted and all(0 < len(part) <= 1 << 20 for part in found)
+
+
+def test_padding_of_an_archive_takes_no_time(tmp_path: Path) -> None:
+    """A file that was allocated in advance: 256 MB of holes behind its one member."""
+    path = tmp_path / "x.jsonl.gz"
+    with path.open("wb") as file:
+        file.write(gzip.compress(b"hello"))
+        file.truncate(1 << 28)
+    began = time.process_time()
+    assert b"".join(_gz_chunks(path)) == b"hello"
+    assert time.process_time() - began < 5  # byte by byte: minutes

@@ -60,6 +60,8 @@ def read_all_metrics(run: Path) -> Metrics:
     by_kind: dict[str, list[dict[str, Any]]] = {"evaluation": [], "event": []}
     path = run / METRICS
     for number, row in _rows(path) if path.exists() else ():
+        if row["kind"] == "evaluation" and "loss" not in row:
+            raise _damaged(path, number, "loss: field required")
         if row["kind"] in by_kind:
             by_kind[row["kind"]].append(_with_nan(row))
         if row["kind"] != "train":

@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from pretrain.errors import RunError
 from pretrain.ranks.columns import column_of
 from pretrain.ranks.table import read_rank_columns, read_ranks
 from pretrain.report import write_report
 from pretrain.report.runs import load_run
 from pretrain.runs.metrics import read_all_metrics, read_metrics
+from pretrain.runs.records import FIGURES
 from tests.fake_runs import recipe, write_run, write_study
 from tests.tools import ROOT, environment
 
@@ -164,3 +166,19 @@ def test_a_run_is_read_into_little_memory(tmp_path: Path) -> None:
     assert (len(found.metrics), rows) == (updates, 32 * measured)
     assert kept < 80 * updates + 250 * rows + 100_000, kept
     assert most < 2 * kept + (36 << 20), most  # a small file is read with room for the largest
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluation", "event"])
+def test_a_line_of_metrics_without_a_figure(kind: str, trained: Path, tmp_path: Path) -> None:
+    """Each figure in turn: the file, the line and the figure are named."""
+    lines = (trained / "metrics.jsonl").read_text().splitlines()
+    lines.append(json.dumps({"kind": "event", "step": 1, "message": "x"}))
+    number = next(i for i, line in enumerate(lines) if json.loads(line)["kind"] == kind)
+    needed = {"train": (*FIGURES, "weight_decay"), "evaluation": ("loss",), "event": ("message",)}
+    for name in (*needed[kind], "step"):
+        row = json.loads(lines[number])
+        del row[name]
+        changed = [*lines[:number], json.dumps(row), *lines[number + 1 :]]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(changed) + "\n")
+        with pytest.raises(RunError, match=rf"metrics\.jsonl:{number + 1}: .*{name}"):
+            read_all_metrics(tmp_path)

@@ -115,6 +115,29 @@ def test_every_grid_of_a_plan_is_one_that_trains(part: int) -> None:
     assert listed > 20
 
 
+SMALL: dict[str, Any] = {
+    "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
+              "vocabulary_size": 256, "context": 64},
+    "train": {"steps": 4, "global_batch": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_plan_keeps_raw_keys(stage: int) -> None:
+    config = parse_config(SMALL | {"deepspeed": {"zero_optimization": {"stage": stage}}})
+    if stage == 0:  # in bf16 there is no such stage
+        config = parse_config(SMALL | {"precision": "fp32"} | {
+            "deepspeed": {"zero_optimization": {"stage": stage}}})  # fmt: skip
+    assert {choice.zero_stage for choice in rank(config, DEVICES["h100"], 2)} == {stage}
+
+
+def test_a_plan_refuses_rules_of_decay_that_match_nothing() -> None:
+    rules = [{"roles": ["attention"], "layers": "90-99", "decay": 1.0}]
+    config = parse_config(SMALL | {"optimizer": {"weight_decay": {"rules": rules}}})
+    with pytest.raises(UsageError, match="matches no parameter"):
+        rank(config, DEVICES["h100"], 2)
+
+
 def every_grid(one: dict[str, Any]) -> list[tuple[Any, ...]]:
     """All values of the keys of the grid that were left open."""
     count = one["count"]

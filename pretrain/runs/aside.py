@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data_pipeline.files import held
+from data_pipeline.records import DataError
 from pretrain.cli.console import warn
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import UsageError
+from pretrain.runs.lock import PATIENCE
 
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 @contextmanager
-def whole_folder(out: Path, verb: str) -> Iterator[Path]:
+def whole_folder(out: Path, verb: str, patience: float = PATIENCE) -> Iterator[Path]:
     """Make a temporary folder beside ``out``, which becomes ``out`` when the block ends.
 
     If several processes write one folder, the first to end keeps it; the others find it taken and
@@ -27,9 +30,10 @@ def whole_folder(out: Path, verb: str) -> Iterator[Path]:
 
     Args:
         verb: the command that writes it, for the folder's name and for messages.
+        patience: seconds to wait at the end for a command that writes other files into ``out``.
 
     Raises:
-        UsageError: if ``out`` is not empty, before or after the block.
+        UsageError: if ``out`` is not empty, before or after the block, or still being written.
     """
     place = out.resolve() if out.is_symlink() else out
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -45,12 +49,7 @@ def whole_folder(out: Path, verb: str) -> Iterator[Path]:
         yield aside
         # Signals come too late now: a command that is done must not say "try again".
         SIGNALS.ignore()
-        try:
-            aside.rename(place)  # replaces an empty folder, and nothing else
-        except OSError as error:
-            if error.errno not in _TAKEN:
-                raise
-            raise _taken(out) from None
+        _rename(aside, place, out, patience)
     except BaseException:
         SIGNALS.ignore()  # a second one would interrupt the removal
         shutil.rmtree(aside, ignore_errors=True)
@@ -59,6 +58,19 @@ def whole_folder(out: Path, verb: str) -> Iterator[Path]:
         if mark is not None:
             os.close(mark)
     _sync(place.parent)
+
+
+def _rename(aside: Path, place: Path, out: Path, patience: float) -> None:
+    """Give a folder its name, while no command writes other files there (`held`)."""
+    try:
+        with held(place, patience, warns=False):
+            aside.rename(place)  # replaces an empty folder, and nothing else
+    except DataError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        raise _taken(out) from None
 
 
 def _taken(out: Path) -> UsageError:

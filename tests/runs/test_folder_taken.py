@@ -11,7 +11,9 @@ import pytest
 from data_pipeline.corpus import write_corpus
 from data_pipeline.files import held
 from data_pipeline.sources import DataError
+from pretrain.errors import UsageError
 from pretrain.report import write_report
+from pretrain.runs.aside import whole_folder
 from pretrain.runs.lock import BusyError, RunLock, shared
 
 
@@ -92,3 +94,17 @@ def test_processes_of_one_sweep_share_a_folder(tmp_path: Path) -> None:
             assert {file: file.read_bytes() for file in mine} == mine
     with shared(out, others[0], "sweep"):
         assert {file: file.read_bytes() for file in others[0]} == others[0]
+
+
+def test_a_report_keeps_an_import_out(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        held(out),
+        pytest.raises(UsageError, match="another process"),
+        whole_folder(out, "import", patience=0.1) as aside,
+    ):
+        (aside / "run-id").write_text("1")
+    assert not list(tmp_path.iterdir())
+    with whole_folder(out, "import") as aside:
+        (aside / "run-id").write_text("1")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]

@@ -196,12 +196,17 @@ def read_ranks(run: Path) -> list[Row]:
     return sorted(rows.values(), key=lambda row: row["step"])
 
 
+def measured_steps(run: Path) -> list[int]:
+    """The steps of which the table or its parts have rows, in order."""
+    return sorted(step for _, steps in _steps_of(_files(run)) for step in steps)
+
+
 def read_rank_columns(
     run: Path,
     names: Sequence[str] | None = None,
     choose: Callable[[list[int]], Iterable[int]] | None = None,
 ) -> Columns:
-    """The rows of `read_ranks`, column by column.
+    """The rows of `read_ranks`, column by column; of a step that two files have, the later's.
 
     Args:
         names: columns to read, beside those that name a row; default: all.

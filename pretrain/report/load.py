@@ -14,8 +14,10 @@ from typing import Any
 from pretrain.config.compare import SCIENCE, differences
 from pretrain.config.recipe import value_at
 from pretrain.errors import RunError, UsageError
+from pretrain.ranks.table import measured_steps
 from pretrain.report.comparable import check_same, mixed, with_comparable_scores
 from pretrain.report.runs import RunData, load_run
+from pretrain.report.sample import steps_of_all
 from pretrain.runs.folder import CONFIG, FREE
 from pretrain.runs.metrics import METRICS
 from pretrain.runs.records import SweepRecord, read_record
@@ -85,13 +87,14 @@ def load_study(
     notes: list[str] = []
     runs: list[RunData] = []
     named: str | None = None
-    for path in paths:
-        folders, sweep, missing = _folders(path)
+    found = [_folders(path) for path in paths]
+    shown = _shown([folder for folders, _, _ in found for folder in folders])
+    for folders, sweep, missing in found:
         named = named or (sweep or {}).get("baseline")
         notes += missing
         for folder in folders:
             try:
-                run = load_run(folder)
+                run = load_run(folder, shown)
             except (UsageError, RunError) as error:
                 notes.append(f"left out: {error}")
                 continue
@@ -115,6 +118,15 @@ def load_study(
     for condition in conditions:
         notes += mixed(condition.name, condition.runs)
     return Study(title, conditions, chosen, notes)
+
+
+def _shown(folders: list[Path]) -> set[int]:
+    """The steps of all runs that the report shows; what cannot be read is reported later."""
+    measured = []
+    for folder in folders:
+        with suppress(UsageError, RunError, OSError):
+            measured.append(measured_steps(folder))
+    return steps_of_all(measured)
 
 
 def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:

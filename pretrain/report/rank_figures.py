@@ -16,7 +16,7 @@ from pretrain.report.figure_parts import (
     shade,
 )
 from pretrain.report.load import Condition, Study
-from pretrain.report.sample import some_of
+from pretrain.report.sample import shown_steps
 from pretrain.report.spec import Choice, Control, Figure, Heat, Panel, Series
 
 _ALL = "all layers"
@@ -136,7 +136,7 @@ def _course(condition: Condition, product: str, layer: int | None, colour: float
 def heads(study: Study) -> Figure:
     """Layer x head, with a slider over the steps."""
     layers = layers_of(study)
-    steps = some_of(sorted({row["step"] for row in study.runs[0].heads}), _MOST_STEPS)
+    steps = shown_steps(sorted({row["step"] for row in study.runs[0].heads}), _MOST_STEPS)
     conditions = Control("condition", [condition.name for condition in study.conditions])
     products = Control("product", list(PRODUCTS.values()))
     slider = Control("step", [str(step) for step in steps], "slider", len(steps) - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class RunData:
     path: Path
     config: Config
     ranks: Sequence[AnyRow]
-    """The rank table: at most `sample.MOST_STEPS` of its steps, with the first and the last."""
+    """The rank table, at the steps that a report shows (`pretrain.report.sample`)."""
     metrics: Sequence[AnyRow]
     held_out: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
@@ -242,8 +242,11 @@ def _coupling(config: Config, role: Role) -> str:
     return setting.get(narrowest, "lr")
 
 
-def load_run(path: Path) -> RunData:
+def load_run(path: Path, shown: set[int] | None = None) -> RunData:
     """Read a run folder.
+
+    Args:
+        shown: steps whose measurements are read, if there are any; default: `shown_steps`.
 
     Raises:
         UsageError, RunError: naming what is missing or damaged.
@@ -254,7 +257,7 @@ def load_run(path: Path) -> RunData:
     outline = read_rank_columns(path, ["decay_a", "decay_b"])
     if not outline:
         raise UsageError(f"{path}: nothing was measured yet; let it train")
-    ranks = read_rank_columns(path, choose=shown_steps)
+    ranks = read_rank_columns(path, choose=partial(_chosen, shown))
     missing = [name for name in NEEDED if name not in ranks.names]
     if missing:
         raise RunError(
@@ -276,6 +279,12 @@ def load_run(path: Path) -> RunData:
         tuple(row["step"] for row in metrics.events if str(row["message"]).endswith(SKIPPED)),
         _is_constant(outline),
     )
+
+
+def _chosen(shown: set[int] | None, steps: list[int]) -> list[int]:
+    if shown is None:
+        return shown_steps(steps)
+    return [step for step in steps if step in shown or step in (steps[0], steps[-1])]
 
 
 def _is_constant(outline: Columns) -> bool:

@@ -16,7 +16,7 @@ from pretrain.ranks.table import read_rank_columns, read_ranks
 from pretrain.report.load import load_study
 from pretrain.report.rank_figures import heads
 from pretrain.report.runs import load_run
-from pretrain.report.sample import MOST_STEPS, shown_steps
+from pretrain.report.sample import MOST_STEPS, shown_steps, steps_of_all
 from tests.fake_runs import recipe, write_run
 
 
@@ -38,22 +38,44 @@ def test_shown_steps(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_runs_of_one_recipe_show_the_same_steps(seed: int) -> None:
-    """A run that was not measured at some steps shows the others where its neighbour does."""
+def test_runs_of_a_study_show_the_same_steps(seed: int) -> None:
+    """Whatever a run lacks (its beginning, its end, single steps), it shows the others where its
+    neighbours do."""
     rng = random.Random(seed)
-    steps = [20 * number for number in range(rng.randint(1100, 9000))]
-    lost = set(rng.sample(steps[1:-1], 3))
-    shown, other = shown_steps(steps), shown_steps([step for step in steps if step not in lost])
-    assert [step for step in shown if step not in lost] == other
+    whole = [20 * number for number in range(rng.randint(400, 9000))]
+    measured = [whole]
+    for _ in range(rng.randint(1, 4)):
+        start, stop = rng.choice([0, 1, 300]), rng.choice([0, 7, 90])
+        part = whole[start : len(whole) - stop]
+        lost = set(rng.sample(part[1:-1], 3))
+        measured.append([step for step in part if step not in lost])
+    shown = steps_of_all(measured)
+    assert len(shown) <= MOST_STEPS + 2 * len(measured)
+    for steps in measured:
+        own = [step for step in steps if step in shown]
+        assert (own[0], own[-1]) == (steps[0], steps[-1])
+        inside = {step for step in shown if steps[0] <= step <= steps[-1]}
+        assert len(inside - set(own)) <= 3
 
 
-def long_run(folder: Path, changes_at: int | None = None) -> tuple[Path, int]:
+def test_a_shorter_seed_makes_no_teeth(tmp_path: Path) -> None:
+    """Two seeds, one of which was measured at fewer steps than are shown."""
+    for number, count in enumerate((2 * MOST_STEPS + 1, MOST_STEPS - 20)):
+        long_run(tmp_path / f"runs/{number}", count=count, seed=number)
+    study = load_study([tmp_path / "runs"], unfinished=True)
+    a, b = ({*column_of(run.ranks, "step")} for run in study.runs)
+    assert {step for step in a if step <= max(b)} == b
+
+
+def long_run(
+    folder: Path, changes_at: int | None = None, count: int = 2 * MOST_STEPS + 1, seed: int = 0
+) -> tuple[Path, int]:
     """A run with twice as many measurements as are shown, and the number of its steps."""
-    run = write_run(folder, recipe(), np.random.default_rng(0))
+    run = write_run(folder, recipe(seed=seed), np.random.default_rng(0))
     table = pq.read_table(run / "ranks.parquet")
     first = table.filter(pa.compute.equal(table["step"], 0))
     pieces = []
-    for step in range(2 * MOST_STEPS + 1):
+    for step in range(count):
         piece = first.set_column(0, "step", pa.array([step] * len(first)))
         place = piece.schema.get_field_index("decay_a")
         decay = 0.25 if step == changes_at else 0.5
@@ -71,7 +93,7 @@ def test_a_long_run(tmp_path: Path) -> None:
     rows = [row for row in read_ranks(run) if row["step"] in steps]
     assert [row["pseudo_rank"] for row in rows] == list(column_of(found.ranks, "pseudo_rank"))
     slider = heads(load_study([run], unfinished=True)).controls[-1]
-    assert len(slider.options) == 100 and slider.options[-1] == str(last)
+    assert 50 <= len(slider.options) <= 100 and slider.options[-1] == str(last)
 
 
 def test_a_decay_that_changes_where_nothing_is_shown(tmp_path: Path) -> None:

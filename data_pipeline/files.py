@@ -24,6 +24,8 @@ LOCK = ".lock"
 LARGEST = 1 << 25
 """Largest file that is read whole into Python objects, which take some twenty times its bytes."""
 _LARGEST_TOKENIZER = 1 << 28
+PATIENCE = 10.0
+"""Seconds to wait for a command that writes other files into a new folder."""
 HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
 """Errors of a file system with locks that mean: another process has this one."""
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
@@ -135,20 +137,48 @@ def is_leftover(name: str, *of: str) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     """Lock a folder for this process; the system frees the lock of a dead process.
+
+    Args:
+        patience: seconds to wait for a command that writes other files into a new folder.
 
     Raises:
         DataError: if another process holds the lock, or the folder is a run folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = open_lock(folder / LOCK)
+    with alone(folder, patience):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = open_lock(folder / LOCK)
+        try:
+            _take(descriptor, folder)
+        except BaseException:
+            os.close(descriptor)
+            raise
     try:
-        _take(descriptor, folder)
         refuse_run(folder)
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, patience: float) -> Iterator[None]:
+    """Keep commands that write other files (`held`) out of a folder, while the block locks it.
+
+    Commands that come later see the lock in the folder (`refuse_busy`). They refuse a run folder
+    anyway, so nothing is done for one.
+
+    Raises:
+        DataError: if such a command still writes there after ``patience`` seconds.
+    """
+    with contextlib.ExitStack() as stack:
+        if not (folder / "run-id").exists():
+            try:
+                stack.enter_context(held(folder, patience, warns=False))
+            except OSError as error:  # nobody else can write beside it either
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+        yield
 
 
 @contextlib.contextmanager
@@ -166,9 +196,10 @@ def held(path: Path, patience: float = 0.0, warns: bool = True) -> Iterator[None
         DataError: if another process still holds it.
         OSError: that names ``path``.
     """
-    lock = path.with_name(f".{path.name[:50]}.lock")
+    place = Path(os.path.abspath(path))  # noqa: PTH100 - `.` gets a name, and a link keeps its own
+    lock = place.parent / f".{place.name[:50]}.lock"
     until = time.monotonic() + patience
-    path.parent.mkdir(parents=True, exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
             descriptor = open_lock(lock)

@@ -46,10 +46,23 @@ def _alone(command: Callable[..., None]) -> Callable[..., None]:
     def run(out: Path = _PAPER, **options: Any) -> None:
         from data_pipeline.files import held
 
+        _refuse_same(out, options.get("runs"))
         with held(out / name):
             command(out=out, **options)
 
     return run
+
+
+def _refuse_same(out: Path, runs: Path | None) -> None:
+    """Refuse figures among the runs: a figure and its runs have the same name.
+
+    Raises:
+        UsageError: if both are one folder.
+    """
+    from pretrain.errors import UsageError
+
+    if runs is not None and out.resolve() == runs.resolve():
+        raise UsageError(f"--out and --runs: both are {out}; choose two folders")
 
 
 def _at_once(parallel: int) -> int:
@@ -235,6 +248,7 @@ def everything(
     """
     from data_pipeline.files import held
 
+    _refuse_same(out, runs)
     path = page or out / "paper.md"
     with held(path):
         _everything(out, runs, parallel, path)

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data_pipeline.files import held
+from data_pipeline.files import PATIENCE, held
 from data_pipeline.records import DataError
 from pretrain.cli.console import warn
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import UsageError
-from pretrain.runs.lock import PATIENCE
 
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 

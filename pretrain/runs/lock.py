@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_pipeline.disk import open_regular
-from data_pipeline.files import HELD, NO_LOCKS, held, open_lock, refuse_run, write_aside
+from data_pipeline.files import (
+    HELD,
+    NO_LOCKS,
+    PATIENCE,
+    alone,
+    open_lock,
+    refuse_run,
+    write_aside,
+)
 from data_pipeline.records import DataError
 from pretrain.cli.console import warn
 from pretrain.errors import RunError
 
 LOCK = ".lock"
-PATIENCE = 10.0
-"""Seconds to wait for a command that writes other files into a new folder."""
 
 
 class BusyError(RunError):
@@ -71,22 +77,16 @@ class RunLock:
 
 @contextmanager
 def _alone(folder: Path, patience: float) -> Iterator[None]:
-    """Keep commands that write other files (`held`) out of a folder, while the block locks it.
-
-    Commands that come later see the lock in the folder (`refuse_busy`). They refuse a run folder
-    anyway, so nothing is done for one.
+    """Keep other commands out of a folder, while the block locks it (`files.alone`).
 
     Raises:
-        BusyError: if such a command still writes there after ``patience`` seconds.
+        BusyError: if one still writes there after ``patience`` seconds.
     """
     with ExitStack() as stack:
-        if not (folder / "run-id").exists():
-            try:
-                stack.enter_context(held(folder, patience, warns=False))
-            except DataError as error:
-                raise BusyError(str(error)) from None
-            except PermissionError:  # nobody else can write beside it either
-                pass
+        try:
+            stack.enter_context(alone(folder, patience))
+        except DataError as error:
+            raise BusyError(str(error)) from None
         yield
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipeline.corpus import write_corpus
-from data_pipeline.files import held
+from data_pipeline.files import held, locked
 from data_pipeline.sources import DataError
 from pretrain.errors import UsageError
 from pretrain.report import write_report
 from pretrain.runs.aside import whole_folder
 from pretrain.runs.lock import BusyError, RunLock, shared
+from tests.tools import assert_one_line
+from tests.tools import run as run_words
 
 
 def test_a_report_keeps_training_out(tmp_path: Path) -> None:
@@ -108,3 +113,57 @@ def test_a_report_keeps_an_import_out(tmp_path: Path) -> None:
     with whole_folder(out, "import") as aside:
         (aside / "run-id").write_text("1")
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_report_keeps_tokens_out(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with held(out), pytest.raises(DataError, match="another process"), locked(out, patience=0.1):
+        pass
+    with locked(out):
+        assert (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("out", [".", "x/..", "./y/."])
+def test_a_folder_without_a_name(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here/x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    run = RunLock(Path(out))
+    run.acquire()
+    run.release()
+    with held(Path(out)):
+        pass
+    with locked(Path(out)):
+        pass
+    assert {path.name for path in tmp_path.rglob("*")} <= {"here", "x", "y", ".lock"}
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_in_one_that_cannot_be_written(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A volume in a container whose own files are read-only."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    really = os.open
+
+    def fail(path: Any, *rest: Any, **more: Any) -> int:
+        if Path(path).parent == tmp_path:
+            raise OSError(number, os.strerror(number), str(path))
+        return really(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", fail)
+    run = RunLock(volume)
+    run.acquire()
+    run.release()
+    with locked(volume):
+        pass
+
+
+def test_figures_among_their_runs_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for figure in ("fig2", "fig3", "fig3-vit", "modern", "all"):
+        assert run_words(monkeypatch, "paper", figure, "--out", "x", "--runs", "./x") == 2
+        assert_one_line(capsys.readouterr().err, ("--runs",))
+    assert not list(tmp_path.iterdir())

@@ -190,10 +190,10 @@ def _layer(factors: Factors, layer: int, stack: Stack, config: RanksConfig) -> l
 _COLUMNS = {
     "pseudo_rank_qk": "rank W_QK",
     "balance_qk": "balance",
-    "discrepancy_qk": "discrepancy",
+    "discrepancy_qk": "discrepancy / bound",
     "pseudo_rank_vp": "rank W_VP",
     "balance_vp": "balance",
-    "discrepancy_vp": "discrepancy",
+    "discrepancy_vp": "discrepancy / bound",
 }
 
 

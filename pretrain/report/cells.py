@@ -28,3 +28,5 @@ class DataTable:
     rows: list[list[Cell]]
     raw: list[dict[str, Any]] = field(default_factory=list)
     """The same values unrounded, for CSV."""
+    names: tuple[str, ...] = ()
+    """Columns of the CSV if there are no rows."""

@@ -41,6 +41,11 @@ def ends(values: list[float]) -> tuple[float, float]:
     return min(finite), max(finite)
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def about(study: Study) -> str:
     """A description of the runs, for captions."""
     config, runs = study.runs[0].config, study.runs
@@ -48,7 +53,9 @@ def about(study: Study) -> str:
     model = config.model
     tokens = config.train.steps * config.train.global_batch * model.context
     return (
-        f"{len(runs)} runs, {len(study.conditions)} conditions, n = {len(seeds)} seed"
-        f"{'s' * (len(seeds) > 1)}; {model.dialect.value} of {model.num_layers} layers x "
-        f"{model.num_attention_heads} heads, width {model.hidden_size}, {tokens:,} tokens per run."
+        f"{counted(len(runs), 'run')}, {counted(len(study.conditions), 'condition')}, n = "
+        f"{counted(len(seeds), 'seed')}; {model.dialect.value} of "
+        f"{counted(model.num_layers, 'layer')} x "
+        f"{counted(model.num_attention_heads, 'head')}, width {model.hidden_size}, "
+        f"{tokens:,} tokens per run."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pretrain.report.cells import Cell, DataTable
+from pretrain.report.figure_parts import counted
 from pretrain.report.interactive import SCRIPT, data_link, escape, figure_html, plotly_script
 from pretrain.report.load import Study
 from pretrain.report.spec import Figure
@@ -37,14 +38,14 @@ def page(study: Study, tables: list[DataTable], figures: list[Figure], notes: li
     lead, rest = tables[:4], tables[4:]
     body = "".join(map(table_html, lead)) + "".join(map(figure_html, figures))
     body += "".join(map(table_html, rest))
-    count = len(study.runs)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<link rel="icon" href="data:,">'
         f"<title>{escape(study.title)}: decay and rank</title><style>{_STYLE}</style></head>"
         f"<body><h1>{escape(study.title)}</h1><p>Weight decay of attention and the rank of "
-        f"its products: {count} run{'s' * (count > 1)} in {len(study.conditions)} conditions.</p>"
+        f"its products: {counted(len(study.runs), 'run')} in "
+        f"{counted(len(study.conditions), 'condition')}.</p>"
         f"<nav>{links}</nav>{warnings}{body}"
         f"<script>{plotly_script()}</script><script>{SCRIPT}</script></body></html>"
     )

@@ -178,6 +178,11 @@ def _split(study: Study) -> str:
     return str(scored.get("split", "held-out")) if scored else "held-out"
 
 
+_OF_DIFFERENCES = (
+    "figure", "condition", "baseline", "pairs", "difference", "low", "high", "p", "p_holm", "clear",
+)  # fmt: skip
+
+
 def paired(study: Study) -> DataTable:
     """Differences from the baseline, seed by seed."""
     rows, raw = [], []
@@ -213,6 +218,7 @@ def paired(study: Study) -> DataTable:
         ["figure", "condition", "pairs", "difference", "95 % interval", "p", "p, Holm"],
         rows,
         raw,
+        _OF_DIFFERENCES,
     )
 
 

@@ -24,7 +24,8 @@ _LATEX = {
 def table_csv(table: DataTable) -> str:
     """The unrounded values as CSV."""
     text = io.StringIO()
-    names = list(dict.fromkeys(name for row in table.raw for name in row)) or table.head
+    found = dict.fromkeys(name for row in table.raw for name in row)
+    names = list(found) or table.names or table.head
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(table.raw)

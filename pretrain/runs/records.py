@@ -145,7 +145,8 @@ class SweepRecord(_Record):
 def shown(row: Mapping[str, Any], name: str, form: str) -> str:
     """A figure of a record in a format; ``n/a`` if it is missing or not finite."""
     value = row.get(name)
-    return "n/a" if value is None or not math.isfinite(value) else format(value, form)
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return format(value, form) if is_number else "n/a"
 
 
 def read_record(path: Path, kind: Any) -> Any:

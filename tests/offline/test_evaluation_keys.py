@@ -50,6 +50,6 @@ def test_a_figure_that_is_missing(
 
 
 def test_shown() -> None:
-    row = {"a": 1234, "b": float("nan"), "c": None, "d": 0.5}
-    assert [shown(row, name, ",") for name in "abce"] == ["1,234", "n/a", "n/a", "n/a"]
+    row = {"a": 1234, "b": float("nan"), "c": None, "d": 0.5, "f": "5"}
+    assert [shown(row, name, ",") for name in "abcef"] == ["1,234", *["n/a"] * 4]
     assert shown(row, "d", ".2f") == "0.50"

@@ -17,6 +17,8 @@ import pretrain.report.printed
 from pretrain.errors import UsageError
 from pretrain.report import write_report
 from pretrain.report.load import load_study
+from pretrain.report.tables import paired
+from pretrain.report.text import table_csv
 from tests.fake_runs import STEPS, recipe, write_run, write_study
 
 
@@ -228,3 +230,19 @@ def test_a_lost_head_is_not_called_qk_norm(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "norm", values, np.random.default_rng(0), ranks=normed)
     assert notes(folder) == []
     assert re.search(r"does not apply \(QK-norm\)", (folder / "r.html").read_text())
+
+
+def test_differences_have_the_same_columns_without_any(tmp_path: Path) -> None:
+    """A script that reads differences.csv need not know how many conditions there are."""
+    heads = []
+    for count in (1, 2):
+        runs = [
+            write_run(
+                tmp_path / f"{count}-{number}",
+                recipe(optimizer__weight_decay__attention=0.5 * number),
+                np.random.default_rng(number),
+            )
+            for number in range(count)
+        ]
+        heads.append(table_csv(paired(load_study(runs))).splitlines()[0])
+    assert heads[0] == heads[1]

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.account import Account, account_of
+from data_pipeline.children import leave_signals_to_parent, signals_held_back
 from data_pipeline.json_tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
 from data_pipeline.records import DataError, Fields, RecordBlock, parse_block, split_by_document
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +31,8 @@ Key = tuple[str, str]
 """(split, subset)"""
 _WAIT = 5.0
 """Seconds between two checks of a worker."""
+_GRACE = 2.0
+"""Seconds in which this process handles a signal that its workers received as well."""
 
 
 @dataclass
@@ -166,7 +169,9 @@ class Encoder:
         waiting: deque[Future[Result]] = deque()
         try:
             for block, split in blocks:
-                waiting.append(self.pool.submit(_work, block, self.settings.fields, split))
+                with signals_held_back():  # it starts workers
+                    future = self.pool.submit(_work, block, self.settings.fields, split)
+                waiting.append(future)
                 if len(waiting) > 2 * self.workers:
                     yield self._result(waiting.popleft())
             while waiting:
@@ -191,6 +196,7 @@ _worker: dict[str, Tokenizer] = {}
 
 
 def _start_worker(settings: EncodingSettings, parent: int) -> None:
+    leave_signals_to_parent(_GRACE)
     _worker["tokenizer"] = settings.open_tokenizer()
 
     def die_with_parent() -> None:

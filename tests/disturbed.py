@@ -1,13 +1,14 @@
-"""Commands in forks of one process, each with a signal at one moment of its life.
+"""Commands in forks of one process, or started, each with a signal at one moment of its life.
 
 A script of `tests.tools.run_processes`: ``disturbed.py REQUEST``. The request has ``trials``, each
 ``{"words": [...], "place": folder that it writes, "signal": number, "moment": share of its time,
-"group": ..., "again": ...}``, ``library`` as in `tests.together`, and ``answer``, the file for a
-list of what became of them: ``{"code": exit code, "stderr": ..., "sent": whether it lived until
-then, "after": CPU seconds that it used after it, "cpu": all that it used, "orphans": [words of
-processes that it left], "again": exit code of the same words without a signal, or null}``. A trial
-without a signal tells its time, ``seconds``, which is that of the same verb's later trials. One
-that ends before its signal is made again, with a shorter time.
+"group": ..., "again": ..., "started": whether it is a started program}``, ``library`` as in
+`tests.together`, and ``answer``, the file for a list of what became of them: ``{"code": exit code,
+"stderr": ..., "sent": whether it lived until then, "after": CPU seconds that it used after it,
+"cpu": all that it used, "orphans": [words of processes that it left], "again": exit code of the
+same words without a signal, or null}``. A trial without a signal tells its time, ``seconds``, which
+is that of the same verb's later trials. One that ends before its signal is made again, with a
+shorter time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +29,7 @@ from typing import Any
 
 import psutil
 
-from tests.forks import begin_anew, run_command, run_to_the_end
+from tests.forks import ROOT, STARTED, begin_anew, run_command, run_to_the_end
 from tests.together import make_cheap
 
 _ADOPT = 36
@@ -36,6 +38,7 @@ _LONGEST = 90.0
 _TRIES = 8
 _GRACE = 5.0
 """Seconds that helpers of a library have to see that their process has gone."""
+_programs: list[subprocess.Popen[bytes]] = []
 
 
 def main() -> None:
@@ -61,7 +64,7 @@ def main() -> None:
 
 
 def _trial(trial: dict[str, Any], seconds: float) -> dict[str, Any]:
-    process, output = _start(trial["words"])
+    process, output = _start(trial)
     began = time.monotonic()
     sent = False
     if trial["signal"] is not None:
@@ -75,7 +78,7 @@ def _trial(trial: dict[str, Any], seconds: float) -> dict[str, Any]:
     output.unlink()
     again = None
     if sent and code and trial["again"]:
-        once_more, output = _start(trial["words"])
+        once_more, output = _start(trial)
         again, _ = _ended(once_more, _LONGEST)
         if again:
             stderr += "\nAGAIN:\n" + output.read_text(errors="replace")
@@ -85,9 +88,30 @@ def _trial(trial: dict[str, Any], seconds: float) -> dict[str, Any]:
             "after": cpu - before, "orphans": orphans, "again": again}  # fmt: skip
 
 
-def _start(words: list[str]) -> tuple[int, Path]:
-    """A fork with this command, from the moment at which it takes signals over."""
+def _start(trial: dict[str, Any]) -> tuple[int, Path]:
+    """A process with this command, from the moment at which it takes signals over."""
     opened, name = tempfile.mkstemp()
+    words = trial["words"]
+    process = _program(words, opened) if trial["started"] else _fork(words, opened)
+    os.close(opened)
+    while not _listens(process):
+        time.sleep(0.001)
+    return process, Path(name)
+
+
+def _program(words: list[str], opened: int) -> int:
+    """Start a program, whose children are programs too.
+
+    A fork of a process with threads may stand still, and what starts children has threads.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pretrain", *words]
+    started = STARTED(command, stdout=opened, stderr=opened, env=environment, process_group=0)
+    _programs.append(started)  # otherwise its end would be collected with it
+    return started.pid
+
+
+def _fork(words: list[str], opened: int) -> int:
     process = os.fork()
     if process == 0:
         os.setpgid(0, 0)
@@ -96,10 +120,7 @@ def _start(words: list[str]) -> tuple[int, Path]:
         os.closerange(3, 4096)
         begin_anew()
         run_to_the_end(lambda: run_command(words))
-    os.close(opened)
-    while not _listens(process):
-        time.sleep(0.001)
-    return process, Path(name)
+    return process
 
 
 def _listens(process: int) -> bool:

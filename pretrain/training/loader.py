@@ -10,10 +10,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from data_pipeline.children import leave_signals_to_parent, signals_held_back
 from pretrain.distributed.grid import Grid
 from pretrain.engine.engine import Batch
 from pretrain.tasks.task import Samples
 from pretrain.training.faults import block_of
+
+_GRACE = 3600.0
+"""Seconds that a worker lives on after a SIGTERM, in which the run writes its last checkpoint."""
 
 
 def sample_numbers(block: int, global_batch: int, grid: Grid, micro: int) -> list[list[int]]:
@@ -55,16 +59,17 @@ class Loader:
         self._read_by_workers: Iterator[Batch] | None = None
         if workers:
             # A worker makes a sample from its number, so the number of workers changes nothing.
-            self._read_by_workers = iter(
-                DataLoader(
-                    data,  # type: ignore[arg-type]
-                    batch_sampler=self._order(),
-                    num_workers=workers,
-                    collate_fn=_stack,
-                    multiprocessing_context="forkserver",
-                    pin_memory=grid.device.type == "cuda",
-                )
+            loader: DataLoader[Batch] = DataLoader(
+                data,  # type: ignore[arg-type]
+                batch_sampler=self._order(),
+                num_workers=workers,
+                collate_fn=_stack,
+                multiprocessing_context="forkserver",
+                pin_memory=grid.device.type == "cuda",
+                worker_init_fn=_start_worker,
             )
+            with signals_held_back():  # from the workers and from their fork server
+                self._read_by_workers = iter(loader)
         self._waiting: deque[Future[Batch]] = deque()
         self._numbers = self._order()
 
@@ -104,6 +109,11 @@ class Loader:
         """Stop the thread."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(_: int) -> None:
+    """Let a worker live until this process ends it, which may first write a checkpoint."""
+    leave_signals_to_parent(_GRACE)
 
 
 def _stack(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Batch:

@@ -90,7 +90,8 @@ def disturb(verb: str, moments: int, kit: Kit, folder: Path) -> tuple[Counter[st
         for turn in range(moments):
             kinds.append({
                 "signal": int(number), "moment": (turn + rng.random()) / moments,
-                "group": number == signal.SIGINT and turn % 2 == 1,  # Ctrl-C of a terminal
+                # Ctrl-C of a terminal and a scheduler's signals come to every process of a job.
+                "group": turn % 2 == 1,
                 "again": turn % 5 == 2 or moments < 5,
             })  # fmt: skip
     places = [folder / f"place{number}" for number in range(len(kinds))]
@@ -98,8 +99,10 @@ def disturb(verb: str, moments: int, kit: Kit, folder: Path) -> tuple[Counter[st
     for kind, place in zip(kinds, places, strict=True):
         place.mkdir()
         words = words_of(verb, kit, place / "x")
-        trials.append({**kind, "verb": verb, "words": words, "place": str(place)})
-    answers = ask_forks("disturbed", trials, kit, folder, 30)
+        trials.append({
+            **kind, "verb": verb, "words": words, "place": str(place), "started": verb in SEVERAL
+        })  # fmt: skip
+    answers = ask_forks("disturbed", trials, kit, folder, 60)
     happened: Counter[str] = Counter()
     wrong = []
     for trial, answer, place in zip(trials, answers, places, strict=True):

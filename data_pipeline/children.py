@@ -1,0 +1,49 @@
+"""Signals in helper processes: the command that started them decides, not they.
+
+Ctrl-C in a terminal, and a scheduler's SIGTERM or SIGUSR1, reach every process of a job. A helper
+that died of them, or printed a traceback, would turn an orderly end into an error.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Start processes that get no signal until they call `leave_signals_to_parent`.
+
+    A signal to this process is delivered after the block, so the block should be short.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_signals_to_parent(seconds: float) -> None:
+    """Ignore the signals that end a command, in a helper process that its parent ends.
+
+    Args:
+        seconds: how long this process lives on after a first SIGTERM. A second one, which the
+            parent sends to a helper that hangs, ends it at once.
+    """
+
+    def end_later(*_: int | FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        timer = threading.Timer(seconds, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

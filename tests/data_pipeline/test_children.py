@@ -73,6 +73,9 @@ def test_the_command_gets_its_signal_after_the_block() -> None:
 class Numbers:
     """Samples that are their number."""
 
+    def __init__(self) -> None:
+        self.shares: dict[str, float] = {}
+
     def __len__(self) -> int:
         return 1000
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -255,40 +256,44 @@ def test_lm_eval_gives_our_bits_per_byte(
     ours = json.loads(out.read_text())
     manifest = load_manifest(data)
     decode = load_tokenizer(manifest.tokenizer).decode
-    subsets: dict[str, list[str]] = {}
-    for one in held_out(manifest, "test", 20):
-        subsets.setdefault(one.subset, []).append(decode([int(t) for t in one.tokens]))
-    subsets["all"] = [text for texts in list(subsets.values()) for text in texts]
-    found = lm_eval_bits(exported[name], subsets, tmp_path)
+    texts = [
+        (one.subset, decode([int(t) for t in one.tokens])) for one in held_out(manifest, "test", 20)
+    ]
+    found = lm_eval_bits(exported[name], texts, tmp_path)
     for subset, bits in found.items():
         mine = ours["overall"] if subset == "all" else ours["subsets"][subset]
-        assert mine["documents"] == len(subsets[subset])
+        assert mine["documents"] == sum(subset in ("all", own) for own, _ in texts)
         assert bits == pytest.approx(mine["bits_per_byte"], abs=1e-4), subset
 
 
-def lm_eval_bits(folder: Path, subsets: dict[str, list[str]], tmp_path: Path) -> dict[str, float]:
-    """bits_per_byte of each list of documents, as a rolling perplexity task."""
+def lm_eval_bits(folder: Path, texts: list[tuple[str, str]], tmp_path: Path) -> dict[str, float]:
+    """bits_per_byte of all (subset, document), by a rolling perplexity task, and of each subset."""
     from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
 
-    tasks = []
-    for number, (subset, texts) in enumerate(subsets.items()):
-        file = tmp_path / f"part{number}.jsonl"
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        config = {
-            "task": subset,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(file)}},
-            "output_type": "loglikelihood_rolling",
-            "test_split": "test",
-            "doc_to_text": "",
-            "doc_to_target": "text",
-            "metric_list": [{"metric": "bits_per_byte"}],
-        }
-        tasks.append(ConfigurableTask(config=config))
+    file = tmp_path / "texts.jsonl"
+    rows = ({"text": text, "subset": subset} for subset, text in texts)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = ConfigurableTask(config={
+        "task": "all",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "output_type": "loglikelihood_rolling",
+        "test_split": "test",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    })  # fmt: skip
     arguments = {"pretrained": str(folder), "dtype": "float32", "device": "cpu"}
     done = simple_evaluate(
-        model="hf", model_args=arguments, tasks=tasks, batch_size=4, bootstrap_iters=0,
-        verbosity="ERROR",
+        model="hf", model_args=arguments, tasks=[task], batch_size=4, bootstrap_iters=0,
+        verbosity="ERROR", log_samples=True,
     )  # fmt: skip
-    return {name: row["bits_per_byte,none"] for name, row in done["results"].items()}
+    found = {"all": done["results"]["all"]["bits_per_byte,none"]}
+    assert len(done["samples"]["all"]) == len(texts)
+    for subset in {subset for subset, _ in texts}:
+        own = [one["bits_per_byte"] for one in done["samples"]["all"]
+               if one["doc"]["subset"] == subset]  # fmt: skip
+        logarithms, sizes = map(sum, zip(*own, strict=True))
+        found[subset] = -logarithms / sizes / math.log(2)
+    return found

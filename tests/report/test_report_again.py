@@ -30,10 +30,30 @@ def figures(folder: Path) -> set[str]:
     return {one.name for one in folder.iterdir() if not one.name.startswith(".")}
 
 
+def stems(folder: Path, form: str) -> set[str]:
+    """Names of the files of a report of one run, without their endings."""
+    one = write_run(folder / "one", recipe(), np.random.default_rng(0))
+    write_report([one], folder / "r", form)
+    return {Path(name).stem for name in figures(folder / "r")}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The figures of one run, in whatever format."""
+    return stems(tmp_path_factory.mktemp("drawn"), "png")
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The tables of one run."""
+    return stems(tmp_path_factory.mktemp("tables"), "csv")
+
+
 @pytest.mark.parametrize("form", ["csv", "png", "md", "latex"])
 def test_figures_of_an_earlier_report_go(
-    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    form: str, drawn: set[str], tables: set[str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """Of ours alone: not what somebody put there or changed, not those of another form."""
     many = write_study(tmp_path / "many", decays=(0.0, 1.0), seeds=(1, 2))
     one = write_run(tmp_path / "one", recipe(), np.random.default_rng(0))
@@ -41,27 +61,25 @@ def test_figures_of_an_earlier_report_go(
     for run in many.iterdir():
         if (run / "ranks.parquet").exists():
             with_spectra(run / "ranks.parquet")
-    out, alone = tmp_path / "out/r", tmp_path / "alone/r"
-    folders = [
-        one if form in ("csv", "png") else one.with_name("r-figures") for one in (out, alone)
-    ]
-    write_report([one], alone, form)
-    folders[0].mkdir(parents=True)
-    (folders[0] / "mine.txt").write_text("mine")
-    write_report([many], out, form)
+    out = tmp_path / "out/r"
+    folder = out if form in ("csv", "png") else out.with_name("r-figures")
     ending = {"md": "png", "latex": "pdf"}.get(form, form)
-    assert figures(folders[0]) - figures(folders[1]) >= {f"spectra.{ending}", "mine.txt"}
-    changed = folders[0] / f"paired.{ending}"
-    has_changed = changed.exists() and changed.name not in figures(folders[1])
+    names = {f"{stem}.{ending}" for stem in (tables if form == "csv" else drawn)}
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("mine")
+    write_report([many], out, form)
+    assert figures(folder) - names >= {f"spectra.{ending}", "mine.txt"}
+    changed = folder / f"paired.{ending}"
+    has_changed = changed.exists() and changed.name not in names
     if has_changed:
         changed.write_text("changed by a person")
     other = {"md": "latex", "latex": "md"}.get(form)
     if other:
-        write_report([many], out.with_suffix(".other"), other)
-        before = {name for name in figures(folders[0]) if not name.endswith(ending)}
+        write_report([one], out.with_suffix(".other"), other)
+        before = {name for name in figures(folder) if not name.endswith(ending)}
     write_report([one], out, form)
     left = {"mine.txt"} | ({changed.name} if has_changed else set()) | (before if other else set())
-    assert figures(folders[0]) == figures(folders[1]) | left
+    assert figures(folder) == names | left
     assert ("changed since" in capsys.readouterr().err) == has_changed
 
 

@@ -24,10 +24,13 @@ _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 _MIN_CHARACTERS = 200
 
 
-def write_corpus(out: Path) -> dict[str, int]:
+def write_corpus(out: Path, library: Path | None = None) -> dict[str, int]:
     """Write ``train``, ``val`` and ``test.jsonl.zst`` in the Pile's format.
 
     The bytes are the same for one Python version, and no network is needed.
+
+    Args:
+        library: folder of Python sources; by default this Python's standard library.
 
     Returns:
         Documents per split.
@@ -41,7 +44,7 @@ def write_corpus(out: Path) -> dict[str, int]:
     with held(out):
         refuse_run(out)
         refuse_busy(out)
-        documents = _sorted_documents(Path(sysconfig.get_paths()["stdlib"]))
+        documents = _sorted_documents(library or Path(sysconfig.get_paths()["stdlib"]))
         for split in SPLITS:
             lines = [
                 json.dumps({"text": text, "meta": {"pile_set_name": subset}}, ensure_ascii=False)

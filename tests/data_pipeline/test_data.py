@@ -280,16 +280,25 @@ def test_killed_tokenisation_goes_on(
     assert tree(out) == tree(data)
 
 
-def test_corpus_is_deterministic_and_disjoint(tmp_path: Path) -> None:
-    counts = write_corpus(tmp_path / "a")
-    write_corpus(tmp_path / "b")
+def test_corpus_is_deterministic(tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    library.mkdir()
+    for number in range(150):
+        (library / f"m{number}.py").write_text(f"value = {number}\n" + "# text\n" * 60)
+    for name in ("a", "b"):
+        write_corpus(tmp_path / name, library)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     (tmp_path / "b" / "val.jsonl.zst").write_bytes(b"mine")
     with pytest.raises(DataError, match=r"val\.jsonl\.zst: already exists"):
-        write_corpus(tmp_path / "b")
+        write_corpus(tmp_path / "b", library)
     assert (tmp_path / "b" / "val.jsonl.zst").read_bytes() == b"mine"
+
+
+@pytest.mark.slow
+def test_corpus_of_this_python_is_disjoint(tmp_path: Path) -> None:
+    counts = write_corpus(tmp_path)
     assert counts["train"] > 500 and counts["test"] > 10
-    texts = {split: {t for _, t in raw_documents(tmp_path / "a", split)} for split in counts}
+    texts = {split: {t for _, t in raw_documents(tmp_path, split)} for split in counts}
     assert not texts["train"] & texts["test"] and not texts["train"] & texts["val"]
     assert not texts["val"] & texts["test"]
 

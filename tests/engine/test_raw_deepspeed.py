@@ -24,6 +24,12 @@ def nested(key: str, value: Any) -> dict[str, Any]:
     return tree
 
 
+def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The keys of both, section by section."""
+    both = {key: merged(one[key], other[key]) for key in one.keys() & other.keys()}
+    return {**one, **other, **both}
+
+
 def settings(key: str) -> list[dict[str, Any]]:
     found = [nested(key, value) for value in TRIED[ALLOWED[key]]]
     if "offload" in key and not key.endswith("device"):  # means something on a CPU alone
@@ -55,13 +61,14 @@ def check(
 
 @pytest.mark.slow
 def test_allowed_keys_change_no_number(data: Path, tmp_path: Path) -> None:
-    """Each key once; its stage by turns."""
-    tried = [
-        (3 if "stage3" in key or "sub_group" in key else 1 + number % 3, raw)
-        for number, key in enumerate(ALLOWED)
-        for raw in settings(key)
-    ]
-    check(data, tmp_path, "bf16", tried)
+    """Each value of each key once, several keys at once, their stage by turns."""
+    together: dict[tuple[int, int, bool], dict[str, Any]] = {}
+    for number, key in enumerate(ALLOWED):
+        stage = 3 if "stage3" in key or "sub_group" in key else 1 + number % 3
+        for which, raw in enumerate(settings(key)):
+            alike = (stage, which, "offload" in key)
+            together[alike] = merged(together.get(alike, {}), raw)
+    check(data, tmp_path, "bf16", [(stage, raw) for (stage, *_), raw in together.items()])
 
 
 @pytest.mark.long

@@ -196,7 +196,7 @@ def held(path: Path, patience: float = 0.0, warns: bool = True) -> Iterator[None
         DataError: if another process still holds it.
         OSError: that names ``path``.
     """
-    place = Path(os.path.abspath(path))  # noqa: PTH100 - `.` gets a name, and a link keeps its own
+    place = _place_of(path)
     lock = place.parent / f".{place.name[:50]}.lock"
     until = time.monotonic() + patience
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -219,6 +219,19 @@ def held(path: Path, patience: float = 0.0, warns: bool = True) -> Iterator[None
         with contextlib.suppress(OSError):
             lock.unlink()
         os.close(descriptor)
+
+
+def _place_of(path: Path) -> Path:
+    """The absolute path whose name is locked: of a folder one name, whatever links lead to it.
+
+    A link to a file keeps its own name, since writing replaces the link.
+    """
+    place = Path(os.path.abspath(path))  # noqa: PTH100 - `.` gets a name
+    if place.is_symlink() and place.is_dir():
+        target = place.resolve()
+        if os.access(target.parent, os.W_OK):  # else it is the root of a volume
+            return target
+    return place
 
 
 def refuse_run(folder: Path) -> None:

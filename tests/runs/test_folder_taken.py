@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,33 @@ def test_figures_among_their_runs_are_refused(
         assert run_words(monkeypatch, "paper", figure, "--out", "x", "--runs", "./x") == 2
         assert_one_line(capsys.readouterr().err, ("--runs",))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_and_its_folder_are_one(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "other").symlink_to(tmp_path / "link")
+    names = [tmp_path / name for name in ("folder", "link", "other")]
+    for first in names:
+        for second in names:
+            with (
+                held(first),
+                pytest.raises(DataError, match="another process is writing"),
+                held(second),
+            ):
+                pass
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "link", "other"]
+
+
+def test_links_to_files_and_to_nothing_keep_their_own_names(tmp_path: Path) -> None:
+    """Writing replaces such a link, so what it leads to is not written."""
+    (tmp_path / "file").write_text("a")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "nowhere").symlink_to("nothing")
+    (tmp_path / "itself").symlink_to("itself")
+    names = ("file", "link", "nothing", "nowhere", "itself")
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(held(tmp_path / name))
+        locks = {one.name for one in tmp_path.iterdir() if one.suffix == ".lock"}
+    assert locks == {f".{name}.lock" for name in names}

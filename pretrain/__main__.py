@@ -13,20 +13,18 @@ import typer
 from pretrain.cli.cluster import doctor, launch, plan
 from pretrain.cli.console import plain, write_any_text
 from pretrain.cli.data import data_app
-from pretrain.cli.exits import fail, leave, report_failure, stopped
+from pretrain.cli.exits import leave, report_failure, report_stop
 from pretrain.cli.models import evaluate, export, import_, print_evaluation, ranks
 from pretrain.cli.options import Code, Json, Overrides
 from pretrain.cli.paper import paper_app
+from pretrain.cli.program import Version, application
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import ENDS
 
-app = typer.Typer(
-    help="Pretrain transformers on the Pile with decoupled attention decay, and measure the rank "
-    "of attention during training.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+app = application(
+    "Pretrain transformers, give attention its own weight decay, and measure the rank of attention "
+    "during training.",
+    whole=True,
 )
 app.add_typer(data_app, name="data")
 app.add_typer(paper_app, name="paper")
@@ -38,6 +36,7 @@ def accept_local_rank(
         int | None,
         typer.Option("--local_rank", "--local-rank", hidden=True, envvar="LOCAL_RANK"),
     ] = None,
+    version: Version = False,
 ) -> None:
     """Drop `--local_rank`, which deepspeed's launcher puts first; its environment has it too."""
 
@@ -79,10 +78,16 @@ def train(
 ) -> None:
     """Train a recipe, or continue its run where it stopped.
 
-    By default one process trains. Use --processes for several, or start the same command with
-    torchrun, deepspeed, mpirun or srun: `torchrun --nproc-per-node 4 -m pretrain train RECIPE
-    grid.tensor_parallel=2`. Data parallelism uses the processes that the grid leaves over. If a
-    run is interrupted, rerun the same command: it continues as if nothing had happened.
+    If a run is interrupted, rerun the same command: it continues as if nothing had happened. By
+    default one process trains. Use --processes for several, or start the same command with
+    torchrun, deepspeed, mpirun or srun. Data parallelism uses the processes that the grid leaves
+    over.
+
+    \b
+    pretrain train configs/gpt-tiny.yaml --dry-run
+    pretrain train configs/gpt-tiny.yaml train.steps=100 --out runs/short
+    pretrain train configs/gpt-tiny.yaml --processes 2 grid.tensor_parallel=2
+    pretrain train configs/gpt-tiny.yaml --fork runs/short@90 --out runs/fork
     """
     if (processes > 1 or restarts) and not dry_run:
         _start_again(processes, out or Path("runs") / recipe.stem, restarts)
@@ -179,6 +184,10 @@ def sweep(
     Finished runs are kept, interrupted runs continue, and failed runs are tried again. If you add a
     point to the file later, only that point runs. Runs of one seed share their initial weights and
     the order of their data, so that `pretrain report FOLDER` can compare them in pairs.
+
+    \b
+    pretrain sweep configs/studies/attention-decay.yaml --dry-run
+    pretrain sweep configs/studies/attention-decay.yaml --parallel 2
     """
     from launchers.sweeps import run
 
@@ -258,12 +267,12 @@ def run_command(command: Callable[..., object] = app) -> int:
     except typer.Abort as abort:
         if isinstance(abort.__cause__, EOFError):  # of a file; nothing here asks on a terminal
             return report_failure(abort.__cause__)
-        return fail(stopped(), SIGNALS.code)
+        return report_stop()
     except ENDS:
-        return fail(stopped(), SIGNALS.code)
+        return report_stop()
     except Exception as error:
         if SIGNALS.raised:
-            return fail(stopped(), SIGNALS.code)
+            return report_stop()
         return report_failure(error)
 
 

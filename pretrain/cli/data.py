@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from pretrain.cli.options import Json
+from pretrain.cli.program import application
 from pretrain.distributed.cores import usable_cores
 
-data_app = typer.Typer(help="Make training data: corpus, tokenizer, tokens.", no_args_is_help=True)
+data_app = application("Make training data: corpus, tokenizer, tokens.")
 
 Sources = Annotated[
     list[str],
@@ -57,6 +58,9 @@ def tokenizer(
     """Train a SentencePiece tokenizer that keeps every byte of every text.
 
     It learns only from training documents, as `data tokenize` divides the same sources.
+
+    \b
+    pretrain data tokenizer texts.jsonl --vocab-size 8192 --out texts.model
     """
     from data_pipeline.prepare import train_from_sources
     from pretrain.errors import UsageError
@@ -77,7 +81,9 @@ def tokenize(
         Path, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: one per core.")
+    ] = None,
     split: Annotated[
         str | None, typer.Option(help="Put everything into this split; default: by file name.")
     ] = None,
@@ -118,13 +124,17 @@ def tokenize(
 
     The file's name decides the split (train, val, test); otherwise documents are divided 98:1:1.
     If the command is interrupted, rerun it to continue; after it has finished, it does nothing.
+
+    \b
+    pretrain data tokenize texts.jsonl --tokenizer texts.model \\
+        --default-subset mine --out data/texts
     """
     from data_pipeline.json_tokenizer import SpecialTokens
     from data_pipeline.prepare import tokenize_sources
 
     report = tokenize_sources(
-        sources, tokenizer, out, workers, split, text_field, subset_field, default_subset,
-        eod_token, strict, zst_window_mb,
+        sources, tokenizer, out, workers or usable_cores(), split, text_field, subset_field,
+        default_subset, eod_token, strict, zst_window_mb,
         SpecialTokens(add_special_tokens, parse_special_tokens), lossless,
     )  # fmt: skip
     for line in report.shown:

@@ -16,7 +16,7 @@ import traceback
 from typing import NoReturn
 
 from pretrain.cli.console import plain
-from pretrain.distributed.failures import exit_code, one_line
+from pretrain.distributed.failures import exit_code, is_stop, one_line
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import TRY_AGAIN
 
@@ -24,30 +24,30 @@ _LONGEST = 900
 """Number of letters of an error that are shown; a value or a path may have thousands."""
 
 
-def stopped() -> str:
-    """The message when a signal ended a command."""
-    if SIGNALS.code == TRY_AGAIN:
-        return f"stopped by {SIGNALS.name}; rerun the same command to start it again"
-    return "interrupted; rerun the same command to continue from the last checkpoint"
+def report_stop() -> int:
+    """Report that a signal ended the command, which is no error, and return the exit code."""
+    what = f"stopped by {SIGNALS.name}" if SIGNALS.code == TRY_AGAIN else "interrupted"
+    return _end(f"{what}; rerun the same command to start it again", SIGNALS.code)
 
 
 def report_failure(error: Exception) -> int:
     """Report an error, with a traceback if it is a bug, and return the exit code."""
     code = exit_code(error)
-    if code is not None:
-        return fail(one_line(error), code)
-    traceback.print_exception(error)
-    return fail("", 1)
+    if code is None:
+        traceback.print_exception(error)
+        return _end("", 1)
+    line = _shortened(plain(one_line(error)))
+    return _end(line if is_stop(error) else f"error: {line}", code)
 
 
-def fail(text: str, code: int) -> int:
-    """Print an error, leave the process group, and return the exit code.
+def _end(line: str, code: int) -> int:
+    """Print the last line, leave the process group, and return the exit code.
 
     One of several processes leaves at once: it cannot wait for its peers.
     """
     # All processes fail together with the same message: one of them prints it.
-    if text and os.environ.get("RANK", "0") == "0":
-        print(f"error: {_shortened(plain(text))}", file=sys.stderr, flush=True)
+    if line and os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _flush()
         os._exit(code)

@@ -11,12 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-paper_app = typer.Typer(
-    help='The experiments of "Weight decay induces low-rank attention layers", one command per '
+from pretrain.cli.program import application
+
+paper_app = application(
+    'The experiments of "Weight decay induces low-rank attention layers", one command per '
     "figure. Each prints its checks; if one fails, the exit code is 1. Figures of trained models "
     "run a sweep of configs/paper at a size for two cores, or read your runs with --from. If a "
-    "sweep is interrupted, rerun the command to continue.",
-    no_args_is_help=True,
+    "sweep is interrupted, rerun the command to continue."
 )
 
 Out = Annotated[Path, typer.Option(help="Folder for the figure and its numbers.")]

@@ -75,14 +75,15 @@ def markdown() -> str:
     for table in tables():
         parts.append(f"## {table.title}\n\n{table.about}\n")
         rows = [(f"`{key.name}`", key.values, key.default, key.meaning) for key in table.keys]
-        parts.append(_as_table(("key", "values", "default", "meaning"), rows))
+        parts.append(as_table(("key", "values", "default", "meaning"), rows))
         if table.title == "model":
             parts.append("The dialects set these defaults:\n")
-            parts.append(_as_table(("key", *PRESETS), _presets()))
+            parts.append(as_table(("key", *PRESETS), _presets()))
     return "\n".join(parts)
 
 
-def _as_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def as_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -136,7 +137,7 @@ def _key(section: type[BaseModel], name: str, field: FieldInfo) -> RecipeKey:
         default = "none: must be set"
     else:
         default = _shown(field.get_default(call_default_factory=True))
-    return RecipeKey(name, values, default, _escaped(field.description or ""))
+    return RecipeKey(name, values, default, escaped(field.description or ""))
 
 
 def _limits(field: FieldInfo) -> str:
@@ -196,7 +197,8 @@ def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text for a cell of a table, on one line; pages of docs/ become links."""
     text = re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text)
     return " ".join(text.replace("|", "\\|").split())
 

@@ -58,6 +58,11 @@ def exit_code(error: BaseException) -> int | None:
     return 1 if isinstance(error, OSError) and _is_of_files(error) else None
 
 
+def is_stop(error: BaseException) -> bool:
+    """Whether a run ended because a signal asked it to, as it should: this is no error."""
+    return type(error).__name__ == "StopRequestedError"
+
+
 def is_of_machine(error: BaseException) -> bool:
     """Whether this error would probably not occur on another machine or at another time."""
     return exit_code(error) == TRY_AGAIN

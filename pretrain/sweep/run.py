@@ -7,6 +7,7 @@ through an executor, and repeats; it can be killed at any moment and started aga
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,8 @@ from pretrain.sweep.status import Status
 from pretrain.sweep.table import Table
 
 SWEEP = "sweep.json"
+_STOPPED = re.compile(r"^(.*: )?(stopped by \w+|interrupted)\b")
+"""The last line of a run that a signal ended."""
 _PAUSE = 0.5
 
 
@@ -203,8 +206,8 @@ def _last_line(path: Path) -> str:
     except OSError:
         return ""
     words = [line.strip() for line in lines if line.strip()]
-    errors = [line for line in words if line.startswith("error: ")]
-    return (errors or words or [""])[-1]
+    ends = [line for line in words if line.startswith("error: ") or _STOPPED.search(line)]
+    return (ends or words or [""])[-1]
 
 
 def summary(statuses: Iterable[Status]) -> dict[str, Any]:

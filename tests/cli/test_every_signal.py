@@ -139,7 +139,11 @@ def faults(trial: dict[str, Any], answer: dict[str, Any], usual: dict[str, Any])
 
 
 def _errors(said: str) -> int:
-    return sum(line.startswith("error: ") for line in said.splitlines())
+    return sum(
+        line.startswith(("error: ", "interrupted;"))
+        or ("stopped by SIG" in line and "rerun" in line)
+        for line in said.splitlines()
+    )
 
 
 def left_in(place: Path) -> Iterator[str]:

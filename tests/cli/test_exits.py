@@ -249,8 +249,8 @@ def test_a_signal_amid_an_import_of_torch(
     monkeypatch.setitem(
         sys.modules, "pretrain.distributed.grid", None
     )  # another import of it fails
-    assert exits.fail("stopped", TRY_AGAIN) == TRY_AGAIN
-    assert capsys.readouterr().err == "error: stopped\n"
+    assert exits._end("stopped", TRY_AGAIN) == TRY_AGAIN
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_an_end_of_a_file_is_no_interruption(

@@ -39,6 +39,7 @@ ORDER = [
     ["pretrain.paper"],
     ["pretrain.cli"],
     ["pretrain.__main__"],
+    ["pretrain.cli.reference"],
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
 PURE = ("pretrain.decay", "pretrain.spectra")

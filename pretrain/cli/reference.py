@@ -62,7 +62,8 @@ def _section(name: str, verb: Any) -> str:
 def _argument(argument: Any) -> str:
     """``RECIPE`` or ``[OVERRIDES]...``; the words of Typer's versions differ."""
     name = argument.name.upper()
-    return (name if argument.required else f"[{name}]") + "..." * (argument.nargs == -1)
+    several = "..." if argument.nargs == -1 else ""
+    return f"{name}{several}" if argument.required else f"[{name}]{several}"
 
 
 def _option(option: Any) -> str:

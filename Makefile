@@ -4,8 +4,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS := $(VENV)/.installed-tests
 PEERS := .venv-bench/.installed
+SITE := .venv-docs/.installed
 
-.PHONY: help setup demo test test-fast test-torch faults bench lint study clean
+.PHONY: help setup demo test test-fast test-torch faults bench lint docs study clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,7 +55,7 @@ test-torch: pyproject.toml  ## the numeric tests on another torch, in its own en
 faults: $(TESTS)  ## the long form of the suite: every grid, fuzzing, fifty kills; as root, all of it
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults \
 	  tests/launchers/test_launch.py tests/engine/test_grid.py tests/engine/test_grid_gradients.py \
-	  tests/engine/test_flat_update.py --long --faults faults.json
+	  tests/engine/test_flat_update.py tests/test_docs_code.py --long --faults faults.json
 
 # Training, statistics, data and waiting times beside the peers; half an hour, quiet cores please.
 # In an environment of its own: the peers want other versions of what the product uses.
@@ -77,6 +78,16 @@ lint: $(TESTS)  ## ruff format, ruff check, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy pretrain models data_pipeline launchers tests benchmarks
+
+docs: $(SITE)  ## the pages as a site, in its own environment: build/site/index.html
+	.venv-docs/bin/sphinx-build -E -W --keep-going -q -b html -c docs . build/site
+	@echo "written: build/site/index.html"
+
+$(SITE): docs/requirements.txt
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	@echo "installing Sphinx into .venv-docs ..."
+	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $(SITE)
 
 # The study of docs/studies: data from this Python installation, fifteen runs, tables and figures.
 STUDY := docs/studies/attention-decay

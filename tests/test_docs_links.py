@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,34 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
             if one.endswith(".md") and ":" not in one
         ]  # fmt: skip
     assert {str(page.relative_to(ROOT)) for page in set(PAGES) - reached} == set()
+
+
+def listed_pages() -> set[str]:
+    """The pages that docs/index.md lists: the navigation of the site (docs/conf.py)."""
+    page = ROOT / "docs/index.md"
+    targets = re.findall(r"\]\(([\w./-]+\.md)\)", page.read_text("utf-8"))
+    return {str((page.parent / one).resolve().relative_to(ROOT)) for one in targets}
+
+
+def test_the_index_lists_every_page() -> None:
+    forms = {name for name in NAMES if name.startswith(".")}
+    assert listed_pages() | {"docs/index.md"} == set(NAMES) - forms
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_site_can_be_built_from_the_page(name: str) -> None:
+    """What `make docs` would warn about: levels of headings, and links to folders."""
+    text = NAMES[name].read_text("utf-8")
+    levels = [len(marks) for marks in re.findall(r"^(#{1,6}) ", prose(text), re.M)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    local = [one.partition("#")[0] for one in LINK.findall(prose(text)) if ":" not in one]
+    assert [one for one in local if one and (NAMES[name].parent / one).is_dir()] == []
+
+
+def test_make_docs_stops_at_a_warning() -> None:
+    (recipe,) = re.findall(r"^docs:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    assert "sphinx-build -E -W " in recipe
 
 
 def test_the_layout_of_the_design_page_names_files_that_exist() -> None:

@@ -22,7 +22,8 @@ from pretrain.runs.service import SERVICES
 
 INTRODUCTION = """# Every key of a recipe
 
-A recipe is a YAML file of sections, such as the files in [configs](../configs). Every key has a
+A recipe is a YAML file of sections, such as the [ones that come with the
+program](training.md#recipes-that-come-with-it). Every key has a
 default, so a recipe names only what differs. `SECTION.KEY=VALUE` on the command line replaces a
 value: `pretrain train configs/gpt-tiny.yaml train.steps=200`. An unknown key or an impossible value
 ends the command with one line that names it. `pretrain train RECIPE --dry-run` shows what a recipe

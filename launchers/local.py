@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from data_pipeline.children import signals_held_back
 from pretrain.distributed.cores import usable_cores
 
 if TYPE_CHECKING:
@@ -92,14 +93,15 @@ class LocalExecutor:
             slot = next(number for number in range(len(taken) + 1) if number not in taken)
             job.log.parent.mkdir(parents=True, exist_ok=True)
             log = job.log.open("ab")
-            process = subprocess.Popen(
-                command(job.words, job.processes),
-                env=self._environment(slot, job.processes),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            with signals_held_back():  # until the process listens
+                process = subprocess.Popen(
+                    command(job.words, job.processes),
+                    env=self._environment(slot, job.processes),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             self._running[job.name] = (process, slot, log)
 
     def _environment(self, slot: int, processes: int) -> dict[str, str]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data_pipeline.children import signals_held_back
 from launchers.local import child_environment, program, start_environment
 from launchers.team import run_team
 from pretrain.distributed.signals import SIGNALS
@@ -58,7 +59,8 @@ def supervise(words: list[str], run: Path, restarts: int) -> int:
     environment = {**child_environment(), SUPERVISED: "1"}
 
     def start() -> int:
-        child = subprocess.Popen([*program(), *words], env=environment)
+        with signals_held_back():  # until the process listens
+            child = subprocess.Popen([*program(), *words], env=environment)
 
         def hand_on(number: signal.Signals) -> None:
             child.send_signal(number)

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-from pretrain.distributed.jobs import MEETING
+from data_pipeline.children import signals_held_back
+from pretrain.distributed.jobs import CONNECTED, MEETING
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import INTERRUPTED, TRY_AGAIN
 
@@ -25,6 +27,8 @@ _PATIENCE = 30.0
 """Seconds that processes have to end by themselves after one of them has failed."""
 _PATIENCE_ASKED = 180.0
 """The same after a signal: processes may be writing a checkpoint."""
+_PATIENCE_UNCONNECTED = 2.0
+"""The same for a process that has not met the others yet, so that it has nothing to write."""
 _PAUSE = 0.05
 
 
@@ -54,10 +58,11 @@ def run_team(
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                     "LOCAL_WORLD_SIZE": str(processes), MEETING: folder,
                 }  # fmt: skip
-                team.append(subprocess.Popen(command, env={**environment, **variables}))
+                with signals_held_back():  # until the process listens
+                    team.append(subprocess.Popen(command, env={**environment, **variables}))
                 if SIGNALS.asked:  # a signal may have arrived before this process existed
                     _send(team[-1], signal.SIGTERM)
-            return _watch(team, patience)
+            return _watch(team, Path(folder), patience)
     finally:
         for process in team:
             if process.poll() is None:  # starting the others failed
@@ -65,15 +70,21 @@ def run_team(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(team: list[subprocess.Popen[bytes]], patience: float) -> int:
+def _watch(team: list[subprocess.Popen[bytes]], folder: Path, patience: float) -> int:
     failed_at: float | None = None
     while any(process.poll() is None for process in team):
         time.sleep(_PAUSE)
         if failed_at is None and any(process.poll() for process in team):
             failed_at = time.monotonic()
-        allowed = _PATIENCE_ASKED if SIGNALS.asked else patience
-        if failed_at is not None and time.monotonic() - failed_at > allowed:
-            for process in team:
+        if failed_at is None:
+            continue
+        waited = time.monotonic() - failed_at
+        for rank, process in enumerate(team):
+            allowed = _PATIENCE_ASKED if SIGNALS.asked else patience
+            if SIGNALS.asked and not (folder / CONNECTED.format(rank)).exists():
+                # It waits inside a library for one that has gone, where no signal is handled.
+                allowed = _PATIENCE_UNCONNECTED
+            if waited > allowed:
                 _send(process, signal.SIGKILL)
     _say_who_died(team)
     return _verdict([process.returncode for process in team])

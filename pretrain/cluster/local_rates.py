@@ -19,8 +19,9 @@ import torch
 from pretrain.cluster.plan import Device
 from pretrain.cluster.plan_memory import process_bytes
 from pretrain.config.recipe import Config
+from pretrain.distributed.signals import SIGNALS
 from pretrain.engine.precision import with_precision
-from pretrain.errors import RunError
+from pretrain.errors import RunError, Stopped
 
 _SECONDS = 0.5
 """Seconds for each measurement, which takes the best of as many tries as fit."""
@@ -90,7 +91,10 @@ def link_rate() -> float:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "rate"
         words = [sys.executable, "-P", "-m", "pretrain.cluster.local_rates", str(answer)]
-        if run_team(words, 2, start_environment(2)):
+        code = run_team(words, 2, start_environment(2))
+        if SIGNALS.asked:
+            raise Stopped(SIGNALS.name)
+        if code:
             raise RunError("--gpu here: two processes could not be measured; see above")
         return float(answer.read_text())
 
@@ -150,4 +154,8 @@ def _reduce(answer: Path) -> None:
 
 
 if __name__ == "__main__":
-    _reduce(Path(sys.argv[1]))
+    SIGNALS.listen()
+    try:
+        _reduce(Path(sys.argv[1]))
+    except Stopped:
+        sys.exit(SIGNALS.code)

@@ -22,7 +22,7 @@ from pretrain.config.science import GridConfig
 from pretrain.distributed.cores import fit_threads
 from pretrain.distributed.devices import own_gpu, refuse_shared
 from pretrain.distributed.failures import exit_code, is_of_machine
-from pretrain.distributed.meeting import open_store
+from pretrain.distributed.meeting import open_store, tell_connected
 from pretrain.errors import MachineError, RunError, UsageError
 
 Group = Any
@@ -196,6 +196,7 @@ def connect() -> torch.device:
         if gpus and size > 1:
             refuse_shared(str(torch.cuda.get_device_properties(device).uuid), size, store, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        tell_connected(rank)
     return device
 
 

@@ -8,6 +8,8 @@ from typing import Protocol
 
 MEETING = "RANKDECAY_MEETING"
 """Environment variable with the folder in which processes on one machine connect."""
+CONNECTED = "connected-{}"
+"""File of a process rank there, from the moment at which it is connected to all others."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from data_pipeline.files import write_aside
-from pretrain.distributed.jobs import MEETING
+from pretrain.distributed.jobs import CONNECTED, MEETING
 
 
 class Board(Protocol):
@@ -46,6 +46,13 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Any:
     return dist.TCPStore(  # type: ignore[attr-defined]
         host, port, size, listens, timeout=timeout, **(extra if listens else {})
     )
+
+
+def tell_connected(rank: int) -> None:
+    """Tell the launcher on this machine that a process rank waits for no other any more."""
+    folder = os.environ.get(MEETING)
+    if folder:
+        (Path(folder) / CONNECTED.format(rank)).touch()
 
 
 def open_board(size: int, timeout: timedelta) -> Board | None:

@@ -21,7 +21,7 @@ import pytest
 from launchers import supervise, team
 from launchers.local import child_environment, command, program, start_environment
 from pretrain.distributed import meeting
-from pretrain.distributed.jobs import MEETING
+from pretrain.distributed.jobs import CONNECTED, MEETING
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import INTERRUPTED, TRY_AGAIN
 from tests.tools import ROOT, base_recipe, environment, write_recipe
@@ -34,9 +34,16 @@ def listening() -> Iterator[None]:
     SIGNALS.restore()
 
 
+LISTEN = (
+    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_SETMASK, []);"
+    "os.execvp('bash', ['bash', '-c', sys.argv[1]])"
+)
+"""Ranks get no signal before they ask for it, which a shell cannot."""
+
+
 def ranks(script: str, count: int = 3, **more: float) -> int:
     """The code of a team whose ranks run a line of shell (RANK is their own)."""
-    return team.run_team(["bash", "-c", script], count, dict(os.environ), **more)
+    return team.run_team([sys.executable, "-SEc", LISTEN, script], count, dict(os.environ), **more)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +92,11 @@ def test_a_signal_reaches_every_rank_and_no_deadline_follows(
     """They write for longer than a failed team would be given, and nobody is killed."""
     threading.Timer(0.7, lambda: os.kill(os.getpid(), number)).start()
     name = number.name.removeprefix("SIG")
+    # The first to end starts the clock; the others write for longer than one that never connected
+    # would be given.
     script = (
-        f"trap 'sleep 1.5; touch {tmp_path}/$RANK; exit {wanted}' {name}; sleep 30 & wait; wait"
+        f"touch ${MEETING}/{CONNECTED.format('$RANK')}; trap 'sleep $((1 + 2 * RANK));"
+        f" touch {tmp_path}/$RANK; exit {wanted}' {name}; sleep 30 & wait; wait"
     )
     assert ranks(script, patience=0.1) == wanted
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
@@ -289,3 +299,44 @@ def test_torchrun_waits_for_a_slow_checkpoint(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert (tmp_path / "whole").exists(), errors
     assert process.returncode == TRY_AGAIN, errors
+
+
+def test_a_rank_that_waits_for_one_that_left_is_ended() -> None:
+    """Inside a library, where no signal is handled, and before it has anything to write."""
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    script = "trap 'exit 75' TERM; [ $RANK = 0 ] && trap '' TERM; sleep 60 & wait; sleep 60"
+    began = time.monotonic()
+    assert ranks(script, 2) == TRY_AGAIN
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_waits_until_a_rank_listens(number: signal.Signals, tmp_path: Path) -> None:
+    """A rank that starts, or imports something for long, is not killed and prints no traceback."""
+    began, late = tmp_path / "began", tmp_path / "late.py"
+    late.write_text(
+        "import os, pathlib, sys, time\n"
+        f"pathlib.Path({str(began)!r}).write_text('')\n"
+        "until = time.monotonic() + 0.5\n"
+        "while time.monotonic() < until: pass\n"
+        "from pretrain.distributed.signals import SIGNALS\n"
+        "from pretrain.errors import Stopped\n"
+        "try:\n"
+        "    SIGNALS.listen()\n"
+        "    time.sleep(60)\n"
+        "except Stopped:\n"
+        f"    pathlib.Path({str(tmp_path)!r}, 'ended-' + os.environ['RANK']).touch()\n"
+        "    sys.exit(SIGNALS.code)\n"
+    )
+
+    def send() -> None:
+        while not began.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    code = team.run_team([sys.executable, str(late)], 2, environment())
+    sender.join()
+    assert code == (INTERRUPTED if number == signal.SIGINT else TRY_AGAIN)
+    assert len(list(tmp_path.glob("ended-*"))) == 2

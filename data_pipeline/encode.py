@@ -148,12 +148,13 @@ class Encoder:
     def __enter__(self) -> Callable[[Iterator[tuple[RecordBlock, str | None]]], Iterator[Result]]:
         if self.workers <= 1:
             return self._serial
-        self.pool = ProcessPoolExecutor(
-            self.workers,
-            mp_context=get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(self.settings, os.getpid()),
-        )
+        with signals_held_back():  # it starts a process that tracks its semaphores
+            self.pool = ProcessPoolExecutor(
+                self.workers,
+                mp_context=get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(self.settings, os.getpid()),
+            )
         return self._parallel
 
     def __exit__(self, *_: object) -> None:

@@ -60,6 +60,14 @@ class Tower(BaseModel):
     beside: list[str] = Field(
         [], description="other tensors of the layer that change no product, such as 'sinks'"
     )
+    live: dict[str, str] = Field(
+        {}, description="keys above that differ in the class itself, whose files have other names"
+    )
+
+    @property
+    def in_memory(self) -> Tower:
+        """The tower with the names that the class itself has."""
+        return self.model_copy(update={**self.live, "live": {}})
 
     @model_validator(mode="after")
     def _whole(self) -> Tower:
@@ -154,6 +162,9 @@ class Family(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model_types: list[str] = []
+    roles: dict[str, str | list[str]] = Field(
+        {}, description="tensor names, with {layer}, of the matrices outside attention, by role"
+    )
     towers: dict[str, Tower]
     """The towers by name; a single tower has an empty name."""
     elsewhere: list[str] = Field(
@@ -197,7 +208,7 @@ def family_of(values: dict[str, Any], source: str) -> Family:
     """
     if "towers" not in values:
         common: dict[str, Any] = {
-            key: values[key] for key in ("model_types", "elsewhere") if key in values
+            key: values[key] for key in ("model_types", "elsewhere", "roles") if key in values
         }
         tower = {key: value for key, value in values.items() if key not in common}
         values = {**common, "towers": {"": tower}}

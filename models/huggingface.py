@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,27 @@ _BUFFERS = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq)$|^bias$")
 _ATTENTION = re.compile(r"(^|\.|_)[a-z]*att(e?n|ention)s?(\.|_|$)", re.IGNORECASE)
 
 
+class Tensors(Protocol):
+    """The tensors of a model by name, in files or in memory."""
+
+    @property
+    def folder(self) -> object:
+        """What holds them, for messages."""
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without its values."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+
+    def close(self) -> None:
+        """Release what the last tensor needed."""
+
+
 @dataclass(frozen=True)
 class AttentionTower:
     """One stack of attention layers of a pretrained model."""
@@ -38,10 +60,12 @@ class AttentionTower:
     name: str
     """Empty for a single tower, otherwise its name (``text``, ``vision``)."""
     shape: AttentionShape
-    files: TensorFiles
+    files: Tensors
     tower: Tower
     rotates: tuple[bool, ...] = ()
     """For each layer, whether it rotates; empty: every layer does, if any."""
+    finite: bool = True
+    """Refuse weights that are not finite; otherwise their statistics are NaN."""
 
     def layers(self) -> Iterator[Factors]:
         """The factors of every layer, in order; at most one layer's weights are in memory."""
@@ -96,12 +120,12 @@ class AttentionTower:
                 "of "
                 f"config.json need {expected}; describe the family with --family"
             )
-        if not torch.isfinite(values).all():
+        if self.finite and not torch.isfinite(values).all():
             raise ModelError(f"{self.files.folder}: {name} contains NaN or infinity")
         return values.clone()  # not a view of a mapped file
 
 
-def find_tensor(files: TensorFiles, name: str) -> str:
+def find_tensor(files: Tensors, name: str) -> str:
     """The one tensor whose name is ``name``, or ends with it after a dot.
 
     Raises:
@@ -119,14 +143,14 @@ def find_tensor(files: TensorFiles, name: str) -> str:
     raise ModelError(f"{files.folder}: has no {name}; {_how_to_describe(files)}")
 
 
-def _ambiguous(files: TensorFiles, name: str, matches: list[str]) -> ModelError:
+def _ambiguous(files: Tensors, name: str, matches: list[str]) -> ModelError:
     return ModelError(
         f"{files.folder}: {name} could be {' or '.join(matches[:3])}; make `layer` of a --family "
         "file more specific"
     )
 
 
-def _how_to_describe(files: TensorFiles) -> str:
+def _how_to_describe(files: Tensors) -> str:
     attention = [name for name in files.names if "att" in name.lower()] or files.names
     shown = ", ".join(attention[:6]) or "(none)"
     return (
@@ -159,6 +183,26 @@ def open_pretrained(
     config = read_json(folder / "config.json")
     files = TensorFiles(folder, say)
     refuse_quantised(folder, config, files)
+    return attention_towers(config, files, family, say, allow_unused)
+
+
+def attention_towers(
+    config: dict[str, Any],
+    files: Tensors,
+    family: Family | None,
+    say: Callable[[str], None],
+    allow_unused: bool = False,
+) -> list[AttentionTower]:
+    """The attention towers of a model whose tensors are in files or in memory.
+
+    Args:
+        config: the content of its config.json.
+        files, family, say, allow_unused: as in `open_pretrained`.
+
+    Raises:
+        ModelError: as `open_pretrained`.
+    """
+    folder = files.folder
     if family is None:
         kind = str(config.get("model_type", "(none)"))
         family = known_families().get(kind)
@@ -172,7 +216,7 @@ def open_pretrained(
             f"{folder}: clip_qkv limits queries, keys and values, so the balance law does not "
             "apply to them"
         )
-    parts = {name: _parts(files, tower) for name, tower in family.towers.items()}
+    parts = {name: parts_of(files, tower) for name, tower in family.towers.items()}
     used = {
         tensor for tower in parts.values() for layer in tower.values() for tensor in layer.values()
     }
@@ -195,7 +239,7 @@ Parts = dict[int, dict[str, str]]
 """Names of a tower's attention tensors, by layer and by the name's part within the layer."""
 
 
-def _parts(files: TensorFiles, tower: Tower) -> Parts:
+def parts_of(files: Tensors, tower: Tower) -> Parts:
     head = re.escape(tower.layer).replace(re.escape("{layer}"), r"(\d+)")
     pattern = re.compile(rf"(?:^|.*\.){head}(.+)")
     layers: Parts = {}
@@ -218,7 +262,7 @@ def _has_qk_norm(parts: Parts, tower: Tower) -> bool:
     )
 
 
-def _check_layers(files: TensorFiles, parts: Parts, tower: Tower, shape: AttentionShape) -> None:
+def _check_layers(files: Tensors, parts: Parts, tower: Tower, shape: AttentionShape) -> None:
     """Refuse files whose layers are not those of config.json."""
     missing = next((layer for layer in range(shape.num_layers) if layer not in parts), None)
     if missing is not None:
@@ -232,7 +276,7 @@ def _check_layers(files: TensorFiles, parts: Parts, tower: Tower, shape: Attenti
         )
 
 
-def _check_parts(folder: Path, parts: Parts, tower: Tower) -> None:
+def _check_parts(folder: object, parts: Parts, tower: Tower) -> None:
     """Refuse a tensor of a layer's attention that is not read and may change a product."""
     read = {
         tensor
@@ -253,7 +297,7 @@ def _check_parts(folder: Path, parts: Parts, tower: Tower) -> None:
                 )
 
 
-def _check_elsewhere(files: TensorFiles, family: Family, used: set[str]) -> None:
+def _check_elsewhere(files: Tensors, family: Family, used: set[str]) -> None:
     """Refuse to leave out an attention matrix silently."""
     for name in files.names:
         if name in used or any(f".{fragment}" in f".{name}" for fragment in family.elsewhere):

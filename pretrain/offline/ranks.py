@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from pretrain.errors import UsageError
 from pretrain.offline.scatter import Scatter
 from pretrain.ranks.probe import Row, layer_rows
 from pretrain.ranks.probe import lawful as lawful_rows
-from pretrain.ranks.table import write_rows
-from pretrain.runs.folder import CONFIG, resolve_checkpoint
+from pretrain.ranks.table import read_ranks, write_rows
+from pretrain.runs.folder import CONFIG, recipe_of, resolve_checkpoint
+from pretrain.runs.loop import LOOP
 
 _CHUNK = 1 << 22
 """Number of elements of a matrix that are converted to float64 at once."""
@@ -89,6 +90,8 @@ def find_weights(
 
     base, _, version = target.rpartition("@") if "@" in target else (target, "", "")
     path = Path(base)
+    if (path / LOOP).is_file():
+        return _saved_by_loop(path, version, pretrained)
     if not path.exists() and is_hub_name(target) and not target.startswith("."):
         chosen = revisions(base, version)
         return [pretrained(fetch(base, revision), revision or base) for revision in chosen]
@@ -112,6 +115,27 @@ def find_weights(
     if not path.exists():
         raise UsageError(f"{base}: no such folder")
     return [_checkpoint(resolve_checkpoint(target))]
+
+
+def _saved_by_loop(
+    run: Path, version: str, pretrained: Callable[[Path, str], Weights]
+) -> list[Weights]:
+    """The models in the run folder of another loop: its last, those of some steps, or none."""
+    recipe = recipe_of(run)
+    folders = sorted(
+        (folder for folder in run.iterdir() if folder.is_dir() and is_pretrained(folder)),
+        key=lambda path: by_number(path.name),
+    )
+    found = [pretrained(folder, folder.name) for folder in folders]
+    if is_pretrained(run) and not version:
+        found = [replace(pretrained(run, run.name), step=recipe.train.steps)]
+    elif version.isdigit():
+        found = [weights for weights in found if weights.step == int(version)]
+        if not found:
+            raise UsageError(f"{run}@{version}: no such step; a loop saved {len(folders)} models")
+    elif version != "*":
+        found = found[-1:]
+    return [replace(weights, ranks=recipe.ranks) for weights in found]
 
 
 def _pretrained(
@@ -164,7 +188,7 @@ def measure_weights(models: list[Weights], config: RanksConfig) -> tuple[list[Ro
             label = {**of_model, "tower": stack.name} if stack.name else of_model
             for layer in range(stack.shape.num_layers):
                 factors = stack.layer(layer)
-                measured = _layer(factors, layer, stack, config)
+                measured = measure_layer(factors, layer, stack, config)
                 for row in measured:
                     row.update(step=weights.step, tokens=weights.tokens, **label)
                 rows += measured
@@ -175,7 +199,8 @@ def measure_weights(models: list[Weights], config: RanksConfig) -> tuple[list[Ro
     return rows, scatter
 
 
-def _layer(factors: Factors, layer: int, stack: Stack, config: RanksConfig) -> list[Row]:
+def measure_layer(factors: Factors, layer: int, stack: Stack, config: RanksConfig) -> list[Row]:
+    """The rows of one layer, some heads at a time."""
     shape = stack.shape_of(layer)
     unit_size = shape.group * shape.head_size * shape.hidden_size
     at_once = max(1, _CHUNK // unit_size)
@@ -291,6 +316,9 @@ def rank_command(
             continues its own.
     """
     models = find_weights(target, family, batch_tokens, allow_unused)
+    if not models:
+        _show_measured(target, settings, out, figures, as_json)
+        return
     config = RanksConfig.model_validate(
         {**(models[-1].ranks or RanksConfig()).model_dump(), **settings}
     )
@@ -305,3 +333,27 @@ def rank_command(
         if figures:
             scatter.write(figures)
             print(f"written: {figures}/scatter.png, .csv", file=sys.stderr)
+
+
+def _show_measured(
+    target: str, settings: dict[str, Any], out: Path | None, figures: Path | None, as_json: bool
+) -> None:
+    """Print what a loop measured last, because it saved no model in its run folder.
+
+    Raises:
+        UsageError: for an option that needs weights.
+    """
+    if any(settings.values()) or figures:
+        raise UsageError(
+            f"{target}: holds measurements of another loop but no model, which these options need; "
+            "leave them out"
+        )
+    rows = read_ranks(Path(target.partition("@")[0]))
+    if not rows:
+        raise UsageError(f"{target}: nothing was measured yet; let it train")
+    rows = [row for row in rows if row["step"] == rows[-1]["step"]]
+    print_ranks(rows, as_json)
+    if out:
+        with held(out):
+            write_rows(out, rows)
+        print(f"written: {out}", file=sys.stderr)

@@ -10,6 +10,7 @@ from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, step_of
 from pretrain.errors import UsageError
 from pretrain.runs.finished import check_finished
 from pretrain.runs.folder import check_continues, forked_from, plan_for_resume, resume_point
+from pretrain.runs.loop import refuse_loop
 from pretrain.training.faults import read_jumps, write_jumps
 from pretrain.training.setup import Setup
 
@@ -82,6 +83,7 @@ def begin(setup: Setup, request: StartRequest) -> tuple[Setup, Origin]:
             and cannot do what is asked.
     """
     run, config, until = request.run, setup.config, request.until
+    refuse_loop(run)
     own = resume_point(run, config, request.precision)
     if request.fork is not None:
         _check_fork(run, request.fork, own)

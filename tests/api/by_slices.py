@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from tests.transformers_models import FAMILIES, build
 
-WORDS: dict[str, Any] = {"default": 0.1, "query": 0.5, "key": 0.3, "value": 0.2, "attention_output": 0.7,
-         "mlp": 0.05}  # fmt: skip
+WORDS: dict[str, Any] = {
+    "default": 0.1, "query": 0.5, "key": 0.3, "value": 0.2, "attention_output": 0.7, "mlp": 0.05,
+}  # fmt: skip
 RATE, STEPS = 1e-2, 5
 HEADS = 3
 """Of GPT-NeoX here: an odd number, so that two processes cut one in the middle."""

@@ -1,0 +1,160 @@
+"""The run folder of somebody else's loop, in the form that reports read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from data_pipeline.strict_json import to_json
+from models.config import GPTConfig
+from models.factors import AttentionShape
+from pretrain.config.decay import WeightDecayConfig
+from pretrain.config.recipe import Config, dump_config
+from pretrain.config.run import RanksConfig
+from pretrain.errors import UsageError
+from pretrain.ranks.probe import Row, summary
+from pretrain.ranks.table import add_ranks, merge_ranks
+from pretrain.runs.folder import CONFIG, ENVIRONMENT, environment, rewind, write_text
+from pretrain.runs.lock import RunLock
+from pretrain.runs.loop import LOOP
+from pretrain.runs.metrics import Tracker
+from pretrain.runs.records import FIGURES
+
+_DIALECTS = {"gpt2": "gpt2", "gpt_neox": "gpt_neox"}
+
+
+def loop_recipe(
+    shape: AttentionShape,
+    values: Mapping[str, Any],
+    decay: WeightDecayConfig | None,
+    ranks: RanksConfig,
+    about: Mapping[str, Any],
+) -> Config:
+    """What is known of a run, as a recipe: reports sort runs by its keys.
+
+    Args:
+        values: the content of the model's config.json.
+        decay: the decay by role; None if it is not known.
+        about: seed, steps, global_batch, context, learning_rate, as far as they are known.
+    """
+    train = {key: about[key] for key in ("steps", "global_batch") if about.get(key)}
+    optimizer: dict[str, Any] = {"gradient_clipping": 0.0}
+    optimizer["schedule"] = {"kind": "constant", "warmup": 0}
+    if about.get("learning_rate"):
+        optimizer["learning_rate"] = about["learning_rate"]
+    return Config.model_validate(
+        {
+            "seed": about.get("seed") or 0,
+            "model": _model(shape, values, about.get("context") or 0),
+            "train": train,
+            "optimizer": {
+                **optimizer,
+                "weight_decay": decay.model_dump() if decay else {"default": 0.0},
+            },
+            "evaluation": {"at_end": "none"},
+            "ranks": ranks.model_dump(),
+        }
+    )
+
+
+def _model(shape: AttentionShape, values: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """The shape of a model in our keys, as far as it has them."""
+    known: dict[str, Any] = {
+        "dialect": _DIALECTS.get(str(values.get("model_type")), "llama"),
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.key_value_heads,
+        "head_dim": shape.head_size,
+        "qk_norm": shape.qk_norm,
+    }
+    if shape.rotary_dim:
+        known |= {"position": "rotary", "rotary_fraction": shape.rotary_dim / shape.head_size}
+    else:
+        known["position"] = "learned"
+    more = {
+        "vocabulary_size": values.get("vocab_size"),
+        "context": context or values.get("max_position_embeddings") or values.get("n_positions"),
+        "ffn_hidden_size": values.get("intermediate_size") or values.get("n_inner"),
+        "tied_head": values.get("tie_word_embeddings"),
+    }
+    known_more = known | {key: value for key, value in more.items() if value is not None}
+    try:
+        GPTConfig.model_validate(known_more)
+    except ValidationError:  # a value that our models cannot have
+        return known
+    return known_more
+
+
+class LoopFolder:
+    """Writes the run folder of somebody else's loop; used by its main process alone."""
+
+    def __init__(self, run: Path, config: Config, about: Mapping[str, Any]) -> None:
+        """
+        Args:
+            about: what else is known about the loop, for the folder's record of it.
+
+        Raises:
+            UsageError: if the folder holds a run of this program's own training.
+            BusyError: if another process writes there.
+        """
+        if (run / CONFIG).exists() and not (run / LOOP).exists():
+            raise UsageError(f"{run}: holds a run of `pretrain train`; choose another folder")
+        self._run, self._config = run, config
+        self._lock = RunLock(run)
+        self._lock.acquire()
+        write_text(run / LOOP, to_json(dict(about), indent=1))
+        write_text(run / CONFIG, dump_config(config))
+        setting = {"precision": about["precision"]} if about.get("precision") else {}
+        write_text(run / ENVIRONMENT, to_json([{**environment(), **setting}], indent=1))
+        self._tracker = Tracker(run, config, active=True)
+
+    def begin(self, step: int) -> None:
+        """Remove what was written after ``step``, from which the loop continues."""
+        rewind(self._run, step)
+
+    def log(self, step: int, figures: Mapping[str, float | None], decays: dict[str, float]) -> None:
+        """One line about an update; a figure that is not known is null.
+
+        Args:
+            figures: loss, learning_rate, grad_norm and tokens_per_second.
+            decays: λ in use by group.
+        """
+        known = {name: _number(figures.get(name)) for name in FIGURES}
+        self._tracker.log("train", step, {**known, "weight_decay": decays})
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """One line about a held-out loss, in nats per token."""
+        self._tracker.log(
+            "evaluation", step, {"split": self._config.evaluation.split, "loss": loss}
+        )
+
+    def ranks(self, step: int, rows: list[Row], seconds: float) -> None:
+        """One measurement."""
+        add_ranks(self._run, step, rows, self._config.ranks)
+        self._tracker.log("ranks", step, {**summary(rows), "seconds": seconds})
+
+    def close(self, last: int) -> None:
+        """Merge the table and release the folder.
+
+        Args:
+            last: the number of updates that were made.
+        """
+        if last != self._config.train.steps and last > 0:
+            self._config = self._config.model_copy(
+                update={"train": self._config.train.model_copy(update={"steps": last})}
+            )
+            write_text(self._run / CONFIG, dump_config(self._config))
+        merge_ranks(self._run)
+        self._tracker.close()
+        self._lock.release()
+
+
+def _number(value: Any) -> float | None:
+    value = value.detach() if hasattr(value, "detach") else value
+    number = float(value) if value is not None else math.nan
+    return None if math.isnan(number) else number

@@ -46,7 +46,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError("the digits are scikit-learn's: pip install 'rankdecay[vision]'") from None
+        raise DataError("the digits are scikit-learn's: pip install scikit-learn") from None
     digits = load_digits()
     return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
 
@@ -89,7 +89,7 @@ class _Hub(Images):
             import datasets
         except ImportError:
             raise DataError(
-                "images from the Hub need the package datasets: pip install 'rankdecay[vision]'"
+                "images from the Hub need the package datasets: pip install datasets"
             ) from None
         name = "train" if split == "train" else "validation"
         try:
@@ -224,7 +224,7 @@ def _rand_augment(pixels: np.ndarray, seed: int, number: int) -> np.ndarray:
     try:
         from kornia.augmentation.auto import RandAugment
     except ImportError:
-        raise DataError("RandAugment needs kornia: pip install 'rankdecay[vision]'") from None
+        raise DataError("RandAugment needs kornia: pip install kornia") from None
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(digest[:7], "little"))

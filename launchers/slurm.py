@@ -94,9 +94,7 @@ class SlurmExecutor:
         try:
             import submitit
         except ImportError:
-            raise UsageError(
-                "--launcher slurm needs submitit: pip install 'rankdecay[slurm]'"
-            ) from None
+            raise UsageError("--launcher slurm needs submitit: pip install submitit") from None
         self._folder, self._settings, self._parallel = folder, settings, parallel
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -88,7 +88,7 @@ def _api() -> Any:
         from huggingface_hub import HfApi
     except ImportError:
         raise ModelError(
-            "reading from the Hub needs huggingface_hub: pip install 'rankdecay[hub]'"
+            "reading from the Hub needs huggingface_hub: pip install huggingface-hub"
         ) from None
     from huggingface_hub.utils import logging
 

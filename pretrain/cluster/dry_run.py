@@ -8,7 +8,7 @@ import torch
 
 from data_pipeline.strict_json import to_json
 from pretrain.cli.console import plain, show_table, warn
-from pretrain.cluster.plan_grids import layout_of
+from pretrain.cluster.plan_grids import accept, layout_of
 from pretrain.cluster.plan_memory import memory_of, process_bytes
 from pretrain.cluster.plan_shapes import sizes_of
 from pretrain.cluster.vocabulary import task_to_plan
@@ -18,8 +18,10 @@ from pretrain.decay.lengths import remarks
 from pretrain.decay.plan import DecayGroup
 from pretrain.decay.sites import site_of
 from pretrain.distributed.grid import process_count
+from pretrain.engine.optimizers import refuse_missing_optimizer
 from pretrain.engine.precision import with_precision
 from pretrain.errors import UsageError
+from pretrain.runs.metrics import refuse_missing_services
 from pretrain.tasks.epochs import describe as describe_data
 from pretrain.tasks.epochs import in_words
 from pretrain.tasks.task import Uses
@@ -102,6 +104,10 @@ def describe(setup: Setup) -> dict[str, Any]:
             f"train.global_batch: {config.train.global_batch} cannot be divided among {data} "
             "data-parallel ranks"
         )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accept(config, device.type, data * model_ranks)
+    refuse_missing_optimizer(config.optimizer)
+    refuse_missing_services(config.logging)
     control = DecayControl(config, setup.plan)
     groups = [
         {
@@ -118,7 +124,6 @@ def describe(setup: Setup) -> dict[str, Any]:
         for exposures in (_exposures(control, group, config),)
     ]
     tokens = config.train.global_batch * config.model.context
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "groups": groups,
         "parameters": sum(group.numel for group in setup.plan.groups),

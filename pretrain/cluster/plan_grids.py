@@ -19,8 +19,7 @@ from pretrain.config.recipe import Config, with_values
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
 from pretrain.distributed.grid import Grid, check_grid
-from pretrain.engine.deepspeed_adapter import deepspeed_settings
-from pretrain.engine.engine import micro_batches, whole_model
+from pretrain.engine.engine import micro_batches, refuse_unfit, whole_model
 from pretrain.engine.precision import with_precision
 from pretrain.errors import UsageError
 
@@ -64,8 +63,7 @@ def accept(config: Config, device: str, count: int) -> Config:
     grid = empty_grid(config, device, count)
     factory = ParameterFactory(0, grid.tensor_parallel, allocate=False)
     layer_blueprints(config.model, factory, DEFAULT_KERNELS)
-    micro, passes = micro_batches(config, grid)
-    deepspeed_settings(with_precision(config, grid.device), grid, micro, passes, 1)
+    refuse_unfit(config, grid)
     return config
 
 

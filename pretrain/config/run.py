@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_serializer
@@ -79,12 +80,17 @@ class LoggingConfig(Section):
 
     def services(self) -> list[ServiceSection]:
         """All services that receive metrics in addition to the file."""
-        entries: list[dict[str, str]] = []
+        return [section for _, section in self.services_by_key()]
+
+    def services_by_key(self) -> Iterator[tuple[str, ServiceSection]]:
+        """Yield each service with the key that asks for it."""
         if self.wandb:
-            entries.append({"kind": "wandb", "project": self.wandb, "group": self.wandb_group})
+            entry = {"kind": "wandb", "project": self.wandb, "group": self.wandb_group}
+            yield "logging.wandb", SERVICES.section(entry)
         if self.tensorboard:
-            entries.append({"kind": "tensorboard"})
-        return [*map(SERVICES.section, entries), *self.trackers]
+            yield "logging.tensorboard", SERVICES.section({"kind": "tensorboard"})
+        for index, tracker in enumerate(self.trackers):
+            yield f"logging.trackers[{index}]", tracker
 
 
 class ResumeConfig(Section):

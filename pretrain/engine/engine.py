@@ -334,6 +334,16 @@ def optimizer_groups(module: nn.Module, plan: DecayPlan) -> list[dict[str, Any]]
     ]
 
 
+def refuse_unfit(config: Config, grid: Grid) -> None:
+    """Refuse a recipe that `build_engine` would refuse, without building anything.
+
+    Raises:
+        UsageError: naming the key.
+    """
+    micro, count = micro_batches(config, grid)
+    deepspeed_settings(with_precision(config, grid.device), grid, micro, count, 1)
+
+
 def micro_batches(config: Config, grid: Grid) -> tuple[int, int]:
     """Sequences per forward pass, and passes per update, of each data-parallel rank.
 

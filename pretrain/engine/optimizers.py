@@ -39,13 +39,28 @@ def build_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Opti
         return torch.optim.SGD(groups, lr=rate, momentum=config.momentum)
     if config.name == "muon":
         return MuonWithAdamW(groups, rate, betas, config.epsilon, config.momentum)
+    lion: torch.optim.Optimizer = _lion()(groups, lr=rate, betas=betas, weight_decouple=True)
+    return lion
+
+
+def refuse_missing_optimizer(config: OptimizerConfig) -> None:
+    """Refuse an optimizer whose package is not installed.
+
+    Raises:
+        UsageError: naming the key and the package.
+    """
+    if config.name == "lion":
+        _lion()
+
+
+def _lion() -> Any:
     try:
         from pytorch_optimizer import Lion
     except ImportError:
         raise UsageError(
-            "optimizer.name: lion needs pytorch-optimizer: pip install 'rankdecay[optimizers]'"
+            "optimizer.name: lion needs pytorch-optimizer: pip install pytorch-optimizer"
         ) from None
-    return Lion(groups, lr=rate, betas=betas, weight_decouple=True)
+    return Lion
 
 
 def is_muon_role(role: Role) -> bool:

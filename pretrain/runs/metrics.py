@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +20,8 @@ from data_pipeline.files import write_aside
 from data_pipeline.strict_json import not_finite, to_json
 from pretrain.cli.console import warn
 from pretrain.config.recipe import Config
-from pretrain.errors import ENDS, RunError
+from pretrain.config.run import LoggingConfig
+from pretrain.errors import ENDS, RunError, UsageError
 from pretrain.ranks.columns import Columns, Named
 from pretrain.runs.records import FIGURES, LINES, Line, check_record
 from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
@@ -29,6 +31,23 @@ _LARGEST, _LONGEST = 1 << 31, 1 << 20
 """Largest size in bytes of the file, and of a line."""
 _ALWAYS_FINITE = ("train", "evaluation")
 """Kinds of lines in which NaN is a fault; in others it means that a figure does not apply."""
+
+
+def refuse_missing_services(logging: LoggingConfig) -> None:
+    """Refuse a service whose package is not installed.
+
+    Raises:
+        UsageError: naming the key and the package.
+    """
+    for key, section in logging.services_by_key():
+        module, package = SERVICES.class_of(section).needs
+        try:
+            if module:
+                import_module(module)
+        except ImportError:
+            raise UsageError(
+                f"{key}: needs the package {package}, which is not installed: pip install {package}"
+            ) from None
 
 
 def read_metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:

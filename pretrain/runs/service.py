@@ -36,6 +36,8 @@ class Service:
     """Its keys in a recipe."""
     name: str = ""
     """Its name in messages; empty: its kind."""
+    needs: ClassVar[tuple[str, str]] = ("", "")
+    """A module that must be there, and the package to install for it; empty: none."""
 
     def __init__(self, config: Any, run: TrackedRun) -> None:
         """

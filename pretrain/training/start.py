@@ -19,13 +19,14 @@ from pretrain.config.recipe import Config
 from pretrain.decay.lengths import say_remarks
 from pretrain.distributed.grid import Grid
 from pretrain.distributed.watchdog import Watchdog
-from pretrain.engine.engine import Engine, build_engine, micro_batches
+from pretrain.engine.engine import Engine, build_engine, refuse_unfit
+from pretrain.engine.optimizers import refuse_missing_optimizer
 from pretrain.engine.precision import resolve_precision, with_precision
 from pretrain.runs.finished import is_complete, put_evaluation_aside
 from pretrain.runs.folder import create_run, known_recipe, misfit, rewind
 from pretrain.runs.identity import data_order, initial_weights, write_identity
 from pretrain.runs.lock import RunLock
-from pretrain.runs.metrics import Tracker
+from pretrain.runs.metrics import Tracker, refuse_missing_services
 from pretrain.tasks.epochs import describe, in_words, unit_of, uses_of
 from pretrain.training.faults import FaultDetector
 from pretrain.training.loop import restore, run_training
@@ -87,7 +88,9 @@ def _checked(prepared: Setup, request: StartRequest, grid: Grid) -> tuple[Setup,
     if config.checkpoint.mirror:
         Mirror(config.checkpoint.mirror, request.run)
     setup, _ = begin(prepared, request)
-    micro_batches(setup.config, grid)
+    refuse_unfit(setup.config, grid)
+    refuse_missing_optimizer(setup.config.optimizer)
+    refuse_missing_services(setup.config.logging)
     held_out = setup.task.held_out(setup.config)
     data = setup.task.training(setup.config)
     return setup, SampleSets(data, held_out, data_order(setup.config, setup.task, data))

@@ -12,6 +12,7 @@ class TensorBoard(Service):
     """Scalars by step; values of later steps are hidden when a run goes back."""
 
     name = "TensorBoard"
+    needs = ("torch.utils.tensorboard", "tensorboard")
 
     def __init__(self, config: ServiceSection, run: TrackedRun) -> None:
         super().__init__(config, run)
@@ -19,10 +20,8 @@ class TensorBoard(Service):
 
     def _open(self, step: int) -> Any:
         """A writer for values after ``step``."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ImportError("not installed: pip install 'rankdecay[tensorboard]'") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         # A start from the beginning hides all values of an earlier one.
         folder = str(self.run.folder / "tensorboard")
         return SummaryWriter(folder, purge_step=step + 1 if step else 0)

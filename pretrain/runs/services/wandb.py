@@ -25,6 +25,7 @@ class Wandb(Service):
 
     Config = WandbSection
     name = "W&B"
+    needs = ("wandb", "wandb")
     config: WandbSection
 
     def __init__(self, config: WandbSection, run: TrackedRun) -> None:

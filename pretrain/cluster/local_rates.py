@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from pretrain.cli.console import warn
 from pretrain.cluster.plan import Device
 from pretrain.cluster.plan_memory import process_bytes
 from pretrain.config.recipe import Config
@@ -23,6 +24,7 @@ from pretrain.distributed.signals import SIGNALS
 from pretrain.engine.precision import with_precision
 from pretrain.errors import RunError, Stopped
 
+_ASSUMED_LINK = 25e9
 _SECONDS = 0.5
 """Seconds for each measurement, which takes the best of as many tries as fit."""
 
@@ -46,7 +48,7 @@ def measure_here(
     width = 2 if with_precision(config, device).precision == "bf16" else 4
     base, slack = process_bytes(device.type)
     rate, bandwidth = rates(width)
-    link = link_rate() if processes > 1 else 1e12
+    link = link_between(processes, torch.cuda.device_count() if on_gpu else None)
     return Device(
         name="here",
         tflops=rate / shared / 1e12,
@@ -81,6 +83,26 @@ def elementwise_rate(width: int) -> float:
         x + x
 
     return 6.0 * x.numel() * width / _best(passes)
+
+
+def link_between(
+    processes: int, gpus: int | None, measure: Callable[[], float] | None = None
+) -> float:
+    """Bytes per second between two of ``processes`` processes; a GPU holds one process.
+
+    Args:
+        gpus: GPUs of this machine; None: processes run on the CPU.
+        measure: measures it; by default `link_rate`.
+    """
+    if processes == 1:
+        return 1e12
+    if gpus == 1:
+        warn(
+            f"one GPU is here, so a link between GPUs cannot be measured; {_ASSUMED_LINK / 1e9:g} "
+            "GB/s are assumed, as of PCIe 4.0"
+        )
+        return _ASSUMED_LINK
+    return (measure or link_rate)()
 
 
 def link_rate() -> float:

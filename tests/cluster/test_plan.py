@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.cluster.local_rates import measure_here
+from pretrain.cluster.local_rates import link_between, measure_here
 from pretrain.cluster.plan import DEVICES, Choice, _best, choose, rank
 from pretrain.cluster.plan_memory import memory_of
 from pretrain.cluster.plan_shapes import Layout, sizes_of
@@ -191,6 +191,17 @@ def test_this_machine_is_measured(
     words = ["plan", recipe, "--gpus", "1", "--gpu", "here", "model.vocabulary_size=4096"]
     assert run(monkeypatch, *words) == 0
     assert "rates of this machine, measured now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("processes", "gpus", "wanted", "warns"), [
+    (1, 1, 1e12, False), (8, 1, 25e9, True), (2, 2, 7e9, False), (2, None, 7e9, False),
+])  # fmt: skip
+def test_one_gpu_starts_no_second_process(
+    processes: int, gpus: int | None, wanted: float, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes on one GPU are refused; the link that nobody can measure is assumed."""
+    assert link_between(processes, gpus, lambda: 7e9) == wanted
+    assert ("assumed" in capsys.readouterr().err) == warns
 
 
 def test_the_command(

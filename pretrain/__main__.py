@@ -259,8 +259,8 @@ def run_command(command: Callable[..., object] = app) -> int:
         The exit code: 2 for usage errors, 1 for trouble, 75 for "try again", 130 for Ctrl-C.
     """
     write_any_text()
-    SIGNALS.listen()
     try:
+        SIGNALS.listen()
         # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.
         code = command(standalone_mode=False)
         return code if isinstance(code, int) else 0

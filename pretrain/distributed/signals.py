@@ -74,11 +74,11 @@ class StopSignals:
         except ValueError:  # not the main thread: the caller decides about signals
             self._before.clear()
             return
-        # A launcher holds signals back until this process can handle them.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         if sys.unraisablehook != self._swallowed:  # a fork has its parent's
             self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         self._hook = self._hook or sys.__unraisablehook__
+        # A launcher holds signals back until this process can handle them: one may come now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def restore(self) -> None:
         """Restore the previous handlers."""

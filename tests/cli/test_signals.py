@@ -244,3 +244,27 @@ def test_a_signal_that_a_destructor_swallows(
         time.sleep(0.1)
     finally:
         STOP_SIGNALS.restore()
+
+
+@pytest.mark.parametrize(
+    ("number", "wanted"),
+    [(signal.SIGTERM, TRY_AGAIN), (signal.SIGUSR1, TRY_AGAIN), (signal.SIGINT, INTERRUPTED)],
+)
+def test_a_signal_that_was_held_back_ends_the_command(
+    number: signal.Signals, wanted: int, tmp_path: Path
+) -> None:
+    """It comes at the moment at which the command begins to listen."""
+    code = (
+        "import os, signal, sys\n"
+        f"signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])\n"
+        f"os.kill(os.getpid(), {int(number)})\n"
+        "from pretrain.__main__ import main\n"
+        "sys.argv = ['pretrain', 'train', 'x.yaml']\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=tmp_path, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == wanted
+    assert done.stderr.count("rerun the same command") == 1 and "Traceback" not in done.stderr

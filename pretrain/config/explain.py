@@ -13,6 +13,7 @@ from pretrain.config.urls import without_secrets
 
 _ALTERNATIVE = re.compile(r"(list|dict|literal)\[")
 """Names that pydantic inserts between keys for one of several types of a value."""
+_KEY = re.compile(r"[\w.\[\]-]+")
 _EXPLAINED = "explained"
 """Type of an error whose text is shown as it is."""
 
@@ -29,7 +30,9 @@ def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
         return f"{key}: unknown key; {hint}"
     if error["type"] == "value_error":
         text = str(error.get("ctx", {}).get("error", error["msg"]))
-        head = text.split(":", maxsplit=1)[0]
+        head, colon, _ = text.partition(":")
+        if path and not (colon and _KEY.fullmatch(head)):
+            return f"{key}: {text}"
         return text if not path or head.endswith(path[-1]) or "." in head else f"{key}.{text}"
     if error["type"] == _EXPLAINED:
         return f"{key}.{error['msg']}"

@@ -20,6 +20,7 @@ from pretrain.config.run import (
     EvaluationConfig,
     FaultsConfig,
     LoggingConfig,
+    ProfileConfig,
     RanksConfig,
     ResumeConfig,
     SpeedConfig,
@@ -60,6 +61,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     ranks: RanksConfig = RanksConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
     resume: ResumeConfig = ResumeConfig()
     faults: FaultsConfig = FaultsConfig()
     deepspeed: dict[str, Any] = Field({}, description="raw DeepSpeed settings, for experts")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_serializer
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_serializer, field_validator
 
 from pretrain.config.section import Section
 from pretrain.config.urls import without_secrets
@@ -64,6 +65,7 @@ class RanksConfig(Section):
     spectra: bool = Field(False, description="also store every singular value")
 
 
+_MOST_TRACED = 100
 TrackerEntry = Annotated[SerializeAsAny[ServiceSection], BeforeValidator(SERVICES.validate)]
 
 
@@ -91,6 +93,47 @@ class LoggingConfig(Section):
             yield "logging.tensorboard", SERVICES.section({"kind": "tensorboard"})
         for index, tracker in enumerate(self.trackers):
             yield f"logging.trackers[{index}]", tracker
+
+
+class ProfileConfig(Section):
+    """A trace of some updates, for https://ui.perfetto.dev or chrome://tracing."""
+
+    steps: str = Field(
+        "",
+        description="updates to trace, such as 100-103, into RUN/profile/rank-N.json.gz; empty: "
+        "none",
+    )
+    ranks: Literal["main", "all"] = Field("main", description="processes that write a trace")
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _one_step(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
+    @field_validator("steps")
+    @classmethod
+    def _are_a_window(cls, value: str) -> str:
+        match = re.fullmatch(r"(\d{1,18})(?:\s*-\s*(\d{1,18}))?", value.strip(), re.ASCII)
+        if value and not match:
+            raise ValueError(f"must be a step, or two such as 100-103, got {value!r}")
+        if match:
+            first, last = int(match[1]), int(match[2] or match[1])
+            if not 1 <= first <= last:
+                raise ValueError(f"steps count from 1, and the first comes first, got {value!r}")
+            if last - first >= _MOST_TRACED:
+                raise ValueError(
+                    f"a trace of {last - first + 1} updates is too large to be read; take "
+                    f"{_MOST_TRACED} at the most"
+                )
+        return value
+
+    @property
+    def window(self) -> range:
+        """The updates to trace."""
+        if not self.steps:
+            return range(0)
+        first, _, last = self.steps.partition("-")
+        return range(int(first), int(last or first) + 1)
 
 
 class ResumeConfig(Section):

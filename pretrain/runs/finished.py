@@ -34,6 +34,7 @@ FREE = (
     "faults.watchdog",
     "grid",
     "logging",
+    "profile",
     "resume",
     "speed",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 
 from data_pipeline.disk import hide, remove
 from pretrain.checkpoint.reader import (
@@ -25,6 +26,7 @@ from pretrain.training import periodic
 from pretrain.training.faults import FaultDetector, GoBackError, block_of, write_jumps
 from pretrain.training.loader import Loader
 from pretrain.training.origin import Origin
+from pretrain.training.profiling import Profiler
 from pretrain.training.state import Training
 
 
@@ -43,11 +45,12 @@ def run_training(training: Training, origin: Origin) -> None:
             evaluated = periodic.evaluate(training, first)
             if evaluated and training.config.checkpoint.keep_best:
                 periodic.save(training, first)  # again, now with its loss
-        with SIGNALS.remembered():
+        profiler = Profiler(training.config.profile, training.run, training.grid)
+        with SIGNALS.remembered(), closing(profiler):
             while True:
                 loader = _loader(training, first)
                 try:
-                    _loop(training, loader, first)
+                    _loop(training, loader, first, profiler)
                     break
                 except GoBackError as fault:
                     first = _go_back(training, fault)
@@ -78,7 +81,7 @@ def _loader(training: Training, first: int) -> Loader:
     )
 
 
-def _loop(training: Training, loader: Loader, first: int) -> None:
+def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) -> None:
     config, engine = training.config, training.engine
     steps, tokens_per_step = training.last, config.train.global_batch * config.model.context
     progress = Progress(steps, training.run.name, engine.grid.is_main, first)
@@ -87,7 +90,9 @@ def _loop(training: Training, loader: Loader, first: int) -> None:
         rate = config.learning_rate(step - 1)
         periodic.measure_weights(training, step - 1)
         engine.begin_step(step - 1, rate)
-        loss = engine.train_step(loader)
+        with profiler.update(step):
+            loss = engine.train_step(loader)
+        _tell_trace(training, step, profiler)
         training.watchdog.beat(step)
         skipped = training.faults.observe(step, loss, engine.skipped)
         if skipped:
@@ -138,6 +143,17 @@ def _loop(training: Training, loader: Loader, first: int) -> None:
     progress.close()
     if training.last == config.train.steps:
         periodic.finish(training)
+
+
+def _tell_trace(training: Training, step: int, profiler: Profiler) -> None:
+    """Write the trace if its last update was made; training continues without it."""
+    try:
+        trace = profiler.ended(step)
+    except OSError as error:
+        training.say(step, f"the trace could not be written: {error.filename}: {error.strerror}")
+    else:
+        if trace:
+            training.say(step, f"trace written: {trace}", warning=False)
 
 
 # --- faults ---------------------------------------------------------------------------------

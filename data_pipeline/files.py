@@ -92,8 +92,8 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(errno.ENXIO, "not a regular file", str(path))
     aside = path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
     try:
-        os.close(os.open(aside, _NEW | os.O_EXCL, 0o666))
         try:
+            os.close(os.open(aside, _NEW | os.O_EXCL, 0o666))  # a signal may come as it returns
             with contextlib.suppress(FileNotFoundError):
                 before = os.lstat(path)
                 if stat.S_ISREG(before.st_mode):

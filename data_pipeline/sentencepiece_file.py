@@ -14,9 +14,9 @@ from data_pipeline.records import DataError
 
 BPE = 2
 """`Model.kind` of byte-pair encoding; 1 is unigram."""
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
-"""Values of `Piece.type`; 1 is normal."""
-_NORMAL = _UNIGRAM = 1
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+"""Values of `Piece.type`."""
+_UNIGRAM = 1
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _message(fields: list[tuple[int, Value]], number: int) -> dict[int, Value]:
 def _piece(value: Value) -> Piece:
     fields = dict(_fields(_bytes(value)))
     text, score = _bytes(fields.get(1, b"")), float(fields.get(2, 0.0))
-    return Piece(text.decode(), score, int(fields.get(3, _NORMAL)))
+    return Piece(text.decode(), score, int(fields.get(3, NORMAL)))
 
 
 def _bytes(value: Value) -> bytes:

@@ -13,7 +13,10 @@ from typing import Any
 from models.roles import ModelError
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.*/-]+)?")
-_FILES = ("config.json", "*.index.json")
+_FILES = (
+    "config.json", "generation_config.json", "*.index.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+)  # fmt: skip
 
 
 def is_hub_name(text: str) -> bool:

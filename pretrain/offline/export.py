@@ -14,7 +14,9 @@ from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.tensor_file import write_tensors
 from pretrain.cli.console import Progress
 from pretrain.errors import UsageError
-from pretrain.offline.model_card import name_of, write_card, write_tokenizer
+from pretrain.offline.model_card import name_of, write_card
+from pretrain.offline.moved import data_of
+from pretrain.offline.tokenizer_files import no_tokenizer, write_tokenizer
 from pretrain.offline.truncate import CutCheckpoint, RankChoice
 from pretrain.runs.aside import whole_folder
 from pretrain.runs.folder import resolve_checkpoint, was_imported, write_text
@@ -58,12 +60,12 @@ def export_checkpoint(
     with whole_folder(out, "export") as aside:
         _write_settings(checkpoint, aside, head_size, eod)
         _write_weights(checkpoint, aside, head_size)
-        write_card(aside, checkpoint, kind, name_of(checkpoint), width)
-        tokenizer = f"no tokenizer ({problem})"
+        tokenizer = no_tokenizer(problem)
         if manifest:
             tokenizer = write_tokenizer(aside, manifest, model.context, _pad(generation))
+        write_card(aside, checkpoint, kind, name_of(checkpoint), width, tokenizer)
     lines = [
-        f"{out}: {kind}, step {checkpoint.step}{width}, {tokenizer}",
+        f"{out}: {kind}, step {checkpoint.step}{width}, {tokenizer.described}",
         *_differs(checkpoint, eod),
     ]
     return "; ".join(lines)
@@ -106,7 +108,7 @@ def _manifest(checkpoint: Checkpoint, data: Path | None) -> tuple[Manifest | Non
         if data:
             raise UsageError(f"--data: only for text, not for {checkpoint.config.task.kind}")
         return None, "its task has no text"
-    place = data or Path(checkpoint.config.data.path)
+    place = data or data_of(checkpoint, checkpoint.config)
     try:
         manifest = load_manifest(place)
     except (OSError, ValueError, DataError):

@@ -1,82 +1,86 @@
-"""Writes the files beside exported weights: the tokenizer, and a card with recipe and scores."""
+"""Writes the card beside exported weights: how to use the model, its recipe and its scores."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
-from data_pipeline.dataset import held_out
-from data_pipeline.fast_tokenizer import fast_tokenizer, other_tokens, special_names
-from data_pipeline.json_tokenizer import HuggingFaceTokenizer
-from data_pipeline.manifest import Manifest
-from data_pipeline.strict_json import to_json
-from data_pipeline.tokenizer import Tokenizer, name_of_token
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.recipe import dump_config
 from pretrain.errors import RunError
+from pretrain.offline.tokenizer_files import WrittenTokenizer
 from pretrain.runs.folder import CONFIG, EVALUATION, read_evaluation, was_imported, write_text
 from pretrain.runs.records import shown
 from pretrain.training.state import GENERATION
 
-_SAMPLE = 64
-"""Number of held-out documents on which a converted tokenizer must agree."""
+_LOADS = """\
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+"""
+_WRITES = {
+    "json": """\
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+prompt = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+""",
+    "sentencepiece": """\
+import torch
+from sentencepiece import SentencePieceProcessor
+
+tokenizer = SentencePieceProcessor(model_file="THIS FOLDER/tokenizer.model")
+prompt = torch.tensor([tokenizer.encode("Once upon a time")])
+print(tokenizer.decode(model.generate(prompt, max_new_tokens=20)[0].tolist()))
+""",
+    "": """\
+import torch
+
+print(model(torch.tensor([[1, 2, 3]])).logits.argmax(-1))
+""",
+}
+"""How the model is used, by the form of its tokenizer."""
+_SCORES = """\
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.task import ConfigurableTask
+
+task = ConfigurableTask(config={
+    "task": "held_out",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "DOCUMENTS.jsonl"}},  # {"text": ...} in each line
+    "output_type": "loglikelihood_rolling",
+    "test_split": "test",
+    "doc_to_text": "",
+    "doc_to_target": "text",
+    "metric_list": [{"metric": "bits_per_byte"}],
+})
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model_args = {"pretrained": "THIS FOLDER", "dtype": "float32", "device": device}
+done = simple_evaluate(model="hf", model_args=model_args, tasks=[task], bootstrap_iters=0)
+print(done["results"]["held_out"])
+"""
 
 
-def write_tokenizer(folder: Path, manifest: Manifest, context: int, pad: int | None = None) -> str:
-    """Write the data's tokenizer to the folder, and return a description of what was written.
-
-    It is written as ``tokenizer.json`` if that gives the same tokens; a SentencePiece model is
-    copied beside it. Settings that were switched off for documents are also off there.
-
-    Args:
-        pad: the padding token of an imported model.
-    """
-    source = manifest.tokenizer
-    if not source.is_file():
-        return f"no tokenizer ({source} does not exist)"
-    tokenizer = manifest.open_tokenizer()
-    parses = manifest.special.parse and isinstance(tokenizer, HuggingFaceTokenizer)
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-        # Names of special tokens in documents are plain text, unless the run parsed them as tokens.
-        "split_special_tokens": not parses,
-    }
-    names = special_names(source, tokenizer)
-    # Documents begin as they end, with this token.
-    names["bos_token"] = names["eos_token"]
-    padding = None if pad is None else name_of_token(source, pad)
-    names |= {"pad_token": padding} if padding else {}
-    settings |= names
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        text: str | None = tokenizer.as_used()
-        description = "tokenizer.json"
-    else:
-        shutil.copyfile(source, folder / "tokenizer.model")
-        text = fast_tokenizer(source, _texts(manifest, tokenizer), tokenizer.eod_name)
-        description = "tokenizer.json and tokenizer.model"
-    if text is None:
-        return "only tokenizer.model (tokenizer.json would give other tokens)"
-    write_text(folder / "tokenizer.json", text)
-    other = other_tokens(text, tokenizer, list(names.values()), not parses)
-    if other:
-        description += f" (transformers gives other tokens for some texts, such as {other[:40]!r})"
-    write_text(folder / "tokenizer_config.json", to_json(settings, indent=1))
-    return description
+def usage(tokenizer: WrittenTokenizer) -> list[str]:
+    """The card's lines about using the model. Tests run this code."""
+    lines = ["```python", *(_LOADS + "\n" + _WRITES[tokenizer.form]).splitlines(), "```", ""]
+    if tokenizer.note:
+        lines += [f"{tokenizer.note[0].upper()}{tokenizer.note[1:]}.", ""]
+    if tokenizer.form == "json":
+        lines += ["Bits per byte of your documents, with lm-eval:", ""]
+        lines += ["```python", *_SCORES.splitlines(), "```", ""]
+    return lines
 
 
-def _texts(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
-    splits = {entry.split for entry in manifest.entries}
-    split = next((name for name in ("test", "val", "train") if name in splits), None)
-    if split is None:
-        return []
-    documents = held_out(manifest, split, _SAMPLE)
-    return [tokenizer.decode([int(token) for token in document.tokens]) for document in documents]
-
-
-def write_card(folder: Path, checkpoint: Checkpoint, kind: str, name: str, width: str) -> None:
+def write_card(
+    folder: Path,
+    checkpoint: Checkpoint,
+    kind: str,
+    name: str,
+    width: str,
+    tokenizer: WrittenTokenizer,
+) -> None:
     """Write README.md: what the model is, how and with which λ it was trained, its scores."""
     config = checkpoint.config
     decay = config.optimizer.weight_decay
@@ -91,12 +95,7 @@ def write_card(folder: Path, checkpoint: Checkpoint, kind: str, name: str, width
         f"# {name}", "",
         f"A {kind} model of {count:,} parameters, {origin} by rankdecay for "
         f"{checkpoint.step:,} updates ({tokens:,} tokens){width}.", "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
-        "```", "",
+        *usage(tokenizer),
         "## Weight decay", "",
         "| role | λ |", "|---|---|",
         *(f"| {role} | {value} |" for role, value in _decays(checkpoint).items()), "",

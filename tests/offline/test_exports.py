@@ -13,13 +13,15 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
+from data_pipeline.dataset import held_out
+from data_pipeline.fast_tokenizer import fast_tokenizer
 from data_pipeline.json_tokenizer import SpecialTokens
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.prepare import tokenize_sources
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 from pretrain.checkpoint.manifest import MANIFEST, sealed
 from pretrain.checkpoint.reader import list_checkpoints
-from pretrain.offline.model_card import write_tokenizer
+from pretrain.offline.tokenizer_files import write_tokenizer
 from tests.tokenizer_files import EOD, TEXTS, byte_level, write_texts
 from tests.tools import assert_one_line, base_recipe, run, write_recipe
 from tests.transformers_models import transformers
@@ -251,7 +253,7 @@ def test_an_exported_tokenizer_encodes_as_the_run_did(tmp_path: Path) -> None:
             tmp_path, (), used.vocabulary_size, used.eod, source, used.sha256, "uint16", 0,
             special=special,
         )  # fmt: skip
-        told = write_tokenizer(folder, manifest, 64, pad=1)
+        told = write_tokenizer(folder, manifest, 64, pad=1).described
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         assert theirs.eos_token_id == theirs.bos_token_id == used.eod
         assert theirs.pad_token_id == 1
@@ -307,3 +309,38 @@ def test_the_named_end_of_documents_is_exported(
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.eos_token == "<|padding|>" and theirs.eos_token_id == 1
     assert ids_of(tmp_path / "hf")["eos_token_id"] == 1
+
+
+# --- conversions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_converted_tokenizer_gives_the_same_tokens(kind: Any, data: Path, tmp_path: Path) -> None:
+    manifest = load_manifest(data)
+    decode = load_tokenizer(manifest.tokenizer).decode
+    texts = [decode([int(t) for t in one.tokens]) for one in held_out(manifest, "train")]
+    path = tmp_path / "some.model"
+    path.write_bytes(train_tokenizer(texts, 350, kind))
+    text = fast_tokenizer(path, texts).text
+    assert text is not None
+    (tmp_path / "tokenizer.json").write_text(text)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    slow = load_tokenizer(path)
+    strange = ["a <unk> b </s>", "<0x41>", "tab\tand\n\n newline  🙂", "x" * 50, " \u2582 \u00a0"]
+    for one in [*texts[:50], *strange]:
+        ids = fast(one, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ids == slow.encode([one])[0].tolist(), one
+        assert fast.decode(ids, clean_up_tokenization_spaces=False) == one
+
+
+def test_a_conversion_that_differs_is_not_written(tokenizer: Path) -> None:
+    """The check itself: a text on which both differ (a literal space mark cannot be told)."""
+    import data_pipeline.fast_tokenizer as module
+
+    original = module._merges
+    module._merges = lambda *words: original(*words)[::-1]
+    try:
+        assert fast_tokenizer(tokenizer, ["rank decay attention weight matrix"]).text is None
+    finally:
+        module._merges = original
+    assert fast_tokenizer(tokenizer, ["rank decay attention weight matrix"]).text is not None

@@ -94,7 +94,7 @@ STUDY := docs/studies/attention-decay
 study: setup  ## the runs, tables and figures of docs/studies: an hour of CPU
 	$(BIN)/pretrain data corpus --out data/corpus-text
 	test -f data/corpus.model || $(BIN)/pretrain data tokenizer data/corpus-text \
-	  --vocab-size 4096 --out data/corpus.model
+	  --type unigram --vocab-size 4096 --out data/corpus.model
 	$(BIN)/pretrain data tokenize data/corpus-text --tokenizer data/corpus.model --out data/corpus
 	$(BIN)/pretrain sweep configs/studies/attention-decay.yaml --out runs/attention-decay
 	$(BIN)/pretrain report runs/attention-decay --format md --out $(STUDY)/report.md

@@ -22,7 +22,14 @@ import numpy as np
 from data_pipeline.account import Account, account_of
 from data_pipeline.children import leave_signals_to_parent, signals_held_back
 from data_pipeline.json_tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
-from data_pipeline.records import DataError, Fields, RecordBlock, parse_block, split_by_document
+from data_pipeline.records import (
+    SHARES,
+    DataError,
+    Fields,
+    RecordBlock,
+    parse_block,
+    split_by_document,
+)
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 DOCUMENT_TYPE = np.dtype([("bytes", "<u8"), ("hash", "<u8")])
@@ -58,11 +65,13 @@ class EncodingSettings:
     eod_token: str | None = None
     fields: Fields = Fields()
     split: str | None = None
-    """Put everything in this split; None: by name, else 98 : 1 : 1 by document."""
+    """Put everything in this split; None: by name, else by document."""
     strict: bool = False
     special: SpecialTokens = NO_SPECIAL_TOKENS
     lossless: bool = False
     """Stop at a document that the tokenizer does not reproduce."""
+    shares: tuple[int, int, int] = SHARES
+    """Percents of train, val and test, where documents are divided."""
 
     def open_tokenizer(self) -> Tokenizer:
         """The tokenizer, set as asked."""
@@ -86,15 +95,16 @@ def token_type(vocabulary_size: int) -> type[np.uint16] | type[np.int32]:
 
 
 def _encode_block(
-    tokenizer: Tokenizer, block: RecordBlock, fields: Fields, split: str | None
+    tokenizer: Tokenizer, block: RecordBlock, settings: EncodingSettings, split: str | None
 ) -> Result:
-    parsed = parse_block(block, fields)
+    parsed = parse_block(block, settings.fields)
     texts = [document.text for document in parsed.documents]
     ids = tokenizer.encode(texts)
     end = np.array([tokenizer.eod])
     members: dict[Key, list[int]] = {}
     for number, document in enumerate(parsed.documents):
-        key = (split or split_by_document(document.text), document.subset)
+        dealt = split or split_by_document(document.text, settings.shares)
+        key = (dealt, document.subset)
         members.setdefault(key, []).append(number)
     encoded = {}
     for key, numbers in members.items():
@@ -163,7 +173,7 @@ class Encoder:
 
     def _serial(self, blocks: Iterator[tuple[RecordBlock, str | None]]) -> Iterator[Result]:
         for block, split in blocks:
-            yield _encode_block(self.tokenizer, block, self.settings.fields, split)
+            yield _encode_block(self.tokenizer, block, self.settings, split)
 
     def _parallel(self, blocks: Iterator[tuple[RecordBlock, str | None]]) -> Iterator[Result]:
         assert self.pool is not None
@@ -171,7 +181,7 @@ class Encoder:
         try:
             for block, split in blocks:
                 with signals_held_back():  # it starts workers
-                    future = self.pool.submit(_work, block, self.settings.fields, split)
+                    future = self.pool.submit(_work, block, self.settings, split)
                 waiting.append(future)
                 if len(waiting) > 2 * self.workers:
                     yield self._result(waiting.popleft())
@@ -208,5 +218,5 @@ def _start_worker(settings: EncodingSettings, parent: int) -> None:
     threading.Thread(target=die_with_parent, daemon=True).start()
 
 
-def _work(block: RecordBlock, fields: Fields, split: str | None) -> Result:
-    return _encode_block(_worker["tokenizer"], block, fields, split)
+def _work(block: RecordBlock, settings: EncodingSettings, split: str | None) -> Result:
+    return _encode_block(_worker["tokenizer"], block, settings, split)

@@ -137,7 +137,10 @@ class Manifest:
         entries = [entry for entry in self.entries if entry.split == name]
         if not entries:
             known = sorted({entry.split for entry in self.entries})
-            raise DataError(f"{self.path}: no split {name!r}; it has {', '.join(known)}")
+            hint = ""
+            if known == ["train"]:
+                hint = "; `pretrain data tokenize` with --split 98,1,1 takes val and test from it"
+            raise DataError(f"{self.path}: no split {name!r}; it has {', '.join(known)}{hint}")
         return entries
 
 

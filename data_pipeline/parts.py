@@ -87,20 +87,33 @@ def recorded_sources(manifest: dict[str, Any]) -> list[SourceState]:
     ]
 
 
-def why_others(identity: dict[str, Any], recorded: Any) -> str:
-    """A description of what differs between the identities of two folders; empty: nothing."""
+def why_others(identity: dict[str, Any], recorded: Any, same_files: bool) -> str:
+    """A description of what differs between the identities of two folders; empty: nothing.
+
+    Args:
+        same_files: whether both are of the same sources.
+    """
     before = recorded if isinstance(recorded, dict) else {}
     keys = [key for key in identity if before.get(key) != identity[key]]
     keys += [key for key in (SPECIAL,) if key in before and key not in identity]
-    if "dealing" in before and "dealing" in keys:  # names gave splits there, or did not
-        keys[keys.index("dealing")] = "sources"
+    if "dealing" in before and "dealing" in keys:
+        # Either names gave splits there, or did not; or the shares differ.
+        both = before["dealing"] and identity["dealing"]
+        keys[keys.index("dealing")] = "shares" if both or same_files else "sources"
     words = {
         "sources": "other sources",
         "tokenizer": "another tokenizer",
         "fields": "other fields",
+        "shares": "another division into splits (--split)",
         "dealing": "an earlier rule for dividing documents into splits",
     }
     return " and ".join(words.get(key, f"another {key}") for key in keys)
+
+
+def same_names(before: list[SourceState], sources: list[Source]) -> bool:
+    """Whether recorded sources have the paths of these."""
+    names = [[os.path.abspath(one.name) for one in some] for some in (before, sources)]  # noqa: PTH100
+    return names[0] == names[1]
 
 
 class Parts:
@@ -115,6 +128,7 @@ class Parts:
         ]
         self.targets: list[str] = []
         """Files of the finished folder that are being written."""
+        self._failed = False
         self._next = 0
 
     @property
@@ -166,17 +180,21 @@ class Parts:
         """Take over recorded progress; False if there is none that this command could spoil."""
         try:
             state = read_json(path)
-            reason = why_others(self.identity, state["identity"])
             before = [SourceState(**source) for source in state["sources"]]
+            same = same_names(before, sources)
+            reason = why_others(self.identity, state["identity"], same)
             self.parts, self.targets, self._next = state["parts"], state["made"], state["next"]
+            failed = bool(state.get("failed", False))
         except (KeyError, TypeError, ValueError):
             raise DataError(
                 f"{path}: was written by another version; delete {self.folder} to start again"
             ) from None
-        names = [os.path.abspath(source.name) for source in before]  # noqa: PTH100
-        if not reason and names != [os.path.abspath(source.name) for source in sources]:  # noqa: PTH100
+        if not reason and not same:
             reason = "other sources"
-        if reason and not self.parts and not self.targets:
+        if reason and not self.targets and (failed or not self.parts):
+            if self.parts:
+                tell(f"{self.out}: was started with {reason}, and failed; starting again")
+            self.parts = []
             return False
         if reason:
             raise DataError(
@@ -208,6 +226,11 @@ class Parts:
             self._next += 1
         self._save()
 
+    def fail(self) -> None:
+        """Record that this attempt ended with an error, so that other settings may follow it."""
+        self._failed = True
+        self._save()
+
     def in_order(self) -> list[dict[str, Any]]:
         """Parts in the order of their sources, including those that were read again."""
         return sorted(self.parts, key=lambda part: (part["source"], part["folder"]))
@@ -234,5 +257,6 @@ class Parts:
             "sources": [vars(source) for source in self.sources],
             "made": self.targets,
             "next": self._next,
+            "failed": self._failed,
         }
         write_aside(self.folder / "state.json", to_json(state).encode())

@@ -6,8 +6,9 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data_pipeline.corpus import write_corpus
 from data_pipeline.encode import EncodingSettings
@@ -16,13 +17,19 @@ from data_pipeline.json_tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
 from data_pipeline.manifest import load_manifest
 from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.readers import WINDOW_MB
-from data_pipeline.records import DataError, Fields, parse_block, split_by_document
+from data_pipeline.records import SHARES, DataError, Fields, parse_block, split_by_document
 from data_pipeline.sources import Source, find_sources
 from data_pipeline.splits import SPLITS
 from data_pipeline.tokenize import Report, tokenize
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.tokenizer import VocabularyError, train_tokenizer
 
 _EMBEDDED_VOCABULARY = 2048
+_LEAST_PIECES, _MOST_PIECES, _BYTES_PER_PIECE = 512, 32_000, 1500
+"""Of a vocabulary whose size is not given."""
+_FEW = 20
+"""Documents on which a score says little."""
+Shares = tuple[int, int, int]
+"""Percents of train, val and test."""
 
 
 def prepare_embedded(folder: Path, say: Callable[[str], None]) -> Path:
@@ -49,8 +56,8 @@ def prepare_embedded(folder: Path, say: Callable[[str], None]) -> Path:
 def train_from_sources(
     names: list[str],
     out: Path,
-    vocabulary_size: int,
-    kind: str = "unigram",
+    vocabulary_size: int | None,
+    kind: str = "bpe",
     max_bytes: int = 256 << 20,
     text_field: str = "text",
     subset_field: str = "meta.pile_set_name",
@@ -60,7 +67,8 @@ def train_from_sources(
     """Train a tokenizer on the training documents of some sources and write it to ``out``.
 
     Args:
-        split: the split of every source, whatever its name.
+        vocabulary_size: None: one that suits the amount of text, at most 32,000.
+        split: the split of every source, whatever its name, or percents as in `parse_split`.
 
     Returns:
         The size of the vocabulary.
@@ -68,8 +76,8 @@ def train_from_sources(
     Raises:
         DataError: if the sources hold no training documents.
     """
-    _check_split(split)
-    sources, _ = _find(names, window_mb, split)
+    split, shares = parse_split(split)
+    sources, _ = _find(names, window_mb, split, shares)
     held_out = [source for source in sources if (split or source.split) in ("val", "test")]
     chosen = [source for source in sources if source not in held_out]
     if not chosen:
@@ -81,33 +89,55 @@ def train_from_sources(
         _say(f"{len(held_out)} held-out source(s) not read: {held_out[0].name} …")
     fields = Fields(text_field, subset_field, "unknown")
     algorithm: Literal["unigram", "bpe"] = "bpe" if kind == "bpe" else "unigram"
-    _say(
-        f"tokenizer: learning {vocabulary_size:,} pieces from up to {max_bytes >> 20} MB; about a "
-        "minute per 50 MB"
-    )
-    texts = _TrainingTexts(chosen, fields, split)
+    texts = _TrainingTexts(chosen, fields, split, shares or SHARES)
     with held(out):
-        model = train_tokenizer(texts, vocabulary_size, algorithm, max_bytes)
+        size = vocabulary_size or _suitable_size(texts, max_bytes)
+        _say(
+            f"tokenizer: learning {size:,} pieces from up to {max_bytes >> 20} MB; about a minute "
+            "per 50 MB"
+        )
+        try:
+            model = train_tokenizer(texts, size, algorithm, max_bytes)
+        except VocabularyError as error:
+            if vocabulary_size or not error.largest:
+                raise
+            size = error.largest
+            _say(f"tokenizer: the text has only {size:,} pieces")
+            model = train_tokenizer(texts, size, algorithm, max_bytes)
         texts.say_problems()
         write_aside(out, model)
-    return vocabulary_size
+    return size
+
+
+def _suitable_size(texts: _TrainingTexts, max_bytes: int) -> int:
+    """A vocabulary whose pieces occur often enough in the text to be learned."""
+    total = 0
+    for text in texts:
+        total += len(text.encode("utf-8"))
+        if total >= max_bytes:
+            break
+    return max(_LEAST_PIECES, min(_MOST_PIECES, total // _BYTES_PER_PIECE))
 
 
 class _TrainingTexts:
     """Texts of training documents; sources without a split are divided as in tokenising."""
 
-    def __init__(self, sources: list[Source], fields: Fields, split: str | None) -> None:
+    def __init__(
+        self, sources: list[Source], fields: Fields, split: str | None, shares: Shares
+    ) -> None:
         self._sources, self._fields, self._split = sources, fields, split
+        self._shares = shares
         self._problems: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
+        self._problems = []  # the sources may be read twice
         for source in self._sources:
             split = self._split or source.split
             for block in source.open_blocks(self._fields):
                 parsed = parse_block(block, self._fields)
                 self._problems += parsed.problems
                 for document in parsed.documents:
-                    if (split or split_by_document(document.text)) == "train":
+                    if (split or split_by_document(document.text, self._shares)) == "train":
                         yield document.text
 
     def say_problems(self) -> None:
@@ -133,15 +163,24 @@ def tokenize_sources(
     special: SpecialTokens = NO_SPECIAL_TOKENS,
     lossless: bool = False,
 ) -> Report:
-    """Tokenise named sources, with progress on standard error."""
-    _check_split(split)
-    sources, left_out = _find(names, window_mb, split)
+    """Tokenise named sources, with progress on standard error.
+
+    Args:
+        split: as in `train_from_sources`.
+    """
+    split, shares = parse_split(split)
+    sources, left_out = _find(names, window_mb, split, shares)
     fields = Fields(text_field, subset_field, default_subset)
-    settings = EncodingSettings(tokenizer, eod_token, fields, split, strict, special, lossless)
+    settings = EncodingSettings(
+        tokenizer, eod_token, fields, split, strict, special, lossless, shares or SHARES
+    )
     try:
-        return tokenize(
+        report = tokenize(
             sources, settings, out, workers, _Meter(), tell=_say, left_out=left_out
         )  # fmt: skip
+        if not report.already_done:
+            _say_held_out(report.manifest)
+        return report
     except MemoryError:
         raise DataError(
             f"{out}: memory ran out; rerun the command with fewer --workers than {workers}, or "
@@ -149,34 +188,80 @@ def tokenize_sources(
         ) from None
 
 
-def _check_split(split: str | None) -> None:
-    if split not in (None, *SPLITS):
-        raise DataError(f"--split: {split!r} is not train, val or test")
+def _say_held_out(manifest: dict[str, Any]) -> None:
+    """Say what is missing for scoring models."""
+    count = dict.fromkeys(("train", "val", "test"), 0)
+    for entry in manifest["entries"]:
+        count[entry["split"]] += entry["documents"]
+    if not count["train"]:
+        return  # made for scoring alone
+    if not count["val"]:
+        _say(
+            "no validation documents, on which a run is scored while it trains: --split 98,1,1 "
+            "takes some from the training documents"
+        )
+    few = [f"{count[split]} in {split}" for split in ("val", "test") if 0 < count[split] < _FEW]
+    if few:
+        _say(
+            f"few held-out documents ({', '.join(few)}), so scores on them are uncertain; a larger "
+            "share, such as --split 90,5,5, gives more"
+        )
+
+
+def parse_split(text: str | None) -> tuple[str | None, Shares | None]:
+    """What ``--split`` says: one split for everything, or percents of train, val and test.
+
+    Args:
+        text: train, val, test, or ``90,5,5``.
+
+    Raises:
+        DataError: if it is neither.
+    """
+    if text is None or text in SPLITS:
+        return text, None
+    parts = text.split(",")
+    if len(parts) == 3 and all(part.strip().isdecimal() for part in parts):
+        train, val, test = (int(part) for part in parts)
+        if train > 0 and train + val + test == 100:
+            return None, (train, val, test)
+    raise DataError(
+        f"--split: {text!r} is not train, val or test, nor percents of them whose sum is 100, such "
+        "as 98,1,1"
+    )
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _find(names: list[str], window_mb: int, split: str | None) -> tuple[list[Source], list[str]]:
-    """The sources, and lines about files that are left out; both are printed."""
+def _find(
+    names: list[str], window_mb: int, split: str | None, shares: Shares | None
+) -> tuple[list[Source], list[str]]:
+    """The sources, and lines about files that are left out; both are printed.
+
+    Args:
+        shares: divide every source like this; None: only those whose name means no split.
+    """
     left_out: list[str] = []
-    tell = _say if split is None else None
+    tell = _say if split is None and shares is None else None
     sources = find_sources(names, window_mb=window_mb, tell=tell, left_out=left_out)
     for line in left_out:
         _say(line)
+    if shares:
+        sources = [replace(source, split=None) for source in sources]
     if split is None:
-        _say_splits(sources)
+        _say_splits(sources, shares or SHARES)
     return sources, left_out
 
 
-def _say_splits(sources: list[Source]) -> None:
+def _say_splits(sources: list[Source], shares: Shares) -> None:
     """One line: which sources are a split by their names, and how many are divided."""
     parts = []
+    divided = f"divided {' : '.join(map(str, shares))} by document"
     for split in (*SPLITS, None):
         names = [source.name for source in sources if source.split == split]
         if names:
-            kind = f"{split} by name" if split else "divided 98 : 1 : 1 by document"
+            kind = f"{split} by name" if split else divided
             parts.append(f"{len(names)} {kind} ({names[0]}{' …' if len(names) > 1 else ''})")
     _say(f"sources: {', '.join(parts)}")
 

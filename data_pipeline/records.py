@@ -207,8 +207,17 @@ def _object(value: Any) -> dict[Any, Any]:
 # --- splits ---------------------------------------------------------------------------------
 
 
-def split_by_document(text: str) -> str:
-    """train, val or test (98 : 1 : 1); depends only on the text."""
+SHARES = (98, 1, 1)
+"""Percents of train, val and test, if documents are divided and nothing else is said."""
+
+
+def split_by_document(text: str, shares: tuple[int, int, int] = SHARES) -> str:
+    """train, val or test; depends only on the text.
+
+    Args:
+        shares: percents of train, val and test.
+    """
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=b"split").digest()
     draw = int.from_bytes(digest, "little") % 100
-    return "test" if draw == 0 else "val" if draw == 1 else "train"
+    _, val, test = shares
+    return "test" if draw < test else "val" if draw < test + val else "train"

@@ -18,7 +18,7 @@ from data_pipeline.assemble import assemble, check_free
 from data_pipeline.encode import Encoded, Encoder, EncodingSettings, Key, Result
 from data_pipeline.files import locked, read_json
 from data_pipeline.manifest import MANIFEST
-from data_pipeline.parts import SPECIAL, Parts, recorded_sources, why_others
+from data_pipeline.parts import SPECIAL, Parts, recorded_sources, same_names, why_others
 from data_pipeline.records import DataError, RecordBlock
 from data_pipeline.sources import Source, Tell, sha256_of, stamp_of
 from data_pipeline.tokenizer import Tokenizer
@@ -87,14 +87,18 @@ def tokenize(
         for note in tokenizer.notes:
             say(f"tokenizer: {note}")
         watch = Watch(state.account, tokenizer, settings, say)
-        with Encoder(settings, tokenizer, workers, lambda: move(0, 0)) as encode:
-            for index, source in enumerate(sources):
-                if not state.sources[index].done:
-                    _tokenize_source(
-                        source, index, encode, settings, state, part_bytes, move, say, watch
-                    )
-        watch.finish()
-        manifest = assemble(state, settings, tokenizer, left_out or [])
+        try:
+            with Encoder(settings, tokenizer, workers, lambda: move(0, 0)) as encode:
+                for index, source in enumerate(sources):
+                    if not state.sources[index].done:
+                        _tokenize_source(
+                            source, index, encode, settings, state, part_bytes, move, say, watch
+                        )
+            watch.finish()
+            manifest = assemble(state, settings, tokenizer, left_out or [])
+        except DataError:
+            state.fail()
+            raise
     return Report(
         manifest, False, resumed, time.monotonic() - started, state.malformed, state.shown
     )
@@ -114,7 +118,7 @@ def _identity(
         "fields": [settings.fields.text, settings.fields.subset, settings.fields.default_subset],
         "split": settings.split,
         # Earlier versions divided 97.7 : 1.2 : 1.2 and recorded nothing.
-        "dealing": "98:1:1" if dealt else None,
+        "dealing": ":".join(map(str, settings.shares)) if dealt else None,
     }
 
 
@@ -129,8 +133,8 @@ def _finished(out: Path, identity: dict[str, Any], sources: list[Source]) -> dic
         return None
     try:
         manifest: dict[str, Any] = read_json(path)
-        reason = why_others(identity, manifest["identity"])
         before = recorded_sources(manifest)
+        reason = why_others(identity, manifest["identity"], same_names(before, sources))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise DataError(f"{path}: is not a manifest of tokens; choose another --out") from None
     same = len(before) == len(sources)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
@@ -234,10 +235,19 @@ def name_of_token(path: Path, token: int) -> str | None:
         raise DataError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
 
 
+class VocabularyError(DataError):
+    """A vocabulary that the texts cannot fill."""
+
+    def __init__(self, message: str, largest: int) -> None:
+        super().__init__(message)
+        self.largest = largest
+        """The largest size that they can; 0: not known."""
+
+
 def train_tokenizer(
     texts: Iterable[str],
     vocabulary_size: int,
-    kind: Literal["unigram", "bpe"] = "unigram",
+    kind: Literal["unigram", "bpe"] = "bpe",
     max_bytes: int = 64 << 20,
     threads: int = 0,
 ) -> bytes:
@@ -250,7 +260,7 @@ def train_tokenizer(
         max_bytes: how much text to learn from.
 
     Raises:
-        DataError: if the texts cannot fill such a vocabulary.
+        VocabularyError: if the texts cannot fill such a vocabulary.
     """
     import sentencepiece
 
@@ -279,7 +289,11 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].split("] ")[-1]
-        raise DataError(f"cannot train a vocabulary of {vocabulary_size}: {reason}") from None
+        limit = re.search(r"<= (\d+)", reason)
+        raise VocabularyError(
+            f"cannot train a vocabulary of {vocabulary_size}: {reason}",
+            int(limit.group(1)) if limit else 0,
+        ) from None
     return writer.getvalue()
 
 

@@ -27,6 +27,14 @@ DefaultSubset = Annotated[
     str | None,
     typer.Option(help="Subset of records that have none (otherwise they are malformed)."),
 ]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help="Use everything as train, val or test, or divide all documents in these percents by a "
+        "hash of each text (98,1,1), whatever the files' names; default: by file name. Give it to "
+        "`data tokenizer` and `data tokenize` alike."
+    ),
+]
 ZstWindow = Annotated[
     int, typer.Option(min=1, help="Memory in MB that a .zst made with --long may use.")
 ]
@@ -58,14 +66,24 @@ def corpus(
 def tokenizer(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="The .model file to write.")],
-    vocab_size: Annotated[int, typer.Option(min=300, help="Number of tokens.")] = 32_000,
-    kind: Annotated[str, typer.Option("--type", help="unigram or bpe")] = "unigram",
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            min=300,
+            help="Number of tokens; default: one per 1,500 bytes of text, from 512 to 32,000.",
+        ),
+    ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            help="bpe; or unigram, which an export can write for transformers only up to ties.",
+        ),
+    ] = "bpe",
     max_mb: Annotated[int, typer.Option(min=1, help="MB of text to learn from.")] = 256,
     text_field: TextField = "text",
     subset_field: SubsetField = "meta.pile_set_name",
-    split: Annotated[
-        str | None, typer.Option(help="Use everything as this split; default: by file name.")
-    ] = None,
+    split: Split = None,
     zst_window_mb: ZstWindow = 512,
 ) -> None:
     """Train a SentencePiece tokenizer that keeps every byte of every text.
@@ -79,7 +97,7 @@ def tokenizer(
     from pretrain.errors import UsageError
 
     if kind not in ("unigram", "bpe"):
-        raise UsageError(f"--type: {kind!r} is not unigram or bpe")
+        raise UsageError(f"--type: {kind!r} is not bpe or unigram")
     size = train_from_sources(
         sources, out, vocab_size, kind, max_mb << 20, text_field, subset_field, split,
         zst_window_mb,
@@ -97,9 +115,7 @@ def tokenize(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; default: one per core.")
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Put everything into this split; default: by file name.")
-    ] = None,
+    split: Split = None,
     text_field: TextField = "text",
     subset_field: SubsetField = "meta.pile_set_name",
     default_subset: DefaultSubset = None,
@@ -136,6 +152,7 @@ def tokenize(
     """Tokenise into Megatron .bin/.idx pairs, one per split and subset, with a manifest.
 
     The file's name decides the split (train, val, test); otherwise documents are divided 98:1:1.
+    If there is only a train.jsonl, --split 98,1,1 takes validation and test documents from it.
     If the command is interrupted, rerun it to continue; after it has finished, it does nothing.
 
     \b

@@ -25,7 +25,8 @@ def print_evaluation(figures: dict[str, Any]) -> None:
     from pretrain.runs.records import shown
 
     overall = figures["overall"]
-    what = f"{figures.get('split', 'unknown')} split, step {figures.get('step', 'unknown')}"
+    step = figures.get("model") or f"step {figures.get('step', 'unknown')}"
+    what = f"{figures.get('split', 'unknown')} split, {step}"
     if "accuracy" in overall:
         print(
             f"{what}: {shown(overall, 'samples', ',')} samples, loss "
@@ -61,13 +62,58 @@ def print_evaluation(figures: dict[str, Any]) -> None:
         print("none of the Pile's 22 subsets present: no Pile-weighted average")
 
 
+def print_evaluations(rows: list[dict[str, Any]]) -> None:
+    """Print one line for each of several evaluations to standard output."""
+    from rich.table import Table
+
+    from pretrain.cli.console import show_table
+    from pretrain.runs.records import shown
+
+    cut = any("attention_rank" in row for row in rows)
+    title = f"{rows[0].get('split', 'unknown')} split"
+    table = Table(title=title)
+    counts, figures = ("documents", "tokens"), ("loss", "perplexity", "bits/byte")
+    for column in ("model", *(("rank kept",) if cut else ()), *counts, *figures):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        overall, share = row["overall"], row.get("attention_rank", "")
+        table.add_row(
+            plain(row["model"]),
+            *((share if isinstance(share, str) else f"{share:g}",) if cut else ()),
+            *(shown(overall, count, ",") for count in counts),
+            shown(overall, "loss", ".4f"),
+            shown(overall, "perplexity", ".2f"),
+            shown(overall, "bits_per_byte", ".4f"),
+        )
+    show_table(table, 120)
+
+
 def evaluate(
-    target: Annotated[str, typer.Argument(help="Run folder, RUN@STEP or checkpoint folder.")],
-    overrides: Overrides = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Tokenised folder; default: the run's own.")
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="RUN, RUN@STEP, RUN@* (all checkpoints), a checkpoint, the folder of a Hugging "
+            "Face model, a folder of several, or a name on the Hub (@REVISION, @step*)."
+        ),
+    ],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="Further models, and overrides such as grid.tensor_parallel=2."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which documents to score.")] = "test",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Tokenised folder; default: the run's own. For a Hugging Face model also files "
+            "of text (.jsonl, .jsonl.zst, .parquet, .txt; repeat the option) or a folder of them."
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Which documents to score: train, val or test. Default: test; or all documents of "
+            "files of text, if none of their names means test."
+        ),
+    ] = None,
     documents: Annotated[
         int | None, typer.Option(help="Score a fixed sample of N documents; default: all.")
     ] = None,
@@ -78,33 +124,54 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Default: evaluation.json of RUN; for other settings, or another step than the "
-            "last, a file named after them (evaluation-step=200-stride=8.json)."
+            help="File for the figures. Default: evaluation.json of RUN; for other settings, or "
+            "another step than the last, a file named after them "
+            "(evaluation-step=200-stride=8.json); for other models, or several, none."
         ),
     ] = None,
-    attention_rank: AttentionRank = None,
+    attention_rank: Annotated[
+        str | None,
+        typer.Option(
+            help="Cut every head's W_QK and W_VP to this share of its singular values (0.75), or "
+            "to its measured pseudo-rank (measured); several with commas."
+        ),
+    ] = None,
     attention_product: AttentionProduct = "both",
     code: Code = None,
     json: Json = False,
 ) -> None:
-    """Measure held-out loss, perplexity and bits per byte, overall and per subset, on any grid."""
+    """Measure held-out loss, perplexity and bits per byte, overall and per subset, on any grid.
+
+    A Hugging Face model is scored with its own tokenizer, in float32 unless precision=bf16 is
+    given; the figures are those of lm-eval's rolling log-likelihood. Several models, or several
+    values of --attention-rank, make one table.
+
+    \b
+    pretrain evaluate runs/mine precision=fp32 model.context=64
+    pretrain evaluate runs/mine@* runs/other --attention-rank 1,0.5,measured
+    pretrain evaluate EleutherAI/pythia-160m --data documents.jsonl.zst
+    """
     from pretrain.config.extension import run_code
-    from pretrain.offline.evaluate import evaluate_checkpoint
-    from pretrain.offline.truncate import parse_rank
+    from pretrain.offline.evaluations import Asked, evaluate_models, split_words
 
     run_code(code or [])
-    choice = parse_rank(attention_rank, attention_product) if attention_rank else None
-    figures, path, is_main = evaluate_checkpoint(
-        target, overrides or [], data, split, documents, batch, stride, out, choice
+    asked = Asked(
+        data or (), split, documents, batch, stride, out, attention_rank, attention_product
     )
-    if is_main:
-        if json:
-            from data_pipeline.strict_json import to_json
+    rows, path, is_main = evaluate_models(*split_words(target, words or []), asked)
+    if not is_main:
+        return
+    if json:
+        from data_pipeline.strict_json import to_json
 
-            print(to_json(figures))
-        else:
-            print_evaluation(figures)
-            print(f"written: {plain(str(path))}")
+        print(to_json(rows[0] if len(rows) == 1 else {"evaluations": rows}))
+        return
+    if len(rows) == 1:
+        print_evaluation(rows[0])
+    else:
+        print_evaluations(rows)
+    if path:
+        print(f"written: {plain(str(path))}")
 
 
 def export(

@@ -18,15 +18,14 @@ from pretrain.checkpoint.restore import load_into_module
 from pretrain.cli.console import Progress
 from pretrain.config.compare import differences
 from pretrain.config.recipe import Config, apply_overrides
-from pretrain.distributed.grid import Grid, build_grid, check_grid, connect, process_count
-from pretrain.engine.deepspeed_adapter import prepare_deepspeed
+from pretrain.distributed.grid import Grid, check_grid, process_count
 from pretrain.engine.engine import build_model
-from pretrain.engine.libraries import load_libraries
 from pretrain.engine.precision import with_precision
-from pretrain.engine.speed import keep_freed_memory
 from pretrain.errors import RunError, UsageError
-from pretrain.offline.truncate import CutCheckpoint, RankChoice
-from pretrain.runs.folder import CONFIG, EVALUATION, read_starts, resolve_checkpoint, write_text
+from pretrain.offline.connected import open_grid
+from pretrain.offline.moved import data_of
+from pretrain.offline.truncate import CutCheckpoint, RankChoice, settings_of
+from pretrain.runs.folder import CONFIG, EVALUATION, read_starts, write_text
 from pretrain.tasks.score import score, summarize
 from pretrain.tasks.task import Task
 from pretrain.tasks.tasks import open_task
@@ -34,7 +33,7 @@ from pretrain.tasks.text import Text
 
 
 def evaluate_checkpoint(
-    target: str,
+    source: Path,
     overrides: list[str],
     data: Path | None,
     split: str,
@@ -43,38 +42,35 @@ def evaluate_checkpoint(
     stride: int,
     out: Path | None,
     choice: RankChoice | None = None,
-) -> tuple[dict[str, Any], Path, bool]:
+    keep: bool = True,
+) -> tuple[dict[str, Any], Path | None, bool]:
     """Score a checkpoint on all processes; a collective call.
 
     Args:
         overrides: to the run's recipe, for example another grid.
         choice: cut the attention products before scoring.
+        keep: write the figures to a file.
 
     Returns:
         (figures, where they were written, whether this process is the main one).
     """
-    source = resolve_checkpoint(target)
     checkpoint = CutCheckpoint(source, choice) if choice else Checkpoint(source)
     config = apply_overrides(_one_process(checkpoint.config), overrides)
     if stride > config.model.context:
         raise UsageError(f"--stride: {stride} is more than the context, {config.model.context}")
     check_grid(config.grid, process_count())
     task = _task(checkpoint, config, data, stride)
-    device = connect()
-    keep_freed_memory(device)
-    load_libraries()
-    prepare_deepspeed()
-    grid = build_grid(config.grid, device)
+    grid = open_grid(config)
     with contextlib.ExitStack() as ours:
         with grid.together(""):
             if grid.is_main and out:
                 ours.enter_context(held(out))
-            elif grid.is_main and not os.access(_place(checkpoint)[0], os.W_OK):
+            elif keep and grid.is_main and not os.access(_place(checkpoint)[0], os.W_OK):
                 raise RunError(f"{_place(checkpoint)[0]}: cannot be written; give --out FILE")
         figures = _measure(checkpoint, config, task, grid, split, documents, batch, stride, choice)
         with grid.together(""):
             path = out
-            if grid.is_main:
+            if keep and grid.is_main:
                 words = _words(checkpoint, config, task, documents)
                 path = _write(checkpoint, figures, words, out)
     return figures, grid.broadcast(path), grid.is_main
@@ -107,11 +103,7 @@ def _measure(
         "precision": config.precision,
         "context": config.model.context,
     }
-    if choice is not None:
-        share = "measured" if choice.share is None else choice.share
-        header |= {"attention_rank": share, "attention_products": list(choice.products)}
-        if isinstance(checkpoint, CutCheckpoint) and choice.share is None:
-            header["attention_threshold"] = checkpoint.choice.threshold
+    header |= settings_of(checkpoint, choice)
 
     def report(done: int, total: int) -> None:
         progress.update(done, total=total)
@@ -151,7 +143,7 @@ def _task(checkpoint: Checkpoint, config: Config, data: Path | None, stride: int
         if data or stride:
             raise UsageError(f"--data, --stride: only for text, not for {config.task.kind}")
         return open_task(config)
-    task = Text(load_manifest(data or Path(config.data.path)))
+    task = Text(load_manifest(data or data_of(checkpoint, config)))
     if task.tokenizer != checkpoint.state["tokenizer"]:
         raise UsageError(
             f"{task.source}: was tokenised with another tokenizer than {checkpoint.path} was "

@@ -145,14 +145,15 @@ def _write(setup: Setup, theirs: ForeignModel, folder: Path) -> None:
     model = setup.config.model
 
     def read(info: ParameterInfo) -> Tensor:
-        return _fitted(theirs.tensor(model, info.name), info)
+        return fitted(theirs.tensor(model, info.name), info)
 
     write_masters(folder, setup.config, setup.plan, state, 0, read)
     theirs.files.close()
 
 
-def _fitted(values: Tensor, info: ParameterInfo) -> Tensor:
-    """Add the zero rows that pad the vocabulary, and drop positions beyond the context."""
+def fitted(values: Tensor, info: ParameterInfo) -> Tensor:
+    """A tensor in the shape of ours: with the zero rows that pad the vocabulary, and without
+    positions beyond the context."""
     if info.role in (Role.EMBEDDING, Role.HEAD):
         values = torch.nn.functional.pad(values, (0, 0, 0, info.shape[0] - values.shape[0]))
     if info.role is Role.POSITION:

@@ -19,20 +19,20 @@ from data_pipeline.files import held
 from data_pipeline.strict_json import to_json
 from models.factors import AttentionShape, Factors
 from models.families import EXAMPLE, Family, family_of
-from models.hub import by_number, fetch, is_hub_name, revisions
+from models.hub import by_number
 from models.huggingface import is_pretrained, open_pretrained
-from pretrain.checkpoint.manifest import MANIFEST
-from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints
+from pretrain.checkpoint.reader import Checkpoint
 from pretrain.cli.console import Progress, show_table, warn
 from pretrain.config.mapping import read_mapping
 from pretrain.config.run import RanksConfig
 from pretrain.decay.sites import DecayRecord, DecayRecords
 from pretrain.errors import UsageError
 from pretrain.offline.scatter import Scatter
+from pretrain.offline.targets import find_models
 from pretrain.ranks.probe import Row, layer_rows
 from pretrain.ranks.probe import lawful as lawful_rows
 from pretrain.ranks.table import read_ranks, write_rows
-from pretrain.runs.folder import CONFIG, recipe_of, resolve_checkpoint
+from pretrain.runs.folder import recipe_of
 from pretrain.runs.loop import LOOP
 
 _CHUNK = 1 << 22
@@ -70,9 +70,7 @@ def find_weights(
     """The models that ``target`` names, in order of steps.
 
     Args:
-        target: RUN, RUN@STEP, RUN@* (all its checkpoints), a checkpoint folder, a folder of a
-            Hugging Face model, a folder of several of either, or a name on the Hub, with
-            @REVISION, which may have a ``*``.
+        target: as in `find_models`.
         family: describes a model's files if its family is not known.
         batch_tokens: tokens per step of pretrained models, for the table; 0: not known.
         allow_unused: continue if a pretrained model has attention that is not measured.
@@ -89,32 +87,12 @@ def find_weights(
         return _pretrained(folder, name, described, batch_tokens, allow_unused)
 
     base, _, version = target.rpartition("@") if "@" in target else (target, "", "")
-    path = Path(base)
-    if (path / LOOP).is_file():
-        return _saved_by_loop(path, version, pretrained)
-    if not path.exists() and is_hub_name(target) and not target.startswith("."):
-        chosen = revisions(base, version)
-        return [pretrained(fetch(base, revision), revision or base) for revision in chosen]
-    if is_pretrained(path):
-        return [pretrained(path, path.name)]
-    if version == "*":
-        checkpoints = list_checkpoints(path / CHECKPOINTS)
-        if not checkpoints:
-            raise UsageError(f"{path}: the run has no checkpoint")
-        return [_checkpoint(checkpoint) for checkpoint in checkpoints]
-    if path.is_dir() and not version and not (path / CONFIG).exists():
-        parts = sorted(
-            (folder for folder in path.iterdir() if folder.is_dir()),
-            key=lambda path: by_number(path.name),
-        )
-        if any(is_pretrained(folder) for folder in parts):
-            parts = [folder for folder in parts if is_pretrained(folder)]
-            return [pretrained(folder, folder.name) for folder in parts]
-        if not (path / MANIFEST).is_file() and list_checkpoints(path):
-            return [_checkpoint(checkpoint) for checkpoint in list_checkpoints(path)]
-    if not path.exists():
-        raise UsageError(f"{base}: no such folder")
-    return [_checkpoint(resolve_checkpoint(target))]
+    if (Path(base) / LOOP).is_file():
+        return _saved_by_loop(Path(base), version, pretrained)
+    return [
+        pretrained(found.path, found.name) if found.is_pretrained else _checkpoint(found.path)
+        for found in find_models(target)
+    ]
 
 
 def _saved_by_loop(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,17 @@ def parse_rank(text: str, products: str = "both") -> RankChoice:
             f"--attention-rank: {text} is not a share above 0 and at most 1, or `measured`"
         )
     return RankChoice(share, _PRODUCTS[products])
+
+
+def parse_ranks(text: str | None, products: str = "both") -> list[RankChoice | None]:
+    """Choices from the command line, separated by commas; ``[None]``: nothing is cut.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if text is None:
+        return [None]
+    return [parse_rank(part.strip(), products) for part in text.split(",")]
 
 
 def _check(shape: AttentionShape, choice: RankChoice) -> None:
@@ -204,3 +216,17 @@ class CutCheckpoint(Checkpoint):
             matrices.append(values)
         factors = Factors.of_layer(self.shape, *matrices)
         return factors.query, factors.key, factors.value, factors.output
+
+
+def settings_of(checkpoint: Checkpoint, choice: RankChoice | None) -> dict[str, Any]:
+    """The cut, in the form of ``evaluation.json``; empty if nothing is cut."""
+    if choice is None:
+        return {}
+    share = "measured" if choice.share is None else choice.share
+    settings: dict[str, Any] = {
+        "attention_rank": share,
+        "attention_products": list(choice.products),
+    }
+    if isinstance(checkpoint, CutCheckpoint) and choice.share is None:
+        settings["attention_threshold"] = checkpoint.choice.threshold
+    return settings

@@ -17,6 +17,7 @@ from pretrain.paper.checks import Check, conclude
 from pretrain.paper.fig2 import accuracy
 from pretrain.paper.runs import MLP, colours, given_decay, load_runs, mean, values
 from pretrain.report.load import RunData
+from pretrain.runs.folder import resolve_checkpoint
 from pretrain.runs.outputs import write_csv, write_figure
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0625)
@@ -77,7 +78,15 @@ class _Panel:
     def _perplexity(self, run: RunData, choice: RankChoice | None) -> float:
         scratch = self._out / "rank-cost-scratch.json"
         figures, _, _ = evaluate_checkpoint(
-            str(run.path), [], self._data, "test", _DOCUMENTS, 32, 0, scratch, choice
+            resolve_checkpoint(str(run.path)),
+            [],
+            self._data,
+            "test",
+            _DOCUMENTS,
+            32,
+            0,
+            scratch,
+            choice,
         )
         scratch.unlink()
         return math.exp(float(figures["overall"]["loss"]))

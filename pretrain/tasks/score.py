@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,11 +21,22 @@ from torch import nn
 
 from data_pipeline.dataset import HeldOut
 from data_pipeline.pile import PILE_WEIGHTS
-from models.config import GPTConfig
 from models.loss import Projection, token_losses
 from pretrain.distributed.grid import Grid
 
 _PAD_MULTIPLE = 64
+
+
+class Shape(Protocol):
+    """What is needed to know of a model."""
+
+    @property
+    def context(self) -> int:
+        """Largest number of tokens that it sees."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Its width."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ def windows(
 def score(
     module: nn.Module,
     grid: Grid,
-    model: GPTConfig,
+    model: Shape,
     documents: list[HeldOut],
     eod: int,
     batch: int = 8,
@@ -117,7 +128,7 @@ def score(
 
 
 def _forward(
-    module: nn.Module, grid: Grid, model: GPTConfig, part: list[Window]
+    module: nn.Module, grid: Grid, model: Shape, part: list[Window]
 ) -> torch.Tensor | None:
     """Token losses ``[batch, length]`` on the process that reports them, else None."""
     longest = max(len(window.inputs) for window in part)
@@ -130,17 +141,28 @@ def _forward(
         targets[row, stop - len(window.targets) : stop] = torch.from_numpy(
             window.targets.astype(np.int64)
         )
-    wanted = partial(token_losses, targets=targets.to(grid.device).t())
+    wanted = partial(_losses, targets=targets.to(grid.device).t())
     losses = forward_pass(module, grid, model, inputs, wanted)
     return None if losses is None or grid.tensor_rank else losses.t().cpu()
+
+
+def _losses(output: Projection | torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every token ``[sequence, batch]``, of our models or from logits."""
+    if isinstance(output, Projection):
+        return token_losses(output, targets)
+    rows = zip(output, targets, strict=True)  # one position at a time: the softmax is in float32
+    return torch.stack([
+        torch.nn.functional.cross_entropy(logits.float(), row, reduction="none")
+        for logits, row in rows
+    ])  # fmt: skip
 
 
 def forward_pass(
     module: nn.Module,
     grid: Grid,
-    model: GPTConfig,
+    model: Shape,
     inputs: torch.Tensor,
-    finish: Callable[[Projection], torch.Tensor],
+    finish: Callable[[Any], torch.Tensor],
 ) -> torch.Tensor | None:
     """Pass a batch through all pipeline stages; a collective call.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.dataset import held_out
-from data_pipeline.fast_tokenizer import fast_tokenizer
 from data_pipeline.manifest import load_manifest
-from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
+from data_pipeline.prepare import tokenize_sources, train_from_sources
+from data_pipeline.tokenizer import load_tokenizer
 from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.roles import info_of
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
 from pretrain.runs.metrics import read_metrics
-from tests.tools import DIALECTS, base_recipe, pretrain, run, train_models, write_recipe
+from tests.tools import (
+    DIALECTS,
+    base_recipe,
+    made_once,
+    pretrain,
+    run,
+    train_models,
+    write_recipe,
+)
 from tests.transformers_models import transformers
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -52,41 +61,6 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     for file in folder.glob("*.safetensors"):
         found |= load_file(file)
     return found
-
-
-# --- tokenizers ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_a_converted_tokenizer_gives_the_same_tokens(kind: Any, data: Path, tmp_path: Path) -> None:
-    manifest = load_manifest(data)
-    decode = load_tokenizer(manifest.tokenizer).decode
-    texts = [decode([int(t) for t in one.tokens]) for one in held_out(manifest, "train")]
-    path = tmp_path / "some.model"
-    path.write_bytes(train_tokenizer(texts, 350, kind))
-    text = fast_tokenizer(path, texts)
-    assert text is not None
-    (tmp_path / "tokenizer.json").write_text(text)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    slow = load_tokenizer(path)
-    strange = ["a <unk> b </s>", "<0x41>", "tab\tand\n\n newline  🙂", "x" * 50, " \u2582 \u00a0"]
-    for one in [*texts[:50], *strange]:
-        ids = fast(one, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        assert ids == slow.encode([one])[0].tolist(), one
-        assert fast.decode(ids, clean_up_tokenization_spaces=False) == one
-
-
-def test_a_conversion_that_differs_is_not_written(tokenizer: Path) -> None:
-    """The check itself: a text on which both differ (a literal space mark cannot be told)."""
-    import data_pipeline.fast_tokenizer as module
-
-    original = module._merges
-    module._merges = lambda *words: original(*words)[::-1]
-    try:
-        assert fast_tokenizer(tokenizer, ["rank decay attention weight matrix"]) is None
-    finally:
-        module._merges = original
-    assert fast_tokenizer(tokenizer, ["rank decay attention weight matrix"]) is not None
 
 
 # --- the exported folder ----------------------------------------------------------------------
@@ -297,3 +271,111 @@ def lm_eval_bits(folder: Path, texts: list[tuple[str, str]], tmp_path: Path) -> 
         logarithms, sizes = map(sum, zip(*own, strict=True))
         found[subset] = -logarithms / sizes / math.log(2)
     return found
+
+
+# --- the code of cards -------------------------------------------------------------------------
+
+
+def blocks(folder: Path) -> list[str]:
+    """The card's Python code."""
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+
+
+def run_card(code: str, folder: Path, documents: Path | None = None) -> dict[str, Any]:
+    """Run a block as a reader does, who replaces the words in capitals; returns its names."""
+    names: dict[str, Any] = {}
+    code = code.replace("THIS FOLDER", str(folder)).replace("DOCUMENTS.jsonl", str(documents))
+    exec(code, names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def unigram(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus, tokenised with a unigram model."""
+
+    def make(folder: Path) -> None:
+        train_from_sources([str(corpus)], folder / "unigram.model", 360, "unigram")
+        tokenize_sources([str(corpus)], folder / "unigram.model", folder / "data")
+
+    return made_once(tmp_path_factory, "unigram", make) / "data"
+
+
+def check_card(folder: Path, trained: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both blocks of the card; lm-eval's bits per byte are those of `pretrain evaluate`."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(folder.parent / "cache"))
+    out, documents = folder.parent / "ours.json", folder.parent / "documents.jsonl"
+    assert run(monkeypatch, "evaluate", str(trained), "--out", str(out)) == 0
+    ours = json.loads(out.read_text())["overall"]["bits_per_byte"]
+    use, score = blocks(folder)
+    tokenizer = run_card(use, folder)["tokenizer"]
+    decode = load_manifest(data).open_tokenizer().decode
+    chosen = {decode(one.tokens): len(one.tokens) for one in held_out(load_manifest(data), "test")}
+    for text, count in chosen.items():
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(tokens) == text
+        assert len(tokens) == count  # the same ones, or as many in a tie
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
+    found = run_card(score, folder, documents)["done"]["results"]["held_out"]
+    assert found["bits_per_byte,none"] == pytest.approx(ours, abs=1e-4)
+    words = ["evaluate", str(folder), "--data", str(documents), "--out", str(out)]
+    assert run(monkeypatch, *words) == 0
+    own = json.loads(out.read_text())["overall"]["bits_per_byte"]
+    assert found["bits_per_byte,none"] == pytest.approx(own, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_code_of_a_card(unigram: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run whose tokenizer is unigram; every other one is in the long form."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
+    recipe = base_recipe(unigram)
+    recipe["model"] |= MODELS["llama"]
+    recipe["train"]["steps"] = 1
+    words = ["train", str(write_recipe(tmp_path / "recipe.yaml", recipe)), "--out"]
+    assert run(monkeypatch, *words, str(tmp_path / "run")) == 0
+    assert run(monkeypatch, "export", str(tmp_path / "run"), "--out", str(tmp_path / "hf")) == 0
+    check_card(tmp_path / "hf", tmp_path / "run", unigram, monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_the_code_of_every_card(
+    kind: str, data: Path, unigram: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every dialect, both kinds of tokenizer."""
+    source = unigram if kind == "unigram" else data
+    trained = train_models(tmp_path / "runs", source, MODELS)
+    for name, folder in trained.items():
+        out = tmp_path / name / "hf"
+        assert run(monkeypatch, "export", str(folder), "--out", str(out)) == 0
+        check_card(out, folder, source, monkeypatch)
+
+
+def test_a_card_without_a_tokenizer_for_transformers(
+    data: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A conversion that differs is not written: the card uses SentencePiece. No data: ids."""
+    import data_pipeline.fast_tokenizer as module
+
+    original = module._merges
+    monkeypatch.setattr(module, "_merges", lambda *words: original(*words)[::-1])
+    assert run(monkeypatch, "export", str(runs["gpt2"]), "--out", str(tmp_path / "hf")) == 0
+    assert "only tokenizer.model (tokenizer.json would give other tokens, such as for" in (
+        capsys.readouterr().out
+    )
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+    (code,) = blocks(tmp_path / "hf")
+    names = run_card(code, tmp_path / "hf")
+    manifest = load_manifest(data)
+    assert (
+        names["tokenizer"].encode("rank") == manifest.open_tokenizer().encode(["rank"])[0].tolist()
+    )
+
+    def missing(folder: Path) -> Any:
+        raise FileNotFoundError(folder)
+
+    monkeypatch.setattr("pretrain.offline.export.load_manifest", missing)
+    assert run(monkeypatch, "export", str(runs["gpt2"]), "--out", str(tmp_path / "bare")) == 0
+    (code,) = blocks(tmp_path / "bare")
+    assert isinstance(run_card(code, tmp_path / "bare")["model"], torch.nn.Module)

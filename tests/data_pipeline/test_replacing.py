@@ -1,7 +1,9 @@
-"""A file that is replaced: a signal at any line of the writer leaves no temporary file."""
+"""Writers of files and folders: a signal at any moment leaves no temporary one."""
 
 from __future__ import annotations
 
+import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,28 +14,35 @@ import pytest
 
 import data_pipeline.files
 import launchers.launch
+import pretrain.runs.aside
 from data_pipeline.files import write_aside
+from pretrain.distributed.signals import SIGNALS
+from pretrain.runs.aside import whole_folder
 
-WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "aside": (data_pipeline.files.__file__, lambda path: write_aside(path, b"new")),
-    "secret": (launchers.launch.__file__, lambda path: launchers.launch._write_secret(path, "new")),
+FILES, LAUNCH, ASIDE = (
+    module.__file__ for module in (data_pipeline.files, launchers.launch, pretrain.runs.aside)
+)
+WRITERS: dict[str, tuple[set[str], Callable[[Path], None]]] = {
+    "aside": ({FILES}, lambda path: write_aside(path, b"new")),
+    "secret": ({LAUNCH}, lambda path: launchers.launch._write_secret(path, "new")),
 }
 
 
-def interrupted(file: str, write: Callable[[], None], at: int) -> bool:
+def interrupted(files: set[str], write: Callable[[], None], at: int) -> bool:
     """Whether a writer has so many traced moments; it is interrupted at this one.
 
-    Moments are opcodes of one module: Python handles a signal between two of them.
+    Moments are opcodes of some files: Python handles a signal between two of them, unless it is
+    ignored.
     """
     seen = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal seen
         code: CodeType = frame.f_code
-        if code.co_filename != file:
+        if code.co_filename not in files:
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode":
+        if event == "opcode" and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
             seen += 1
             if seen == at:
                 raise KeyboardInterrupt
@@ -52,13 +61,34 @@ def interrupted(file: str, write: Callable[[], None], at: int) -> bool:
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_signal_at_any_moment_leaves_the_old_file_or_the_new(writer: str, tmp_path: Path) -> None:
-    file, write = WRITERS[writer]
+    files, write = WRITERS[writer]
     path, at = tmp_path / "x", 1
     kept = set()
     path.write_text("old")
-    while interrupted(file, lambda: write(path), at):
+    while interrupted(files, lambda: write(path), at):
         kept.add(path.read_text())
         assert [one.name for one in tmp_path.iterdir()] == ["x"], at
         path.write_text("old")
         at += 1
     assert kept == {"old", "new"} and at > 50
+
+
+def test_a_signal_at_any_moment_leaves_a_whole_folder_or_none(tmp_path: Path) -> None:
+    def work() -> None:
+        with whole_folder(tmp_path / "x", "export") as aside:
+            (aside / "one").write_text("1")
+            (aside / "other").write_text("2")
+
+    at, found = 1, set()
+    while True:
+        SIGNALS.listen()
+        try:
+            if not interrupted({ASIDE, FILES}, work, at):
+                break
+        finally:
+            SIGNALS.restore()
+        assert {one.name for one in tmp_path.iterdir()} <= {"x"}, at
+        found.add(tuple(sorted(one.name for one in tmp_path.rglob("*"))))
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        at += 1
+    assert found == {()} and at > 50

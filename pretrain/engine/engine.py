@@ -7,7 +7,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from pretrain.engine.deepspeed_adapter import (
     prepare_deepspeed,
 )
 from pretrain.engine.flat_update import FlatUpdate
+from pretrain.engine.forensics import Nonfinite, first_nonfinite
 from pretrain.engine.masters import Fragment, fragments, is_replicated
 from pretrain.engine.optimizers import build_optimizer, is_muon_role
 from pretrain.engine.precision import with_precision
@@ -129,6 +130,8 @@ class Engine:
     shrinker: Shrinker
     gradient_norm: float = float("nan")
     """Global norm of the last step's gradient, before clipping."""
+    last_batches: list[Batch] = field(default_factory=list)
+    """Micro batches of the last update; none under a pipeline, which reads them by itself."""
 
     def train_step(self, batches: Iterator[Batch]) -> float:
         """Make one optimizer update from ``micro_batches`` batches of this data-parallel rank.
@@ -152,12 +155,25 @@ class Engine:
         """Whether the last update was skipped because its gradient was not finite."""
         return not (math.isfinite(self.gradient_norm) and self.gradient_norm >= 0)
 
+    def first_nonfinite(self) -> Nonfinite | None:
+        """Where the last update's forward pass first had a value that is not finite.
+
+        It is repeated for that; a collective call. None if all values are finite now.
+        """
+        return first_nonfinite(
+            self.module,
+            lambda batch: self._updater(batch[0], partial(self.loss, labels=batch[1])),
+            self.last_batches,
+        )
+
     def _accumulate(self, batches: Iterator[Batch]) -> torch.Tensor:
         total = torch.zeros((), device=self.grid.device)
         if isinstance(self._updater, FlatUpdate):
             self._updater.begin()
+        self.last_batches.clear()
         for _ in range(self.micro_batches):
             inputs, labels = next(batches)
+            self.last_batches.append((inputs, labels))
             loss = self._updater(inputs, partial(self.loss, labels=labels))
             self._updater.backward(loss)
             self._updater.step()

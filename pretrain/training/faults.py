@@ -76,8 +76,11 @@ class FaultDetector:
         self.skipped = 0
         """Number of updates skipped since the run began."""
 
-    def observe(self, step: int, loss: float, skipped: bool) -> str:
+    def observe(self, step: int, loss: float, skipped: bool, where: str = "") -> str:
         """Check the loss of update ``step`` (the first is 1).
+
+        Args:
+            where: what is known of the place of a value that is not finite, for the message.
 
         Returns:
             A message about it, or an empty text.
@@ -89,6 +92,7 @@ class FaultDetector:
             self.skipped += 1
             self._row.append(step)
             cause = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
+            cause += f" ({where})" if where else ""
             if len(self._row) >= self._config.skip_limit:
                 raise GoBackError(
                     self._row[0], f"{cause}, {len(self._row)} updates in a row", tuple(self._row)

@@ -24,6 +24,7 @@ from pretrain.errors import RunError
 from pretrain.ranks.table import rewind_ranks
 from pretrain.training import periodic
 from pretrain.training.faults import FaultDetector, GoBackError, block_of, write_jumps
+from pretrain.training.forensics import find_nonfinite
 from pretrain.training.loader import Loader
 from pretrain.training.origin import Origin
 from pretrain.training.profiling import Profiler
@@ -94,7 +95,8 @@ def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) ->
             loss = engine.train_step(loader)
         _tell_trace(training, step, profiler)
         training.watchdog.beat(step)
-        skipped = training.faults.observe(step, loss, engine.skipped)
+        where = find_nonfinite(training, step) if engine.skipped else ""
+        skipped = training.faults.observe(step, loss, engine.skipped, where)
         if skipped:
             training.say(step, skipped)
         elif step % config.logging.every == 0 or step == steps:

@@ -50,6 +50,16 @@ def poison_gradient(engine: Any) -> None:
     handle = parameter.register_hook(strike)
 
 
+def poison_layer(engine: Any) -> None:
+    """The output of block 1's MLP is NaN until the next update: the program repeats this one."""
+    part = engine.module.get_submodule("layers.3.mlp")
+    handle = part.register_forward_hook(lambda _, __, output: output * float("nan"))
+    _until_the_next.append(handle)
+
+
+_until_the_next: list[Any] = []
+
+
 def flip_weight(engine: Any) -> None:
     """One bit of a working weight changes."""
     *_, parameter = declared_parameters(engine.module)
@@ -84,6 +94,7 @@ FAULTS = {
     "loss": poison_loss,
     "label": poison_label,
     "gradient": poison_gradient,
+    "layer": poison_layer,
     "flip": flip_weight,
     "kill": kill,
     "stop": stop,
@@ -101,6 +112,8 @@ def arm(fault: str, rank: int, updates: set[int]) -> None:
         nonlocal count
         count += 1
         struck = count in updates
+        while _until_the_next:
+            _until_the_next.pop().remove()
         if struck and fault != "flip":
             FAULTS[fault](self)
         found = original(self, batches)

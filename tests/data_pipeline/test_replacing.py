@@ -20,7 +20,7 @@ from pretrain.distributed.signals import SIGNALS
 from pretrain.runs.aside import whole_folder
 
 FILES, LAUNCH, ASIDE = (
-    module.__file__ for module in (data_pipeline.files, launchers.launch, pretrain.runs.aside)
+    str(module.__file__) for module in (data_pipeline.files, launchers.launch, pretrain.runs.aside)
 )
 WRITERS: dict[str, tuple[set[str], Callable[[Path], None]]] = {
     "aside": ({FILES}, lambda path: write_aside(path, b"new")),

@@ -6,6 +6,7 @@ that a changed source can be read again without the others.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -128,7 +129,6 @@ class Parts:
         ]
         self.targets: list[str] = []
         """Files of the finished folder that are being written."""
-        self._failed = False
         self._next = 0
 
     @property
@@ -227,9 +227,13 @@ class Parts:
         self._save()
 
     def fail(self) -> None:
-        """Record that this attempt ended with an error, so that other settings may follow it."""
-        self._failed = True
-        self._save()
+        """Record that this attempt ended with an error, so that other settings may follow it.
+
+        What was saved stays as it is: this object may have counted blocks that are in no part.
+        """
+        path = self.folder / "state.json"
+        with contextlib.suppress(OSError, ValueError):  # the error that ended it is told
+            write_aside(path, to_json({**read_json(path), "failed": True}).encode())
 
     def in_order(self) -> list[dict[str, Any]]:
         """Parts in the order of their sources, including those that were read again."""
@@ -257,6 +261,5 @@ class Parts:
             "sources": [vars(source) for source in self.sources],
             "made": self.targets,
             "next": self._next,
-            "failed": self._failed,
         }
         write_aside(self.folder / "state.json", to_json(state).encode())

@@ -33,6 +33,11 @@ IMPLIED = frozenset((
     "zero_optimization.stage",
 ))  # fmt: skip
 """Keys that the recipe decides: a raw key may only have the same value."""
+_MOST = {
+    "zero_optimization.allgather_bucket_size": 10**10,  # allocated: 40 GB
+    "zero_optimization.reduce_bucket_size": 10**10,
+}
+_MOST_ELSEWHERE = 10**15
 _SECTIONS = {key.rpartition(".")[0] for key in (*ALLOWED, *IMPLIED)}
 _DEVICES = ("cpu", "none")
 
@@ -61,13 +66,24 @@ def check_raw(raw: dict[str, Any]) -> None:
                 f"or use one of {', '.join(ALLOWED)}"
             )
         kind = ALLOWED[key]
-        if type(value) is not kind or (isinstance(value, int) and value < 0):
+        if type(value) is not kind:
             raise UsageError(f"deepspeed.{key}: {value!r} is not {_WORDS[kind]}")
         if kind is str and value not in _DEVICES:
             raise UsageError(f"deepspeed.{key}: {value!r} is not {' or '.join(_DEVICES)}")
+        if kind is int:
+            _check_number(key, value)
 
 
-_WORDS = {int: "an integer from 0 on", bool: "true or false", str: "a name"}
+def _check_number(key: str, value: int) -> None:
+    """Refuse numbers that DeepSpeed asserts against, or that no memory holds."""
+    least, most = int(key.endswith(".reduce_bucket_size")), _MOST.get(key, _MOST_ELSEWHERE)
+    if not least <= value <= most:
+        raise UsageError(f"deepspeed.{key}: is not from {least} to {most:,} elements")
+    if key.endswith(".allgather_bucket_size") and value % 2:
+        raise UsageError(f"deepspeed.{key}: {value} is odd; use an even number")
+
+
+_WORDS = {int: "an integer", bool: "true or false", str: "a name"}
 
 
 def _leaves(values: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:

@@ -24,7 +24,7 @@ from pretrain.errors import UsageError
 from pretrain.runs.metrics import refuse_missing_services
 from pretrain.tasks.epochs import describe as describe_data
 from pretrain.tasks.epochs import in_words
-from pretrain.tasks.task import Uses
+from pretrain.tasks.task import Task, Uses
 from pretrain.training.setup import Setup, prepare
 
 
@@ -68,6 +68,8 @@ def dry_run(config: Config, as_json: bool) -> None:
         f"{summary['steps']:,} steps of {summary['tokens_per_step']:,} tokens: "
         f"{summary['tokens']:,} tokens"
     )
+    print(plain(f"checkpoints: {summary['kept']}"))
+    print(plain(f"evaluation: {summary['scored']}"))
     for remark in summary["remarks"]:
         print(plain(f"note: {remark}"))
     data = summary["data"]
@@ -138,9 +140,35 @@ def describe(setup: Setup) -> dict[str, Any]:
         "steps": config.train.steps,
         "tokens_per_step": tokens,
         "tokens": tokens * config.train.steps,
+        "kept": _kept(config),
+        "scored": _scored(setup.task, config),
         "data": describe_data(setup.task, config),
         "remarks": remarks(config),
     }
+
+
+def _kept(config: Config) -> str:
+    """When checkpoints are made and which stay, since others cannot be forked or evaluated."""
+    rules, text = config.checkpoint, f"every {config.interval('checkpoint'):,} steps"
+    if not rules.keep:
+        return f"{text}; all are kept (checkpoint.keep)"
+    more = f", those at multiples of {rules.keep_every:,}" * bool(rules.keep_every)
+    more += ", the best" * rules.keep_best
+    return f"{text}; the last {rules.keep}{more} are kept (checkpoint.keep)"
+
+
+def _scored(task: Task, config: Config) -> str:
+    """What is evaluated while it trains and at the end, which are different things."""
+    section = config.evaluation
+    unit = "documents" if config.task.kind == "text" else "samples"
+    sample = f"a sample of {section.documents:,} {unit} of {task.split(config)}"
+    text = f"{sample} every {config.interval('evaluation'):,} steps"
+    at_end = {
+        "none": "nothing at the end",
+        "sample": "the same at the end",
+        "all": f"at the end all of {task.split(config, everything=True)}",
+    }[section.at_end]
+    return f"{text}; {at_end} (evaluation.at_end)"
 
 
 _LOOKED_AT = 100_000

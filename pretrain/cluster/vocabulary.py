@@ -42,8 +42,8 @@ class NoData:
         raise UsageError("there is no data to score")
 
     def split(self, config: Config, everything: bool = False) -> str:
-        """The recipe's split."""
-        return config.evaluation.split
+        """The recipe's split, or all of ``test``, which data usually has."""
+        return "test" if everything else config.evaluation.split
 
     def figures(self, *arguments: Any) -> NoReturn:
         """There is nothing to score."""

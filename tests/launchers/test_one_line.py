@@ -1,4 +1,4 @@
-"""With several processes a failure is one line, as with one: no page of a launcher, no traceback."""
+"""With several processes a failure is one line, as with one: no launcher's page, no traceback."""
 
 from __future__ import annotations
 

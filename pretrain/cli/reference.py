@@ -74,6 +74,7 @@ def _option(option: Any) -> str:
 
 def _meaning(parameter: Any) -> str:
     text = escaped(parameter.help or "")
+    text += "." * (text[-1:] not in (".", ")", ""))
     if parameter.param_type_name == "option" and parameter.required:
         return f"{text} Required."
     default = parameter.default

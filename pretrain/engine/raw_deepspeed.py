@@ -70,7 +70,7 @@ def check_raw(raw: dict[str, Any]) -> None:
             raise UsageError(f"deepspeed.{key}: {value!r} is not {_WORDS[kind]}")
         if kind is str and value not in _DEVICES:
             raise UsageError(f"deepspeed.{key}: {value!r} is not {' or '.join(_DEVICES)}")
-        if kind is int:
+        if isinstance(value, int) and kind is int:
             _check_number(key, value)
 
 

@@ -310,6 +310,32 @@ def lawful(rows: list[_Any]) -> list[_Any]:
     ]
 
 
+def by_layer(rows: list[Row]) -> dict[str, float]:
+    """Mean pseudo-rank over the heads of every layer, for the log.
+
+    Returns:
+        ``qk_layer_00``, ``vp_layer_00`` and so on: names that sort by product, then by layer.
+    """
+    heads: dict[str, list[float]] = defaultdict(list)
+    digits = max(2, len(str(max((row["layer"] for row in rows), default=0))))
+    for row in rows:
+        if row["level"] == "head":
+            heads[f"{row['product']}_layer_{row['layer']:0{digits}}"].append(row["pseudo_rank"])
+    return {name: sum(heads[name]) / len(heads[name]) for name in sorted(heads)}
+
+
+def by_head(rows: list[Row]) -> dict[str, list[list[float]]]:
+    """Pseudo-ranks of every head by product: a row for each layer, a column for each head."""
+    names = {"qk": "W_QK", "vp": "W_VP"}
+    heads = [row for row in rows if row["level"] == "head"]
+    layers = sorted({row["layer"] for row in heads})
+    width = 1 + max((row["head"] for row in heads), default=-1)
+    found = {name: [[float("nan")] * width for _ in layers] for name in names.values()}
+    for row in heads:
+        found[names[row["product"]]][layers.index(row["layer"])][row["head"]] = row["pseudo_rank"]
+    return found
+
+
 def summary(rows: list[Row]) -> dict[str, float]:
     """Means over all layers, for the log: pseudo-rank of heads, balance of `lawful` rows."""
     means = {}

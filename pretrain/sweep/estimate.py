@@ -11,15 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint.reader import CHECKPOINTS, newest_checkpoint, step_of
 from pretrain.cli.console import show_table
 from pretrain.config.recipe import dump_config
 from pretrain.errors import RunError
-from pretrain.runs.metrics import read_metrics
+from pretrain.runs.lock import is_busy
+from pretrain.runs.metrics import METRICS, read_metrics
 from pretrain.sweep.config import Sweep, SweepRun
 from pretrain.sweep.run import code_words, is_done
 
 _STEPS = 8
 """Number of steps of the timing; the first two are not counted."""
+
+_PARTLY = ("running", "interrupted")
+"""States of runs that have made some of their updates."""
 
 Starter = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
 """A function that runs `pretrain WORDS...` like one run of the sweep."""
@@ -36,7 +41,7 @@ def plan(sweep: Sweep, slots: int, start: Starter | None, price: float) -> dict[
     open_tasks = [task for task in sweep.tasks if not is_done(task)]
     estimate: dict[str, Any] = {
         "runs": [_describe(task) for task in sweep.tasks],
-        "tokens": sum(task.tokens for task in open_tasks),
+        "tokens": sum(_steps_left(task) * task.tokens // task.steps for task in open_tasks),
         "open": len(open_tasks),
     }
     if start is None or not open_tasks:
@@ -62,8 +67,29 @@ def _describe(task: SweepRun) -> dict[str, Any]:
         "seed": task.config.seed,
         "steps": task.steps,
         "tokens": task.tokens,
-        "state": "done" if is_done(task) else "to run",
+        "state": _state(task),
+        "step": _saved(task),
     }
+
+
+def _state(task: SweepRun) -> str:
+    """``done``, ``running``, ``interrupted`` or ``to run``."""
+    if is_done(task):
+        return "done"
+    if is_busy(task.run):
+        return "running"
+    return "interrupted" if (task.run / METRICS).exists() else "to run"
+
+
+def _saved(task: SweepRun) -> int:
+    """The step of the newest checkpoint, from which a run continues; 0 without one."""
+    checkpoint = newest_checkpoint(task.run / CHECKPOINTS)
+    return step_of(checkpoint) if checkpoint else 0
+
+
+def _steps_left(task: SweepRun) -> int:
+    """Updates that a run has yet to make; without its trunk's."""
+    return min(task.steps, max(0, task.last - _saved(task)))
 
 
 def _timing(task: SweepRun, start: Starter) -> dict[str, float]:
@@ -97,7 +123,7 @@ def _timing(task: SweepRun, start: Starter) -> dict[str, float]:
 
 
 def _seconds(task: SweepRun, speed: dict[str, float]) -> float:
-    config, steps = task.config, task.steps
+    config, steps = task.config, _steps_left(task)
     return (
         speed["start"]
         + steps * speed["step"]
@@ -116,7 +142,8 @@ def print_plan(estimate: dict[str, Any], slots: int) -> None:
     for run in estimate["runs"]:
         values = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in run["values"].items())
         tokens = f"{run['tokens']:,}"
-        table.add_row(run["name"], values, f"{run['steps']:,}", tokens, run["state"])
+        state = run["state"] + f" at step {run['step']}" * (run["state"] in _PARTLY)
+        table.add_row(run["name"], values, f"{run['steps']:,}", tokens, state)
     show_table(table, 120)
     print(f"{estimate['tokens']:,} tokens to train")
     if "timing" in estimate:

@@ -6,7 +6,6 @@ through an executor, and repeats; it can be killed at any moment and started aga
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterable
@@ -20,7 +19,6 @@ from pretrain.distributed.jobs import Executor, Job
 from pretrain.errors import ENDS, TRY_AGAIN
 from pretrain.runs.finished import is_complete
 from pretrain.runs.lock import is_busy, shared
-from pretrain.runs.metrics import METRICS
 from pretrain.sweep.config import Sweep, SweepRun
 from pretrain.sweep.status import Status
 from pretrain.sweep.table import Table
@@ -111,7 +109,7 @@ def _round(
     chosen = ready[: max(0, executor.slots - running)]
     for status in chosen:
         status.state, status.tries = "running", status.tries + 1
-        status.step, _ = _progress(status.task.run)
+        status.look()
         status.first_step, status.started = status.step, time.monotonic()
         status.checkpoint = _newest(status.task.run)
     if chosen:
@@ -128,7 +126,7 @@ def _ended(status: Status, code: int, out: Path, retries: int) -> None:
         status.state, status.tries, status.note = "waiting", status.tries - 1, "continues"
     elif status.tries > retries:
         status.state = "failed"
-        status.note = _last_line(_log(out, status.task)) or f"exit code {code}"
+        status.note = last_line(log_of(out, status.task)) or f"exit code {code}"
     else:
         status.state, status.note = "waiting", f"try {status.tries + 1}"
 
@@ -151,7 +149,7 @@ def _look(status: Status, by_name: dict[str, Status]) -> None:
         else:
             status.state = "waiting"
     if status.state in ("running", "elsewhere", "done"):
-        status.step, status.loss = _progress(status.task.run)
+        status.look()
 
 
 def _can_start(status: Status, by_name: dict[str, Status]) -> bool:
@@ -165,7 +163,7 @@ def _job(task: SweepRun, out: Path, processes: int) -> Job:
         words += ["--until", str(task.until)]
     if task.trunk is not None:
         words += ["--fork", f"{task.trunk.run}@{task.trunk.last}"]
-    return Job(task.name, [*words, *code_words(task)], processes, _log(out, task))
+    return Job(task.name, [*words, *code_words(task)], processes, log_of(out, task))
 
 
 def code_words(task: SweepRun) -> list[str]:
@@ -177,30 +175,13 @@ def _recipe(out: Path, task: SweepRun) -> Path:
     return out / "recipes" / f"{task.name}.yaml"
 
 
-def _log(out: Path, task: SweepRun) -> Path:
+def log_of(out: Path, task: SweepRun) -> Path:
+    """The log of a run's processes."""
     return out / "logs" / f"{task.name}.log"
 
 
-def _progress(run: Path) -> tuple[int, float | None]:
-    """The last step in the metrics and its loss, read from the end of the file."""
-    try:
-        with (run / METRICS).open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 16_384))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0, None
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("kind") == "train":
-            return int(row["step"]), row["loss"]
-    return 0, None
-
-
-def _last_line(path: Path) -> str:
+def last_line(path: Path) -> str:
+    """The last error in a log, else its last line; empty without a log."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

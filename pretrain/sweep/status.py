@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from pretrain.runs.follow import Follower, Present
 from pretrain.sweep.config import SweepRun
 
 
@@ -17,12 +18,25 @@ class Status:
     """waiting, running, elsewhere, done or failed."""
     tries: int = 0
     step: int = 0
-    loss: float | None = None
     note: str = ""
     started: float | None = None
     first_step: int = 0
+    follower: Follower = field(init=False)
+    """Reads its metrics."""
     checkpoint: str = ""
     """The newest checkpoint at the beginning of this start."""
+
+    def __post_init__(self) -> None:
+        self.follower = Follower(self.task.run)
+
+    def look(self) -> None:
+        """Read what the run has logged since the last look."""
+        self.step = self.follower.look().step
+
+    @property
+    def present(self) -> Present:
+        """What the run has logged so far."""
+        return self.follower.present
 
     @property
     def seconds_left(self) -> float | None:

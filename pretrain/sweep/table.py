@@ -6,7 +6,10 @@ import sys
 from typing import Any
 
 from pretrain.cli.console import clock, console, on_one_line
+from pretrain.runs.follow import Present, in_words
 from pretrain.sweep.status import Status
+
+COLUMNS = ("run", "state", "step", "loss", "rank W_QK/W_VP", "tokens/s", "left", "")
 
 
 class Table:
@@ -53,8 +56,9 @@ def _rich_table(title: str, statuses: list[Status]) -> Any:
 
     done = sum(status.state == "done" for status in statuses)
     table = RichTable(title=f"{title}: {done} of {len(statuses)} done")
-    for column in ("run", "state", "step", "loss", "left", ""):
-        table.add_column(column, justify="left" if column in ("run", "state", "") else "right")
+    for column in COLUMNS:
+        left = column in ("run", "state", "")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
     waiting = 0
     for status in statuses:
         if status.state == "waiting" and not status.note:
@@ -65,10 +69,17 @@ def _rich_table(title: str, statuses: list[Status]) -> Any:
             status.task.name,
             status.state,
             f"{status.step}/{status.task.last}",
-            f"{status.loss:.3f}" if status.loss is not None else "",
+            *figures(status.present, status.state == "running"),
             "" if status.seconds_left is None else clock(status.seconds_left),
             status.note[:60],
         )
     if waiting > 5:
-        table.add_row(f"... {waiting - 5} more", "waiting", "", "", "", "")
+        table.add_row(f"... {waiting - 5} more", "waiting", *[""] * (len(COLUMNS) - 2))
     return table
+
+
+def figures(present: Present, running: bool) -> list[str]:
+    """Loss, mean pseudo-ranks and, of a running run, its speed: the cells of ``COLUMNS``."""
+    loss = "" if present.loss is None else f"{present.loss:.3f}"
+    speed = f"{present.speed.value:,.0f}" if running and present.speed.value else ""
+    return [loss, in_words(present.ranks), speed]

@@ -20,8 +20,9 @@ from pretrain.config.decay import same_policies
 from pretrain.distributed.replicas import are_replicated, disagreement
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
 from pretrain.engine.engine import Engine, micro_batches
-from pretrain.errors import RunError
+from pretrain.errors import ENDS, RunError
 from pretrain.ranks.table import rewind_ranks
+from pretrain.runs.follow import Follower, Speed, in_words
 from pretrain.training import periodic
 from pretrain.training.faults import FaultDetector, GoBackError, block_of, write_jumps
 from pretrain.training.forensics import find_nonfinite
@@ -34,6 +35,8 @@ from pretrain.training.state import Training
 def run_training(training: Training, origin: Origin) -> None:
     """Train from the origin to the end, and go back after faults."""
     first = origin.step
+    if training.grid.is_main:  # a resumed run shows its last measurement
+        training.moving.ranks = Follower(training.run).look().ranks
     try:
         if origin.kind in ("new", "imported"):
             periodic.measure_if_due(training, 0)
@@ -60,6 +63,14 @@ def run_training(training: Training, origin: Origin) -> None:
             training.saver.wait()
             periodic.tell_saved(training)
             training.saver.finish()
+    except ENDS as end:
+        newest = newest_checkpoint(training.run / CHECKPOINTS)
+        end.add_note(
+            f"rerun the same command to continue from step {step_of(newest)}"
+            if newest
+            else "rerun the same command to begin again (there is no checkpoint yet)"
+        )
+        raise
     finally:
         training.saver.close()
         periodic.tell_saved(training)
@@ -86,7 +97,7 @@ def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) ->
     config, engine = training.config, training.engine
     steps, tokens_per_step = training.last, config.train.global_batch * config.model.context
     progress = Progress(steps, training.run.name, engine.grid.is_main, first)
-    began, logged = time.monotonic(), first
+    began, logged, smoothed = time.monotonic(), first, Speed()
     for step in range(first + 1, steps + 1):
         rate = config.learning_rate(step - 1)
         periodic.measure_weights(training, step - 1)
@@ -115,7 +126,7 @@ def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) ->
                     "weight_decay": engine.control.in_use(),
                 },
             )
-            progress.update(step, f"loss {loss:.3f} {speed:,.0f} tokens/s")
+            smoothed.add((step - logged) * tokens_per_step, now - began)
             began, logged = now, step
         stopping = SIGNALS.agreed(engine.grid)
         saving = stopping or training.is_due("checkpoint", step)
@@ -126,6 +137,8 @@ def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) ->
             _compare_decay(training, step)
         paused = time.monotonic()
         periodic.measure_if_due(training, step)
+        if logged == step:
+            progress.update(step, _note(training, loss, smoothed))
         if training.is_due("evaluation", step) and not periodic.evaluate(training, step):
             stopping = saving = True  # the next start makes it
         if saving:
@@ -156,6 +169,13 @@ def _tell_trace(training: Training, step: int, profiler: Profiler) -> None:
     else:
         if trace:
             training.say(step, f"trace written: {trace}", warning=False)
+
+
+def _note(training: Training, loss: float, speed: Speed) -> str:
+    """The progress line: loss, mean pseudo-ranks of W_QK and W_VP, and the smoothed speed."""
+    ranks = in_words(training.moving.ranks)
+    measured = f"rank QK/VP {ranks} " if ranks else ""
+    return f"loss {loss:.3f} {measured}{speed.value:,.0f} tokens/s"
 
 
 # --- faults ---------------------------------------------------------------------------------

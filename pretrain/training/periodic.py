@@ -12,7 +12,7 @@ from data_pipeline.strict_json import to_json
 from pretrain.checkpoint.retention import HELD_OUT_LOSS
 from pretrain.cli.console import Progress
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
-from pretrain.ranks.probe import Row, measure, summary
+from pretrain.ranks.probe import Row, by_head, by_layer, measure, summary
 from pretrain.ranks.table import add_ranks, merge_ranks
 from pretrain.runs.finished import is_evaluated, put_evaluation_aside
 from pretrain.runs.folder import EVALUATION, write_text
@@ -32,6 +32,8 @@ def measure_if_due(training: Training, step: int) -> None:
         rows = _measure(training, step)
     elif policies:
         rows = measure(training.engine, step, 0, training.config.ranks)
+    if rows:
+        training.moving.ranks = summary(rows)
     for policy in policies:
         for message in policy.observe(rows, step):
             training.say(step, message)
@@ -56,7 +58,10 @@ def _measure(training: Training, step: int) -> list[Row]:
     if training.grid.is_main:
         training.moving.unwritten[step] = rows
         _write_ranks(training, step)
-        training.tracker.log("ranks", step, {**summary(rows), "seconds": time.monotonic() - began})
+        means = {**summary(rows), "rank_by_layer": by_layer(rows)}
+        training.tracker.log("ranks", step, {**means, "seconds": time.monotonic() - began})
+        maps = {f"rank_by_head/{name}": values for name, values in by_head(rows).items()}
+        training.tracker.show(maps, step)
     training.watchdog.beat(step, "measuring ranks")
     return rows
 

@@ -50,6 +50,8 @@ class Moving:
     """(step, loss) of the last evaluation."""
     unwritten: dict[int, list[Row]] = field(default_factory=dict)
     """Measurements that could not be written to disk, by step."""
+    ranks: dict[str, Any] = field(default_factory=dict)
+    """Mean figures of the last measurement (`pretrain.ranks.probe.summary`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from models.layers import ParameterFactory
 from models.loss import mean_loss
 from pretrain.config.recipe import Config
 from pretrain.runs.folder import read_evaluation
+from pretrain.runs.follow import Follower
 from pretrain.runs.metrics import METRICS, Tracker, read_metrics
-from pretrain.sweep.run import _progress
 from tests.tools import ROOT
 
 
@@ -105,7 +105,8 @@ def test_metrics_are_json_and_say_what_was_lost(tmp_path: Path, bad: float) -> N
     ]
     (row,) = read_metrics(tmp_path)
     assert math.isnan(row["loss"]) and row["weight_decay"] == {"query": 0.1}
-    assert _progress(tmp_path) == (3, None)
+    present = Follower(tmp_path).look()
+    assert present.step == 3 and present.loss is not None and math.isnan(present.loss)
     tracker.active = True
     tracker.rewind(3)
     assert len((tmp_path / METRICS).read_text().splitlines()) == 5

@@ -18,6 +18,7 @@ from pretrain.cli.models import evaluate, export, import_, print_evaluation, ran
 from pretrain.cli.options import Code, Json, Overrides
 from pretrain.cli.paper import paper_app
 from pretrain.cli.program import Version, application
+from pretrain.cli.watch import watch
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import ENDS
 
@@ -114,7 +115,10 @@ def train(
     run = out or Path("runs") / recipe.stem
     run_training(config, run, grid, source, until)
     if grid.is_main:
-        _print_result(run, json)
+        if until is not None and until < config.train.steps:
+            _print_stop(run, until, config.train.steps, json)
+        else:
+            _print_result(run, json)
     disconnect()
 
 
@@ -128,6 +132,15 @@ def _start_again(processes: int, run: Path, restarts: int) -> None:
     # Under torchrun, which counts its own restarts, there is nothing to do.
     if restarts and "TORCHELASTIC_RUN_ID" not in os.environ and not is_supervised():
         raise typer.Exit(supervise(sys.argv[1:], run, restarts))
+
+
+def _print_stop(run: Path, step: int, steps: int, as_json: bool) -> None:
+    from data_pipeline.strict_json import to_json
+
+    if as_json:
+        print(to_json({"run": str(run), "step": step, "steps": steps}))
+    else:
+        print(f"trained to step {step} of {steps} (--until): {plain(str(run))}")
 
 
 def _print_result(run: Path, as_json: bool) -> None:
@@ -201,7 +214,7 @@ def sweep(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or a sweep's folder.")],
     out: Annotated[
-        Path | None, typer.Option(help="File (csv, png: folder); default report.FORMAT.")
+        Path | None, typer.Option(help="File (csv, png, pdf: folder); default report.FORMAT.")
     ] = None,
     form: Annotated[
         str, typer.Option("--format", help="html, md, latex, csv, png or pdf.")
@@ -213,22 +226,41 @@ def report(
     unfinished: Annotated[
         bool, typer.Option("--unfinished", help="Include runs that are not finished.")
     ] = False,
+    band: Annotated[
+        str,
+        typer.Option(help="What the bands of figures span at first and in print: heads, seeds."),
+    ] = "heads",
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Write the page again while the runs train, until they end."),
+    ] = False,
+    every: Annotated[
+        float, typer.Option(min=1, help="With --follow: seconds between two pages.")
+    ] = 60.0,
 ) -> None:
     """Make tables and figures from run folders: means, paired differences, rank, balance.
 
     The page (html) needs no network. It has tables of means and of paired differences with
     intervals, figures with menus and sliders, and the data of each as CSV. Runs that differ only
-    in the seed are replicates of one condition.
+    in the seed are replicates of one condition. With --follow, the page shows runs while they
+    train, and a browser in which it is open loads each new version.
     """
     from pretrain.report import print_summary, write_report
 
-    endings = {"latex": "tex", "csv": "", "png": ""}
+    endings = {"latex": "tex", "csv": "", "png": "", "pdf": ""}
     ending = endings.get(form, form)
     path = out or Path(f"report.{ending}" if ending else "report")
-    print_summary(write_report(runs, path, form, baseline, unfinished))
+    if follow:
+        from pretrain.report.follow import follow_runs
+
+        study = follow_runs(runs, path, form, baseline, band, every)
+    else:
+        study = write_report(runs, path, form, baseline, unfinished, band)
+    print_summary(study)
     print(f"report: {plain(str(path))}")
 
 
+app.command()(watch)
 app.command()(launch)
 app.command()(doctor)
 app.command()(plan)
@@ -267,12 +299,12 @@ def run_command(command: Callable[..., object] = app) -> int:
     except typer.Abort as abort:
         if isinstance(abort.__cause__, EOFError):  # of a file; nothing here asks on a terminal
             return report_failure(abort.__cause__)
-        return report_stop()
-    except ENDS:
-        return report_stop()
+        return report_stop(abort)
+    except ENDS as end:
+        return report_stop(end)
     except Exception as error:
         if SIGNALS.raised:
-            return report_stop()
+            return report_stop(error)
         return report_failure(error)
 
 

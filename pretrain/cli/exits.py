@@ -24,10 +24,15 @@ _LONGEST = 900
 """Number of letters of an error that are shown; a value or a path may have thousands."""
 
 
-def report_stop() -> int:
-    """Report that a signal ended the command, which is no error, and return the exit code."""
+def report_stop(end: BaseException) -> int:
+    """Report that a signal ended the command, which is no error, and return the exit code.
+
+    Args:
+        end: what the signal raised, or became; its note says how to go on.
+    """
     what = f"stopped by {SIGNALS.name}" if SIGNALS.code == TRY_AGAIN else "interrupted"
-    return _end(f"{what}; rerun the same command to start it again", SIGNALS.code)
+    notes = getattr(end, "__notes__", None) or ["rerun the same command to start it again"]
+    return _end(f"{what}; {notes[-1]}", SIGNALS.code)
 
 
 def report_failure(error: Exception) -> int:

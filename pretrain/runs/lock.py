@@ -175,6 +175,28 @@ def is_busy(run: Path) -> bool:
         raise
 
 
+def holds(run: Path) -> bool | None:
+    """Whether a process trains in the folder, by what the system tells: the lock is not touched.
+
+    Returns:
+        None if this is not known: the process is on another machine, or the system does not tell.
+    """
+    try:
+        with open_regular(run / LOCK) as file:
+            inode, signed = os.fstat(file.fileno()).st_ino, file.read(200)
+    except OSError:
+        return False
+    pid, _, host = signed.decode(errors="replace").strip().removeprefix("pid ").partition(" on ")
+    try:
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        return None
+    # "1: FLOCK ADVISORY WRITE 4711 fe:00:5276003 0 EOF"; some file systems show another device.
+    held = any(len(line) > 5 and (line[4], line[5].rpartition(":")[2]) == (pid, str(inode))
+               for line in lines)  # fmt: skip
+    return held if held or host in ("", socket.gethostname()) else None
+
+
 def _try(file: IO[Any], kind: int, pause: float = 0.0) -> bool:
     """Take a lock if it is free after a pause; closing the file releases it.
 

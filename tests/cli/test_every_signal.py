@@ -27,7 +27,7 @@ from tests.tools import write_recipe
 from tests.verbs import all_verbs
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-READ_ONLY = ["plan", "data check", "data info", "doctor"]
+READ_ONLY = ["plan", "watch", "data check", "data info", "doctor"]
 SEVERAL = ["train --processes 2", "sweep --processes 2", "doctor --processes 2",
            "data tokenize --workers 2"]  # fmt: skip
 MATRIX = [*VERBS, *PAPER, *READ_ONLY, *SEVERAL]
@@ -46,6 +46,7 @@ def words_of(verb: str, kit: Kit, out: Path) -> list[str]:
         return ["sweep", str(sweep), "--out", str(out)]
     doctor = ["doctor", recipe, "--out", str(out)]
     own = {
+        "watch": ["watch", str(kit.runs[0])],
         "plan": ["plan", recipe, "--gpus", "8", "model.vocabulary_size=50304"],
         "data check": ["data", "check", data],
         "data info": ["data", "info", data],

@@ -28,7 +28,7 @@ from tests.tools import ROOT as REPOSITORY
 from tests.tools import TIMED, assert_one_line, environment, run
 from tests.verbs import all_verbs
 
-WRITE_NOTHING = {"plan", "data check", "data info", "doctor"}
+WRITE_NOTHING = {"plan", "watch", "data check", "data info", "doctor"}
 """`doctor` writes a file under a random name and deletes it."""
 VERBS = [
     "train", "evaluate", "export", "import", "ranks", "ranks --figures", "sweep", "report",

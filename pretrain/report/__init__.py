@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.files import held, refuse_busy, refuse_run, write_aside
@@ -12,10 +13,12 @@ from pretrain.report.compare import uncounted, unpaired
 from pretrain.report.context_tables import notes_table
 from pretrain.report.figures import figures_of
 from pretrain.report.load import Study, load_study
+from pretrain.report.rank_figures import BANDS
 from pretrain.report.replaced import Written, replaced
 from pretrain.report.spec import Figure, to_csv
 from pretrain.report.tables import summary, tables_of
 
+Writer = Callable[[Study, list[DataTable], list[Figure], list[str], Path], None]
 FORMATS = ("html", "md", "latex", "csv", "png", "pdf")
 
 
@@ -25,33 +28,51 @@ def write_report(
     form: str = "html",
     baseline: str | None = None,
     unfinished: bool = False,
+    band: str = "heads",
 ) -> Study:
     """Write the report of some runs.
 
     Args:
         paths: run folders, or folders of them (a sweep's).
-        out: the file to write; for ``csv`` and ``png`` a folder. ``md`` and ``latex`` put their
-            images into a folder beside it.
-        form: html, md, latex, csv, png or pdf (only figures).
+        out: the file to write; for ``csv``, ``png`` and ``pdf`` a folder. ``md`` and ``latex`` put
+            their images into a folder beside it.
+        form: html, md, latex, csv, png or pdf (only figures: for a screen, and for print).
+        band: what bands span at first and in print, ``heads`` or ``seeds``.
 
     Raises:
         UsageError: if there is nothing to report, or the runs cannot be compared.
     """
     if form not in FORMATS:
         raise UsageError(f"--format: {form!r} is not one of {', '.join(FORMATS)}")
+    checked_band(band)
     with held(out):
-        return _write(paths, out, form, baseline, unfinished)
+        return _write(paths, out, form, baseline, unfinished, band)
+
+
+def checked_band(band: str) -> None:
+    """Refuse an unknown word for bands.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if band not in BANDS:
+        raise UsageError(f"--band: {band!r} is not one of {', '.join(BANDS)}")
+
+
+def notes_of(study: Study) -> list[str]:
+    """Everything that is left out or not compared, with the reason."""
+    return [*study.notes, *unpaired(study), *uncounted(study)]
 
 
 def _write(
-    paths: list[Path], out: Path, form: str, baseline: str | None, unfinished: bool
+    paths: list[Path], out: Path, form: str, baseline: str | None, unfinished: bool, band: str
 ) -> Study:
     if out.is_dir():
         refuse_run(out)
         refuse_busy(out)
     study = load_study(paths, baseline, unfinished)
-    tables, figures = tables_of(study), figures_of(study)
-    notes = [*study.notes, *unpaired(study), *uncounted(study)]
+    tables, figures = tables_of(study), figures_of(study, band)
+    notes = notes_of(study)
     for note in notes:
         warn(note)
     _WRITERS[form](study, tables, figures, notes, out)
@@ -112,22 +133,24 @@ def _csv(
             folder.write(f"{figure.key}.csv", to_csv(figure).encode("utf-8", "backslashreplace"))
 
 
-def _png(
-    study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str], out: Path
-) -> None:
-    with replaced(out, "png") as folder:
-        _images(figures, folder, "png")
+def _only_images(kind: str) -> Writer:
+    def write(
+        study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str], out: Path
+    ) -> None:
+        with replaced(out, kind) as folder:
+            _images(figures, folder, kind)
+
+    return write
 
 
-def _pdf(
-    study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str], out: Path
-) -> None:
-    from pretrain.report.printed import booklet
-
-    write_aside(out, booklet(figures))
-
-
-_WRITERS = {"html": _html, "md": _md, "latex": _latex, "csv": _csv, "png": _png, "pdf": _pdf}
+_WRITERS: dict[str, Writer] = {
+    "html": _html,
+    "md": _md,
+    "latex": _latex,
+    "csv": _csv,
+    "png": _only_images("png"),
+    "pdf": _only_images("pdf"),
+}
 
 
 def print_summary(study: Study) -> None:

@@ -46,6 +46,19 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def sampled(study: Study, shown: int | None = None) -> str:
+    """A sentence for captions if the shown steps are a sample of the measured ones, else nothing.
+
+    Args:
+        shown: number of shown steps of a figure that shows fewer than the others.
+    """
+    run = max(study.runs, key=lambda one: one.measured)
+    count = len({row["step"] for row in run.heads}) if shown is None else shown
+    if count >= run.measured:
+        return ""
+    return f" Shown are {count:,} of the {run.measured:,} measured steps."
+
+
 def about(study: Study) -> str:
     """A description of the runs, for captions."""
     config, runs = study.runs[0].config, study.runs

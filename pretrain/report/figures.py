@@ -14,11 +14,15 @@ from pretrain.report.theory_figures import (
 from pretrain.report.training_figures import losses, settings
 
 
-def figures_of(study: Study) -> list[Figure]:
-    """Every figure for which the study's runs have data."""
+def figures_of(study: Study, band: str = "heads") -> list[Figure]:
+    """Every figure for which the study's runs have data.
+
+    Args:
+        band: what bands span at first and in print (`pretrain.report.rank_figures.BANDS`).
+    """
     figures = [
-        over_decay(study),
-        over_training(study),
+        over_decay(study, band),
+        over_training(study, band),
         heads(study),
         discrepancy(study),
         bounds(study),

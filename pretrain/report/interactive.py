@@ -117,6 +117,8 @@ def _view(panels: list[Panel]) -> dict[str, Any]:
         for index, series in enumerate(panel.series):
             traces += _traces(series, index, suffix, series.name not in named, panel.title)
             named.add(series.name)
+        if panel.band and number == 0:
+            traces.append(_band_entry(panel.band, suffix))
         if panel.diagonal and panel.series:
             traces.append(_diagonal(panel, suffix))
     layout["height"] = (
@@ -211,6 +213,20 @@ def _traces(
     return [*traces, trace]
 
 
+def _band_entry(words: str, suffix: str) -> dict[str, Any]:
+    """An entry of the legend that says what bands span."""
+    return {
+        "x": [None],
+        "y": [None],
+        "name": words,
+        "xaxis": f"x{suffix}",
+        "yaxis": f"y{suffix}",
+        "mode": "markers",
+        "marker": {"color": "rgba(120,120,120,0.35)", "size": 12, "symbol": "square"},
+        "hoverinfo": "skip",
+    }
+
+
 def _diagonal(panel: Panel, suffix: str) -> dict[str, Any]:
     values = [value for series in panel.series for value in (*series.x, *series.y) if value > 0]
     ends = [min(values), max(values)] if values else [1e-3, 1.0]
@@ -259,7 +275,7 @@ const narrow = () => window.innerWidth < 700;
 function move(view) {
   const data = view.data.map(trace => {
     const axis = view.layout["xaxis" + (trace.xaxis || "x").slice(1)] || {};
-    if (!axis.symmetric) return trace;
+    if (!axis.symmetric || trace.x[0] === null) return trace;
     const least = axis.symmetric;
     const at = v => v <= least ? v / least : 1 + Math.log10(v / least);
     return {...trace, x: trace.x.map(at), customdata: trace.x,
@@ -303,7 +319,20 @@ function draw(figure) {
       modeBarButtonsToRemove: ["select2d", "lasso2d"]});
     figure.dataset.shown = choice || "-";
   };
-  inputs.forEach(input => input.addEventListener("input", show));
+  // A page that follows runs is loaded again: what was chosen stays.
+  const kept = (index, value) => { try {
+    const name = location.pathname + "#" + figure.id + index;
+    if (value !== undefined) sessionStorage.setItem(name, value);
+    return sessionStorage.getItem(name);
+  } catch { return null; } };
+  const follows = document.getElementById("follows");
+  inputs.forEach((input, index) => {
+    const most = input.type === "range" ? Number(input.max) : input.options.length - 1;
+    const before = follows && kept(index);
+    if (before !== null && before !== undefined && before !== "" && Number(before) <= most)
+      input.value = before;
+    input.addEventListener("input", () => { if (follows) kept(index, input.value); show(); });
+  });
   let before = narrow();
   window.addEventListener("resize", () => {
     if (narrow() !== before) { before = narrow(); show(); }

@@ -30,6 +30,10 @@ _SETTINGS = tuple(section for section in SCIENCE if section != "seed")
 """Sections whose differences make two runs different conditions (the seed makes replicates)."""
 
 
+class NothingYetError(UsageError):
+    """There is nothing to report; while runs train, there may be later."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """Runs that differ only in their seed."""
@@ -63,6 +67,8 @@ class Study:
     baseline: Condition
     notes: list[str] = field(default_factory=list)
     """Notes for the reader: folders that were left out, runs that are not paired."""
+    missing: int = 0
+    """Number of run folders that are planned, or there, but not among the runs."""
 
     @property
     def runs(self) -> list[RunData]:
@@ -105,7 +111,7 @@ def load_study(
                 notes.append(f"{taken}: {folder}: {run.why_unfinished}")
     if not runs:
         first_note = f"; {notes[0]}" if notes else ""
-        raise UsageError(
+        raise NothingYetError(
             f"{', '.join(map(str, paths))}: no finished run to report{first_note} (--unfinished "
             "includes the others)"
         )
@@ -117,7 +123,8 @@ def load_study(
     notes += [*odd, *replaced]
     for condition in conditions:
         notes += mixed(condition.name, condition.runs)
-    return Study(title, conditions, chosen, notes)
+    planned = sum(len(sweep["runs"]) if sweep else len(folders) for folders, sweep, _ in found)
+    return Study(title, conditions, chosen, notes, planned - len(runs))
 
 
 def _shown(folders: list[Path]) -> set[int]:
@@ -155,7 +162,7 @@ def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:
         ]
         folders = [folder for folder in folders if folder.name in wanted]
     if not folders:
-        raise UsageError(f"{path}: contains no run folder; wait until its runs have started")
+        raise NothingYetError(f"{path}: contains no run folder; wait until its runs have started")
     return folders, sweep, notes
 
 

@@ -1,16 +1,21 @@
-"""Draws figures for print with matplotlib, at their default choice."""
+"""Draws figures for print and for text with matplotlib, at their default choice.
+
+For print (pdf) a figure is as wide as a column, its panels stand one above the other, and it has no
+title: the document has a caption. For a screen (png) it is wide and has its title.
+"""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from pretrain.cli.console import plain
 from pretrain.report.spec import Figure, Panel, Series
 
 _MARKERS = "osD^PX*v"
+_COLUMN = 3.35
+"""Width in inches of a column of a two-column page."""
 _STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -20,32 +25,28 @@ _STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 7,
     "axes.titlesize": 9,
+    "pdf.fonttype": 42,  # publishers refuse type 3
 }
+_PRINT = {"font.size": 8, "axes.titlesize": 8, "lines.linewidth": 1.0}
+_APART = 2.0
+"""Pixels between two labels of an axis, at least."""
 
 
 def draw(figure: Figure, kind: str = "png") -> bytes:
-    """Write the figure as an image file."""
+    """Write the figure as an image file: ``png`` for a screen, ``pdf`` for a column in print.
+
+    Title and caption are in the file's metadata.
+    """
     plt = _pyplot()
-    with plt.rc_context(_STYLE):
-        page = _page(plt, figure)
+    column = kind == "pdf"
+    with plt.rc_context(_STYLE | (_PRINT if column else {})):
+        page = _page(plt, figure, column)
         buffer = io.BytesIO()
-        page.savefig(buffer, format=kind, dpi=160)
+        about: dict[str, Any] = {"Title": plain(figure.title)}
+        if column:
+            about |= {"Subject": plain(figure.caption), "CreationDate": None}
+        page.savefig(buffer, format=kind, dpi=160, metadata=about)
         plt.close(page)
-    return buffer.getvalue()
-
-
-def booklet(figures: Iterable[Figure]) -> bytes:
-    """Write all figures to one PDF, one page each, with their captions."""
-    plt = _pyplot()
-    from matplotlib.backends.backend_pdf import PdfPages
-
-    buffer = io.BytesIO()
-    with PdfPages(buffer) as book, plt.rc_context(_STYLE):
-        for figure in figures:
-            page = _page(plt, figure)
-            page.supxlabel(_wrapped(figure.caption), fontsize=7, x=0.02, ha="left")
-            book.savefig(page)
-            plt.close(page)
     return buffer.getvalue()
 
 
@@ -58,29 +59,37 @@ def _pyplot() -> Any:
     return plt
 
 
-def _wrapped(text: str) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(_plain(text), 150))
-
-
 def _plain(text: str) -> str:
     """Escape text for matplotlib, which reads text between two dollars as a formula."""
     return plain(text).replace("$", r"\$")
 
 
-def _page(plt: Any, figure: Figure) -> Any:
+def _page(plt: Any, figure: Figure, column: bool = False) -> Any:
     panels = figure.view(figure.default)
-    columns = min(2, len(panels))
+    columns = 1 if column else min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    page = plt.figure(figsize=(8.6 if columns > 1 else 6.0, 3.4 * rows), layout="constrained")
+    size = (8.6 if columns > 1 else 6.0, 3.4 * rows)
+    if column:
+        size = (_COLUMN, sum(_height(panel) for panel in panels))
+    page = plt.figure(figsize=size, layout="constrained")
     axes = page.subplots(rows, columns, squeeze=False).flat
     for subplot, panel in zip(axes, panels, strict=False):
         _panel(page, subplot, panel)
-    choice = [c.options[i] for c, i in zip(figure.controls, figure.default, strict=True)]
-    title = ": ".join([figure.title, ", ".join(choice)]) if choice else figure.title
-    page.suptitle(_plain(title))
+    if column and len({panel.x for panel in panels}) == 1:  # the lowest panel says it for all
+        for subplot in page.axes[: len(panels) - 1]:
+            subplot.set_xlabel("")
+    _legend(page, panels, column)
+    if not column:
+        words = [control.options[control.default] for control in figure.controls]
+        title = ": ".join([figure.title, ", ".join(words)]) if words else figure.title
+        page.suptitle(_plain(title))
+    _part_labels(page)
     return page
+
+
+def _height(panel: Panel) -> float:
+    """Inches of a panel in a column."""
+    return max(1.7, 0.8 + 0.14 * min(24, len(panel.heat.rows))) if panel.heat else 2.1
 
 
 def _panel(page: Any, axes: Any, panel: Panel) -> None:
@@ -91,41 +100,60 @@ def _panel(page: Any, axes: Any, panel: Panel) -> None:
         heat = panel.heat
         image = axes.imshow(heat.values, vmin=heat.low, vmax=heat.high, cmap="viridis",
                             aspect="auto")  # fmt: skip
-        axes.set_xticks(range(len(heat.columns)), heat.columns, rotation=45)
-        axes.set_yticks(range(len(heat.rows)), heat.rows)
+        for axis, names in ((axes.xaxis, heat.columns), (axes.yaxis, heat.rows)):
+            word, numbers = _in_common(names)
+            axis.set_ticks(range(len(names)), list(map(_plain, numbers)))
+            axis.set_label_text(_plain(word))
         axes.grid(False)
         page.colorbar(image, ax=axes, label="pseudo-rank")
         return
     colours = matplotlib.colormaps["viridis"]
-    named: set[str] = set()
     for index, series in enumerate(panel.series):
-        label = _label(series, named)
         colour, marker = colours(series.colour), _MARKERS[index % len(_MARKERS)]
         if series.points:
-            axes.scatter(series.x, series.y, s=8, color=colour, marker=marker, label=label,
-                         alpha=0.7)  # fmt: skip
+            axes.scatter(series.x, series.y, s=8, color=colour, marker=marker, alpha=0.7,
+                         label=_label(series))  # fmt: skip
             continue
         few = len(series.x) <= 30 and not series.dash
         axes.plot(series.x, series.y, ":" if series.dash else "-", color=colour,
-                  marker=marker if few else None, markersize=3, linewidth=1.3,
-                  label=label)  # fmt: skip
+                  marker=marker if few else None, markersize=3, label=_label(series))  # fmt: skip
         if series.low and series.high:
             axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.13,
                               linewidth=0)  # fmt: skip
     _scales(axes, panel)
     axes.set(xlabel=panel.x, ylabel=panel.y)
-    if panel.series:
-        axes.legend(ncols=2 if len(panel.series) > 4 else 1)
 
 
-def _label(series: Series, named: set[str]) -> str | None:
-    """The legend's entries; for lines named "CONDITION: WHAT", WHAT is shown only once."""
-    entry = series.name.rpartition(": ")[2] if series.dash else series.name
-    if entry in named:
-        return None
-    named.add(entry)
-    text = _plain(entry)
+def _in_common(names: list[str]) -> tuple[str, list[str]]:
+    """``("layer", ["0", "1"])`` of ``layer 0`` and ``layer 1``: what an axis and its ticks say."""
+    words = {name.rpartition(" ")[0] for name in names}
+    if len(words) != 1:
+        return "", names
+    return words.pop(), [name.rpartition(" ")[2] for name in names]
+
+
+def _label(series: Series) -> str:
+    """The legend's entry; of a line named "CONDITION: WHAT", only WHAT."""
+    text = _plain(series.name.rpartition(": ")[2] if series.dash else series.name)
     return f" {text}" if text.startswith("_") else text  # matplotlib hides names that begin with it
+
+
+def _legend(page: Any, panels: list[Panel], column: bool) -> None:
+    """One legend below all panels: every name once, and what the bands span."""
+    from matplotlib.patches import Patch
+
+    entries: dict[str, Any] = {}
+    for axes in page.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    for panel in panels:
+        if panel.band and any(series.low for series in panel.series):
+            entries.setdefault(panel.band, Patch(color="grey", alpha=0.3, linewidth=0))
+    if entries:
+        widest = max(map(len, entries))
+        fitting = max(1, (55 if column else 140) // (widest + 7))
+        page.legend(entries.values(), entries, loc="outside lower center",
+                    ncols=min(fitting, len(entries)))  # fmt: skip
 
 
 def _few_ticks(axis: Any, values: list[float]) -> None:
@@ -136,6 +164,40 @@ def _few_ticks(axis: Any, values: list[float]) -> None:
     if max(values) < 100 * min(values):
         axis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(ScalarFormatter())
+
+
+def _part_labels(page: Any) -> None:
+    """Leave out labels of ticks that would cover another one of their axis."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator
+
+    page.draw_without_rendering()
+    for axes in page.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [
+                (tick.get_loc(), tick.label1.get_text(), tick.label1.get_window_extent())
+                for tick in axis.get_major_ticks()
+                if low <= tick.get_loc() <= high and tick.label1.get_text()
+            ]
+            kept = _apart(sorted(ticks, key=lambda tick: float(tick[0])))
+            if len(kept) < len(ticks):
+                axis.set_major_locator(FixedLocator([place for place, *_ in kept]))
+                axis.set_major_formatter(FixedFormatter([text for _, text, _ in kept]))
+
+
+def _apart(ticks: list[tuple[float, str, Any]]) -> list[tuple[float, str, Any]]:
+    """The first and the last of some labels, and those between that cover no other one."""
+    kept = ticks[:1]
+    for tick in ticks[1:-1]:
+        if not _touch(kept[-1], tick) and not _touch(tick, ticks[-1]):
+            kept.append(tick)
+    if len(ticks) > 1 and not _touch(kept[-1], ticks[-1]):
+        kept.append(ticks[-1])
+    return kept
+
+
+def _touch(one: tuple[float, str, Any], other: tuple[float, str, Any]) -> bool:
+    return bool(one[2].padded(_APART).overlaps(other[2].padded(_APART)))
 
 
 def _scales(axes: Any, panel: Panel) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from functools import cache
+from typing import Any
 
+from pretrain.ranks.columns import AnyRow
 from pretrain.report.figure_parts import (
     PRODUCTS,
     about,
@@ -13,9 +15,10 @@ from pretrain.report.figure_parts import (
     layers_of,
     mean_over,
     pick,
+    sampled,
     shade,
 )
-from pretrain.report.load import Condition, Study
+from pretrain.report.load import Condition, RunData, Study
 from pretrain.report.sample import shown_steps
 from pretrain.report.spec import Choice, Control, Figure, Heat, Panel, Series
 
@@ -24,20 +27,36 @@ _MOST_STEPS = 100
 """Largest number of steps of the slider: the page contains every head at each of them."""
 
 
-def over_decay(study: Study) -> Figure:
+BANDS = ("heads", "seeds")
+"""What a band can span: heads (each a mean over seeds), or seeds (each a mean over heads)."""
+_BAND_WORDS = {
+    "heads": "band: least to greatest head",
+    "seeds": "band: least to greatest seed",
+}
+_BAND_CAPTION = (
+    "Line: mean over heads and seeds; band: from the least to the greatest head (mean over seeds), "
+    "or seed (mean over heads; none with one seed)."
+)
+
+
+def _band_control(band: str) -> Control:
+    return Control("band", list(BANDS), default=BANDS.index(band))
+
+
+def over_decay(study: Study, band: str = "heads") -> Figure:
     """Final pseudo-rank against λ or exposure, layer by layer."""
     layers = layers_of(study)
     axis = Control("axis", ["λ of attention", "exposure Σηλ"])
 
     def view(choice: Choice) -> list[Panel]:
-        by_exposure = choice[0] == 1
+        by_exposure, spanned = choice[0] == 1, BANDS[choice[1]]
         panels = []
         for product, name in PRODUCTS.items():
             lines = []
             for index, layer in enumerate([*layers, None]):
                 points = []
                 for condition in study.conditions:
-                    ranks = _by_head(condition, product, layer)
+                    ranks = _by(spanned, condition, product, layer)
                     place = condition.exposure if by_exposure else condition.decay
                     points.append((place, mean_over(ranks), *ends(ranks)))
                 points.sort()
@@ -49,57 +68,63 @@ def over_decay(study: Study) -> Figure:
                         x,
                         y,
                         shade(index, len(layers) + 1),
-                        None if whole else low,
-                        None if whole else high,
+                        None if whole and spanned == "heads" else low,
+                        None if whole and spanned == "heads" else high,
                         dash=whole,
                     )
                 )
             panels.append(
                 Panel(name, axis.options[choice[0]], "pseudo-rank", lines, y_range=(0, 1),
-                      log_x=not by_exposure)
+                      log_x=not by_exposure, band=_BAND_WORDS[spanned])
             )  # fmt: skip
         return panels
 
     return Figure(
         "rank-over-decay",
         "Rank against decay",
-        f"Pseudo-rank at the end of training (the paper's figures 3 and 7). {about(study)} Line: "
-        "mean over heads and seeds; band: from the least to the greatest head (mean over seeds). "
+        f"Pseudo-rank at the end of training (the paper's figures 3 and 7). {about(study)} "
+        f"{_BAND_CAPTION} "
         "Theory: decay acts like a nuclear norm penalty on each product, so rank falls as λ or the "
         "exposure Σηλ grows. λ is the applied λ (Σ rate·λ / Σ rate over the updates), on a "
         "symmetric logarithmic axis.",
-        [axis],
+        [axis, _band_control(band)],
         view,
         "Click a layer in the legend to hide it.",
     )
 
 
-def _by_head(condition: Condition, product: str, layer: int | None) -> list[float]:
-    """Final pseudo-rank of every head, mean over the seeds."""
-    ranks: dict[tuple[int, int], list[float]] = defaultdict(list)
+def _by(spanned: str, condition: Condition, product: str, layer: int | None) -> list[float]:
+    """Final pseudo-rank of every head (mean over the seeds), or of every seed (over the heads)."""
+    ranks: dict[Any, list[float]] = defaultdict(list)
     for run in condition.runs:
         for row in pick(run.final, product, layer):
-            ranks[row["layer"], row["head"]].append(row["pseudo_rank"])
+            ranks[_key(spanned, run, row)].append(row["pseudo_rank"])
     return [mean_over(values) for values in ranks.values()]
 
 
-def over_training(study: Study) -> Figure:
+def _key(spanned: str, run: RunData, row: AnyRow) -> Any:
+    return run.seed if spanned == "seeds" else (row["layer"], row["head"])
+
+
+def over_training(study: Study, band: str = "heads") -> Figure:
     """Pseudo-rank over the steps, one line per condition."""
     layers = layers_of(study)
     control = Control("layer", [_ALL, *(f"layer {layer}" for layer in layers)])
 
     def view(choice: Choice) -> list[Panel]:
         layer = None if choice[0] == 0 else layers[choice[0] - 1]
+        spanned = BANDS[choice[1]]
         return [
             Panel(
                 name,
                 "step",
                 "pseudo-rank",
                 [
-                    _course(condition, product, layer, shade(index, len(study.conditions)))
+                    _course(spanned, condition, product, layer, shade(index, len(study.conditions)))
                     for index, condition in enumerate(study.conditions)
                 ],
                 y_range=(0, 1),
+                band=_BAND_WORDS[spanned],
             )
             for product, name in PRODUCTS.items()
         ]
@@ -107,20 +132,22 @@ def over_training(study: Study) -> Figure:
     return Figure(
         "rank-over-training",
         "Rank during training",
-        f"Pseudo-rank of both products over training. {about(study)} Line: mean over heads and "
-        "seeds; band: from the least to the greatest head (mean over seeds).",
-        [control],
+        f"Pseudo-rank of both products over training. {about(study)} {_BAND_CAPTION}"
+        f"{sampled(study)}",
+        [control, _band_control(band)],
         view,
         "Choose a layer above.",
     )
 
 
-def _course(condition: Condition, product: str, layer: int | None, colour: float) -> Series:
-    """Mean over heads and seeds at each step, with the heads as a band."""
-    by_step: dict[int, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+def _course(
+    spanned: str, condition: Condition, product: str, layer: int | None, colour: float
+) -> Series:
+    """Mean over heads and seeds at each step, with the heads or the seeds as a band."""
+    by_step: dict[int, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in condition.runs:
         for row in pick(run.heads, product, layer):
-            by_step[row["step"]][row["layer"], row["head"]].append(row["pseudo_rank"])
+            by_step[row["step"]][_key(spanned, run, row)].append(row["pseudo_rank"])
     steps = sorted(by_step)
     heads = [[mean_over(values) for values in by_step[step].values()] for step in steps]
     return Series(
@@ -170,7 +197,7 @@ def heads(study: Study) -> Figure:
     return Figure(
         "rank-by-head",
         "Every head",
-        f"Pseudo-rank of every head, mean over seeds. {about(study)}",
+        f"Pseudo-rank of every head, mean over seeds. {about(study)}{sampled(study, len(steps))}",
         [conditions, products, slider],
         view,
         "Move the slider to choose a step of training.",

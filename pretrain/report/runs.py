@@ -54,6 +54,8 @@ class RunData:
     """Updates that were skipped because a value was not finite."""
     constant_decay: bool = True
     """Whether every measurement has the same λ of each attention matrix."""
+    measured: int = 0
+    """Number of steps that were measured, of which ``ranks`` may have a sample."""
 
     @property
     def seed(self) -> int:
@@ -127,6 +129,19 @@ class RunData:
             taken = self.exposure - _both(self._heads_at(first), "exposure")
         rates = math.fsum(self._rate(step) for step in self._taken(first, last))
         return _rounded(taken / rates if rates else constant)
+
+    @property
+    def forked_at(self) -> int:
+        """The step of the trunk's checkpoint from which the run was forked; 0 if it was not."""
+        origins = [start["forked"]["step"] for start in self.starts if start.get("forked")]
+        return int(origins[-1]) if origins else 0
+
+    @property
+    def own_exposure(self) -> float:
+        """Σ rate·λ over the updates of this run, without its trunk's."""
+        last = max(row["step"] for row in self.heads)
+        rates = math.fsum(self._rate(step) for step in self._taken(self.forked_at, last))
+        return _rounded(self.decay * rates) if self.forked_at else self.exposure
 
     def _taken(self, first: int, last: int) -> list[int]:
         """Updates (counted from 0) that were made: a skipped one changes nothing."""
@@ -278,6 +293,7 @@ def load_run(path: Path, shown: set[int] | None = None) -> RunData:
         tuple(read_jumps(path)),
         tuple(row["step"] for row in metrics.events if str(row["message"]).endswith(SKIPPED)),
         _is_constant(outline),
+        len(set(outline.column("step"))),
     )
 
 

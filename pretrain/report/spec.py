@@ -55,6 +55,8 @@ class Panel:
     y_range: tuple[float, float] | None = None
     diagonal: bool = False
     """Draw y = x."""
+    band: str = ""
+    """What the bands of the series span, for the legend; empty: there are none."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,13 @@ class Figure:
     def default(self) -> Choice:
         """The choice that is shown first and in print."""
         return tuple(control.default for control in self.controls)
+
+    @property
+    def shown(self) -> str:
+        """The default choice: ``layer: all layers, band: heads``; empty without controls."""
+        return ", ".join(
+            f"{control.name}: {control.options[control.default]}" for control in self.controls
+        )
 
     def choices(self) -> list[Choice]:
         """Every combination of options."""

@@ -42,20 +42,21 @@ def summary(study: Study) -> DataTable:
     columns = {
         "λ": lambda run: run.decay,
         "exposure Σηλ": lambda run: run.exposure,
+        **_since_fork(study),
+        "perplexity": MEASURES["perplexity"][1],
+        "bits/byte": MEASURES["bits_per_byte"][1],
         "rank W_QK": lambda run: run.mean("qk", "pseudo_rank"),
         "rank W_VP": lambda run: run.mean("vp", "pseudo_rank"),
         "balance QK": lambda run: run.mean("qk", "balance"),
         "balance VP": lambda run: run.mean("vp", "balance"),
         **_pair_balance(study),
-        "perplexity": MEASURES["perplexity"][1],
-        "bits/byte": MEASURES["bits_per_byte"][1],
     }
     for condition in study.conditions:
         cells = [Cell(condition.name), Cell(str(len(condition.runs)))]
         values: dict[str, Any] = {"condition": condition.name, "seeds": len(condition.runs)}
         for title, measure in columns.items():
             mean = condition_mean(condition, measure)
-            plain = title in ("λ", "exposure Σηλ")
+            plain = title == "λ" or title.startswith("exposure")
             cells.append(Cell(_plus_minus(mean, len(condition.runs), plain)))
             values |= {
                 title: mean.value,
@@ -68,7 +69,8 @@ def summary(study: Study) -> DataTable:
         "summary",
         "Conditions",
         "Means over seeds ± standard error of the mean; (n) is the number of seeds if some have no "
-        "figure. λ is the applied λ of attention, Σ rate·λ / Σ rate over the updates. Values at "
+        "figure. λ is the applied λ of attention, Σ rate·λ / Σ rate over the updates"
+        f"{_OF_FORKS if _since_fork(study) else ''}. Values at "
         "the end of training: pseudo-rank over all heads; balance (nuclear norm / its bound) over "
         "all heads, or over groups of heads that share keys, to which the law applies; – with "
         "QK-norm; perplexity and bits per byte on the held-out split.",
@@ -76,6 +78,19 @@ def summary(study: Study) -> DataTable:
         rows,
         raw,
     )
+
+
+_OF_FORKS = (
+    "; of a fork, over its own updates. Its exposure Σηλ counts from the beginning of its trunk, "
+    "because ranks depend on all of it; its exposure since the fork is what a sweep file gives"
+)
+
+
+def _since_fork(study: Study) -> dict[str, Measure]:
+    """The exposure of a fork's own updates, beside λ of the same updates."""
+    if not any(run.forked_at for run in study.runs):
+        return {}
+    return {"exposure since the fork": lambda run: run.own_exposure}
 
 
 def _pair_balance(study: Study) -> dict[str, Measure]:

@@ -8,6 +8,7 @@ import re
 
 from pretrain.cli.console import on_one_line
 from pretrain.report.cells import DataTable
+from pretrain.report.findings import findings, headline
 from pretrain.report.load import Study
 from pretrain.report.spec import Figure
 
@@ -39,12 +40,18 @@ def markdown(study: Study, tables: list[DataTable], figures: list[tuple[Figure, 
     Args:
         figures: each with the address of its image.
     """
-    parts = [f"# {_md(study.title)}", *(f"> {_md(note)}" for note in notes)]
+    parts = [f"# {_md(headline(study))}", " ".join(map(_md, findings(study)))]
+    parts += [f"> {_md(note)}" for note in notes]
     parts += [_markdown_table(table) for table in tables]
     for figure, image in figures:
         place = f"![{figure.title}](<{image}>)" if " " in image else f"![{figure.title}]({image})"
-        parts.append(f"## {figure.title}\n\n{place}\n\n{_md(figure.caption)}")
+        parts.append(f"## {figure.title}\n\n{place}\n\n{_md(_caption(figure))}")
     return "\n\n".join(parts) + "\n"
+
+
+def _caption(figure: Figure) -> str:
+    """The caption of a still picture, with the choice that it shows."""
+    return f"{figure.caption} Shown: {figure.shown}." if figure.shown else figure.caption
 
 
 def _markdown_table(table: DataTable) -> str:
@@ -70,15 +77,16 @@ def latex(study: Study, tables: list[DataTable], figures: list[tuple[Figure, str
         r"\usepackage[T1]{fontenc}\usepackage[utf8]{inputenc}",
         r"\usepackage{booktabs,graphicx,geometry}\geometry{margin=2cm}",
         r"\begin{document}",
-        rf"\section*{{{escape(study.title)}}}",
+        rf"\section*{{{escape(headline(study))}}}",
+        rf"\noindent {escape(' '.join(findings(study)))}\par",
         *(rf"\noindent {escape(note)}\par" for note in notes),
     ]
     parts += [_latex_table(table) for table in tables]
     for figure, image in figures:
         parts.append(
             "\\begin{figure}[htbp]\\centering\n"
-            f"\\includegraphics[width=\\linewidth]{{{image}}}\n"
-            f"\\caption{{{escape(figure.caption)}}}\n\\end{{figure}}"
+            f"\\includegraphics{{{image}}}\n"
+            f"\\caption{{{escape(f'{figure.title}. {_caption(figure)}')}}}\n\\end{{figure}}"
         )
     return "\n".join([*parts, r"\end{document}", ""])
 

@@ -10,6 +10,7 @@ from pretrain.report.figure_parts import (
     PRODUCTS,
     about,
     mean_over,
+    sampled,
     shade,
 )
 from pretrain.report.load import Condition, RunData, Study
@@ -70,7 +71,7 @@ def discrepancy(study: Study) -> Figure:
         "with the learning rate and λ that were used, which is the law under gradient flow "
         "(Lemma B.1). AdamW's steps add discrepancy again, so a floor is expected, which is higher "
         "for smaller λ. With rotary positions and grouped-query attention, the law holds per "
-        "frequency pair and per group, and these are shown.",
+        f"frequency pair and per group, and these are shown.{sampled(study)}",
         [],
         view,
     )

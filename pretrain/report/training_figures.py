@@ -11,6 +11,7 @@ from pretrain.ranks.columns import AnyRow, column_of
 from pretrain.report.figure_parts import (
     about,
     mean_over,
+    sampled,
     shade,
 )
 from pretrain.report.load import Condition, RunData, Study
@@ -135,7 +136,8 @@ def settings(study: Study) -> Figure:
         "settings",
         "What the optimizer did",
         "Learning rate, λ of attention (mean over layers and roles), gradient norm before clipping "
-        f"and speed; means over seeds. {about(study)}",
+        "and speed (both as running mean over a thirtieth of the run); means over seeds. "
+        f"{about(study)}{sampled(study)}",
         [],
         view,
     )

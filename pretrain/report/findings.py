@@ -1,0 +1,165 @@
+"""What a report says in words: what was compared, what was found, and what cannot be said."""
+
+from __future__ import annotations
+
+import math
+
+from pretrain.report.compare import (
+    FEW,
+    LEVEL,
+    MEASURES,
+    Difference,
+    Mean,
+    Measure,
+    condition_mean,
+    differences_from,
+)
+from pretrain.report.figure_parts import counted
+from pretrain.report.load import Condition, Study
+from pretrain.sweep.config import short_names
+
+_MOST_VALUES = 6
+"""Number of values that a title lists."""
+
+
+def headline(study: Study) -> str:
+    """What was compared: the keys that vary and their values."""
+    keys = list(study.conditions[0].values)
+    if not keys:
+        return f"Rank of attention in {study.title}"
+    short = short_names(keys)
+    names = " × ".join(short[key] for key in keys)
+    if all(key.startswith("optimizer.weight_decay.") for key in keys):
+        names = f"Weight decay of {names}"
+    if len(keys) > 1:
+        return f"{names}: {counted(len(study.conditions), 'condition')} compared"
+    values = [condition.name.partition(" = ")[2] for condition in study.conditions]
+    if len(values) > _MOST_VALUES:
+        return f"{names}: {len(values)} values compared"
+    return f"{names}: {', '.join(values[:-1])} and {values[-1]} compared"
+
+
+def findings(study: Study) -> list[str]:
+    """Three sentences: rank, held-out figures, and what cannot be said from these runs."""
+    if len(study.conditions) == 1:
+        return _of_one_condition(study)
+    far = _farthest(study)
+    return [_of_ranks(study, far), _of_held_out(study, far), _limits(study)]
+
+
+def _farthest(study: Study) -> Condition:
+    """The condition whose exposure differs most from the baseline's: chosen without its results."""
+    others = [condition for condition in study.conditions if condition is not study.baseline]
+    return max(others, key=lambda one: abs(one.exposure - study.baseline.exposure))
+
+
+def _of_one_condition(study: Study) -> list[str]:
+    only = study.conditions[0]
+    ranks = [
+        f"{_mean(condition_mean(only, MEASURES[key][1]))} of {name}"
+        for key, name in (("rank_qk", "W_QK"), ("rank_vp", "W_VP"))
+    ]
+    seeds = counted(len(only.runs), "seed")
+    title, measure = _scored(study)
+    held_out = f"Held-out {title} is {_mean(condition_mean(only, measure))} (n = {seeds})."
+    if not _is_scored(study, measure):
+        held_out = "No run has held-out figures of its end."
+    return [
+        f"The mean pseudo-rank is {' and '.join(ranks)} (n = {seeds}).",
+        held_out,
+        "There is one condition, so these runs cannot say what decay, or any other setting, does.",
+    ]
+
+
+def _of_ranks(study: Study, far: Condition) -> str:
+    parts = []
+    for key, name in (("rank_qk", "W_QK"), ("rank_vp", "W_VP")):
+        measure = MEASURES[key][1]
+        before, after = (condition_mean(one, measure) for one in (study.baseline, far))
+        versus = _against(study, far, measure)
+        parts.append(f"of {name} {before.value:.3f} and {after.value:.3f} ({versus})")
+    return (
+        f"With {study.baseline.name} and with {far.name}, the mean pseudo-rank is {parts[0]}, and "
+        f"{parts[1]}."
+    )
+
+
+def _of_held_out(study: Study, far: Condition) -> str:
+    title, measure = _scored(study)
+    differences = differences_from(study, measure)
+    if not _is_scored(study, measure):
+        return "No run has held-out figures of its end, so nothing can be said about quality."
+    clear = [difference for difference in differences if difference.is_clear]
+    less = sum(difference.mean < 0 for difference in clear)
+    return (
+        f"Held-out {title} is lower than with {study.baseline.name} in {less} and higher in "
+        f"{len(clear) - less} of {counted(len(differences), 'other condition')} (p < {LEVEL:g}, "
+        f"corrected); with {far.name} the {_against(study, far, measure)}."
+    )
+
+
+def _limits(study: Study) -> str:
+    """What these runs cannot say."""
+    differences = differences_from(study, _scored(study)[1])
+    pairs = min((difference.n for difference in differences), default=0)
+    unclear = [difference.condition.name for difference in differences if not difference.is_clear]
+    reasons = []
+    if all(len(condition.runs) == 1 for condition in study.conditions):
+        reasons.append("one seed: no interval, and no difference can be told from chance")
+    elif pairs < FEW:
+        reasons.append(f"{counted(pairs, 'pair')} of seeds: the intervals have little meaning")
+    elif unclear:
+        reasons.append(
+            f"{counted(len(unclear), 'condition')} without a clear difference "
+            f"({_few(unclear)}): not shown to differ is not shown to be equal"
+        )
+    unfinished = sum(not run.is_finished for run in study.runs)
+    if unfinished:
+        reasons.append(f"{counted(unfinished, 'run')} not finished: figures are of now, not of the "
+                       "end")  # fmt: skip
+    config = study.runs[0].config
+    tokens = config.train.steps * config.train.global_batch * config.model.context
+    reasons.append(
+        "another model, data set or length may behave otherwise (here "
+        f"{counted(config.model.num_layers, 'layer')} of width {config.model.hidden_size} and "
+        f"{tokens:,} tokens)"
+    )
+    return f"What these runs cannot say: {'; '.join(reasons)}."
+
+
+def _scored(study: Study) -> tuple[str, Measure]:
+    """The held-out figure that is reported: perplexity, else bits per byte."""
+    found = [MEASURES[key] for key in ("perplexity", "bits_per_byte")]
+    return next((one for one in found if _is_scored(study, one[1])), found[0])
+
+
+def _is_scored(study: Study, measure: Measure) -> bool:
+    values = [measure(run) for run in study.runs]
+    return any(value is not None and math.isfinite(value) for value in values)
+
+
+def _against(study: Study, far: Condition, measure: Measure) -> str:
+    """``difference is -0.633, 95 % interval [-0.66, -0.60], n = 3 pairs``."""
+    difference = next(one for one in differences_from(study, measure) if one.condition is far)
+    if not difference.n:
+        return "difference is not known, without a pair of runs"
+    return (
+        f"difference is {difference.mean:+.4g}, {_interval(difference)}, "
+        f"n = {counted(difference.n, 'pair')}"
+    )
+
+
+def _interval(difference: Difference) -> str:
+    if math.isnan(difference.low):
+        return "no interval"
+    return f"95 % interval [{difference.low:+.4g}, {difference.high:+.4g}]"
+
+
+def _mean(mean: Mean) -> str:
+    error = "" if math.isnan(mean.error) else f" ± {mean.error:.3g}"
+    return f"{mean.value:.4g}{error}"
+
+
+def _few(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,100 @@
+"""The sentences at the head of a report: their numbers are the tables', and they claim no more."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from pretrain.report import write_report
+from pretrain.report.findings import findings, headline
+from pretrain.report.load import load_study
+from pretrain.report.page import page
+from tests.fake_runs import recipe, write_run, write_study
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 3))])
+def test_numbers_are_those_of_the_tables(seed: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(seed)
+    decays = tuple(float(one) for one in rng.choice([0.1, 0.5, 1, 2, 3], 3, replace=False))
+    folder = write_study(tmp_path / "runs", decays=decays, seeds=tuple(range(2 + seed)), rng=rng)
+    study = load_study([folder])
+    ranks, held_out, limits = findings(study)
+    write_report([folder], tmp_path / "csv", "csv")
+    rows = list(csv.DictReader((tmp_path / "csv/differences.csv").open()))
+    baseline = study.baseline.exposure
+    far = max(study.conditions, key=lambda one: abs(one.exposure - baseline)).name
+    for figure, text in (("rank W_QK", ranks), ("rank W_VP", ranks), ("perplexity", held_out)):
+        row = next(one for one in rows if (one["figure"], one["condition"]) == (figure, far))
+        interval = f"[{float(row['low']):+.4g}, {float(row['high']):+.4g}]"
+        assert f"{float(row['difference']):+.4g}, 95 % interval {interval}" in text
+        assert f"n = {row['pairs']} pairs" in text
+    clear = [float(one["difference"]) for one in rows
+             if one["figure"] == "perplexity" and one["clear"] == "True"]  # fmt: skip
+    lower = sum(one < 0 for one in clear)
+    assert f"in {lower} and higher in {len(clear) - lower} of 2 other conditions" in held_out
+    unclear = len([one for one in rows if one["figure"] == "perplexity"]) - len(clear)
+    assert ("little meaning" in limits) == (seed == 0)
+    assert ("not shown to be equal" in limits) == (seed > 0 and unclear > 0)
+    for value in decays:
+        assert f"{value:g}" in headline(study)
+
+
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
+    study = load_study([write_study(tmp_path / "runs", decays=(0.0, 1.0), seeds=(1,))])
+    ranks, held_out, limits = findings(study)
+    assert "one seed: no interval" in limits and "%" not in ranks + held_out
+    assert ranks.count("no interval, n = 1 pair)") == 2
+    assert headline(study) == "Weight decay of attention: 0 and 1 compared"
+
+
+def test_one_condition_compares_nothing(tmp_path: Path) -> None:
+    study = load_study([write_study(tmp_path / "runs", decays=(1.0,), seeds=(1, 2))])
+    ranks, held_out, limits = findings(study)
+    assert "n = 2 seeds" in ranks and "±" in held_out and "one condition" in limits
+
+
+def test_runs_without_held_out_figures_or_pairs(tmp_path: Path) -> None:
+    for number, decay in enumerate((0.0, 1.0)):
+        values = recipe(seed=number, optimizer__weight_decay__attention=decay,
+                        evaluation__at_end="none")  # fmt: skip
+        write_run(tmp_path / f"runs/{number}", values, np.random.default_rng(number),
+                  evaluation={"overall": None})  # fmt: skip
+        (tmp_path / f"runs/{number}/evaluation.json").unlink(missing_ok=True)
+    ranks, held_out, limits = findings(load_study([tmp_path / "runs"]))
+    assert "not known, without a pair" in ranks and "No run has held-out figures" in held_out
+    assert "nan" not in ranks + held_out + limits
+
+
+def test_sentences_are_in_every_form_that_is_read(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "runs", decays=(0.0, 1.0), seeds=(1, 2))
+    study = load_study([folder])
+    text = page(study, [], [], [])
+    assert all(sentence.replace("<", "&lt;") in text for sentence in findings(study))
+    assert f"<h1>{headline(study)}</h1>" in text
+
+
+def test_a_fork_shows_both_ranges(tmp_path: Path) -> None:
+    """λ is of the updates after the fork, beside the exposure of these and of all."""
+    values = recipe(optimizer__weight_decay__attention=2.5)
+    folder = write_run(tmp_path / "runs/a", values, np.random.default_rng(0),
+                       decay=lambda step: 6.0 if step < 10 else 2.5)  # fmt: skip
+    table = pq.read_table(folder / "ranks.parquet")  # a fork is measured after its trunk's end
+    pq.write_table(table.filter(pc.greater(table["step"], 0)), folder / "ranks.parquet")
+    starts = '[{"started": "now", "forked": {"run": "trunk", "step": 10}, "versions": {}}]'
+    (folder / "environment.json").write_text(starts)
+    write_report([tmp_path / "runs"], tmp_path / "csv", "csv")
+    (row,) = csv.DictReader((tmp_path / "csv/summary.csv").open())
+    config = load_study([tmp_path / "runs"]).runs[0].config
+    rates = [config.learning_rate(step) for step in range(config.train.steps)]
+    own, trunk = 2.5 * sum(rates[10:]), 6.0 * sum(rates[:10])
+    assert float(row["exposure since the fork"]) == pytest.approx(own)
+    assert float(row["exposure Σηλ"]) == pytest.approx(own + trunk)
+    assert float(row["λ"]) == pytest.approx(2.5)
+    text = (tmp_path / "csv").joinpath("summary.csv").read_text()
+    assert len(re.findall("since the fork", text)) == 3

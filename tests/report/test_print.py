@@ -1,0 +1,129 @@
+"""Figures for print: one file each, as wide as a column, nothing that only a page can do, and no
+label over another one, whatever the runs are called and however many there are."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from pretrain.report import write_report
+from pretrain.report.figures import figures_of
+from pretrain.report.load import Study, load_study
+from pretrain.report.printed import _page, draw
+from pretrain.report.rank_figures import over_decay, over_training
+from pretrain.report.spec import Figure, Heat, Panel, Series
+from tests.fake_runs import recipe, write_run, write_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("print") / "runs"
+    return load_study([write_study(folder, decays=(0.0, 0.1, 0.11, 1.0), seeds=(1, 2))])
+
+
+def colliding(page: Any) -> list[tuple[str, str]]:
+    """Labels of one axis of which one covers another."""
+    page.canvas.draw()
+    found = []
+    for axes in page.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            labels = [tick.label1 for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
+                      if low <= tick.get_loc() <= high and tick.label1.get_text()]  # fmt: skip
+            boxes = [(label.get_text(), label.get_window_extent()) for label in labels]
+            found += [(a, b) for k, (a, one) in enumerate(boxes) for b, other in boxes[k + 1 :]
+                      if one.overlaps(other)]  # fmt: skip
+    return found
+
+
+def words_of(page: Any) -> str:
+    return "\n".join(one.get_text() for one in page.findobj(Text) if one.get_visible())
+
+
+def test_one_file_of_a_columns_width_for_each_figure(study: Study, tmp_path: Path) -> None:
+    folder = study.runs[0].path.parent
+    write_report([folder], tmp_path / "figures", "pdf")
+    files = sorted(one.name for one in (tmp_path / "figures").glob("[!.]*"))
+    assert files == sorted(f"{figure.key}.pdf" for figure in figures_of(study))
+    for name in files:
+        data = (tmp_path / "figures" / name).read_bytes()
+        width = float(re.findall(rb"/MediaBox \[ ?0 0 ([\d.]+)", data)[0])
+        assert data.startswith(b"%PDF") and width == pytest.approx(3.35 * 72, abs=1)
+        assert data.count(b"/Type /Page\n") + data.count(b"/Type /Page ") == 1
+        assert b"/Type3" not in data  # publishers refuse it
+
+
+def test_no_caption_and_no_word_of_controls(study: Study) -> None:
+    for figure in figures_of(study):
+        page = _page(plt, figure, column=True)
+        words = words_of(page)
+        for part in (figure.title, figure.caption[:20], figure.hint or "Click"):
+            assert part not in words, (figure.key, part)
+        assert not re.search(r"\b(click|choose|slider|hide|above)\b", words, re.I), words
+        assert colliding(page) == [], figure.key
+        plt.close(page)
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 20))]
+)
+def test_no_label_covers_another(seed: int) -> None:
+    rng = random.Random(seed)
+    places = sorted(10 ** rng.uniform(-4, 4) for _ in range(rng.randint(1, 12)))
+    places = [0.0] * rng.randint(0, 1) + places
+    series = [Series(f"{'n' * rng.randint(1, 40)} {k}", places, [rng.random() for _ in places])
+              for k in range(rng.randint(1, 7))]  # fmt: skip
+    line = Panel("W_QK", "x", "y", series, log_x=True, y_range=(0, 1))
+    rows, columns = rng.choice((1, 3, 80)), rng.choice((1, 12, 128))
+    heat = Heat([f"layer {k}" for k in range(rows)], [f"head {k}" for k in range(columns)],
+                np.random.default_rng(seed).random((rows, columns)).tolist(), 0.0, 1.0)  # fmt: skip
+    for panels in ([line, line], [Panel("heads", "", "", heat=heat)]):
+        figure = Figure("key", "title", "caption.", [], lambda _, panels=panels: panels)
+        for column in (True, False):
+            page = _page(plt, figure, column)
+            assert colliding(page) == []
+            assert all(axes.get_window_extent().width > 20 for axes in page.axes[: len(panels)])
+            plt.close(page)
+    assert draw(figure, "pdf") == draw(figure, "pdf")  # a figure has no date
+
+
+@pytest.mark.parametrize("make", [over_decay, over_training])
+@pytest.mark.parametrize("band", ["heads", "seeds"])
+def test_bands_say_what_they_span_and_span_it(make: Any, band: str, study: Study) -> None:
+    figure = make(study, band)
+    page = _page(plt, figure, column=True)
+    assert f"band: least to greatest {band[:-1]}" in words_of(page)
+    plt.close(page)
+    panel = figure.view(figure.default)[0]
+    if make is over_decay:  # the first layer's line, at the first condition
+        line, condition, layers = panel.series[0], study.conditions[0], {0}
+        index = line.x.index(condition.decay)
+    else:
+        line, condition, layers, index = panel.series[0], study.conditions[0], {0, 1}, -1
+    values: dict[Any, list[float]] = {}
+    for run in condition.runs:
+        for row in run.final:
+            if row["product"] == "qk" and row["layer"] in layers:
+                key = run.seed if band == "seeds" else (row["layer"], row["head"])
+                values.setdefault(key, []).append(row["pseudo_rank"])
+    means = [float(np.mean(one)) for one in values.values()]
+    assert line.low and line.high
+    assert (line.low[index], line.high[index]) == pytest.approx((min(means), max(means)))
+    assert line.y[index] == pytest.approx(np.mean(means))
+
+
+def test_one_seed_has_no_band_of_seeds(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/a", recipe(), np.random.default_rng(0))
+    lone = load_study([tmp_path / "runs"])
+    for panel in over_training(lone, "seeds").view((0, 1)):
+        assert panel.series[0].low == panel.series[0].high == panel.series[0].y

@@ -18,14 +18,14 @@ $(STAMP): pyproject.toml
 	  { echo "error: $(PYTHON) is older than 3.11: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,slurm,optimizers,vision]' || \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,tensorboard,slurm,optimizers,vision]' || \
 	  { echo "error: installation failed, see above; a package without a wheel for this machine" \
 	    "needs a C++ compiler and Python's headers (apt-get install g++ python3-dev)" >&2; exit 1; }
 	@touch $(STAMP)
 
 $(TESTS): $(STAMP)
 	@echo "installing what the tests need ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,slurm,optimizers,vision,test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hub,wandb,tensorboard,slurm,optimizers,vision,test]'
 	@touch $(TESTS)
 
 demo: setup  ## corpus, tokenizer, tokens, four decays, report: minutes on two CPU cores

@@ -24,7 +24,7 @@ from pretrain.config.run import LoggingConfig
 from pretrain.errors import ENDS, RunError, UsageError
 from pretrain.ranks.columns import Columns, Named
 from pretrain.runs.records import FIGURES, LINES, Line, check_record
-from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
+from pretrain.runs.service import SERVICES, Map, Service, ServiceSection, TrackedRun
 
 METRICS = "metrics.jsonl"
 _LARGEST, _LONGEST = 1 << 31, 1 << 20
@@ -211,8 +211,13 @@ class Tracker:
         if missing:
             message = f"{kind}: {', '.join(missing)} not finite, null in {METRICS}"
             self._write(to_json({"kind": "event", "step": step, "message": message}) + "\n")
-        numbers = {f"{kind}/{k}": v for k, v in _flatten(values).items()}
+        numbers = _named(kind, values)
         self._tell(lambda service: service.log(numbers, step))
+
+    def show(self, maps: dict[str, Map], step: int) -> None:
+        """Give maps of a measurement to the services; the file does not have them."""
+        if self.active:
+            self._tell(lambda service: service.show(maps, step))
 
     def _tell(self, what: Callable[[Service], None]) -> None:
         """Call every service; one that fails must not stop the run, and is called no more."""
@@ -262,6 +267,13 @@ def _failure(section: ServiceSection, call: Callable[[], None]) -> str:
             return extension.code.place_of(error)
         return " ".join(str(error).split()) or type(error).__name__
     return ""
+
+
+def _named(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line by name: ``KIND/loss``, and ``weight_decay/query`` of a group."""
+    groups = {key: part for key, part in values.items() if isinstance(part, dict)}
+    single = {f"{kind}/{key}": part for key, part in values.items() if key not in groups}
+    return _flatten(single) | _flatten(groups)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:

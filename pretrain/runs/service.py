@@ -10,6 +10,21 @@ from typing import Any, ClassVar
 from pretrain.config.extension import Extension, ExtensionError
 from pretrain.config.kinds import Kinds, KindSection
 
+Map = list[list[float]]
+"""Values from 0 to 1, or NaN: a row for each layer, a column for each head."""
+_PIXELS = 16
+"""Height and width of a cell of a map."""
+
+
+def coloured(values: Map) -> Any:
+    """A map as an image, uint8 ``[height, width, 3]``: dark is 0, light is 1, grey is NaN."""
+    import numpy as np
+    from matplotlib import colormaps
+
+    colours = colormaps["viridis"].with_extremes(bad="grey")(np.ma.masked_invalid(values))
+    cells = (255 * colours[..., :3]).round().astype("uint8")
+    return cells.repeat(_PIXELS, axis=0).repeat(_PIXELS, axis=1)
+
 
 class ServiceSection(KindSection):
     """An entry of ``logging.trackers``; subclasses add keys of their own."""
@@ -48,8 +63,15 @@ class Service:
         self.config, self.run = config, run
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """Receive the numbers of one line, by name: ``train/loss``, ``evaluation/loss``, ..."""
+        """Receive the numbers of one line, by name: ``train/loss``, ``evaluation/loss``, ...
+
+        Figures of a group have the group's name: ``weight_decay/query``,
+        ``rank_by_layer/qk_layer_00``. Sorted names are in order of layers.
+        """
         raise NotImplementedError
+
+    def show(self, maps: dict[str, Map], step: int) -> None:
+        """Receive maps of a measurement, by name: ``rank_by_head/W_QK``; not shown by default."""
 
     def rewind(self, step: int) -> None:
         """Discard what was logged after a step, because the run goes back there."""

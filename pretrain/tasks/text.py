@@ -49,9 +49,10 @@ class Text:
         shares = blend_weights(self.manifest, config.data.weights)
         sizes = {entry.subset: entry.tokens for entry in self.manifest.split("train")}
         tokens = config.train.steps * config.train.global_batch * config.model.context
-        return {
-            name: use(sizes[name], round(share * tokens)) for name, share in sorted(shares.items())
-        } | {name: use(sizes[name], 0) for name in sorted(sizes.keys() - shares.keys())}
+        seen = _apportioned(shares, tokens)
+        return {name: use(sizes[name], seen[name]) for name in sorted(seen)} | {
+            name: use(sizes[name], 0) for name in sorted(sizes.keys() - shares.keys())
+        }
 
     def complete(self, model: GPTConfig) -> GPTConfig:
         """The model with the tokenizer's vocabulary, unless it asks for a larger one."""
@@ -94,3 +95,16 @@ class Text:
         batch, eod = config.evaluation.batch, self.manifest.eod
         nats = score(module, grid, config.model, chosen, eod, batch, progress=report)
         return {"stride": config.model.context, **summarize(chosen, nats)}
+
+
+def _apportioned(shares: dict[str, float], tokens: int) -> dict[str, int]:
+    """Whole numbers by shares; their sum is ``tokens``, as rounding each alone would not give."""
+    parts: dict[str, int] = {}
+    before = total = 0.0
+    for name in sorted(shares):
+        total += shares[name]
+        parts[name] = round(min(total, 1.0) * tokens) - round(before * tokens)
+        before = min(total, 1.0)
+    if parts:
+        parts[max(parts, key=lambda name: parts[name])] += tokens - sum(parts.values())
+    return parts

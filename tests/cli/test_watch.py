@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import pretrain.cli.watch
-import pretrain.runs.lock
 from pretrain.runs.finished import is_complete
+from pretrain.runs.folder import recipe_of
 from tests.fake_runs import STEPS, recipe, write_run, write_study
 from tests.tools import run
 
@@ -190,8 +189,8 @@ def test_it_goes_on_until_the_run_is_finished(
         if len(looks) == 4:
             monkeypatch.setattr("pretrain.cli.watched.is_complete", lambda *_: True)
 
-    assert not is_complete(folder, pretrain.runs.folder.recipe_of(folder))  # it has no checkpoint
-    monkeypatch.setattr(pretrain.cli.watch.time, "sleep", sleep)
+    assert not is_complete(folder, recipe_of(folder))  # it has no checkpoint
+    monkeypatch.setattr("pretrain.cli.watch.time.sleep", sleep)
     assert run(monkeypatch, "watch", str(folder), "--every", "7") == 0
     lines = capfd.readouterr().out.splitlines()
     assert looks == [7.0] * 4 and len(lines) == 3
@@ -205,7 +204,7 @@ def test_ctrl_c_ends_it(
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(
-        pretrain.cli.watch.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGINT)
+        "pretrain.cli.watch.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT)
     )
     monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal, raising=False)
     assert run(monkeypatch, "watch", str(folder)) == 130

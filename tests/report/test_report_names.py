@@ -26,6 +26,7 @@ from pretrain.report.printed import draw
 from pretrain.report.rank_figures import over_training
 from pretrain.report.tables import tables_of
 from pretrain.report.text import latex, markdown
+from pretrain.runs.follow import Present
 from pretrain.sweep.table import _rich_table
 from tests.fake_runs import recipe, write_run
 from tests.report.test_report import BROWSER, parses
@@ -166,7 +167,7 @@ def test_a_terminal_obeys_no_name(name: str, capsys: pytest.CaptureFixture[str])
     stream = io.StringIO()
     task = SimpleNamespace(name=name, last=10)
     status: Any = SimpleNamespace(
-        task=task, state="failed", step=1, loss=None, seconds_left=None, note=name
+        task=task, state="failed", step=1, present=Present(), seconds_left=None, note=name
     )
     console(file=stream, width=400, force_terminal=False).print(_rich_table(name, [status]))
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", stream.getvalue())

@@ -17,15 +17,15 @@ from pretrain.runs.metrics import METRICS, rewind_metrics
 
 def line(rng: random.Random, step: int) -> str:
     kind = rng.choice(("train", "train", "train", "ranks", "evaluation", "event", "later-kind"))
-    values: dict[str, Any] = {
+    values: dict[str, dict[str, Any]] = {
         "train": {"loss": rng.choice((rng.random(), None)), "learning_rate": 0.1, "grad_norm": 1.0,
                   "tokens_per_second": rng.uniform(1, 100), "seconds": rng.uniform(0.1, 2),
                   "weight_decay": {"query": 0.5}},
         "ranks": {"pseudo_rank_qk": rng.random(), "pseudo_rank_vp": rng.random()},
         "evaluation": {"loss": rng.random()},
         "event": {"message": "λ went up"},
-    }.get(kind, {})  # fmt: skip
-    return json.dumps({"kind": kind, "step": step, **values}) + "\n"
+    }  # fmt: skip
+    return json.dumps({"kind": kind, "step": step, **values.get(kind, {})}) + "\n"
 
 
 DAMAGED = ("{\n", "[]\n", '{"kind": "train"}\n', '{"kind": 3, "step": 1}\n', "\x00\n",

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import re
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pretrain.config.recipe import Config, load_config
 from pretrain.runs.metrics import Tracker, read_metrics, rewind_metrics
+from pretrain.runs.service import SERVICES, coloured
 from tests.own_code import write_example
-from tests.tools import write_recipe
+from tests.tools import ROOT, write_recipe
 
 
 def config(**logging: object) -> Config:
@@ -64,6 +71,7 @@ def test_the_run_of_wandb_is_finished(
     asked: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     standin = SimpleNamespace(
+        Image=None,
         init=lambda **words: asked.update(words) or Run(),
         Settings=lambda **words: settings.update(words),
     )
@@ -94,6 +102,72 @@ def test_a_dead_service_stops_nothing(
     assert asked["group"] == "sweep" and asked["config"]["optimizer"]["weight_decay"]
     assert "no route to host" in capsys.readouterr().err
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
+
+
+MAPS = {"rank_by_head/W_QK": [[0.0, 1.0, math.nan], [0.5, 0.25, 0.75]]}
+
+
+def log_some(tracker: Tracker) -> None:
+    by_layer = {f"{product}_layer_{layer:02d}": layer / 20 + (product == "vp")
+                for layer in range(12) for product in ("vp", "qk")}  # fmt: skip
+    tracker.log("train", 5, {"loss": 1.5, "weight_decay": {"query": 0.5}})
+    tracker.log("ranks", 5, {"pseudo_rank_qk": 0.25, "rank_by_layer": by_layer})
+    tracker.show(MAPS, 5)
+    tracker.close()
+
+
+def test_real_tensorboard(tmp_path: Path) -> None:
+    """Ranks by layer sort by layer, and a map has the colours of its values."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker(tmp_path, config(tensorboard=True), active=True)
+    assert [name for name, *_ in tracker._services] == ["TensorBoard"]
+    log_some(tracker)
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    tags = read.Tags()
+    layers = sorted(tag for tag in tags["scalars"] if tag.startswith("rank_by_layer/qk"))
+    assert [read.Scalars(tag)[0].value for tag in layers] == pytest.approx(
+        [layer / 20 for layer in range(12)]
+    )
+    assert {"train/loss", "weight_decay/query", "ranks/pseudo_rank_qk"} <= set(tags["scalars"])
+    (image,) = read.Images("rank_by_head/W_QK")
+    assert (image.width, image.height, image.step) == (48, 32, 5)
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
+    assert (pixels == coloured(MAPS["rank_by_head/W_QK"])).all()
+
+
+@pytest.mark.long  # W&B's own process takes ten seconds
+def test_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log_some(Tracker(tmp_path, config(wandb="project"), active=True))
+    (images,) = (tmp_path / "wandb").glob("offline-run-*/files/media/images/rank_by_head")
+    (image,) = images.glob("W_QK_5_*.png")
+    pixels = np.asarray(Image.open(image).convert("RGB"))
+    assert (pixels == coloured(MAPS["rank_by_head/W_QK"])).all()
+    (stored,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    for name in (b"weight_decay/query", b"rank_by_layer/qk_layer_11", b"train/loss"):
+        assert name in stored.read_bytes()
+
+
+def test_colours_are_in_order_of_the_values() -> None:
+    image = coloured([[0.0, 0.5, 1.0, math.nan]]).astype(int)
+    assert image.shape == (16, 64, 3)
+    lightness = image[0, ::16].sum(axis=1)
+    assert lightness[0] < lightness[1] < lightness[2]
+    assert len(set(image[0, 48])) == 1  # grey: not finite
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_make_setup_installs_what_a_service_needs(kind: str) -> None:
+    entry = {"kind": kind} | ({"project": "p"} if kind == "wandb" else {})
+    package = SERVICES.class_of(config(trackers=[entry]).logging.services()[0]).needs[1]
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.findall(r"-e '\.\[([\w,]+)\]'", (ROOT / "Makefile").read_text())[0].split(",")
+    wanted = [one for extra in extras for one in about["optional-dependencies"][extra]]
+    assert package == kind and any(re.match(rf"{package}\b", one) for one in wanted)
 
 
 # --- a user's own -----------------------------------------------------------------------------

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
+from pretrain.runs.service import (
+    SERVICES,
+    Map,
+    Service,
+    ServiceSection,
+    TrackedRun,
+    coloured,
+)
 
 
 @SERVICES.built_in("tensorboard")
@@ -29,6 +36,10 @@ class TensorBoard(Service):
     def log(self, numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
+
+    def show(self, maps: dict[str, Map], step: int) -> None:
+        for name, values in maps.items():
+            self._writer.add_image(name, coloured(values), step, dataformats="HWC")
 
     def rewind(self, step: int) -> None:
         self._writer.close()

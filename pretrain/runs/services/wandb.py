@@ -9,7 +9,14 @@ from typing import Any
 
 from pydantic import Field
 
-from pretrain.runs.service import SERVICES, Service, ServiceSection, TrackedRun
+from pretrain.runs.service import (
+    SERVICES,
+    Map,
+    Service,
+    ServiceSection,
+    TrackedRun,
+    coloured,
+)
 
 
 class WandbSection(ServiceSection):
@@ -32,6 +39,7 @@ class Wandb(Service):
         super().__init__(config, run)
         import wandb
 
+        self._image = wandb.Image
         identity = run.folder / "wandb-id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
@@ -51,6 +59,12 @@ class Wandb(Service):
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self._run.log(numbers, step=step)
+
+    def show(self, maps: dict[str, Map], step: int) -> None:
+        caption = "layers from top to bottom, heads from left to right; dark is 0, light is 1"
+        images = {name: self._image(coloured(values), caption=caption)
+                  for name, values in maps.items()}  # fmt: skip
+        self._run.log(images, step=step)
 
     def close(self) -> None:
         self._run.finish()  # suppress its messages about settings

@@ -130,11 +130,7 @@ def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) ->
             began, logged = now, step
         stopping = SIGNALS.agreed(engine.grid)
         saving = stopping or training.is_due("checkpoint", step)
-        _compare_if_due(training, step, saving)
-        if saving:
-            with engine.grid.together(f"step {step}"):
-                engine.audit_decay()
-            _compare_decay(training, step)
+        _check(training, step, saving)
         paused = time.monotonic()
         periodic.measure_if_due(training, step)
         if logged == step:
@@ -242,6 +238,15 @@ def _samples(training: Training, updates: tuple[int, ...]) -> str:
     size = training.config.train.global_batch
     blocks = [block_of(update - 1, training.moving.jumped) for update in updates]
     return ", ".join(f"{block * size}-{(block + 1) * size - 1}" for block in blocks)
+
+
+def _check(training: Training, step: int, saving: bool) -> None:
+    """Compare replicated weights if it is due, and audit λ before a checkpoint."""
+    _compare_if_due(training, step, saving)
+    if saving:
+        with training.grid.together(f"step {step}"):
+            training.engine.audit_decay()
+        _compare_decay(training, step)
 
 
 def _compare_decay(training: Training, step: int) -> None:

@@ -19,6 +19,7 @@ from pretrain.cli import console, exits
 from pretrain.distributed.cores import fit_threads, usable_cores
 from pretrain.distributed.failures import exit_code, one_line
 from pretrain.distributed.grid import Grid, connect, disconnect
+from pretrain.distributed.signals import StopRequestedError
 from pretrain.errors import TRY_AGAIN, MachineError, RunError, UsageError
 from tests.tools import ROOT, assert_one_line, base_recipe, environment, run, write_recipe
 
@@ -251,6 +252,14 @@ def test_a_signal_amid_an_import_of_torch(
     )  # another import of it fails
     assert exits._end("stopped", TRY_AGAIN) == TRY_AGAIN
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_a_run_that_was_asked_to_stop_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    stop = StopRequestedError("runs/x: stopped by SIGTERM at step 3, with a checkpoint; rerun")
+    assert exits.report_failure(stop) == TRY_AGAIN
+    assert capsys.readouterr().err == f"{stop}\n"
+    assert exits.report_failure(RunError("runs/x: is damaged")) == 1
+    assert capsys.readouterr().err == "error: runs/x: is damaged\n"
 
 
 def test_an_end_of_a_file_is_no_interruption(

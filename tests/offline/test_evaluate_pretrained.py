@@ -87,8 +87,12 @@ def foreign(kind: str, folder: Path, texts: list[str], around: bool) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     shape = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "intermediate_size": 48, "max_position_embeddings": CONTEXT, "vocab_size": 300,
+        "max_position_embeddings": CONTEXT, "vocab_size": 300,
     }  # fmt: skip
+    if kind != "gpt2":
+        shape["intermediate_size"] = 48
+    if kind in ("llama", "qwen3", "mistral", "gemma2", "olmo2"):
+        shape["num_key_value_heads"] = 2
     of_kind: dict[str, dict[str, Any]] = {
         "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "gemma2": {"head_dim": 8},
         "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2,

@@ -25,7 +25,7 @@ from pretrain.distributed.grid import Grid
 from pretrain.engine.masters import is_tied_copy
 from pretrain.engine.norms import square_sum
 from pretrain.engine.private import Case, Holder, check_private
-from pretrain.engine.raw_deepspeed import check_raw
+from pretrain.engine.raw_deepspeed import check_offload, check_raw
 from pretrain.errors import UsageError
 
 _BUCKET = 500_000_000
@@ -67,6 +67,7 @@ def deepspeed_settings(
         # DeepSpeed allocates this many elements, by default 1 GB, however small the model is.
         implied["zero_optimization"]["reduce_bucket_size"] = min(parameters, _BUCKET)
     check_raw(raw)
+    check_offload(raw, config.grid.zero_stage)
     return _merge(implied, raw, "deepspeed")
 
 

@@ -74,6 +74,20 @@ def check_raw(raw: dict[str, Any]) -> None:
             _check_number(key, value)
 
 
+def check_offload(raw: dict[str, Any], stage: int) -> None:
+    """Refuse offload where DeepSpeed would ignore it.
+
+    Raises:
+        UsageError: without ZeRO.
+    """
+    offload = (raw.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    if stage == 0 and offload.get("device", "none") != "none":
+        raise UsageError(
+            "deepspeed.zero_optimization.offload_optimizer: has no effect with grid.zero_stage 0, "
+            "which keeps the optimizer's state whole; use zero_stage 1, 2 or 3"
+        )
+
+
 def _check_number(key: str, value: int) -> None:
     """Refuse numbers that DeepSpeed asserts against, or that no memory holds."""
     least, most = int(key.endswith(".reduce_bucket_size")), _MOST.get(key, _MOST_ELSEWHERE)

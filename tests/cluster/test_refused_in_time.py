@@ -67,6 +67,16 @@ def test_what_needs_a_package_that_is_missing(
     assert f"{key}: " in said and f"pip install {package}\n" in said
 
 
+def test_offload_without_zero(
+    data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    raw = nested("zero_optimization.offload_optimizer.device", "cpu")
+    values = {"deepspeed": raw, "grid": {"zero_stage": 0}}
+    said = said_by_both(values, data, tmp_path, monkeypatch, capsys)
+    assert "deepspeed.zero_optimization.offload_optimizer: has no effect with grid.zero_st" in said
+
+
 def test_a_batch_that_cannot_be_divided(
     data: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

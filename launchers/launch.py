@@ -7,6 +7,7 @@ import secrets
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def launch(
     fork: str | None,
     show: bool,
     code: list[Path],
+    announce: Callable[[Config, Site, int], None] | None = None,
 ) -> int:
     """Check a recipe against a site and start it there.
 
@@ -73,6 +75,7 @@ def launch(
         on: one of `PLACES`.
         code: files of the user's own that the recipe may run (`--code`).
         show: print what would be started, and start nothing.
+        announce: called with the recipe, the site and the number of processes before the start.
 
     Returns:
         The exit code of the run if it runs on this machine, else 0 after it was submitted.
@@ -96,6 +99,8 @@ def launch(
         sizes = [sum(machines.values())]
     for size in sizes:
         _check_size(config, size)
+    if announce is not None:
+        announce(config, site, sizes[-1])
     if on in ("local", "hostfile", "mpi"):
         return _start_here(job, on, machines, show)
     return _hand_over(job, on, show)

@@ -116,6 +116,12 @@ class Site(Section):
     )
     gpus_per_node: int = Field(0, ge=0)
     processes_per_node: int = Field(0, ge=0, description="0: one per GPU, or one")
+    gpu: Literal["", "a100", "a100-40", "h100", "h200", "b200", "l40s", "mi300x"] = Field(
+        "", description="what they are, for the plan before a launch; empty: h100 is assumed"
+    )
+    gpu_hour_price: float = Field(
+        0.0, ge=0, description="of one GPU, in any currency; 0: not known, no cost is shown"
+    )
     cpus_per_process: int = Field(0, ge=0, description="0: the scheduler's default")
     restarts: int = Field(3, ge=0, description="how often the job restarts itself")
     doctor: bool = Field(True, description="check the allocation first (Slurm): `pretrain doctor`")

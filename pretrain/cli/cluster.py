@@ -45,12 +45,18 @@ def launch(
     time limit, writes a checkpoint, is requeued and continues. If a process is killed, the job
     restarts from its last checkpoint. Each process has a log in RUN/logs; the generated files are
     in RUN/launch. For Kubernetes and SkyPilot, a file is written and the command that starts it is
-    printed.
+    printed. If the site has GPUs, the command first says what the run will need on them: memory,
+    hours, cost.
     """
     from launchers.launch import launch as start
+    from pretrain.cluster.announce import say_what_it_needs
 
-    status = start(recipe, overrides or [], on, site, nodes, processes, out, fork, show, code or [])
-    raise typer.Exit(status)
+    raise typer.Exit(
+        start(
+            recipe, overrides or [], on, site, nodes, processes, out, fork, show, code or [],
+            say_what_it_needs,
+        )
+    )  # fmt: skip
 
 
 def doctor(

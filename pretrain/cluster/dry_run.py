@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from pretrain.config.recipe import Config
 from pretrain.decay.control import DecayControl
 from pretrain.decay.lengths import remarks
 from pretrain.decay.plan import DecayGroup
-from pretrain.decay.sites import site_of
+from pretrain.decay.sites import Site, site_of
 from pretrain.distributed.grid import process_count
 from pretrain.engine.optimizers import refuse_missing_optimizer
 from pretrain.engine.precision import with_precision
@@ -122,8 +123,9 @@ def describe(setup: Setup) -> dict[str, Any]:
             "exposure": _mean(exposures),
             "exposures": exposures,
         }
-        for group in setup.plan.groups
-        for exposures in (_exposures(control, group, config),)
+        for group, exposures in zip(
+            setup.plan.groups, _exposures(control, setup.plan.groups, config), strict=True
+        )
     ]
     tokens = config.train.global_batch * config.model.context
     return {
@@ -175,22 +177,39 @@ _LOOKED_AT = 100_000
 """Number of updates whose λ is examined; in longer runs, they are evenly spaced."""
 
 
-def _exposures(control: DecayControl, group: DecayGroup, config: Config) -> list[float] | None:
-    """Σ rate·λ over the run, of each tensor of a group; None if λ depends on measurements."""
-    if control.is_adaptive(group.role):
-        return None
-    sites = [site_of(info) for info in group.parameters]
-    if not control.moves_layers_apart(group.role):
-        sites = sites[:1]
+def _exposures(
+    control: DecayControl, groups: Sequence[DecayGroup], config: Config
+) -> list[list[float] | None]:
+    """Σ rate·λ over the run, of each tensor of each group; None if λ depends on measurements."""
+    found: list[list[float] | None] = [None] * len(groups)
+    by_stride: dict[int, dict[int, list[Site]]] = {}
+    for number, group in enumerate(groups):
+        if control.is_adaptive(group.role):
+            continue
+        sites = [site_of(info) for info in group.parameters]
+        if not control.moves_layers_apart(group.role):
+            sites = sites[:1]
+        stride = -(-config.train.steps * len(sites) // _LOOKED_AT)
+        by_stride.setdefault(stride, {})[number] = sites
+    for stride, members in by_stride.items():
+        totals = _summed(control, config, stride, {s for sites in members.values() for s in sites})
+        for number, sites in members.items():
+            found[number] = [totals[site] for site in sites]
+    return found
+
+
+def _summed(
+    control: DecayControl, config: Config, stride: int, sites: Iterable[Site]
+) -> dict[Site, float]:
+    """Σ rate·λ of each site, from the middle of every ``stride`` updates."""
     totals = dict.fromkeys(sites, 0.0)
-    stride = -(-config.train.steps * len(sites) // _LOOKED_AT)
     for start in range(0, config.train.steps, stride):
         stop = min(start + stride, config.train.steps)
         middle = (start + stop) // 2
         control.begin(middle, config.learning_rate(middle))
         for site in totals:
             totals[site] += control.now(site).shrink * (stop - start)
-    return [totals[site] for site in sites]
+    return totals
 
 
 def _mean(exposures: list[float] | None) -> float | None:

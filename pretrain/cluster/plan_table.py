@@ -6,6 +6,7 @@ from data_pipeline.strict_json import to_json
 from pretrain.cluster.plan import DEVICES, Choice, Device, rank
 from pretrain.cluster.plan_memory import GPU_LIBRARIES
 from pretrain.cluster.plan_shapes import Sizes, sizes_of
+from pretrain.cluster.plan_words import hours_of, overrides
 from pretrain.config.recipe import Config
 from pretrain.errors import UsageError
 
@@ -71,12 +72,6 @@ def _print(config: Config, sizes: Sizes, device: Device, count: int, choices: li
     print(f"sent by a process in a step, GB: {parts}")
     parts = ", ".join(f"{name} {value:.3g}" for name, value in best.seconds.items())
     print(f"seconds of a step: {parts}")
-    days = best.seconds["step"] * config.train.steps / 86_400
-    print(f"{config.train.steps:,} steps: {days:.2f} days, {24 * days * count:,.0f} GPU hours")
-    words = [
-        f"grid.tensor_parallel={best.tensor}", f"grid.pipeline_parallel={best.pipeline}",
-        f"grid.zero_stage={best.zero_stage}", f"train.micro_batch={best.micro_batch}",
-    ]  # fmt: skip
-    if best.recompute:
-        words.append("grid.activation_checkpointing=true")
-    print(f"train it with: pretrain train RECIPE {' '.join(words)}")
+    hours = hours_of(config, best)
+    print(f"{config.train.steps:,} steps: {hours / 24:.2f} days, {hours * count:,.0f} GPU hours")
+    print(f"train it with: pretrain train RECIPE {' '.join(overrides(best))}")

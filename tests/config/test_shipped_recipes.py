@@ -26,13 +26,17 @@ def test_without_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    task = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("task", {})
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    task, has_size = values.get("task", {}), "vocabulary_size" in values["model"]
     missing = task.get("kind", "text") == "text" or task.get("source") == "folder"
     for words in (("plan", str(recipe), "--gpus", "2"), ("train", str(recipe), "--dry-run")):
         assert run(monkeypatch, *words, "--json") == 0
         shown = capsys.readouterr()
         assert json.loads(shown.out)
-        assert ("there is no data, so" in shown.err) == missing, shown.err
+        assert (": there is no data" in shown.err) == (
+            missing and not (has_size and "plan" in words)
+        )
+        assert ("there is no data, so" in shown.err) == (missing and not has_size), shown.err
         assert shown.err.count("warning: ") <= 1 + ("note" in shown.err)
     assert not list(tmp_path.iterdir())
 

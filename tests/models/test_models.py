@@ -34,13 +34,22 @@ def config(dialect: str = "gpt2", **more: object) -> GPTConfig:
         ("pythia-14m", 14_067_712, 1_189_888),
         ("pythia-70m", 70_426_624, 18_915_328),
         ("pythia-160m", 162_322_944, 85_056_000),
+        ("pythia-410m", 405_334_016, 302_311_424),
+        ("pythia-1b", 1_011_781_632, 805_736_448),
+        ("pythia-1.4b", 1_414_647_808, 1_208_602_624),
+        ("pythia-2.8b", 2_775_208_960, 2_517_652_480),
+        ("pythia-6.9b", 6_857_302_016, 6_444_163_072),
+        ("pythia-12b", 11_846_072_320, 11_327_027_200),
+        ("llama-2-7b", 6_738_415_616, 6_476_271_616),
+        ("llama-3-8b", 8_030_261_248, 6_979_588_096),
     ],
 )
 def test_recipes_have_the_published_sizes(
     name: str, parameters: int, outside_embeddings: int
 ) -> None:
-    recipe = load_config(CONFIGS / f"{name}.yaml", ["model.vocabulary_size=50304"])
-    infos = whole_model(recipe.model)
+    model = load_config(CONFIGS / f"{name}.yaml").model
+    size = model.vocabulary_size or 50_304  # the small ones take their data's
+    infos = whole_model(model.model_copy(update={"vocabulary_size": size}))
     assert sum(info.numel for info in infos) == parameters
     inner = [info for info in infos if info.role not in ("embedding", "head")]
     assert sum(info.numel for info in inner) == outside_embeddings

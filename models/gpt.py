@@ -17,23 +17,39 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import GPTConfig
+from models.documents import Activation, document_starts, joined, positions_of, split
 from models.kernels import DEFAULT_KERNELS, Kernels
 from models.layers import MLP, Attention, Norm, ParameterFactory
 from models.loss import Projection
 from models.parallel import embed, replicated
 from models.roles import ModelError, Role
+from models.wide_sums import embedding
 
 
 class Embedding(nn.Module):
     """Token embedding; ``[batch, sequence]`` integers to ``[sequence, batch, hidden]``."""
 
-    def __init__(self, config: GPTConfig, factory: ParameterFactory, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        factory: ParameterFactory,
+        kernels: Kernels,
+        begins: int | None = None,
+    ) -> None:
+        """
+        Args:
+            begins: the token that begins documents, if attention stays inside them in training.
+                An evaluation scores each document by itself.
+        """
         super().__init__()
-        self.config, self.tp, self.kernels = config, factory.tp, kernels
+        self.config, self.tp, self.kernels, self.begins = config, factory.tp, kernels, begins
         self.weight = vocabulary_weight(config, factory, "embedding.weight", Role.EMBEDDING)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return embed(tokens.t().contiguous(), self.weight, self.tp)
+    def forward(self, tokens: torch.Tensor) -> Activation:
+        x = embed(tokens.t().contiguous(), self.weight, self.tp)
+        if self.begins is None or not self.training:
+            return x
+        return x, document_starts(tokens, self.begins)
 
 
 class PatchEmbedding(nn.Module):
@@ -68,9 +84,14 @@ class LearnedPosition(nn.Module):
         std = config.init_stds[0]
         self.weight = factory.normal("position.weight", shape, Role.POSITION, None, std)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        start = x.shape[0] * self.tp.rank if self.tp.sequence_parallel else 0
-        return x + replicated(self.weight, self.tp)[start : start + x.shape[0]].unsqueeze(1)
+    def forward(self, x: Activation) -> Activation:
+        hidden, starts = split(x)
+        start = hidden.shape[0] * self.tp.rank if self.tp.sequence_parallel else 0
+        rows = slice(start, start + hidden.shape[0])
+        weight = replicated(self.weight, self.tp)
+        if starts is None:
+            return hidden + weight[rows].unsqueeze(1)
+        return hidden + embedding(positions_of(starts)[:, rows].t(), weight), starts
 
 
 class Block(nn.Module):
@@ -91,24 +112,32 @@ class Block(nn.Module):
         if kernels.compiled:
             self._compiled = torch.compile(self._forward, dynamic=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activation) -> Activation:
+        hidden, starts = split(x)
         if self.recompute and torch.is_grad_enabled():
             # Reentrant: ZeRO-3 frees parameters between the two passes, which the
             # non-reentrant form takes for changed metadata.
-            again: torch.Tensor = checkpoint(self._forward, x, use_reentrant=True)
-            return again
-        if self._compiled is not None and torch.is_grad_enabled():
+            hidden = checkpoint(self._forward, hidden, starts, use_reentrant=True)
+        elif self._compiled is not None and torch.is_grad_enabled():
             # Batches of training have one shape; those of an evaluation would each be compiled.
-            output: torch.Tensor = self._compiled(x)
-            return output
-        return self._forward(x)
+            hidden = self._compiled(hidden, starts)
+        else:
+            hidden = self._forward(hidden, starts)
+        return joined(hidden, starts)
 
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        attended: torch.Tensor = x + self.attention(self.attention_norm(x))
+    def _forward(self, x: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
+        attended: torch.Tensor = x + self.attention(self.attention_norm(x), starts)
         if self.mlp is None:
             return attended
         out: torch.Tensor = self.mlp(self.mlp_norm(x if self.parallel_residual else attended))
         return attended + out
+
+
+class FinalNorm(Norm):
+    """The norm after the last block, where documents no longer matter."""
+
+    def forward(self, x: Activation) -> torch.Tensor:
+        return super().forward(split(x)[0])
 
 
 class Head(nn.Module):
@@ -162,9 +191,12 @@ class LayerBlueprint:
 
 
 def layer_blueprints(
-    config: GPTConfig, factory: ParameterFactory, kernels: Kernels
+    config: GPTConfig, factory: ParameterFactory, kernels: Kernels, begins: int | None = None
 ) -> list[LayerBlueprint]:
     """The model as a list of layers, from tokens ``[batch, sequence]`` to a `Projection`.
+
+    Args:
+        begins: the token that begins documents, if attention stays inside them in training.
 
     Raises:
         ModelError: if tensor parallelism does not divide the heads or the MLP.
@@ -178,14 +210,14 @@ def layer_blueprints(
     if config.patch_dim:
         plans = [LayerBlueprint(PatchEmbedding, (config, factory))]
     else:
-        plans = [LayerBlueprint(Embedding, (config, factory, kernels), tied)]
+        plans = [LayerBlueprint(Embedding, (config, factory, kernels, begins), tied)]
     if config.position == "learned":
         plans.append(LayerBlueprint(LearnedPosition, (config, factory)))
     plans += [
         LayerBlueprint(Block, (config, layer, factory, kernels))
         for layer in range(config.num_layers)
     ]
-    plans.append(LayerBlueprint(Norm, (config, factory, "final_norm", None)))
+    plans.append(LayerBlueprint(FinalNorm, (config, factory, "final_norm", None)))
     if config.patch_dim:
         plans.append(LayerBlueprint(Pool, ()))
     if config.tied_head:
@@ -214,14 +246,22 @@ class GPT(nn.Module):
     """The whole model in one process (or in each tensor-parallel process)."""
 
     def __init__(
-        self, config: GPTConfig, factory: ParameterFactory, kernels: Kernels = DEFAULT_KERNELS
+        self,
+        config: GPTConfig,
+        factory: ParameterFactory,
+        kernels: Kernels = DEFAULT_KERNELS,
+        begins: int | None = None,
     ) -> None:
+        """
+        Args:
+            begins: the token that begins documents, if attention stays inside them in training.
+        """
         super().__init__()
         self.config, self.tp = config, factory.tp
         self.layers = nn.ModuleList()
         self.functions: list[Callable[[torch.Tensor], Any]] = []
         shared: dict[str, nn.Module] = {}
-        for plan in layer_blueprints(config, factory, kernels):
+        for plan in layer_blueprints(config, factory, kernels, begins):
             module = shared.get(plan.tied or "")
             if module is None:
                 module = plan.build(*plan.arguments)

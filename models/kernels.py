@@ -14,6 +14,9 @@ class Kernels:
     """Compute blocks again in the backward pass instead of keeping what they need."""
     attention: Literal["sdpa", "products"] = "sdpa"
     """PyTorch's scaled dot-product attention, or batched matrix products (`models.products`)."""
+    documents: Literal["products", "flex"] = "products"
+    """Attention inside documents: matrix products, which work everywhere, or PyTorch's
+    FlexAttention (`models.documents`)."""
     loss_bytes: int = 32 << 20
     """The number of float32 logits that the loss holds at once."""
     compiled: bool = False

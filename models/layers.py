@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.config import GPTConfig
+from models.documents import attention_by_flex, positions_of, same_document
 from models.kernels import DEFAULT_KERNELS, Kernels
 from models.parallel import TensorParallel, enter, leave, replicated, sum_gradient
 from models.products import attention_by_products, torch_attention
@@ -120,9 +121,15 @@ class Rotary:
             self._cache = ((length, device), cos, sin)
         return self._cache[1], self._cache[2]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate ``x`` of shape ``[batch, heads, sequence, head]``."""
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Rotate ``x`` of shape ``[batch, heads, sequence, head]``.
+
+        Args:
+            positions: ``[batch, sequence]``; None: counted from the first.
+        """
         cos, sin = self.tables(x.shape[-2], x.device)
+        if positions is not None:
+            cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
         half = self.rotary_dim // 2
         first, second = x[..., :half].float(), x[..., half : self.rotary_dim].float()
         rotated = (first * cos - second * sin, second * cos + first * sin)
@@ -178,27 +185,42 @@ class Attention(nn.Module):
         if config.rotary_dim:
             self.rotary = Rotary(config.rotary_dim, config.rotary_base)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[sequence, batch, hidden]`` to the same shape."""
+    def forward(self, x: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        """``[sequence, batch, hidden]`` to the same shape.
+
+        Args:
+            starts: of documents, ``[batch, whole sequence]``, if attention stays inside them.
+        """
         x = enter(x, self.tp)
         q = self._heads(F.linear(x, self.query, self.query_bias))
         k = self._heads(F.linear(x, self.key, self.key_bias))
         v = self._heads(F.linear(x, self.value, self.value_bias))
         q, k = self._normalised(q, self.query_gain), self._normalised(k, self.key_gain)
         if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
+            positions = None if starts is None else positions_of(starts)
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        mixed = self._mixed(q, k, v)
+        mixed = self._mixed(q, k, v, starts)
         mixed = mixed.permute(2, 0, 1, 3).flatten(2)
         y = leave(F.linear(mixed, self.output), self.tp)
         return y if self.output_bias is None else y + replicated(self.output_bias, self.tp)
 
-    def _mixed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _mixed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Values mixed by scores, all ``[batch, heads, sequence, head]``."""
         causal = self.config.causal
         if self.config.attention == "softmax":
+            if starts is not None:
+                if self.kernels.documents == "flex" and causal:
+                    return attention_by_flex(q, k, v, starts)
+                return attention_by_products(q, k, v, causal, starts)
             if self.kernels.attention == "products":
                 return attention_by_products(q, k, v, causal)
             return torch_attention(q, k, v, causal)
@@ -206,14 +228,19 @@ class Attention(nn.Module):
         length = q.shape[-2]
         # The numbers of visible positions, in float32: bf16 has no integer between 256 and 258.
         counts = torch.promote_types(q.dtype, torch.float32)
+        seen = None if starts is None else same_document(starts, causal)
         visible = torch.full((length, 1), length, device=q.device, dtype=counts)
-        if causal:
+        if seen is not None:
+            visible = seen.sum(-1, keepdim=True, dtype=counts)
+        elif causal:
             visible = torch.arange(1, length + 1, device=q.device, dtype=counts).unsqueeze(1)
         if self.config.attention == "sigmoid":
             weights = torch.sigmoid(scores - visible.log())
         else:
             weights = scores / visible
         weights = weights.to(q.dtype)
+        if seen is not None:
+            return (weights * seen) @ v
         return (weights.tril() if causal else weights) @ v
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,39 +19,43 @@ _BLOCK = 128
 """Queries per block: under a causal mask a block leaves out the keys after its last query."""
 
 
-def attention_by_products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def attention_by_products(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, starts: Tensor | None = None
+) -> Tensor:
     """softmax(q kᵀ / √head) v.
 
     Args:
         q, k, v: ``[batch, heads, sequence, head]``, with equally many queries and keys. In bf16
             the scores are rounded to bf16 before the softmax, whose sums are float32.
+        starts: ``[batch, sequence]``, the first position of each position's document, if a query
+            sees its own document only.
 
     Returns:
         ``[batch, heads, sequence, head]``.
     """
     flat = (x.reshape(-1, *x.shape[-2:]).contiguous() for x in (q, k, v))
-    mixed: Tensor = _forward(*flat, causal)
+    mixed: Tensor = _forward(*flat, causal, starts)
     return mixed.view(q.shape)
 
 
 @torch.library.custom_op("rankdecay::attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, starts: Tensor | None) -> Tensor:
     mixed = torch.empty_like(v)
     for rows, stop in _blocks(q.shape[1], causal):
-        weights = _weights(q[:, rows], k[:, :stop], rows.start, causal)
+        weights = _weights(q[:, rows], k[:, :stop], rows, causal, starts)
         mixed[:, rows] = torch.bmm(weights, v[:, :stop])
     return mixed
 
 
 @torch.library.custom_op("rankdecay::attention_backward", mutates_args=())
 def _backward(
-    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool
+    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     upstream, scale = upstream.contiguous(), q.shape[-1] ** -0.5
     of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     keys, values = _centered(k), _centered(v)
     for rows, stop in _blocks(q.shape[1], causal):
-        weights = _weights(q[:, rows], k[:, :stop], rows.start, causal)
+        weights = _weights(q[:, rows], k[:, :stop], rows, causal, starts)
         of_v[:, :stop] += torch.bmm(weights.mT, upstream[:, rows])
         of_weights = torch.bmm(upstream[:, rows], values[:, :stop].mT)
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
@@ -62,24 +66,25 @@ def _backward(
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, starts: Tensor | None) -> Tensor:
     return torch.empty_like(v)
 
 
 @_backward.register_fake
 def _(
-    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool
+    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *factors, ctx.causal = inputs
-    ctx.save_for_backward(*factors)
+    *factors, ctx.causal, starts = inputs
+    ctx.save_for_backward(*factors, starts)
 
 
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(upstream, *ctx.saved_tensors, ctx.causal), None)
+    *factors, starts = ctx.saved_tensors
+    return (*_backward(upstream, *factors, ctx.causal, starts), None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -109,11 +114,12 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """
     if k.dtype.itemsize > 2:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    shared = _mean(v)
-    return F.scaled_dot_product_attention(q, k - _mean(k), v - shared, is_causal=causal) + shared
+    shared = mean_over_sequence(v)
+    keys = k - mean_over_sequence(k)
+    return F.scaled_dot_product_attention(q, keys, v - shared, is_causal=causal) + shared
 
 
-def _mean(x: Tensor) -> Tensor:
+def mean_over_sequence(x: Tensor) -> Tensor:
     """The mean over the sequence, ``[batch, heads, 1, head]``, summed in float32."""
     return x.mean(2, keepdim=True, dtype=torch.float32).to(x.dtype)
 
@@ -125,11 +131,14 @@ def _blocks(length: int, causal: bool) -> Iterator[tuple[slice, int]]:
         yield slice(start, stop), stop if causal else length
 
 
-def _weights(q: Tensor, k: Tensor, start: int, causal: bool) -> Tensor:
-    """``[batch x heads, queries, keys]``, whose rows sum to 1; ``start``: the first query's
-    index."""
+def _weights(q: Tensor, k: Tensor, rows: slice, causal: bool, starts: Tensor | None) -> Tensor:
+    """``[batch x heads, queries, keys]``, whose rows sum to 1; ``rows``: the queries."""
     scores = torch.bmm(q, k.mT).mul_(q.shape[-1] ** -0.5)
     if causal:
-        unseen = torch.full((q.shape[1], k.shape[1] - start), -torch.inf, device=q.device)
-        scores[:, :, start:] += unseen.triu_(1).to(q.dtype)
+        unseen = torch.full((q.shape[1], k.shape[1] - rows.start), -torch.inf, device=q.device)
+        scores[:, :, rows.start :] += unseen.triu_(1).to(q.dtype)
+    if starts is not None:
+        others = starts[:, rows].unsqueeze(-1) != starts[:, None, : k.shape[1]]
+        by_head = scores.view(len(starts), -1, *scores.shape[1:])
+        by_head.masked_fill_(others.unsqueeze(1), -torch.inf)
     return torch.softmax(scores, -1)

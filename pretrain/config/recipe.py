@@ -108,6 +108,11 @@ class Config(Section):
             )
         if (self.task.kind == "own") != (self.task.own is not None):
             raise ValueError("task.own: set it exactly if task.kind is own")
+        if self.data.attention == "within" and self.task.kind != "text":
+            raise ValueError(
+                f"data.attention: within needs documents, which task.kind {self.task.kind} does "
+                "not have; use across"
+            )
         if self.task.kind == "recall" and self.model.context != 2 * self.task.pairs + 1:
             raise ValueError(
                 f"model.context: {self.model.context} must be {2 * self.task.pairs + 1} for "

@@ -19,6 +19,11 @@ class DataConfig(Section):
         "proportional",
         description="share of each subset: by its tokens, the Pile's published shares, or by name",
     )
+    attention: Literal["across", "within"] = Field(
+        "across",
+        description="within: a token sees only its own document, and positions restart there "
+        "(docs/data.md); evaluations score each document by itself in either case",
+    )
     prefetch: int = Field(4, ge=0, description="number of batches that are read ahead; 0: none")
 
 

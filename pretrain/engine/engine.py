@@ -62,17 +62,21 @@ def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterIn
     return [info_of(parameter) for parameter in declared_parameters(model)]
 
 
-def build_model(config: Config, grid: Grid, loss: Loss | None = None) -> nn.Module:
+def build_model(
+    config: Config, grid: Grid, loss: Loss | None = None, eod: int | None = None
+) -> nn.Module:
     """This process's part of the model: the whole, or a `PipelineModule` stage.
 
     Args:
         loss: the loss function of the last stage of a pipeline.
+        eod: the token between documents, for training inside them if the recipe says so.
     """
     factory = ParameterFactory(config.seed, grid.tensor_parallel)
     kernels = choose_kernels(config, grid)
+    begins = eod if config.data.attention == "within" else None
     if grid.pipeline == 1:
-        return GPT(config.model, factory, kernels).to(grid.device)
-    return _pipeline_module(layer_blueprints(config.model, factory, kernels), grid, loss)
+        return GPT(config.model, factory, kernels, begins).to(grid.device)
+    return _pipeline_module(layer_blueprints(config.model, factory, kernels, begins), grid, loss)
 
 
 def _pipeline_module(plans: list[LayerBlueprint], grid: Grid, loss: Loss | None) -> nn.Module:
@@ -247,19 +251,26 @@ class Engine:
             self._updater.destroy()
 
 
-def build_engine(config: Config, grid: Grid, plan: DecayPlan) -> Engine:
+def build_engine(config: Config, grid: Grid, plan: DecayPlan, eod: int | None = None) -> Engine:
     """Build model, optimizer groups and DeepSpeed engine for this process.
+
+    Args:
+        eod: the token between documents, if the task has documents.
 
     Raises:
         UsageError: if the batch cannot be divided or a raw DeepSpeed key contradicts the recipe.
     """
     config = with_precision(config, grid.device)
     micro, count = micro_batches(config, grid)
+    if config.data.attention == "within" and eod is None:
+        raise UsageError(
+            "data.attention: within needs data with a token between documents; use across"
+        )
 
     def loss(projection: Projection, labels: torch.Tensor) -> torch.Tensor:
         return engine.loss(projection, labels)
 
-    module = build_model(config, grid, loss)
+    module = build_model(config, grid, loss, eod)
     mark_for_norms(module, grid)
     control = DecayControl(config, plan)
     groups = optimizer_groups(module, plan)

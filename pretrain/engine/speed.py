@@ -28,9 +28,11 @@ def choose_kernels(config: Config, grid: Grid) -> Kernels:
     if attention == "auto":
         fast = grid.device.type == "cpu" and config.precision == "bf16"
         attention = "products" if fast and config.model.context <= _PRODUCTS_UP_TO else "sdpa"
+    by_flex = grid.device.type == "cuda" and speed.attention != "products"
     return Kernels(
         recompute=config.grid.activation_checkpointing,
         attention=attention,
+        documents="flex" if by_flex else "products",
         loss_bytes=speed.loss_bytes(grid.device.type),
         compiled=speed.compile,
     )

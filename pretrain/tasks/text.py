@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from data_pipeline.dataset import HeldOut, TrainingData, blend_weights, held_out
+from data_pipeline.document_ends import check_document_ends
 from data_pipeline.manifest import Manifest, load_manifest
 from models.config import GPTConfig
 from pretrain.config.recipe import Config
@@ -65,7 +66,13 @@ class Text:
         return model.model_copy(update={"vocabulary_size": size})
 
     def training(self, config: Config) -> Samples:
-        """Megatron's blend of the subsets."""
+        """Megatron's blend of the subsets.
+
+        Raises:
+            DataError: if attention must stay inside documents whose ends are not marked.
+        """
+        if config.data.attention == "within":
+            check_document_ends(self.manifest, blend_weights(self.manifest, config.data.weights))
         samples = config.train.steps * config.train.global_batch
         return TrainingData(
             self.manifest, config.data.weights, config.model.context, config.seed, samples,

@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Case:
     sequence: bool
     recompute: bool
     stage: int
+    attention: str = "across"
 
     @property
     def processes(self) -> int:
@@ -86,6 +87,7 @@ class Case:
             values["optimizer"]["epsilon"] = EPSILON
         values["ranks"]["every"] = STEPS // 2
         values["evaluation"]["every"] = values["checkpoint"]["every"] = STEPS
+        values["data"]["attention"] = self.attention
         values["grid"] = {
             "tensor_parallel": self.tensor,
             "pipeline_parallel": self.pipeline,
@@ -99,7 +101,7 @@ class Case:
 def reference_of(case: Case) -> Case:
     """The same recipe on one process."""
     stage = 0 if case.precision == "fp32" else 1
-    return Case(case.model, case.precision, 1, 1, 1, False, False, stage)
+    return Case(case.model, case.precision, 1, 1, 1, False, False, stage, case.attention)
 
 
 def matrix() -> list[Case]:
@@ -232,6 +234,40 @@ def test_every_head_once_and_within_theory(sampled: dict[Case, Path]) -> None:
         assert rows == 3 * 2 * (2 * 4 + (2 * 2 if grouped else 0))
         total += rows
     assert total > 1000
+
+
+def inside_documents(model: str) -> list[Case]:
+    """Grids on which the places of documents go separate ways."""
+    switches = [  # tensor, pipeline, data, sequence, recompute, stage
+        (2, 1, 1, True, False, 1),
+        (1, 2, 1, False, True, 0),
+        (1, 1, 2, False, True, 3),
+    ]
+    return [Case(model, "fp32", *one, "within") for one in switches]
+
+
+@pytest.mark.slow
+def test_inside_documents(data: Path, tmp_path: Path) -> None:
+    """Attention within documents gives one loss on every grid, and another one than across."""
+    cases = inside_documents("llama")[:2]
+    runs = train(cases, data, tmp_path)
+    compare(
+        {case: runs[case] for case in cases}
+        | {reference_of(cases[0]): runs[reference_of(cases[0])]}
+    )
+    across = train([replace(reference_of(cases[0]), attention="across")], data, tmp_path / "across")
+    (run,) = across.values()
+    apart = np.abs(losses_of(run) / losses_of(runs[cases[0]]) - 1)
+    assert apart.max() > 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS)
+def test_inside_documents_of_every_model(model: str, data: Path, tmp_path: Path) -> None:
+    cases = inside_documents(model)
+    cases += [replace(case, precision="bf16", stage=max(1, case.stage)) for case in cases]
+    cases.append(Case(model, "fp32", 2, 2, 1, True, True, 1, "within"))
+    compare(train(cases, data, tmp_path))
 
 
 @pytest.mark.long

@@ -1,0 +1,95 @@
+"""Where `data.attention: within` is refused, and where documents are known to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from data_pipeline.adopt import adopt
+from data_pipeline.document_ends import check_document_ends
+from data_pipeline.manifest import load_manifest
+from data_pipeline.records import DataError
+from pretrain.config.recipe import parse_config
+from pretrain.errors import UsageError
+from pretrain.tasks.text import Text
+from tests.tools import base_recipe, run, run_workers, weights_of, write_recipe
+
+
+@pytest.mark.parametrize("task", ["recall", "images"])
+def test_tasks_without_documents(task: str) -> None:
+    more = {"images": {"dialect": "vit", "image_size": 8, "patch_size": 4}}
+    shape = {"model": {**more.get(task, {"context": 41}), "num_layers": 1}}
+    values = {**shape, "task": {"kind": task}, "data": {"attention": "within"}}
+    with pytest.raises(UsageError, match=f"data.attention: within needs .* task.kind {task}"):
+        parse_config(values)
+    parse_config({**values, "data": {"attention": "across"}})
+
+
+def tokenizer_of(data: Path) -> Path:
+    return load_manifest(data).tokenizer
+
+
+def write_pair(prefix: Path, documents: list[list[int]]) -> Path:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for tokens in documents:
+        builder.add_document(torch.tensor(tokens), [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def test_documents_that_do_not_end(data: Path, tmp_path: Path) -> None:
+    """One open document is enough; samples that are packed need only contain ends."""
+    eod = load_manifest(data).eod
+    ended = [[*range(50, 60 + number % 7), eod] for number in range(40)]
+    packed = [[eod, *range(50, 82)] for _ in range(40)]
+    cases = {
+        "ended": (ended, ""),
+        "one open": ([*ended[:7], ended[7][:-1], *ended[8:]], "1 of 40 documents looked at do not"),
+        "all open": ([tokens[:-1] for tokens in ended], "40 of 40"),
+        "packed": (packed, ""),
+        "packed, no ends": ([[60, *row[1:]] for row in packed], "none of 40 samples looked at"),
+    }
+    for name, (documents, culprit) in cases.items():
+        prefix = write_pair(tmp_path / name, documents)
+        adopt([prefix], tokenizer_of(data), tmp_path / f"{name} adopted", (1.0, 0.0, 0.0))
+        manifest = load_manifest(tmp_path / f"{name} adopted")
+        subsets = [entry.subset for entry in manifest.split("train")]
+        if not culprit:
+            check_document_ends(manifest, subsets)
+            continue
+        with pytest.raises(DataError, match=culprit) as caught:
+            check_document_ends(manifest, subsets)
+        assert f"token {eod}" in str(caught.value)
+        check_document_ends(manifest, [])  # of subsets that are left out, nothing is asked
+    recipe = base_recipe(tmp_path / "one open adopted")
+    recipe["data"]["attention"] = "within"
+    config = parse_config(recipe)
+    with pytest.raises(DataError, match="within"):
+        Text.open(config).training(config)
+    recipe["data"]["attention"] = "across"
+    config = parse_config(recipe)
+    assert len(Text.open(config).training(config))
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_attention(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A resumed run is the uninterrupted one; a resume with the other value is refused."""
+    recipe = base_recipe(data)
+    recipe["data"]["attention"] = "within"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    stopped = {"recipe": recipe, "run": str(cut), "stop": 3}
+    cases = [{"recipe": recipe, "run": str(whole)}, stopped, {"recipe": recipe, "run": str(cut)}]
+    run_workers(1, "train", cases[:2], tmp_path / "first")
+    file = write_recipe(tmp_path / "recipe.yaml", recipe)
+    words = ("train", str(file), "data.attention=across", "--out", str(cut))
+    assert run(monkeypatch, *words) == 2
+    assert "data.attention" in capsys.readouterr().err
+    run_workers(1, "train", cases[2:], tmp_path / "second")
+    wanted, found = weights_of(whole), weights_of(cut)
+    assert all(np.array_equal(found[name], values) for name, values in wanted.items())

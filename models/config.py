@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.factors import AttentionShape
+from models.rotary import RotaryScaling
 
 
 class Dialect(StrEnum):
@@ -98,6 +99,21 @@ class GPTConfig(BaseModel):
     )
     rotary_fraction: float = Field(1.0, gt=0, le=1, description="share of head_dim that rotates")
     rotary_base: float = Field(10_000.0, gt=0, description="θ of the rotary frequencies")
+    rotary_factor: float = Field(
+        1.0,
+        ge=1,
+        description="rotary frequencies whose wavelength is longer than a context are divided by "
+        "this, as in Llama 3.1; 1: none",
+    )
+    rotary_old_context: int = Field(
+        8192, ge=1, le=_MOST, description="of rotary_factor: that context, in tokens"
+    )
+    rotary_low: float = Field(
+        1.0, gt=0, description="of rotary_factor: turns in that context below which all is divided"
+    )
+    rotary_high: float = Field(
+        4.0, gt=0, description="of rotary_factor: turns above which nothing is; between, a mixture"
+    )
     norm: Literal["layernorm", "rmsnorm"] = Field(
         "layernorm", description="before attention, before the MLP, and at the end"
     )
@@ -108,6 +124,11 @@ class GPTConfig(BaseModel):
     biases: bool = Field(True, description="matrices of the blocks have biases")
     parallel_residual: bool = Field(
         False, description="attention and MLP of a block have the same input"
+    )
+    logit_softcap: float = Field(
+        0.0,
+        ge=0,
+        description="c: logits become c tanh(logit / c) (Gemma 2: 30); 0: they are not bounded",
     )
     tied_head: bool = Field(True, description="the head is the embedding")
     qk_norm: bool = Field(False, description="RMSNorm of queries and keys, per head")
@@ -161,6 +182,13 @@ class GPTConfig(BaseModel):
                 f"rotary_fraction: {self.rotary_fraction} of head_dim {self.head_size} leaves no "
                 "pair to rotate; raise it"
             )
+        if self.rotary_high <= self.rotary_low:
+            raise ValueError(
+                f"rotary_high: {self.rotary_high:g} must be more than rotary_low "
+                f"{self.rotary_low:g}"
+            )
+        if self.rotary_factor != 1 and self.position != "rotary":
+            raise ValueError("rotary_factor: without position rotary it does nothing; remove it")
         if (self.dialect == Dialect.VIT) != bool(self.image_size):
             raise ValueError("image_size: set it exactly if dialect is vit")
         if self.image_size:
@@ -211,6 +239,15 @@ class GPTConfig(BaseModel):
         if self.position != "rotary":
             return 0
         return int(self.head_size * self.rotary_fraction) // 2 * 2
+
+    @property
+    def rotary_scaling(self) -> RotaryScaling | None:
+        """How long wavelengths are stretched, if they are."""
+        if self.rotary_factor == 1:
+            return None
+        return RotaryScaling(
+            self.rotary_factor, self.rotary_old_context, self.rotary_low, self.rotary_high
+        )
 
     @property
     def ffn_size(self) -> int:

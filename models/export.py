@@ -22,7 +22,8 @@ Read = Callable[[str], Tensor]
 _WRITTEN = frozenset({
     "dialect", "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
     "head_dim", "ffn_hidden_size", "context", "vocabulary_size", "vocabulary_multiple", "position",
-    "rotary_fraction", "rotary_base", "norm", "norm_epsilon", "activation", "biases",
+    "rotary_fraction", "rotary_base", "rotary_factor", "rotary_old_context", "rotary_low",
+    "rotary_high", "norm", "norm_epsilon", "activation", "biases",
     "parallel_residual", "tied_head", "qk_norm", "attention", "causal", "mlp", "image_size",
     "patch_size", "image_channels", "initialization", "init_std",
 })  # fmt: skip
@@ -120,7 +121,7 @@ def config_json(
         "intermediate_size": config.ffn_size,
         "hidden_act": _ACTIVATIONS[config.activation],
         "max_position_embeddings": config.context,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+        "rope_parameters": {**_scaling(config), "rope_theta": config.rotary_base},
         "rope_theta": config.rotary_base,
     }
     if kind == "gpt_neox":
@@ -140,6 +141,20 @@ def config_json(
     if kind == "smollm3":
         common["no_rope_layers"] = [0] * config.num_layers
     return common
+
+
+def _scaling(config: GPTConfig) -> dict[str, Any]:
+    """The kind of rotary positions, and its parameters."""
+    scaling = config.rotary_scaling
+    if scaling is None:
+        return {"rope_type": "default"}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low,
+        "high_freq_factor": scaling.high,
+        "original_max_position_embeddings": scaling.context,
+    }
 
 
 def shards(config: GPTConfig, read: Read, head_size: int) -> Iterator[dict[str, Tensor]]:

@@ -197,7 +197,8 @@ def _gpt2(keys: _Keys, common: dict[str, Any]) -> dict[str, Any]:
 
 def _neox(keys: _Keys, common: dict[str, Any]) -> dict[str, Any]:
     keys.only("attention_bias", True)
-    base, fraction = _rotary(keys, "rotary_emb_base", "rotary_pct")
+    rotary = _rotary(keys, "rotary_emb_base", "rotary_pct")
+    fraction = rotary["rotary_fraction"]
     head = common["hidden_size"] // common["num_attention_heads"]
     if fraction > 1 or int(head * fraction) < 2 or int(head * fraction) % 2:
         raise ModelError(
@@ -210,8 +211,7 @@ def _neox(keys: _Keys, common: dict[str, Any]) -> dict[str, Any]:
         "activation": _activation(keys, "hidden_act", "gelu", _GELU),
         "norm_epsilon": keys.take("layer_norm_eps", float, 1e-5),
         "parallel_residual": keys.take("use_parallel_residual", bool, True),
-        "rotary_base": base,
-        "rotary_fraction": fraction,
+        **rotary,
     }
 
 
@@ -230,7 +230,10 @@ def _llama(keys: _Keys, common: dict[str, Any]) -> dict[str, Any]:
             "config.json: no_rope_layers; our models rotate all layers or none, so it is a list of "
             f"{common['num_layers']} zeros in a smollm3"
         )
-    base, fraction = _rotary(keys, "rope_theta", "partial_rotary_factor")
+    rotary = _rotary(keys, "rope_theta", "partial_rotary_factor")
+    fraction = rotary.pop("rotary_fraction")
+    if keys.kind == "smollm3":  # nothing rotates
+        rotary = {"rotary_base": rotary["rotary_base"]}
     if fraction != 1:
         raise ModelError(
             f"config.json: partial_rotary_factor is {fraction}, but a {keys.kind} supports only 1"
@@ -249,28 +252,54 @@ def _llama(keys: _Keys, common: dict[str, Any]) -> dict[str, Any]:
         "norm_epsilon": keys.take("rms_norm_eps", float, 1e-6),
         "num_key_value_heads": shared or heads,
         "head_dim": head,
-        "rotary_base": base,
+        **rotary,
         "qk_norm": keys.kind == "qwen3",
         "position": "none" if keys.kind == "smollm3" else "rotary",
     }
 
 
-def _rotary(keys: _Keys, base_key: str, share_key: str) -> tuple[float, float]:
-    """The base and the share of a head that rotates, from any of the keys that can hold them.
+_SCALING = {
+    "factor": "rotary_factor",
+    "low_freq_factor": "rotary_low",
+    "high_freq_factor": "rotary_high",
+    "original_max_position_embeddings": "rotary_old_context",
+}
+"""Llama 3's parameters of scaled positions, and our keys."""
+
+
+def _scaled(name: str, rope: dict[str, Any]) -> dict[str, Any]:
+    """Our keys of scaled positions; empty if a section has none.
 
     Raises:
-        ModelError: for scaled positions, and for two different values of one setting.
+        ModelError: if they are scaled in another way than Llama 3's, or a parameter is missing.
+    """
+    kinds = {rope.get("rope_type"), rope.get("type")} - {None, "default"}
+    scaled = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if not kinds and not scaled:
+        return {}
+    counts = all(
+        isinstance(rope[key], int | float) and not isinstance(rope[key], bool) for key in scaled
+    )
+    if kinds != {"llama3"} or scaled != _SCALING.keys() or not counts:
+        raise ModelError(
+            f"config.json: {name}: rotary scaling {rope!r} is not supported by our models, which "
+            f"have llama3's with {', '.join(_SCALING)}"
+        )
+    return {_SCALING[key]: rope[key] for key in sorted(scaled)}
+
+
+def _rotary(keys: _Keys, base_key: str, share_key: str) -> dict[str, Any]:
+    """Base, share of a head that rotates, and scaling, from any of the keys that can hold them.
+
+    Raises:
+        ModelError: for scaling that our models lack, and for two different values of one setting.
     """
     sections = {key: keys.given(key) or {} for key in ("rope_parameters", "rope_scaling")}
+    scaling = {}
     for name, rope in sections.items():
         if not isinstance(rope, dict):
             raise ModelError(f"config.json: {name} {rope!r} is not a mapping")
-        kinds = {rope.get("rope_type"), rope.get("type")} - {None, "default"}
-        scaled = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if kinds or scaled:
-            raise ModelError(
-                f"config.json: {name}: rotary scaling {rope!r} is not supported by our models"
-            )
+        scaling |= _scaled(name, rope)
     if sections["rope_parameters"] and sections["rope_scaling"]:
         raise ModelError("config.json: has rope_parameters and rope_scaling; keep one of them")
     rope = {**sections["rope_parameters"], **sections["rope_scaling"]}
@@ -290,4 +319,4 @@ def _rotary(keys: _Keys, base_key: str, share_key: str) -> tuple[float, float]:
                     "one value for both"
                 )
         results.append(float(value))
-    return results[0], results[1]
+    return {"rotary_base": results[0], "rotary_fraction": results[1], **scaling}

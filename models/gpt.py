@@ -154,7 +154,8 @@ class Head(nn.Module):
 
 def project(module: Embedding | Head, x: torch.Tensor) -> Projection:
     """The logits of a head or tied embedding, not yet computed."""
-    return Projection(x, module.weight, _padding_bias(module), module.tp, module.kernels)
+    softcap = module.config.logit_softcap
+    return Projection(x, module.weight, _padding_bias(module), module.tp, module.kernels, softcap)
 
 
 def vocabulary_weight(

@@ -16,6 +16,7 @@ from models.kernels import DEFAULT_KERNELS, Kernels
 from models.parallel import TensorParallel, enter, leave, replicated, sum_gradient
 from models.products import attention_by_products, torch_attention
 from models.roles import ParameterInfo, Role, declare, stamp
+from models.rotary import Rotary
 from models.wide_sums import layer_norm
 
 
@@ -102,40 +103,6 @@ class Norm(nn.Module):
         return layer_norm(x, weight, bias, self.config.norm_epsilon)
 
 
-class Rotary:
-    """Rotary positions (Su et al. 2021), pairs (j, j + rotary_dim/2); no state, no dtype cast.
-
-    Kept outside the modules' buffers so that converting a model to bf16 leaves it in float32.
-    """
-
-    def __init__(self, rotary_dim: int, base: float) -> None:
-        self.rotary_dim, self.base = rotary_dim, base
-        self._cache: tuple[tuple[int, torch.device], torch.Tensor, torch.Tensor] | None = None
-
-    def tables(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, each ``[length, rotary_dim / 2]`` float32."""
-        if self._cache is None or self._cache[0] != (length, device):
-            steps = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64) / self.rotary_dim
-            angles = torch.outer(torch.arange(length, dtype=torch.float64), self.base**-steps)
-            cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)
-            self._cache = ((length, device), cos, sin)
-        return self._cache[1], self._cache[2]
-
-    def __call__(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Rotate ``x`` of shape ``[batch, heads, sequence, head]``.
-
-        Args:
-            positions: ``[batch, sequence]``; None: counted from the first.
-        """
-        cos, sin = self.tables(x.shape[-2], x.device)
-        if positions is not None:
-            cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-        half = self.rotary_dim // 2
-        first, second = x[..., :half].float(), x[..., half : self.rotary_dim].float()
-        rotated = (first * cos - second * sin, second * cos + first * sin)
-        return torch.cat([*(part.to(x.dtype) for part in rotated), x[..., self.rotary_dim :]], -1)
-
-
 class Attention(nn.Module):
     """Multi-head or grouped-query attention with separate Q, K and V parameters."""
 
@@ -183,7 +150,7 @@ class Attention(nn.Module):
         self.output_bias = bias("output", width, None)
         self.rotary = None
         if config.rotary_dim:
-            self.rotary = Rotary(config.rotary_dim, config.rotary_base)
+            self.rotary = Rotary(config.rotary_dim, config.rotary_base, config.rotary_scaling)
 
     def forward(self, x: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         """``[sequence, batch, hidden]`` to the same shape.

@@ -35,10 +35,22 @@ class Projection:
     """-inf on padding, if this process has any."""
     tp: TensorParallel = TensorParallel()
     kernels: Kernels = DEFAULT_KERNELS
+    softcap: float = 0.0
+    """c of c · tanh(logit / c); 0: logits are not bounded."""
 
     def logits(self) -> Tensor:
         """``[sequence, batch, padded vocabulary / tensor_parallel]``."""
-        return F.linear(enter(self.hidden, self.tp), self.weight, self.bias)
+        return self.of(enter(self.hidden, self.tp), self.weight)[0]
+
+    def of(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of some hidden states, and their derivative by the unbounded ones, unless it is
+        1."""
+        if not self.softcap:
+            return F.linear(hidden, weight, self.bias), None
+        bounded = torch.tanh(F.linear(hidden, weight).float() / self.softcap)
+        logits = (self.softcap * bounded).to(weight.dtype)
+        slope = (1 - bounded.square()).to(weight.dtype)
+        return (logits if self.bias is None else logits + self.bias), slope
 
     @property
     def rows(self) -> int:
@@ -47,18 +59,22 @@ class Projection:
         return max(_LEAST_ROWS, self.kernels.loss_bytes // (4 * self.weight.shape[0]))
 
 
-def mean_loss(projection: Projection, labels: Tensor, partial_labels: bool = False) -> Tensor:
+def mean_loss(
+    projection: Projection, labels: Tensor, partial_labels: bool = False, z_loss: float = 0.0
+) -> Tensor:
     """Mean cross-entropy, in nats per token; its gradient is computed in the forward pass.
 
     Args:
         labels: ``[batch, sequence]`` integers.
         partial_labels: labels below 0 do not count; every micro batch has the same number of them.
+        z_loss: the gradient is that of the cross-entropy plus this times the mean of log² Z, where
+            Z is the normaliser of the softmax; the returned value has no such term.
     """
     targets = labels.t().flatten()
     has_label = targets >= 0 if partial_labels else None
     hidden = enter(projection.hidden, projection.tp).flatten(0, 1)
     loss: Tensor = _MeanCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, projection.weight, targets.clamp_min(0), has_label, projection
+        hidden, projection.weight, targets.clamp_min(0), has_label, projection, z_loss
     )
     return loss
 
@@ -78,7 +94,7 @@ def token_losses(projection: Projection, targets: Tensor) -> Tensor:
     parts = []
     for start in range(0, len(flat), rows):
         part = slice(start, start + rows)
-        logits = F.linear(hidden[part], projection.weight, projection.bias)
+        logits, _ = projection.of(hidden[part], projection.weight)
         parts.append(_CrossEntropy(logits, flat[part], projection.tp).losses)
     return torch.cat(parts).view_as(targets)
 
@@ -103,13 +119,27 @@ class _CrossEntropy:
         )
         reduce(predicted, dist.ReduceOp.SUM)
         reduce(total, dist.ReduceOp.SUM)
+        self._total, self._largest = total, largest
         self._softmax, self.losses = self._steps.calculate_cross_entropy_loss(
             exponentials, predicted, total
         )
 
-    def gradient(self, upstream: Tensor) -> Tensor:
+    def gradient(self, upstream: Tensor, z_loss: float = 0.0) -> Tensor:
         """Gradient of the logits ``[tokens, vocabulary / size]``, given that of every token's
         loss."""
+        if z_loss:
+            return self._with_z(upstream, 2 * z_loss * (self._total.log() + self._largest))
+        return self._plain(upstream)
+
+    def _with_z(self, upstream: Tensor, more: Tensor) -> Tensor:
+        """(softmax · (1 + more) - hit) · upstream; d log² Z / d logits is 2 log Z · softmax."""
+        rows = torch.arange(len(upstream), device=upstream.device)
+        hit = (~self._mask).float().view(-1)
+        gradient = self._plain(upstream * (1 + more))
+        gradient[rows, self._targets] += hit * more * upstream
+        return gradient
+
+    def _plain(self, upstream: Tensor) -> Tensor:
         operands = self._steps.prepare_gradient_calculation_operands(self._softmax, self._mask)
         flat, rows, update, result = operands
         logits_gradient: Tensor = self._steps.calculate_gradients(
@@ -119,14 +149,14 @@ class _CrossEntropy:
 
 
 def _with_gradient(
-    logits: Tensor, targets: Tensor, upstream: Tensor, projection: Projection
+    logits: Tensor, targets: Tensor, upstream: Tensor, projection: Projection, z_loss: float
 ) -> tuple[Tensor, Tensor]:
     """Losses of a block of tokens, and the gradient of their logits."""
     if projection.kernels.compiled and projection.tp.size == 1:
-        fused: tuple[Tensor, Tensor] = _compiled_steps()(logits, targets, upstream)
+        fused: tuple[Tensor, Tensor] = _compiled_steps()(logits, targets, upstream, z_loss)
         return fused
     cross_entropy = _CrossEntropy(logits, targets, projection.tp)
-    return cross_entropy.losses, cross_entropy.gradient(upstream).to(logits.dtype)
+    return cross_entropy.losses, cross_entropy.gradient(upstream, z_loss).to(logits.dtype)
 
 
 @cache
@@ -134,7 +164,9 @@ def _compiled_steps() -> Any:
     return torch.compile(_steps, dynamic=False)
 
 
-def _steps(logits: Tensor, targets: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+def _steps(
+    logits: Tensor, targets: Tensor, upstream: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
     """The same as `_CrossEntropy`, as one expression that a compiler turns into two passes."""
     wide, index = logits.float(), targets[:, None]
     largest = wide.amax(-1, keepdim=True)
@@ -142,7 +174,10 @@ def _steps(logits: Tensor, targets: Tensor, upstream: Tensor) -> tuple[Tensor, T
     total = exponentials.sum(-1, keepdim=True)
     losses = total.log() + largest - wide.gather(1, index)
     hit = torch.arange(logits.shape[1], device=logits.device)[None, :] == index
-    gradient = (exponentials / total - hit.float()) * upstream[:, None]
+    softmax = exponentials / total
+    if z_loss:
+        softmax = softmax * (1 + 2 * z_loss * (total.log() + largest))
+    gradient = (softmax - hit.float()) * upstream[:, None]
     return losses[:, 0], gradient.to(logits.dtype)
 
 
@@ -157,6 +192,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         has_label: Tensor | None,
         projection: Projection,
+        z_loss: float,
     ) -> Tensor:
         upstream = torch.full_like(targets, 1, dtype=torch.float32) / len(targets)
         if has_label is not None:
@@ -166,13 +202,15 @@ class _MeanCrossEntropy(torch.autograd.Function):
         losses = []
         for start in range(0, len(targets), projection.rows):
             part = slice(start, start + projection.rows)
-            logits = F.linear(hidden[part], weight, projection.bias)
+            logits, slope = projection.of(hidden[part], weight)
             if sums is None:
                 losses.append(_CrossEntropy(logits, targets[part], projection.tp).losses)
                 continue
             part_losses, of_logits = _with_gradient(
-                logits, targets[part], upstream[part], projection
+                logits, targets[part], upstream[part], projection, z_loss
             )
+            if slope is not None:
+                of_logits *= slope
             losses.append(part_losses)
             sums.add(part, of_logits)
         every = torch.cat(losses)
@@ -188,7 +226,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         of_hidden, of_weight, finite = ctx.saved_tensors
         upstream = upstream * finite
         # Saved only for this call: it may be overwritten.
-        return of_hidden.mul_(upstream), of_weight.mul_(upstream), None, None, None
+        return of_hidden.mul_(upstream), of_weight.mul_(upstream), *[None] * 4
 
 
 class _Gradients:

@@ -63,6 +63,12 @@ class TrainConfig(Section):
 
     steps: int = Field(1000, ge=1, le=10**9, description="optimizer updates")
     global_batch: int = Field(8, ge=1, description="sequences per update, over all processes")
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="weight of log² Z, of the softmax's normaliser, in the gradient (PaLM: 1e-4); "
+        "the logged loss is the cross-entropy alone",
+    )
     micro_batch: int = Field(
         0, ge=0, description="sequences per forward pass; 0: as few passes as possible"
     )

@@ -190,7 +190,8 @@ class Engine:
 
     def loss(self, projection: Projection, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of a micro batch, in nats per token."""
-        return mean_loss(projection, labels, self.config.task.kind != "text")
+        partly = self.config.task.kind != "text"
+        return mean_loss(projection, labels, partly, self.config.train.z_loss)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -88,6 +88,8 @@ class Case:
         values["ranks"]["every"] = STEPS // 2
         values["evaluation"]["every"] = values["checkpoint"]["every"] = STEPS
         values["data"]["attention"] = self.attention
+        if self.attention == "within":  # what is added to the loss goes the same ways
+            values["train"]["z_loss"], values["model"]["logit_softcap"] = 1e-3, 4.0
         values["grid"] = {
             "tensor_parallel": self.tensor,
             "pipeline_parallel": self.pipeline,

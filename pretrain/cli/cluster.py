@@ -11,6 +11,8 @@ import typer
 
 from pretrain.cli.options import Code, Json, Overrides
 
+_WARNED = 3
+"""Exit code of a strict doctor that found only warnings; 2 is a wrong command line."""
 Run = Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/NAME-OF-RECIPE.")]
 
 
@@ -69,13 +71,18 @@ def doctor(
         int, typer.Option(min=1, help="Number of processes to start on this machine.")
     ] = 1,
     code: Code = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit code 3 if there are warnings and no failures.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check the machines before a long run: versions, devices, links, clocks, disk, data, code.
 
     Start it like the job itself, with torchrun, srun, deepspeed or mpirun. It checks whether all
     processes have the same versions, code and data, how fast each group of the grid communicates,
-    and whether all processes see the run folder. Exit code 1 if something would make the run fail.
+    whether all processes see the run folder, and whether its file system has what a run needs.
+    Each finding is ok, warn or fail. Exit code 1 if something would make the run fail, else 0; with
+    --strict, 3 if there are only warnings.
     """
     if processes > 1 and "RANK" not in os.environ:
         from launchers.supervise import run_here
@@ -93,6 +100,7 @@ def doctor(
     run = out or Path("runs") / (recipe.stem if recipe else "")
     findings = examine(grid, config, run)
     failed = any(finding.state == "fail" for finding in findings)
+    warned = any(finding.state == "warn" for finding in findings)
     if grid.is_main:
         if json:
             from data_pipeline.strict_json import to_json
@@ -104,7 +112,7 @@ def doctor(
             print("not fit for a run: see fail above" if failed else "fit for a run")
         sys.stdout.flush()
     disconnect()
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(1 if failed else _WARNED if strict and warned else 0)
 
 
 def plan(

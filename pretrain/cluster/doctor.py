@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain.cluster.files_doctor import Finding, file_system, open_files
 from pretrain.config.recipe import Config, code_of
 from pretrain.distributed.cores import usable_cores
 from pretrain.distributed.grid import Grid, Group
@@ -33,16 +34,6 @@ _BYTES_PER_PARAMETER = 12
 """Bytes per parameter in a checkpoint: master and two moments, float32."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check."""
-
-    check: str
-    state: str
-    """ok, warn or fail"""
-    text: str
-
-
 def examine(grid: Grid, config: Config | None, run: Path, size: int = _MESSAGE) -> list[Finding]:
     """Run all checks on every process together; the findings are the same everywhere.
 
@@ -57,6 +48,7 @@ def examine(grid: Grid, config: Config | None, run: Path, size: int = _MESSAGE) 
         *_requirements(grid),
         *_alike(grid, "code", code_hash()),
         *_devices(grid),
+        open_files(grid),
         _clocks(grid),
         *_links(grid, size),
         *_disk(grid, run, config),
@@ -326,7 +318,7 @@ def _disk(grid: Grid, run: Path, config: Config | None) -> list[Finding]:
         text += f"; kept checkpoints take {needed / 1e9:.2f} GB"
         state = "ok" if free > needed else "fail"
     findings.append(Finding("disk", state, text))
-    return findings
+    return findings if missing else findings + file_system(grid, folder, token)
 
 
 def _write_speed(probe: Path) -> float:

@@ -17,6 +17,9 @@ class CheckpointConfig(Section):
     """When and where to save checkpoints, and which to keep."""
 
     every: int = Field(0, ge=0, description="steps; 0: a tenth of the run")
+    minutes: float = Field(
+        0.0, ge=0, description="also save when this many minutes passed since the last; 0: never"
+    )
     keep: int = Field(2, ge=0, description="number of newest checkpoints to keep; 0: all")
     keep_every: int = Field(
         0, ge=0, description="also keep those at multiples of this number of steps"

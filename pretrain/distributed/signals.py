@@ -141,14 +141,20 @@ class StopSignals:
 
     def agreed(self, grid: Grid) -> bool:
         """Whether any process was asked to stop; a collective call."""
+        return self.agreed_with(grid, False)[0]
+
+    def agreed_with(self, grid: Grid, other: bool) -> tuple[bool, bool]:
+        """Whether any process was asked to stop, and whether something else holds for any; one
+        collective call."""
         if grid.world_size == 1:
-            return self.asked
+            return self.asked, other
         import torch
         import torch.distributed as dist
 
-        flag = torch.tensor(int(self.asked), device=grid.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        flags = torch.tensor([self.asked, other], dtype=torch.int64, device=grid.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        asked, any_other = flags.tolist()
+        return bool(asked), bool(any_other)
 
     def _swallowed(self, unraisable: Any) -> None:
         """A destructor ran when a signal came: Python drops its exceptions.

@@ -128,8 +128,8 @@ def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) ->
             )
             smoothed.add((step - logged) * tokens_per_step, now - began)
             began, logged = now, step
-        stopping = SIGNALS.agreed(engine.grid)
-        saving = stopping or training.is_due("checkpoint", step)
+        stopping, late = SIGNALS.agreed_with(engine.grid, training.has_not_saved_for_long())
+        saving = stopping or late or training.is_due("checkpoint", step)
         _check(training, step, saving)
         paused = time.monotonic()
         periodic.measure_if_due(training, step)

@@ -122,6 +122,7 @@ def _figures(
 
 
 def save(training: Training, step: int) -> None:
+    training.moving.saved_at = time.monotonic()
     state: dict[str, Any] = {
         "samples": step * training.config.train.global_batch,
         "tokenizer": training.setup.task.tokenizer,

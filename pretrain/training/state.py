@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class Moving:
     """How often the run went back since the last new checkpoint."""
     held_out_loss: tuple[int, float] = (-1, 0.0)
     """(step, loss) of the last evaluation."""
+    saved_at: float = field(default_factory=time.monotonic)
+    """When the last checkpoint of this start began, or the start itself."""
     unwritten: dict[int, list[Row]] = field(default_factory=dict)
     """Measurements that could not be written to disk, by step."""
     ranks: dict[str, Any] = field(default_factory=dict)
@@ -90,6 +93,11 @@ class Training:
     def is_due(self, section: str, step: int) -> bool:
         """Whether a section's interval, or the run, ends at a step."""
         return step % self.config.interval(section) == 0 or step == self.last
+
+    def has_not_saved_for_long(self) -> bool:
+        """Whether ``checkpoint.minutes`` have passed on this process since the last checkpoint."""
+        minutes = self.config.checkpoint.minutes
+        return bool(minutes) and time.monotonic() - self.moving.saved_at >= 60 * minutes
 
     def say(self, step: int, message: str, warning: bool = True) -> None:
         """Report an event in the metrics and on standard error."""

@@ -9,7 +9,7 @@ from data_pipeline.records import DataError
 from launchers.site import Site
 from models.roles import ModelError
 from pretrain.cli.console import plain, warn
-from pretrain.cluster.plan import DEVICES, choose, rank
+from pretrain.cluster.plan import DEVICES, Device, choose, rank
 from pretrain.cluster.plan_words import cost_in_words, grid_in_words, overrides
 from pretrain.cluster.vocabulary import with_vocabulary
 from pretrain.config.recipe import Config
@@ -56,11 +56,20 @@ def needs(config: Config, site: Site, processes: int) -> Iterator[str]:
     yield f"planned for {processes} x {name}{assumed}: {grid_in_words(choice)}: {cost}"
     if choice.fits:
         return
+    words = _that_fit(config, device, processes)
+    other = f"this fits: {' '.join(words)}" if words else "no grid of these GPUs fits"
+    yield f"this grid does not fit into {device.memory:g} GB; {other}"
+
+
+def _that_fit(config: Config, device: Device, processes: int) -> list[str]:
+    """The words that choose the fastest grid that fits; none if no grid does."""
     train = config.train.model_copy(update={"micro_batch": 0})
     free = config.model_copy(update={"grid": GridConfig(), "train": train})
-    best = rank(free, device, processes, 1)[0]
-    other = f"this fits: {' '.join(overrides(best))}" if best.fits else "no grid of these GPUs fits"
-    yield f"this grid does not fit into {device.memory:g} GB; {other}"
+    try:
+        best = rank(free, device, processes, 1)[0]
+    except (UsageError, ModelError):
+        return []
+    return overrides(best) if best.fits else []
 
 
 def gpu_of(site: Site) -> tuple[str, str]:

@@ -106,7 +106,14 @@ def gradients(built: GPT, loss: Tensor) -> dict[str, Tensor]:
     return {info_of(p).name: p.grad.clone() for p in built.parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kernels", [Kernels(recompute=True), Kernels(attention="products")])
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        Kernels(recompute=True),
+        Kernels(attention="products"),
+        pytest.param(Kernels(compiled=True), marks=pytest.mark.long),
+    ],
+)
 def test_kernels_change_nothing(kernels: Kernels) -> None:
     tokens = sequences(2)
     labels = tokens.roll(-1, 1)

@@ -13,6 +13,8 @@ from pretrain.distributed.grid import Grid
 
 _PRODUCTS_UP_TO = 2048
 """Context in tokens up to which products were measured to be faster (benchmarks/attention.py)."""
+_FLEX_HEAD = 16
+"""Width of the smallest head for which FlexAttention has a kernel."""
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
 """Parameters of glibc's mallopt."""
 
@@ -28,7 +30,8 @@ def choose_kernels(config: Config, grid: Grid) -> Kernels:
     if attention == "auto":
         fast = grid.device.type == "cpu" and config.precision == "bf16"
         attention = "products" if fast and config.model.context <= _PRODUCTS_UP_TO else "sdpa"
-    by_flex = grid.device.type == "cuda" and speed.attention != "products"
+    on_gpu = grid.device.type == "cuda"
+    by_flex = on_gpu and speed.attention != "products" and config.model.head_size >= _FLEX_HEAD
     return Kernels(
         recompute=config.grid.activation_checkpointing,
         attention=attention,

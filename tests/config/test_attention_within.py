@@ -14,6 +14,8 @@ from data_pipeline.document_ends import check_document_ends
 from data_pipeline.manifest import load_manifest
 from data_pipeline.records import DataError
 from pretrain.config.recipe import parse_config
+from pretrain.distributed.grid import Grid
+from pretrain.engine.speed import choose_kernels
 from pretrain.errors import UsageError
 from pretrain.tasks.text import Text
 from tests.tools import base_recipe, run, run_workers, weights_of, write_recipe
@@ -93,3 +95,20 @@ def test_a_run_keeps_its_attention(
     run_workers(1, "train", cases[2:], tmp_path / "second")
     wanted, found = weights_of(whole), weights_of(cut)
     assert all(np.array_equal(found[name], values) for name, values in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("device", "attention", "heads", "wanted"),
+    [
+        ("cpu", "auto", 2, "products"),
+        ("cuda", "auto", 2, "flex"),
+        ("cuda", "sdpa", 2, "flex"),
+        ("cuda", "products", 2, "products"),
+        ("cuda", "auto", 4, "products"),  # heads 8 wide, for which there is no kernel
+    ],
+)
+def test_who_computes_it(device: str, attention: str, heads: int, wanted: str) -> None:
+    model = {"hidden_size": 32, "num_attention_heads": heads, "context": 32}
+    config = parse_config({"model": model, "speed": {"attention": attention}, "precision": "fp32"})
+    grid = Grid(1, 1, 1, 0, torch.device(device), None, None, None, False)
+    assert choose_kernels(config, grid).documents == wanted

@@ -18,7 +18,7 @@ from pretrain.distributed.grid import Grid
 from pretrain.engine.speed import choose_kernels
 from pretrain.errors import UsageError
 from pretrain.tasks.text import Text
-from tests.tools import base_recipe, run, run_workers, weights_of, write_recipe
+from tests.tools import base_recipe, losses_of, run, run_workers, weights_of, write_recipe
 
 
 @pytest.mark.parametrize("task", ["recall", "images"])
@@ -86,13 +86,17 @@ def test_a_run_keeps_its_attention(
     recipe["data"]["attention"] = "within"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     stopped = {"recipe": recipe, "run": str(cut), "stop": 3}
-    cases = [{"recipe": recipe, "run": str(whole)}, stopped, {"recipe": recipe, "run": str(cut)}]
-    run_workers(1, "train", cases[:2], tmp_path / "first")
+    other = {**recipe, "data": recipe["data"] | {"attention": "across"}}
+    runs = [(recipe, whole), (other, tmp_path / "across"), (recipe, cut)]
+    plain, across, rest = ({"recipe": values, "run": str(folder)} for values, folder in runs)
+    run_workers(1, "train", [plain, across, stopped], tmp_path / "first")
+    apart = np.abs(losses_of(tmp_path / "across") / losses_of(whole) - 1)
+    assert apart.max() > 2e-5  # more than any grid may differ
     file = write_recipe(tmp_path / "recipe.yaml", recipe)
     words = ("train", str(file), "data.attention=across", "--out", str(cut))
     assert run(monkeypatch, *words) == 2
     assert "data.attention" in capsys.readouterr().err
-    run_workers(1, "train", cases[2:], tmp_path / "second")
+    run_workers(1, "train", [rest], tmp_path / "second")
     wanted, found = weights_of(whole), weights_of(cut)
     assert all(np.array_equal(found[name], values) for name, values in wanted.items())
 

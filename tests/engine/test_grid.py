@@ -138,6 +138,16 @@ def covering(cases: list[Case], held: list[Case]) -> list[Case]:
     return found
 
 
+def inside_documents(model: str) -> list[Case]:
+    """Grids on which the places of documents go separate ways."""
+    switches = [  # tensor, pipeline, data, sequence, recompute, stage
+        (2, 1, 1, True, False, 1),
+        (1, 2, 1, False, True, 0),
+        (1, 1, 2, False, True, 3),
+    ]
+    return [Case(model, "fp32", *one, "within") for one in switches]
+
+
 def sample() -> list[Case]:
     """Plain in fp32: every stage and every dialect on every grid of two axes at most, half of their
     product; then a few of all switches."""
@@ -151,7 +161,7 @@ def sample() -> list[Case]:
         and (case.processes <= 2 or case.data == 1)
         and (list(DIALECTS).index(case.model) + case.stage) % 2 == 0
     ]
-    return plain + covering(small, plain)
+    return plain + covering(small, plain) + inside_documents("llama")[:2]
 
 
 def train(cases: list[Case], data: Path, folder: Path) -> dict[Case, Path]:
@@ -236,29 +246,6 @@ def test_every_head_once_and_within_theory(sampled: dict[Case, Path]) -> None:
         assert rows == 3 * 2 * (2 * 4 + (2 * 2 if grouped else 0))
         total += rows
     assert total > 1000
-
-
-def inside_documents(model: str) -> list[Case]:
-    """Grids on which the places of documents go separate ways."""
-    switches = [  # tensor, pipeline, data, sequence, recompute, stage
-        (2, 1, 1, True, False, 1),
-        (1, 2, 1, False, True, 0),
-        (1, 1, 2, False, True, 3),
-    ]
-    return [Case(model, "fp32", *one, "within") for one in switches]
-
-
-@pytest.mark.slow
-def test_inside_documents(data: Path, tmp_path: Path) -> None:
-    """Attention within documents gives one loss on every grid, and another one than across."""
-    cases = inside_documents("llama")[:2]
-    runs = train(cases, data, tmp_path)
-    compare(runs)
-    recipe = reference_of(cases[0]).recipe(data)
-    recipe["data"]["attention"], run = "across", tmp_path / "across"
-    run_workers(1, "train", [{"recipe": recipe, "run": str(run)}], tmp_path / "last")
-    apart = np.abs(losses_of(run) / losses_of(runs[cases[0]]) - 1)
-    assert apart.max() > 20 * BOUNDS["fp32"][0]
 
 
 @pytest.mark.long

@@ -295,7 +295,7 @@ def _rotary(keys: _Keys, base_key: str, share_key: str) -> dict[str, Any]:
         ModelError: for scaling that our models lack, and for two different values of one setting.
     """
     sections = {key: keys.given(key) or {} for key in ("rope_parameters", "rope_scaling")}
-    scaling = {}
+    scaling: dict[str, Any] = {}
     for name, rope in sections.items():
         if not isinstance(rope, dict):
             raise ModelError(f"config.json: {name} {rope!r} is not a mapping")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,7 @@ def test_terms_of_the_loss(
     )
     single = [one.detach().float().requires_grad_() for one in (hidden, weight)]
     kernels = Kernels(loss_bytes=0, compiled=kind == "compiled")
-    projection = Projection(*single, bias, kernels=kernels, softcap=softcap)
+    projection = Projection(single[0], single[1], bias, kernels=kernels, softcap=softcap)
     found = mean_loss(projection, labels, partial_labels=True, z_loss=z_loss)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
     for one, other in zip(torch.autograd.grad(2 * found, single), gradients, strict=True):
@@ -60,10 +62,12 @@ def test_terms_of_the_loss(
 
 @pytest.mark.parametrize("dialect", ["gpt2", "llama"])
 def test_a_model_bounds_its_logits(dialect: str) -> None:
-    shape = {"dialect": dialect, "num_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
-             "context": 8, "vocabulary_size": 30, "init_std": 2.0}  # fmt: skip
-    plain = GPT(GPTConfig(**shape), ParameterFactory(1))  # type: ignore[arg-type]
-    config = GPTConfig(**shape, logit_softcap=5.0)  # type: ignore[arg-type]
+    shape: dict[str, Any] = {
+        "dialect": dialect, "num_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
+        "context": 8, "vocabulary_size": 30, "init_std": 2.0,
+    }  # fmt: skip
+    plain = GPT(GPTConfig(**shape), ParameterFactory(1))
+    config = GPTConfig(**shape, logit_softcap=5.0)
     tokens = torch.arange(8).unsqueeze(0)
     logits = plain(tokens)[..., :30]
     assert logits.abs().max() > 6

@@ -12,11 +12,12 @@ import models.loss
 from models.config import GPTConfig
 from models.gpt import GPT, check_tensor_parallel
 from models.kernels import Kernels
-from models.layers import Attention, ParameterFactory, Rotary, gelu_tanh
+from models.layers import Attention, ParameterFactory, gelu_tanh
 from models.loss import Projection, mean_loss, token_losses
 from models.parallel import TensorParallel
 from models.products import attention_by_products
 from models.roles import ModelError, declared_parameters, info_of
+from models.rotary import Rotary
 from pretrain.config.recipe import load_config
 from pretrain.engine.engine import whole_model
 

@@ -13,10 +13,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from models.config import GPTConfig
 from models.export import config_json
 from models.foreign_config import model_values
-from models.layers import Rotary
-from models.rotary import RotaryScaling
+from models.rotary import Rotary, RotaryScaling
 
-LLAMA = {"dialect": "llama", "hidden_size": 512, "num_attention_heads": 4, "vocabulary_size": 64}
+LLAMA: dict[str, Any] = {
+    "dialect": "llama",
+    "hidden_size": 512,
+    "num_attention_heads": 4,
+    "vocabulary_size": 64,
+}
 SCALINGS = [  # factor, old context, low, high: Llama 3.1, 3.2, and others
     (8.0, 8192, 1.0, 4.0),
     (32.0, 8192, 1.0, 4.0),
@@ -59,7 +63,7 @@ def test_frequencies_by_hand() -> None:
 def test_an_export_says_the_scaling() -> None:
     more = {"rotary_factor": 8.0, "rotary_base": 5e5, "rotary_old_context": 4096, "rotary_low": 2.0,
             "rotary_high": 5.0}  # fmt: skip
-    config = GPTConfig(**LLAMA, **more)  # type: ignore[arg-type]
+    config = GPTConfig(**LLAMA, **more)
     written = config_json(config, config.head_size, None)
     theirs = transformers.LlamaConfig(**written)
     wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
@@ -68,7 +72,7 @@ def test_an_export_says_the_scaling() -> None:
     )
     read = model_values(written)
     assert {key: read[key] for key in more} == more
-    plain = config_json(GPTConfig(**LLAMA), 128, None)  # type: ignore[arg-type]
+    plain = config_json(GPTConfig(**LLAMA), 128, None)
     assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 10_000.0}
 
 

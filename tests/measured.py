@@ -1,6 +1,7 @@
-"""The command line with a limit to its memory; its last line says the most that it took (MiB).
+"""The command line with limits; its last line says the most memory that it took (MiB).
 
-``python tests/measured.py WORDS...``, or forked by ``tests/warm.py``, which saves the imports.
+``python tests/measured.py SECONDS WORDS...``, or forked by ``tests/warm.py``, which saves the
+imports. SECONDS are those of a processor.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def status(key: str) -> int:
 if __name__ == "__main__":
     most = (status("VmData") << 10) + ROOM
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    seconds = int(sys.argv.pop(1)) + int(sum(os.times()[:2]))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     sys.argv[0] = "pretrain"
     code = run_command()
     sys.stdout.flush()

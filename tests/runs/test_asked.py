@@ -33,6 +33,7 @@ from pretrain.sweep.config import load_sweep
 from tests.tools import ATTENTION, base_recipe, run, write_recipe, write_sweep
 
 SPECIAL: dict[str, list[Any]] = {
+    "profile.steps": ["2-3"],
     "data.weights": [{"Github": 1.0}, "pile"],
     "deepspeed": [{"zero_optimization": {"reduce_bucket_size": 1000}}],
     "optimizer.weight_decay.rules": [[{"roles": ["mlp_in"], "decay": 0.9}]],

@@ -22,16 +22,16 @@ _WRITES = {
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
-prompt = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+prompt = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=SOME)[0]))
 """,
     "sentencepiece": """\
 import torch
 from sentencepiece import SentencePieceProcessor
 
 tokenizer = SentencePieceProcessor(model_file="THIS FOLDER/tokenizer.model")
-prompt = torch.tensor([tokenizer.encode("Once upon a time")])
-print(tokenizer.decode(model.generate(prompt, max_new_tokens=20)[0].tolist()))
+prompt = torch.tensor([tokenizer.encode("The")])
+print(tokenizer.decode(model.generate(prompt, max_new_tokens=SOME)[0].tolist()))
 """,
     "": """\
 import torch
@@ -62,9 +62,12 @@ print(done["results"]["held_out"])
 """
 
 
-def usage(tokenizer: WrittenTokenizer) -> list[str]:
+def usage(tokenizer: WrittenTokenizer, context: int) -> list[str]:
     """The card's lines about using the model. Tests run this code."""
-    lines = ["```python", *(_LOADS + "\n" + _WRITES[tokenizer.form]).splitlines(), "```", ""]
+    code = f"{_LOADS}\n{_WRITES[tokenizer.form]}"
+    # A model with learned positions cannot write past its context.
+    code = code.replace("SOME", str(max(1, min(20, context // 2))))
+    lines = ["```python", *code.splitlines(), "```", ""]
     if tokenizer.note:
         lines += [f"{tokenizer.note[0].upper()}{tokenizer.note[1:]}.", ""]
     if tokenizer.form == "json":
@@ -95,7 +98,7 @@ def write_card(
         f"# {name}", "",
         f"A {kind} model of {count:,} parameters, {origin} by rankdecay for "
         f"{checkpoint.step:,} updates ({tokens:,} tokens){width}.", "",
-        *usage(tokenizer),
+        *usage(tokenizer, config.model.context),
         "## Weight decay", "",
         "| role | λ |", "|---|---|",
         *(f"| {role} | {value} |" for role, value in _decays(checkpoint).items()), "",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline.prepare import tokenize_sources
 from data_pipeline.sources import Fields, find_sources, parse_block
 from tests.conftest import write_jsonl
 from tests.tokenizer_files import EOD, byte_level
@@ -258,8 +259,9 @@ def test_what_cannot_be_scored_is_one_line(
 
 
 def test_a_moved_run_finds_its_data(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    data: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """The project is renamed, and the commands run elsewhere; other data there is not taken."""
     project = tmp_path / "project"
     shutil.copytree(data, project / "data" / "corpus")
@@ -280,10 +282,10 @@ def test_a_moved_run_finds_its_data(
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     report = ["report", str(moved), "--format", "md", "--out", str(tmp_path / "report.md")]
     assert run(monkeypatch, *report) == 0
-    manifest = tmp_path / "renamed" / "data" / "corpus" / "manifest.json"
-    values = json.loads(manifest.read_text())
-    values["entries"][0]["documents"] += 1
-    manifest.write_text(json.dumps(values))
+    place = tmp_path / "renamed" / "data" / "corpus"
+    shutil.copy(place / "tokenizer.model", tmp_path)
+    shutil.rmtree(place)
+    tokenize_sources([str(corpus / "test.jsonl.zst")], tmp_path / "tokenizer.model", place)
     capsys.readouterr()
     assert run(monkeypatch, "evaluate", str(moved)) == 1
     assert_one_line(capsys.readouterr().err, ("data/corpus",))

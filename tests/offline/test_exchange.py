@@ -215,7 +215,10 @@ def test_what_cannot_be_imported_is_one_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "gpt_neox", pytest.param("llama", marks=pytest.mark.long)],  # its card is tried below
+)
 def test_lm_eval_gives_our_bits_per_byte(
     name: str, exported: dict[str, Path], runs: dict[str, Path], data: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -321,7 +324,7 @@ def check_card(folder: Path, trained: Path, data: Path, monkeypatch: pytest.Monk
     words = ["evaluate", str(folder), "--data", str(documents), "--out", str(out)]
     assert run(monkeypatch, *words) == 0
     own = json.loads(out.read_text())["overall"]["bits_per_byte"]
-    assert found["bits_per_byte,none"] == pytest.approx(own, abs=1e-6)
+    assert found["bits_per_byte,none"] == pytest.approx(own, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from pretrain.config.run import RanksConfig
 from pretrain.errors import UsageError
 from pretrain.ranks.probe import Row, summary
 from pretrain.ranks.table import add_ranks, merge_ranks
-from pretrain.runs.folder import CONFIG, ENVIRONMENT, environment, rewind, write_text
+from pretrain.runs.folder import CONFIG, ENVIRONMENT, environment, read_starts, rewind, write_text
 from pretrain.runs.lock import RunLock
 from pretrain.runs.loop import LOOP
 from pretrain.runs.metrics import Tracker
@@ -110,7 +110,8 @@ class LoopFolder:
         write_text(run / LOOP, to_json(dict(about), indent=1))
         write_text(run / CONFIG, dump_config(config))
         setting = {"precision": about["precision"]} if about.get("precision") else {}
-        write_text(run / ENVIRONMENT, to_json([{**environment(), **setting}], indent=1))
+        starts = [*read_starts(run), {**environment(), **setting}]
+        write_text(run / ENVIRONMENT, to_json(starts, indent=1))
         self._tracker = Tracker(run, config, active=True)
 
     def begin(self, step: int) -> None:

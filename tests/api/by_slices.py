@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,11 @@ WORDS: dict[str, Any] = {
 RATE, STEPS = 1e-2, 5
 HEADS = 3
 """Of GPT-NeoX here: an odd number, so that two processes cut one in the middle."""
+
+
+def mostly_long(everyday: str, *others: str) -> list[Any]:
+    """Families of which one is tried every day, and the others in the long form."""
+    return [everyday, *(pytest.param(one, marks=pytest.mark.long) for one in others)]
 
 
 def build_odd(family: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,13 @@ from models.live import live_parameters
 from models.roles import ModelError
 from pretrain.api.groups import DecayGroups, decay_groups
 from pretrain.errors import RunError, UsageError
-from tests.api.by_slices import RATE, WORDS, build_odd, worst_after_zero_gradients
+from tests.api.by_slices import (
+    RATE,
+    WORDS,
+    build_odd,
+    mostly_long,
+    worst_after_zero_gradients,
+)
 from tests.transformers_models import FAMILIES, build
 
 OPTIMIZERS: dict[str, Any] = {
@@ -45,7 +52,7 @@ def test_every_role_has_its_own_decay(family: str) -> None:
         assert worst_after_zero_gradients(model, optimizer) < 1e-6, name
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", mostly_long("gpt_neox", "gpt2"))
 def test_slices_get_the_bits_of_an_optimizer_of_one_decay(family: str) -> None:
     """One step with real gradients: the hook's factors and the optimizer's own are the same."""
 
@@ -69,6 +76,22 @@ def test_slices_get_the_bits_of_an_optimizer_of_one_decay(family: str) -> None:
                 weights[one.name].index_select(one.dim, rows) for weights in (apart, same)
             )
             assert torch.equal(mine, native)
+
+
+def test_a_sharded_model() -> None:
+    """`fully_shard` of one process; tests/api/sharded.py has two."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = build_odd("gpt_neox")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        _, optimizer = attached(model)
+        assert worst_after_zero_gradients(model, optimizer, backward=True) < 1e-6
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,7 +144,7 @@ TEN_LINES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_model_of_ones_own_in_ten_lines(tmp_path: Any) -> None:
+def test_a_model_of_ones_own_in_ten_lines(tmp_path: Path) -> None:
     import yaml
 
     rules = [{"roles": ["qk", "mlp_in"], "layers": "1", "decay": 0.9}]

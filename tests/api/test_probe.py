@@ -23,7 +23,7 @@ from pretrain.report.load import load_study
 from pretrain.runs.folder import read_starts
 from pretrain.runs.lock import BusyError
 from pretrain.runs.loop import refuse_loop
-from tests.api.by_slices import RATE, STEPS, WORDS, build_odd, expected, whole
+from tests.api.by_slices import RATE, STEPS, WORDS, build_odd, expected, mostly_long, whole
 from tests.tools import base_recipe, run, run_processes, write_recipe
 from tests.transformers_models import FAMILIES, build
 
@@ -45,7 +45,7 @@ def assert_equal(mine: list[Row], wanted: list[Row]) -> None:
                 assert row[name] == other[name], name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_long("clip", *sorted(FAMILIES.keys() - {"clip"})))
 def test_ranks_are_those_of_the_saved_model(family: str, tmp_path: Path) -> None:
     model = build(family)
     model.save_pretrained(tmp_path)
@@ -76,17 +76,16 @@ def loop(folder: Path, seed: int, attention: float, steps: int = 4, family: str 
 def test_a_loop_of_ones_own_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for seed in (0, 1):
-        for attention in (0.0, 0.5):
-            model, probe = loop(tmp_path / f"runs/a{attention}s{seed}", seed, attention)
+    for attention in (0.0, 0.5):
+        model, probe = loop(tmp_path / f"runs/a{attention}", 1, attention)
     study = load_study([tmp_path / "runs"])
     assert study.notes == []
     assert [(one.name, one.decay, len(one.runs)) for one in study.conditions] == [
-        ("attention = 0", 0.0, 2),
-        ("attention = 0.5", 0.5, 2),
+        ("attention = 0", 0.0, 1),
+        ("attention = 0.5", 0.5, 1),
     ]
     assert study.conditions[1].exposure == pytest.approx(4 * 1e-2 * 0.5)
-    folder = tmp_path / "runs/a0.5s1"
+    folder = tmp_path / "runs/a0.5"
     rows = read_ranks(folder)
     assert {row["step"] for row in rows} == {0, 2, 4}
     schema = pq.read_schema(folder / "ranks.parquet").names
@@ -156,7 +155,7 @@ def test_weights_that_are_not_finite_are_measured_as_such() -> None:
     assert {row["layer"] for row in rows if row["nonfinite"]} == {1}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", mostly_long("gpt_neox", "llama", "gpt2"))
 def test_under_the_trainer(family: str, tmp_path: Path) -> None:
     """λ by zero gradients, the table by the saved model, the folder by the report's reader."""
     pytest.importorskip("accelerate")

@@ -1,4 +1,4 @@
-"""Decay by role and live ranks for any model in any loop (docs/python.md).
+"""Decay by role and live ranks for any model in any loop, and the commands (docs/python.md).
 
 The names here are stable: what is removed or changes its meaning is in the changelog first.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pretrain.api.commands import LoadedRun, evaluate, load_run, ranks, train
 from pretrain.api.groups import DecayGroups, decay_groups
 from pretrain.api.probe import RankProbe
 from pretrain.errors import RunError, UsageError
@@ -19,13 +20,18 @@ if TYPE_CHECKING:
 __all__ = [
     "DecayGroups",
     "LightningRankCallback",
+    "LoadedRun",
     "ProductStatistics",
     "RankCallback",
     "RankProbe",
     "RunError",
     "UsageError",
     "decay_groups",
+    "evaluate",
+    "load_run",
     "product_statistics",
+    "ranks",
+    "train",
 ]
 
 _CALLBACKS = {

@@ -103,11 +103,27 @@ def live_towers(model: nn.Module, family: Family | None = None) -> list[Attentio
         ModelError: naming what was not found, and for an unknown family how to describe it.
     """
     family, files = family_of_model(model, family), LiveTensors(model)
-    found = attention_towers(config_of(model), files, family, lambda text: None)
+    try:
+        found = attention_towers(config_of(model), files, family, lambda text: None)
+    except ModelError as error:
+        raise ModelError(_in_python(str(error))) from None
     return [
         AttentionTower(one.name, one.shape, one.files, one.tower, one.rotates, finite=False)
         for one in found
     ]
+
+
+def _in_python(message: str) -> str:
+    """A message that names options of the command line, for a caller in Python."""
+    for words, ours in (
+        ("--allow-unused leaves it out, ", ""),
+        ("in a YAML file for --family", "with family="),
+        ("a --family file", "family="),
+        ("--family", "family="),
+        ("config.json", "the model's config"),
+    ):
+        message = message.replace(words, ours)
+    return message
 
 
 def family_of_model(model: nn.Module, family: Family | None) -> Family | None:
@@ -197,6 +213,11 @@ def _attention(
     """The matrices of a tower's attention."""
     where = tower.tower
     for layer, parts in parts_of(files, where).items():
+        needed = [where.qkv] if where.qkv else [where.query, where.key, where.value]
+        for part in (*needed, where.output):
+            if part not in parts:
+                name = where.layer.format(layer=layer) + part
+                raise ModelError(f"{files.folder}: has no {name}; correct the family's description")
         if where.qkv:
             yield _fused_attention(tower.shape, where, parts[where.qkv], layer, parameters)
         for part, role in (

@@ -185,6 +185,12 @@ def test_what_does_not_fit_is_one_line(message: str, words: dict[str, Any]) -> N
 def test_an_unknown_family_says_how_to_describe_it() -> None:
     with pytest.raises(ModelError, match=r"family=.*layer: 'blocks"):
         decay_groups(Own(), default=0.1)
+    with pytest.raises(ModelError, match=r"q\.weight under `beside` of family=") as caught:
+        decay_groups(Own(), default=0.1, family={**TEN_LINES, "query": "w.weight"})
+    assert "--" not in str(caught.value)
+    other = {**TEN_LINES, "query": "w.weight", "beside": ["q.weight"]}
+    with pytest.raises(ModelError, match=r"has no blocks\.0\.attn\.w\.weight; correct"):
+        decay_groups(Own(), default=0.1, family=other)
 
 
 def zero_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

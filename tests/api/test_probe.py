@@ -104,6 +104,12 @@ def test_a_loop_of_ones_own_is_reported(
     assert measured["step"] == of_weights["step"] == 4
     for name, value in of_weights["all"].items():
         assert measured["all"][name] == pytest.approx(value, abs=1e-6)
+    for step in (2, 4):
+        model.save_pretrained(folder / f"checkpoint-{step}")
+    assert [one.step for one in find_weights(f"{folder}@*")] == [2, 4]
+    assert [one.step for one in find_weights(f"{folder}@2")] == [2]
+    with pytest.raises(UsageError, match="no such step"):
+        find_weights(f"{folder}@3")
 
 
 def test_a_run_folder_belongs_to_one_loop(tmp_path: Path) -> None:

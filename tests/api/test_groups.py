@@ -85,7 +85,8 @@ def test_a_sharded_model() -> None:
     from torch.distributed.fsdp import fully_shard
 
     model = build_odd("gpt_neox")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         _, optimizer = attached(model)

@@ -17,7 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.cluster.plan import DEVICES, rank
+from pretrain.cluster.devices import DEVICES
+from pretrain.cluster.plan import rank
 from pretrain.config.recipe import parse_config
 
 MODELS = {  # layers, hidden, heads: GPT-3's, and GPT-NeoX-20B's

@@ -29,7 +29,7 @@ from pretrain.runs.metrics import read_metrics
 from tests.warm import WarmProcess, run_warm
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMED = ("seconds", "tokens_per_second")
+TIMED = ("seconds", "tokens_per_second", "time", "device")
 
 DIALECTS: dict[str, dict[str, Any]] = {
     "gpt2": {"dialect": "gpt2"},

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from pretrain.cli.console import warn
-from pretrain.cluster.plan import Device
+from pretrain.cluster.devices import Device
 from pretrain.cluster.plan_memory import process_bytes
 from pretrain.config.recipe import Config
 from pretrain.distributed.signals import SIGNALS

@@ -9,7 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-from pretrain.cluster.plan import DEVICES, Choice, rank
+from pretrain.cluster.devices import DEVICES
+from pretrain.cluster.plan import Choice, rank
 from pretrain.cluster.vocabulary import with_vocabulary
 from pretrain.config.recipe import Config, load_config
 

@@ -36,11 +36,12 @@ from pretrain.engine.deepspeed_adapter import (
 from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.forensics import Nonfinite, first_nonfinite
 from pretrain.engine.masters import Fragment, fragments, is_replicated
-from pretrain.engine.optimizers import build_optimizer, is_muon_role
+from pretrain.engine.optimizers import build_optimizer, optimizer_groups
 from pretrain.engine.precision import with_precision
 from pretrain.engine.private import check_private
 from pretrain.engine.shrink import Shrinker
 from pretrain.engine.speed import choose_kernels
+from pretrain.engine.stopwatch import Stopwatch
 from pretrain.errors import RunError, UsageError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -134,8 +135,13 @@ class Engine:
     shrinker: Shrinker
     gradient_norm: float = float("nan")
     """Global norm of the last step's gradient, before clipping."""
+    stopwatch: Stopwatch = field(init=False)
+    """Seconds of the parts of updates."""
     last_batches: list[Batch] = field(default_factory=list)
     """Micro batches of the last update; none under a pipeline, which reads them by itself."""
+
+    def __post_init__(self) -> None:
+        self.stopwatch = Stopwatch(self.grid.device)
 
     def train_step(self, batches: Iterator[Batch]) -> float:
         """Make one optimizer update from ``micro_batches`` batches of this data-parallel rank.
@@ -146,7 +152,8 @@ class Engine:
         self.module.train()
         self.shrinker.arm()
         if self.grid.pipeline > 1:
-            loss = self._updater.train_batch(data_iter=batches)
+            with self.stopwatch.part("forward_backward"):  # and the update: it is one call
+                loss = self._updater.train_batch(data_iter=batches)
         else:
             loss = self._accumulate(batches)
         norm = self._updater.get_global_grad_norm()
@@ -176,11 +183,14 @@ class Engine:
             self._updater.begin()
         self.last_batches.clear()
         for _ in range(self.micro_batches):
-            inputs, labels = next(batches)
+            with self.stopwatch.part("data", on_host=True):
+                inputs, labels = next(batches)
             self.last_batches.append((inputs, labels))
-            loss = self._updater(inputs, partial(self.loss, labels=labels))
-            self._updater.backward(loss)
-            self._updater.step()
+            with self.stopwatch.part("forward_backward"):
+                loss = self._updater(inputs, partial(self.loss, labels=labels))
+                self._updater.backward(loss)
+            with self.stopwatch.part("update"):
+                self._updater.step()
             total += loss.detach()
         total /= self.micro_batches
         if self.grid.data > 1:
@@ -342,24 +352,6 @@ def _deepspeed_engine(
         )
     adapt(wrapped, grid)
     return wrapped
-
-
-def optimizer_groups(module: nn.Module, plan: DecayPlan) -> list[dict[str, Any]]:
-    """Param groups of this process's parameters, in the plan's order, without empty groups."""
-    group_of = plan.group_of
-    members: dict[str, list[nn.Parameter]] = {group.name: [] for group in plan.groups}
-    for parameter in declared_parameters(module):
-        members[group_of[info_of(parameter).name]].append(parameter)
-    return [
-        {
-            "name": name,
-            "params": parameters,
-            "weight_decay": 0.0,  # set, like η, before every step
-            "muon": is_muon_role(plan.group(name).role),
-        }
-        for name, parameters in members.items()
-        if parameters
-    ]
 
 
 def refuse_unfit(config: Config, grid: Grid) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.roles import ATTENTION, MLP, Role
+from models.roles import ATTENTION, MLP, Role, declared_parameters, info_of
 from pretrain.config.science import OptimizerConfig
+from pretrain.decay.plan import DecayPlan
 from pretrain.engine.norms import square_sum
 from pretrain.errors import UsageError
 
@@ -23,6 +24,24 @@ Groups = list[dict[str, Any]]
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024)."""
 _ITERATIONS = 5
+
+
+def optimizer_groups(module: nn.Module, plan: DecayPlan) -> Groups:
+    """Param groups of this process's parameters, in the plan's order, without empty groups."""
+    group_of = plan.group_of
+    members: dict[str, list[nn.Parameter]] = {group.name: [] for group in plan.groups}
+    for parameter in declared_parameters(module):
+        members[group_of[info_of(parameter).name]].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "weight_decay": 0.0,  # set, like η, before every step
+            "muon": is_muon_role(plan.group(name).role),
+        }
+        for name, parameters in members.items()
+        if parameters
+    ]
 
 
 def build_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:

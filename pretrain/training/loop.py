@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import closing
 
 from data_pipeline.disk import hide, remove
@@ -15,17 +14,17 @@ from pretrain.checkpoint.reader import (
 )
 from pretrain.checkpoint.recover import find_whole
 from pretrain.checkpoint.restore import load_into_engine
-from pretrain.cli.console import Progress
 from pretrain.config.decay import same_policies
 from pretrain.distributed.replicas import are_replicated, disagreement
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
 from pretrain.engine.engine import Engine, micro_batches
 from pretrain.errors import ENDS, RunError
 from pretrain.ranks.table import rewind_ranks
-from pretrain.runs.follow import Follower, Speed, in_words
+from pretrain.runs.follow import Follower
 from pretrain.training import periodic
 from pretrain.training.faults import FaultDetector, GoBackError, block_of, write_jumps
 from pretrain.training.forensics import find_nonfinite
+from pretrain.training.lines import UpdateLog
 from pretrain.training.loader import Loader
 from pretrain.training.origin import Origin
 from pretrain.training.profiling import Profiler
@@ -94,10 +93,8 @@ def _loader(training: Training, first: int) -> Loader:
 
 
 def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) -> None:
-    config, engine = training.config, training.engine
-    steps, tokens_per_step = training.last, config.train.global_batch * config.model.context
-    progress = Progress(steps, training.run.name, engine.grid.is_main, first)
-    began, logged, smoothed = time.monotonic(), first, Speed()
+    config, engine, steps = training.config, training.engine, training.last
+    log = UpdateLog(training, first)
     for step in range(first + 1, steps + 1):
         rate = config.learning_rate(step - 1)
         periodic.measure_weights(training, step - 1)
@@ -111,47 +108,31 @@ def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) ->
         if skipped:
             training.say(step, skipped)
         elif step % config.logging.every == 0 or step == steps:
-            now = time.monotonic()
-            speed = (step - logged) * tokens_per_step / (now - began)
-            training.tracker.log(
-                "train",
-                step,
-                {
-                    "tokens": step * tokens_per_step,
-                    "loss": loss,
-                    "learning_rate": rate,
-                    "grad_norm": engine.gradient_norm,
-                    "tokens_per_second": speed,
-                    "seconds": now - began,
-                    "weight_decay": engine.control.in_use(),
-                },
-            )
-            smoothed.add((step - logged) * tokens_per_step, now - began)
-            began, logged = now, step
+            log.write(step, loss, rate)
         stopping, late = SIGNALS.agreed_with(engine.grid, training.has_not_saved_for_long())
         saving = stopping or late or training.is_due("checkpoint", step)
         _check(training, step, saving)
-        paused = time.monotonic()
-        periodic.measure_if_due(training, step)
-        if logged == step:
-            progress.update(step, _note(training, loss, smoothed))
-        if training.is_due("evaluation", step) and not periodic.evaluate(training, step):
-            stopping = saving = True  # the next start makes it
-        if saving:
-            training.saver.urgent = stopping or step == steps
-            periodic.save(training, step)
-        periodic.tell_saved(training)
+        with log.beside("statistics"):
+            periodic.measure_if_due(training, step)
+        log.show(step, loss)
+        with log.beside("evaluation"):
+            if training.is_due("evaluation", step) and not periodic.evaluate(training, step):
+                stopping = saving = True  # the next start makes it
+        with log.beside("saving"):
+            if saving:
+                training.saver.urgent = stopping or step == steps
+                periodic.save(training, step)
+            periodic.tell_saved(training)
         training.watchdog.beat(step)
         if stopping and (step < steps or training.moving.owes_evaluation):
-            progress.close()
+            log.close()
             training.say(step, f"stopped by {SIGNALS.name}", warning=False)
             training.saver.finish()
             raise StopRequestedError(
                 f"{training.run}: stopped by {SIGNALS.name} at step {step}, with a checkpoint; "
                 "rerun the same command to continue"
             )
-        began += time.monotonic() - paused  # the speed is that of training only
-    progress.close()
+    log.close()
     if training.last == config.train.steps:
         periodic.finish(training)
 
@@ -165,13 +146,6 @@ def _tell_trace(training: Training, step: int, profiler: Profiler) -> None:
     else:
         if trace:
             training.say(step, f"trace written: {trace}", warning=False)
-
-
-def _note(training: Training, loss: float, speed: Speed) -> str:
-    """The progress line: loss, mean pseudo-ranks of W_QK and W_VP, and the smoothed speed."""
-    ranks = in_words(training.moving.ranks)
-    measured = f"rank QK/VP {ranks} " if ranks else ""
-    return f"loss {loss:.3f} {measured}{speed.value:,.0f} tokens/s"
 
 
 # --- faults ---------------------------------------------------------------------------------

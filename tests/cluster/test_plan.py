@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.cluster.devices import DEVICES
 from pretrain.cluster.local_rates import link_between, measure_here
-from pretrain.cluster.plan import DEVICES, Choice, _best, choose, rank
+from pretrain.cluster.plan import Choice, _best, choose, rank
 from pretrain.cluster.plan_memory import memory_of
 from pretrain.cluster.plan_shapes import Layout, sizes_of
 from pretrain.config.recipe import Config, parse_config, with_values

@@ -13,7 +13,8 @@ import torch
 from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.parallel import TensorParallel
-from pretrain.cluster.plan import DEVICES, Choice, rank
+from pretrain.cluster.devices import DEVICES
+from pretrain.cluster.plan import Choice, rank
 from pretrain.cluster.plan_grids import layout_of
 from pretrain.cluster.plan_shapes import sizes_of
 from pretrain.cluster.plan_traffic import traffic_of

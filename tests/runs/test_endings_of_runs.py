@@ -32,8 +32,8 @@ def test_ctrl_c_says_from_where_a_run_continues(
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-    monkeypatch.setattr(loop.periodic, "measure_if_due", stop)
-    monkeypatch.setattr(loop.periodic, "tell_saved", lambda _: None)
+    monkeypatch.setattr("pretrain.training.periodic.measure_if_due", stop)
+    monkeypatch.setattr("pretrain.training.periodic.tell_saved", lambda _: None)
     monkeypatch.setattr(SIGNALS, "_asked", None)
     with pytest.raises(Stopped) as end:
         loop.run_training(MagicMock(run=tmp_path), MagicMock(kind="new", step=0))

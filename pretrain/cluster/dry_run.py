@@ -71,6 +71,8 @@ def dry_run(config: Config, as_json: bool) -> None:
     )
     print(plain(f"checkpoints: {summary['kept']}"))
     print(plain(f"evaluation: {summary['scored']}"))
+    if summary["attention"]:
+        print(f"attention: {summary['attention']}")
     for remark in summary["remarks"]:
         print(plain(f"note: {remark}"))
     data = summary["data"]
@@ -144,6 +146,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "tokens": tokens * config.train.steps,
         "kept": _kept(config),
         "scored": _scored(setup.task, config),
+        "attention": _SEEN[config.data.attention] if config.task.kind == "text" else "",
         "data": describe_data(setup.task, config),
         "remarks": remarks(config),
     }
@@ -157,6 +160,12 @@ def _kept(config: Config) -> str:
     more = f", those at multiples of {rules.keep_every:,}" * bool(rules.keep_every)
     more += ", the best" * rules.keep_best
     return f"{text}; the last {rules.keep}{more} are kept (checkpoint.keep)"
+
+
+_SEEN = {
+    "across": "a token sees all earlier documents of its sequence (data.attention)",
+    "within": "a token sees only its own document (data.attention)",
+}
 
 
 def _scored(task: Task, config: Config) -> str:

@@ -52,4 +52,5 @@ def test_what_is_evaluated(
     assert line.startswith("evaluation: a sample of 6 documents of val every 3 steps; ")
     assert end in line and "at the end" in line
     assert run(monkeypatch, "train", recipe, "--dry-run", "--json") == 0
-    assert {"kept", "scored"} <= json.loads(capsys.readouterr().out).keys()
+    assert "\nattention: a token sees all earlier documents of its sequence" in shown
+    assert {"kept", "scored", "attention"} <= json.loads(capsys.readouterr().out).keys()

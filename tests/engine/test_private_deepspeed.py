@@ -7,6 +7,8 @@ import contextlib
 import ctypes
 import io
 import logging
+import sys
+import time
 import warnings
 from copy import deepcopy
 from importlib import metadata
@@ -145,7 +147,7 @@ def known_names() -> set[str]:
         torch, torch.cpu, torch.linalg, torch.nn, torch.optim, torch.distributed, torch.Tensor,
         torch.Size, torch.nn.Module, torch.optim.Optimizer, str, list, dict, set, float,
         contextlib, ctypes, ctypes.CDLL(None), io, logging, logging.Logger, warnings, metadata,
-        BaseModel,
+        BaseModel, contextlib.ExitStack, sys, time, torch.cuda.Event,
     )  # fmt: skip
     for one in libraries:
         found |= set(dir(one))

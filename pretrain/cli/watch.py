@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import Annotated, Any
 
 import typer
@@ -68,6 +68,6 @@ def _print_lines(view: Any, every: float) -> None:
 def _until_finished(view: Any, every: float, show: Callable[[], None]) -> None:
     show()
     while not view.is_finished:
-        time.sleep(every)
+        sleep(every)
         view.look()
         show()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
+from time import sleep
 
 from data_pipeline.files import held, refuse_busy, refuse_run, write_aside
 from pretrain.cli.console import on_one_line, warn
@@ -48,7 +48,7 @@ def follow_runs(
             if study is not None and _is_finished(study):
                 return study
             before = now
-        time.sleep(every)
+        sleep(every)
 
 
 def _check(paths: list[Path], out: Path, band: str) -> None:

@@ -190,7 +190,7 @@ def test_it_goes_on_until_the_run_is_finished(
             monkeypatch.setattr("pretrain.cli.watched.is_complete", lambda *_: True)
 
     assert not is_complete(folder, recipe_of(folder))  # it has no checkpoint
-    monkeypatch.setattr("pretrain.cli.watch.time.sleep", sleep)
+    monkeypatch.setattr("pretrain.cli.watch.sleep", sleep)
     assert run(monkeypatch, "watch", str(folder), "--every", "7") == 0
     lines = capfd.readouterr().out.splitlines()
     assert looks == [7.0] * 4 and len(lines) == 3
@@ -203,9 +203,7 @@ def test_ctrl_c_ends_it(
     is_terminal: bool, folder: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(
-        "pretrain.cli.watch.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT)
-    )
+    monkeypatch.setattr("pretrain.cli.watch.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal, raising=False)
     assert run(monkeypatch, "watch", str(folder)) == 130
     output = capfd.readouterr()

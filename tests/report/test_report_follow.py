@@ -48,7 +48,7 @@ def test_it_waits_follows_and_ends(
             shutil.copytree(tmp_path / "all" / names[1], runs / names[1], dirs_exist_ok=True)
         assert len(pages) < 8
 
-    monkeypatch.setattr("pretrain.report.follow.time.sleep", sleep)
+    monkeypatch.setattr("pretrain.report.follow.sleep", sleep)
     words = ["report", str(runs), "--out", str(out), "--follow", "--every", "5"]
     assert run(monkeypatch, *words) == 0
     pages.append(out.read_text())
@@ -67,7 +67,7 @@ def test_ctrl_c(
     """The last page is whole, and nothing else is left."""
     runs = write_study(tmp_path / "runs", decays=(0.0,), seeds=(1,), last=20)
     monkeypatch.setattr(
-        "pretrain.report.follow.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT)
+        "pretrain.report.follow.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT)
     )
     assert (
         run(monkeypatch, "report", str(runs), "--out", str(tmp_path / "r.html"), "--follow") == 130

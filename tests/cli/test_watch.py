@@ -203,7 +203,7 @@ def test_ctrl_c_ends_it(
     is_terminal: bool, folder: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pretrain.cli.watch.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("pretrain.cli.watch.sleep", lambda _: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal, raising=False)
     assert run(monkeypatch, "watch", str(folder)) == 130
     output = capfd.readouterr()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -67,7 +66,7 @@ def test_ctrl_c(
     """The last page is whole, and nothing else is left."""
     runs = write_study(tmp_path / "runs", decays=(0.0,), seeds=(1,), last=20)
     monkeypatch.setattr(
-        "pretrain.report.follow.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT)
+        "pretrain.report.follow.sleep", lambda _: signal.raise_signal(signal.SIGINT)
     )
     assert (
         run(monkeypatch, "report", str(runs), "--out", str(tmp_path / "r.html"), "--follow") == 130

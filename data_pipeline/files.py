@@ -21,6 +21,12 @@ from data_pipeline.disk import open_regular
 from data_pipeline.records import DataError
 
 LOCK = ".lock"
+
+
+class HeldError(DataError):
+    """Another process writes this file or folder now."""
+
+
 LARGEST = 1 << 25
 """Largest file that is read whole into Python objects, which take some twenty times its bytes."""
 _LARGEST_TOKENIZER = 1 << 28
@@ -255,7 +261,7 @@ def refuse_busy(folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in HELD:
-                raise DataError(
+                raise HeldError(
                     f"{folder}: another process is writing here; wait for it or choose another "
                     "--out"
                 ) from None
@@ -306,7 +312,7 @@ def _take(descriptor: int, path: Path, patience: float = 0.0, warns: bool = True
             if time.monotonic() > until:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                 kind = "folder" if path.is_dir() else "file"
-                raise DataError(
+                raise HeldError(
                     f"{path}: another process is writing this {kind} ({holder or 'unknown'}); wait "
                     "for it or choose another --out"
                 ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +36,8 @@ Model = Annotated[
     str | None,
     typer.Option(help="A pretrained model: folder, or name on the Hub; default: our own runs."),
 ]
+_PAUSE = 1.0
+"""Seconds until a figure that another process writes is tried again."""
 _PAPER, _RUNS = Path("paper"), Path("runs/paper")
 
 
@@ -255,6 +257,23 @@ def everything(
         _everything(out, runs, parallel, path)
 
 
+def _when_free(make: Callable[[], None]) -> None:
+    """Make a figure, after another process that writes it, or its runs, has ended."""
+    from data_pipeline.files import HeldError
+    from pretrain.runs.lock import BusyError
+
+    waiting = False
+    while True:
+        try:
+            make()
+            return
+        except (HeldError, BusyError) as error:
+            if not waiting:
+                print(f"{str(error).partition(';')[0]}: waiting for it", flush=True)
+            waiting = True
+            time.sleep(_PAUSE)
+
+
 def _everything(out: Path, runs: Path, parallel: int, path: Path) -> None:
     from pretrain.distributed.grid import disconnect
     from pretrain.errors import RunError
@@ -266,7 +285,7 @@ def _everything(out: Path, runs: Path, parallel: int, path: Path) -> None:
         print(f"--- {name}", flush=True)
         trained = {} if name in ("fig1", "fig5") else {"runs": runs, "parallel": parallel}
         try:
-            command(out=out, **trained)
+            _when_free(partial(command, out=out, **trained))
         except RunError as error:
             failures.append(str(error))
     disconnect()

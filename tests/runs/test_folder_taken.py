@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from data_pipeline.corpus import write_corpus
-from data_pipeline.files import held, locked
+from data_pipeline.files import HeldError, held, locked
 from data_pipeline.sources import DataError
+from pretrain.cli.paper import _when_free
 from pretrain.errors import UsageError
 from pretrain.report import write_report
 from pretrain.runs.aside import whole_folder
@@ -198,3 +199,20 @@ def test_links_to_files_and_to_nothing_keep_their_own_names(tmp_path: Path) -> N
             stack.enter_context(held(tmp_path / name))
         locks = {one.name for one in tmp_path.iterdir() if one.suffix == ".lock"}
     assert locks == {f".{name}.lock" for name in names}
+
+
+def test_all_figures_wait_for_one_that_is_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pretrain.cli.paper._PAUSE", 0.01)
+    busy: list[Exception] = [
+        DataError("x: another"), BusyError("run: trains; wait"), HeldError("fig: is written; wait"),
+    ]  # fmt: skip
+
+    def make() -> None:
+        if busy:
+            raise busy.pop()
+
+    with pytest.raises(DataError, match="x: another"):
+        _when_free(make)
+    assert capsys.readouterr().out == "fig: is written: waiting for it\n"

@@ -17,16 +17,32 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Start processes that get no signal until they call `leave_signals_to_parent`.
+def signals_held_back(workers: bool = False) -> Iterator[None]:
+    """Start processes that get no signal until they unblock them (`leave_signals_to_parent`).
 
     A signal to this process is delivered after the block, so the block should be short.
+
+    Args:
+        workers: whether they are workers of multiprocessing.
     """
+    if workers:
+        _start_tracker()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_tracker() -> None:
+    """Start multiprocessing's tracker of resources before its first worker does.
+
+    Starting it unblocks SIGTERM in this process, so that a fork server started next would get it.
+    """
+    from multiprocessing import resource_tracker
+
+    with signals_held_back():
+        resource_tracker.ensure_running()
 
 
 def leave_signals_to_parent(seconds: float) -> None:

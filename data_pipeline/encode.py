@@ -158,7 +158,7 @@ class Encoder:
     def __enter__(self) -> Callable[[Iterator[tuple[RecordBlock, str | None]]], Iterator[Result]]:
         if self.workers <= 1:
             return self._serial
-        with signals_held_back():  # it starts a process that tracks its semaphores
+        with signals_held_back(workers=True):  # it starts a process that tracks its semaphores
             self.pool = ProcessPoolExecutor(
                 self.workers,
                 mp_context=get_context("spawn"),
@@ -180,7 +180,7 @@ class Encoder:
         waiting: deque[Future[Result]] = deque()
         try:
             for block, split in blocks:
-                with signals_held_back():  # it starts workers
+                with signals_held_back(workers=True):  # it starts workers
                     future = self.pool.submit(_work, block, self.settings, split)
                 waiting.append(future)
                 if len(waiting) > 2 * self.workers:

@@ -102,7 +102,7 @@ class LocalExecutor:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-            self._running[job.name] = (process, slot, log)
+                self._running[job.name] = (process, slot, log)  # before a signal is handled
 
     def _environment(self, slot: int, processes: int) -> dict[str, str]:
         environment = start_environment(self.slots * processes)

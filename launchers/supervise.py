@@ -59,13 +59,16 @@ def supervise(words: list[str], run: Path, restarts: int) -> int:
     environment = {**child_environment(), SUPERVISED: "1"}
 
     def start() -> int:
-        with signals_held_back():  # until the process listens
-            child = subprocess.Popen([*program(), *words], env=environment)
+        children: list[subprocess.Popen[bytes]] = []
 
         def hand_on(number: signal.Signals) -> None:
-            child.send_signal(number)
+            for child in children:
+                child.send_signal(number)
 
         with SIGNALS.handed_to(hand_on):
+            with signals_held_back():  # until the process listens
+                children.append(subprocess.Popen([*program(), *words], env=environment))
+            (child,) = children
             if SIGNALS.asked:
                 child.terminate()
             code = child.wait()

@@ -29,6 +29,8 @@ _PATIENCE_ASKED = 180.0
 """The same after a signal: processes may be writing a checkpoint."""
 _PATIENCE_UNCONNECTED = 2.0
 """The same for a process that has not met the others yet, so that it has nothing to write."""
+_PATIENCE_STARTING = 60.0
+"""Seconds that such a process has after a signal in any case."""
 _PAUSE = 0.05
 
 
@@ -71,20 +73,24 @@ def run_team(
 
 
 def _watch(team: list[subprocess.Popen[bytes]], folder: Path, patience: float) -> int:
-    failed_at: float | None = None
+    failed_at = asked_at = None
     while any(process.poll() is None for process in team):
         time.sleep(_PAUSE)
+        now = time.monotonic()
         if failed_at is None and any(process.poll() for process in team):
-            failed_at = time.monotonic()
-        if failed_at is None:
-            continue
-        waited = time.monotonic() - failed_at
+            failed_at = now
+        if asked_at is None and SIGNALS.asked:
+            asked_at = now
         for rank, process in enumerate(team):
-            allowed = _PATIENCE_ASKED if SIGNALS.asked else patience
-            if SIGNALS.asked and not (folder / CONNECTED.format(rank)).exists():
-                # It waits inside a library for one that has gone, where no signal is handled.
-                allowed = _PATIENCE_UNCONNECTED
-            if waited > allowed:
+            ends = [] if failed_at is None else [failed_at + patience]
+            if asked_at is not None:
+                ends = [] if failed_at is None else [failed_at + _PATIENCE_ASKED]
+                if not (folder / CONNECTED.format(rank)).exists():
+                    # It starts, or waits inside a library for one that has gone, where no signal
+                    # is handled.
+                    ends += [asked_at + _PATIENCE_STARTING]
+                    ends += [] if failed_at is None else [failed_at + _PATIENCE_UNCONNECTED]
+            if ends and now > min(ends):
                 _send(process, signal.SIGKILL)
     _say_who_died(team)
     return _verdict([process.returncode for process in team])

@@ -44,7 +44,7 @@ def first_nonfinite(
     places = [
         Nonfinite(0, number, f"the weight {info_of(parameter).name}")
         for number, parameter in enumerate(declared_parameters(module))
-        if not bool(parameter.isfinite().all())
+        if not bool(_own(parameter).isfinite().all())
     ]
     with torch.no_grad():
         for number, batch in enumerate(batches, 1):  # all of them: other processes wait in them
@@ -85,6 +85,12 @@ def _common(names: list[str]) -> str:
     """``blocks.1.mlp``: the parts with which all names begin."""
     parts = zip(*(name.split(".") for name in names), strict=False)
     return ".".join(part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts))
+
+
+def _own(parameter: nn.Parameter) -> Tensor:
+    """A weight, or the part of it that this process holds under ZeRO 3."""
+    part: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return part
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -68,7 +68,7 @@ class Loader:
                 pin_memory=grid.device.type == "cuda",
                 worker_init_fn=_start_worker,
             )
-            with signals_held_back():  # from the workers and from their fork server
+            with signals_held_back(workers=True):  # from the workers and from their fork server
                 self._read_by_workers = iter(loader)
         self._waiting: deque[Future[Batch]] = deque()
         self._numbers = self._order()

@@ -56,6 +56,7 @@ def run_training(training: Training, origin: Origin) -> None:
                     _loop(training, loader, first, profiler)
                     break
                 except GoBackError as fault:
+                    profiler.close()  # what comes next is outside its window
                     first = _go_back(training, fault)
                 finally:
                     loader.close()

@@ -81,7 +81,14 @@ def test_files_of_packages_that_cannot_be_read_are_left_out(tmp_path: Path) -> N
         "odd/data.json": "{}",
     })  # fmt: skip
     record = tmp_path / "odd-1.dist-info/RECORD"
-    record.write_text(record.read_text() + "../outside.py,,\nodd/gone.py,,\nodd,,\n")
-    (tmp_path.parent / "outside.py").write_text("x = 1")
-    found = [(name, path.name) for name, path in installed_files([str(tmp_path)])]
+    outside = tmp_path.parent / "outside.py"
+    record.write_text(record.read_text() + f"../outside.py,,\nodd/gone.py,,\nodd,,\n{outside},,\n")
+    (tmp_path / "later").mkdir()
+    install(tmp_path / "later", "Odd", {"odd/shadowed.py": "x = 1"})
+    outside.write_text("x = 1")
+    for number, bad in enumerate(["\n", "a.py,,,,\n", "a.py,,many\n", "\udcff.py,,\n"]):
+        install(tmp_path, f"broken{number}", {f"broken{number}/a.py": "x = 1"})
+        (tmp_path / f"broken{number}-1.dist-info/RECORD").write_text(bad, errors="surrogateescape")
+    places = [str(tmp_path), str(tmp_path / "later")]
+    found = [(name, path.name) for name, path in installed_files(places)]
     assert found == [("odd", "good.py"), ("odd", "wrong.py")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +21,7 @@ import torch
 
 from data_pipeline.children import leave_signals_to_parent, signals_held_back
 from pretrain.training.loader import Loader
+from tests.tools import ROOT, environment
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
@@ -85,7 +88,19 @@ class Numbers:
 
 @pytest.mark.slow
 def test_workers_that_load_batches_outlive_a_signal_to_all() -> None:
-    """A scheduler's warning must not end them: the run goes on to its next checkpoint."""
+    """A scheduler's warning must not end them: the run goes on to its next checkpoint.
+
+    In a process of its own, whose first worker starts multiprocessing's other helpers.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.data_pipeline.test_children"], cwd=ROOT, env=environment(),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def main() -> None:
+    """Read batches, signal every helper, and read more than were read ahead."""
     grid: Any = SimpleNamespace(device=torch.device("cpu"), data=1, data_rank=0)
     loader = Loader(Numbers(), grid, 2, 1, 0, 0, workers=1)
     read = [int(next(loader)[0]) for _ in range(3)]
@@ -98,3 +113,7 @@ def test_workers_that_load_batches_outlive_a_signal_to_all() -> None:
     assert [child.status() for child in helpers].count(psutil.STATUS_ZOMBIE) == 0
     read += [int(next(loader)[0]) for _ in range(20)]
     assert read == list(range(23))
+
+
+if __name__ == "__main__":
+    main()

@@ -232,7 +232,8 @@ def _place_of(path: Path) -> Path:
 
     A link to a file keeps its own name, since writing replaces the link.
     """
-    place = Path(os.path.abspath(path))  # noqa: PTH100 - `.` gets a name
+    named = path.name not in ("", "..")
+    place = path.parent.resolve() / path.name if named else path.resolve()
     if place.is_symlink() and place.is_dir():
         target = place.resolve()
         if os.access(target.parent, os.W_OK):  # else it is the root of a volume

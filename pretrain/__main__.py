@@ -13,7 +13,7 @@ import typer
 from pretrain.cli.cluster import doctor, launch, plan
 from pretrain.cli.console import plain, write_any_text
 from pretrain.cli.data import data_app
-from pretrain.cli.exits import leave, report_failure, report_stop
+from pretrain.cli.exits import leave, report_broken_pipe, report_failure, report_stop
 from pretrain.cli.models import evaluate, export, import_, print_evaluation, ranks
 from pretrain.cli.options import Code, Json, Overrides
 from pretrain.cli.paper import paper_app
@@ -296,6 +296,8 @@ def run_command(command: Callable[..., object] = app) -> int:
         # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.
         code = command(standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except SystemExit as end:
+        return report_broken_pipe(end)
     except typer.Abort as abort:
         if isinstance(abort.__cause__, EOFError):  # of a file; nothing here asks on a terminal
             return report_failure(abort.__cause__)

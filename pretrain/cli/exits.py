@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import select
 import sys
 import traceback
 from typing import NoReturn
@@ -43,6 +44,26 @@ def report_failure(error: Exception) -> int:
         return _end("", 1)
     line = _shortened(plain(one_line(error)))
     return _end(line if is_stop(error) else f"error: {line}", code)
+
+
+def report_broken_pipe(end: SystemExit) -> int:
+    """Report a broken pipe, at which Click ends a command without a word.
+
+    Every other end is raised again, and so is that of our output: a reader such as `head` left.
+    """
+    broken = end.__context__
+    if isinstance(broken, BrokenPipeError) and not _reader_left():
+        return report_failure(broken)
+    raise end
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in watched.poll(0))
+    return True
 
 
 def _end(line: str, code: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 
@@ -42,7 +41,7 @@ def _keep(training: Training, step: int) -> None:
     """Write the micro batches of this process's update, ``[micro batches, sequences, context]``."""
     folder = training.run / KEPT
     path = folder / f"update-{step:08d}-rank-{training.grid.rank}.npz"
-    if _count(folder) >= _MOST:
+    if sum(1 for _ in folder.glob(f"update-*-rank-{training.grid.rank}.npz")) >= _MOST:
         return
     inputs, labels = (
         np.stack([batch[part].cpu().numpy() for batch in training.engine.last_batches])
@@ -50,7 +49,3 @@ def _keep(training: Training, step: int) -> None:
     )
     with suppress(OSError), replacing(path) as aside, aside.open("wb") as file:
         np.savez_compressed(file, inputs=inputs, labels=labels)
-
-
-def _count(folder: Path) -> int:
-    return sum(1 for _ in folder.glob("update-*.npz"))

@@ -276,3 +276,29 @@ def test_an_end_of_a_file_is_no_interruption(
     assert run_command(program) == 1
     err = capsys.readouterr().err
     assert "interrupted" not in err and "No data left in file" in err
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_broken_pipe_is_silent_only_if_it_is_our_output(closed: bool) -> None:
+    """Click ends at any of them without a word: of a helper process, or a socket."""
+    code = (
+        "import sys, pretrain.config.recipe as recipe\n"
+        "def broken(*_, **__):\n"
+        "    raise BrokenPipeError(32, 'Broken pipe')\n"
+        "recipe.load_config = broken\n"
+        "from pretrain.__main__ import main\n"
+        "sys.argv = ['pretrain', 'train', 'x.yaml']\n"
+        "main()\n"
+    )
+    reading, writing = os.pipe()
+    if closed:
+        os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), stdout=writing, stderr=subprocess.PIPE,
+        text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    if not closed:
+        os.close(reading)
+    assert done.returncode == 1
+    assert done.stderr == ("" if closed else "error: Broken pipe\n")

@@ -31,8 +31,9 @@ $(TESTS): $(STAMP)
 demo: setup  ## corpus, tokenizer, tokens, four decays, report: minutes on two CPU cores
 	$(BIN)/pretrain demo --out demo
 
+# Three workers for two cores: a part of the time is waiting (for Slurm, dead machines, slow disks).
 test: $(TESTS)  ## the whole suite, on two cores
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(TESTS)  ## the tests that are not marked slow, before each commit
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long"

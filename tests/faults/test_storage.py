@@ -137,7 +137,7 @@ def test_who_is_waited_for_does_not_give_way(
     idle: list[int] = []
     monkeypatch.setattr(pretrain.checkpoint.saver, "_give_way", lambda: idle.append(1))
     if stopped:
-        monkeypatch.setattr(pretrain.training.loop.SIGNALS, "agreed", lambda _: True)  # type: ignore[attr-defined]
+        monkeypatch.setattr(pretrain.training.loop.SIGNALS, "agreed_with", lambda *_: (True, False))  # type: ignore[attr-defined]
     done = run(monkeypatch, *words, "checkpoint.every=1")
     saved = [path.name for path in list_checkpoints(folder / "checkpoints")][-2:]
     if stopped:

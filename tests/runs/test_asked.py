@@ -93,7 +93,10 @@ def changes(config: Config) -> list[tuple[str, Any]]:
     return found
 
 
-UNCHANGEABLE = {"data.path", "model.image_size", "task.kind", "task.own", "logging.trackers"}
+UNCHANGEABLE = {
+    "data.path", "model.image_size", "model.rotary_factor", "task.kind", "task.own",
+    "logging.trackers",
+}  # fmt: skip
 """Keys that no value but theirs may have in this recipe."""
 
 

@@ -70,6 +70,7 @@ def test_no_file_is_written_by_anything_else() -> None:
         "pretrain/checkpoint/tensor_file.py", "pretrain/distributed/watchdog.py",
         "pretrain/report/interactive.py", "pretrain/report/tables.py", "pretrain/report/load.py",
         "pretrain/sweep/config.py", "pretrain/report/context_tables.py",  # keys
+        "pretrain/api/commands.py",  # words of a command
     }  # fmt: skip
     found = set()
     for folder in ("pretrain", "data_pipeline", "models", "launchers"):

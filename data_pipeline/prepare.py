@@ -203,8 +203,8 @@ def _say_held_out(manifest: dict[str, Any]) -> None:
     few = [f"{count[split]} in {split}" for split in ("val", "test") if 0 < count[split] < _FEW]
     if few:
         _say(
-            f"few held-out documents ({', '.join(few)}), so scores on them are uncertain; a larger "
-            "share, such as --split 90,5,5, gives more"
+            f"few held-out documents ({', '.join(few)}), so scores on them are uncertain; give "
+            "more documents, or them a larger share with --split"
         )
 
 

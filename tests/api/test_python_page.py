@@ -70,7 +70,7 @@ def test_every_block_runs(
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
-    assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"mine", "trainer", "ours"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"loop", "trainer", "ours"}
     assert names["mine"].decays["blocks.1.q.weight"] == 0.4
     assert 0 < names["figures"]["overall"]["loss"] < 20
     ours = pretrain.api.load_run("runs/ours")

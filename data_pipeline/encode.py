@@ -180,7 +180,7 @@ class Encoder:
         waiting: deque[Future[Result]] = deque()
         try:
             for block, split in blocks:
-                with signals_held_back(workers=True):  # it starts workers
+                with signals_held_back():  # it starts workers
                     future = self.pool.submit(_work, block, self.settings, split)
                 waiting.append(future)
                 if len(waiting) > 2 * self.workers:

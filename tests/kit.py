@@ -13,7 +13,7 @@ import pytest
 from tests.data_pipeline.test_adopt import encoded, write_pair
 from tests.foreign import llama_tensors, write_model
 from tests.tokenizer_files import byte_level
-from tests.tools import ROOT, base_recipe, run, run_processes, write_recipe
+from tests.tools import ROOT, base_recipe, run, run_processes, write_library, write_recipe
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,7 @@ def make_kit(folder: Path, data: Path, tokenizer: Path) -> Kit:
             texts.append(_text(folder / f"text{which}.jsonl", which))
             pairs.append(folder / f"pair{which}")
             write_pair(pairs[-1], encoded(vocabulary)[which::2])
-    for number in range(110):
-        (folder / "library").mkdir(exist_ok=True)
-        (folder / f"library/m{number}.py").write_text(f"value = {number}\n" + "# text\n" * 60)
+    write_library(folder / "library")
     site = write_recipe(
         folder / "site.yaml", {"container": {"image": "i"}, "processes_per_node": 1}
     )

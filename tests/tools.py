@@ -97,6 +97,14 @@ def run_workers(processes: int, task: str, cases: list[dict[str, Any]], folder: 
     return answers
 
 
+def write_library(folder: Path) -> Path:
+    """A folder of sources, as many as a corpus needs."""
+    folder.mkdir()
+    for number in range(110):
+        (folder / f"m{number}.py").write_text(f"value = {number}\n" + "# text\n" * 60)
+    return folder
+
+
 def assert_one_line(text: str, culprits: tuple[str, ...]) -> None:
     """Standard error ends with one line of ours, which names the culprits."""
     errors = [line for line in text.splitlines() if line.startswith("error: ")]

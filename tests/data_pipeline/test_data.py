@@ -31,7 +31,7 @@ from data_pipeline.tokenize import tokenize
 from data_pipeline.tokenizer import load_tokenizer
 from tests.conftest import write_jsonl
 from tests.sources import in_small_blocks
-from tests.tools import environment
+from tests.tools import environment, write_library
 
 HARD = [
     "  leading spaces",
@@ -281,10 +281,7 @@ def test_killed_tokenisation_goes_on(
 
 
 def test_corpus_is_deterministic(tmp_path: Path) -> None:
-    library = tmp_path / "library"
-    library.mkdir()
-    for number in range(150):
-        (library / f"m{number}.py").write_text(f"value = {number}\n" + "# text\n" * 60)
+    library = write_library(tmp_path / "library")
     for name in ("a", "b"):
         write_corpus(tmp_path / name, library)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")

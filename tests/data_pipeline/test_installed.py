@@ -11,6 +11,7 @@ from data_pipeline.corpus import write_corpus
 from data_pipeline.installed import LARGEST, installed_files
 from data_pipeline.sources import SPLITS
 from tests.data_pipeline.test_data import raw_documents, tree
+from tests.tools import write_library
 
 PACKAGES = 60
 
@@ -48,10 +49,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def test_a_package_is_in_one_split(site: Path, tmp_path: Path) -> None:
-    library = tmp_path / "library"
-    library.mkdir()
-    for number in range(150):
-        (library / f"m{number}.py").write_text(f"x = '{text_of(f'm{number}')}'")
+    library = write_library(tmp_path / "library")
     for out in ("a", "b"):
         write_corpus(tmp_path / out, library, installed_files([str(site)]))
     assert tree(tmp_path / "a") == tree(tmp_path / "b")

@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.cluster.devices import DEVICES
 from pretrain.cluster.plan import rank
 from pretrain.config.recipe import parse_config
+from pretrain.engine.accelerators import DEVICES
 
 MODELS = {  # layers, hidden, heads: GPT-3's, and GPT-NeoX-20B's
     "125M": (12, 768, 12),

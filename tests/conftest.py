@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 LONG_FILES = (
     "engine/test_grid", "engine/test_speed", "faults/test_processes", "decay/test_policies",
-    "faults/test_machines", "engine/test_flat_update", "paper/test_paper", "engine/test_grid_sums",
+    "faults/test_machines", "engine/test_flat_update", "report/test_paper", "engine/test_grid_sums",
     "offline/test_exchange", "cli/test_signals", "sweep/test_sweep", "decay/test_decay_applied",
     "report/test_report_again", "checkpoint/test_resume", "launchers/test_launch",
     "config/test_shipped_recipes", "launchers/test_team", "report/test_report", "models/test_bf16",

@@ -141,11 +141,11 @@ PAPER = {
 
 def _make_paper_cheap() -> None:
     for name, (module, function) in PAPER.items():
-        owner = importlib.import_module(f"pretrain.paper.{module}")
+        owner = importlib.import_module(f"pretrain.report.paper.{module}")
         setattr(owner, function, _slow_figure(name, getattr(owner, function)))
     import launchers.paper
     import pretrain.cli.paper
-    import pretrain.paper.page
+    import pretrain.report.paper.page
 
     launchers.paper.experiment = _slow_sweep
     drawn = pretrain.cli.paper._scatter

@@ -90,7 +90,7 @@ def _runs(name: str, runs: Path, existing: Path | None, parallel: int, data: Pat
 @_alone
 def fig1(out: Out = _PAPER) -> None:
     """Two factors by gradient descent: gap, discrepancy, singular values against decay."""
-    from pretrain.paper.fig1 import run
+    from pretrain.report.paper.fig1 import run
 
     run(out)
 
@@ -101,7 +101,7 @@ def fig2(
     out: Out = _PAPER, runs: Runs = _RUNS, existing: From = None, parallel: Parallel = 0
 ) -> None:
     """Associative recall: rank, discrepancy and gap of an attention-only model over training."""
-    from pretrain.paper.fig2 import figure
+    from pretrain.report.paper.fig2 import figure
 
     figure(_runs("fig2", runs, existing, parallel, None), out)
 
@@ -116,7 +116,7 @@ def fig3(
 
     At the paper's scale: configs/paper/fig3-125m.yaml, then --from its runs.
     """
-    from pretrain.paper.fig3 import figure
+    from pretrain.report.paper.fig3 import figure
 
     figure("fig3", _runs("fig3", runs, existing, parallel, data), out)
 
@@ -128,7 +128,7 @@ def fig7(
     data: Data = None,
 ) -> None:  # fmt: skip
     """The same for the layers at the depth of layers 7 and 9."""
-    from pretrain.paper.fig3 import figure
+    from pretrain.report.paper.fig3 import figure
 
     figure("fig7", _runs("fig3", runs, existing, parallel, data), out)
 
@@ -140,7 +140,7 @@ def table1(
     data: Data = None,
 ) -> None:  # fmt: skip
     """Perplexity on held-out text by attention decay and MLP decay, over seeds."""
-    from pretrain.paper.fig3 import table
+    from pretrain.report.paper.fig3 import table
 
     table(_runs("fig3", runs, existing, parallel, data), out)
 
@@ -154,7 +154,7 @@ def fig3_vit(
 
     On scikit-learn's digits; on ImageNet: configs/paper/fig3-vit-imagenet.yaml, then --from.
     """
-    from pretrain.paper.fig3_vit import figure
+    from pretrain.report.paper.fig3_vit import figure
 
     figure(_runs("fig3-vit", runs, existing, parallel, None), out)
 
@@ -183,8 +183,8 @@ def _scatter(
     name: str, sweep: str, out: Path, runs: Path, model: str | None, family: Path | None,
     parallel: int,
 ) -> None:  # fmt: skip
-    from pretrain.paper.fig4 import figure
-    from pretrain.paper.runs import load_runs
+    from pretrain.report.paper.fig4 import figure
+    from pretrain.report.paper.runs import load_runs
 
     if model is not None:
         figure(name, model, out, family)
@@ -198,7 +198,7 @@ def _scatter(
 @_alone
 def fig5(out: Out = _PAPER) -> None:
     """AdamW's decay against Adam with L2, for two scalars, direct and factored."""
-    from pretrain.paper.fig5 import run
+    from pretrain.report.paper.fig5 import run
 
     run(out)
 
@@ -210,7 +210,7 @@ def modern(
     data: Data = None,
 ) -> None:  # fmt: skip
     """Beyond the paper: grouped queries, rotary, QK-norm, biases, linear and sigmoid, Muon."""
-    from pretrain.paper.modern import figure
+    from pretrain.report.paper.modern import figure
 
     figure(_runs("modern", runs, existing, parallel, data), out)
 
@@ -222,7 +222,7 @@ def rank_cost(
     data: Data = None,
 ) -> None:  # fmt: skip
     """Beyond the paper: perplexity when attention is cut to a share of its rank."""
-    from pretrain.paper.rank_cost import figure
+    from pretrain.report.paper.rank_cost import figure
 
     text = _runs("fig3", runs, existing, parallel, data)
     recall = None if existing else _runs("fig2", runs, None, parallel, None)
@@ -277,7 +277,7 @@ def _when_free(make: Callable[[], None]) -> None:
 def _everything(out: Path, runs: Path, parallel: int, path: Path) -> None:
     from pretrain.distributed.grid import disconnect
     from pretrain.errors import RunError
-    from pretrain.paper.page import write_page
+    from pretrain.report.paper.page import write_page
 
     began = time.monotonic()
     failures = []

@@ -9,12 +9,12 @@ from data_pipeline.records import DataError
 from launchers.site import Site
 from models.roles import ModelError
 from pretrain.cli.console import plain, warn
-from pretrain.cluster.devices import DEVICES, Device
 from pretrain.cluster.plan import choose, rank
 from pretrain.cluster.plan_words import cost_in_words, grid_in_words, overrides
 from pretrain.cluster.vocabulary import with_vocabulary
 from pretrain.config.recipe import Config
 from pretrain.config.science import GridConfig
+from pretrain.engine.accelerators import DEVICES, Device
 from pretrain.errors import UsageError
 
 _ASSUMED = "h100"

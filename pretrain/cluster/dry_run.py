@@ -10,8 +10,6 @@ import torch
 from data_pipeline.strict_json import to_json
 from pretrain.cli.console import plain, show_table, warn
 from pretrain.cluster.plan_grids import accept, layout_of
-from pretrain.cluster.plan_memory import memory_of, process_bytes
-from pretrain.cluster.plan_shapes import sizes_of
 from pretrain.cluster.vocabulary import task_to_plan
 from pretrain.config.recipe import Config
 from pretrain.decay.control import DecayControl
@@ -19,8 +17,10 @@ from pretrain.decay.lengths import remarks
 from pretrain.decay.plan import DecayGroup
 from pretrain.decay.sites import Site, site_of
 from pretrain.distributed.grid import process_count
+from pretrain.engine.memory import memory_of, process_bytes
 from pretrain.engine.optimizers import refuse_missing_optimizer
 from pretrain.engine.precision import with_precision
+from pretrain.engine.sizes import sizes_of
 from pretrain.errors import UsageError
 from pretrain.runs.metrics import refuse_missing_services
 from pretrain.tasks.epochs import describe as describe_data

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from pretrain.cli.console import warn
-from pretrain.cluster.devices import Device
-from pretrain.cluster.plan_memory import process_bytes
 from pretrain.config.recipe import Config
 from pretrain.distributed.signals import SIGNALS
+from pretrain.engine.accelerators import Device
+from pretrain.engine.memory import process_bytes
 from pretrain.engine.precision import with_precision
 from pretrain.errors import RunError, Stopped
 

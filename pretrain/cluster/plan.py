@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pretrain.cluster.devices import Device
 from pretrain.cluster.plan_grids import candidates, layout_of
-from pretrain.cluster.plan_memory import kept_by_layer, memory_of
-from pretrain.cluster.plan_shapes import Layout, Sizes, sizes_of
 from pretrain.cluster.plan_traffic import traffic_of
 from pretrain.config.recipe import Config
+from pretrain.engine.accelerators import Device
+from pretrain.engine.memory import kept_by_layer, memory_of
+from pretrain.engine.sizes import Layout, Sizes, sizes_of
 
 _LINK = 0.80
 """Share of a link's rate that a ring of large messages reaches."""

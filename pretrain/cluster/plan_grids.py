@@ -14,13 +14,13 @@ from models.gpt import layer_blueprints
 from models.kernels import DEFAULT_KERNELS
 from models.layers import ParameterFactory
 from models.roles import ModelError
-from pretrain.cluster.plan_shapes import Layout, check_vocabulary
 from pretrain.config.recipe import Config, with_values
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
 from pretrain.distributed.grid import Grid, check_grid
 from pretrain.engine.engine import micro_batches, refuse_unfit, whole_model
 from pretrain.engine.precision import with_precision
+from pretrain.engine.sizes import Layout, check_vocabulary
 from pretrain.errors import UsageError
 
 
@@ -84,7 +84,7 @@ def layout_of(config: Config, device: str, count: int, base: float, slack: float
 
     Args:
         device: their type (cuda, cpu).
-        base, slack: of a process, from `plan_memory.process_bytes`.
+        base, slack: of a process, from `memory.process_bytes`.
 
     Raises:
         UsageError: if its grid does not use all devices, or cannot divide the batch.

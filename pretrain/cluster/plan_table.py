@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from data_pipeline.strict_json import to_json
-from pretrain.cluster.devices import DEVICES, Device
 from pretrain.cluster.plan import Choice, rank
-from pretrain.cluster.plan_memory import GPU_LIBRARIES
-from pretrain.cluster.plan_shapes import Sizes, sizes_of
 from pretrain.cluster.plan_words import hours_of, overrides
 from pretrain.config.recipe import Config
+from pretrain.engine.accelerators import DEVICES, Device
+from pretrain.engine.memory import GPU_LIBRARIES
+from pretrain.engine.sizes import Sizes, sizes_of
 from pretrain.errors import UsageError
 
 _CAUTION = (

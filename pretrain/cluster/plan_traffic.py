@@ -7,7 +7,7 @@ of a step.
 
 from __future__ import annotations
 
-from pretrain.cluster.plan_shapes import Layout, Sizes
+from pretrain.engine.sizes import Layout, Sizes
 
 
 def traffic_of(sizes: Sizes, layout: Layout) -> dict[str, float]:

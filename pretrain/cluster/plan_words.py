@@ -9,10 +9,10 @@ import re
 import sys
 from pathlib import Path
 
-from pretrain.cluster.devices import DEVICES
 from pretrain.cluster.plan import Choice, rank
 from pretrain.cluster.vocabulary import with_vocabulary
 from pretrain.config.recipe import Config, load_config
+from pretrain.engine.accelerators import DEVICES
 
 PLANNED_FOR = (8, 64)
 """Numbers of H100s for which the comments of the large recipes have a plan."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from pretrain.cluster.devices import device_named
-from pretrain.cluster.plan_shapes import Sizes, sizes_of
 from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
+from pretrain.engine.accelerators import device_named
+from pretrain.engine.sizes import Sizes, sizes_of
 
 
 class Utilisation:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.cluster.plan_memory import process_bytes
+from pretrain.engine.memory import process_bytes
 from tests.tools import (
     base_recipe,
     check_theory,

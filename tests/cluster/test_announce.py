@@ -9,10 +9,10 @@ import pytest
 
 from launchers.site import Site
 from pretrain.cluster.announce import gpu_of
-from pretrain.cluster.devices import DEVICES
 from pretrain.cluster.plan import choose
 from pretrain.cluster.plan_words import with_plan
 from pretrain.config.recipe import parse_config
+from pretrain.engine.accelerators import DEVICES
 from tests.tools import ROOT, run, write_recipe
 
 PLANNED = sorted(

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.cluster.devices import DEVICES
 from pretrain.cluster.local_rates import link_between, measure_here
 from pretrain.cluster.plan import Choice, _best, choose, rank
-from pretrain.cluster.plan_memory import memory_of
-from pretrain.cluster.plan_shapes import Layout, sizes_of
 from pretrain.config.recipe import Config, parse_config, with_values
+from pretrain.engine.accelerators import DEVICES
+from pretrain.engine.memory import memory_of
+from pretrain.engine.sizes import Layout, sizes_of
 from tests.tools import ROOT, run
 
 SHAPE = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 8, "context": 128,

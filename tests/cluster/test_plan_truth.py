@@ -13,14 +13,14 @@ import torch
 from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.parallel import TensorParallel
-from pretrain.cluster.devices import DEVICES
 from pretrain.cluster.plan import Choice, rank
 from pretrain.cluster.plan_grids import layout_of
-from pretrain.cluster.plan_shapes import sizes_of
 from pretrain.cluster.plan_traffic import traffic_of
 from pretrain.config.recipe import Config, parse_config
 from pretrain.distributed.grid import Grid, check_grid
+from pretrain.engine.accelerators import DEVICES
 from pretrain.engine.engine import micro_batches
+from pretrain.engine.sizes import sizes_of
 from pretrain.errors import UsageError
 from tests.tools import run_workers
 

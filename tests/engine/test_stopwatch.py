@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.cluster.devices import DEVICES, device_named
 from pretrain.config.recipe import parse_config
+from pretrain.engine.accelerators import DEVICES, device_named
 from pretrain.engine.stopwatch import Stopwatch
 from pretrain.runs.metrics import read_metrics
 from pretrain.training.utilisation import Utilisation

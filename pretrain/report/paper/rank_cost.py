@@ -13,10 +13,10 @@ from typing import Any
 
 from pretrain.offline.evaluate import evaluate_checkpoint
 from pretrain.offline.truncate import RankChoice
-from pretrain.paper.checks import Check, conclude
-from pretrain.paper.fig2 import accuracy
-from pretrain.paper.runs import MLP, colours, given_decay, load_runs, mean, values
 from pretrain.report.load import RunData
+from pretrain.report.paper.checks import Check, conclude
+from pretrain.report.paper.fig2 import accuracy
+from pretrain.report.paper.runs import MLP, colours, given_decay, load_runs, mean, values
 from pretrain.runs.folder import resolve_checkpoint
 from pretrain.runs.outputs import write_csv, write_figure
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.paper.checks import Check, conclude
+from pretrain.report.paper.checks import Check, conclude
 from pretrain.runs.outputs import write_csv, write_figure
 
 L2_POINT, L1_POINT = (0.8, 0.4), (1.0, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.cluster.plan_memory import GPU_LIBRARIES
+from pretrain.engine.memory import GPU_LIBRARIES
 
 
 @dataclass(frozen=True)

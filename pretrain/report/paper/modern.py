@@ -18,9 +18,9 @@ import torch
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.recipe import Config
 from pretrain.errors import UsageError
-from pretrain.paper.checks import Check, conclude
-from pretrain.paper.runs import given_decay, load_runs, mean, values
 from pretrain.report.load import RunData
+from pretrain.report.paper.checks import Check, conclude
+from pretrain.report.paper.runs import given_decay, load_runs, mean, values
 from pretrain.runs.folder import resolve_checkpoint
 from pretrain.runs.outputs import write_csv, write_figure
 from pretrain.spectra import product_statistics

@@ -5,7 +5,7 @@ Activations follow Korthikanti et al. 2022, adapted to what these layers keep.
 
 from __future__ import annotations
 
-from pretrain.cluster.plan_shapes import Layout, Sizes
+from pretrain.engine.sizes import Layout, Sizes
 
 CPU_LIBRARIES = 0.42e9
 """Bytes of a process on a CPU in addition to its model: Python, PyTorch, DeepSpeed, Megatron, and

@@ -10,8 +10,9 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
-from pretrain.paper.checks import Check, conclude
-from pretrain.paper.runs import (
+from pretrain.report.load import RunData
+from pretrain.report.paper.checks import Check, conclude
+from pretrain.report.paper.runs import (
     PRODUCTS,
     arrow,
     colours,
@@ -23,7 +24,6 @@ from pretrain.paper.runs import (
     series,
     values,
 )
-from pretrain.report.load import RunData
 from pretrain.runs.outputs import write_csv, write_figure
 
 _PAPER = 0.15

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.paper.checks import Check, conclude
-from pretrain.paper.fig2 import accuracy
-from pretrain.paper.runs import PRODUCTS, arrow, by_decay, largest_rise, load_runs, mean, values
 from pretrain.report.load import RunData
+from pretrain.report.paper.checks import Check, conclude
+from pretrain.report.paper.fig2 import accuracy
+from pretrain.report.paper.runs import (
+    PRODUCTS,
+    arrow,
+    by_decay,
+    largest_rise,
+    load_runs,
+    mean,
+    values,
+)
 from pretrain.runs.outputs import write_csv, write_figure
 
 _NEEDED = 0.95

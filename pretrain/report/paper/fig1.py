@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.paper.checks import Check, conclude
+from pretrain.report.paper.checks import Check, conclude
 from pretrain.runs.outputs import write_csv, write_figure
 from pretrain.spectra import product_statistics
 

@@ -14,15 +14,15 @@ import pytest
 import yaml
 
 import launchers.paper
-import pretrain.paper.fig1
-import pretrain.paper.fig2
+import pretrain.report.paper.fig1
+import pretrain.report.paper.fig2
 from pretrain.cli.paper import _ALL
 from pretrain.config.recipe import load_config, value_at
-from pretrain.paper.checks import Check
-from pretrain.paper.fig2 import fall_rate
-from pretrain.paper.fig3 import layers_of
-from pretrain.paper.modern import variant
-from pretrain.paper.page import TITLES, write_page
+from pretrain.report.paper.checks import Check
+from pretrain.report.paper.fig2 import fall_rate
+from pretrain.report.paper.fig3 import layers_of
+from pretrain.report.paper.modern import variant
+from pretrain.report.paper.page import TITLES, write_page
 from pretrain.runs.folder import read_ranks
 from pretrain.sweep.config import load_sweep
 from tests.tasks.test_tasks import RECIPES
@@ -50,13 +50,13 @@ def test_a_wrong_threshold_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the levels doubled behind the prediction's back, the closed form no longer fits."""
-    descend = pretrain.paper.fig1.descend
+    descend = pretrain.report.paper.fig1.descend
 
     def other(decays: tuple[Any, ...], *more: int, **words: int) -> object:
         return descend(tuple(2 * decay for decay in decays), *more, **words)
 
-    monkeypatch.setattr(pretrain.paper.fig1, "descend", other)
-    monkeypatch.setattr(pretrain.paper.fig1, "_draw", lambda *_: None)
+    monkeypatch.setattr(pretrain.report.paper.fig1, "descend", other)
+    monkeypatch.setattr(pretrain.report.paper.fig1, "_draw", lambda *_: None)
     assert run(monkeypatch, "fig1", "--out", str(tmp_path)) == 1
     found = capsys.readouterr()
     assert "FAILS  singular values" in found.out and found.err.startswith("error: fig1: ")
@@ -98,7 +98,7 @@ def test_fitted_rate_is_that_of_an_exponential(monkeypatch: pytest.MonkeyPatch) 
     """Down to a floor, which the fit must not see."""
     steps = list(range(0, 2000, 25))
     found = [max(7.0 * math.exp(-0.004 * step), 0.3) for step in steps]
-    monkeypatch.setattr(pretrain.paper.fig2, "series", lambda *_: (steps, found))
+    monkeypatch.setattr(pretrain.report.paper.fig2, "series", lambda *_: (steps, found))
     assert fall_rate(None, "vp") == pytest.approx(0.004)  # type: ignore[arg-type]
 
 

@@ -10,8 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pretrain.paper.checks import Check, conclude
-from pretrain.paper.runs import (
+from pretrain.report.load import RunData
+from pretrain.report.paper.checks import Check, conclude
+from pretrain.report.paper.runs import (
     MLP,
     PRODUCTS,
     arrow,
@@ -22,7 +23,6 @@ from pretrain.paper.runs import (
     mean,
     values,
 )
-from pretrain.report.load import RunData
 from pretrain.runs.outputs import write_csv, write_figure
 
 _SHOWN = {"fig3": (5,), "fig7": (7, 9)}

@@ -1,4 +1,4 @@
-"""Inputs of a plan's formulas: the sizes of a model, and how a grid divides it."""
+"""Sizes of a model, and how a grid divides it: for plans, and for the utilisation of a run."""
 
 from __future__ import annotations
 

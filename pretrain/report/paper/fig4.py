@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pretrain.config.run import RanksConfig
 from pretrain.offline.ranks import find_weights, measure_weights
-from pretrain.paper.checks import Check, conclude
+from pretrain.report.paper.checks import Check, conclude
 
 _CORRELATION, _BALANCE = 0.8, 0.9
 

@@ -14,7 +14,8 @@ from pretrain.errors import TRY_AGAIN
 _USAGE = {"UsageError", "ModelError", "ClickException"}
 """By name: importing their modules would be slow, and Typer may carry its own copy of click."""
 _TROUBLE = {"RunError", "DataError"}
-_AGAIN = {"MachineError", "StopRequestedError", "DistBackendError", "DistNetworkError"}
+_OF_PEERS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+_AGAIN = {"MachineError", "StopRequestedError", *_OF_PEERS}
 _LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
 _OUT_OF_MEMORY = (
     "out of memory", "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
@@ -77,7 +78,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process or the network was lost."""
-    if {part.__name__ for part in type(error).__mro__} & {"DistBackendError", "DistNetworkError"}:
+    if {part.__name__ for part in type(error).__mro__} & _OF_PEERS:
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)
 

@@ -22,11 +22,13 @@ from pretrain.config.science import GridConfig
 from pretrain.distributed.cores import fit_threads
 from pretrain.distributed.devices import own_gpu, refuse_shared
 from pretrain.distributed.failures import exit_code, is_of_machine
-from pretrain.distributed.meeting import open_store, tell_connected
+from pretrain.distributed.meeting import Awaited, hearing_signals, open_store, tell_connected
 from pretrain.errors import MachineError, RunError, UsageError
 
 Group = Any
 """A torch process group (the stubs know several classes)."""
+_PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -188,16 +190,26 @@ def connect() -> torch.device:
         device = torch.device("cpu")
     torch.set_num_threads(fit_threads(torch.get_num_threads()))
     if not dist.is_initialized():
-        backend = "nccl" if gpus else "gloo"
-        timeout = timedelta(minutes=30)
         size = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ["RANK"]) if size > 1 else 0
-        store = open_store(rank, size, timeout)
-        if gpus and size > 1:
-            refuse_shared(str(torch.cuda.get_device_properties(device).uuid), size, store, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        _meet(rank, size, device)
         tell_connected(rank)
     return device
+
+
+def _meet(rank: int, size: int, device: torch.device) -> None:
+    """Make the group of all processes, when all of them have come."""
+    awaited = Awaited()
+
+    def join() -> None:
+        store = open_store(rank, size, _PATIENCE, awaited)
+        if device.type == "cuda" and size > 1:
+            gpu = str(torch.cuda.get_device_properties(device).uuid)
+            refuse_shared(gpu, size, store, _PATIENCE)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+
+    hearing_signals(join, size, device, awaited)
 
 
 def build_grid(config: GridConfig, device: torch.device) -> Grid:
@@ -219,15 +231,23 @@ def build_grid(config: GridConfig, device: torch.device) -> Grid:
                 mine = created
         return mine
 
+    def groups() -> tuple[Group, Group, Group]:
+        return (
+            group(ranks.reshape(-1, tensor)),
+            group(ranks.permute(1, 2, 0).reshape(-1, pipeline)),
+            group(ranks.permute(0, 2, 1).reshape(-1, data)),
+        )
+
+    tensor_group, pipeline_group, data_group = hearing_signals(groups, world, device)
     return Grid(
         tensor=tensor,
         pipeline=pipeline,
         data=data,
         rank=rank,
         device=device,
-        tensor_group=group(ranks.reshape(-1, tensor)),
-        pipeline_group=group(ranks.permute(1, 2, 0).reshape(-1, pipeline)),
-        data_group=group(ranks.permute(0, 2, 1).reshape(-1, data)),
+        tensor_group=tensor_group,
+        pipeline_group=pipeline_group,
+        data_group=data_group,
         sequence_parallel=config.sequence_parallel and tensor > 1,
     )
 

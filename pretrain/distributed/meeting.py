@@ -11,14 +11,29 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from data_pipeline.files import write_aside
 from pretrain.distributed.jobs import CONNECTED, MEETING
+from pretrain.errors import MachineError
+
+_FIRST_LINE, _NEXT_LINE = 5.0, 60.0
+"""Seconds of waiting before a line says so, and between two such lines."""
+_TURN = 0.05
+"""Seconds between two looks whether a signal came; the end of the wait is seen at once."""
+_SHORTEST, _LONGEST = 0.005, 0.25
+"""Seconds between two looks who has come: few at first, since all usually start together."""
+_Result = TypeVar("_Result")
 
 
 class Board(Protocol):
@@ -31,21 +46,111 @@ class Board(Protocol):
         """The text of a key (bytes or str); if there is none: empty, or waits and raises."""
 
 
-def open_store(rank: int, size: int, timeout: timedelta) -> Any:
-    """The store that is used to make a process group."""
+@dataclass
+class Awaited:
+    """What this process waits for, in words; empty while another process says it."""
+
+    text: str = ""
+
+
+def hearing_signals(
+    action: Callable[[], _Result], size: int, device: torch.device, awaited: Awaited | None = None
+) -> _Result:
+    """Do something that waits for other processes inside a library, and handle signals meanwhile.
+
+    It runs in a thread of its own, because Python handles signals only in the main thread, and only
+    while no compiled code runs there.
+
+    Args:
+        size: number of processes; one has nobody to wait for and needs no thread.
+        device: of this process; each thread chooses its GPU.
+        awaited: is printed after a few seconds, and then every minute.
+    """
+    if size == 1:
+        return action()
+    results: list[_Result] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            results.append(action())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=work, name="meeting", daemon=True)
+    thread.start()
+    line_at = time.monotonic() + _FIRST_LINE
+    while thread.is_alive():
+        thread.join(_TURN)
+        if awaited and awaited.text and time.monotonic() >= line_at:
+            print(f"waiting for {awaited.text}", file=sys.stderr, flush=True)
+            line_at = time.monotonic() + _NEXT_LINE
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def open_store(rank: int, size: int, timeout: timedelta, awaited: Awaited | None = None) -> Any:
+    """The store that is used to make a process group; returns when all processes have opened it.
+
+    Args:
+        awaited: is kept up to date.
+
+    Raises:
+        MachineError: if not all of them came in time.
+    """
     if size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
+    awaited = awaited or Awaited()
     folder = os.environ.get(MEETING)
     if folder:
-        return dist.FileStore(str(Path(folder) / "store"), size)  # type: ignore[attr-defined]
+        store = dist.FileStore(str(Path(folder) / "store"), size)  # type: ignore[attr-defined]
+    else:
+        store = _network_store(rank, size, timeout, awaited)
+    _wait_for_all(store, rank, size, timeout, awaited)
+    return store
+
+
+def _network_store(rank: int, size: int, timeout: timedelta, awaited: Awaited) -> Any:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun's agent may already have opened it.
     listens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
     listener = _listen(host, port) if listens else None
     extra = {"master_listen_fd": listener.detach()} if listener else {"multi_tenant": True}
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, size, listens, timeout=timeout, **(extra if listens else {})
-    )
+    if not listens and os.environ.get("LOCAL_RANK", "0") == "0":  # one line for each machine
+        awaited.text = f"process rank 0 at {host}:{port} (MASTER_ADDR and MASTER_PORT)"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, size, listens, timeout=timeout, wait_for_workers=False,
+        **(extra if listens else {}),
+    )  # fmt: skip
+    awaited.text = ""
+    return store
+
+
+def _wait_for_all(store: Any, rank: int, size: int, timeout: timedelta, awaited: Awaited) -> None:
+    """Wait until every process rank has come to the store, with process rank 0 keeping count.
+
+    The count is asked for again and again: torch would log every wait that ends without success.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    place = dist.PrefixStore(f"meeting/{attempt}", store)  # type: ignore[attr-defined]
+    if place.add(f"rank/{rank}", 1) == 1:  # otherwise a supervisor has started it again
+        place.add("came", 1)
+    limit, pause = time.monotonic() + timeout.total_seconds(), _SHORTEST
+    while (came := place.add("came", 0)) < size:
+        if rank == 0:
+            awaited.text = f"{size - came} of {size} processes"
+        if time.monotonic() > limit:
+            raise MachineError(
+                f"{size - came} of {size} processes did not come within "
+                f"{timeout.total_seconds() / 60:.3g} minutes: start the same command for every "
+                "process rank, or read in their output why they ended; then rerun"
+            )
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST)
+    awaited.text = ""
 
 
 def tell_connected(rank: int) -> None:

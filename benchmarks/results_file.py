@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain.runs.folder import environment
+from pretrain.runs.environment import environment
 
 
 def finish(figures: dict[str, Any], out: Path | None, show: bool = True) -> None:

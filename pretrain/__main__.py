@@ -88,7 +88,7 @@ def train(
     pretrain train configs/gpt-tiny.yaml --dry-run
     pretrain train configs/gpt-tiny.yaml train.steps=100 --out runs/short
     pretrain train configs/gpt-tiny.yaml --processes 2 grid.tensor_parallel=2
-    pretrain train configs/gpt-tiny.yaml --fork runs/short@90 --out runs/fork
+    pretrain train configs/gpt-tiny.yaml train.steps=200 --fork runs/short@100 --out runs/fork
     """
     if (processes > 1 or restarts) and not dry_run:
         _start_again(processes, out or Path("runs") / recipe.stem, restarts)

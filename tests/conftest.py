@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 import data_pipeline.disk
 from data_pipeline.prepare import tokenize_sources, train_from_sources
-from pretrain.runs.folder import environment as environment_of_run
+from pretrain.runs.environment import environment as environment_of_run
 from tests.checkpoints import STEPS, write_run
 from tests.cpu_times import CpuTimes
 from tests.slurm import reason_to_skip, start_slurm, stop_slurm

@@ -146,6 +146,15 @@ def stranger(path: Path, run: str) -> str:
     return ""
 
 
+def fork_words(run: Path, step: int, steps: int) -> str:
+    """The words that fork a run at a step, so that something is left to train.
+
+    Args:
+        steps: the last step of the recipe.
+    """
+    return f"--fork {run}@{step}" + f" and train.steps above {step}" * (step >= steps)
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last of `list_checkpoints`, if there is one."""
     checkpoints = list_checkpoints(folder)

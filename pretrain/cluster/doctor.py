@@ -20,7 +20,7 @@ from pretrain.cluster.files_doctor import Finding, file_system, open_files
 from pretrain.config.recipe import Config, code_of
 from pretrain.distributed.cores import usable_cores
 from pretrain.distributed.grid import Grid, Group
-from pretrain.runs.folder import environment
+from pretrain.runs.environment import environment
 
 _TOP = Path(__file__).resolve().parents[2]
 _CODE = ("pretrain", "models", "data_pipeline", "launchers")

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import read_json, read_small
-from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, list_checkpoints, step_of
+from pretrain.checkpoint.reader import (
+    CHECKPOINTS,
+    Checkpoint,
+    fork_words,
+    list_checkpoints,
+    step_of,
+)
 from pretrain.cli.console import warn
 from pretrain.config.compare import differences
 from pretrain.config.recipe import Config
@@ -147,7 +153,8 @@ def check_finished(
             )
     end = "its last step" if until is None else f"--until {until}"
     intro = f"{run}: was trained to {end}, its newest checkpoint has step {checkpoint.step},"
-    mend = f"keep that, or choose another --out (--fork {run}@{checkpoint.step} continues from it)"
+    fork = fork_words(run, checkpoint.step, config.train.steps)
+    mend = f"keep that, or choose another --out ({fork} continues from it)"
     # A folder that was lost and fetched from its mirror has only checkpoints.
     recorded = recipe_of(run) if (run / CONFIG).is_file() else checkpoint.config
     changed = {

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import platform
 import re
-from datetime import UTC, datetime
-from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from pretrain.checkpoint.reader import (
     LATEST,
     RUN_ID,
     Checkpoint,
+    fork_words,
     list_checkpoints,
     names_in,
     new_run_id,
@@ -40,6 +37,7 @@ from pretrain.errors import RunError, UsageError
 from pretrain.ranks.table import RANKS, check_definition, rewind_ranks
 from pretrain.ranks.table import read_ranks as read_ranks  # noqa: PLC0414 - tools read it from here
 from pretrain.runs.code import changed_code, keep_code, kept_code
+from pretrain.runs.environment import environment
 from pretrain.runs.lock import LOCK
 from pretrain.runs.metrics import METRICS, rewind_metrics
 from pretrain.runs.records import Evaluation, Start, read_record
@@ -54,6 +52,8 @@ FREE = ("data.path", "data.prefetch", "task.workers", "train.micro_batch")
 """Keys inside the science sections that change no number (or are checked by content)."""
 _SAMPLE = ("evaluation.split", "evaluation.documents")
 """Keys of the held-out sample, which must stay the same for all losses of a run."""
+_KEPT = ("seed.", "model.", "task.", "data.", "train.global_batch.")
+"""Keys that a fork keeps too (`check_continues`)."""
 _OWN = (CONFIG, RUN_ID, RANKS, METRICS, ENVIRONMENT)
 """Files that only training writes under a temporary name: leftovers of a kill are deleted."""
 _WRITING = re.compile(r"\.step-[0-9]{8,18}\.writing")
@@ -157,29 +157,6 @@ def _clear_leftovers(run: Path) -> None:
             (run / name).unlink()
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for readers of the results; no secrets."""
-    import torch
-
-    names = ("rankdecay", "torch", "deepspeed", "megatron-core", "sentencepiece", "tokenizers")
-    versions: dict[str, str | None] = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "versions": versions,
-    }
-
-
 def recipe_of(run: Path) -> Config:
     """The recipe of a run folder, with the precision with which the run began.
 
@@ -241,9 +218,12 @@ def resume_point(run: Path, config: Config, recipe_precision: str = "") -> Check
         if key == "precision" and recipe_precision not in ("", after):
             after = f"{recipe_precision}, which is {after} here"
         others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        newest, fork = _newest_readable(run), ""
+        if newest and not any(f"{name}.".startswith(_KEPT) for name in changed):
+            fork = f", or continue from it with {fork_words(run, newest.step, config.train.steps)}"
         raise UsageError(
             f"{run}: holds a run with {key}={before}, the recipe says {after}{others}; choose "
-            f"another --out, or continue from it with --fork {run}@STEP"
+            f"another --out{fork}"
         )
     check_definition(run, config.ranks)
     return _newest_readable(run)
@@ -361,7 +341,8 @@ def check_continues(checkpoint: Checkpoint, config: Config, task: Task) -> None:
     """
     if checkpoint.step > config.train.steps:
         raise UsageError(
-            f"train.steps: {config.train.steps} is before {checkpoint.path}; set more steps"
+            f"train.steps: {config.train.steps} is before {checkpoint.path}; set train.steps above "
+            f"{checkpoint.step}"
         )
     if checkpoint.config.model != config.model:
         old, new = (c.model.model_dump() for c in (checkpoint.config, config))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.checkpoint.reader import CHECKPOINTS, Checkpoint, step_of
+from pretrain.config.recipe import Config
 from pretrain.errors import UsageError
 from pretrain.runs.finished import check_finished
 from pretrain.runs.folder import check_continues, forked_from, plan_for_resume, resume_point
@@ -97,6 +98,8 @@ def begin(setup: Setup, request: StartRequest) -> tuple[Setup, Origin]:
         if origin.kind == "forked":
             _check_precision(origin.checkpoint, config.precision, request.precision)
         check_continues(origin.checkpoint, setup.config, setup.task)
+        if origin.kind == "forked":
+            _check_has_updates(origin.checkpoint, config, until)
     return setup, origin
 
 
@@ -142,6 +145,21 @@ def _check_fork(run: Path, fork: Path, own: Checkpoint | None) -> None:
         raise UsageError(
             f"--fork: {run} is at step {own.step} of a run that began with {origin}, not "
             f"with {source}; {mend}"
+        )
+
+
+def _check_has_updates(trunk: Checkpoint, config: Config, until: int | None) -> None:
+    """Refuse a fork that would make no update.
+
+    Raises:
+        UsageError: with the step of the trunk's checkpoint and the key to raise.
+    """
+    key, last = ("train.steps", config.train.steps) if until is None else ("--until", until)
+    if trunk.step >= last:
+        source = "{run}@{step}".format(**described(trunk.path))
+        raise UsageError(
+            f"{key}: {last} leaves nothing to train for a fork of {source}, whose checkpoint has "
+            f"step {trunk.step}; set {key} above {trunk.step}"
         )
 
 

@@ -208,7 +208,17 @@ COMMAND_MISTAKES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     "another recipe in the folder": (
         ["train", "{tmp}/ok.yaml", "model.num_layers=1", "--out", "{run}"],
         2,
-        ("model.num_layers=2", "--fork"),
+        ("model.num_layers=2", "choose another --out"),
+    ),
+    "another schedule in the folder": (
+        ["train", "{tmp}/ok.yaml", "optimizer.schedule.kind=linear", "--out", "{run}"],
+        2,
+        ("optimizer.schedule.kind=cosine", "--fork {run}@6 and train.steps above 6"),
+    ),
+    "a fork with nothing left to train": (
+        ["train", "{tmp}/ok.yaml", "--fork", "{run}@6", "--out", "{tmp}/n"],
+        2,
+        ("train.steps: 6", "{run}@6", "step 6"),
     ),
     "a fork into another model": (
         ["train", "{tmp}/ok.yaml", "model.num_layers=1", "--fork", "{run}@6", "--out", "{tmp}/f"],

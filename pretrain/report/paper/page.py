@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_aside
-from pretrain.runs.folder import environment
+from pretrain.runs.environment import environment
 
 TITLES = {
     "fig1": (

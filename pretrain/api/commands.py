@@ -30,7 +30,7 @@ from pretrain.offline.ranks import find_weights, measure_weights
 from pretrain.ranks.schema import BY_NAME
 from pretrain.ranks.table import read_rank_columns
 from pretrain.runs.folder import CONFIG, EVALUATION, read_evaluation, read_starts, recipe_of
-from pretrain.runs.loop import LOOP
+from pretrain.runs.loop import LOOP, flat, nested, recorded_keys
 from pretrain.runs.metrics import read_metrics
 
 
@@ -73,13 +73,24 @@ def load_run(run: Path | str) -> LoadedRun:
     updates = [_flat(row) for row in read_metrics(path, "train")]
     return LoadedRun(
         path,
-        recipe_of(path).model_dump(mode="json"),
+        _recipe(path),
         as_table(updates),
         from_columns({name: list(ranks.column(name)) for name in ordered}),
         as_table([_flat(row) for row in read_metrics(path, "evaluation")]),
         evaluation,
         read_starts(path),
         (path / LOOP).is_file(),
+    )
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """The whole recipe of a run; of another loop, the values that are known."""
+    known = recorded_keys(path, path / CONFIG)
+    recipe = recipe_of(path).model_dump(mode="json")
+    return (
+        recipe
+        if known is None
+        else nested({key: value for key, value in flat(recipe).items() if key in known})
     )
 
 

@@ -7,24 +7,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from data_pipeline.strict_json import to_json
 from models.config import GPTConfig
 from models.factors import AttentionShape
 from pretrain.config.decay import WeightDecayConfig
-from pretrain.config.recipe import Config, dump_config
+from pretrain.config.recipe import parse_config
 from pretrain.config.run import RanksConfig
 from pretrain.errors import UsageError
 from pretrain.ranks.probe import Row, summary
 from pretrain.ranks.table import add_ranks, merge_ranks
-from pretrain.runs.folder import CONFIG, ENVIRONMENT, environment, read_starts, rewind, write_text
+from pretrain.runs.environment import environment
+from pretrain.runs.folder import CONFIG, ENVIRONMENT, read_starts, rewind, write_text
 from pretrain.runs.lock import RunLock
 from pretrain.runs.loop import LOOP
 from pretrain.runs.metrics import Tracker
 from pretrain.runs.records import FIGURES
 
-_DIALECTS = {"gpt2": "gpt2", "gpt_neox": "gpt_neox"}
+_DIALECTS = {"gpt2": "gpt2", "gpt_neox": "gpt_neox", "llama": "llama", "mistral": "llama"}
 
 
 def loop_recipe(
@@ -33,38 +35,39 @@ def loop_recipe(
     decay: WeightDecayConfig | None,
     ranks: RanksConfig,
     about: Mapping[str, Any],
-) -> Config:
-    """What is known of a run, as a recipe: reports sort runs by its keys.
+) -> dict[str, Any]:
+    """What is known of a run, as sections of a recipe: reports sort runs by its keys.
+
+    A key that is not known is absent, because its default need not be true of the loop.
 
     Args:
         values: the content of the model's config.json.
         decay: the decay by role; None if it is not known.
         about: seed, steps, global_batch, context, learning_rate, as far as they are known.
     """
-    train = {key: about[key] for key in ("steps", "global_batch") if about.get(key)}
-    optimizer: dict[str, Any] = {"gradient_clipping": 0.0}
-    optimizer["schedule"] = {"kind": "constant", "warmup": 0}
+    optimizer: dict[str, Any] = {}
     if about.get("learning_rate"):
         optimizer["learning_rate"] = about["learning_rate"]
-    return Config.model_validate(
-        {
-            "seed": about.get("seed") or 0,
-            "model": _model(shape, values, about.get("context") or 0),
-            "train": train,
-            "optimizer": {
-                **optimizer,
-                "weight_decay": decay.model_dump() if decay else {"default": 0.0},
-            },
-            "evaluation": {"at_end": "none"},
-            "ranks": ranks.model_dump(),
-        }
-    )
+    if decay:
+        optimizer["weight_decay"] = decay.model_dump(mode="json")
+    sections = {
+        "model": _model(shape, values, about.get("context") or 0),
+        "train": {key: about[key] for key in ("steps", "global_batch") if about.get(key)},
+        "optimizer": optimizer,
+        "evaluation": {"at_end": "none"},
+        "ranks": ranks.model_dump(mode="json"),
+    }
+    known = {name: section for name, section in sections.items() if section}
+    if about.get("seed") is not None:
+        known = {"seed": about["seed"], **known}
+    if about.get("precision") in ("fp32", "bf16"):
+        known["precision"] = about["precision"]
+    return known
 
 
 def _model(shape: AttentionShape, values: Mapping[str, Any], context: int) -> dict[str, Any]:
     """The shape of a model in our keys, as far as it has them."""
     known: dict[str, Any] = {
-        "dialect": _DIALECTS.get(str(values.get("model_type")), "llama"),
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
         "num_attention_heads": shape.num_attention_heads,
@@ -72,13 +75,15 @@ def _model(shape: AttentionShape, values: Mapping[str, Any], context: int) -> di
         "head_dim": shape.head_size,
         "qk_norm": shape.qk_norm,
     }
+    dialect = _DIALECTS.get(str(values.get("model_type")))
+    known = ({"dialect": dialect} if dialect else {}) | known
     if shape.rotary_dim:
         known |= {"position": "rotary", "rotary_fraction": shape.rotary_dim / shape.head_size}
     else:
         known["position"] = "learned"
     more = {
         "vocabulary_size": values.get("vocab_size"),
-        "context": context or values.get("max_position_embeddings") or values.get("n_positions"),
+        "context": context or None,  # a model's most positions need not be those in training
         "ffn_hidden_size": values.get("intermediate_size") or values.get("n_inner"),
         "tied_head": values.get("tie_word_embeddings"),
     }
@@ -93,9 +98,10 @@ def _model(shape: AttentionShape, values: Mapping[str, Any], context: int) -> di
 class LoopFolder:
     """Writes the run folder of somebody else's loop; used by its main process alone."""
 
-    def __init__(self, run: Path, config: Config, about: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, known: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """
         Args:
+            known: sections of a recipe, without what is not known (`loop_recipe`).
             about: what else is known about the loop, for the folder's record of it.
 
         Raises:
@@ -104,15 +110,19 @@ class LoopFolder:
         """
         if (run / CONFIG).exists() and not (run / LOOP).exists():
             raise UsageError(f"{run}: holds a run of `pretrain train`; choose another folder")
-        self._run, self._config = run, config
+        self._config = parse_config({**known}, "RankProbe")
+        self._run, self._known = run, _only(known, self._config.model_dump(mode="json"))
         self._lock = RunLock(run)
         self._lock.acquire()
         write_text(run / LOOP, to_json(dict(about), indent=1))
-        write_text(run / CONFIG, dump_config(config))
+        self._write_known()
         setting = {"precision": about["precision"]} if about.get("precision") else {}
         starts = [*read_starts(run), {**environment(), **setting}]
         write_text(run / ENVIRONMENT, to_json(starts, indent=1))
-        self._tracker = Tracker(run, config, active=True)
+        self._tracker = Tracker(run, self._config, active=True)
+
+    def _write_known(self) -> None:
+        write_text(self._run / CONFIG, yaml.safe_dump(self._known, sort_keys=False))
 
     def begin(self, step: int) -> None:
         """Remove what was written after ``step``, from which the loop continues."""
@@ -145,14 +155,21 @@ class LoopFolder:
         Args:
             last: the number of updates that were made.
         """
-        if last != self._config.train.steps and last > 0:
-            self._config = self._config.model_copy(
-                update={"train": self._config.train.model_copy(update={"steps": last})}
-            )
-            write_text(self._run / CONFIG, dump_config(self._config))
+        train = self._known.get("train", {})
+        if last != train.get("steps") and last > 0:
+            self._known["train"] = {**train, "steps": last}
+            self._write_known()
         merge_ranks(self._run)
         self._tracker.close()
         self._lock.release()
+
+
+def _only(known: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a checked recipe, for the keys that are known."""
+    return {
+        key: _only(value, tree[key]) if isinstance(value, dict) and value else tree[key]
+        for key, value in known.items()
+    }
 
 
 def _number(value: Any) -> float | None:

@@ -87,13 +87,13 @@ class RankProbe:
     def _open(self, run: Path) -> LoopFolder:
         about = {**self._about, "steps": self._steps}
         words = self._decay.words if self._decay else None
-        config = loop_recipe(
+        recipe = loop_recipe(
             self._towers[0].shape, config_of(self._model), words,
             self.config.model_copy(update={"every": self._every}), about,
         )  # fmt: skip
         known = {key: value for key, value in about.items() if isinstance(value, str | int | float)}
         model = {"class": LiveTensors(self._model).folder}
-        return LoopFolder(run, config, {"loop": "own", **known, **model})
+        return LoopFolder(run, recipe, {"loop": "own", **known, **model})
 
     @property
     def last(self) -> int:

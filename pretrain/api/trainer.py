@@ -42,7 +42,7 @@ class RankCallback(TrainerCallback):
             "seed": args.seed,
             "learning_rate": args.learning_rate,
             "global_batch": batch,
-            "precision": "bf16" if args.bf16 else "fp32",
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
             "loop": "transformers.Trainer",
         }
         self.probe = RankProbe(

@@ -23,6 +23,7 @@ from pretrain.runs.finished import is_complete
 from pretrain.runs.folder import CONFIG, known_recipe
 from pretrain.runs.follow import Follower, Present, in_words, number
 from pretrain.runs.lock import holds
+from pretrain.runs.loop import recorded_keys
 from pretrain.runs.metrics import METRICS
 from pretrain.runs.records import SweepRecord, read_record
 from pretrain.sweep.run import SWEEP, last_line
@@ -89,6 +90,7 @@ class RunView:
         self.run = run
         self._follower = Follower(run, whole)
         self._config: Config | None = None
+        self._recorded: frozenset[str] | None = None
         self._table: tuple[int, list[dict[str, Any]]] = (-1, [])
         self.state = "waiting"
         self.is_finished = False
@@ -101,13 +103,22 @@ class RunView:
     @property
     def steps(self) -> int:
         """The number of updates of the recipe; 0 if it is not known."""
-        return self._config.train.steps if self._config else 0
+        return self._config.train.steps if self._config and self._knows("train.steps") else 0
+
+    def _knows(self, *keys: str) -> bool:
+        """Whether these values of the recipe are facts (`recorded_keys`)."""
+        return self._recorded is None or self._recorded.issuperset(keys)
 
     def look(self) -> None:
         """Read what is new."""
         self._follower.look()
-        self._config = self._config or known_recipe(self.run)
+        if self._config is None or self._recorded is not None:  # a loop may add to its recipe
+            self._config = known_recipe(self.run)
+            with suppress(RunError, UsageError):
+                self._recorded = recorded_keys(self.run, self.run / CONFIG)
         done = self._config is not None and is_complete(self.run, self._config)
+        if self._recorded is not None:  # a loop has no checkpoints of ours
+            done = 0 < self.steps <= self.present.step
         self.is_finished = done and not self._is_training()
         self.state = "finished" if self.is_finished else self._state()
 
@@ -128,6 +139,8 @@ class RunView:
         """Seconds to the last step at the present speed, without measurements."""
         speed = self.present.speed.value
         if self._config is None or not speed or not self._is_training():
+            return None
+        if not self._knows("train.steps", "train.global_batch", "model.context"):
             return None
         train, context = self._config.train, self._config.model.context
         return (train.steps - self.present.step) * train.global_batch * context / speed

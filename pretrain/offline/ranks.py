@@ -32,8 +32,8 @@ from pretrain.offline.targets import find_models
 from pretrain.ranks.probe import Row, layer_rows
 from pretrain.ranks.probe import lawful as lawful_rows
 from pretrain.ranks.table import read_ranks, write_rows
-from pretrain.runs.folder import recipe_of
-from pretrain.runs.loop import LOOP
+from pretrain.runs.folder import CONFIG, recipe_of
+from pretrain.runs.loop import LOOP, recorded_keys
 
 _CHUNK = 1 << 22
 """Number of elements of a matrix that are converted to float64 at once."""
@@ -106,7 +106,9 @@ def _saved_by_loop(
     )
     found = [pretrained(folder, folder.name) for folder in folders]
     if is_pretrained(run) and not version:
-        found = [replace(pretrained(run, run.name), step=recipe.train.steps)]
+        known = recorded_keys(run, run / CONFIG) or ()
+        step = recipe.train.steps if "train.steps" in known else 0
+        found = [replace(pretrained(run, run.name), step=step)]
     elif version.isdigit():
         found = [weights for weights in found if weights.step == int(version)]
         if not found:

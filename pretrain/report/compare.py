@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pretrain.report.comparable import differences_of_pair
 from pretrain.report.load import Condition, RunData, Study
+from pretrain.runs.loop import NOT_RECORDED
 
 LEVEL = 0.05
 """A difference is clear if its corrected p is below this."""
@@ -88,13 +89,19 @@ class Difference:
 
 def pairs_of(condition: Condition, baseline: Condition) -> list[tuple[RunData, RunData]]:
     """Runs of one seed that differ only in their recipe (`differences_of_pair`)."""
-    by_seed = {run.seed: run for run in baseline.runs}
+    by_seed = _by_seed(baseline)
     only = differing(condition, baseline)
     return [
         (run, by_seed[run.seed])
         for run in condition.runs
-        if run.seed in by_seed and not differences_of_pair(run, by_seed[run.seed], only)
+        if run.records("seed")
+        and run.seed in by_seed
+        and not differences_of_pair(run, by_seed[run.seed], only)
     ]
+
+
+def _by_seed(baseline: Condition) -> dict[int, RunData]:
+    return {run.seed: run for run in baseline.runs if run.records("seed")}
 
 
 def differing(condition: Condition, baseline: Condition) -> set[str]:
@@ -105,12 +112,15 @@ def differing(condition: Condition, baseline: Condition) -> set[str]:
 def unpaired(study: Study) -> list[str]:
     """Notes about runs that are in no pair, with the reason."""
     notes = []
-    by_seed = {run.seed: run for run in study.baseline.runs}
+    by_seed = _by_seed(study.baseline)
     for condition in study.conditions:
         if condition is study.baseline:
             continue
         only = differing(condition, study.baseline)
         for run in condition.runs:
+            if not run.records("seed"):
+                notes.append(f"not paired: {run.path}: its seed is {NOT_RECORDED}")
+                continue
             partner = by_seed.get(run.seed)
             if partner is None:
                 notes.append(f"not paired: {run.path}: the baseline has no run of seed {run.seed}")

@@ -5,28 +5,22 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pretrain.config.compare import differences
-from pretrain.config.recipe import value_at
 from pretrain.report.cells import Cell, DataTable
 from pretrain.report.load import Study
+from pretrain.report.runs import varying
 
 
 def configuration(study: Study) -> list[DataTable]:
     """The keys in which the runs' recipes differ."""
     runs = study.runs
     sections = tuple(type(runs[0].config).model_fields)
-    keys: dict[str, None] = {}
-    for run in runs[1:]:
-        keys |= dict.fromkeys(differences(runs[0].config, run.config, sections))
+    keys = varying(runs, sections)
     if not keys:
         return []
     rows = [
-        [Cell(run.path.name), *(Cell(_short(value_at(run.config, key))) for key in keys)]
-        for run in runs
+        [Cell(run.path.name), *(Cell(_short(run.value_at(key))) for key in keys)] for run in runs
     ]
-    raw = [
-        {"run": run.path.name, **{key: value_at(run.config, key) for key in keys}} for run in runs
-    ]
+    raw = [{"run": run.path.name, **{key: run.value_at(key) for key in keys}} for run in runs]
     caption = "Keys whose values are not the same in all runs."
     return [DataTable("configuration", "What differs", caption, ["run", *keys], rows, raw)]
 

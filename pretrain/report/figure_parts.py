@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from pretrain.ranks.columns import AnyRow
 from pretrain.report.load import Study
+from pretrain.report.runs import RunData
+from pretrain.runs.loop import NOT_RECORDED
 
 PRODUCTS = {"qk": "W_QK", "vp": "W_VP"}
 
@@ -61,14 +63,21 @@ def sampled(study: Study, shown: int | None = None) -> str:
 
 def about(study: Study) -> str:
     """A description of the runs, for captions."""
-    config, runs = study.runs[0].config, study.runs
-    seeds = sorted({run.seed for run in runs})
-    model = config.model
-    tokens = config.train.steps * config.train.global_batch * model.context
+    first, runs = study.runs[0], study.runs
+    seeds = {run.seed for run in runs if run.records("seed")}
+    unknown = sum(not run.records("seed") for run in runs)
+    model = first.config.model
+    dialect = model.dialect.value if first.records("model.dialect") else "a model"
+    some = "" if not unknown else f" ({counted(unknown, 'run')} without a recorded seed)"
     return (
         f"{counted(len(runs), 'run')}, {counted(len(study.conditions), 'condition')}, n = "
-        f"{counted(len(seeds), 'seed')}; {model.dialect.value} of "
+        f"{counted(len(seeds), 'seed')}{some}; {dialect} of "
         f"{counted(model.num_layers, 'layer')} x "
         f"{counted(model.num_attention_heads, 'head')}, width {model.hidden_size}, "
-        f"{tokens:,} tokens per run."
+        f"{tokens_of(first)} per run."
     )
+
+
+def tokens_of(run: RunData) -> str:
+    """``1,024 tokens``, or that their number is not recorded."""
+    return f"number of tokens {NOT_RECORDED}" if run.tokens is None else f"{run.tokens:,} tokens"

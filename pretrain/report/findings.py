@@ -14,7 +14,7 @@ from pretrain.report.compare import (
     condition_mean,
     differences_from,
 )
-from pretrain.report.figure_parts import counted
+from pretrain.report.figure_parts import counted, tokens_of
 from pretrain.report.load import Condition, Study
 from pretrain.sweep.config import short_names
 
@@ -117,12 +117,11 @@ def _limits(study: Study) -> str:
     if unfinished:
         reasons.append(f"{counted(unfinished, 'run')} not finished: figures are of now, not of the "
                        "end")  # fmt: skip
-    config = study.runs[0].config
-    tokens = config.train.steps * config.train.global_batch * config.model.context
+    model = study.runs[0].config.model
     reasons.append(
         "another model, data set or length may behave otherwise (here "
-        f"{counted(config.model.num_layers, 'layer')} of width {config.model.hidden_size} and "
-        f"{tokens:,} tokens)"
+        f"{counted(model.num_layers, 'layer')} of width {model.hidden_size} and "
+        f"{tokens_of(study.runs[0])})"
     )
     return f"What these runs cannot say: {'; '.join(reasons)}."
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.compare import SCIENCE, differences
-from pretrain.config.recipe import value_at
+from pretrain.config.compare import SCIENCE
 from pretrain.errors import RunError, UsageError
 from pretrain.ranks.table import measured_steps
 from pretrain.report.comparable import check_same, mixed, with_comparable_scores
-from pretrain.report.runs import RunData, load_run
+from pretrain.report.runs import RunData, in_order, load_run, varying
 from pretrain.report.sample import steps_of_all
 from pretrain.runs.folder import CONFIG, FREE
+from pretrain.runs.loop import NOT_RECORDED
 from pretrain.runs.metrics import METRICS
 from pretrain.runs.records import SweepRecord, read_record
 from pretrain.sweep.config import kinds_of, short_names
@@ -168,24 +168,30 @@ def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:
 
 def _conditions(runs: list[RunData]) -> list[Condition]:
     """Group runs by the keys that vary between recipes, least exposure of attention first."""
-    keys: dict[str, None] = {}
-    for run in runs[1:]:
-        for key in differences(runs[0].config, run.config, _SETTINGS):
-            if key not in FREE:
-                keys[key] = None
-    order = _flat(runs[0].config.model_dump(mode="json"))
-    keys = dict.fromkeys(sorted(keys, key=lambda key: order.get(key, len(order))))
-    short = short_names(list(keys))
+    keys = [key for key in varying(runs, _SETTINGS) if key not in FREE]
+    short = short_names(keys)
+    loops = [run.recorded for run in runs if run.recorded is not None]
+    told = frozenset[str]().union(*loops) - {"seed", *keys}
     groups: dict[str, Condition] = {}
     for run in sorted(runs, key=lambda item: (item.seed, str(item.path))):
-        values = {key: value_at(run.config, key) for key in keys}
-        name = ", ".join(f"{short[key]} = {_text(value)}" for key, value in values.items())
-        whole = json.dumps(values, sort_keys=True)
+        values = {key: run.value_at(key) for key in keys}
+        parts = [_named(short[key], value) for key, value in values.items()]
+        if run.recorded is not None:
+            parts += ["another loop"] * (len(loops) < len(runs))
+            parts += _lacking(in_order(told - run.recorded, run.config))
+        name = ", ".join(parts)
+        known = sorted((run.recorded or frozenset()) - {"seed"})
+        whole = json.dumps([values, known], sort_keys=True)
         if whole not in groups and any(group.name == name for group in groups.values()):
             name += f" ({hashlib.sha256(whole.encode()).hexdigest()[:4]})"
         group = groups.setdefault(whole, Condition(name or "all runs", values, []))
         if any(member.seed == run.seed for member in group.runs):
             earlier = next(member for member in group.runs if member.seed == run.seed)
+            if not run.records("seed"):
+                raise UsageError(
+                    f"{run.path}: has the same recipe as {earlier.path}, and no seed is recorded; "
+                    "give seed= to the probe, or report only one of them"
+                )
             raise UsageError(
                 f"{run.path}: has the same recipe and seed as {earlier.path}; report only one "
                 "of them"
@@ -197,12 +203,16 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
     )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, int]:
-    """Dotted keys of a tree, numbered in their order."""
-    keys: list[str] = []
-    for key, value in tree.items():
-        keys += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return {key: index for index, key in enumerate(keys)}
+def _lacking(keys: list[str]) -> list[str]:
+    """A part of the name of a condition that does not record what others of its kind do."""
+    words = [key.rpartition(".")[2] for key in keys]
+    some = f"{len(words)} keys" if len(words) > 2 else " and ".join(words)
+    return [f"{some} {NOT_RECORDED}"] if words else []
+
+
+def _named(key: str, value: Any) -> str:
+    """A part of a condition's name."""
+    return f"{key} {value}" if value == NOT_RECORDED else f"{key} = {_text(value)}"
 
 
 def _text(value: Any) -> str:

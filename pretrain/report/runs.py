@@ -14,7 +14,8 @@ import numpy as np
 from models.roles import ALIASES, ATTENTION, QK, VO, Role
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.reader import CHECKPOINTS, list_checkpoints
-from pretrain.config.recipe import Config
+from pretrain.config.compare import differences
+from pretrain.config.recipe import Config, value_at
 from pretrain.decay.sites import coupled_rate
 from pretrain.errors import RunError, UsageError
 from pretrain.ranks.columns import AnyRow, Columns, column_of, numbers_of
@@ -24,6 +25,7 @@ from pretrain.ranks.table import RANKS, read_rank_columns
 from pretrain.report.sample import shown_steps
 from pretrain.runs.folder import CONFIG, EVALUATION, read_starts, recipe_of
 from pretrain.runs.identity import read_identity
+from pretrain.runs.loop import NOT_RECORDED, flat, recorded_keys
 from pretrain.runs.metrics import read_all_metrics
 from pretrain.runs.records import Evaluation, Sealed, read_record
 from pretrain.training.faults import SKIPPED, read_jumps
@@ -56,11 +58,28 @@ class RunData:
     """Whether every measurement has the same λ of each attention matrix."""
     measured: int = 0
     """Number of steps that were measured, of which ``ranks`` may have a sample."""
+    recorded: frozenset[str] | None = None
+    """Keys of the recipe that are known of another loop's run; None: all."""
 
     @property
     def seed(self) -> int:
-        """The seed, which distinguishes replicates."""
-        return self.config.seed
+        """The seed, which distinguishes replicates; 0 if it is not recorded."""
+        return self.config.seed if self.records("seed") else 0
+
+    def records(self, *keys: str) -> bool:
+        """Whether the values of these keys are known; of a loop's run, a default is not a fact."""
+        return self.recorded is None or self.recorded.issuperset(keys)
+
+    def value_at(self, key: str) -> Any:
+        """The value at a dotted key of the recipe, or `NOT_RECORDED`."""
+        return value_at(self.config, key) if self.records(key) else NOT_RECORDED
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that the whole run trains on; None if this is not recorded."""
+        if not self.records("train.steps", "train.global_batch", "model.context"):
+            return None
+        return self.config.train.steps * self.config.train.global_batch * self.config.model.context
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -86,6 +105,8 @@ class RunData:
     def why_unfinished(self) -> str:
         """Why the run is not finished; empty if it is."""
         steps = self.config.train.steps
+        if not self.records("train.steps"):
+            return f"not finished (step {self.last_step} of a number that is {NOT_RECORDED} yet)"
         if self.last_step < steps:
             return f"not finished ({self.last_step} of {steps} steps)"
         if self.evaluation is None and self.config.evaluation.at_end != "none":
@@ -128,7 +149,7 @@ class RunData:
         else:
             taken = self.exposure - _both(self._heads_at(first), "exposure")
         rates = math.fsum(self._rate(step) for step in self._taken(first, last))
-        return _rounded(taken / rates if rates else constant)
+        return _rounded(taken / rates if rates and not math.isnan(rates) else constant)
 
     @property
     def forked_at(self) -> int:
@@ -158,8 +179,22 @@ class RunData:
 
     def _rate(self, step: int) -> float:
         """The rate that multiplied λ in an update (counted from 0), mean over the matrices."""
-        rate, peak = self.config.learning_rate(step), self.config.optimizer.learning_rate
+        rate, peak = self._learning_rate(step), self.config.optimizer.learning_rate
         return math.fsum(coupled_rate(word, rate, peak) for word in self._couplings) / 4
+
+    def _learning_rate(self, step: int) -> float:
+        """Of an update (counted from 0): the schedule's, or that of a loop as it was logged."""
+        if self.recorded is None:
+            return self.config.learning_rate(step)
+        steps, rates = self._logged_rates
+        return float(np.interp(step + 1, steps, rates)) if len(steps) else math.nan
+
+    @cached_property
+    def _logged_rates(self) -> tuple[list[float], list[float]]:
+        steps = column_of(self.metrics, "step")
+        rates = column_of(self.metrics, "learning_rate")
+        pairs = [(step, rate) for step, rate in zip(steps, rates, strict=True) if _known(rate)]
+        return [step for step, _ in pairs], [rate for _, rate in pairs]
 
     @cached_property
     def _couplings(self) -> list[str]:
@@ -194,10 +229,11 @@ class RunData:
         )
         coupling, peak = _coupling(self.config, role), self.config.optimizer.learning_rate
         steps = [step + 1 for step in self._taken(0, logged[-1])]
-        rates = [coupled_rate(coupling, self.config.learning_rate(s - 1), peak) for s in steps]
+        rates = [coupled_rate(coupling, self._learning_rate(s - 1), peak) for s in steps]
         decays = np.interp(steps, logged, values)
         total = math.fsum(rates)
-        return math.fsum(rates * decays) / total if total else float(values[-1])
+        known = total and not math.isnan(total)
+        return math.fsum(rates * decays) / total if known else float(values[-1])
 
     def mean(self, product: str, column: str) -> float:
         """Mean over the heads of all layers at the last measurement.
@@ -237,10 +273,34 @@ class RunData:
         return math.nan if value is None else float(value)
 
 
+def varying(runs: Sequence[RunData], sections: Sequence[str]) -> list[str]:
+    """The keys of these sections whose values differ among the runs that record them, in the order
+    of a recipe."""
+    first_of_kind = {run.recorded: run for run in reversed(runs)}.values()
+    keys = {
+        key
+        for first in first_of_kind
+        for run in runs
+        for key in differences(first.config, run.config, tuple(sections))
+        if first.records(key) and run.records(key)
+    }
+    return in_order(keys, runs[0].config)
+
+
+def in_order(keys: Iterable[str], config: Config) -> list[str]:
+    """Keys in the order of a recipe."""
+    places = {key: place for place, key in enumerate(flat(config.model_dump(mode="json")))}
+    return sorted(keys, key=lambda key: (places.get(key, len(places)), key))
+
+
 def _both(rows: Iterable[AnyRow], column: str) -> float:
     """Mean over rows of a column that exists for both factors."""
     values: list[float] = [(row[f"{column}_a"] + row[f"{column}_b"]) / 2 for row in rows]
     return sum(values) / max(1, len(values))
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _rounded(value: float) -> float:
@@ -294,6 +354,7 @@ def load_run(path: Path, shown: set[int] | None = None) -> RunData:
         tuple(row["step"] for row in metrics.events if str(row["message"]).endswith(SKIPPED)),
         _is_constant(outline),
         len(set(outline.column("step"))),
+        recorded_keys(path, path / CONFIG),
     )
 
 

@@ -21,7 +21,7 @@ from data_pipeline.files import write_aside, write_synced
 from data_pipeline.index_file import write_index
 from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.parts import WHOLE, Parts
-from data_pipeline.records import DataError
+from data_pipeline.records import DataError, first_problem
 from data_pipeline.sources import sha256_of
 from data_pipeline.splits import SPLITS
 from data_pipeline.strict_json import to_json
@@ -76,7 +76,7 @@ def assemble(
     if not where:
         raise DataError(
             f"no usable document in {len(state.sources)} source(s)"
-            + (f"; the first problem: {state.shown[0]}" if state.shown else "")
+            + (f"; {first_problem(state.shown[0])}" if state.shown else "")
         )
     names = file_names({subset for _, subset in where})
     prefixes = {key: f"{key[0]}/{names[key[1]]}" for key in sorted(where)}

@@ -14,10 +14,18 @@ from data_pipeline.corpus import write_corpus
 from data_pipeline.encode import EncodingSettings
 from data_pipeline.files import held, write_aside
 from data_pipeline.json_tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
-from data_pipeline.manifest import load_manifest
+from data_pipeline.learned import remarks, write_record
+from data_pipeline.manifest import MANIFEST, load_manifest
 from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.readers import WINDOW_MB
-from data_pipeline.records import SHARES, DataError, Fields, parse_block, split_by_document
+from data_pipeline.records import (
+    SHARES,
+    DataError,
+    Fields,
+    first_problem,
+    parse_block,
+    split_by_document,
+)
 from data_pipeline.sources import Source, find_sources
 from data_pipeline.splits import SPLITS
 from data_pipeline.tokenize import Report, tokenize
@@ -91,6 +99,7 @@ def train_from_sources(
     algorithm: Literal["unigram", "bpe"] = "bpe" if kind == "bpe" else "unigram"
     texts = _TrainingTexts(chosen, fields, split, shares or SHARES)
     with held(out):
+        texts.check()
         size = vocabulary_size or _suitable_size(texts, max_bytes)
         _say(
             f"tokenizer: learning {size:,} pieces from up to {max_bytes >> 20} MB; about a minute "
@@ -106,6 +115,7 @@ def train_from_sources(
             model = train_tokenizer(texts, size, algorithm, max_bytes)
         texts.say_problems()
         write_aside(out, model)
+        write_record(out, model, chosen, texts.count, split, shares or SHARES)
     return size
 
 
@@ -128,9 +138,11 @@ class _TrainingTexts:
         self._sources, self._fields, self._split = sources, fields, split
         self._shares = shares
         self._problems: list[str] = []
+        self.count = 0
+        """Texts of the last reading."""
 
     def __iter__(self) -> Iterator[str]:
-        self._problems = []  # the sources may be read twice
+        self._problems, self.count = [], 0  # the sources may be read twice
         for source in self._sources:
             split = self._split or source.split
             for block in source.open_blocks(self._fields):
@@ -138,7 +150,21 @@ class _TrainingTexts:
                 self._problems += parsed.problems
                 for document in parsed.documents:
                     if (split or split_by_document(document.text, self._shares)) == "train":
+                        self.count += 1
                         yield document.text
+
+    def check(self) -> None:
+        """Refuse sources without a text.
+
+        Raises:
+            DataError: with the first malformed record.
+        """
+        if next(iter(self), None) is None:
+            first = f"; {first_problem(self._problems[0])}" if self._problems else ""
+            raise DataError(
+                f"no training document in {len(self._sources)} source(s) "
+                f"({self._sources[0].name}){first}"
+            )
 
     def say_problems(self) -> None:
         """Report malformed records, up to the end of what was read."""
@@ -174,6 +200,11 @@ def tokenize_sources(
     settings = EncodingSettings(
         tokenizer, eod_token, fields, split, strict, special, lossless, shares or SHARES
     )
+    if not (out / MANIFEST).exists():
+        for line in remarks(
+            tokenizer, settings.open_tokenizer().sha256, sources, split, settings.shares
+        ):
+            _say(line)
     try:
         report = tokenize(
             sources, settings, out, workers, _Meter(), tell=_say, left_out=left_out

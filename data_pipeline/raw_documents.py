@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.dataset import HeldOut, held_out
 from data_pipeline.encode import hash_text
 from data_pipeline.manifest import MANIFEST, Manifest, load_manifest
-from data_pipeline.records import DataError, Fields, parse_block, split_by_document
+from data_pipeline.records import DataError, Fields, first_problem, parse_block, split_by_document
 from data_pipeline.sources import Source, Tell, find_sources
 
 Encode = Callable[[list[str]], list[np.ndarray]]
@@ -34,7 +34,11 @@ def is_tokenised(data: Sequence[Path]) -> bool:
 
 
 def read_documents(
-    data: Sequence[Path], split: str | None, limit: int | None, tell: Tell
+    data: Sequence[Path],
+    split: str | None,
+    limit: int | None,
+    tell: Tell,
+    fields: Fields | None = None,
 ) -> tuple[list[RawDocument], str]:
     """The documents of files, folders of files, or a tokenised folder, and the split's name.
 
@@ -42,18 +46,27 @@ def read_documents(
         split: None: test; all documents of files if none of them means test.
         limit: only so many, those with the smallest hashes, as in `held_out`.
         tell: called with a line about what is left out.
+        fields: where a record of a file has its text and its subset; a file's name is the subset of
+            records without one.
 
     Raises:
-        DataError: if there are none.
+        DataError: if there are none, with the reason.
     """
     if is_tokenised(data):
+        if fields is not None:
+            raise DataError(
+                f"--text-field, --subset-field: {data[0]} is tokenised, so it has no records any "
+                "more; leave them out"
+            )
         chosen = _decoded(load_manifest(data[0]), split or "test", limit, tell)
         return chosen, split or "test"
     sources = find_sources([str(path) for path in data], tell=tell)
     if split is None:
         named = [source for source in sources if source.split == "test"]
         split, sources = ("test", named) if named else ("all", sources)
-    documents = [document for source in sources for document in _of_source(source, split, tell)]
+    reader = _Reader(split, fields or Fields())
+    documents = [document for source in sources for document in reader.read(source)]
+    reader.tell_problems(tell)
     if not documents:
         raise DataError(f"{data[0]}: no document of split {split}; give another --split")
     if limit is not None:
@@ -61,22 +74,45 @@ def read_documents(
     return sorted(documents, key=lambda one: one.subset), split
 
 
-def _of_source(source: Source, split: str, tell: Tell) -> list[RawDocument]:
-    if split != "all" and source.split not in (None, split):
-        return []
-    name = Path(source.name).name.split(".")[0]
-    fields, problems, found = Fields(default_subset=name), [], []
-    for block in source.open_blocks(fields):
-        parsed = parse_block(block, fields)
-        problems += parsed.problems
-        for document in parsed.documents:
-            dealt = source.split or (split if split == "all" else split_by_document(document.text))
-            if split in ("all", dealt):
-                raw = document.text.encode("utf-8")
-                found.append(RawDocument(document.subset, document.text, len(raw), hash_text(raw)))
-    if problems:
-        tell(f"{len(problems)} malformed record(s) skipped; the first: {problems[0]}")
-    return found
+class _Reader:
+    """Reads the documents of one split, and counts malformed records."""
+
+    def __init__(self, split: str, fields: Fields) -> None:
+        self._split, self._fields = split, fields
+        self._problems: list[str] = []
+        self._parsed = 0
+        """Documents, of any split."""
+
+    def read(self, source: Source) -> list[RawDocument]:
+        """The documents of a source that are in the split."""
+        split = self._split
+        if split != "all" and source.split not in (None, split):
+            return []
+        fields = replace(self._fields, default_subset=Path(source.name).name.split(".")[0])
+        found = []
+        for block in source.open_blocks(fields):
+            parsed = parse_block(block, fields)
+            self._problems += parsed.problems
+            self._parsed += len(parsed.documents)
+            for document in parsed.documents:
+                text = document.text
+                if split == "all" or split == (source.split or split_by_document(text)):
+                    raw = text.encode("utf-8")
+                    found.append(RawDocument(document.subset, text, len(raw), hash_text(raw)))
+        return found
+
+    def tell_problems(self, tell: Tell) -> None:
+        """Tell about malformed records.
+
+        Raises:
+            DataError: if they are all records that were read.
+        """
+        if not self._problems:
+            return
+        count, first = len(self._problems), self._problems[0]
+        if not self._parsed:
+            raise DataError(f"no usable document in {count} record(s); {first_problem(first)}")
+        tell(f"{count} malformed record(s) skipped; the first: {first}")
 
 
 def _decoded(manifest: Manifest, split: str, limit: int | None, tell: Tell) -> list[RawDocument]:

@@ -15,6 +15,10 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file and what to do."""
 
 
+NO_TEXT = "no text in field"
+"""Begins the reason why a record without a text is malformed."""
+
+
 @dataclass(frozen=True)
 class Fields:
     """The fields of a record's text and subset; dots lead into objects."""
@@ -99,14 +103,29 @@ def _text_and_subset(record: Any, fields: Fields) -> tuple[str, str]:
     values = _parse_line(record) if isinstance(record, bytes) else record
     text = _value(values, fields.text)
     if not isinstance(text, str):
-        shown = ", ".join(repr(key)[:40] for key in list(values)[:5]) or "nothing"
-        raise ValueError(f"no text in field {fields.text!r} (the record has {shown})")
+        shown = ", ".join(repr(name)[:40] for name in _names(values)[:5]) or "nothing"
+        raise ValueError(f"{NO_TEXT} {fields.text!r} (the record has {shown})")
     subset = _value(values, fields.subset)
     if subset is None or subset == "":
         subset = fields.default_subset
     if not subset and subset != 0:
         raise ValueError(f"no subset in field {fields.subset!r} (or give --default-subset)")
     return text, _name(subset, fields.subset)
+
+
+def first_problem(problem: str) -> str:
+    """A malformed record as the reason why no text was found, with the mend for a wrong field."""
+    mend = "; name the field with --text-field" if NO_TEXT in problem else ""
+    return f"the first problem: {problem}{mend}"
+
+
+def _names(values: dict[Any, Any]) -> list[str]:
+    """The fields of a record; those of an object in it as they are asked for, ``meta.body``."""
+    return [
+        f"{key}.{inner}" if inner is not None else key
+        for key, value in values.items()
+        for inner in ((value or [None]) if isinstance(value, dict) else [None])
+    ]
 
 
 def _name(subset: Any, path: str) -> str:

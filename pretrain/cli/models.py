@@ -114,6 +114,14 @@ def evaluate(
             "files of text, if none of their names means test."
         ),
     ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(help="Field with the text, in files of text; as in `data tokenize`."),
+    ] = None,
+    subset_field: Annotated[
+        str | None,
+        typer.Option(help="Field with the subset's name, in files of text."),
+    ] = None,
     documents: Annotated[
         int | None, typer.Option(help="Score a fixed sample of N documents; default: all.")
     ] = None,
@@ -151,13 +159,17 @@ def evaluate(
     pretrain evaluate runs/mine@* runs/other --attention-rank 1,0.5,measured
     pretrain evaluate EleutherAI/pythia-160m --data documents.jsonl.zst
     """
+    from data_pipeline.records import Fields
     from pretrain.config.extension import run_code
     from pretrain.offline.evaluations import Asked, evaluate_models, split_words
 
     run_code(code or [])
     asked = Asked(
-        data or (), split, documents, batch, stride, out, attention_rank, attention_product
-    )
+        data or (), split, documents, batch, stride, out, attention_rank, attention_product,
+        Fields(text_field or Fields.text, subset_field or Fields.subset)
+        if text_field or subset_field
+        else None,
+    )  # fmt: skip
     rows, path, is_main = evaluate_models(*split_words(target, words or []), asked)
     if not is_main:
         return

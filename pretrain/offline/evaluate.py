@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def evaluate_checkpoint(
     out: Path | None,
     choice: RankChoice | None = None,
     keep: bool = True,
+    hold: Callable[[Grid], None] = lambda _: None,
 ) -> tuple[dict[str, Any], Path | None, bool]:
     """Score a checkpoint on all processes; a collective call.
 
@@ -50,6 +52,7 @@ def evaluate_checkpoint(
         overrides: to the run's recipe, for example another grid.
         choice: cut the attention products before scoring.
         keep: write the figures to a file.
+        hold: called with the processes before anything is scored.
 
     Returns:
         (figures, where they were written, whether this process is the main one).
@@ -61,6 +64,7 @@ def evaluate_checkpoint(
     check_grid(config.grid, process_count())
     task = _task(checkpoint, config, data, stride)
     grid = open_grid(config)
+    hold(grid)
     with contextlib.ExitStack() as ours:
         with grid.together(""):
             if grid.is_main and out:

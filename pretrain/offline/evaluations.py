@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import held
+from data_pipeline.records import Fields
 from data_pipeline.strict_json import to_json
+from pretrain.distributed.grid import Grid
 from pretrain.errors import RunError, UsageError
 from pretrain.offline.evaluate import evaluate_checkpoint
 from pretrain.offline.pretrained import evaluate_pretrained
@@ -34,6 +38,8 @@ class Asked:
     out: Path | None = None
     attention_rank: str | None = None
     attention_product: str = "both"
+    fields: Fields | None = None
+    """Where records of text files have their text; None: where `data tokenize` expects it."""
 
 
 def split_words(first: str, more: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -69,26 +75,50 @@ def evaluate_models(
         raise RunError(f"{asked.out.parent}: cannot be written; give another --out FILE")
     rows: list[Row] = []
     is_main = True
-    for model in found:
-        new, is_main = _rows(model, overrides, asked, choices)
-        rows += new
-    if asked.out and is_main:
-        body = rows[0] if len(rows) == 1 else {"evaluations": rows}
-        write_text(asked.out, to_json(body, indent=1))
+    with _Held(asked.out) as place:
+        for model in found:
+            new, is_main = _rows(model, overrides, asked, choices, place)
+            rows += new
+        if asked.out and is_main:
+            body = rows[0] if len(rows) == 1 else {"evaluations": rows}
+            write_text(asked.out, to_json(body, indent=1))
     return rows, asked.out, is_main
 
 
+class _Held(contextlib.ExitStack):
+    """Holds the name of ``--out`` from the first evaluation until the file is written."""
+
+    def __init__(self, out: Path | None) -> None:
+        super().__init__()
+        self._out = out
+
+    def take(self, grid: Grid) -> None:
+        """Take the name on the main process; a collective call.
+
+        Raises:
+            RunError: on every process, if another command holds it.
+        """
+        with grid.together(""):
+            if grid.is_main and self._out:
+                self.enter_context(held(self._out))
+        self._out = None  # it is taken once
+
+
 def _rows(
-    model: Found, overrides: list[str], asked: Asked, choices: list[RankChoice | None]
+    model: Found,
+    overrides: list[str],
+    asked: Asked,
+    choices: list[RankChoice | None],
+    place: _Held,
 ) -> tuple[list[Row], bool]:
     if model.is_pretrained:
         return evaluate_pretrained(
             model, overrides, asked.data, asked.split, asked.documents, asked.batch,
-            asked.stride, choices,
+            asked.stride, choices, asked.fields, place.take,
         )  # fmt: skip
     rows, is_main = [], True
     for choice in choices:
-        figures, _, is_main = _run(model, overrides, asked, choice, None, False)
+        figures, _, is_main = _run(model, overrides, asked, choice, None, False, place.take)
         rows.append({"model": _name(model), **figures})
     return rows, is_main
 
@@ -100,7 +130,13 @@ def _run(
     choice: RankChoice | None,
     out: Path | None,
     keep: bool,
+    hold: Callable[[Grid], None] = lambda _: None,
 ) -> tuple[Row, Path | None, bool]:
+    if asked.fields is not None:
+        raise UsageError(
+            f"--text-field, --subset-field: {model.path} is a checkpoint, which is scored on "
+            "tokens; leave them out"
+        )
     if len(asked.data) > 1 or any(path.is_file() for path in asked.data):
         raise UsageError(
             f"--data: {model.path} is a checkpoint, which is scored on one tokenised folder; "
@@ -109,7 +145,7 @@ def _run(
     data = asked.data[0] if asked.data else None
     return evaluate_checkpoint(
         model.path, overrides, data, asked.split or "test", asked.documents, asked.batch,
-        asked.stride, out, choice, keep,
+        asked.stride, out, choice, keep, hold,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from data_pipeline.dataset import HeldOut, held_out
 from data_pipeline.manifest import load_manifest
 from data_pipeline.own_tokenizer import OwnTokenizer, hashes_of
 from data_pipeline.raw_documents import encode_documents, is_tokenised, read_documents
+from data_pipeline.records import Fields
 from models.families import known_families
 from models.foreign_config import KINDS
 from models.importing import ForeignModel
@@ -120,8 +121,14 @@ def evaluate_pretrained(
     batch: int,
     stride: int,
     choices: Sequence[RankChoice | None],
+    fields: Fields | None = None,
+    hold: Callable[[Grid], None] = lambda _: None,
 ) -> tuple[list[dict[str, Any]], bool]:
     """Score a model on all processes, once for each choice; a collective call.
+
+    Args:
+        fields: where records of text files have their text; None: where `data tokenize` expects it.
+        hold: called with the processes before anything is scored.
 
     Returns:
         (figures for each choice, whether this process is the main one).
@@ -141,13 +148,14 @@ def evaluate_pretrained(
                 "speed.* and model.context"
             )
     values = read_json(found.path / "config.json")
-    chosen, prefix, name = _documents(found.path, values, data, split, documents)
+    chosen, prefix, name = _documents(found.path, values, data, split, documents, fields)
     largest = max((int(one.tokens.max(initial=0)) for one in chosen), default=0)
     rows = []
     is_main = True
     for choice in choices:
         opened, grid = _open(found.path, values, overrides, choice)
         is_main = grid.is_main
+        hold(grid)
         if largest >= opened.vocabulary_size:
             raise UsageError(
                 f"{found.path}: its tokenizer makes token {largest}, but the model has only "
@@ -193,15 +201,16 @@ def _documents(
     data: Sequence[Path],
     split: str | None,
     limit: int | None,
+    fields: Fields | None,
 ) -> tuple[list[HeldOut], int, str]:
     """Documents in the model's own tokens, the token before each, and the split's name."""
-    if is_tokenised(data):
+    if is_tokenised(data) and fields is None:
         manifest = load_manifest(data[0])
         if manifest.tokenizer_sha256 in hashes_of(folder):
             name = split or "test"
             return held_out(manifest, name, limit), manifest.eod, name
     tokenizer = OwnTokenizer(folder, config)
-    raw, name = read_documents(data, split, limit, warn)
+    raw, name = read_documents(data, split, limit, warn, fields)
     return encode_documents(raw, tokenizer.encode), tokenizer.prefix, name
 
 

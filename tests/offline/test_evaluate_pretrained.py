@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline.files import held
 from data_pipeline.prepare import tokenize_sources
 from data_pipeline.sources import Fields, find_sources, parse_block
 from tests.conftest import write_jsonl
@@ -289,3 +290,51 @@ def test_a_moved_run_finds_its_data(
     capsys.readouterr()
     assert run(monkeypatch, "evaluate", str(moved)) == 1
     assert_one_line(capsys.readouterr().err, ("data/corpus",))
+
+
+def test_a_text_under_another_key(
+    exported: Path, trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    texts = [f"A text of {number} words, more or less." for number in range(5)]
+    mine, other = tmp_path / "mine.jsonl", tmp_path / "other" / "mine.jsonl"
+    write_jsonl(mine, [{"text": text} for text in texts])
+    other.parent.mkdir()
+    write_jsonl(other, [{"meta": {"body": text, "kind": "a"}} for text in texts])
+    hf = str(exported)
+    wanted = score(monkeypatch, tmp_path / "a.json", hf, "--data", str(mine))
+    field = ("--text-field", "meta.body")
+    same(score(monkeypatch, tmp_path / "b.json", hf, "--data", str(other), *field), wanted)
+    kinds = ("--subset-field", "meta.kind")
+    found = score(monkeypatch, tmp_path / "c.json", hf, "--data", str(other), *field, *kinds)
+    assert set(found["subsets"]) == {"a"} and set(wanted["subsets"]) == {"mine"}
+    for words, culprits in (
+        ((hf, "--data", str(other)), (str(other), "'text'", "'meta.body'", "--text-field")),
+        ((hf, "--data", str(data), *field), ("--text-field", str(data))),
+        ((str(trained), *field), ("--text-field", "checkpoint")),
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert run(monkeypatch, "evaluate", *words) == 2
+        assert_one_line(capsys.readouterr().err, culprits)
+
+
+def test_a_file_that_another_command_writes_is_refused(
+    exported: Path, trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Before anything is scored, for one model or several, of any kind."""
+    out, hf, ours = tmp_path / "out.json", str(exported), str(trained)
+    scoring = ("pretrain.offline.evaluate.score", "pretrain.offline.pretrained.score")
+    for words in (
+        (ours,), (ours, ours), (ours, "--attention-rank", "1,0.5"), (hf, ours), (hf,), (hf, hf),
+    ):  # fmt: skip
+        with held(out), monkeypatch.context() as patched:
+            for name in scoring:
+                patched.setattr(name, lambda *_: pytest.fail("scored"))
+            assert run(patched, "evaluate", *words, "--data", str(data), "--out", str(out)) == 2
+        assert_one_line(capsys.readouterr().err, (str(out),))
+    assert not out.exists()
+    both = (ours, hf, "--data", str(data), "--documents", "2")
+    assert run(monkeypatch, "evaluate", *both, "--out", str(out)) == 0
+    assert len(json.loads(out.read_text())["evaluations"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]

@@ -53,11 +53,6 @@ def read_documents(
         DataError: if there are none, with the reason.
     """
     if is_tokenised(data):
-        if fields is not None:
-            raise DataError(
-                f"--text-field, --subset-field: {data[0]} is tokenised, so it has no records any "
-                "more; leave them out"
-            )
         chosen = _decoded(load_manifest(data[0]), split or "test", limit, tell)
         return chosen, split or "test"
     sources = find_sources([str(path) for path in data], tell=tell)

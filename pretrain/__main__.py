@@ -88,7 +88,7 @@ def train(
     pretrain train configs/gpt-tiny.yaml --dry-run
     pretrain train configs/gpt-tiny.yaml train.steps=100 --out runs/short
     pretrain train configs/gpt-tiny.yaml --processes 2 grid.tensor_parallel=2
-    pretrain train configs/gpt-tiny.yaml train.steps=200 --fork runs/short@100 --out runs/fork
+    pretrain train configs/gpt-tiny.yaml --fork runs/short@100 --out runs/fork
     """
     if (processes > 1 or restarts) and not dry_run:
         _start_again(processes, out or Path("runs") / recipe.stem, restarts)
@@ -197,6 +197,9 @@ def sweep(
     Finished runs are kept, interrupted runs continue, and failed runs are tried again. If you add a
     point to the file later, only that point runs. Runs of one seed share their initial weights and
     the order of their data, so that `pretrain report FOLDER` can compare them in pairs.
+
+    A run's folder is named after its values in the file: attention=3,seed=1. For a key under
+    exposure this is the exposure; --dry-run and the report show λ.
 
     \b
     pretrain sweep configs/studies/attention-decay.yaml --dry-run

@@ -26,7 +26,7 @@ def print_evaluation(figures: dict[str, Any]) -> None:
 
     overall = figures["overall"]
     step = figures.get("model") or f"step {figures.get('step', 'unknown')}"
-    what = f"{figures.get('split', 'unknown')} split, {step}"
+    what = f"{_documents(figures)}, {step}"
     if "accuracy" in overall:
         print(
             f"{what}: {shown(overall, 'samples', ',')} samples, loss "
@@ -62,6 +62,11 @@ def print_evaluation(figures: dict[str, Any]) -> None:
         print("none of the Pile's 22 subsets present: no Pile-weighted average")
 
 
+def _documents(figures: dict[str, Any]) -> str:
+    split = figures.get("split", "unknown")
+    return "all documents" if split == "all" else f"{split} split"
+
+
 def print_evaluations(rows: list[dict[str, Any]]) -> None:
     """Print one line for each of several evaluations to standard output."""
     from rich.table import Table
@@ -70,7 +75,7 @@ def print_evaluations(rows: list[dict[str, Any]]) -> None:
     from pretrain.runs.records import shown
 
     cut = any("attention_rank" in row for row in rows)
-    title = f"{rows[0].get('split', 'unknown')} split"
+    title = _documents(rows[0])
     table = Table(title=title)
     counts, figures = ("documents", "tokens"), ("loss", "perplexity", "bits/byte")
     for column in ("model", *(("rank kept",) if cut else ()), *counts, *figures):

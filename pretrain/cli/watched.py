@@ -26,8 +26,9 @@ from pretrain.runs.lock import holds
 from pretrain.runs.loop import recorded_keys
 from pretrain.runs.metrics import METRICS
 from pretrain.runs.records import SweepRecord, read_record
+from pretrain.sweep.config import by_numbers
 from pretrain.sweep.run import SWEEP, last_line
-from pretrain.sweep.table import COLUMNS, figures
+from pretrain.sweep.table import COLUMNS, LEFT, figures
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _COURSE = 24
@@ -80,7 +81,12 @@ def _names(path: Path) -> list[str]:
     with suppress(FileNotFoundError):
         planned = read_record(path / SWEEP, SweepRecord)["runs"]
     there = [one.parent.name for one in path.glob(f"*/{CONFIG}")]
-    return sorted({*planned, *there}, key=lambda name: (not name.startswith(_TRUNK), name))
+    return sorted({*planned, *there}, key=_place)
+
+
+def _place(name: str) -> tuple[bool, Any]:
+    """Trunks first; numbers in names by their value."""
+    return not name.startswith(_TRUNK), by_numbers(name)
 
 
 class RunView:
@@ -308,11 +314,14 @@ class SweepView:
 
     def draw(self, width: int, height: int) -> RenderableType:
         """The present state, for a terminal of this size: running and failed runs before others."""
-        order = sorted(self._views.values(), key=lambda view: _ORDER.get(view.state, 1))
+        order = sorted(
+            self._views.values(),
+            key=lambda view: (_ORDER.get(view.state, 1), _place(view.run.name)),
+        )
         most = max(5, height - 6)
         table = Table(title=self._title(), title_justify="left")
         for column in COLUMNS:
-            left = column in ("run", "state", "")
+            left = column in LEFT
             table.add_column(column, justify="left" if left else "right", overflow="fold")
         for view in order[:most]:
             table.add_row(*view.row()[:-1], self._note(view)[:60])

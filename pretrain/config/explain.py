@@ -34,6 +34,9 @@ def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
         if path and not (colon and _KEY.fullmatch(head)):
             return f"{key}: {text}"
         return text if not path or head.endswith(path[-1]) or "." in head else f"{key}.{text}"
+    if error["type"] == "missing":
+        example = ", such as [attention]" if path[-1:] == ["roles"] else ""
+        return f"{key}: is required{example}; it is missing"
     if error["type"] == _EXPLAINED:
         return f"{key}.{error['msg']}"
     value = without_secrets(repr(error.get("input")))

@@ -75,9 +75,15 @@ def remarks(config: Config) -> list[str]:
     ]
 
 
-def say_remarks(configs: Iterable[Config]) -> None:
-    """Warn of what `remarks` has about some recipes, each line once."""
-    times = Counter(line for config in configs for line in remarks(config))
+def say_remarks(configs: Iterable[Config], before: Config | None = None) -> None:
+    """Warn of what `remarks` has about some recipes, each line once.
+
+    Args:
+        before: the recipe of the last start in this run folder; code that ran then is not named
+            again.
+    """
+    known = set(_of_code(before)) if before else set()
+    times = Counter(line for config in configs for line in remarks(config) if line not in known)
     for line, count in times.items():
         warn(line + (f" ({count} runs)" if count > 1 else ""))
 

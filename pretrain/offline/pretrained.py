@@ -204,7 +204,12 @@ def _documents(
     fields: Fields | None,
 ) -> tuple[list[HeldOut], int, str]:
     """Documents in the model's own tokens, the token before each, and the split's name."""
-    if is_tokenised(data) and fields is None:
+    if is_tokenised(data):
+        if fields is not None:
+            raise UsageError(
+                f"--text-field, --subset-field: {data[0]} is tokenised, so it has no records any "
+                "more; leave them out"
+            )
         manifest = load_manifest(data[0])
         if manifest.tokenizer_sha256 in hashes_of(folder):
             name = split or "test"

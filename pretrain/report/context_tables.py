@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.report.cells import Cell, DataTable
 from pretrain.report.load import Study
-from pretrain.report.runs import varying
+from pretrain.report.varying import varying
 
 
 def configuration(study: Study) -> list[DataTable]:

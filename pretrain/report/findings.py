@@ -50,7 +50,9 @@ def findings(study: Study) -> list[str]:
 def _farthest(study: Study) -> Condition:
     """The condition whose exposure differs most from the baseline's: chosen without its results."""
     others = [condition for condition in study.conditions if condition is not study.baseline]
-    return max(others, key=lambda one: abs(one.exposure - study.baseline.exposure))
+    distances = {one.name: abs(one.exposure - study.baseline.exposure) for one in others}
+    known = [one for one in others if not math.isnan(distances[one.name])]
+    return max(known or others, key=lambda one: distances[one.name])
 
 
 def _of_one_condition(study: Study) -> list[str]:
@@ -77,11 +79,11 @@ def _of_ranks(study: Study, far: Condition) -> str:
         measure = MEASURES[key][1]
         before, after = (condition_mean(one, measure) for one in (study.baseline, far))
         versus = _against(study, far, measure)
-        parts.append(f"of {name} {before.value:.3f} and {after.value:.3f} ({versus})")
-    return (
-        f"With {study.baseline.name} and with {far.name}, the mean pseudo-rank is {parts[0]}, and "
-        f"{parts[1]}."
-    )
+        parts.append(
+            f"mean pseudo-rank of {name} is {before.value:.3f} with {study.baseline.name} and "
+            f"{after.value:.3f} with {far.name} ({versus})"
+        )
+    return f"The {parts[0]}; the {parts[1]}."
 
 
 def _of_held_out(study: Study, far: Condition) -> str:

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from pretrain.cli.console import plain
-from pretrain.report.spec import Figure, Panel, Series
+from pretrain.report.spec import Figure, Panel, Series, in_lines
 
 _GRID, _INK = "#e3e3e3", "#222"
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
@@ -174,7 +174,7 @@ def _traces(
 ) -> list[dict[str, Any]]:
     colour = colour_of(series.colour)
     shared = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "legendgroup": series.name}
-    name = _for_plotly(series.name)
+    name = "<br>".join(map(_for_plotly, in_lines(series.name)))
     traces: list[dict[str, Any]] = []
     if series.low and series.high:
         traces.append(

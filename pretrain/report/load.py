@@ -15,13 +15,14 @@ from pretrain.config.compare import SCIENCE
 from pretrain.errors import RunError, UsageError
 from pretrain.ranks.table import measured_steps
 from pretrain.report.comparable import check_same, mixed, with_comparable_scores
-from pretrain.report.runs import RunData, in_order, load_run, varying
+from pretrain.report.runs import RunData, load_run
 from pretrain.report.sample import steps_of_all
+from pretrain.report.varying import in_order, varying
 from pretrain.runs.folder import CONFIG, FREE
 from pretrain.runs.loop import NOT_RECORDED
 from pretrain.runs.metrics import METRICS
 from pretrain.runs.records import SweepRecord, read_record
-from pretrain.sweep.config import kinds_of, short_names
+from pretrain.sweep.config import by_numbers, kinds_of, short_names
 from pretrain.sweep.run import SWEEP
 
 __all__ = ["Condition", "RunData", "Study", "load_run", "load_study"]
@@ -143,21 +144,22 @@ def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:
     sweep = None
     with suppress(FileNotFoundError):
         sweep = read_record(path / SWEEP, SweepRecord)
-    folders = sorted(
+    there = (
         folder
         for folder in path.iterdir()
         if folder.is_dir() and ((folder / CONFIG).exists() or (folder / METRICS).exists())
     )
+    folders = sorted(there, key=lambda folder: by_numbers(folder.name))
     notes: list[str] = []
     if sweep:
         wanted, present = set(sweep["runs"]), {folder.name for folder in folders}
         notes += [
             f"left out: {path / name}: planned by {SWEEP}, but the run does not exist"
-            for name in sorted(wanted - present)
+            for name in sorted(wanted - present, key=by_numbers)
         ]
         notes += [
             f"left out: {path / name}: not a run of {SWEEP}"
-            for name in sorted(present - wanted)
+            for name in sorted(present - wanted, key=by_numbers)
             if not name.startswith("trunk,")
         ]
         folders = [folder for folder in folders if folder.name in wanted]
@@ -173,7 +175,7 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
     loops = [run.recorded for run in runs if run.recorded is not None]
     told = frozenset[str]().union(*loops) - {"seed", *keys}
     groups: dict[str, Condition] = {}
-    for run in sorted(runs, key=lambda item: (item.seed, str(item.path))):
+    for run in sorted(runs, key=lambda item: (item.seed, by_numbers(str(item.path)))):
         values = {key: run.value_at(key) for key in keys}
         parts = [_named(short[key], value) for key, value in values.items()]
         if run.recorded is not None:
@@ -199,7 +201,13 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
         group.runs.append(run)
     return sorted(
         groups.values(),
-        key=lambda condition: (float(f"{condition.exposure:.9g}"), condition.decay, condition.name),
+        key=lambda condition: (
+            *(
+                math.inf if math.isnan(value) else float(f"{value:.9g}")
+                for value in (condition.exposure, condition.decay)
+            ),
+            by_numbers(condition.name),
+        ),
     )
 
 

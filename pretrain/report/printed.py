@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from pretrain.cli.console import plain
-from pretrain.report.spec import Figure, Panel, Series
+from pretrain.report.spec import Figure, Panel, Series, in_lines
 
 _MARKERS = "osD^PX*v"
 _COLUMN = 3.35
@@ -135,6 +135,7 @@ def _in_common(names: list[str]) -> tuple[str, list[str]]:
 def _label(series: Series) -> str:
     """The legend's entry; of a line named "CONDITION: WHAT", only WHAT."""
     text = _plain(series.name.rpartition(": ")[2] if series.dash else series.name)
+    text = "\n".join(in_lines(text))
     return f" {text}" if text.startswith("_") else text  # matplotlib hides names that begin with it
 
 
@@ -150,7 +151,7 @@ def _legend(page: Any, panels: list[Panel], column: bool) -> None:
         if panel.band and any(series.low for series in panel.series):
             entries.setdefault(panel.band, Patch(color="grey", alpha=0.3, linewidth=0))
     if entries:
-        widest = max(map(len, entries))
+        widest = max(len(line) for entry in entries for line in entry.splitlines())
         fitting = max(1, (55 if column else 140) // (widest + 7))
         page.legend(entries.values(), entries, loc="outside lower center",
                     ncols=min(fitting, len(entries)))  # fmt: skip

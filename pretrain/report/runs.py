@@ -14,7 +14,6 @@ import numpy as np
 from models.roles import ALIASES, ATTENTION, QK, VO, Role
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.reader import CHECKPOINTS, list_checkpoints
-from pretrain.config.compare import differences
 from pretrain.config.recipe import Config, value_at
 from pretrain.decay.sites import coupled_rate
 from pretrain.errors import RunError, UsageError
@@ -25,7 +24,7 @@ from pretrain.ranks.table import RANKS, read_rank_columns
 from pretrain.report.sample import shown_steps
 from pretrain.runs.folder import CONFIG, EVALUATION, read_starts, recipe_of
 from pretrain.runs.identity import read_identity
-from pretrain.runs.loop import NOT_RECORDED, flat, recorded_keys
+from pretrain.runs.loop import NOT_RECORDED, recorded_keys
 from pretrain.runs.metrics import read_all_metrics
 from pretrain.runs.records import Evaluation, Sealed, read_record
 from pretrain.training.faults import SKIPPED, read_jumps
@@ -271,26 +270,6 @@ class RunData:
             return None
         value = part[key]  # JSON has null for a value that is not finite
         return math.nan if value is None else float(value)
-
-
-def varying(runs: Sequence[RunData], sections: Sequence[str]) -> list[str]:
-    """The keys of these sections whose values differ among the runs that record them, in the order
-    of a recipe."""
-    first_of_kind = {run.recorded: run for run in reversed(runs)}.values()
-    keys = {
-        key
-        for first in first_of_kind
-        for run in runs
-        for key in differences(first.config, run.config, tuple(sections))
-        if first.records(key) and run.records(key)
-    }
-    return in_order(keys, runs[0].config)
-
-
-def in_order(keys: Iterable[str], config: Config) -> list[str]:
-    """Keys in the order of a recipe."""
-    places = {key: place for place, key in enumerate(flat(config.model_dump(mode="json")))}
-    return sorted(keys, key=lambda key: (places.get(key, len(places)), key))
 
 
 def _both(rows: Iterable[AnyRow], column: str) -> float:

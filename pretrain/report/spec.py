@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
+
+_WIDEST = 44
+"""Characters of a line of a legend."""
+
+
+def in_lines(name: str) -> list[str]:
+    """A name in lines that fit a legend; together they are the whole name."""
+    return textwrap.wrap(name, _WIDEST, break_on_hyphens=False) or [name]
 
 
 @dataclass(frozen=True)

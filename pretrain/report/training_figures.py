@@ -20,6 +20,8 @@ from pretrain.report.spec import Choice, Figure, Panel, Series
 
 _MOST_POINTS = 1000
 """Largest number of points of a line over the steps, evenly spaced."""
+_SMOOTHED = ", running mean"
+"""Ends the label of an axis of `_smooth` values."""
 
 
 def losses(study: Study) -> Figure:
@@ -123,13 +125,13 @@ def settings(study: Study) -> Figure:
     def view(choice: Choice) -> list[Panel]:
         panels = []
         for title, points in measures.items():
+            smooth = title in ("gradient norm", "tokens per second")
             lines = []
             for index, condition in enumerate(study.conditions):
                 x, y = _averaged(condition, points)
                 colour = shade(index, len(study.conditions))
-                smooth = title in ("gradient norm", "tokens per second")
                 lines.append(_line(condition.name, x, y, colour, smooth))
-            panels.append(Panel(title, "step", title, lines))
+            panels.append(Panel(title, "step", title + _SMOOTHED * smooth, lines))
         return panels
 
     return Figure(

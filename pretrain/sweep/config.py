@@ -290,6 +290,12 @@ def short_names(keys: list[str]) -> dict[str, str]:
     return names
 
 
+def by_numbers(name: str) -> tuple[str | float, ...]:
+    """A key for sorting names by the values of their numbers: ``attention=3`` before ``=10``."""
+    parts = re.split(r"((?:(?<=[= ])-)?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", name)
+    return tuple(float(part) if number % 2 else part for number, part in enumerate(parts))
+
+
 _LARGEST = 10**300
 """Integers beyond this are not exact as floats."""
 

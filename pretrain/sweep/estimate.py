@@ -43,6 +43,7 @@ def plan(sweep: Sweep, slots: int, start: Starter | None, price: float) -> dict[
         "runs": [_describe(task) for task in sweep.tasks],
         "tokens": sum(_steps_left(task) * task.tokens // task.steps for task in open_tasks),
         "open": len(open_tasks),
+        "exposure": sorted(sweep.config.exposure),
     }
     if start is None or not open_tasks:
         return estimate
@@ -145,6 +146,9 @@ def print_plan(estimate: dict[str, Any], slots: int) -> None:
         state = run["state"] + f" at step {run['step']}" * (run["state"] in _PARTLY)
         table.add_row(run["name"], values, f"{run['steps']:,}", tokens, state)
     show_table(table, 120)
+    if estimate["exposure"]:
+        keys = ", ".join(key.rpartition(".")[2] for key in estimate["exposure"])
+        print(f"{keys}: the name of a run and its folder has the exposure, `values` has λ")
     print(f"{estimate['tokens']:,} tokens to train")
     if "timing" in estimate:
         minutes = estimate["seconds"] / 60

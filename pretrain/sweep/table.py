@@ -9,7 +9,9 @@ from pretrain.cli.console import clock, console, on_one_line
 from pretrain.runs.follow import Present, in_words
 from pretrain.sweep.status import Status
 
-COLUMNS = ("run", "state", "step", "loss", "rank W_QK/W_VP", "tokens/s", "left", "")
+LEFT = ("run", "state", "note")
+"""Columns of text."""
+COLUMNS = ("run", "state", "step", "loss", "rank W_QK/W_VP", "tokens/s", "left", "note")
 
 
 class Table:
@@ -57,7 +59,7 @@ def _rich_table(title: str, statuses: list[Status]) -> Any:
     done = sum(status.state == "done" for status in statuses)
     table = RichTable(title=f"{title}: {done} of {len(statuses)} done")
     for column in COLUMNS:
-        left = column in ("run", "state", "")
+        left = column in LEFT
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     waiting = 0
     for status in statuses:

@@ -191,6 +191,6 @@ def _announce(setup: Setup, request: StartRequest, grid: Grid) -> None:
     if uses:
         words = in_words(uses, unit_of(config))
         print(f"{run}: {plain(words)}", file=sys.stderr, flush=True)
-    say_remarks([config])
+    say_remarks([config], known_recipe(run))
     if precision == "fp32" and resolve_precision(request.precision, grid.device, 1) == "bf16":
         warn("precision auto uses fp32 with grid.zero_stage 0; bf16 needs zero_stage 1 or more")

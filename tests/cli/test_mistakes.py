@@ -213,12 +213,12 @@ COMMAND_MISTAKES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     "another schedule in the folder": (
         ["train", "{tmp}/ok.yaml", "optimizer.schedule.kind=linear", "--out", "{run}"],
         2,
-        ("optimizer.schedule.kind=cosine", "--fork {run}@6 and train.steps above 6"),
+        ("optimizer.schedule.kind=cosine", "@6 and train.steps above 6"),
     ),
     "a fork with nothing left to train": (
         ["train", "{tmp}/ok.yaml", "--fork", "{run}@6", "--out", "{tmp}/n"],
         2,
-        ("train.steps: 6", "{run}@6", "step 6"),
+        ("train.steps: 6", "@6, whose checkpoint has step 6"),
     ),
     "a fork into another model": (
         ["train", "{tmp}/ok.yaml", "model.num_layers=1", "--fork", "{run}@6", "--out", "{tmp}/f"],

@@ -308,13 +308,13 @@ def test_a_text_under_another_key(
     kinds = ("--subset-field", "meta.kind")
     found = score(monkeypatch, tmp_path / "c.json", hf, "--data", str(other), *field, *kinds)
     assert set(found["subsets"]) == {"a"} and set(wanted["subsets"]) == {"mine"}
-    for words, culprits in (
-        ((hf, "--data", str(other)), (str(other), "'text'", "'meta.body'", "--text-field")),
-        ((hf, "--data", str(data), *field), ("--text-field", str(data))),
-        ((str(trained), *field), ("--text-field", "checkpoint")),
+    for code, words, culprits in (
+        (1, (hf, "--data", str(other)), (str(other), "'text'", "'meta.body'", "--text-field")),
+        (2, (hf, "--data", str(data), *field), ("--text-field", str(data))),
+        (2, (str(trained), *field), ("--text-field", "checkpoint")),
     ):  # fmt: skip
         capsys.readouterr()
-        assert run(monkeypatch, "evaluate", *words) == 2
+        assert run(monkeypatch, "evaluate", *words) == code
         assert_one_line(capsys.readouterr().err, culprits)
 
 
@@ -331,7 +331,7 @@ def test_a_file_that_another_command_writes_is_refused(
         with held(out), monkeypatch.context() as patched:
             for name in scoring:
                 patched.setattr(name, lambda *_: pytest.fail("scored"))
-            assert run(patched, "evaluate", *words, "--data", str(data), "--out", str(out)) == 2
+            assert run(patched, "evaluate", *words, "--data", str(data), "--out", str(out)) == 1
         assert_one_line(capsys.readouterr().err, (str(out),))
     assert not out.exists()
     both = (ours, hf, "--data", str(data), "--documents", "2")

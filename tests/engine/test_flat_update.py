@@ -48,13 +48,13 @@ def cases(data: Path, processes: int, all_of_them: bool) -> list[dict[str, Any]]
     """Every grid and stage, each with an optimizer, a dialect, and one or two micro batches.
 
     Args:
-        all_of_them: combine every grid and stage with every optimizer; otherwise with every second
-            one, so that each grid and each stage meets all.
+        all_of_them: combine every grid and stage with every optimizer; otherwise each takes a
+            quarter or, on one process, a half of the optimizers.
     """
     found: list[dict[str, Any]] = []
     for place, grid in enumerate(GRIDS[processes]):
         for stage in (0, 1):
-            fp32 = OPTIMIZERS if all_of_them else OPTIMIZERS[(place + stage) % 2 :: 2]
+            fp32 = OPTIMIZERS if all_of_them else OPTIMIZERS[share(processes, place, stage)]
             for precision in ("fp32", "bf16")[: 1 + stage]:
                 for optimizer in fp32 if precision == "fp32" else OPTIMIZERS[:2]:
                     number = len(found)
@@ -74,6 +74,37 @@ def cases(data: Path, processes: int, all_of_them: bool) -> list[dict[str, Any]]
                     }
                     found.append({"recipe": values})
     return found
+
+
+def share(processes: int, place: int, stage: int) -> slice:
+    """The optimizers that a grid meets: so that each meets both stages, and each kind of grid."""
+    if processes == 1:
+        return slice(stage, None, 2)
+    first = {2: (0, 1, 2), 4: (3,)}[processes][place]
+    return slice((first + 2 * stage) % 4, None, 4)
+
+
+def test_each_optimizer_meets_each_kind_of_grid() -> None:
+    wanted = {
+        (kind, value, number)
+        for number in range(len(OPTIMIZERS))
+        for kind in ("stage", "tensor", "sequence", "data")
+        for value in (False, True)
+    }
+    met = set()
+    for processes, grids in GRIDS.items():
+        for place, grid in enumerate(grids):
+            tensor = grid.get("tensor_parallel", 1)
+            for stage in (0, 1):
+                kinds = {
+                    "stage": bool(stage),
+                    "tensor": tensor > 1,
+                    "sequence": "sequence_parallel" in grid,
+                    "data": processes > tensor,
+                }
+                numbers = range(len(OPTIMIZERS))[share(processes, place, stage)]
+                met |= {(*kind, number) for kind in kinds.items() for number in numbers}
+    assert met == wanted
 
 
 @pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.long)])

@@ -28,6 +28,7 @@ from tests.cpu_times import CpuTimes
 from tests.slurm import reason_to_skip, start_slurm, stop_slurm
 from tests.tools import (
     base_recipe,
+    draw_small,
     environment,
     made_once,
     pretrain,
@@ -216,6 +217,12 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.returncode == 0, done.stderr
 
     return made_once(tmp_path_factory, "swept", make) / "runs"
+
+
+@pytest.fixture
+def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn small: for tests that do not look at them."""
+    draw_small(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.forks import begin_anew, run_command, run_to_the_end
+from tests.tools import draw_small
 
 
 def main() -> None:
@@ -165,8 +166,6 @@ def _make_paper_cheap() -> None:
 
 def make_cheap(library: str) -> None:
     """Make small what takes long; imports what the verbs need."""
-    from matplotlib.figure import Figure
-
     import data_pipeline.corpus
     import launchers.batch
     import pretrain.cli.demo
@@ -178,13 +177,7 @@ def make_cheap(library: str) -> None:
     import pretrain.report.printed
     import pretrain.sweep.run
 
-    save = Figure.savefig
-
-    def save_small(self: Figure, *words: Any, **more: Any) -> None:
-        self.set_layout_engine("none")  # to find places for all texts takes most of the time
-        save(self, *words, **{**more, "dpi": 20})
-
-    Figure.savefig = save_small  # type: ignore[method-assign]
+    draw_small()
     # In its module alone: others ask sysconfig too.
     data_pipeline.corpus.sysconfig = SimpleNamespace(  # type: ignore[assignment, attr-defined]
         get_paths=lambda: {"stdlib": library}

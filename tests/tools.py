@@ -247,6 +247,25 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str, command: Callable[..., obj
         SIGNALS.restore()
 
 
+def draw_small(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Draw figures in few points, without a search for the places of their texts.
+
+    That search takes most of the time. Everything else is drawn and written as ever.
+
+    Args:
+        put: `setattr`, or that of a monkeypatch.
+    """
+    from matplotlib.figure import Figure
+
+    save, lay_out = Figure.savefig, Figure.set_layout_engine
+
+    def save_small(self: Figure, *words: Any, **more: Any) -> None:
+        save(self, *words, **{**more, "dpi": 20})
+
+    put(Figure, "savefig", save_small)
+    put(Figure, "set_layout_engine", lambda self, *_, **more: lay_out(self, "none"))
+
+
 ATTENTION = "optimizer.weight_decay.attention"
 MLP = "optimizer.weight_decay.mlp"
 

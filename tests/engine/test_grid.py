@@ -81,7 +81,9 @@ class Case:
     def recipe(self, data: Path) -> dict[str, Any]:
         values = deepcopy(base_recipe(data))
         values["model"] |= MODELS[self.model]
-        values["train"] = {"steps": STEPS, "global_batch": 8, "micro_batch": 2}
+        # Two micro batches for each rank, and four for a pipeline, which must be full once.
+        micro = 2 if self.pipeline > 1 or self.data > 1 else 4
+        values["train"] = {"steps": STEPS, "global_batch": 8, "micro_batch": micro}
         values["precision"] = self.precision
         if self.precision == "bf16":
             values["optimizer"]["epsilon"] = EPSILON

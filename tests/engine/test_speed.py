@@ -31,14 +31,30 @@ from tests.tools import (
 
 FAST = {"attention": "products", "compile": True}
 PLAIN = {"attention": "sdpa", "compile": False}
-GRIDS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one": {}, "recompute": {"activation_checkpointing": True}},
-    2: {
-        "tensor": {"tensor_parallel": 2, "sequence_parallel": True},
-        "pipeline": {"pipeline_parallel": 2},
-        "zero-2": {"zero_stage": 2},
-    },
+GRIDS: dict[str, tuple[int, dict[str, Any]]] = {
+    # name: (processes, grid)
+    "one": (1, {}),
+    "recompute": (1, {"activation_checkpointing": True}),
+    "tensor": (2, {"tensor_parallel": 2, "sequence_parallel": True}),
+    "pipeline": (2, {"pipeline_parallel": 2}),
+    "zero-2": (2, {"zero_stage": 2}),
 }
+Key = tuple[str, str, str, str]
+"""Of a run: dialect, precision, fast or plain, name of the grid."""
+REFERENCES: list[Key] = [
+    (d, p, "plain", "one") for d in ("gpt2", "llama") for p in ("fp32", "bf16")
+]
+SAMPLE: list[Key] = [
+    ("gpt2", "fp32", "fast", "one"),
+    ("gpt2", "bf16", "fast", "recompute"),
+    ("gpt2", "fp32", "fast", "pipeline"),
+    ("gpt2", "fp32", "fast", "zero-2"),
+    ("llama", "fp32", "fast", "tensor"),
+]
+"""The compiler takes its time: each dialect, precision and grid once."""
+EVERYTHING: list[Key] = [
+    (d, p, "fast", g) for d in ("gpt2", "llama") for p in ("fp32", "bf16") for g in GRIDS
+]
 
 
 def recipe_for(
@@ -55,35 +71,24 @@ def recipe_for(
     return values
 
 
-@pytest.fixture(scope="module")
-def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], Path]:
-    """One run folder per (dialect, precision, speed, grid)."""
-    folder = tmp_path_factory.mktemp("speed")
-    found: dict[tuple[Any, ...], Path] = {}
-    for processes, grids in GRIDS.items():
+def train(keys: list[Key], data: Path, folder: Path) -> dict[Key, Path]:
+    """One run folder for each key."""
+    found = {key: folder / "-".join(key) for key in keys}
+    for processes in (1, 2):
         cases = []
-        for dialect in ("gpt2", "llama"):
-            for name, grid in grids.items():
-                wanted = [("fp32", "fast")]
-                if dialect == "llama" and name != "one":
-                    continue  # the compiler takes its time
-                if name == "one":
-                    wanted += [("fp32", "plain"), ("bf16", "plain")]
-                if name == "one" and dialect == "gpt2":
-                    wanted += [("bf16", "fast")]
-                for precision, kind in wanted:
-                    speed = FAST if kind == "fast" else PLAIN
-                    key = (dialect, precision, kind, name)
-                    found[key] = folder / "-".join(key)
-                    recipe = recipe_for(data, dialect, precision, speed, grid)
-                    cases.append({"recipe": recipe, "run": str(found[key])})
+        for key, run in found.items():
+            dialect, precision, kind, name = key
+            count, grid = GRIDS[name]
+            if count == processes:
+                recipe = recipe_for(
+                    data, dialect, precision, FAST if kind == "fast" else PLAIN, grid
+                )
+                cases.append({"recipe": recipe, "run": str(run)})
         run_workers(processes, "train", cases, folder / f"workers-{processes}")
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
-def test_fast_paths_change_no_number(runs: dict[tuple[Any, ...], Path], dialect: str) -> None:
+def check(runs: dict[Key, Path], dialect: str) -> None:
     wanted = losses_of(runs[dialect, "fp32", "plain", "one"])
     assert wanted[-1] < wanted[0] - 0.1
     for (one, precision, kind, name), run in runs.items():
@@ -91,8 +96,29 @@ def test_fast_paths_change_no_number(runs: dict[tuple[Any, ...], Path], dialect:
             continue
         rounding = 1e-4 if precision == "fp32" else 1e-2
         found = losses_of(run)
-        np.testing.assert_allclose(found, wanted, rtol=rounding, err_msg=f"{kind} {name}")
+        np.testing.assert_allclose(
+            found, wanted, rtol=rounding, err_msg=f"{precision} {kind} {name}"
+        )
         check_theory(run)
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Key, Path]:
+    """The run folders of the sample."""
+    return train(REFERENCES + SAMPLE, data, tmp_path_factory.mktemp("speed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+def test_fast_paths_change_no_number(runs: dict[Key, Path], dialect: str) -> None:
+    check(runs, dialect)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+def test_every_fast_path_changes_no_number(data: Path, tmp_path: Path, dialect: str) -> None:
+    keys = [key for key in REFERENCES + EVERYTHING if key[0] == dialect]
+    check(train(keys, data, tmp_path), dialect)
 
 
 def kernels_of(**values: object) -> Kernels:

@@ -58,16 +58,16 @@ def test_the_cable_is_pulled(
     row: Callable[..., None],
 ) -> None:  # fmt: skip
     """The job ends within the watchdog's time, and goes on by itself when the cable is back."""
-    limit, steps = 10, 300
+    limit, steps = 10, 200
     words = words_of(
         tmp_path, data, "grid.zero_stage=0", f"faults.watchdog={limit}", "checkpoint.every=50",
-        "checkpoint.keep=2", "ranks.every=150", "evaluation.every=300", "--restarts", "5",
+        "checkpoint.keep=2", "ranks.every=100", "evaluation.every=200", "--restarts", "5",
         steps=steps,
     )  # fmt: skip
     run = tmp_path / "run"
     processes = train_on_both(hosts, words, tmp_path)
     try:
-        wait_until(lambda: len(read_metrics(run)) > 60, 120, logs_of(tmp_path))
+        wait_until(lambda: len(read_metrics(run)) > 55, 120, logs_of(tmp_path))
         hosts.pull()
         pulled = time.monotonic()
         logs = [tmp_path / f"host{host}.log" for host in (0, 1)]
@@ -89,7 +89,7 @@ def test_the_cable_is_pulled(
     assert [one["step"] for one in read_metrics(run)] == list(range(1, steps + 1))
     whole = words_of(
         tmp_path / "whole", data, "grid.zero_stage=0", "checkpoint.every=50", "checkpoint.keep=2",
-        "ranks.every=150", "evaluation.every=300", steps=steps,
+        "ranks.every=100", "evaluation.every=200", steps=steps,
     )  # fmt: skip
     done = pretrain(*whole, processes=2)
     assert done.returncode == 0, done.stderr

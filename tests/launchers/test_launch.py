@@ -307,7 +307,7 @@ def test_warned_and_requeued_on_slurm(
     In the long form the signal is that of the job's own time limit.
     """
     by_limit = request.config.getoption("--long")
-    steps = 3000 if by_limit else 600
+    steps = 3000 if by_limit else 300
     recipe = recipe_for_two(tmp_path, data, steps)
     out = tmp_path / "run"
     settings = {"nodes": 2, "processes_per_node": 1, "cpus_per_process": 1,

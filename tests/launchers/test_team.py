@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ import psutil
 import pytest
 
 from launchers import supervise, team
-from launchers.local import child_environment, command, program, start_environment
+from launchers.local import child_environment, command, start_environment
 from pretrain.distributed import meeting
 from pretrain.distributed.jobs import CONNECTED, MEETING
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import INTERRUPTED, TRY_AGAIN
+from pretrain.runs.metrics import read_metrics
 from tests.tools import ROOT, base_recipe, environment, write_recipe
 
 
@@ -138,48 +140,64 @@ def test_the_meeting_place_is_closed_to_others(tmp_path: Path) -> None:
     assert mode == "700" and not Path(folder).exists()
 
 
-def test_a_job_of_one_machine_listens_to_no_other(data: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
-    words = ["train", str(recipe), "--out", str(tmp_path / "run"), "train.steps=100000",
-             "--processes", "2"]  # fmt: skip
+TRAPS = ("yaml.py", "typer.py", "sitecustomize.py", "models/__init__.py", "torch.py",
+         "pretrain/__init__.py")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OneMachine:
+    """What was seen of a job of two ranks while it trained."""
+
+    folder: Path
+    family: int
+    """Number of processes."""
+    heard: set[str]
+    """Addresses at which any of them listened."""
+    code: int
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def job(data: Path, tmp_path_factory: pytest.TempPathFactory) -> OneMachine:
+    """Started in a folder of traps, looked at, and asked to end."""
+    folder = tmp_path_factory.mktemp("job")
+    trap = "import os, pathlib; pathlib.Path(__file__).with_suffix('.ran').touch(); os._exit(66)\n"
+    for name in TRAPS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(trap)
+    recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
+    words = ["train", str(recipe), "--out", str(folder / "run"), "train.steps=100000"]
     process = subprocess.Popen(
-        [*program(), *words], env=environment(), stderr=subprocess.PIPE, text=True
+        command(words, 2), env=start_environment(2), cwd=folder, stderr=subprocess.PIPE, text=True
     )
     try:
-        metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 90
-        while not metrics.exists() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 90
+        while not read_metrics(folder / "run") and time.monotonic() < deadline:
             time.sleep(0.1)
         family = [process, *psutil.Process(process.pid).children(recursive=True)]
-        heard = [
+        heard = {
             one.laddr.ip
             for member in family
             for one in psutil.Process(member.pid).net_connections("inet")
             if one.status == psutil.CONN_LISTEN
-        ]
-        assert len(family) == 3 and set(heard) <= {"127.0.0.1", "::1"}, heard
+        }
     finally:
         process.terminate()
-        process.communicate(timeout=60)
-    assert process.returncode == TRY_AGAIN
+        _, errors = process.communicate(timeout=60)
+    return OneMachine(folder, len(family), heard, process.returncode, errors)
 
 
-def test_modules_of_the_folder_are_not_run(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_of_one_machine_listens_to_no_other(job: OneMachine) -> None:
+    assert job.family == 3 and job.heard <= {"127.0.0.1", "::1"}, (job.heard, job.errors)
+    assert job.code == TRY_AGAIN, job.errors
+
+
+def test_modules_of_the_folder_are_not_run(job: OneMachine) -> None:
     """A ``yaml.py``, a ``models/`` and the like where a job starts stay what they are: files."""
-    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
-    trap = "import os, pathlib; pathlib.Path(__file__).with_suffix('.ran').touch(); os._exit(66)\n"
-    for name in ("yaml.py", "typer.py", "sitecustomize.py", "models/__init__.py", "torch.py",
-                 "pretrain/__init__.py"):  # fmt: skip
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(trap)
-    words = ["train", str(recipe), "--out", str(tmp_path / "run"), "train.steps=1"]
-    done = subprocess.run(
-        command(words, 2), env=start_environment(2), cwd=tmp_path, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.rglob("*.ran"))
+    assert job.code == TRY_AGAIN, job.errors
+    assert read_metrics(job.folder / "run"), job.errors
+    assert not list(job.folder.rglob("*.ran"))
+    assert all((job.folder / name).is_file() for name in TRAPS)
 
 
 def test_a_program_that_is_not_installed_is_found(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +220,12 @@ def test_what_cannot_be_imported_is_one_line(
     "name",
     ["gpt2", "gpt_neox", pytest.param("llama", marks=pytest.mark.long)],  # its card is tried below
 )
+@pytest.mark.usefixtures("no_task_files")
 def test_lm_eval_gives_our_bits_per_byte(
     name: str, exported: dict[str, Path], runs: dict[str, Path], data: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The same documents, overall and per subset, through lm-evaluation-harness."""
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     out = tmp_path / "ours.json"
@@ -241,6 +242,16 @@ def test_lm_eval_gives_our_bits_per_byte(
         mine = ours["overall"] if subset == "all" else ours["subsets"][subset]
         assert mine["documents"] == sum(subset in ("all", own) for own, _ in texts)
         assert bits == pytest.approx(mine["bits_per_byte"], abs=1e-4), subset
+
+
+@pytest.fixture
+def no_task_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval would read its 14,000 files of tasks in each call; no test asks for one of them."""
+    evaluator = pytest.importorskip(
+        "lm_eval.evaluator", reason="lm-eval is not installed: pip install lm-eval"
+    )
+    quick = partial(evaluator.TaskManager, include_defaults=False)
+    monkeypatch.setattr(evaluator, "TaskManager", quick)
 
 
 def lm_eval_bits(folder: Path, texts: list[tuple[str, str]], tmp_path: Path) -> dict[str, float]:
@@ -328,9 +339,9 @@ def check_card(folder: Path, trained: Path, data: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_task_files")
 def test_the_code_of_a_card(unigram: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run whose tokenizer is unigram; every other one is in the long form."""
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
     recipe = base_recipe(unigram)
     recipe["model"] |= MODELS["llama"]
     recipe["train"]["steps"] = 1

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import pretrain.report.printed
 from pretrain.errors import RunError
 from pretrain.ranks.columns import column_of
 from pretrain.ranks.table import read_rank_columns, read_ranks
@@ -33,7 +34,9 @@ def figures(folder: Path) -> set[str]:
 def stems(folder: Path, form: str) -> set[str]:
     """Names of the files of a report of one run, without their endings."""
     one = write_run(folder / "one", recipe(), np.random.default_rng(0))
-    write_report([one], folder / "r", form)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(pretrain.report.printed, "draw", lambda *_: b"")
+        write_report([one], folder / "r", form)
     return {Path(name).stem for name in figures(folder / "r")}
 
 
@@ -49,6 +52,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     return stems(tmp_path_factory.mktemp("tables"), "csv")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("form", ["csv", "png", "md", "latex"])
 def test_figures_of_an_earlier_report_go(
     form: str, drawn: set[str], tables: set[str], tmp_path: Path,

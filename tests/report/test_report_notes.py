@@ -13,19 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pretrain.report.printed
 from pretrain.errors import UsageError
 from pretrain.report import write_report
 from pretrain.report.load import load_study
 from pretrain.report.tables import paired
 from pretrain.report.text import table_csv
 from tests.fake_runs import STEPS, recipe, write_run, write_study
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of Markdown are empty: they hold no notes, and take most of a report's time."""
-    monkeypatch.setattr(pretrain.report.printed, "draw", lambda *_: b"")
 
 
 @pytest.fixture
@@ -206,6 +199,7 @@ def test_ranks_of_other_definitions_are_refused(study: Path, key: str, value: An
     assert ODD in str(error.value) and str(value) in str(error.value)
 
 
+@pytest.mark.usefixtures("small_figures")
 def test_a_lost_head_is_not_called_qk_norm(tmp_path: Path) -> None:
     """Weights that are not finite are named; QK-norm is said where it is."""
 

@@ -221,6 +221,7 @@ def stars(folder: Path, out: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_star_is_what_its_caption_says(tmp_path: Path) -> None:
     """None without a variance; a clear difference has one in every form."""
     quantised = tmp_path / "equal"
@@ -325,6 +326,7 @@ def test_applied_decay_follows_the_coupling(tmp_path: Path, coupling: Any) -> No
     assert run.decay == pytest.approx(2 * run.exposure / sum(sums), rel=1e-9)
 
 
+@pytest.mark.usefixtures("small_figures")
 def test_what_is_not_finite_is_left_out_and_said(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "runs", seeds=(1, 2, 3))
     odd = folder / "attention=3,seed=2"

@@ -65,6 +65,7 @@ def test_a_run_goes_on_beside_its_report(tmp_path: Path) -> None:
         RunLock(out).acquire()
 
 
+@pytest.mark.usefixtures("small_figures")
 @pytest.mark.parametrize("form", ["csv", "png"])
 def test_training_keeps_a_report_out(form: str, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -211,14 +211,16 @@ def _summed(
     control: DecayControl, config: Config, stride: int, sites: Iterable[Site]
 ) -> dict[Site, float]:
     """Σ rate·λ of each site, from the middle of every ``stride`` updates."""
-    totals = dict.fromkeys(sites, 0.0)
+    keys = {site: control.alike(site) for site in sites}
+    firsts = {key: site for site, key in keys.items()}
+    totals = dict.fromkeys(firsts, 0.0)
     for start in range(0, config.train.steps, stride):
         stop = min(start + stride, config.train.steps)
         middle = (start + stop) // 2
         control.begin(middle, config.learning_rate(middle))
-        for site in totals:
-            totals[site] += control.now(site).shrink * (stop - start)
-    return totals
+        for key, site in firsts.items():
+            totals[key] += control.now(site).shrink * (stop - start)
+    return {site: totals[key] for site, key in keys.items()}
 
 
 def _mean(exposures: list[float] | None) -> float | None:

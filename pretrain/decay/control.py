@@ -123,6 +123,12 @@ class DecayControl:
         """Whether λ of the role may differ between layers."""
         return any(policy.per_layer and role in policy.roles for policy in self.policies)
 
+    def alike(self, site: Site) -> tuple[object, ...]:
+        """A key: sites that share it have the same λ and rate in every update."""
+        role = site[0]
+        moved = any(role in policy.roles for policy in self.policies)
+        return self.base[site], self.coupling[role], self.form[role], site if moved else None
+
     def wanting(self, want: Want) -> list[Policy]:
         """The policies that observe something."""
         return [policy for policy in self.policies if policy.wants == want]

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.retention import superseded
-from pretrain.cluster.dry_run import _kept
+from pretrain.cluster.dry_run import _exposures, _kept
 from pretrain.config.recipe import Config, apply_overrides
+from pretrain.decay.control import DecayControl
+from pretrain.decay.plan import plan_decay
+from pretrain.decay.sites import site_of
+from pretrain.engine.engine import whole_model
 from tests.tools import base_recipe, run, write_recipe
 
 
@@ -54,3 +58,27 @@ def test_what_is_evaluated(
     assert run(monkeypatch, "train", recipe, "--dry-run", "--json") == 0
     assert "\nattention: a token sees all earlier documents of its sequence" in shown
     assert {"kept", "scored", "attention"} <= json.loads(capsys.readouterr().out).keys()
+
+
+def test_exposures_are_those_of_each_tensor() -> None:
+    """Tensors that share λ and rate are summed once: the sums are those of each alone."""
+    words = [
+        "train.steps=50", "model.num_layers=3", "model.hidden_size=16", "model.vocabulary_size=64",
+        "model.num_attention_heads=2", "optimizer.weight_decay.bias=0.1",
+        "optimizer.weight_decay.coupling={value: lr2}", "optimizer.weight_decay.form={vo: nuclear}",
+        "optimizer.weight_decay.nuclear_every=3",
+        "optimizer.weight_decay.rules=[{roles: [query], layers: '1', decay: 0.7}]",
+        "optimizer.weight_decay.policies=[{kind: schedule, roles: [key], shape: cosine}]",
+    ]  # fmt: skip
+    config = apply_overrides(Config(), words)
+    plan = plan_decay(whole_model(config.model, 1), config.optimizer.weight_decay)
+    control = DecayControl(config, plan)
+    found = _exposures(control, plan.groups, config)
+    for group, exposures in zip(plan.groups, found, strict=True):
+        assert exposures
+        site, total = site_of(group.parameters[0]), 0.0
+        for step in range(50):
+            control.begin(step, config.learning_rate(step))
+            total += control.now(site).shrink
+        assert set(exposures) == {total}, group.name
+    assert len({one[0] for one in found if one}) >= 6

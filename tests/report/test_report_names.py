@@ -188,7 +188,9 @@ def test_values_at_names_with_dots() -> None:
     assert value_at(config, "data.weights.b") is None and value_at(config, "seed.x") is None
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["latin-1", "ascii", pytest.param("utf-8", marks=pytest.mark.long)]
+)
 def test_any_encoding_and_any_folder(tmp_path: Path, encoding: str) -> None:
     """A report that was written is never followed by a traceback."""
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/runs \xff\xfe \xc3\xa9"))

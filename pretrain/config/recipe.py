@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -204,11 +205,12 @@ def load_config(
         UsageError: one line that names the file or key and what to do.
     """
     values = read_mapping(path, "recipe", "sections, such as `model:`")
+    plain = deepcopy(values) if overrides else None
     apply_value_overrides(values, overrides or [])
     if code is None:
-        return parse_config(values, str(path), overrides=overrides or ())
+        return parse_config(values, str(path), None, overrides or (), plain)
     run_code(code)
-    config = parse_config(values, str(path), folder_of(path), overrides or ())
+    config = parse_config(values, str(path), folder_of(path), overrides or (), plain)
     for key, section in entries(config):
         if missing := next(filter(None, (kinds.absent(section) for kinds in _OPEN)), ""):
             raise UsageError(f"{path}: {key}: {missing}")
@@ -256,6 +258,7 @@ def parse_config(
     source: str = "recipe",
     folder: Home = None,
     overrides: Iterable[str] = (),
+    plain: dict[str, Any] | None = None,
 ) -> Config:
     """Validate a plain mapping.
 
@@ -263,6 +266,8 @@ def parse_config(
         source: the file, for messages.
         folder: the folder of code files that it names.
         overrides: those of the command line that the mapping contains, for messages.
+        plain: the mapping without them, for messages: where it is valid, they are the mistake,
+            whichever key of a rule over two keys they set.
 
     Raises:
         UsageError: the first error, with a suggestion if a key is nearly right.
@@ -271,10 +276,21 @@ def parse_config(
         config = Config.model_validate(values, context={FOLDER: folder})
     except ValidationError as error:
         problem = explain(error.errors()[0], Config)
-        place = "command line" if _sets(overrides, problem.partition(":")[0]) else source
+        blamed = _sets(overrides, problem.partition(":")[0])
+        if not blamed and plain is not None:
+            blamed = _is_valid(plain, folder)
+        place = "command line" if blamed else source
         raise UsageError(f"{place}: {problem}") from None
     config._folder = folder
     return config
+
+
+def _is_valid(values: dict[str, Any], folder: Home) -> bool:
+    try:
+        Config.model_validate(values, context={FOLDER: folder})
+    except ValidationError:
+        return False
+    return True
 
 
 def _sets(overrides: Iterable[str], key: str) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pretrain.config.mapping import apply_value_overrides
 from pretrain.config.recipe import Config, apply_overrides, load_config
 from pretrain.config.reference import KeyTable, markdown, tables
 from pretrain.errors import UsageError
@@ -73,6 +75,34 @@ def test_an_error_names_who_set_the_key(tmp_path: Path) -> None:
             error = problem_of(recipe, ["data.prefetch=2"] if name != "data.prefetch" else [])
             assert not error or error.startswith(f"{recipe}: {name}"), error
     assert refused > 90
+
+
+SETTINGS = (
+    "grid.pipeline_parallel=2", "grid.zero_stage=0", "grid.zero_stage=2", "grid.zero_stage=3",
+    "grid.tensor_parallel=4", "model.num_layers=1", "model.num_attention_heads=2",
+    "model.num_attention_heads=5", "model.hidden_size=60", "model.hidden_size=48",
+    "model.num_key_value_heads=3", "model.dialect=llama", "speed.compile=true", "precision=bf16",
+    "speed.update=deepspeed", "optimizer.name=muon", "train.global_batch=6", "train.micro_batch=4",
+)  # fmt: skip
+
+
+def test_an_override_that_breaks_a_rule_over_two_keys_is_blamed(tmp_path: Path) -> None:
+    """Whichever of the two keys the message names; the file is, where it is wrong by itself."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("{}")
+    alone = [one for one in SETTINGS if not problem_of(recipe, [one])]
+    assert len(alone) > 12
+    broken = 0
+    for first, second in itertools.permutations(alone, 2):
+        tree: dict[str, Any] = {}
+        apply_value_overrides(tree, [first])
+        recipe.write_text(yaml.safe_dump(tree))
+        if error := problem_of(recipe, [second]):
+            assert error.startswith("command line: "), (first, second, error)
+            broken += 1
+    assert broken >= 8
+    recipe.write_text("grid: {pipeline_parallel: 2, zero_stage: 2}\n")
+    assert problem_of(recipe, ["seed=2"]).startswith(f"{recipe}: ")
 
 
 def problem_of(recipe: Path, overrides: list[str]) -> str:

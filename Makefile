@@ -56,7 +56,8 @@ test-torch: pyproject.toml  ## the numeric tests on another torch, in its own en
 faults: $(TESTS)  ## the long form of the suite: every grid, fuzzing, fifty kills; as root, all of it
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults \
 	  tests/launchers/test_launch.py tests/engine/test_grid.py tests/engine/test_grid_gradients.py \
-	  tests/engine/test_flat_update.py tests/engine/test_speed.py tests/test_docs_code.py --long --faults faults.json
+	  tests/engine/test_flat_update.py tests/engine/test_speed.py tests/decay/test_decay_applied.py \
+	  tests/test_docs_code.py --long --faults faults.json
 
 # Training, statistics, data and waiting times beside the peers; half an hour, quiet cores please.
 # In an environment of its own: the peers want other versions of what the product uses.

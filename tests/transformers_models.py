@@ -18,8 +18,6 @@ import torch
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
 _TEXT = {
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -151,7 +149,7 @@ def _recorded(tower: Any, family: str, name: str) -> list[tuple[torch.Tensor, ..
         zero = torch.zeros_like(module.original)
         return (zero, *out[1:]) if isinstance(out, tuple) else zero
 
-    ALL_ATTENTION_FUNCTIONS.register("record", record)
+    transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.register("record", record)
     for module in tower.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = "record"

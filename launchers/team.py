@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.children import signals_held_back
@@ -45,30 +46,38 @@ def run_team(
     Returns:
         0 if all succeeded; else the most informative code: usage error, trouble, or "try again".
     """
-    # Other users must have no access: the contents are trusted as messages of the processes.
-    folder = tempfile.mkdtemp(prefix="rankdecay-")  # mode 0700
     team: list[subprocess.Popen[bytes]] = []
 
     def hand_on(number: signal.Signals) -> None:
         for process in team:
             _send(process, number)
 
-    try:
-        with SIGNALS.handed_to(hand_on):
+    # In this order, since a signal that is not handed on would leave the folder behind.
+    with SIGNALS.handed_to(hand_on), _meeting_place() as folder:
+        try:
             for rank in range(processes):
                 variables = {
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                    "LOCAL_WORLD_SIZE": str(processes), MEETING: folder,
+                    "LOCAL_WORLD_SIZE": str(processes), MEETING: str(folder),
                 }  # fmt: skip
                 with signals_held_back():  # until the process listens
                     team.append(subprocess.Popen(command, env={**environment, **variables}))
                 if SIGNALS.asked:  # a signal may have arrived before this process existed
                     _send(team[-1], signal.SIGTERM)
-            return _watch(team, Path(folder), patience)
+            return _watch(team, folder, patience)
+        finally:
+            for process in team:
+                if process.poll() is None:  # starting the others failed
+                    process.kill()
+
+
+@contextlib.contextmanager
+def _meeting_place() -> Iterator[Path]:
+    """A folder without access for other users: it is trusted as messages of the processes."""
+    folder = tempfile.mkdtemp(prefix="rankdecay-")  # mode 0700
+    try:
+        yield Path(folder)
     finally:
-        for process in team:
-            if process.poll() is None:  # starting the others failed
-                process.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -86,8 +95,7 @@ def _watch(team: list[subprocess.Popen[bytes]], folder: Path, patience: float) -
             if asked_at is not None:
                 ends = [] if failed_at is None else [failed_at + _PATIENCE_ASKED]
                 if not (folder / CONNECTED.format(rank)).exists():
-                    # It starts, or waits inside a library for one that has gone, where no signal
-                    # is handled.
+                    # It starts, or is inside a library, where no signal is handled.
                     ends += [asked_at + _PATIENCE_STARTING]
                     ends += [] if failed_at is None else [failed_at + _PATIENCE_UNCONNECTED]
             if ends and now > min(ends):

@@ -24,29 +24,34 @@ class RecallSamples:
         self.seed, self.count = seed, count
         self.shares = {"recall": 1.0}
         self.pairs, self.symbols, self.random_labels = pairs, symbols, random_labels
-        self._blocks = lru_cache(maxsize=4)(self._draw)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and labels of a sample, each ``[2N + 1]`` int64; only the last label counts."""
-        inputs, labels = self._blocks(index // _BLOCK)
+        inputs, labels = _draw(
+            self.seed, index // _BLOCK, self.pairs, self.symbols, self.random_labels
+        )
         return inputs[index % _BLOCK], labels[index % _BLOCK]
 
-    def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        rng = np.random.default_rng([self.seed, block])
-        order = rng.random((_BLOCK, self.symbols)).argsort(1)
-        keys = order[:, : self.pairs]
-        values = self.symbols + rng.integers(self.symbols, size=(_BLOCK, self.pairs))
-        queried = rng.integers(self.pairs, size=_BLOCK)
-        rows = np.arange(_BLOCK)
-        inputs = np.empty((_BLOCK, 2 * self.pairs + 1), np.int64)
-        inputs[:, 0:-1:2], inputs[:, 1::2] = keys, values
-        inputs[:, -1] = keys[rows, queried]
-        answers = values[rows, queried]
-        noise = self.symbols + rng.integers(self.symbols, size=_BLOCK)
-        answers = np.where(rng.random(_BLOCK) < self.random_labels, noise, answers)
-        labels = np.full_like(inputs, IGNORED)
-        labels[:, -1] = answers
-        return inputs, labels
+
+@lru_cache(maxsize=4)
+def _draw(
+    seed: int, block: int, pairs: int, symbols: int, random_labels: float
+) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng([seed, block])
+    order = rng.random((_BLOCK, symbols)).argsort(1)
+    keys = order[:, :pairs]
+    values = symbols + rng.integers(symbols, size=(_BLOCK, pairs))
+    queried = rng.integers(pairs, size=_BLOCK)
+    rows = np.arange(_BLOCK)
+    inputs = np.empty((_BLOCK, 2 * pairs + 1), np.int64)
+    inputs[:, 0:-1:2], inputs[:, 1::2] = keys, values
+    inputs[:, -1] = keys[rows, queried]
+    answers = values[rows, queried]
+    noise = symbols + rng.integers(symbols, size=_BLOCK)
+    answers = np.where(rng.random(_BLOCK) < random_labels, noise, answers)
+    labels = np.full_like(inputs, IGNORED)
+    labels[:, -1] = answers
+    return inputs, labels

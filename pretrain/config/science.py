@@ -52,7 +52,11 @@ class TaskConfig(Section):
     augment: Literal["none", "crop", "randaugment"] = Field(
         "none", description="images: random crop and flip; with RandAugment (Cubuk et al. 2020)"
     )
-    workers: int = Field(0, ge=0, description="images: processes that read and augment")
+    workers: int = Field(
+        0,
+        ge=0,
+        description="processes that make samples, for images that are augmented; not with own",
+    )
     own: OwnSamples | None = Field(
         None, description="own: a class of samples in a file of yours (docs/extending.md)"
     )

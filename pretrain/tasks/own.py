@@ -34,6 +34,11 @@ class OwnTask(Labelled):
             raise UsageError("task.own: not set; name a class of samples (see docs/extending.md)")
         if missing := SAMPLE_TASKS.absent(section):
             raise UsageError(f"task.own: {missing}")
+        if config.task.workers:
+            raise UsageError(
+                f"task.workers={config.task.workers}: samples of your own are read in the training "
+                "process, because others do not run your file; leave task.workers out"
+            )
         self._extension, self.source = SAMPLE_TASKS.own_of(section), section.kind
         self._labels = 0
         """Labels of each sample; 0 before the first is read."""

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pretrain.config.recipe import load_config
+from pretrain.errors import UsageError
 from pretrain.runs.metrics import read_metrics
 from pretrain.tasks.tasks import open_task
 from tests.own_code import TASK, write_example
@@ -66,6 +67,13 @@ def test_the_example_trains_and_is_scored(
     (tmp_path / "parity.py").write_text(TASK.replace("sum() % 2", "max()"))
     assert run(monkeypatch, "train", str(recipe), "--out", str(one)) == 2
     assert_one_line(capfd.readouterr().err, ("task.own.sha256=", "the recipe says"))
+
+
+def test_workers_are_refused(tmp_path: Path) -> None:
+    """They would need the user's file, which only this process runs."""
+    config = load_config(recipe_of_parity(tmp_path), ["task.workers=2"], [tmp_path / "parity.py"])
+    with pytest.raises(UsageError, match=r"task\.workers=2: .*leave task\.workers out"):
+        open_task(config)
 
 
 WRONG: dict[str, tuple[str, str, str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,16 @@ from pretrain.config.recipe import parse_config
 from pretrain.runs.folder import read_ranks
 from pretrain.tasks.tasks import open_task
 from pretrain.training.loader import Loader
-from tests.tools import ROOT, losses_of, run, run_workers, spectra_of, weights_of, write_recipe
+from tests.tools import (
+    ROOT,
+    base_recipe,
+    losses_of,
+    run,
+    run_workers,
+    spectra_of,
+    weights_of,
+    write_recipe,
+)
 
 COMMON = {
     "seed": 3,
@@ -126,6 +136,16 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
         loader.close()
     for (x, y), (other, label) in zip(*batches, strict=True):
         assert torch.equal(x, other) and torch.equal(y, label)
+
+
+@pytest.mark.parametrize("kind", ["text", "recall", "images"])
+def test_samples_can_be_sent_to_workers(kind: str, data: Path) -> None:
+    config = parse_config(base_recipe(data) if kind == "text" else RECIPES[kind])
+    samples = open_task(config).training(config)
+    sent = pickle.loads(pickle.dumps(samples))
+    for number in (0, 17):
+        for one, other in zip(samples[number], sent[number], strict=True):
+            assert (one == other).all()
 
 
 def test_only_asked_positions_count() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -65,6 +67,8 @@ class Profiler:
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "trace.json"
             tracing.export_chrome_trace(str(plain))
+            if not _is_whole(plain):  # torch raises nothing
+                raise _unwritten(Path(folder).parent)
             with (
                 replacing(self._file) as aside,
                 plain.open("rb") as source,
@@ -72,3 +76,21 @@ class Profiler:
             ):
                 shutil.copyfileobj(source, packed)
         return self._file
+
+
+def _is_whole(trace: Path) -> bool:
+    """Whether the file is there to its end, the brace that closes its JSON."""
+    if not trace.exists() or not trace.stat().st_size:
+        return False
+    with trace.open("rb") as file:
+        file.seek(-min(64, trace.stat().st_size), os.SEEK_END)
+        return file.read().rstrip().endswith(b"}")
+
+
+def _unwritten(folder: Path) -> OSError:
+    free = shutil.disk_usage(folder).free / 1e6
+    reason = (
+        f"torch could not write it there first, with {free:,.1f} MB free; TMPDIR names another "
+        "folder"
+    )
+    return OSError(errno.ENOSPC, reason, str(folder))

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import tempfile
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.config.recipe import parse_config
+from pretrain.config.run import ProfileConfig
 from pretrain.errors import UsageError
-from tests.tools import base_recipe, losses_of, run, run_workers, write_recipe
+from pretrain.training.profiling import Profiler
+from tests.tools import base_recipe, losses_of, run, run_workers, small_disk, write_recipe
 
 
 def recipe_for(data: Path, profile: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +65,27 @@ def test_a_trace_that_cannot_be_written_stops_nothing(
     (tmp_path / "run/profile").write_text("in the way")
     assert run(monkeypatch, *words) == 0
     assert "step 2: the trace could not be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_full_disk_of_temporary_files_is_named(
+    real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain trace is written there before it is packed; torch says nothing if that fails."""
+    silent: Any = SimpleNamespace(start=int, stop=int, export_chrome_trace=len)
+    if not real:
+        monkeypatch.setattr(torch.profiler, "profile", lambda **_: silent)
+    alone: Any = SimpleNamespace(is_main=True, rank=0, device=torch.device("cpu"))
+    profiler = Profiler(ProfileConfig(steps="1"), tmp_path / "run", alone)
+    with small_disk(tmp_path / "small", "64k"):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "small"))
+        (tmp_path / "small/taken").write_bytes(b"x" * 65_536)
+        with profiler.update(1):
+            torch.ones(3)
+        with pytest.raises(OSError, match=r"with 0\.0 MB free; TMPDIR names another") as raised:
+            profiler.ended(1)
+    assert raised.value.filename == str(tmp_path / "small")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.long

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pretrain.config.recipe import load_config
+from pretrain.config.recipe import dump_config, load_config
+from pretrain.training.origin import StartRequest
 from pretrain.training.setup import prepare
-from tests.own_code import COSINE, EXAMPLE, FILE, KEY, WRONG, recipe_with, write_example
+from pretrain.training.start import _announce
+from tests.own_code import (
+    COSINE,
+    EXAMPLE,
+    FILE,
+    KEY,
+    STABLE,
+    WRONG,
+    recipe_with,
+    write_example,
+)
 from tests.tools import assert_one_line, pretrain, run, write_recipe
 
 FILES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -59,6 +72,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a wrong type": ({"deepest": "far"}, ("policies.0.deepest", "'far'")),
     "a bound": ({"final": -1}, ("policies.0.final", "-1")),
     "no roles": ({"roles": []}, ("policies.0.roles",)),
+    "roles are missing": ({"roles": None}, ("policies.0.roles: is required, such as [attention]",)),
     "not a number": ({"deepest": True}, ("deepest: must be a number",)),
     "no class": ({"kind": "layer_cosine.py"}, ("not a policy", "FILE.py:CLASS")),
     "no file": ({"kind": "sub:LayerCosine"}, ("not a policy", "rank_target")),
@@ -71,7 +85,8 @@ def test_an_entry_that_is_wrong(case: str, data: Path, tmp_path: Path) -> None:
     change, culprits = ENTRIES[case]
     write_example(tmp_path)
     (tmp_path / "folder.py").mkdir()
-    recipe = write_recipe(tmp_path / "r.yaml", recipe_with(data, {**COSINE, **change}))
+    entry = {key: one for key, one in {**COSINE, **change}.items() if one is not None}
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_with(data, entry))
     with pytest.raises(ValueError, match=r"policies\.0\.") as error:
         load_config(recipe, code=[])
     assert "\n" not in str(error.value)
@@ -162,3 +177,29 @@ def test_mistakes_under_way_end_every_process(data: Path, tmp_path: Path) -> Non
         done = pretrain("train", str(recipe), "--out", str(out), processes=2)
         assert done.returncode in (1, 2), done.stderr[-3000:]
         assert_one_line(done.stderr, culprits)
+
+
+def test_a_file_is_named_once_in_a_run_folder(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the first start, and at a start with another file: not whenever a run continues."""
+    write_example(tmp_path)
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_with(data, COSINE, STABLE))
+    run = tmp_path / "run"
+    run.mkdir()
+    grid: Any = SimpleNamespace(describe=lambda: "one process")
+
+    def start() -> list[str]:
+        """The files that a start names; then the folder has its recipe."""
+        config = load_config(recipe, code=[])
+        _announce(prepare(config, 1, None), StartRequest(run, precision=config.precision), grid)
+        (run / "config.yaml").write_text(dump_config(config))
+        return re.findall(r"runs \S*/(\w+\.py) ", capsys.readouterr().err)
+
+    assert start() == [FILE, "stable.py"]
+    assert start() == []
+    (tmp_path / FILE).write_text(EXAMPLE + "# changed\n")
+    assert start() == [FILE]
+    assert start() == []
+    (tmp_path / FILE).write_text(EXAMPLE)
+    assert start() == [FILE]

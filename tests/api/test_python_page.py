@@ -56,6 +56,7 @@ class Text:
         return iter(self._text.splitlines(keepends=True))
 
 
+@pytest.mark.slow
 def test_every_block_runs(
     in_warm_processes: None, callbacks: Any, data: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

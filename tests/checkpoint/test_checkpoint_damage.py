@@ -263,6 +263,7 @@ def check_folders(origin: Path, work: Path, cases: int) -> None:
         shutil.rmtree(run)
 
 
+@pytest.mark.slow
 def test_folders_that_were_spoilt(checkpoints: Path, tmp_path: Path) -> None:
     check_folders(checkpoints.parent, tmp_path / "work", 120)
 

@@ -47,6 +47,7 @@ def test_a_worker_leaves_signals_to_its_parent(early: bool) -> None:
     pool.shutdown()
 
 
+@pytest.mark.slow
 def test_a_worker_ends_some_time_after_its_first_sigterm() -> None:
     context = get_context("spawn")
     with signals_held_back(workers=True):

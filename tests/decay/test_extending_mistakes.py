@@ -152,6 +152,7 @@ def test_a_mistake_at_the_start_leaves_no_folder(
         assert not out.exists()
 
 
+@pytest.mark.slow
 def test_mistakes_under_way_end_every_process(data: Path, tmp_path: Path) -> None:
     """λ that goes wrong later, a figure that fails on one process, λ that depends on the rank."""
     figure = (

@@ -259,6 +259,7 @@ def test_what_cannot_be_scored_is_one_line(
 # --- runs that were moved -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_figures")
 def test_a_moved_run_finds_its_data(
     data: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

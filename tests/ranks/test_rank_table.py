@@ -115,6 +115,7 @@ def test_the_table_states_its_definition(tmp_path: Path) -> None:
     assert json.loads(found) == {"threshold": 0.9, "denominator": "head"}
 
 
+@pytest.mark.slow
 def test_a_resume_does_not_mix_definitions(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

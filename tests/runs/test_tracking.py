@@ -40,6 +40,7 @@ def test_lines_and_rewinding(tmp_path: Path) -> None:
     assert read_metrics(tmp_path, "evaluation") == []
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

@@ -79,6 +79,7 @@ def expected(ends: Iterator[End], retries: int) -> tuple[str, int]:
     raise AssertionError("a script without an end")
 
 
+@pytest.mark.slow
 def test_preemptions_are_no_tries(data: Path, tmp_path: Path) -> None:
     """Random histories: who gets further each time goes on for ever, another run does not."""
     path = write_sweep(tmp_path, data, STEPS)

@@ -209,8 +209,8 @@ class RunView:
         names = sorted({name.rpartition("_")[2] for name in last["rank_by_layer"]}, key=int)
         shown = some_of(names, most)
         some = f", {len(shown)} of {len(names)} layers" if len(shown) < len(names) else ""
-        table = Table(title=f"pseudo-rank, mean over heads, step {last['step']}{some}",
-                      title_justify="left", box=None, pad_edge=False)  # fmt: skip
+        title = Text(f"pseudo-rank, mean over heads, step {last['step']}{some}", "italic")
+        table = Table(box=None, pad_edge=False)
         for column in ("layer", "W_QK", "", "W_VP", ""):
             table.add_column(column, justify="left" if not column else "right", no_wrap=True)
         for layer in shown:
@@ -220,7 +220,7 @@ class RunView:
                           for row in measured]  # fmt: skip
                 cells += [f"{course[-1]:.3f}", _course(course, 0.0, 1.0, _COURSE)]
             table.add_row(*cells)
-        return table
+        return Group(title, table)
 
     def _measured(self) -> list[dict[str, Any]]:
         """Steps and ranks by layer; of runs of earlier versions, from the table of ranks."""

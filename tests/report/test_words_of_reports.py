@@ -88,3 +88,12 @@ def test_the_first_sentence_names_a_figure_with_each_condition(tmp_path: Path) -
         for name in ("W_QK", "W_VP")
     ]
     assert re.fullmatch(f"T{parts[0]}; t{parts[1]}\\.", first), first
+
+
+def test_the_title_of_a_narrow_table_is_one_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", recipe(), np.random.default_rng(0))
+    view = view_of(run)
+    view.look()
+    text = io.StringIO()
+    Console(file=text, width=120).print(view.draw(120, 40))
+    assert "pseudo-rank, mean over heads, step 40\n" in text.getvalue()

@@ -164,6 +164,7 @@ def live_parameters(
     family: Family | None = None,
     roles: Mapping[str, str | list[str]] | None = None,
     strict: bool = True,
+    frozen: bool = False,
 ) -> list[LiveParameter]:
     """Every trainable parameter of a model with its role; each is in the list once.
 
@@ -172,6 +173,7 @@ def live_parameters(
         roles: tensor names of further matrices, by role, before those of the family. A name may
             contain ``{layer}``, and any prefix before it is accepted.
         strict: refuse a matrix that has no role; otherwise it is one of the default decay.
+        frozen: list those that are not trained (``requires_grad`` is False) as well.
 
     Raises:
         ModelError: naming a matrix that has no role, and how to give it one.
@@ -188,7 +190,7 @@ def live_parameters(
     patterns = [*_patterns(roles or {}), *_patterns(family.roles if family else {})]
     found, unknown = [], []
     for name, parameter in parameters.items():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and not frozen:
             continue
         known = fused_or_single.get(name) or _by_name(name, parameter, patterns, transposed)
         found.append(known or LiveParameter(name, parameter, ()))

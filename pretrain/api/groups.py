@@ -242,6 +242,7 @@ _REPLACED = (
     "the optimizer has other parameters than those that decay_groups planned, as under DeepSpeed's "
     "ZeRO; wrap or shard the model first (DistributedDataParallel and fully_shard keep parameters)"
 )
+_FROZEN = "; {} frozen parameters (requires_grad is False) are in no group"
 _OWNERS: Any = WeakTensorKeyDictionary()
 """The groups that a parameter belongs to."""
 
@@ -311,8 +312,17 @@ def decay_groups(
     """
     config = _section(decay, words)
     members = live_parameters(model, described(family, model), roles)
+    if not members:
+        raise UsageError(
+            f"{type(model).__name__}: every parameter is frozen (requires_grad is False), so there "
+            "is none for an optimizer"
+        )
     infos = [info for one in members for info in one.infos]
-    by_name = plan_decay(infos, config).by_name
+    try:
+        by_name = plan_decay(infos, config).by_name
+    except UsageError as error:
+        frozen = sum(not parameter.requires_grad for parameter in names_of(model).values())
+        raise UsageError(f"{error}{_FROZEN.format(frozen) if frozen else ''}") from None
     return DecayGroups(model, _grouped(members, by_name, config.default), config)
 
 

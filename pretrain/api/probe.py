@@ -17,7 +17,7 @@ from pretrain.api.families import Described, described
 from pretrain.api.folder import LoopFolder, loop_recipe
 from pretrain.api.groups import DecayGroups
 from pretrain.api.tables import Table, as_table
-from pretrain.api.watched import WatchedDecay
+from pretrain.api.watched import WatchedDecay, books_without_optimizer
 from pretrain.config.run import RanksConfig
 from pretrain.decay.sites import DecayRecords
 from pretrain.errors import UsageError
@@ -80,6 +80,7 @@ class RankProbe:
             if isinstance(decay, torch.optim.Optimizer)
             else decay
         )
+        self._rest = books_without_optimizer(model, self._family) if self._decay else {}
         self._rows: dict[int, list[Row]] = {}
         self._last, self._about = 0, about
         self._folder = self._open(Path(run)) if run is not None and is_main() else None
@@ -155,7 +156,7 @@ class RankProbe:
         if not self._sharded and not is_main():
             return []
         began = time.monotonic()
-        books = self._decay.books() if self._decay else None
+        books = {**self._rest, **self._decay.books()} if self._decay else None
         rows = [
             {**row, "step": step, "tokens": tokens, **({"tower": one.name} if one.name else {})}
             for one in self._towers

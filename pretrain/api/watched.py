@@ -87,3 +87,13 @@ class WatchedDecay:
             if not (name in vectors and decay == 0.0)
         }
         return WeightDecayConfig.model_validate({"default": usual, **others})
+
+
+def books_without_optimizer(model: nn.Module, family: Family | None) -> DecayRecords:
+    """The decay of every site that no known optimizer trains: none if it is frozen, else NaN."""
+    books: DecayRecords = {}
+    for one in live_parameters(model, family, strict=False, frozen=True):
+        trained = one.parameter.requires_grad
+        record = DecayRecord(*[math.nan] * 3) if trained else DecayRecord(0.0, 0.0, 1.0)
+        books |= {label(site_of(info)): record for info in one.infos}
+    return books

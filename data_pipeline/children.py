@@ -9,10 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
+_Result = TypeVar("_Result")
+_TURN = 0.05
+"""Seconds between two looks whether a signal came; the end of a wait is seen at once."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -63,3 +67,31 @@ def leave_signals_to_parent(seconds: float) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_later)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def hearing_signals(action: Callable[[], _Result], meanwhile: Callable[[], None]) -> _Result:
+    """Do something that is long inside a library, and handle signals meanwhile.
+
+    It runs in a thread of its own, because Python handles signals only in the main thread, and only
+    while no compiled code runs there. After a signal, the thread goes on until the process ends.
+
+    Args:
+        meanwhile: is called several times a second.
+    """
+    results: list[_Result] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="library", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_TURN)
+        meanwhile()
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -312,7 +312,7 @@ class _Meter:
             self._shown = now
             speed = self._bytes / 1e6 / (now - self._began)
             print(
-                f"tokenize: {self._documents:,} documents, {self._bytes / 1e6:,.0f} MB of records, "
+                f"tokenize: {self._documents:,} documents, {self._bytes / 1e6:,.1f} MB of records, "
                 f"{speed:.1f} MB/s",
                 file=sys.stderr,
                 flush=True,
@@ -333,18 +333,20 @@ def print_info(folder: Path, as_json: bool = False) -> None:
     for column in ("split", "subset", "documents", "tokens", "bytes", "bytes/token", "share"):
         table.add_column(column, justify="left" if column in ("split", "subset") else "right")
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    unknown = {entry.split for entry in manifest.entries if entry.tokens and not entry.bytes}
     for entry in manifest.entries:
         for index, value in enumerate((entry.documents, entry.tokens, entry.bytes)):
             totals[entry.split][index] += value
 
     def row(split: str, subset: str, documents: int, tokens: int, size: int) -> None:
+        known = size > 0 and not (subset == "all" and split in unknown)
         table.add_row(
             split,
             escape(subset if subset.isprintable() else ascii(subset)),
             f"{documents:,}",
             f"{tokens:,}",
-            f"{size:,}",
-            f"{size / max(1, tokens):.2f}",
+            f"{size:,}" if known else "?",
+            f"{size / max(1, tokens):.2f}" if known else "?",
             f"{tokens / max(1, totals[split][1]):.1%}",
         )
 
@@ -359,5 +361,7 @@ def print_info(folder: Path, as_json: bool = False) -> None:
         f"tokens stored as {manifest.dtype}; {len(present)} of the Pile's 22 subsets; "
         f"{manifest.malformed} malformed records skipped"
     )
+    if unknown:
+        print("?: only held-out texts of adopted tokens are measured")
     for line in manifest.left_out:
         print(line)

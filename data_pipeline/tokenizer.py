@@ -6,12 +6,15 @@ import hashlib
 import io
 import os
 import re
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
+from data_pipeline.children import hearing_signals
 from data_pipeline.files import read_tokenizer
 from data_pipeline.json_tokenizer import (
     NO_SPECIAL_TOKENS,
@@ -25,6 +28,8 @@ from data_pipeline.spelling import spelling_of
 _SPACE_MARK = "\u2581"
 """SentencePiece writes spaces as this character, so a literal one must be encoded as bytes."""
 _MAX_SENTENCE = 4000
+_LINE = 10.0
+"""Seconds between two lines about a training."""
 
 
 class Tokenizer(Protocol):
@@ -265,9 +270,11 @@ def train_tokenizer(
     import sentencepiece
 
     writer = io.BytesIO()
-    try:
+    pieces = _Sentences(texts, max_bytes)
+
+    def train() -> None:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=_sentences(texts, max_bytes),
+            sentence_iterator=iter(pieces),
             model_writer=writer,
             vocab_size=vocabulary_size,
             model_type=kind,
@@ -287,6 +294,9 @@ def train_tokenizer(
             num_threads=threads or os.cpu_count() or 1,
             minloglevel=2,
         )
+
+    try:
+        hearing_signals(train, pieces.tell)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].split("] ")[-1]
         limit = re.search(r"<= (\d+)", reason)
@@ -297,15 +307,34 @@ def train_tokenizer(
     return writer.getvalue()
 
 
-def _sentences(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+class _Sentences:
     """Lines of the texts, long ones cut: SentencePiece would skip them."""
-    total = 0
-    for text in texts:
-        for line in text.replace(_SPACE_MARK, " ").splitlines():
-            for start in range(0, len(line), _MAX_SENTENCE):
-                piece = line[start : start + _MAX_SENTENCE]
-                total += len(piece.encode("utf-8"))
-                if "\0" not in piece:
-                    yield piece
-        if total >= max_bytes:
-            return
+
+    def __init__(self, texts: Iterable[str], max_bytes: int) -> None:
+        self._texts, self._most = texts, max_bytes
+        self._read, self._complete = 0, False
+        self._began = self._shown = time.monotonic()
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            for line in text.replace(_SPACE_MARK, " ").splitlines():
+                for start in range(0, len(line), _MAX_SENTENCE):
+                    piece = line[start : start + _MAX_SENTENCE]
+                    self._read += len(piece.encode("utf-8"))
+                    if "\0" not in piece:
+                        yield piece
+            if self._read >= self._most:
+                break
+        self._complete = True
+
+    def tell(self) -> None:
+        """Print from time to time what is done: the library is silent for minutes."""
+        now = time.monotonic()
+        if now - self._shown >= _LINE:
+            self._shown = now
+            doing = "learning from" if self._complete else "read"
+            print(
+                f"tokenizer: {doing} {self._read / 1e6:,.1f} MB, {now - self._began:.0f} s so far",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -22,7 +22,7 @@ from pretrain.config.science import GridConfig
 from pretrain.distributed.cores import fit_threads
 from pretrain.distributed.devices import own_gpu, refuse_shared
 from pretrain.distributed.failures import exit_code, is_of_machine
-from pretrain.distributed.meeting import Awaited, hearing_signals, open_store, tell_connected
+from pretrain.distributed.meeting import Awaited, meeting, open_store, tell_connected
 from pretrain.errors import MachineError, RunError, UsageError
 
 Group = Any
@@ -209,7 +209,7 @@ def _meet(rank: int, size: int, device: torch.device) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
 
-    hearing_signals(join, size, device, awaited)
+    meeting(join, size, device, awaited)
 
 
 def build_grid(config: GridConfig, device: torch.device) -> Grid:
@@ -238,7 +238,7 @@ def build_grid(config: GridConfig, device: torch.device) -> Grid:
             group(ranks.permute(0, 2, 1).reshape(-1, data)),
         )
 
-    tensor_group, pipeline_group, data_group = hearing_signals(groups, world, device)
+    tensor_group, pipeline_group, data_group = meeting(groups, world, device)
     return Grid(
         tensor=tensor,
         pipeline=pipeline,

@@ -17,20 +17,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from threading import Thread
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from data_pipeline.children import hearing_signals
 from data_pipeline.files import write_aside
 from pretrain.distributed.jobs import CONNECTED, MEETING
 from pretrain.errors import MachineError
 
 _FIRST_LINE, _NEXT_LINE = 5.0, 60.0
 """Seconds of waiting before a line says so, and between two such lines."""
-_TURN = 0.05
-"""Seconds between two looks whether a signal came; the end of the wait is seen at once."""
 _SHORTEST, _LONGEST = 0.005, 0.25
 """Seconds between two looks who has come: few at first, since all usually start together."""
 _Result = TypeVar("_Result")
@@ -53,13 +51,10 @@ class Awaited:
     text: str = ""
 
 
-def hearing_signals(
+def meeting(
     action: Callable[[], _Result], size: int, device: torch.device, awaited: Awaited | None = None
 ) -> _Result:
     """Do something that waits for other processes inside a library, and handle signals meanwhile.
-
-    It runs in a thread of its own, because Python handles signals only in the main thread, and only
-    while no compiled code runs there.
 
     Args:
         size: number of processes; one has nobody to wait for and needs no thread.
@@ -68,28 +63,20 @@ def hearing_signals(
     """
     if size == 1:
         return action()
-    results: list[_Result] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            results.append(action())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = Thread(target=work, name="meeting", daemon=True)
-    thread.start()
     line_at = time.monotonic() + _FIRST_LINE
-    while thread.is_alive():
-        thread.join(_TURN)
+
+    def on_device() -> _Result:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return action()
+
+    def tell() -> None:
+        nonlocal line_at
         if awaited and awaited.text and time.monotonic() >= line_at:
             print(f"waiting for {awaited.text}", file=sys.stderr, flush=True)
             line_at = time.monotonic() + _NEXT_LINE
-    if errors:
-        raise errors[0]
-    return results[0]
+
+    return hearing_signals(on_device, tell)
 
 
 def open_store(rank: int, size: int, timeout: timedelta, awaited: Awaited | None = None) -> Any:

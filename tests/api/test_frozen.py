@@ -22,7 +22,7 @@ RATE = 1e-2
 
 
 def model_without(words: str) -> nn.Module:
-    model = build("llama").train()
+    model: nn.Module = build("llama").train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(words not in name)
     return model
@@ -65,10 +65,10 @@ def test_a_frozen_part_is_measured_without_decay(part: str, by: str, tmp_path: P
         rows = [row for row in probe.measure(2) if row["product"] == "qk"]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
-    none, some = (0.0, 0.0, 1.0), (0.1, 2 * RATE * 0.1, (1 - RATE * 0.1) ** 2)
+    none, ours = (0.0, 0.0, 1.0), (0.1, 2 * RATE * 0.1, (1 - RATE * 0.1) ** 2)
     for row in rows:
-        query = none if part != "a block" or row["layer"] == 0 else some
-        key = some if part == "a matrix" else query
+        query = none if part != "a block" or row["layer"] == 0 else ours
+        key = ours if part == "a matrix" else query
         for side, wanted in (("a", key), ("b", query)):
             found = [row[f"{name}_{side}"] for name in ("decay", "exposure", "retention")]
             assert found == pytest.approx(wanted)

@@ -17,10 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.distributed import meeting
+from data_pipeline.children import _TURN
 from pretrain.distributed.failures import exit_code
 from pretrain.distributed.jobs import MEETING
-from pretrain.distributed.meeting import Awaited, hearing_signals, open_store
+from pretrain.distributed.meeting import Awaited, meeting, open_store
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import INTERRUPTED, TRY_AGAIN, MachineError, Stopped
 from tests.tools import base_recipe, environment, losses_of, run, write_recipe
@@ -162,14 +162,14 @@ def test_a_signal_is_handled_while_a_library_waits(number: signal.Signals, tmp_p
     threading.Timer(0.2, lambda: os.kill(os.getpid(), number)).start()
     began = time.monotonic()
     with pytest.raises(Stopped, match=number.name):
-        hearing_signals(lambda: store.wait(["never"], 4 * SECOND), 2, CPU)
+        meeting(lambda: store.wait(["never"], 4 * SECOND), 2, CPU)
     assert time.monotonic() - began < 2
 
 
 def test_what_it_returns_and_raises(capsys: pytest.CaptureFixture[str]) -> None:
-    assert hearing_signals(lambda: 7, 2, CPU) == hearing_signals(lambda: 7, 1, CPU) == 7
+    assert meeting(lambda: 7, 2, CPU) == meeting(lambda: 7, 1, CPU) == 7
     with pytest.raises(KeyError, match="NO_SUCH"):
-        hearing_signals(lambda: os.environ["NO_SUCH"], 2, CPU)
+        meeting(lambda: os.environ["NO_SUCH"], 2, CPU)
     began = time.monotonic()
-    hearing_signals(lambda: None, 2, CPU, Awaited("others"))
-    assert time.monotonic() - began < meeting._TURN and not capsys.readouterr().err
+    meeting(lambda: None, 2, CPU, Awaited("others"))
+    assert time.monotonic() - began < _TURN and not capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_a_signal_ends_a_process_whose_peers_do_not_come(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_peer_that_comes_late(
     first: int, impatient: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.products import mean_over_sequence
+from models.products import without_means
 
 _BLOCK = 128
 """Queries and keys in a block of the mask on a GPU, as PyTorch's kernels have them."""
@@ -73,8 +73,8 @@ def attention_by_flex(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor
     if k.dtype.itemsize > 2:
         mixed: Tensor = flex(q, k, v, block_mask=mask)
         return mixed
-    shared = mean_over_sequence(v)
-    mixed = flex(q, k - mean_over_sequence(k), v - shared, block_mask=mask)
+    keys, values, shared = without_means(k, v)
+    mixed = flex(q, keys, values, block_mask=mask)
     return mixed + shared
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +40,18 @@ class Factors:
     """``[units, head, width]``"""
     output: Tensor
     """``[units, g, width, head]``"""
+
+    @staticmethod
+    def joined(parts: list[Factors]) -> Factors:
+        """The units of several layers of one model."""
+        if len(parts) == 1:
+            return parts[0]
+        return Factors(
+            *(
+                torch.cat([getattr(part, name) for part in parts])
+                for name in ("query", "key", "value", "output")
+            )
+        )
 
     @staticmethod
     def of_layer(

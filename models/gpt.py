@@ -114,10 +114,13 @@ class Block(nn.Module):
 
     def forward(self, x: Activation) -> Activation:
         hidden, starts = split(x)
+        if self._compiled is not None:
+            self.attention.prepare(hidden)
         if self.recompute and torch.is_grad_enabled():
             # Reentrant: ZeRO-3 frees parameters between the two passes, which the
             # non-reentrant form takes for changed metadata.
-            hidden = checkpoint(self._forward, hidden, starts, use_reentrant=True)
+            forward = self._compiled or self._forward
+            hidden = checkpoint(forward, hidden, starts, use_reentrant=True)
         elif self._compiled is not None and torch.is_grad_enabled():
             # Batches of training have one shape; those of an evaluation would each be compiled.
             hidden = self._compiled(hidden, starts)

@@ -17,6 +17,9 @@ class Kernels:
     documents: Literal["products", "flex"] = "products"
     """Attention inside documents: matrix products, which work everywhere, or PyTorch's
     FlexAttention (`models.documents`)."""
+    joined: bool = False
+    """Multiply by the weights of queries, keys and values in one product; they stay separate
+    parameters."""
     loss_bytes: int = 32 << 20
     """The number of float32 logits that the loss holds at once."""
     compiled: bool = False

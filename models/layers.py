@@ -152,16 +152,20 @@ class Attention(nn.Module):
         if config.rotary_dim:
             self.rotary = Rotary(config.rotary_dim, config.rotary_base, config.rotary_scaling)
 
+    def prepare(self, x: torch.Tensor) -> None:
+        """Make the tables of the positions of ``x`` outside compiled code, which would be compiled
+        once without and once with them."""
+        if self.rotary is not None:
+            parts = self.tp.size if self.tp.sequence_parallel else 1
+            self.rotary.tables(x.shape[0] * parts, x.device)
+
     def forward(self, x: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         """``[sequence, batch, hidden]`` to the same shape.
 
         Args:
             starts: of documents, ``[batch, whole sequence]``, if attention stays inside them.
         """
-        x = enter(x, self.tp)
-        q = self._heads(F.linear(x, self.query, self.query_bias))
-        k = self._heads(F.linear(x, self.key, self.key_bias))
-        v = self._heads(F.linear(x, self.value, self.value_bias))
+        q, k, v = (self._heads(part) for part in self._projected(enter(x, self.tp)))
         q, k = self._normalised(q, self.query_gain), self._normalised(k, self.key_gain)
         if self.rotary is not None:
             positions = None if starts is None else positions_of(starts)
@@ -173,6 +177,16 @@ class Attention(nn.Module):
         mixed = mixed.permute(2, 0, 1, 3).flatten(2)
         y = leave(F.linear(mixed, self.output), self.tp)
         return y if self.output_bias is None else y + replicated(self.output_bias, self.tp)
+
+    def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, each ``[sequence, batch, heads * head]``."""
+        weights = self.query, self.key, self.value
+        biases = self.query_bias, self.key_bias, self.value_bias
+        if not self.kernels.joined:
+            return tuple(F.linear(x, *pair) for pair in zip(weights, biases, strict=True))
+        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+        joined = F.linear(x, torch.cat(weights), bias)
+        return torch.split(joined, [weight.shape[0] for weight in weights], -1)
 
     def _mixed(
         self,

@@ -52,11 +52,12 @@ class Projection:
         slope = (1 - bounded.square()).to(weight.dtype)
         return (logits if self.bias is None else logits + self.bias), slope
 
-    @property
-    def rows(self) -> int:
-        """Number of tokens whose logits the loss computes at once; too few make slow matrix
-        products."""
-        return max(_LEAST_ROWS, self.kernels.loss_bytes // (4 * self.weight.shape[0]))
+    def rows(self, tokens: int) -> int:
+        """Number of tokens whose logits the loss computes at once, in parts of about one size; too
+        few make slow matrix products."""
+        most = max(_LEAST_ROWS, self.kernels.loss_bytes // (4 * self.weight.shape[0]))
+        parts = -(-tokens // most)
+        return -(-tokens // parts)
 
 
 def mean_loss(
@@ -90,7 +91,7 @@ def token_losses(projection: Projection, targets: Tensor) -> Tensor:
         ``[sequence, batch]`` float32, equal on every process of the tensor-parallel group.
     """
     hidden = enter(projection.hidden, projection.tp).flatten(0, 1)
-    flat, rows = targets.flatten(), projection.rows
+    flat, rows = targets.flatten(), projection.rows(targets.numel())
     parts = []
     for start in range(0, len(flat), rows):
         part = slice(start, start + rows)
@@ -198,10 +199,11 @@ class _MeanCrossEntropy(torch.autograd.Function):
         if has_label is not None:
             upstream = has_label / has_label.sum()
         wanted = any(ctx.needs_input_grad)
-        sums = _Gradients(hidden, weight, projection.rows) if wanted else None
+        rows = projection.rows(len(targets))
+        sums = _Gradients(hidden, weight, rows) if wanted else None
         losses = []
-        for start in range(0, len(targets), projection.rows):
-            part = slice(start, start + projection.rows)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
             logits, slope = projection.of(hidden[part], weight)
             if sums is None:
                 losses.append(_CrossEntropy(logits, targets[part], projection.tp).losses)

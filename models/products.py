@@ -114,9 +114,18 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """
     if k.dtype.itemsize > 2:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    shared = mean_over_sequence(v)
-    keys = k - mean_over_sequence(k)
-    return F.scaled_dot_product_attention(q, keys, v - shared, is_causal=causal) + shared
+    keys, values, shared = without_means(k, v)
+    return F.scaled_dot_product_attention(q, keys, values, is_causal=causal) + shared
+
+
+def without_means(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values minus their means over the sequence, and the mean of the values.
+
+    The means are constants for autograd: the result of the attention does not depend on them, so
+    their gradient is zero, and its computation would take two passes over the keys and values.
+    """
+    shared = mean_over_sequence(v.detach())
+    return k - mean_over_sequence(k.detach()), v - shared, shared
 
 
 def mean_over_sequence(x: Tensor) -> Tensor:

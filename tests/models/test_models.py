@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +118,25 @@ def test_loss_is_cross_entropy(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(one, other)
     each = F.cross_entropy(logits, labels.clamp_min(0).flatten(), reduction="none").view(3, 5)
     torch.testing.assert_close(token_losses(projection, labels.t().clamp_min(0)).t(), each)
+
+
+@pytest.mark.parametrize("more", [{}, {"num_key_value_heads": 2}, {"qk_norm": True}])
+@pytest.mark.parametrize("dialect", ["gpt2", "gpt_neox", "llama"])
+def test_one_product_for_queries_keys_and_values(dialect: str, more: dict[str, Any]) -> None:
+    """Outputs and gradients are those of three products; the parameters stay three."""
+    found = []
+    for joined in (False, True):
+        model = config(dialect, **more)
+        module = GPT(model, ParameterFactory(1), Kernels(joined=joined)).double()
+        draw = torch.Generator().manual_seed(2)
+        inputs = torch.randint(300, (2, 16), generator=draw)
+        module(inputs, partial(mean_loss, labels=inputs)).backward()
+        gradients = {info_of(p).name: p.grad for p in module.parameters()}
+        assert all(gradient is not None for gradient in gradients.values())
+        found.append(gradients)
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_gelu_for_the_compiler_is_gelu() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -81,7 +80,8 @@ def product_statistics(a: Tensor, b: Tensor, threshold: float = 0.95) -> Product
         threshold: share of Σσ that defines the pseudo-rank.
 
     Returns:
-        float64 statistics; a pair with a NaN or an infinity gives NaN only for itself.
+        float64 statistics, on the CPU for factors on any device; a pair with a NaN or an infinity
+        gives NaN only for itself.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -93,8 +93,8 @@ def product_statistics(a: Tensor, b: Tensor, threshold: float = 0.95) -> Product
         )
     batch = a.shape[:-2]
     flat = [factor.detach().reshape(-1, *factor.shape[-2:]) for factor in (a, b)]
-    chunk = _AT_ONCE // max(1, a.shape[-2])
-    parts = _in_threads(partial(_measured, threshold=threshold), flat, chunk)
+    measured = _by_threads if a.device.type == "cpu" else _by_host
+    parts = measured(flat[0], flat[1], threshold)
     columns = {
         field.name: torch.cat([getattr(part, field.name) for part in parts])
         for field in fields(ProductStatistics)
@@ -104,18 +104,55 @@ def product_statistics(a: Tensor, b: Tensor, threshold: float = 0.95) -> Product
     )
 
 
-def _measured(a: Tensor, b: Tensor, threshold: float) -> ProductStatistics:
-    """Statistics of ``[heads, d, r]`` pairs."""
-    a, b = a.double(), b.double()
-    gram_a, gram_b = a.mT @ a, b.mT @ b
+Rows = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A function of a boolean mask over the pairs: their factors, float64 on the CPU."""
+
+
+def _by_threads(a: Tensor, b: Tensor, threshold: float) -> list[ProductStatistics]:
+    """Statistics of ``[heads, d, r]`` pairs on the CPU, some rows at a time."""
+
+    def measured(a: Tensor, b: Tensor) -> ProductStatistics:
+        a, b = a.double(), b.double()
+        width = min(a.shape[-2], b.shape[-2])
+        return _of_grams(a.mT @ a, b.mT @ b, lambda pairs: (a[pairs], b[pairs]), width, threshold)
+
+    return _in_threads(measured, [a, b], _AT_ONCE // max(1, a.shape[-2]))
+
+
+def _by_host(a: Tensor, b: Tensor, threshold: float) -> list[ProductStatistics]:
+    """Statistics of pairs on another device: it makes the Gram matrices, and the CPU's threads
+    solve the small problems, which a GPU would solve one after another."""
+    grams = [wide.mT @ wide for wide in (a.double(), b.double())]
+    numbers = torch.arange(len(a))
+
+    def measured(gram_a: Tensor, gram_b: Tensor, part: Tensor) -> ProductStatistics:
+        def rows(pairs: Tensor) -> tuple[Tensor, Tensor]:
+            chosen = part[pairs].to(a.device)
+            return a[chosen].cpu().double(), b[chosen].cpu().double()
+
+        return _of_grams(gram_a, gram_b, rows, min(a.shape[-2], b.shape[-2]), threshold)
+
+    hosts = [gram.cpu() for gram in grams]
+    return _in_threads(measured, [*hosts, numbers], len(a))  # as few parts as there are threads
+
+
+def _of_grams(
+    gram_a: Tensor, gram_b: Tensor, rows: Rows, width: int, threshold: float
+) -> ProductStatistics:
+    """Statistics of pairs from AᵀA and BᵀB, ``[heads, r, r]`` float64.
+
+    Args:
+        rows: gives the factors of pairs whose Gram matrices are not accurate enough.
+        width: the smaller number of rows of a factor.
+    """
     finite = _trace(gram_a).isfinite() & _trace(gram_b).isfinite()  # sums of all squares
     if not bool(finite.all()):
         # One bad head must not make LAPACK fail for the whole batch.
         gram_a, gram_b = (torch.where(finite[:, None, None], g, 0.0) for g in (gram_a, gram_b))
     roots_a, roots_b = _roots(gram_a), _roots(gram_b)
     sigma = torch.linalg.svdvals(_factor(gram_a).mT @ _factor(gram_b))
-    sigma = _repair_cancellation(a, b, sigma, roots_a[..., -1] * roots_b[..., -1])
-    sigma = sigma[..., : min(a.shape[-2], b.shape[-2], a.shape[-1])]
+    sigma = _repair_cancellation(rows, sigma, roots_a[..., -1] * roots_b[..., -1])
+    sigma = sigma[..., :width]
     difference = gram_a - gram_b
     spread = torch.linalg.eigvalsh(difference).abs().sum(-1)
     return _statistics(
@@ -149,15 +186,14 @@ def _factor(gram: Tensor) -> Tensor:
     return factor
 
 
-def _repair_cancellation(a: Tensor, b: Tensor, sigma: Tensor, product: Tensor) -> Tensor:
+def _repair_cancellation(rows: Rows, sigma: Tensor, product: Tensor) -> Tensor:
     """Recompute by QR the heads whose factors nearly cancel (product = σ₁(A)σ₁(B))."""
     doubtful = product > _RHO_LIMIT * sigma[..., 0]
     doubtful &= product > 0
     if not bool(doubtful.any()):
         return sigma
     sigma = sigma.clone()
-    upper_a = torch.linalg.qr(a[doubtful], mode="r").R
-    upper_b = torch.linalg.qr(b[doubtful], mode="r").R
+    upper_a, upper_b = (torch.linalg.qr(factor, mode="r").R for factor in rows(doubtful))
     exact = torch.linalg.svdvals(upper_a @ upper_b.mT)
     repaired = torch.zeros_like(sigma[doubtful])
     repaired[..., : exact.shape[-1]] = exact
@@ -258,7 +294,7 @@ def pair_statistics(
 
 
 def _pair_norms(factor: Tensor, rotary_dim: int) -> Tensor:
-    columns = factor.detach().double().square().sum(-2)[..., :rotary_dim]
+    columns = factor.detach().double().square().sum(-2)[..., :rotary_dim].cpu()
     half = rotary_dim // 2
     return (columns[..., :half] + columns[..., half:]).sqrt()
 
@@ -269,14 +305,11 @@ def _in_threads(work: Callable[..., T], batches: list[Tensor], chunk: int) -> li
     There is one thread per core, because LAPACK gains nothing from more.
 
     Args:
-        batches: CPU tensors with the same first dimension; on a GPU, which divides work by itself,
-            everything is done at once.
+        batches: CPU tensors with the same first dimension.
         chunk: at least 1 is used, and at most what leaves work for every thread.
     """
     threads = torch.get_num_threads()
     count = len(batches[0])
-    if batches[0].device.type != "cpu":
-        return [work(*batches)]
     chunk = max(1, min(chunk, -(-count // threads)))
     pieces = list(zip(*(batch.split(chunk) for batch in batches), strict=True))
     if threads == 1 or len(pieces) < 2:

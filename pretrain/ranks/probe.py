@@ -1,9 +1,4 @@
-"""Rank statistics during training: collects factors from shards and returns rows of one table.
-
-The unit of work is a key/value head with the query heads that share it. Each unit is computed once
-in the whole job, on the data-parallel process that already holds most of it. Only the parts of a
-unit that ZeRO placed elsewhere are sent, and only to that process.
-"""
+"""Rank statistics during training: rows of one table from the factors of attention heads."""
 
 from __future__ import annotations
 
@@ -12,24 +7,23 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.config import GPTConfig
 from models.factors import AttentionShape, Factors
 from models.gpt import attention_layers
-from models.layers import Attention
 from models.roles import Role, info_of
 from pretrain.config.run import RanksConfig
 from pretrain.decay.sites import DecayRecord, DecayRecords, label
-from pretrain.distributed.grid import Grid
 from pretrain.engine.engine import Engine
-from pretrain.engine.masters import Fragment, local_shape
+from pretrain.ranks.collect import collect, matrices_of, spans_of
 from pretrain.ranks.schema import OF_PAIRS, OF_SIZES
 from pretrain.spectra import pair_statistics, product_statistics
 
 Row = dict[str, Any]
+Place = tuple[int, int]
+"""Layer, and global index of a head or of a key/value head."""
+_AT_ONCE = 1 << 28
+"""Number of elements of factors that a GPU handles at once: 1 GiB in float32."""
 _Any = TypeVar("_Any", bound=Mapping[str, Any])
 
 
@@ -45,182 +39,33 @@ def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list
     books = engine.control.books()
     fragments = {fragment.info.name: fragment for fragment in engine.fragments()}
     layers = attention_layers(engine.module)
-    names = {info_of(p).name for layer in layers for p in _matrices(layer)}
-    spans = _spans(engine, {name: fragments[name] for name in names if name in fragments})
-    for layer in layers:
-        units, factors = _collect(layer, model, grid, fragments, spans, engine.is_replicated)
-        if units:
-            first = grid.tensor_rank * (model.key_value_heads // grid.tensor)
-            indices = [first + unit for unit in units]
-            mine += layer_rows(factors, indices, layer.layer, shape, books, config)
+    names = {info_of(p).name for layer in layers for p in matrices_of(layer)}
+    spans = spans_of(engine, {name: fragments[name] for name in names if name in fragments})
+    first = grid.tensor_rank * (model.key_value_heads // grid.tensor)
+    # On a GPU many layers at once, so that the host waits for it only a few times.
+    limit = _AT_ONCE if grid.device.type == "cuda" else 0
+    with engine.beside_next_update():
+        waiting: list[tuple[list[Place], Factors]] = []
+        for layer in layers:
+            units, factors = collect(layer, model, grid, fragments, spans, engine.is_replicated)
+            if units:
+                waiting.append(([(layer.layer, first + unit) for unit in units], factors))
+            if waiting and (layer is layers[-1] or _numel(waiting) >= limit):
+                places = [place for part, _ in waiting for place in part]
+                joined = Factors.joined([factors for _, factors in waiting])
+                mine += rows_of(joined, places, shape, books, config)
+                waiting.clear()
     for row in mine:
         row.update(step=step, tokens=tokens)
     rows = [row for part in grid.gather(mine) for row in part]
     return sorted(rows, key=lambda row: (row["layer"], row["product"], row["level"], row["head"]))
 
 
-def _matrices(layer: Attention) -> list[nn.Parameter]:
-    return [layer.query, layer.key, layer.value, layer.output]
-
-
-Spans = dict[str, list[tuple[int, int]]]
-"""For each parameter, (offset, length) of the fragment on every data-parallel process."""
-
-
-def _spans(engine: Engine, fragments: dict[str, Fragment]) -> Spans:
-    mine = {name: (part.offset, part.master.numel()) for name, part in fragments.items()}
-    parts: list[dict[str, tuple[int, int]]] = [mine]
-    if engine.grid.data > 1:
-        parts = [{} for _ in range(engine.grid.data)]
-        dist.all_gather_object(parts, mine, group=engine.grid.data_group)
-    names = {name for part in parts for name in part}
-    return {name: [part.get(name, (0, 0)) for part in parts] for name in names}
-
-
-def _collect(
-    layer: Attention,
-    model: GPTConfig,
-    grid: Grid,
-    fragments: dict[str, Fragment],
-    spans: Spans,
-    replicated: bool,
-) -> tuple[list[int], Factors]:
-    """The units of ``layer`` that this process computes, and their factors."""
-    count = model.key_value_heads // grid.tensor
-    pieces = [_piece_indices(layer, unit, count) for unit in range(count)]
-    owners = _owners(layer, pieces, spans, grid, replicated)
-    mine = [unit for unit in range(count) if owners[unit] == grid.data_rank]
-    inbox: dict[tuple[int, int, int], Tensor] = {}
-    if not replicated and grid.data > 1:
-        inbox = _exchange(layer, pieces, owners, fragments, spans, grid)
-    assembled: list[list[Tensor]] = []
-    for unit in mine:
-        parts = []
-        for matrix, parameter in enumerate(_matrices(layer)):
-            indices = pieces[unit][matrix]
-            values = torch.zeros(len(indices), device=grid.device)
-            name = info_of(parameter).name
-            for rank in range(1 if replicated else grid.data):
-                is_local = replicated or rank == grid.data_rank
-                low, high = _range(indices, spans[name][grid.data_rank if is_local else rank])
-                if high > low:
-                    values[low:high] = (
-                        _select(fragments[name], indices[low:high])
-                        if is_local
-                        else inbox[rank, unit, matrix]
-                    )
-            parts.append(values)
-        assembled.append(parts)
-    group = model.num_attention_heads // model.key_value_heads
-    return mine, _shaped(assembled, model.head_size, model.hidden_size, group)
-
-
-def _piece_indices(layer: Attention, unit: int, count: int) -> list[Tensor]:
-    """Ascending flat indices, in each local matrix, of the elements of ``unit``."""
-    indices = []
-    for parameter in _matrices(layer):
-        rows, columns = local_shape(parameter)
-        if parameter is layer.output:
-            width = columns // count
-            part = torch.arange(unit * width, (unit + 1) * width)
-            indices.append((torch.arange(rows)[:, None] * columns + part).flatten())
-        else:
-            height = rows // count
-            indices.append(torch.arange(unit * height * columns, (unit + 1) * height * columns))
-    return indices
-
-
-def _range(indices: Tensor, span: tuple[int, int]) -> tuple[int, int]:
-    """The slice of ascending ``indices`` inside a span (offset, length)."""
-    bounds = torch.tensor([span[0], span[0] + span[1]])
-    low, high = torch.searchsorted(indices, bounds).tolist()
-    return low, high
-
-
-def _select(fragment: Fragment, indices: Tensor) -> Tensor:
-    return fragment.master[(indices - fragment.offset).to(fragment.master.device)].float()
-
-
-def _owners(
-    layer: Attention, pieces: list[list[Tensor]], spans: Spans, grid: Grid, replicated: bool
-) -> list[int]:
-    """The data-parallel process that computes each unit: the one that holds most of it."""
-    if replicated or grid.data == 1:
-        return [(layer.layer * len(pieces) + unit) % grid.data for unit in range(len(pieces))]
-    owners = []
-    for unit in pieces:
-        sizes = [0] * grid.data
-        for parameter, indices in zip(_matrices(layer), unit, strict=True):
-            for rank, span in enumerate(spans[info_of(parameter).name]):
-                low, high = _range(indices, span)
-                sizes[rank] += high - low
-        owners.append(sizes.index(max(sizes)))
-    return owners
-
-
-def _exchange(
-    layer: Attention,
-    pieces: list[list[Tensor]],
-    owners: list[int],
-    fragments: dict[str, Fragment],
-    spans: Spans,
-    grid: Grid,
-) -> dict[tuple[int, int, int], Tensor]:
-    """Send parts that others compute and receive parts that this process computes.
-
-    Parts are keyed (source, unit, matrix).
-    """
-    me = grid.data_rank
-    outgoing: dict[int, list[Tensor]] = defaultdict(list)
-    incoming: dict[int, list[tuple[tuple[int, int, int], int]]] = defaultdict(list)
-    for unit, owner in enumerate(owners):
-        for matrix, parameter in enumerate(_matrices(layer)):
-            indices, name = pieces[unit][matrix], info_of(parameter).name
-            if owner != me:
-                low, high = _range(indices, spans[name][me])
-                if high > low:
-                    outgoing[owner].append(_select(fragments[name], indices[low:high]))
-                continue
-            for source, span in enumerate(spans[name]):
-                low, high = _range(indices, span)
-                if source != me and high > low:
-                    incoming[source].append(((source, unit, matrix), high - low))
-    peer = {rank: _peer(grid, rank) for rank in range(grid.data)}
-    buffers = {
-        source: torch.empty(sum(size for _, size in wanted), device=grid.device)
-        for source, wanted in incoming.items()
-    }
-    operations = [
-        dist.P2POp(dist.isend, torch.cat(parts), peer[rank], group=grid.data_group)
-        for rank, parts in sorted(outgoing.items())
-    ] + [
-        dist.P2POp(dist.irecv, buffer, peer[rank], group=grid.data_group)
-        for rank, buffer in sorted(buffers.items())
-    ]
-    for work in dist.batch_isend_irecv(operations) if operations else []:
-        work.wait()
-    inbox = {}
-    for source, wanted in incoming.items():
-        sizes = [size for _, size in wanted]
-        for (key, _), values in zip(wanted, buffers[source].split(sizes), strict=True):
-            inbox[key] = values
-    return inbox
-
-
-def _peer(grid: Grid, data_rank: int) -> int:
-    return grid.global_rank(pipeline=grid.pipeline_rank, data=data_rank, tensor=grid.tensor_rank)
-
-
-def _shaped(assembled: list[list[Tensor]], head: int, width: int, group: int) -> Factors:
-    if not assembled:
-        empty = torch.empty(0)
-        return Factors(empty, empty, empty, empty)
-    query, key, value, output = (torch.stack(parts) for parts in zip(*assembled, strict=True))
-    return Factors(
-        query=query.view(-1, group, head, width),
-        key=key.view(-1, head, width),
-        value=value.view(-1, head, width),
-        output=output.view(-1, width, group, head).permute(0, 2, 1, 3),
+def _numel(waiting: list[tuple[list[Place], Factors]]) -> int:
+    return sum(
+        factor.numel()
+        for _, factors in waiting
+        for factor in (factors.query, factors.key, factors.value, factors.output)
     )
 
 
@@ -232,10 +77,25 @@ def layer_rows(
     books: DecayRecords | None,
     config: RanksConfig,
 ) -> list[Row]:
-    """Rows of both products for some key/value heads of a layer.
+    """Rows of both products for some key/value heads of a layer (`rows_of`).
 
     Args:
         units: global indices of the key/value heads in ``factors``.
+    """
+    return rows_of(factors, [(layer, unit) for unit in units], shape, books, config)
+
+
+def rows_of(
+    factors: Factors,
+    units: list[Place],
+    shape: AttentionShape,
+    books: DecayRecords | None,
+    config: RanksConfig,
+) -> list[Row]:
+    """Rows of both products for some key/value heads of any layers.
+
+    Args:
+        units: the key/value heads in ``factors``.
         books: λ in use and the decay applied so far, by site label; None: not known.
 
     Returns:
@@ -245,17 +105,13 @@ def layer_rows(
     group = factors.query.shape[1]
     query, output = factors.query.mT, factors.output  # [units, g, width, head]
     key, value = (part.mT.unsqueeze(1).expand_as(query) for part in (factors.key, factors.value))
-    heads = [unit * group + member for unit in units for member in range(group)]
-    rows = _rows("qk", "head", heads, key, query, layer, shape, books, config)
-    rows += _rows("vp", "head", heads, output, value, layer, shape, books, config)
+    heads = [(layer, unit * group + member) for layer, unit in units for member in range(group)]
+    rows = _rows("qk", "head", heads, key, query, shape, books, config)
+    rows += _rows("vp", "head", heads, output, value, shape, books, config)
     if group > 1:
         shared = factors.key.mT, factors.value.mT
-        rows += _rows(
-            "qk", "group", units, shared[0], query.flatten(1, 2), layer, shape, books, config
-        )
-        rows += _rows(
-            "vp", "group", units, output.flatten(1, 2), shared[1], layer, shape, books, config
-        )
+        rows += _rows("qk", "group", units, shared[0], query.flatten(1, 2), shape, books, config)
+        rows += _rows("vp", "group", units, output.flatten(1, 2), shared[1], shape, books, config)
     return rows
 
 
@@ -268,10 +124,9 @@ _FACTOR_ROLES = {
 def _rows(
     product: str,
     level: str,
-    heads: list[int],
+    heads: list[Place],
     a: Tensor,
     b: Tensor,
-    layer: int,
     shape: AttentionShape,
     books: DecayRecords | None,
     config: RanksConfig,
@@ -291,16 +146,27 @@ def _rows(
         columns |= {name: [float("nan")] * len(heads) for name in OF_SIZES}
     if config.spectra:
         columns["singular_values"] = statistics.singular_values.tolist()
-    shared: Row = {"layer": layer, "product": product, "level": level}
+    decay = {layer: _decay_of(layer, product, books) for layer in {layer for layer, _ in heads}}
+    shared: Row = {"product": product, "level": level}
+    return [
+        {
+            "layer": layer,
+            **shared,
+            **decay[layer],
+            "head": head,
+            **{name: values[i] for name, values in columns.items()},
+        }
+        for i, (layer, head) in enumerate(heads)
+    ]
+
+
+def _decay_of(layer: int, product: str, books: DecayRecords | None) -> Row:
+    """The columns about the decay of both factors of a layer's product."""
+    row: Row = {}
     for side, role in zip("ab", _FACTOR_ROLES[product], strict=True):
         book = books[label((role, layer))] if books else DecayRecord(*[float("nan")] * 3)
-        shared |= {
-            f"{field.name}_{side}": getattr(book, field.name) for field in fields(DecayRecord)
-        }
-    return [
-        {**shared, "head": head, **{name: values[i] for name, values in columns.items()}}
-        for i, head in enumerate(heads)
-    ]
+        row |= {f"{field.name}_{side}": getattr(book, field.name) for field in fields(DecayRecord)}
+    return row
 
 
 def lawful(rows: list[_Any]) -> list[_Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import pretrain.spectra
 from pretrain.spectra import pair_statistics, product_statistics, pseudo_rank
 
 
@@ -194,3 +195,25 @@ def test_rotary_pairs() -> None:
     wanted = sum((x * x - y * y) ** 2 for x, y in zip(*norms, strict=True)) ** 0.5
     torch.testing.assert_close(found.rope_pair_discrepancy, wanted)
     assert found.rope_pairs_alive == 0.75
+
+
+@pytest.mark.parametrize("kind", ["usual", "bad", "cancelling"])
+def test_the_host_solves_a_devices_small_problems(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a GPU, on the CPU: Gram matrices first, then parts of them in threads."""
+    draw = torch.Generator().manual_seed(5)
+    a, b = (torch.randn(11, 40, 6, generator=draw, dtype=torch.float64) for _ in range(2))
+    if kind == "bad":
+        a[3, 0, 0], b[7, 1, 2] = torch.nan, torch.inf
+    if kind == "cancelling":
+        stretch = torch.logspace(0, 6, 6, dtype=torch.float64)
+        orthogonal = torch.linalg.qr(torch.randn(6, 6, generator=draw, dtype=torch.float64)).Q
+        a[[2, 9]] = torch.linalg.qr(a[[2, 9]]).Q @ orthogonal * stretch
+        b[[2, 9]] = torch.linalg.qr(a[[2, 9]]).Q @ orthogonal / stretch
+    wanted = product_statistics(a.view(1, 11, 40, 6), b.view(1, 11, 40, 6)).scalars()
+    monkeypatch.setattr("pretrain.spectra._by_threads", pretrain.spectra._by_host)
+    found = product_statistics(a.view(1, 11, 40, 6), b.view(1, 11, 40, 6)).scalars()
+    for name, values in wanted.items():
+        assert values.shape == found[name].shape == (1, 11)
+        torch.testing.assert_close(found[name], values, rtol=1e-12, atol=1e-12, equal_nan=True)

@@ -56,13 +56,13 @@ def lose(updates: list[int]) -> Any:
     """In training from now on, the losses of these updates are NaN; returns what undoes it."""
     plain = pretrain.engine.engine.Engine.train_step
 
-    def train_step(engine: Any, batches: Any) -> float:
+    def train_step(engine: Any, batches: Any, more: bool = False) -> float:
         struck = engine.control.step + 1 in updates
         measured = engine.loss
         if struck:
             engine.loss = lambda *given, **more: measured(*given, **more) * float("nan")
         try:
-            return plain(engine, batches)
+            return plain(engine, batches, more)
         finally:
             if struck:
                 del engine.loss

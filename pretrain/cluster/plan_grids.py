@@ -104,7 +104,9 @@ def layout_of(config: Config, device: str, count: int, base: float, slack: float
         recompute=config.grid.activation_checkpointing,
         flat=config.is_flat,
         sequence=grid.sequence_parallel,
-        loss_bytes=config.speed.loss_bytes(device),
+        loss_bytes=config.speed.loss_bytes(
+            device, config.speed.compile is not False and grid.tensor == 1
+        ),
         live=zero.get("stage3_max_live_parameters", 1e9),
         reuse=zero.get("stage3_max_reuse_distance", 1e9),
         base=base,

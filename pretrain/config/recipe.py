@@ -93,10 +93,15 @@ class Config(Section):
                 "grid.zero_stage: 0 in bf16 uses DeepSpeed's unfused optimizer, whose updates "
                 "differ from ZeRO 1-3's; use zero_stage 1 (or precision fp32)"
             )
-        if self.speed.compile and grid.zero_stage == 3:
+        if self.speed.compile is True and grid.zero_stage == 3:
             raise ValueError(
                 "speed.compile: not possible with grid.zero_stage 3, which gathers weights inside "
-                "the compiled blocks; use zero_stage 1 or 2"
+                "the compiled blocks; use auto, or zero_stage 1 or 2"
+            )
+        if self.speed.graph is True and not self.is_flat:
+            raise ValueError(
+                "speed.graph: not possible where DeepSpeed updates the weights (a pipeline, "
+                "zero_stage 2 or 3, a raw DeepSpeed key); use auto"
             )
         if grid.pipeline_parallel > self.model.num_layers:
             raise ValueError(

@@ -182,10 +182,6 @@ class FaultsConfig(Section):
     )
 
 
-_LOSS_MIB = {"cpu": 32, "cuda": 512}
-"""MiB of logits: about a CPU's last-level cache, and enough to keep a GPU busy."""
-
-
 class SpeedConfig(Section):
     """How the same numbers are computed: changes speed and memory, and results only by rounding."""
 
@@ -200,14 +196,30 @@ class SpeedConfig(Section):
         "DeepSpeed; auto: flat where it can be and no raw DeepSpeed key is set",
     )
     loss_mib: int = Field(
-        0, ge=0, description="MiB of float32 logits held at once; 0: 32 on a CPU, 512 on a GPU"
+        0,
+        ge=0,
+        description="MiB of float32 logits held at once; 0: 32 on a CPU, 512 on a GPU, 2048 there "
+        "with compiled code, which holds them in the precision of the run",
     )
-    compile: bool = Field(
-        False,
-        description="fuse the operations between a block's matrix products (torch.compile): pays "
-        "on long runs, because the first step waits for the compiler",
+    compile: Literal["auto", True, False] = Field(
+        "auto",
+        description="fuse the operations between a block's matrix products (torch.compile), for "
+        "which the first step waits for the compiler; auto: on a GPU, in runs of more than about "
+        "two minutes",
+    )
+    graph: Literal["auto", True, False] = Field(
+        "auto",
+        description="start forward and backward pass as one CUDA graph; auto: on one GPU, for "
+        "passes that are short beside the time in which the host starts their operations",
     )
 
-    def loss_bytes(self, device: str) -> int:
-        """Number of float32 logits that the loss holds at once on a device type (cpu, cuda)."""
-        return (self.loss_mib or _LOSS_MIB[device]) << 20
+    def loss_bytes(self, device: str, compiled: bool) -> int:
+        """Number of bytes of float32 logits that the loss holds at once.
+
+        Args:
+            device: device type, cpu or cuda.
+            compiled: whether the run's code is compiled.
+        """
+        if self.loss_mib:
+            return self.loss_mib << 20
+        return (2048 if compiled else 512) << 20 if device == "cuda" else 32 << 20

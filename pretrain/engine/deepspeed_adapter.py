@@ -10,7 +10,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data_pipeline.light_imports import import_light
+from models.gpt import LayerBlueprint
 from models.roles import info_of
 from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
@@ -291,3 +292,46 @@ def prepare_deepspeed() -> None:
     # without a compiler.
     check_private(0, {"package": [deepspeed.ops]})
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def pipeline_module(
+    plans: list[LayerBlueprint], grid: Grid, loss: Callable[..., torch.Tensor] | None
+) -> nn.Module:
+    """This process's stage of a pipeline, with the loss of its last stage."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    # A pipeline module asks DeepSpeed for process ranks before an engine has connected it to torch.
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+    def spec(plan: LayerBlueprint) -> Any:
+        if plan.tied is None:
+            return LayerSpec(plan.build, *plan.arguments)
+        return TiedLayerSpec(
+            plan.tied,
+            plan.build,
+            *plan.arguments,
+            forward_fn=plan.forward,
+            tied_weight_attr="weight",
+        )
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition
+        module = PipelineModule(
+            layers=[spec(plan) for plan in plans],
+            topology=PipeModelDataParallelTopology(
+                num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data
+            ),
+            loss_fn=loss,
+            partition_method="type:block",
+            activation_checkpoint_interval=0,
+        )
+    check_private(0, {"pipeline": [module]}, ["pipeline"])
+    for tied in module.tied_comms.values():
+        # DeepSpeed keeps one replica of a tied weight per stage; the others must not count in
+        # norms.
+        if grid.rank != min(tied["ranks"]):
+            for parameter in tied["module"].parameters():
+                parameter.ds_pipe_replicated = True
+    stage: nn.Module = module
+    return stage

@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from models.config import GPTConfig
-from models.gpt import GPT, LayerBlueprint, layer_blueprints
+from models.gpt import GPT, layer_blueprints
 from models.layers import ParameterFactory
 from models.loss import Projection, mean_loss
 from models.parallel import TensorParallel
@@ -31,24 +31,19 @@ from pretrain.engine.deepspeed_adapter import (
     deepspeed_settings,
     mark_for_norms,
     one_optimizer_for_every_stage,
+    pipeline_module,
     prepare_deepspeed,
 )
 from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.forensics import Nonfinite, first_nonfinite
 from pretrain.engine.masters import Fragment, fragments, is_replicated
 from pretrain.engine.optimizers import build_optimizer, optimizer_groups
+from pretrain.engine.passes import Batch, Loss, Passes
 from pretrain.engine.precision import with_precision
-from pretrain.engine.private import check_private
 from pretrain.engine.shrink import Shrinker
-from pretrain.engine.speed import choose_kernels
-from pretrain.engine.stopwatch import Stopwatch
+from pretrain.engine.speed import choose_kernels, records_passes
+from pretrain.engine.stopwatch import Beside, Stopwatch, to_host
 from pretrain.errors import RunError, UsageError
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Inputs and labels, each ``[micro batch, context]`` int64."""
-Loss = Callable[[Projection, torch.Tensor], torch.Tensor]
-"""A function of the model's output and labels: the mean loss of a micro batch, in nats per
-token."""
 
 
 def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterInfo]:
@@ -77,47 +72,7 @@ def build_model(
     begins = eod if config.data.attention == "within" else None
     if grid.pipeline == 1:
         return GPT(config.model, factory, kernels, begins).to(grid.device)
-    return _pipeline_module(layer_blueprints(config.model, factory, kernels, begins), grid, loss)
-
-
-def _pipeline_module(plans: list[LayerBlueprint], grid: Grid, loss: Loss | None) -> nn.Module:
-    import deepspeed
-    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-
-    # A pipeline module asks DeepSpeed for process ranks before an engine has connected it to torch.
-    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-
-    def spec(plan: LayerBlueprint) -> Any:
-        if plan.tied is None:
-            return LayerSpec(plan.build, *plan.arguments)
-        return TiedLayerSpec(
-            plan.tied,
-            plan.build,
-            *plan.arguments,
-            forward_fn=plan.forward,
-            tied_weight_attr="weight",
-        )
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition
-        module = PipelineModule(
-            layers=[spec(plan) for plan in plans],
-            topology=PipeModelDataParallelTopology(
-                num_pp=grid.pipeline, num_mp=grid.tensor, num_dp=grid.data
-            ),
-            loss_fn=loss,
-            partition_method="type:block",
-            activation_checkpoint_interval=0,
-        )
-    check_private(0, {"pipeline": [module]}, ["pipeline"])
-    for tied in module.tied_comms.values():
-        # DeepSpeed keeps one replica of a tied weight per stage; the others must not count in
-        # norms.
-        if grid.rank != min(tied["ranks"]):
-            for parameter in tied["module"].parameters():
-                parameter.ds_pipe_replicated = True
-    stage: nn.Module = module
-    return stage
+    return pipeline_module(layer_blueprints(config.model, factory, kernels, begins), grid, loss)
 
 
 @dataclass
@@ -137,14 +92,27 @@ class Engine:
     """Global norm of the last step's gradient, before clipping."""
     stopwatch: Stopwatch = field(init=False)
     """Seconds of the parts of updates."""
-    last_batches: list[Batch] = field(default_factory=list)
-    """Micro batches of the last update; none under a pipeline, which reads them by itself."""
+    looks_ahead: bool = field(init=False)
+    """Whether a GPU begins the next update while the host waits for figures of this one."""
 
     def __post_init__(self) -> None:
         self.stopwatch = Stopwatch(self.grid.device)
+        self._beside = Beside(self.grid.device)
+        self.looks_ahead = self.grid.device.type == "cuda"
+        self._passes = Passes(
+            self._updater,
+            self._loss_now,
+            self.micro_batches,
+            self.stopwatch,
+            recorded=records_passes(self.config, self.grid),
+        )
 
-    def train_step(self, batches: Iterator[Batch]) -> float:
+    def train_step(self, batches: Iterator[Batch], more: bool = False) -> float:
         """Make one optimizer update from ``micro_batches`` batches of this data-parallel rank.
+
+        Args:
+            more: another update from ``batches`` follows. A GPU then begins with its first micro
+                batch while the host waits for the loss of this one.
 
         Returns:
             Mean loss over the global batch, in nats per token, equal on every process.
@@ -155,8 +123,17 @@ class Engine:
             with self.stopwatch.part("forward_backward"):  # and the update: it is one call
                 loss = self._updater.train_batch(data_iter=batches)
         else:
-            loss = self._accumulate(batches)
+            loss = self._mean(self._passes.update(batches))
         norm = self._updater.get_global_grad_norm()
+        if isinstance(self._updater, FlatUpdate):
+            figures = to_host(torch.stack([loss, norm]))
+            self._beside.weights_are_made()
+            if more and self.looks_ahead:
+                self._passes.begin_next(batches)
+            mean, self.gradient_norm = figures()  # the only wait for the device
+            if self._updater.decides_on_device and not self.skipped:
+                self.shrinker.record()
+            return mean
         if norm is not None:
             self.gradient_norm = float(norm)
         return float(loss)
@@ -165,6 +142,22 @@ class Engine:
     def skipped(self) -> bool:
         """Whether the last update was skipped because its gradient was not finite."""
         return not (math.isfinite(self.gradient_norm) and self.gradient_norm >= 0)
+
+    def beside_next_update(self) -> contextlib.AbstractContextManager[None]:
+        """Let a GPU read weights beside the passes of the next update that it has begun.
+
+        The block must wait for what it computes.
+        """
+        return self._beside() if self._passes.has_begun_next else contextlib.nullcontext()
+
+    def forget_next_update(self) -> None:
+        """Drop what was begun of the next update, before weights change otherwise."""
+        self._passes.forget_next()
+
+    @property
+    def last_batches(self) -> list[Batch]:
+        """Micro batches of the last update; none under a pipeline, which reads them by itself."""
+        return self._passes.last
 
     def first_nonfinite(self) -> Nonfinite | None:
         """Where the last update's forward pass first had a value that is not finite.
@@ -177,26 +170,16 @@ class Engine:
             self.last_batches,
         )
 
-    def _accumulate(self, batches: Iterator[Batch]) -> torch.Tensor:
-        total = torch.zeros((), device=self.grid.device)
-        if isinstance(self._updater, FlatUpdate):
-            self._updater.begin()
-        self.last_batches.clear()
-        for _ in range(self.micro_batches):
-            with self.stopwatch.part("data", on_host=True):
-                inputs, labels = next(batches)
-            self.last_batches.append((inputs, labels))
-            with self.stopwatch.part("forward_backward"):
-                loss = self._updater(inputs, partial(self.loss, labels=labels))
-                self._updater.backward(loss)
-            with self.stopwatch.part("update"):
-                self._updater.step()
-            total += loss.detach()
-        total /= self.micro_batches
+    def _mean(self, loss: torch.Tensor) -> torch.Tensor:
+        """Mean over the data-parallel processes."""
         if self.grid.data > 1:
-            dist.all_reduce(total, group=self.grid.data_group)
-            total /= self.grid.data
-        return total
+            dist.all_reduce(loss, group=self.grid.data_group)
+            loss /= self.grid.data
+        return loss
+
+    def _loss_now(self, projection: Projection, labels: torch.Tensor) -> torch.Tensor:
+        """`loss` as it is when a pass is made, even if it was replaced since."""
+        return self.loss(projection, labels)
 
     def loss(self, projection: Projection, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of a micro batch, in nats per token."""
@@ -302,6 +285,8 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan, eod: int | None = 
         nuclear_every=decay.nuclear_every,
         native=config.optimizer.name == "adamw",
     )
+    if isinstance(wrapped, FlatUpdate):
+        wrapped.decides_on_device = shrinker.is_left_to_optimizer
     shrinker.attach(optimizer)
     engine = Engine(wrapped, module, grid, config, plan, count, control, shrinker)
     engine.begin_step(0, 0.0)

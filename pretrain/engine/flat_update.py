@@ -80,7 +80,9 @@ class FlatUpdate:
         self.optimizer = build(
             [{**group, "params": self._owned(group["name"])} for group in groups]
         )
-        self._done = 0
+        self.decides_on_device = False
+        """Skip an update that is not finite without waiting for the device (`gate`)."""
+        self.micro_batches_done = 0
         """Number of micro batches of the current update so far."""
         self._reductions: list[Any] = []
         self._packed: set[int] = set()
@@ -112,14 +114,23 @@ class FlatUpdate:
 
     def begin(self) -> None:
         """Begin an update; micro batches of one that an exception ended do not count."""
-        self._done = 0
+        self.micro_batches_done = 0
         self._wait_for_reductions()
         self._packed.clear()
         self._waiting = list(self._buckets)
 
+    @property
+    def is_at_first(self) -> bool:
+        """Whether the next micro batch is the first of its update, which sets the gradients."""
+        return self.micro_batches_done == 0
+
+    def count_replayed(self) -> None:
+        """Count a micro batch whose gradient a recorded pass has added."""
+        self.micro_batches_done += 1
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro batch."""
-        self._done += 1
+        self.micro_batches_done += 1
         for bucket in self._buckets:
             bucket.begin()
         (loss / self._count).backward()
@@ -130,8 +141,8 @@ class FlatUpdate:
 
     def _complete(self, bucket: _Bucket) -> None:
         """Pack the complete gradients of a bucket, and reduce them in the last micro batch."""
-        bucket.pack(first=self._done == 1)
-        if bucket.buffer is None or self._done < self._count:
+        bucket.pack(first=self.micro_batches_done == 1)
+        if bucket.buffer is None or self.micro_batches_done < self._count:
             return
         self._packed.add(id(bucket))
         # In one order on every process, even if gradients arrive in another one.
@@ -155,20 +166,29 @@ class FlatUpdate:
     def step(self) -> None:
         """Update the weights after the last micro batch; a gradient that is not finite changes
         nothing."""
-        if self._done < self._count:
+        if self.micro_batches_done < self._count:
             return
         self._wait_for_reductions()
         self.gradient_norm = self._norm()
-        if not bool(self.gradient_norm.isfinite()):
+        if self.decides_on_device:
+            # The attributes that torch.amp.GradScaler sets: fused optimizers read them.
+            self.optimizer.found_inf = (~self.gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
+        elif not bool(self.gradient_norm.isfinite()):
             return
         if self._clipping:
-            excess = ((self.gradient_norm + 1e-6) / self._clipping).clamp_min(1.0)
-            torch._foreach_mul_([buffer.own_gradient for buffer in self.buffers], 1.0 / excess)
+            self._clip()
         self.optimizer.step()
         for buffer in self.buffers:
             buffer.refresh()
         if self.shared:
             self._gather()
+
+    def _clip(self) -> None:
+        excess = ((self.gradient_norm + 1e-6) / self._clipping).clamp_min(1.0)
+        if self.decides_on_device and excess.is_cuda:
+            self.optimizer.grad_scale = excess  # type: ignore[attr-defined]
+        else:  # on a CPU too, where old runs continue with the same bits
+            torch._foreach_mul_([buffer.own_gradient for buffer in self.buffers], 1.0 / excess)
 
     def _wait_for_reductions(self) -> None:
         for reduction in self._reductions:

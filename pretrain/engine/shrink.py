@@ -64,12 +64,15 @@ class Shrinker:
             self._by_owner[id(fragment.owner)].append(fragment)
             self._by_name[fragment.info.name].append(fragment)
         self._needs_gradient = not _WITH_GRADIENT.isdisjoint(control.form.values())
+        self._records_later = False
+        """The device decides whether an update is made; `record` is called if it was."""
         self._fresh = False
         self._before: list[tuple[Fragment, Tensor, float]] = []
         self._applied: dict[Site, Applied] = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Take part in every step of ``optimizer``."""
+        self._records_later = bool(getattr(self._engine, "decides_on_device", False))
         optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping))
         optimizer.register_step_post_hook(lambda *_: self._after_step())
         if isinstance(optimizer, MuonWithAdamW):
@@ -79,14 +82,28 @@ class Shrinker:
         """Whether the optimizer's own decoupled decay serves the fragment's role."""
         return self.native and self._control.is_plain(fragment.info.role)
 
+    @property
+    def is_left_to_optimizer(self) -> bool:
+        """Whether the optimizer's own decay is all there is, and no policy looks at an update."""
+        plain = all(map(self._control.is_plain, self._control.form))
+        return self.native and plain and not self._control.wanting("norms")
+
     def arm(self) -> None:
         """Prepare for an update (after `DecayControl.begin`)."""
         self._fresh = True
+
+    def record(self) -> None:
+        """Record the decay of an update that the device made (`is_left_to_optimizer`)."""
+        if self._fresh:
+            self._fresh = False
+            self._control.commit()
 
     # --- inside the step ------------------------------------------------------------------------
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._records_later:
+            return
         if self._fresh:
             self._fresh = False
             ratio = self._norm_ratio() if self._control.wanting("norms") else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from functools import cache
 
 import torch
 
@@ -19,6 +20,19 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
 """Parameters of glibc's mallopt."""
 
 
+_RATE = 2e14
+"""FLOPs per second of code that is not compiled, on a GPU of this decade; a GPU with another rate
+only moves the length of run from which compiled code is chosen."""
+_COMPILED_RATE = 4e14
+_LAUNCHES = 2.5e-3
+"""Seconds that the host needs to start the operations of a layer, forward and backward."""
+_GAPS = 4.0
+"""Up to this many times that a pass gains a percent or more from a graph, because a GPU waits less
+between two operations of a graph."""
+_WORTH = 120.0
+"""Seconds that a run must take for the compiler's half a minute to pay."""
+
+
 def choose_kernels(config: Config, grid: Grid) -> Kernels:
     """The kernels of the recipe; values that it leaves open depend on device and precision.
 
@@ -31,14 +45,86 @@ def choose_kernels(config: Config, grid: Grid) -> Kernels:
         fast = grid.device.type == "cpu" and config.precision == "bf16"
         attention = "products" if fast and config.model.context <= _PRODUCTS_UP_TO else "sdpa"
     on_gpu = grid.device.type == "cuda"
+    compiled = compiles(config, grid)
     by_flex = on_gpu and speed.attention != "products" and config.model.head_size >= _FLEX_HEAD
     return Kernels(
         recompute=config.grid.activation_checkpointing,
         attention=attention,
         documents="flex" if by_flex else "products",
-        loss_bytes=speed.loss_bytes(grid.device.type),
-        compiled=speed.compile,
+        joined=on_gpu,
+        loss_bytes=speed.loss_bytes(grid.device.type, compiled and grid.tensor == 1),
+        compiled=compiled,
     )
+
+
+def compiles(config: Config, grid: Grid) -> bool:
+    """Whether the blocks of a run are compiled (`speed.compile`)."""
+    if config.speed.compile != "auto":
+        return config.speed.compile
+    if grid.device.type != "cuda" or config.grid.zero_stage == 3:
+        return False
+    passes = config.train.global_batch / grid.data  # of one sequence
+    seconds = max(
+        _flops(config) * passes / (grid.tensor * grid.pipeline) / _RATE,
+        _LAUNCHES * config.model.num_layers,
+    )
+    return seconds * config.train.steps > _WORTH and not why_not_compiled()
+
+
+def records_passes(config: Config, grid: Grid) -> bool:
+    """Whether forward and backward passes are recorded as CUDA graphs (`speed.graph`)."""
+    if grid.device.type != "cuda" or not config.is_flat or config.speed.graph is False:
+        return False
+    if grid.world_size > 1:  # a graph would have to hold the collectives of its passes
+        return False
+    if config.speed.graph is True:
+        return True
+    micro = config.train.micro_batch or config.train.global_batch
+    seconds = _flops(config) * micro / _COMPILED_RATE
+    return seconds < _GAPS * _LAUNCHES * config.model.num_layers
+
+
+def _flops(config: Config) -> float:
+    """FLOPs of forward and backward pass of a sequence, 6 for each weight and token, about."""
+    model = config.model
+    width, head = model.hidden_size, model.head_size
+    attention = 2 * (model.num_attention_heads + model.key_value_heads) * head
+    mlp = (3 if model.activation == "swiglu" else 2) * model.ffn_size if model.mlp else 0
+    mixing = model.context * model.num_attention_heads * head
+    weights = model.num_layers * width * (attention + mlp) + model.vocabulary_size * width
+    return 6.0 * model.context * (weights + model.num_layers * mixing)
+
+
+@cache
+def why_not_compiled() -> str:
+    """Why this machine cannot compile code for its GPU; empty if it can.
+
+    The compiler needs Triton and a C compiler, which an installation may lack.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device="cuda"))
+    except Exception as error:  # whatever a missing or unfit tool raises
+        return str(error).strip().splitlines()[0] or type(error).__name__
+    return ""
+
+
+def speed_in_words(config: Config, grid: Grid) -> list[str]:
+    """What `speed` chose for a run on a GPU, and why; empty on a CPU."""
+    if grid.device.type != "cuda":
+        return []
+    words = []
+    if config.speed.compile == "auto":
+        if compiles(config, grid):
+            words.append("blocks are compiled during the first updates (speed.compile)")
+        elif config.grid.zero_stage == 3:
+            words.append("not compiled: ZeRO 3 gathers weights inside the blocks (speed.compile)")
+        elif why_not_compiled():
+            words.append(f"not compiled: {why_not_compiled()} (speed.compile)")
+        else:
+            words.append("not compiled: too short to gain from it (speed.compile)")
+    if config.speed.graph == "auto" and records_passes(config, grid):
+        words.append("passes are started as CUDA graphs (speed.graph)")
+    return words
 
 
 def keep_freed_memory(device: torch.device) -> None:

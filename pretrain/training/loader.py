@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from data_pipeline.children import leave_signals_to_parent, signals_held_back
 from pretrain.distributed.grid import Grid
-from pretrain.engine.engine import Batch
+from pretrain.engine.passes import Batch
 from pretrain.tasks.task import Samples
 from pretrain.training.faults import block_of
 

@@ -101,7 +101,7 @@ def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) ->
         periodic.measure_weights(training, step - 1)
         engine.begin_step(step - 1, rate)
         with profiler.update(step):
-            loss = engine.train_step(loader)
+            loss = engine.train_step(loader, more=step < steps)
         _tell_trace(training, step, profiler)
         training.watchdog.beat(step)
         where = find_nonfinite(training, step) if engine.skipped else ""
@@ -154,6 +154,7 @@ def _tell_trace(training: Training, step: int, profiler: Profiler) -> None:
 
 def restore(start: Checkpoint, engine: Engine, faults: FaultDetector) -> None:
     """Restore an engine from a checkpoint, with λ of its own plan."""
+    engine.forget_next_update()
     load_into_engine(start, engine)
     before, after = (
         config.optimizer.weight_decay.policies for config in (start.config, engine.config)

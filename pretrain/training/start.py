@@ -22,6 +22,7 @@ from pretrain.distributed.watchdog import Watchdog
 from pretrain.engine.engine import Engine, build_engine, refuse_unfit
 from pretrain.engine.optimizers import refuse_missing_optimizer
 from pretrain.engine.precision import resolve_precision, with_precision
+from pretrain.engine.speed import speed_in_words
 from pretrain.runs.finished import is_complete, put_evaluation_aside
 from pretrain.runs.folder import create_run, known_recipe, misfit, rewind
 from pretrain.runs.identity import data_order, initial_weights, write_identity
@@ -187,6 +188,8 @@ def _announce(setup: Setup, request: StartRequest, grid: Grid) -> None:
     stage, precision = config.grid.zero_stage, config.precision
     text = f"{run}: {count:,} parameters, {grid.describe()}, ZeRO {stage}, {precision}"
     print(text, file=sys.stderr, flush=True)
+    for words in speed_in_words(config, grid):
+        print(f"{run}: {words}", file=sys.stderr, flush=True)
     uses = uses_of(setup.task, config)
     if uses:
         words = in_words(uses, unit_of(config))

@@ -114,7 +114,7 @@ def test_injected_into_a_run(
 ) -> None:  # fmt: skip
     """In an update, and in a block that all ranks leave with one error."""
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     name = "audit_decay" if together else "train_step"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.config.recipe import dump_config, load_config
 from pretrain.training.origin import StartRequest
@@ -188,7 +189,7 @@ def test_a_file_is_named_once_in_a_run_folder(
     recipe = write_recipe(tmp_path / "r.yaml", recipe_with(data, COSINE, STABLE))
     run = tmp_path / "run"
     run.mkdir()
-    grid: Any = SimpleNamespace(describe=lambda: "one process")
+    grid: Any = SimpleNamespace(describe=lambda: "one process", device=torch.device("cpu"))
 
     def start() -> list[str]:
         """The files that a start names; then the folder has its recipe."""

@@ -219,5 +219,5 @@ def test_operations_of_an_update(data: Path, tmp_path: Path) -> None:
         kind: {k: n - found["model"].get(k, 0) for k, n in found[kind].items()} for kind in found
     }
     assert sum(added["flat"].values()) <= 90, added["flat"]
-    assert found["flat"]["aten._local_scalar_dense.default"] <= 3, "waits for the device"
+    assert "aten._local_scalar_dense.default" not in found["flat"], "waits for the device"
     assert sum(added["deepspeed"].values()) > 20 * sum(added["flat"].values())

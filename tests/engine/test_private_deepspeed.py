@@ -20,6 +20,7 @@ import pytest
 import torch
 from pydantic import BaseModel
 
+from models.roles import Role
 from pretrain.engine.private import PRIVATE, Case, Private, used
 from tests.tools import base_recipe, run_workers
 
@@ -138,16 +139,19 @@ PUBLIC = {
     "zero_cpu_offload", "zero_optimization", "zero_optimization_stage",
 }  # fmt: skip
 """Of DeepSpeed, and documented."""
+OF_OPTIMIZERS = {"found_inf", "grad_scale"}
+"""What torch.amp.GradScaler sets, and torch's fused optimizers read."""
 
 
 def known_names() -> set[str]:
     """Attributes of torch, of the standard library's modules in use, and of this product."""
-    found = set(PUBLIC)
+    found = PUBLIC | OF_OPTIMIZERS
     libraries = (
         torch, torch.cpu, torch.linalg, torch.nn, torch.optim, torch.distributed, torch.Tensor,
         torch.Size, torch.nn.Module, torch.optim.Optimizer, str, list, dict, set, float,
         contextlib, ctypes, ctypes.CDLL(None), io, logging, logging.Logger, warnings, metadata,
-        BaseModel, contextlib.ExitStack, sys, time, torch.cuda.Event,
+        BaseModel, contextlib.ExitStack, sys, time, torch.cuda, torch.cuda.Event,
+        torch.cuda.Stream, torch.cuda.CUDAGraph, Role,
     )  # fmt: skip
     for one in libraries:
         found |= set(dir(one))

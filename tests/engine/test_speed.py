@@ -18,7 +18,7 @@ from models.kernels import Kernels
 from pretrain.config.recipe import parse_config
 from pretrain.config.run import SpeedConfig
 from pretrain.engine.deepspeed_adapter import deepspeed_settings
-from pretrain.engine.speed import choose_kernels
+from pretrain.engine.speed import choose_kernels, compiles, records_passes, speed_in_words
 from pretrain.errors import UsageError
 from tests.tools import (
     DIALECTS,
@@ -121,9 +121,14 @@ def test_every_fast_path_changes_no_number(data: Path, tmp_path: Path, dialect: 
     check(train(keys, data, tmp_path), dialect)
 
 
+def grid_of(device: str, **more: int) -> Any:
+    sizes = {"data": 1, "tensor": 1, "pipeline": 1, "world_size": 1} | more
+    return SimpleNamespace(device=torch.device(device), **sizes)
+
+
 def kernels_of(**values: object) -> Kernels:
     recipe = {"model": {"context": 256}, "precision": "bf16"} | values
-    return choose_kernels(parse_config(recipe), SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+    return choose_kernels(parse_config(recipe), grid_of("cpu"))
 
 
 def test_what_is_left_open_is_decided_by_device_and_precision() -> None:
@@ -132,11 +137,58 @@ def test_what_is_left_open_is_decided_by_device_and_precision() -> None:
     assert kernels_of(model={"context": 4096}).attention == "sdpa"
     assert kernels_of(speed={"attention": "sdpa"}).attention == "sdpa"
     assert kernels_of(speed={"loss_mib": 5}).loss_bytes == 5 << 20
-    assert kernels_of().loss_bytes == SpeedConfig().loss_bytes("cpu") == 32 << 20
-    assert SpeedConfig().loss_bytes("cuda") == 512 << 20
+    assert kernels_of().loss_bytes == SpeedConfig().loss_bytes("cpu", False) == 32 << 20
+    assert SpeedConfig().loss_bytes("cuda", False) == 512 << 20
+    assert SpeedConfig().loss_bytes("cuda", True) == 2048 << 20
     assert kernels_of(grid={"activation_checkpointing": True}).recompute
     with pytest.raises(UsageError, match=r"speed\.compile: not possible with grid\.zero_stage 3"):
         parse_config({"speed": {"compile": True}, "grid": {"zero_stage": 3}})
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, broken: str = "", **values: Any) -> tuple[bool, bool]:
+    """Whether a recipe's blocks are compiled, and its passes recorded, on a GPU."""
+    monkeypatch.setattr("pretrain.engine.speed.why_not_compiled", lambda: broken)
+    data = values.pop("data_parallel", 1)
+    recipe = {"model": SMALL, "train": {"steps": 100_000}} | values
+    config, grid = parse_config(recipe), grid_of("cuda", data=data, world_size=data)
+    assert choose_kernels(config, grid).joined
+    kinds = choose_kernels(config, grid).compiled, records_passes(config, grid)
+    words = " ".join(speed_in_words(config, grid))
+    assert ("are compiled" in words) == (kinds[0] and config.speed.compile == "auto")
+    assert ("CUDA graphs" in words) == (kinds[1] and config.speed.graph == "auto")
+    assert bool(broken) <= (broken in words)
+    return kinds
+
+
+SMALL = {"num_layers": 6, "hidden_size": 256, "num_attention_heads": 4, "vocabulary_size": 8192}
+LARGE = {"num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "context": 2048,
+         "vocabulary_size": 50304}  # fmt: skip
+
+
+def test_a_gpu_compiles_long_runs_and_records_short_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(**values: Any) -> tuple[bool, bool]:
+        return chosen(monkeypatch, **values)
+
+    assert of() == (True, True)
+    assert of(train={"steps": 200}) == (False, True)  # over before the compiler has gained
+    assert of(model=LARGE, train={"steps": 200, "global_batch": 512, "micro_batch": 8})[0]
+    assert not of(model=LARGE, train={"steps": 10_000, "micro_batch": 8})[1]
+    assert of(model=LARGE, train={"steps": 10_000, "micro_batch": 1})[1]
+    assert of(broken="no C compiler") == (False, True)
+    assert of(grid={"zero_stage": 3}, precision="bf16") == (False, False)
+    assert of(grid={"zero_stage": 2}, precision="bf16") == (True, False)
+    assert of(data_parallel=2) == (True, False)
+    for value in (True, False):
+        assert of(speed={"compile": value})[0] is value
+        assert of(speed={"graph": value})[1] is value
+    with pytest.raises(UsageError, match=r"speed\.graph: not possible where DeepSpeed"):
+        parse_config({"speed": {"graph": True}, "grid": {"zero_stage": 3}})
+
+
+def test_nothing_is_chosen_without_a_gpu() -> None:
+    config = parse_config({"model": SMALL, "train": {"steps": 10**7}})
+    assert not compiles(config, grid_of("cpu")) and not records_passes(config, grid_of("cpu"))
+    assert speed_in_words(config, grid_of("cpu")) == []
 
 
 def test_the_bucket_is_no_larger_than_the_model() -> None:

@@ -32,6 +32,7 @@ def test_parts_are_summed_and_taken_once() -> None:
 def test_on_a_gpu_events_are_read_when_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside an update nothing waits: a part only records two events."""
     happened: list[str] = []
+    finished = 4
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -39,6 +40,9 @@ def test_on_a_gpu_events_are_read_when_they_are_taken(monkeypatch: pytest.Monkey
 
         def record(self) -> None:
             happened.append("record")
+
+        def query(self) -> bool:
+            return happened.count("record") <= finished
 
         def elapsed_time(self, other: Any) -> float:
             happened.append("read")
@@ -54,6 +58,11 @@ def test_on_a_gpu_events_are_read_when_they_are_taken(monkeypatch: pytest.Monkey
     assert happened == ["record"] * 4
     assert watch.take()["forward_backward"] == 0.5 and happened[4:] == ["read"] * 2
     assert watch.take() == {}
+    with watch.part("forward_backward"):  # of the next update, which the device still computes
+        pass
+    assert watch.take() == {}
+    finished = 6
+    assert watch.take() == {"forward_backward": 0.25}
 
 
 def test_what_a_run_logs(trained: Path) -> None:

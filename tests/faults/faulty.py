@@ -108,7 +108,7 @@ def arm(fault: str, rank: int, updates: set[int]) -> None:
     original = pretrain.engine.engine.Engine.train_step
     count = 0
 
-    def train_step(self: Any, batches: Any) -> float:
+    def train_step(self: Any, batches: Any, more: bool = False) -> float:
         nonlocal count
         count += 1
         struck = count in updates
@@ -116,7 +116,7 @@ def arm(fault: str, rank: int, updates: set[int]) -> None:
             _until_the_next.pop().remove()
         if struck and fault != "flip":
             FAULTS[fault](self)
-        found = original(self, batches)
+        found = original(self, batches, more)
         vars(self).pop("loss", None)
         if struck and fault == "flip":
             FAULTS[fault](self)

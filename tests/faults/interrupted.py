@@ -33,12 +33,12 @@ def paused(
     """``function``, with something done before or after its call of that number."""
     calls = 0
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == number and before:
             before()
-        found = function(*arguments)
+        found = function(*arguments, **named)
         if calls == number and after:
             after()
         return found

@@ -44,6 +44,10 @@ SHAPES = {
     "tiny": Shape(layers=6, hidden=256, heads=4, context=256, batch=16),
     "17m": Shape(layers=8, hidden=384, heads=6, context=256, batch=8),
     "125m": Shape(layers=12, hidden=768, heads=12, context=512, batch=2, vocabulary=50_304),
+    "gpu-7m": Shape(layers=6, hidden=256, heads=4, context=256, batch=128),
+    "gpu-125m": Shape(layers=12, hidden=768, heads=12, context=2048, batch=16, vocabulary=50_304),
+    "gpu-350m": Shape(layers=24, hidden=1024, heads=16, context=2048, batch=16, vocabulary=50_304),
+    "gpu-1.3b": Shape(layers=24, hidden=2048, heads=16, context=2048, batch=8, vocabulary=50_304),
 }
 
 

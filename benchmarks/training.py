@@ -3,7 +3,8 @@
     python benchmarks/training.py --out benchmarks/results/training-cpu.json
 
 Each contender is a process that keeps its model; by turns each makes some updates (A B C A B C ...)
-while the others wait. Told are medians of tokens a second with their quartiles, the share of the
+while the others wait. On a GPU, shapes whose models do not fit into its memory together run one
+contender after another. Told are medians of tokens a second with their quartiles, the share of the
 matrix-product rate measured in the same run (model flops, `shapes.Shape.flops_per_token`), and the
 peak of resident (or GPU) memory.
 """
@@ -16,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +43,18 @@ MATCHES = {
     "17m": ("rankdecay", *PEERS, *EAGER, "tensor-2", "pipeline-2", "data-2"),
     "125m": ("rankdecay", "rankdecay-eager", *PEERS),  # their memory is held at the same time
 }
-STEPS = {"tiny": 4, "17m": 4, "125m": 1}
+ON_GPU = {
+    "gpu-7m": ("rankdecay", "plain", "litgpt", "trainer"),
+    "gpu-125m": ("rankdecay", "plain", "litgpt", "trainer"),
+    "gpu-350m": ("rankdecay", "plain"),
+    "gpu-1.3b": ("rankdecay", "plain"),
+}
+STEPS = {"tiny": 4, "17m": 4, "125m": 1, "gpu-7m": 60, "gpu-125m": 10, "gpu-350m": 5, "gpu-1.3b": 3}
 """Updates of a turn."""
+TOGETHER = 4e13
+"""FLOPs of an update up to which all contenders are started on one GPU."""
+_WARM = 6
+"""Updates before the first turn: the compiler's, and those that a CUDA graph is made from."""
 
 
 def processes_of(name: str) -> int:
@@ -71,15 +83,26 @@ class Contender:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **threads},
         )  # fmt: skip
-        assert self._process.stdout is not None
-        self.alive = self._process.stdout.readline().strip() == "ready"
+        self.alive = True
 
     def run(self, steps: int, tokens: int, count: bool = True) -> None:
         """Some updates; a contender that dies is left out from there on."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
+        self.ask(steps)
+        self.answer(steps, tokens, count)
+
+    def ask(self, steps: int) -> None:
+        """Let it make some updates, as soon as it is ready."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(f"{steps}\n")
+            self._process.stdin.flush()
+
+    def answer(self, steps: int, tokens: int, count: bool = True) -> None:
+        """Wait for the updates that it was asked for."""
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
+        if line.strip() == "ready":
+            line = self._process.stdout.readline()
         if not line:
             self.alive = False
             return
@@ -94,20 +117,43 @@ class Contender:
         self._process.wait()
 
 
-def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[str, object]:
-    """Interleave the contenders on one shape."""
-    shape: Shape = SHAPES[shape_name]
-    tokens = shape.batch * shape.context
-    contenders = [Contender(name, shape_name) for name in names]
-    for contender in contenders:  # compile and warm up
-        if contender.alive:
-            contender.run(3, tokens, count=False)
-    limits = []
+def fits_together(shape: Shape) -> bool:
+    """Whether the models of all contenders fit into this machine's memory."""
+    flops = shape.flops_per_token * shape.batch * shape.context
+    return not torch.cuda.is_available() or flops < TOGETHER
+
+
+def by_turns(
+    shape_name: str, names: list[str], turns: int, steps: int, limits: list[float]
+) -> list[Contender]:
+    """Contenders that have run interleaved and ended; rates of products are added to ``limits``."""
+    tokens = SHAPES[shape_name].batch * SHAPES[shape_name].context
+    contenders = []
+    for name in names:  # start, compile and warm up: on a GPU, by many cores, together
+        contenders.append(Contender(name, shape_name))
+        contenders[-1].ask(_WARM)
+        if not torch.cuda.is_available():
+            contenders[-1].answer(_WARM, tokens, count=False)
+    if torch.cuda.is_available():
+        for contender in contenders:
+            contender.answer(_WARM, tokens, count=False)
     for turn in range(turns):
         limits.append(product_rate(2 if half() else 4))
         for contender in [contenders, contenders[::-1]][turn % 2]:
             if contender.alive:
                 contender.run(steps, tokens)
+    for contender in contenders:
+        contender.close()
+    return contenders
+
+
+def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[str, object]:
+    """Interleave the contenders on one shape."""
+    shape: Shape = SHAPES[shape_name]
+    limits: list[float] = []
+    contenders: list[Contender] = []
+    for part in [names] if fits_together(shape) else [[name] for name in names]:
+        contenders += by_turns(shape_name, part, turns, steps, limits)
     limit = statistics.median(limits)
     rows: dict[str, dict[str, Any]] = {}
     for contender in contenders:
@@ -127,9 +173,8 @@ def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[s
             ),
             "peak_bytes": contender.peak,
         }
-    for contender in contenders:
-        contender.close()
-    for name in set(rows) & set(GRIDS):
+    own = {"rankdecay", *GRIDS} if torch.cuda.is_available() else set(GRIDS)
+    for name in {name for name, row in rows.items() if "failed" not in row} & own:
         rows[name]["plan"] = planned(shape, name, limit)
     return {
         "shape": {"name": shape_name, **shape.plain(), "parameters": shape.parameters},
@@ -141,7 +186,7 @@ def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[s
 
 def planned(shape: Shape, name: str, rate: float) -> dict[str, Any]:
     """What `pretrain plan --gpu here` says of a contender of ours, with this run's product rate."""
-    config = parse_config(recipe_values(shape, grid=GRIDS[name]))
+    config = parse_config(recipe_values(shape, name == "rankdecay", GRIDS.get(name, {})))
     count = processes_of(name)
     device = measure_here(count, config)
     shared = 1 if torch.cuda.is_available() else count
@@ -185,7 +230,8 @@ def print_table(result: dict[str, object]) -> None:
 def main() -> None:
     """Measure and print; JSON with --out."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", nargs="+", default=list(MATCHES), choices=sorted(SHAPES))
+    matches = ON_GPU if torch.cuda.is_available() else MATCHES
+    parser.add_argument("--shape", nargs="+", default=list(matches), choices=sorted(SHAPES))
     parser.add_argument("--contender", nargs="+", help="default: those that fit the shape")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--steps", type=int, default=0, help="updates of a turn")
@@ -193,10 +239,12 @@ def main() -> None:
     options = parser.parse_args()
     results = []
     for shape in options.shape:
-        names = options.contender or list(MATCHES[shape])
+        names = options.contender or list({**MATCHES, **ON_GPU}[shape])
         results.append(measure(shape, names, options.turns, options.steps or STEPS[shape]))
         print_table(results[-1])
-        finish({"results": results}, options.out, show=False)  # what there is, should it be stopped
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        figures = {"device": device, "results": results}
+        finish(figures, options.out, show=False)  # what there is, should it be stopped
 
 
 if __name__ == "__main__":

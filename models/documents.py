@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.kernels import compiled
 from models.products import without_means
 
 _BLOCK = 128
@@ -83,7 +84,7 @@ def _flex(device: str) -> Any:
     """FlexAttention, compiled where there is a kernel for it; uncompiled it holds all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+    return compiled(flex_attention) if device == "cuda" else flex_attention
 
 
 def block_mask(starts: Tensor) -> Any:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.config import GPTConfig
 from models.documents import Activation, document_starts, joined, positions_of, split
-from models.kernels import DEFAULT_KERNELS, Kernels
+from models.kernels import DEFAULT_KERNELS, Kernels, compiled
 from models.layers import MLP, Attention, Norm, ParameterFactory
 from models.loss import Projection
 from models.parallel import embed, replicated
@@ -110,7 +110,7 @@ class Block(nn.Module):
             self.mlp = MLP(config, layer, factory, kernels)
         self._compiled = None
         if kernels.compiled:
-            self._compiled = torch.compile(self._forward, dynamic=False)
+            self._compiled = compiled(self._forward)
 
     def forward(self, x: Activation) -> Activation:
         hidden, starts = split(x)

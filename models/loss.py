@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels import DEFAULT_KERNELS, Kernels
+from models.kernels import DEFAULT_KERNELS, Kernels, compiled
 from models.parallel import TensorParallel, enter, megatron_module
 
 _LEAST_ROWS = 256
@@ -162,7 +162,7 @@ def _with_gradient(
 
 @cache
 def _compiled_steps() -> Any:
-    return torch.compile(_steps, dynamic=False)
+    return compiled(_steps)
 
 
 def _steps(

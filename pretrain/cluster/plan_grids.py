@@ -93,6 +93,9 @@ def layout_of(config: Config, device: str, count: int, base: float, slack: float
     micro, passes = micro_batches(config, grid)
     stage = config.grid.zero_stage
     zero = config.deepspeed.get("zero_optimization") or {}
+    # As in a long run on a GPU (`pretrain.engine.speed`).
+    compiled = config.speed.compile is not False and device == "cuda" and stage < 3
+    compiled = compiled and grid.tensor == 1
     return Layout(
         width=2 if with_precision(config, grid.device).precision == "bf16" else 4,
         tensor=grid.tensor,
@@ -104,9 +107,8 @@ def layout_of(config: Config, device: str, count: int, base: float, slack: float
         recompute=config.grid.activation_checkpointing,
         flat=config.is_flat,
         sequence=grid.sequence_parallel,
-        loss_bytes=config.speed.loss_bytes(
-            device, config.speed.compile is not False and grid.tensor == 1
-        ),
+        loss_bytes=config.speed.loss_bytes(device, compiled),
+        compiled_loss=compiled,
         live=zero.get("stage3_max_live_parameters", 1e9),
         reuse=zero.get("stage3_max_reuse_distance", 1e9),
         base=base,

@@ -116,5 +116,6 @@ def _loss(sizes: Sizes, layout: Layout) -> float:
         return 0.0
     tokens, vocabulary = sizes.outputs * layout.micro, sizes.vocabulary / layout.tensor
     rows = min(tokens, max(256, layout.loss_bytes / 4 / max(1.0, vocabulary)))
-    logits = rows * vocabulary * (2 * layout.width + 4)
+    wide = 0 if layout.compiled_loss else 4
+    logits = rows * vocabulary * (2 * layout.width + wide)
     return logits + vocabulary * sizes.hidden * (layout.width + (4 if rows < tokens else 0))

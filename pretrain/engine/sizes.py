@@ -142,7 +142,9 @@ class Layout:
     sequence: bool = False
     """Whether tensor-parallel processes divide the positions between their products."""
     loss_bytes: float = 512 << 20
-    """Number of float32 logits at once."""
+    """Bytes of float32 logits at once."""
+    compiled_loss: bool = False
+    """Whether the loss is compiled: then it holds no float32 logits."""
     live: float = 1e9
     """Parameters that ZeRO 3 keeps gathered, at most."""
     reuse: float = 1e9

@@ -51,8 +51,8 @@ ON_GPU = {
 }
 STEPS = {"tiny": 4, "17m": 4, "125m": 1, "gpu-7m": 60, "gpu-125m": 10, "gpu-350m": 5, "gpu-1.3b": 3}
 """Updates of a turn."""
-TOGETHER = 4e13
-"""FLOPs of an update up to which all contenders are started on one GPU."""
+TOGETHER = 6e13
+"""FLOPs of an update, summed over contenders, up to which all are on one GPU at once."""
 _WARM = 6
 """Updates before the first turn: the compiler's, and those that a CUDA graph is made from."""
 
@@ -117,10 +117,10 @@ class Contender:
         self._process.wait()
 
 
-def fits_together(shape: Shape) -> bool:
+def fits_together(shape: Shape, contenders: int) -> bool:
     """Whether the models of all contenders fit into this machine's memory."""
     flops = shape.flops_per_token * shape.batch * shape.context
-    return not torch.cuda.is_available() or flops < TOGETHER
+    return not torch.cuda.is_available() or contenders * flops < TOGETHER
 
 
 def by_turns(
@@ -152,7 +152,7 @@ def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[s
     shape: Shape = SHAPES[shape_name]
     limits: list[float] = []
     contenders: list[Contender] = []
-    for part in [names] if fits_together(shape) else [[name] for name in names]:
+    for part in [names] if fits_together(shape, len(names)) else [[name] for name in names]:
         contenders += by_turns(shape_name, part, turns, steps, limits)
     limit = statistics.median(limits)
     rows: dict[str, dict[str, Any]] = {}

@@ -96,14 +96,18 @@ def _whole(parameter: nn.Parameter, fragments: dict[str, Fragment]) -> Tensor:
 
 
 def _cut(matrices: list[Tensor], units: list[int], count: int, group: int) -> Factors:
-    """Some of ``count`` units of whole matrices."""
+    """Some of ``count`` units of whole matrices; all of them are views.
+
+    A GPU is busy with the next update: each operation here would wait for a part of it.
+    """
     query, key, value, output = matrices
     width = query.shape[1]
+    chosen = slice(None) if len(units) == count else units
     return Factors(
-        query=query.view(count, group, -1, width)[units].float(),
-        key=key.view(count, -1, width)[units].float(),
-        value=value.view(count, -1, width)[units].float(),
-        output=output.view(width, count, group, -1).permute(1, 2, 0, 3)[units].float(),
+        query=query.view(count, group, -1, width)[chosen].float(),
+        key=key.view(count, -1, width)[chosen].float(),
+        value=value.view(count, -1, width)[chosen].float(),
+        output=output.view(width, count, group, -1).permute(1, 2, 0, 3)[chosen].float(),
     )
 
 

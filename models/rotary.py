@@ -35,7 +35,7 @@ class Rotary:
 
     def __init__(self, rotary_dim: int, base: float, scaling: RotaryScaling | None = None) -> None:
         self.rotary_dim, self.base, self.scaling = rotary_dim, base, scaling
-        self._cache: tuple[tuple[int, torch.device], torch.Tensor, torch.Tensor] | None = None
+        self._cache: tuple[int, torch.device, torch.Tensor, torch.Tensor] | None = None
 
     def frequencies(self) -> torch.Tensor:
         """Radians per position of each pair, ``[rotary_dim / 2]`` float64."""
@@ -44,12 +44,17 @@ class Rotary:
         return frequencies if self.scaling is None else self.scaling.stretched(frequencies)
 
     def tables(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, each ``[length, rotary_dim / 2]`` float32."""
-        if self._cache is None or self._cache[0] != (length, device):
+        """Cosines and sines, each ``[length, rotary_dim / 2]`` float32.
+
+        Shorter tables are views of the longest one so far. So that of training stays where it is
+        while documents are scored: a CUDA graph of a pass reads it there.
+        """
+        cache = self._cache
+        if cache is None or cache[0] < length or cache[1] != device:
             angles = torch.outer(torch.arange(length, dtype=torch.float64), self.frequencies())
             cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)
-            self._cache = ((length, device), cos, sin)
-        return self._cache[1], self._cache[2]
+            cache = self._cache = (length, device, cos, sin)
+        return cache[2][:length], cache[3][:length]
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Rotate ``x`` of shape ``[batch, heads, sequence, head]``.

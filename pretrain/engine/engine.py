@@ -105,6 +105,7 @@ class Engine:
             self.micro_batches,
             self.stopwatch,
             recorded=records_passes(self.config, self.grid),
+            alone=self.grid.world_size == 1,
         )
 
     def train_step(self, batches: Iterator[Batch], more: bool = False) -> float:

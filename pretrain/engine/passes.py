@@ -37,13 +37,20 @@ class Passes:
         loss: the loss of a micro batch.
         count: micro batches of an update.
         recorded: replay passes as CUDA graphs (`pretrain.engine.recorded`); on a `FlatUpdate`.
+        alone: no other process makes the same update.
     """
 
     def __init__(
-        self, updater: Any, loss: Loss, count: int, stopwatch: Stopwatch, recorded: bool
+        self,
+        updater: Any,
+        loss: Loss,
+        count: int,
+        stopwatch: Stopwatch,
+        recorded: bool,
+        alone: bool,
     ) -> None:
         self._updater, self._loss, self._count = updater, loss, count
-        self._stopwatch = stopwatch
+        self._stopwatch, self._alone = stopwatch, alone
         self._run: Callable[[Tensor, Tensor], Tensor] = self._forward_backward
         if recorded:
             self._run = RecordedPasses(updater, self._forward_backward)
@@ -81,8 +88,10 @@ class Passes:
             batch = self._next(batches)
         except StopIteration:
             return
-        except Exception as error:  # it belongs to the next update: this one may be saved first
-            self._failure = batches, error
+        except Exception as error:
+            if not self._alone:  # the others have begun, and would wait for this process's passes
+                raise
+            self._failure = batches, error  # of the next update: this one may be saved first
             return
         self._updater.begin()
         self._ahead = self._micro_batch(batches, batch)

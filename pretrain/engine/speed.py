@@ -124,6 +124,8 @@ def speed_in_words(config: Config, grid: Grid) -> list[str]:
             words.append("not compiled: too short to gain from it (speed.compile)")
     if config.speed.graph == "auto" and records_passes(config, grid):
         words.append("passes are started as CUDA graphs (speed.graph)")
+    if config.speed.graph is True and grid.world_size > 1:
+        words.append("no CUDA graphs: several processes train (speed.graph)")
     return words
 
 

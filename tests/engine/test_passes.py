@@ -164,6 +164,11 @@ def test_an_error_of_the_next_batch_comes_with_the_next_update() -> None:
     with pytest.raises(OSError, match="the disk is gone"):
         engine.train_step(source, more=True)
 
+    engine._passes._alone = False  # others would wait for this process: it ends at once
+    source = failing()
+    with pytest.raises(OSError, match="the disk is gone"):
+        engine.train_step(source, more=True)
+
     engine = engine_of(config)
     engine.looks_ahead = True
     source = iter([next(batches(config))])  # the data ends

@@ -178,6 +178,9 @@ def test_a_gpu_compiles_long_runs_and_records_short_passes(monkeypatch: pytest.M
     assert of(grid={"zero_stage": 3}, precision="bf16") == (False, False)
     assert of(grid={"zero_stage": 2}, precision="bf16") == (True, False)
     assert of(data_parallel=2) == (True, False)
+    two = grid_of("cuda", data=2, world_size=2)
+    asked = parse_config({"model": SMALL, "speed": {"graph": True, "compile": False}})
+    assert speed_in_words(asked, two) == ["no CUDA graphs: several processes train (speed.graph)"]
     for value in (True, False):
         assert of(speed={"compile": value})[0] is value
         assert of(speed={"graph": value})[1] is value

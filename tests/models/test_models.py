@@ -180,6 +180,20 @@ def test_attention_is_the_textbooks() -> None:
     torch.testing.assert_close(layer(x)[:, 0], total, rtol=1e-4, atol=1e-6)
 
 
+def test_rotary_tables_of_training_stay_where_they_are() -> None:
+    """A recorded pass reads them at their address, whatever is scored in between."""
+    rotary, cpu = Rotary(8, 10_000.0), torch.device("cpu")
+    short = rotary.tables(5, cpu)
+    places = [table.data_ptr() for table in rotary.tables(12, cpu)]
+    for length in (3, 7, 12, 1, 5):
+        tables = rotary.tables(length, cpu)
+        assert [table.data_ptr() for table in tables] == places
+        for table, own in zip(tables, Rotary(8, 10_000.0).tables(length, cpu), strict=True):
+            assert torch.equal(table, own)
+    for table, before in zip(rotary.tables(5, cpu), short, strict=True):
+        assert torch.equal(table, before)
+
+
 def test_rotary_depends_on_distance_alone() -> None:
     rotary = Rotary(4, 100.0)
     q, k = torch.randn(6), torch.randn(6)

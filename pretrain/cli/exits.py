@@ -71,10 +71,12 @@ def _end(line: str, code: int) -> int:
 
     One of several processes leaves at once: it cannot wait for its peers.
     """
-    # All processes fail together with the same message: one of them prints it.
-    if line and os.environ.get("RANK", "0") == "0":
+    rank, size = (_number_in(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    # All processes fail together with the same message: one of them prints it. One whose place is
+    # wrong (or not a number, -1) fails alone.
+    if line and (rank <= 0 or rank >= max(1, size)):
         print(line, file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if size > 1:
         _flush()
         os._exit(code)
     # Not imported here: a signal may have cut an import of torch, which would fail now.
@@ -82,6 +84,14 @@ def _end(line: str, code: int) -> int:
     if disconnect is not None:
         disconnect()
     return code
+
+
+def _number_in(name: str, default: int) -> int:
+    """The number in an environment variable; -1 for what is none."""
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        return -1
 
 
 def _shortened(text: str) -> str:

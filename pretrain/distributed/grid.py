@@ -22,7 +22,13 @@ from pretrain.config.science import GridConfig
 from pretrain.distributed.cores import fit_threads
 from pretrain.distributed.devices import own_gpu, refuse_shared
 from pretrain.distributed.failures import exit_code, is_of_machine
-from pretrain.distributed.meeting import Awaited, meeting, open_store, tell_connected
+from pretrain.distributed.meeting import (
+    Awaited,
+    meeting,
+    open_store,
+    place_of_process,
+    tell_connected,
+)
 from pretrain.errors import MachineError, RunError, UsageError
 
 Group = Any
@@ -151,9 +157,13 @@ def _line(error: Exception, label: str) -> str:
 
 
 def process_count() -> int:
-    """Number of processes that the launcher started (torchrun, deepspeed, mpirun or srun)."""
+    """Number of processes that the launcher started (torchrun, deepspeed, mpirun or srun).
+
+    Raises:
+        UsageError: naming a variable of the launcher that is missing or wrong.
+    """
     _adopt_launcher()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return place_of_process(os.environ)[1]
 
 
 def check_grid(config: GridConfig, processes: int) -> int:
@@ -177,6 +187,9 @@ def connect() -> torch.device:
 
     Returns:
         The device of this process: its GPU under NCCL, else the CPU under gloo.
+
+    Raises:
+        UsageError: naming a variable of the launcher that is missing or wrong.
     """
     _adopt_launcher()
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -190,8 +203,7 @@ def connect() -> torch.device:
         device = torch.device("cpu")
     torch.set_num_threads(fit_threads(torch.get_num_threads()))
     if not dist.is_initialized():
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        rank = int(os.environ["RANK"]) if size > 1 else 0
+        rank, size = place_of_process(os.environ)
         _meet(rank, size, device)
         tell_connected(rank)
     return device

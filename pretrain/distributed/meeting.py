@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from data_pipeline.children import hearing_signals
 from data_pipeline.files import write_aside
 from pretrain.distributed.jobs import CONNECTED, MEETING
-from pretrain.errors import MachineError
+from pretrain.errors import MachineError, UsageError
 
 _FIRST_LINE, _NEXT_LINE = 5.0, 60.0
 """Seconds of waiting before a line says so, and between two such lines."""
@@ -42,6 +42,42 @@ class Board(Protocol):
 
     def get(self, key: str) -> Any:
         """The text of a key (bytes or str); if there is none: empty, or waits and raises."""
+
+
+def place_of_process(environment: Mapping[str, str]) -> tuple[int, int]:
+    """This process's rank, and the number of processes, as a launcher has set them.
+
+    Raises:
+        UsageError: naming the variable that is missing or wrong.
+    """
+    size = _number(environment, "WORLD_SIZE", 1) if "WORLD_SIZE" in environment else 1
+    if size == 1:
+        return 0, 1
+    rank = _number(environment, "RANK", 0, size - 1)
+    if MEETING not in environment:
+        _number(environment, "MASTER_PORT", 1, 65535)
+        if not environment.get("MASTER_ADDR"):
+            raise UsageError(_NOT_SET.format("MASTER_ADDR"))
+    return rank, size
+
+
+_NOT_SET = (
+    "{} is not set, but WORLD_SIZE is more than 1; a launcher sets it (torchrun, srun, mpirun), or "
+    "use --processes on one machine"
+)
+
+
+def _number(environment: Mapping[str, str], name: str, least: int, most: int = 1 << 20) -> int:
+    text = environment.get(name, "")
+    if not text:
+        raise UsageError(_NOT_SET.format(name))
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if not least <= number <= most:
+        raise UsageError(f"{name}={text}: must be a whole number from {least} to {most}")
+    return number
 
 
 @dataclass
@@ -108,10 +144,18 @@ def _network_store(rank: int, size: int, timeout: timedelta, awaited: Awaited) -
     extra = {"master_listen_fd": listener.detach()} if listener else {"multi_tenant": True}
     if not listens and os.environ.get("LOCAL_RANK", "0") == "0":  # one line for each machine
         awaited.text = f"process rank 0 at {host}:{port} (MASTER_ADDR and MASTER_PORT)"
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, size, listens, timeout=timeout, wait_for_workers=False,
-        **(extra if listens else {}),
-    )  # fmt: skip
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, size, listens, timeout=timeout, wait_for_workers=False,
+            **(extra if listens else {}),
+        )  # fmt: skip
+    except RuntimeError as error:
+        if listens and "EADDRINUSE" in str(error):
+            raise MachineError(
+                f"MASTER_PORT={port} is in use here: by another process with RANK=0, or by another "
+                "job; give every process its own RANK, or choose another port"
+            ) from None
+        raise
     awaited.text = ""
     return store
 

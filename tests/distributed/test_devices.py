@@ -31,7 +31,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
 
 
-def connected(monkeypatch: pytest.MonkeyPatch, visible: int, **variables: int) -> torch.device:
+def connected(monkeypatch: pytest.MonkeyPatch, visible: int, **variables: int | str) -> torch.device:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
@@ -107,5 +107,7 @@ def test_the_gpu_is_asked_for_before_nccl_is(monkeypatch: pytest.MonkeyPatch) ->
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-7")
     )
     monkeypatch.setattr(grid, "refuse_shared", lambda *found: calls.append(found[:3]))
-    connected(monkeypatch, 1, RANK=1, WORLD_SIZE=2, LOCAL_RANK=1)
+    connected(
+        monkeypatch, 1, RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR="here", MASTER_PORT=29500
+    )
     assert calls == [("GPU-7", 2, "store"), "nccl"]

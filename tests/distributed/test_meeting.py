@@ -20,9 +20,9 @@ import torch.distributed as dist
 from data_pipeline.children import _TURN
 from pretrain.distributed.failures import exit_code
 from pretrain.distributed.jobs import MEETING
-from pretrain.distributed.meeting import Awaited, meeting, open_store
+from pretrain.distributed.meeting import Awaited, meeting, open_store, place_of_process
 from pretrain.distributed.signals import SIGNALS
-from pretrain.errors import INTERRUPTED, TRY_AGAIN, MachineError, Stopped
+from pretrain.errors import INTERRUPTED, TRY_AGAIN, MachineError, Stopped, UsageError
 from tests.tools import base_recipe, environment, losses_of, run, write_recipe
 from tests.warm import WarmProcess
 
@@ -184,3 +184,45 @@ def test_what_it_returns_and_raises(capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
     meeting(lambda: None, 2, CPU, Awaited("others"))
     assert time.monotonic() - began < _TURN and not capsys.readouterr().err
+
+
+GIVEN = {"WORLD_SIZE": "3", "RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
+WRONG = {
+    "WORLD_SIZE": ("two", "0", "-1", "", "1.5"),
+    "RANK": ("", "3", "-1", "first"),
+    "MASTER_ADDR": ("",),
+    "MASTER_PORT": ("", "abc", "0", "65536"),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(n, t) for n, texts in WRONG.items() for t in texts])
+def test_a_wrong_variable_of_the_launcher_is_named(name: str, text: str) -> None:
+    assert place_of_process(GIVEN) == (1, 3)
+    changes = [{**GIVEN, name: text}]
+    if not text:
+        changes.append({key: value for key, value in GIVEN.items() if key != name})
+    for changed in changes:
+        if name == "WORLD_SIZE" and name not in changed:
+            assert place_of_process(changed) == (0, 1)  # nobody has said that there are several
+            continue
+        with pytest.raises(UsageError, match=rf"^{name}( is not set|=)") as told:
+            place_of_process(changed)
+        assert "\n" not in str(told.value)
+
+
+def test_what_one_process_or_one_machine_does_not_need() -> None:
+    assert place_of_process({}) == (0, 1)
+    assert place_of_process({"WORLD_SIZE": "1", "RANK": "nonsense"}) == (0, 1)
+    assert place_of_process({"WORLD_SIZE": "2", "RANK": "1", MEETING: "/folder"}) == (1, 2)
+
+
+def test_two_first_processes_are_told_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(MEETING, raising=False)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(MachineError, match=rf"MASTER_PORT={port} is in use here: .* RANK=0"):
+            open_store(0, 2, timedelta(seconds=5))

@@ -198,8 +198,8 @@ class SpeedConfig(Section):
     loss_mib: int = Field(
         0,
         ge=0,
-        description="MiB of float32 logits held at once; 0: 32 on a CPU, 512 on a GPU, 2048 there "
-        "with compiled code, which holds them in the precision of the run",
+        description="size of the parts in which the loss is computed: MiB that their logits would "
+        "take in float32; 0: 32 on a CPU, 512 on a GPU, 2048 on a GPU with compiled code",
     )
     compile: Literal["auto", True, False] = Field(
         "auto",
@@ -210,7 +210,7 @@ class SpeedConfig(Section):
     graph: Literal["auto", True, False] = Field(
         "auto",
         description="start forward and backward pass as one CUDA graph; auto: on one GPU, for "
-        "passes that are short beside the time in which the host starts their operations",
+        "passes of small models or micro batches; no effect on a CPU or with several processes",
     )
 
     def loss_bytes(self, device: str, compiled: bool) -> int:

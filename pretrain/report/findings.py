@@ -108,7 +108,7 @@ def _limits(study: Study) -> str:
     reasons = []
     if all(len(condition.runs) == 1 for condition in study.conditions):
         reasons.append("one seed: no interval, and no difference can be told from chance")
-    elif pairs < FEW:
+    elif 0 < pairs < FEW:
         reasons.append(f"{counted(pairs, 'pair')} of seeds: the intervals have little meaning")
     elif unclear:
         reasons.append(

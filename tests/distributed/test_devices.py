@@ -31,7 +31,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
 
 
-def connected(monkeypatch: pytest.MonkeyPatch, visible: int, **variables: int | str) -> torch.device:
+def connected(
+    monkeypatch: pytest.MonkeyPatch, visible: int, **variables: int | str
+) -> torch.device:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))

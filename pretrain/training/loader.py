@@ -106,7 +106,8 @@ class Loader:
         return inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread and the workers."""
+        self._read_by_workers = None  # the last reference: its end waits for the workers' ends
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from copy import deepcopy
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,13 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
         data, data_rank, device = 1, 0, torch.device("cpu")
 
     batches = []
+    others = set(active_children())  # of earlier tests
     for workers in (0, 2):
         loader = Loader(data, Alone(), 16, 8, 1, 2, workers)  # type: ignore[arg-type]
         batches.append([next(loader) for _ in range(4)])
+        assert len(set(active_children()) - others) == workers
         loader.close()
+    assert not set(active_children()) - others
     for (x, y), (other, label) in zip(*batches, strict=True):
         assert torch.equal(x, other) and torch.equal(y, label)
 

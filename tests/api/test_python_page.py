@@ -99,6 +99,7 @@ def test_the_notebook_runs() -> None:
     assert len(names["by_layer"]) == 5
 
 
+@pytest.mark.slow
 def test_a_run_as_tables(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = pretrain.api.load_run(trained)
     rows = read_metrics(trained)
@@ -119,6 +120,7 @@ def test_a_run_as_tables(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None
         pretrain.api.load_run(trained / "checkpoints")
 
 
+@pytest.mark.slow
 def test_an_error_of_a_command_is_raised(in_warm_processes: None, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no checkpoint|no such"):
         pretrain.api.evaluate(tmp_path / "nothing")

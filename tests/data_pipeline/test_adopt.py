@@ -111,6 +111,7 @@ def test_held_out_documents_are_not_trained_on(gpt2_files: Path, tmp_path: Path)
     assert len(seen) > 100 and not seen & set(own[108:])
 
 
+@pytest.mark.slow
 def test_trains_and_is_scored(gpt2_files: Path, tmp_path: Path) -> None:
     write_pair(tmp_path / "a_text_document", encoded(gpt2_files)[:70])
     write_pair(tmp_path / "b_text_document", encoded(gpt2_files)[70:])

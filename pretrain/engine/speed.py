@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from models.kernels import Kernels
+from models.kernels import Kernels, compiled
 from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
 
@@ -45,15 +45,15 @@ def choose_kernels(config: Config, grid: Grid) -> Kernels:
         fast = grid.device.type == "cpu" and config.precision == "bf16"
         attention = "products" if fast and config.model.context <= _PRODUCTS_UP_TO else "sdpa"
     on_gpu = grid.device.type == "cuda"
-    compiled = compiles(config, grid)
+    fused = compiles(config, grid)
     by_flex = on_gpu and speed.attention != "products" and config.model.head_size >= _FLEX_HEAD
     return Kernels(
         recompute=config.grid.activation_checkpointing,
         attention=attention,
         documents="flex" if by_flex else "products",
         joined=on_gpu,
-        loss_bytes=speed.loss_bytes(grid.device.type, compiled and grid.tensor == 1),
-        compiled=compiled,
+        loss_bytes=speed.loss_bytes(grid.device.type, fused and grid.tensor == 1),
+        compiled=fused,
     )
 
 
@@ -61,14 +61,24 @@ def compiles(config: Config, grid: Grid) -> bool:
     """Whether the blocks of a run are compiled (`speed.compile`)."""
     if config.speed.compile != "auto":
         return config.speed.compile
-    if grid.device.type != "cuda" or config.grid.zero_stage == 3:
-        return False
+    return grid.device.type == "cuda" and not _why_eager(config, grid)
+
+
+def _why_eager(config: Config, grid: Grid) -> str:
+    """Why ``auto`` does not compile a run on a GPU; empty if it does.
+
+    The machine is tried last, which takes some seconds.
+    """
+    if config.grid.zero_stage == 3:
+        return "ZeRO 3 gathers weights inside the blocks"
     passes = config.train.global_batch / grid.data  # of one sequence
     seconds = max(
         _flops(config) * passes / (grid.tensor * grid.pipeline) / _RATE,
         _LAUNCHES * config.model.num_layers,
     )
-    return seconds * config.train.steps > _WORTH and not why_not_compiled()
+    if seconds * config.train.steps <= _WORTH:
+        return "too short to gain from it"
+    return why_not_compiled()
 
 
 def records_passes(config: Config, grid: Grid) -> bool:
@@ -102,7 +112,7 @@ def why_not_compiled() -> str:
     The compiler needs Triton and a C compiler, which an installation may lack.
     """
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device="cuda"))
+        compiled(lambda x: x.sin() + 1)(torch.ones(8, device="cuda"))
     except Exception as error:  # whatever a missing or unfit tool raises
         return str(error).strip().splitlines()[0] or type(error).__name__
     return ""
@@ -114,14 +124,12 @@ def speed_in_words(config: Config, grid: Grid) -> list[str]:
         return []
     words = []
     if config.speed.compile == "auto":
-        if compiles(config, grid):
-            words.append("blocks are compiled during the first updates (speed.compile)")
-        elif config.grid.zero_stage == 3:
-            words.append("not compiled: ZeRO 3 gathers weights inside the blocks (speed.compile)")
-        elif why_not_compiled():
-            words.append(f"not compiled: {why_not_compiled()} (speed.compile)")
-        else:
-            words.append("not compiled: too short to gain from it (speed.compile)")
+        why = _why_eager(config, grid)
+        words.append(
+            f"not compiled: {why} (speed.compile)"
+            if why
+            else "blocks are compiled during the first updates (speed.compile)"
+        )
     if config.speed.graph == "auto" and records_passes(config, grid):
         words.append("passes are started as CUDA graphs (speed.graph)")
     if config.speed.graph is True and grid.world_size > 1:

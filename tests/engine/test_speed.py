@@ -188,6 +188,15 @@ def test_a_gpu_compiles_long_runs_and_records_short_passes(monkeypatch: pytest.M
         parse_config({"speed": {"graph": True}, "grid": {"zero_stage": 3}})
 
 
+def test_a_short_run_does_not_try_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes seconds, which a run of seconds would only lose."""
+    monkeypatch.setattr("pretrain.engine.speed.why_not_compiled", lambda: pytest.fail("tried"))
+    config = parse_config({"model": SMALL, "train": {"steps": 200}, "speed": {"graph": False}})
+    assert not compiles(config, grid_of("cuda"))
+    (words,) = speed_in_words(config, grid_of("cuda"))
+    assert words == "not compiled: too short to gain from it (speed.compile)"
+
+
 def test_nothing_is_chosen_without_a_gpu() -> None:
     config = parse_config({"model": SMALL, "train": {"steps": 10**7}})
     assert not compiles(config, grid_of("cpu")) and not records_passes(config, grid_of("cpu"))

@@ -40,9 +40,10 @@ from pretrain.engine.masters import Fragment, fragments, is_replicated
 from pretrain.engine.optimizers import build_optimizer, optimizer_groups
 from pretrain.engine.passes import Batch, Loss, Passes
 from pretrain.engine.precision import with_precision
+from pretrain.engine.queues import Beside, to_host
 from pretrain.engine.shrink import Shrinker
 from pretrain.engine.speed import choose_kernels, records_passes
-from pretrain.engine.stopwatch import Beside, Stopwatch, to_host
+from pretrain.engine.stopwatch import Stopwatch
 from pretrain.errors import RunError, UsageError
 
 

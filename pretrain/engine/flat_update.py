@@ -124,10 +124,6 @@ class FlatUpdate:
         """Whether the next micro batch is the first of its update, which sets the gradients."""
         return self.micro_batches_done == 0
 
-    def count_replayed(self) -> None:
-        """Count a micro batch whose gradient a recorded pass has added."""
-        self.micro_batches_done += 1
-
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro batch."""
         self.micro_batches_done += 1

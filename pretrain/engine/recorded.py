@@ -65,7 +65,7 @@ class RecordedPasses:
         recording.inputs.copy_(inputs, non_blocking=True)
         recording.labels.copy_(labels, non_blocking=True)
         recording.graph.replay()
-        self._update.count_replayed()
+        self._update.micro_batches_done += 1
         return recording.loss
 
     def _recorded(self, first: bool, inputs: Tensor, labels: Tensor) -> _Recording | None:

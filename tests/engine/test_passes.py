@@ -18,8 +18,8 @@ from pretrain.distributed.grid import Grid
 from pretrain.engine import recorded
 from pretrain.engine.engine import Engine, build_engine, whole_model
 from pretrain.engine.passes import Batch
+from pretrain.engine.queues import Beside
 from pretrain.engine.recorded import RecordedPasses
-from pretrain.engine.stopwatch import Beside
 from pretrain.ranks.probe import measure
 
 

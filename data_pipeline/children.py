@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
+from data_pipeline.background import Background
+
 _Result = TypeVar("_Result")
 _TURN = 0.05
 """Seconds between two looks whether a signal came; the end of a wait is seen at once."""
@@ -87,10 +89,9 @@ def hearing_signals(action: Callable[[], _Result], meanwhile: Callable[[], None]
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=work, name="library", daemon=True)
+    thread = Background(work, "library")
     thread.start()
-    while thread.is_alive():
-        thread.join(_TURN)
+    while not thread.wait(_TURN):
         meanwhile()
     if errors:
         raise errors[0]

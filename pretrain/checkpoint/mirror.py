@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from data_pipeline.background import Background
 from data_pipeline.disk import count, open_regular
 from data_pipeline.files import write_aside, write_synced
 from data_pipeline.strict_json import to_json
@@ -258,7 +259,7 @@ class Pusher:
         """
         self._mirror, self._settings, self._tell = mirror, settings, tell
         self._waiting: list[Path] = []
-        self._thread: threading.Thread | None = None
+        self._thread: Background | None = None
         self.lock = threading.Lock()
         """Lock for changing what is copied, or deleting a checkpoint."""
         self.current: Path | None = None
@@ -269,14 +270,14 @@ class Pusher:
         with self.lock:
             self._waiting.append(folder)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread = Background(self._work, "mirror")
                 self._thread.start()
 
-    def join(self, timeout: float | None = None) -> None:
+    def wait(self, seconds: float | None = None) -> None:
         """Wait until all is copied, or some seconds have passed."""
         thread = self._thread
         if thread is not None:
-            thread.join(timeout)
+            thread.wait(seconds)
 
     def _work(self) -> None:
         while True:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.background import Background
 from data_pipeline.disk import hide, remove, remove_hidden, sync_folder
 from data_pipeline.files import write_aside, write_synced
 from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, sealed
@@ -78,7 +79,7 @@ class Saver:
     urgent: bool = False
     """Whether the job waits for the next one: its thread then runs at normal priority."""
     _last: Outcome | None = None
-    _thread: threading.Thread | None = None
+    _thread: Background | None = None
     _group: Any = None
     _pusher: Pusher | None = None
     _buffers: dict[str, Tensor] = field(default_factory=dict)
@@ -109,12 +110,7 @@ class Saver:
         self.wait()
         piece = snapshot(self.engine, self._buffers)
         described = _manifest(self.engine, step, state)
-        self._thread = threading.Thread(
-            target=self._write,
-            args=(step, piece, described, beside),
-            name="checkpoint",
-            daemon=True,
-        )
+        self._thread = Background(lambda: self._write(step, piece, described, beside), "checkpoint")
         self._thread.start()
         if not self.settings.asynchronous:
             self.wait()
@@ -123,7 +119,7 @@ class Saver:
         """Wait until nothing is being written."""
         if self._thread is not None:
             _schedule(self._thread.native_id, getattr(os, "SCHED_OTHER", None))
-            self._thread.join()
+            self._thread.wait()
             self._thread = None
 
     def finish(self) -> None:
@@ -136,7 +132,7 @@ class Saver:
         if (
             self.settings.mirror
         ):  # a launcher kills a job if some processes end much later than others
-            self._thread = threading.Thread(target=self._drain, name="checkpoint", daemon=True)
+            self._thread = Background(self._drain, "checkpoint")
             self._thread.start()
             self.wait()
         if self._last is not None and self._last.problem:
@@ -149,9 +145,9 @@ class Saver:
         """Wait a limited time for a checkpoint and its copy after the run has failed."""
         until = time.monotonic() + _AT_EXIT
         if self._thread is not None:
-            self._thread.join(_AT_EXIT)
+            self._thread.wait(_AT_EXIT)
         if self._pusher is not None:
-            self._pusher.join(max(0.0, until - time.monotonic()))
+            self._pusher.wait(max(0.0, until - time.monotonic()))
 
     # --- in the thread --------------------------------------------------------------------------
 
@@ -191,7 +187,7 @@ class Saver:
 
     def _drain(self) -> None:
         if self._pusher is not None:
-            self._pusher.join()
+            self._pusher.wait()
         with contextlib.suppress(Exception):  # another rank is gone
             self._gather(None)
 

@@ -64,6 +64,7 @@ def run_training(training: Training, origin: Origin) -> None:
             periodic.tell_saved(training)
             training.saver.finish()
     except ENDS as end:
+        training.saver.close()  # its checkpoint counts, too
         newest = newest_checkpoint(training.run / CHECKPOINTS)
         end.add_note(
             f"rerun the same command to continue from step {step_of(newest)}"

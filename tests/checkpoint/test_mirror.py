@@ -283,7 +283,7 @@ def test_the_mirror_is_nobodys_wait(tmp_path: Path, gate: threading.Event) -> No
         time.sleep(0.01)
     shutil.rmtree(run / "checkpoints/step-00000004")
     gate.set()
-    pusher.join(20)
+    pusher.wait(20)
     assert done == [("step-00000002", ""), ("step-00000006", "")]
     assert names(tmp_path / "mirror/run-0000aaaa") == ["step-00000002", "step-00000006"]
 

@@ -14,7 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
+import pretrain.checkpoint.saver
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.checkpoint.tensor_file import write_tensors
 from pretrain.distributed.signals import SIGNALS as STOP_SIGNALS
 from pretrain.errors import INTERRUPTED, TRY_AGAIN, Stopped
 from pretrain.runs.lock import is_busy
@@ -268,3 +270,32 @@ def test_a_signal_that_was_held_back_ends_the_command(
     )  # fmt: skip
     assert done.returncode == wanted
     assert done.stderr.count("rerun the same command") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_checkpoint_that_is_being_written_at_the_end_is_waited_for(
+    number: signal.Signals,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Training is over, and the main thread waits for a slow disk when the signal comes."""
+
+    def write(*words: Any) -> Any:
+        time.sleep(0.2)
+        os.kill(os.getpid(), number)
+        time.sleep(0.3)
+        return write_tensors(*words)
+
+    monkeypatch.setattr(pretrain.checkpoint.saver, "write_tensors", write)
+    path = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
+    words = ["train.steps=1", "checkpoint.every=1"]
+    code = run(monkeypatch, "train", str(path), "--out", str(tmp_path / "run"), *words)
+    assert [one.name for one in list_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000001"]
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+    if number == signal.SIGINT:
+        assert code == INTERRUPTED
+        assert "to continue from step 1" in capsys.readouterr().err
+    else:  # training was over: nothing is left to stop
+        assert code in (0, TRY_AGAIN)

@@ -24,7 +24,9 @@ def test_a_signal_at_any_moment_of_start_and_wait_loses_no_work(
     monkeypatch.setattr(data_pipeline.background, "_BEGIN", 0.03)
     at, ends = 1, set()
     while True:
-        may_end, begun, ended = threading.Event(), [], []
+        may_end = threading.Event()
+        begun: list[int] = []
+        ended: list[int] = []
 
         def work(
             may_end: threading.Event = may_end, begun: list[int] = begun, ended: list[int] = ended

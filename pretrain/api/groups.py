@@ -8,7 +8,7 @@ the optimizer's step does it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -173,11 +173,12 @@ class DecayGroups(list[dict[str, Any]]):
         groups = self._optimizer.param_groups if self._optimizer else self
         for group, plan in zip(groups, self._planned, strict=True):
             for one in plan.members:
+                without, left = group.get(_PASSED_OVER, {}).get(one.name, ([], []))
                 for index, info in enumerate(one.infos):
                     books[label(site_of(info))] = DecayRecord(
                         plan.decays[index],
-                        float(group["exposure"][index]),
-                        float(group["retention"][index]),
+                        float(group["exposure"][index]) - float(without[index] if without else 0),
+                        float(group["retention"][index]) / float((left[index] if left else 1) or 1),
                     )
         return books
 
@@ -202,9 +203,12 @@ class DecayGroups(list[dict[str, Any]]):
             rate = group["lr"] if skipped is None else group["lr"] * (1.0 - skipped)
             if by_hook:
                 self._shrink(group, plan, rate)
-            for index, decay in enumerate(plan.decays):
-                group["exposure"][index] += rate * decay
-                group["retention"][index] *= 1.0 - rate * decay
+            _count(group["exposure"], group["retention"], rate, plan.decays)
+            for parameter, one in zip(group["params"], plan.members, strict=False):
+                if parameter.grad is None:  # frozen since, or unused: nothing is applied to it
+                    none = [0.0] * len(plan.decays), [1.0] * len(plan.decays)
+                    without, left = group.setdefault(_PASSED_OVER, {}).setdefault(one.name, none)
+                    _count(without, left, rate, plan.decays)
         for rows in self._rows.values():
             rows.forget()
 
@@ -236,6 +240,17 @@ class DecayGroups(list[dict[str, Any]]):
         if key not in self._rows:
             self._rows[key] = rows_of(one, plan.decays)
         return self._rows[key]
+
+
+_PASSED_OVER = "passed_over"
+"""Key of a group: by name of a parameter, exposure and retention of the updates that it missed."""
+
+
+def _count(exposure: list[Any], retention: list[Any], rate: Any, decays: Sequence[float]) -> None:
+    """Add the decay of one update to the sums of each role."""
+    for index, decay in enumerate(decays):
+        exposure[index] += rate * decay
+        retention[index] *= 1.0 - rate * decay
 
 
 _REPLACED = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,7 +81,6 @@ class RankProbe:
             if isinstance(decay, torch.optim.Optimizer)
             else decay
         )
-        self._rest = books_without_optimizer(model, self._family) if self._decay else {}
         self._rows: dict[int, list[Row]] = {}
         self._last, self._about = 0, about
         self._folder = self._open(Path(run)) if run is not None and is_main() else None
@@ -156,7 +156,7 @@ class RankProbe:
         if not self._sharded and not is_main():
             return []
         began = time.monotonic()
-        books = {**self._rest, **self._decay.books()} if self._decay else None
+        books = self._books()
         rows = [
             {**row, "step": step, "tokens": tokens, **({"tower": one.name} if one.name else {})}
             for one in self._towers
@@ -167,6 +167,17 @@ class RankProbe:
             plain = [{key: row[key] for key in row if key != "tower"} for row in rows]
             self._folder.ranks(step, plain, time.monotonic() - began)
         return rows
+
+    def _books(self) -> DecayRecords | None:
+        """The decay applied so far; which matrices are frozen is looked up each time."""
+        if self._decay is None:
+            return None
+        rest = books_without_optimizer(self._model, self._family)
+        frozen = {site for site, book in rest.items() if book.frozen}
+        ours = self._decay.books()
+        for site in frozen & ours.keys():
+            ours[site] = replace(ours[site], decay=0.0, frozen=True)
+        return rest | ours
 
     def _rows_of(self, tower: AttentionTower, books: DecayRecords | None) -> list[Row]:
         """The rows of a stack; processes of a sharded model divide its layers."""

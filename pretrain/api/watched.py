@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.families import Family
 from models.live import live_parameters
@@ -30,26 +30,31 @@ class WatchedDecay:
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         sites: dict[int, list[Site]] = {
             id(one.parameter): [site_of(info) for info in one.infos]
-            for one in live_parameters(model, family, strict=False)
+            for one in live_parameters(model, family, strict=False, frozen=True)
         }
         self._optimizer = inner
-        self._sites = [
-            [site for parameter in group["params"] for site in sites.get(id(parameter), [])]
+        self._sites: list[list[tuple[Tensor, Site]]] = [
+            [
+                (parameter, site)
+                for parameter in group["params"]
+                for site in sites.get(id(parameter), [])
+            ]
             for group in inner.param_groups
         ]
         self._sums: dict[Site, tuple[float, float]] = {
-            site: (0.0, 1.0) for group in self._sites for site in group
+            site: (0.0, 1.0) for group in self._sites for _, site in group
         }
         inner.register_step_pre_hook(lambda *_: self._count())
 
-    def _groups(self) -> list[tuple[dict[str, Any], list[Site]]]:
+    def _groups(self) -> list[tuple[dict[str, Any], list[tuple[Tensor, Site]]]]:
         return list(zip(self._optimizer.param_groups, self._sites, strict=True))
 
     def _count(self) -> None:
         for group, sites in self._groups():
             known = group.get("decoupled_weight_decay", False) or not group.get("weight_decay")
             shrink = group["lr"] * group.get("weight_decay", 0.0) if known else math.nan
-            for site in set(sites):
+            # An optimizer passes over a parameter without a gradient, and so does its decay.
+            for site in {site for parameter, site in sites if parameter.grad is not None}:
                 exposure, retention = self._sums[site]
                 self._sums[site] = exposure + shrink, retention * (1.0 - shrink)
 
@@ -60,14 +65,16 @@ class WatchedDecay:
                 float(group.get("weight_decay", 0.0)), *map(float, self._sums[site])
             )
             for group, sites in self._groups()
-            for site in sites
+            for _, site in sites
         }
 
     def in_use(self) -> dict[str, float]:
         """λ by role; the largest, if its parameters have several."""
         found: dict[str, float] = {}
         for group, sites in self._groups():
-            for role, _ in sites:
+            for parameter, (role, _) in sites:
+                if not parameter.requires_grad:
+                    continue
                 decay = float(group.get("weight_decay", 0.0))
                 found[role.value] = max(decay, found.get(role.value, 0.0))
         return found
@@ -94,6 +101,8 @@ def books_without_optimizer(model: nn.Module, family: Family | None) -> DecayRec
     books: DecayRecords = {}
     for one in live_parameters(model, family, strict=False, frozen=True):
         trained = one.parameter.requires_grad
-        record = DecayRecord(*[math.nan] * 3) if trained else DecayRecord(0.0, 0.0, 1.0)
+        record = (
+            DecayRecord(*[math.nan] * 3) if trained else DecayRecord(0.0, 0.0, 1.0, frozen=True)
+        )
         books |= {label(site_of(info)): record for info in one.infos}
     return books

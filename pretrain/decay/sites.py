@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from models.roles import ParameterInfo, Role
 
@@ -22,6 +22,8 @@ class DecayRecord:
     """Σ rate·λ over the updates so far."""
     retention: float
     """∏ (1 − rate·λ): the share that would be left of a weight if nothing else changed it."""
+    frozen: bool = field(default=False, kw_only=True)
+    """Whether its matrix is not trained, as a part of a model in somebody else's loop can be."""
 
 
 DecayRecords = dict[str, DecayRecord]

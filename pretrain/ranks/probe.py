@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -160,12 +159,17 @@ def _rows(
     ]
 
 
+_OF_DECAY = ("decay", "exposure", "retention")
+
+
 def _decay_of(layer: int, product: str, books: DecayRecords | None) -> Row:
     """The columns about the decay of both factors of a layer's product."""
     row: Row = {}
+    any_frozen = any(book.frozen for book in (books or {}).values())
     for side, role in zip("ab", _FACTOR_ROLES[product], strict=True):
         book = books[label((role, layer))] if books else DecayRecord(*[float("nan")] * 3)
-        row |= {f"{field.name}_{side}": getattr(book, field.name) for field in fields(DecayRecord)}
+        row |= {f"{name}_{side}": getattr(book, name) for name in _OF_DECAY}
+        row |= {f"frozen_{side}": book.frozen} if any_frozen else {}
     return row
 
 

@@ -19,7 +19,7 @@ _NOT_QK_NORM = "; NaN for W_QK under QK-norm, see below"
 
 Source = Literal["key", "spectrum", "product", "pair", "decay", "label"]
 """The source of a column's values: the row's name, singular values, statistics of the product, of
-rotary pairs or of weight decay, or what `pretrain ranks` measured."""
+rotary pairs or of weight decay, or a label that only some tables have."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,26 @@ def _pair(name: str, unit: str, of_sizes: bool, of_the_law: bool = False) -> Col
     return Column(name, "number", unit, meaning, where, "pair", of_sizes, of_the_law)
 
 
+_FACTORS = {"a": "key, or output", "b": "query, or value"}
+
+
 def _decay(figure: str, unit: str, meaning: str) -> tuple[Column, ...]:
-    factors = {"a": "key, or output", "b": "query, or value"}
     return tuple(
         Column(
             f"{figure}_{side}", "number", unit, f"{meaning} ({factor})", f"{_TOTALS}.{figure}",
             "decay", needed=True,
         )
-        for side, factor in factors.items()
+        for side, factor in _FACTORS.items()
     )  # fmt: skip
+
+
+def _frozen(meaning: str) -> tuple[Column, ...]:
+    return tuple(
+        Column(
+            f"frozen_{side}", "truth", "–", f"{meaning} ({factor})", f"{_TOTALS}.frozen", "label"
+        )
+        for side, factor in _FACTORS.items()
+    )
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -116,6 +127,8 @@ COLUMNS: tuple[Column, ...] = (
             "n` every n-th update adds n·rate·λ"),
     *_decay("retention", "share", "∏(1 − rate·λ): the share that would be left of a weight if "
             "nothing else changed it"),
+    *_frozen("not trained, so that no decay reaches it; only in tables of another loop whose model "
+             "has a frozen part"),
     Column("singular_values", "numbers", "σ", "descending, with `ranks.spectra: true`; in older "
            "tables rounded to float32", f"{_SPECTRA}.singular_values", "spectrum"),
     Column("revision", "text", "–", "which of several models (only `pretrain ranks --out`)",

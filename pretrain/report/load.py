@@ -15,7 +15,8 @@ from pretrain.config.compare import SCIENCE
 from pretrain.errors import RunError, UsageError
 from pretrain.ranks.table import measured_steps
 from pretrain.report.comparable import check_same, mixed, with_comparable_scores
-from pretrain.report.runs import RunData, load_run
+from pretrain.report.read_run import load_run
+from pretrain.report.runs import RunData
 from pretrain.report.sample import steps_of_all
 from pretrain.report.varying import in_order, varying
 from pretrain.runs.folder import CONFIG, FREE

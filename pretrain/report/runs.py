@@ -1,35 +1,26 @@
-"""Reads what a report needs from one run folder."""
+"""What a report needs of one run, and the figures that follow from it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.roles import ALIASES, ATTENTION, QK, VO, Role
-from pretrain.checkpoint.manifest import MANIFEST
-from pretrain.checkpoint.reader import CHECKPOINTS, list_checkpoints
 from pretrain.config.recipe import Config, value_at
 from pretrain.decay.sites import coupled_rate
-from pretrain.errors import RunError, UsageError
-from pretrain.ranks.columns import AnyRow, Columns, column_of, numbers_of
+from pretrain.ranks.columns import AnyRow, column_of, numbers_of
 from pretrain.ranks.probe import lawful
-from pretrain.ranks.schema import NEEDED, OF_THE_LAW
-from pretrain.ranks.table import RANKS, read_rank_columns
-from pretrain.report.sample import shown_steps
-from pretrain.runs.folder import CONFIG, EVALUATION, read_starts, recipe_of
-from pretrain.runs.identity import read_identity
-from pretrain.runs.loop import NOT_RECORDED, recorded_keys
-from pretrain.runs.metrics import read_all_metrics
-from pretrain.runs.records import Evaluation, Sealed, read_record
-from pretrain.training.faults import SKIPPED, read_jumps
+from pretrain.ranks.schema import OF_THE_LAW
+from pretrain.runs.folder import EVALUATION
+from pretrain.runs.loop import NOT_RECORDED
 
-_PAIRS = {"qk": QK, "vp": VO}
+PAIRS = {"qk": QK, "vp": VO}
 
 
 @dataclass(frozen=True)
@@ -139,16 +130,39 @@ class RunData:
 
         It is the mean over the matrices.
         """
-        constant = _both(self.final, "decay")
+        constant = _mean(self.of_factors(self.final, "decay"))
         if self._is_constant:
             return _rounded(constant)
         first, last = (choose(row["step"] for row in self.heads) for choose in (min, max))
         if first == last:  # a fork that was measured once: with its trunk's updates
             first, taken = 0, self.exposure
         else:
-            taken = self.exposure - _both(self._heads_at(first), "exposure")
+            taken = self.exposure - _mean(self.of_factors(self._heads_at(first), "exposure"))
         rates = math.fsum(self._rate(step) for step in self._taken(first, last))
         return _rounded(taken / rates if rates and not math.isnan(rates) else constant)
+
+    def of_factors(self, rows: Iterable[AnyRow], column: str) -> list[float]:
+        """The values of a column that exists for both factors, of the matrices that are trained.
+
+        One that is frozen in every measurement is left out: no decay of the run reaches it.
+        """
+        return [
+            row[f"{column}_{side}"]
+            for row in rows
+            for side in "ab"
+            if not self._frozen or (row["layer"], row["product"], side) not in self._frozen
+        ]
+
+    @cached_property
+    def _frozen(self) -> frozenset[tuple[int, str, str]]:
+        """Layer, product and side of the matrices that were never trained."""
+        frozen: set[tuple[int, str, str]] = set()
+        trained: set[tuple[int, str, str]] = set()
+        for row in self.heads:
+            for side in "ab" if "frozen_a" in row else "":
+                matrix = (row["layer"], row["product"], side)
+                (frozen if row[f"frozen_{side}"] else trained).add(matrix)
+        return frozenset(frozen - trained)
 
     @property
     def forked_at(self) -> int:
@@ -202,7 +216,7 @@ class RunData:
     @cached_property
     def exposure(self) -> float:
         """Σ rate·λ over the run, mean over the attention matrices."""
-        return _both(self.final, "exposure")
+        return _mean(self.of_factors(self.final, "exposure"))
 
     @cached_property
     def mlp_decay(self) -> float:
@@ -272,10 +286,8 @@ class RunData:
         return math.nan if value is None else float(value)
 
 
-def _both(rows: Iterable[AnyRow], column: str) -> float:
-    """Mean over rows of a column that exists for both factors."""
-    values: list[float] = [(row[f"{column}_a"] + row[f"{column}_b"]) / 2 for row in rows]
-    return sum(values) / max(1, len(values))
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / max(1, len(values))
 
 
 def _known(value: float | None) -> bool:
@@ -294,98 +306,3 @@ def _coupling(config: Config, role: Role) -> str:
     words = [word for word in setting if role in ALIASES.get(word, ())]
     narrowest = min(words, key=lambda word: len(ALIASES[word]), default="default")
     return setting.get(narrowest, "lr")
-
-
-def load_run(path: Path, shown: set[int] | None = None) -> RunData:
-    """Read a run folder.
-
-    Args:
-        shown: steps whose measurements are read, if there are any; default: `shown_steps`.
-
-    Raises:
-        UsageError, RunError: naming what is missing or damaged.
-    """
-    if not (path / CONFIG).is_file():
-        raise UsageError(f"{path}: not a run folder (no {CONFIG})")
-    config = recipe_of(path)
-    outline = read_rank_columns(path, ["decay_a", "decay_b"])
-    if not outline:
-        raise UsageError(f"{path}: nothing was measured yet; let it train")
-    ranks = read_rank_columns(path, choose=partial(_chosen, shown))
-    missing = [name for name in NEEDED if name not in ranks.names]
-    if missing:
-        raise RunError(
-            f"{path}: its rank table has no {missing[0]}, as in an older version; train it again"
-        )
-    _check_steps(path, outline)
-    metrics = read_all_metrics(path)
-    return RunData(
-        path,
-        config,
-        ranks,
-        metrics.updates,
-        metrics.held_out,
-        _evaluation(path),
-        read_identity(path),
-        _source(path),
-        read_starts(path),
-        tuple(read_jumps(path)),
-        tuple(row["step"] for row in metrics.events if str(row["message"]).endswith(SKIPPED)),
-        _is_constant(outline),
-        len(set(outline.column("step"))),
-        recorded_keys(path, path / CONFIG),
-    )
-
-
-def _chosen(shown: set[int] | None, steps: list[int]) -> list[int]:
-    if shown is None:
-        return shown_steps(steps)
-    return [step for step in steps if step in shown or step in (steps[0], steps[-1])]
-
-
-def _is_constant(outline: Columns) -> bool:
-    """Whether each factor of attention has one λ in all rows of heads."""
-    names = ("level", "layer", "product", "decay_a", "decay_b")
-    decays: dict[tuple[Any, ...], tuple[float, float]] = {}
-    for level, layer, product, *both in zip(*map(outline.column, names), strict=True):
-        if level == "head" and decays.setdefault((layer, product), tuple(both)) != tuple(both):
-            return False
-    return True
-
-
-def _check_steps(path: Path, ranks: Columns) -> None:
-    """Refuse a table that was cut: every step has heads of both products.
-
-    Raises:
-        RunError: naming the table, the step and the product.
-    """
-    columns = (ranks.column(name) for name in ("step", "product", "level"))
-    heads = {(step, product) for step, product, level in zip(*columns, strict=True)
-             if level == "head"}  # fmt: skip
-    for step in sorted(set(ranks.column("step"))):
-        lacking = [product for product in _PAIRS if (step, product) not in heads]
-        if lacking:
-            raise RunError(
-                f"{path / RANKS}: damaged (step {step} has no heads of {lacking[0]}); restore it "
-                f"from a copy, or measure again with `pretrain ranks`"
-            )
-
-
-def _evaluation(run: Path) -> dict[str, Any] | None:
-    try:
-        evaluation: dict[str, Any] = read_record(run / EVALUATION, Evaluation)
-        return evaluation
-    except FileNotFoundError:
-        return None
-
-
-def _source(path: Path) -> tuple[str, str] | None:
-    """Hashes of data and tokenizer, also from the newest checkpoint."""
-    identity = read_identity(path, ("data", "tokenizer"))
-    if identity:
-        return identity["data"], identity["tokenizer"]
-    checkpoints = list_checkpoints(path / CHECKPOINTS)
-    if not checkpoints:
-        return None
-    state = read_record(checkpoints[-1] / MANIFEST, Sealed)["state"]
-    return state["data"], state["tokenizer"]

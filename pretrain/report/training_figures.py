@@ -110,10 +110,12 @@ def settings(study: Study) -> Figure:
     """Learning rate, λ, gradient norm and speed."""
 
     def used(run: RunData) -> _Line:
-        rows: dict[int, list[float]] = defaultdict(list)
+        rows: dict[int, list[AnyRow]] = defaultdict(list)
         for row in run.heads:
-            rows[row["step"]].append((row["decay_a"] + row["decay_b"]) / 2)
-        return sorted(rows), [mean_over(rows[step]) for step in sorted(rows)]
+            rows[row["step"]].append(row)
+        return sorted(rows), [
+            mean_over(run.of_factors(rows[step], "decay")) for step in sorted(rows)
+        ]
 
     measures: dict[str, Callable[[RunData], _Line]] = {
         "learning rate": lambda run: _over_steps(run.metrics, "learning_rate"),

@@ -24,7 +24,7 @@ from pretrain.report.compare import unpaired
 from pretrain.report.figure_parts import about
 from pretrain.report.findings import findings
 from pretrain.report.load import load_study
-from pretrain.report.runs import load_run
+from pretrain.report.read_run import load_run
 from pretrain.report.tables import tables_of
 from pretrain.report.varying import varying
 from pretrain.runs.loop import NOT_RECORDED, flat

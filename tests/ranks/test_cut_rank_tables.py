@@ -24,7 +24,7 @@ from pretrain.ranks.table import (
     rewind_ranks,
 )
 from pretrain.report import write_report
-from pretrain.report.runs import load_run
+from pretrain.report.read_run import load_run
 from tests.fake_runs import recipe, write_run
 from tests.ranks.test_rank_table import rows_of
 

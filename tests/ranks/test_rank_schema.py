@@ -19,7 +19,7 @@ from pretrain.ranks import schema
 from pretrain.ranks.probe import layer_rows
 from pretrain.ranks.schema import BY_NAME, COLUMNS, KEYS, NEEDED, Column
 from pretrain.ranks.table import add_ranks, merge_ranks, read_ranks, rewind_ranks
-from pretrain.report.runs import load_run
+from pretrain.report.read_run import load_run
 from pretrain.runs.folder import CONFIG
 from pretrain.spectra import PairStatistics, ProductStatistics
 

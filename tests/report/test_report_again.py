@@ -20,7 +20,7 @@ from pretrain.errors import RunError
 from pretrain.ranks.columns import column_of
 from pretrain.ranks.table import read_rank_columns, read_ranks
 from pretrain.report import write_report
-from pretrain.report.runs import load_run
+from pretrain.report.read_run import load_run
 from pretrain.runs.metrics import read_all_metrics, read_metrics
 from pretrain.runs.records import FIGURES
 from tests.fake_runs import recipe, write_run, write_study

@@ -15,7 +15,7 @@ from pretrain.ranks.schema import KEYS
 from pretrain.ranks.table import read_rank_columns, read_ranks
 from pretrain.report.load import load_study
 from pretrain.report.rank_figures import heads
-from pretrain.report.runs import load_run
+from pretrain.report.read_run import load_run
 from pretrain.report.sample import MOST_STEPS, shown_steps, steps_of_all
 from tests.fake_runs import recipe, write_run
 

@@ -122,21 +122,40 @@ def differences_of_pair(run: RunData, other: RunData, only: set[str]) -> list[st
     if not run.identity or not other.identity:
         lacking = run if not run.identity else other
         return [f"{lacking.path} has no hashes of its initial weights and data order"]
-    reasons = [
-        f"differ in {key.replace('_', ' ')}"
-        for key in ("initial_weights", "data_order")
-        if run.identity[key] != other.identity[key]
-    ]
+    reasons = []
+    if not run.ancestors & other.ancestors:
+        reasons.append("differ in initial weights" + _of_a_fork(run, other))
+    if run.identity["data_order"] != other.identity["data_order"]:
+        reasons.append("differ in data order")
     both_known = run.precision and other.precision
     if both_known and run.precision != other.precision and only != {"precision"}:
         reasons.append(f"trained in {run.precision} and in {other.precision}")
     for word, mine, its in (
         ("left out blocks of samples", run.jumped, other.jumped),
-        ("skipped updates", run.skipped, other.skipped),
+        ("skipped updates", *_apart(run, other)),
     ):
         if mine != its:
             reasons.append(f"{word}: {_few(mine)} and {_few(its)}")
     return reasons
+
+
+def _of_a_fork(run: RunData, other: RunData) -> str:
+    """What is said of a fork whose trunk is not known."""
+    lost = [one for one in (run, other) if one.forked_at and not one.trunks]
+    if not lost:
+        return ""
+    return f" ({lost[0].path} is a fork, and the initial weights of its trunk are not known)"
+
+
+def _apart(run: RunData, other: RunData) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The updates that each of two runs skipped, without those that a fork has from its trunk.
+
+    The records of a fork begin after the checkpoint from which it was forked.
+    """
+    common = max((one.forked_at for one, trunk in ((run, other), (other, run))
+                  if one.is_fork_of(trunk)), default=0)  # fmt: skip
+    mine, its = (tuple(step for step in one.skipped if step > common) for one in (run, other))
+    return mine, its
 
 
 def _few(values: tuple[int, ...]) -> str:

@@ -91,13 +91,29 @@ def _of_held_out(study: Study, far: Condition) -> str:
     differences = differences_from(study, measure)
     if not _is_scored(study, measure):
         return "No run has held-out figures of its end, so nothing can be said about quality."
-    clear = [difference for difference in differences if difference.is_clear]
-    less = sum(difference.mean < 0 for difference in clear)
     return (
-        f"Held-out {title} is lower than with {study.baseline.name} in {less} and higher in "
-        f"{len(clear) - less} of {counted(len(differences), 'other condition')} (p < {LEVEL:g}, "
-        f"corrected); with {far.name} the {_against(study, far, measure)}."
+        f"Held-out {title} {_apart(study.baseline, differences)}; with {far.name} the "
+        f"{_against(study, far, measure)}."
     )
+
+
+def _apart(baseline: Condition, differences: list[Difference]) -> str:
+    """In how many conditions a figure differs clearly from the baseline's."""
+    others = counted(len(differences), "other condition")
+    tested = [difference for difference in differences if not difference.why_untested]
+    if not tested:
+        return f"was not tested against that with {baseline.name}: {differences[0].why_untested}"
+    clear = [difference for difference in tested if difference.is_clear]
+    level = f"p < {LEVEL:g}, corrected"
+    if not clear:
+        return f"is clearly different from that with {baseline.name} in none of {others} ({level})"
+    less = sum(difference.mean < 0 for difference in clear)
+    counts = [
+        f"{word} in {count}"
+        for word, count in (("lower", less), ("higher", len(clear) - less))
+        if count
+    ]
+    return f"is clearly {' and '.join(counts)} of {others} than with {baseline.name} ({level})"
 
 
 def _limits(study: Study) -> str:

@@ -175,6 +175,7 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
     short = short_names(keys)
     loops = [run.recorded for run in runs if run.recorded is not None]
     told = frozenset[str]().union(*loops) - {"seed", *keys}
+    forks = {run.forked_at for run in runs}
     groups: dict[str, Condition] = {}
     for run in sorted(runs, key=lambda item: (item.seed, by_numbers(str(item.path)))):
         values = {key: run.value_at(key) for key in keys}
@@ -183,8 +184,10 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
             parts += ["another loop"] * (len(loops) < len(runs))
             parts += _lacking(in_order(told - run.recorded, run.config))
         name = ", ".join(parts)
+        if run.forked_at and len(forks) > 1:
+            name = f"{name or 'the same recipe'} (from step {run.forked_at})"
         known = sorted((run.recorded or frozenset()) - {"seed"})
-        whole = json.dumps([values, known], sort_keys=True)
+        whole = json.dumps([values, known, run.forked_at], sort_keys=True)
         if whole not in groups and any(group.name == name for group in groups.values()):
             name += f" ({hashlib.sha256(whole.encode()).hexdigest()[:4]})"
         group = groups.setdefault(whole, Condition(name or "all runs", values, []))

@@ -14,8 +14,8 @@ from pretrain.ranks.schema import NEEDED
 from pretrain.ranks.table import RANKS, read_rank_columns
 from pretrain.report.runs import PAIRS, RunData
 from pretrain.report.sample import shown_steps
-from pretrain.runs.folder import CONFIG, EVALUATION, read_starts, recipe_of
-from pretrain.runs.identity import read_identity
+from pretrain.runs.folder import CONFIG, EVALUATION, forked_from, read_starts, recipe_of
+from pretrain.runs.identity import line_of, read_identity, read_trunks
 from pretrain.runs.loop import recorded_keys
 from pretrain.runs.metrics import read_all_metrics
 from pretrain.runs.records import Evaluation, Sealed, read_record
@@ -60,7 +60,18 @@ def load_run(path: Path, shown: set[int] | None = None) -> RunData:
         _is_constant(outline),
         len(set(outline.column("step"))),
         recorded_keys(path, path / CONFIG),
+        tuple(read_trunks(path) or _trunks(path)),
     )
+
+
+def _trunks(path: Path) -> list[str]:
+    """The trunks of a fork that does not record them, as earlier versions made it."""
+    before = forked_from(path)
+    for trunk in (Path(before["run"]), path.parent / Path(before["run"]).name) if before else ():
+        identity = read_identity(trunk)
+        if identity:
+            return line_of(trunk, identity["initial_weights"])
+    return []
 
 
 def _chosen(shown: set[int] | None, steps: list[int]) -> list[int]:

@@ -51,6 +51,9 @@ class RunData:
     recorded: frozenset[str] | None = None
     """Keys of the recipe that are known of another loop's run; None: all."""
 
+    trunks: tuple[str, ...] = ()
+    """Of a fork, hashes of the initial weights of its trunks, as far as they are known."""
+
     @property
     def seed(self) -> int:
         """The seed, which distinguishes replicates; 0 if it is not recorded."""
@@ -169,6 +172,18 @@ class RunData:
         """The step of the trunk's checkpoint from which the run was forked; 0 if it was not."""
         origins = [start["forked"]["step"] for start in self.starts if start.get("forked")]
         return int(origins[-1]) if origins else 0
+
+    @property
+    def ancestors(self) -> set[str]:
+        """Hashes of all weights from which the run descends, its own initial ones included."""
+        return {*self.trunks, *((self.identity["initial_weights"],) if self.identity else ())}
+
+    def is_fork_of(self, trunk: RunData) -> bool:
+        """Whether the run was forked from a checkpoint of another one."""
+        origins = [start["forked"]["run"] for start in self.starts if start.get("forked")]
+        if not origins or not trunk.identity or Path(origins[-1]).name != trunk.path.name:
+            return False
+        return self.trunks[-1:] == (trunk.identity["initial_weights"],)
 
     @property
     def own_exposure(self) -> float:

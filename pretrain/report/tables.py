@@ -226,7 +226,8 @@ def paired(study: Study) -> DataTable:
         "differences",
         "Paired differences from the baseline",
         f"Each condition minus the baseline ({study.baseline.name}), seed by seed: runs of one "
-        "seed share their initial weights and the order of their data. 95 % intervals and p are by "
+        "seed share their initial weights (a fork has those of its trunk) and the order of their "
+        "data. 95 % intervals and p are by "
         "Student's t over the pairs, not corrected; the last column is corrected for the number "
         f"of comparisons with the baseline, figure by figure (Holm). * and coloured: below "
         f"{LEVEL:g}. –: no test, with fewer than two pairs or equal differences.",

@@ -1,12 +1,15 @@
 """Hashes that show whether two runs are comparable: initial weights, and samples and their order.
 
 Runs of one seed that agree in both differ only in their recipe, and their results may be paired.
+A fork begins with the weights of a checkpoint; it also records those of its trunk, with which it
+may be paired.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +54,18 @@ def initial_weights(module: nn.Module, grid: Grid) -> str:
     return _digest(sorted(fingerprints.items()))
 
 
-def write_identity(run: Path, weights: str, order: str, task: Task, precision: str) -> None:
+def write_identity(
+    run: Path, weights: str, order: str, task: Task, precision: str, trunks: Sequence[str] = ()
+) -> None:
     """Write the hashes to the run folder, with those of the data and its tokenizer, and the
-    precision of the run."""
+    precision of the run.
+
+    Args:
+        trunks: of a fork, the initial weights of its trunk, after those of the trunk's own trunks.
+    """
     identity = {
         "initial_weights": weights,
+        **({"trunks": list(trunks)} if trunks else {}),
         "data_order": order,
         "data": task.identity,
         "tokenizer": task.tokenizer,
@@ -73,6 +83,27 @@ def read_identity(
         return {key: str(hashes[key]) for key in keys}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def read_trunks(run: Path) -> list[str]:
+    """The initial weights of a fork's trunks, the first trunk first; empty if not recorded."""
+    try:
+        trunks = read_json(run / IDENTITY).get("trunks", [])
+        return [str(weights) for weights in trunks]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
+
+
+def line_of(run: Path, weights: str | None) -> list[str]:
+    """Hashes of all weights from which a run descends, its own initial weights last.
+
+    Args:
+        weights: its initial weights; if the folder holds another run by now, they are all that is
+            known.
+    """
+    identity = read_identity(run)
+    known = identity is not None and identity["initial_weights"] == weights
+    return [*(read_trunks(run) if known else []), *([weights] if weights else [])]
 
 
 def _digest(value: Any) -> str:

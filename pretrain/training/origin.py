@@ -11,6 +11,7 @@ from pretrain.config.recipe import Config
 from pretrain.errors import UsageError
 from pretrain.runs.finished import check_finished
 from pretrain.runs.folder import check_continues, forked_from, plan_for_resume, resume_point
+from pretrain.runs.identity import line_of, read_trunks
 from pretrain.runs.loop import refuse_loop
 from pretrain.training.faults import read_jumps, write_jumps
 from pretrain.training.setup import Setup
@@ -70,6 +71,14 @@ class Origin:
             return self.checkpoint.digest
         first: str = self.checkpoint.state["initial_weights"]
         return first
+
+    def trunks(self, run: Path) -> list[str]:
+        """Of a fork, the initial weights of its trunk, after those of the trunk's own trunks."""
+        if self.kind != "forked" or self.checkpoint is None:
+            return read_trunks(run)
+        return line_of(
+            self.checkpoint.path.parent.parent, self.checkpoint.state.get("initial_weights")
+        )
 
     def saved(self, key: str, default: Any = None) -> Any:
         """A value from the restored checkpoint's state."""

@@ -169,7 +169,8 @@ def _identified(
     with grid.together(f"{run}"):
         if grid.is_main:  # only this process writes
             origin = with_jumps(origin, run)
-            write_identity(run, weights, samples.order, setup.task, setup.config.precision)
+            precision, trunks = setup.config.precision, origin.trunks(run)
+            write_identity(run, weights, samples.order, setup.task, precision, trunks)
     return replace(origin, jumps=grid.broadcast(origin.jumps))
 
 

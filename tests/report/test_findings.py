@@ -37,7 +37,9 @@ def test_numbers_are_those_of_the_tables(seed: int, tmp_path: Path) -> None:
     clear = [float(one["difference"]) for one in rows
              if one["figure"] == "perplexity" and one["clear"] == "True"]  # fmt: skip
     lower = sum(one < 0 for one in clear)
-    assert f"in {lower} and higher in {len(clear) - lower} of 2 other conditions" in held_out
+    told = [re.search(rf"{word} in (\d+) ", held_out) for word in ("lower", "higher")]
+    assert [int(found[1]) if found else 0 for found in told] == [lower, len(clear) - lower]
+    assert ("of 2 other conditions" if clear else "in none of 2 other conditions") in held_out
     unclear = len([one for one in rows if one["figure"] == "perplexity"]) - len(clear)
     assert ("little meaning" in limits) == (seed == 0)
     assert ("not shown to be equal" in limits) == (seed > 0 and unclear > 0)
@@ -50,7 +52,29 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     ranks, held_out, limits = findings(study)
     assert "one seed: no interval" in limits and "%" not in ranks + held_out
     assert ranks.count("no interval, n = 1 pair)") == 2
+    assert "was not tested against that with attention = 0" in held_out
     assert headline(study) == "Weight decay of attention: 0 and 1 compared"
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "told"),
+    [
+        ((10.0, 9.0), "is clearly lower in 1 of 1 other condition than with attention = 0"),
+        ((9.0, 10.0), "is clearly higher in 1 of 1 other condition than with attention = 0"),
+        ((9.0, 9.0), "is clearly different from that with attention = 0 in none of 1 other"),
+    ],
+)
+def test_what_did_not_happen_is_not_counted(
+    perplexities: tuple[float, float], told: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    for decay, perplexity in zip((0.0, 1.0), perplexities, strict=True):
+        for seed in range(4):
+            values = recipe(seed=seed, optimizer__weight_decay__attention=decay)
+            noise = 0.01 * float(rng.normal())
+            write_run(tmp_path / f"{decay}-{seed}", values, rng, perplexity=perplexity + noise)
+    sentence = findings(load_study([tmp_path]))[1]
+    assert told in sentence and " in 0" not in sentence
 
 
 def test_one_condition_compares_nothing(tmp_path: Path) -> None:

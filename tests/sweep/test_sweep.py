@@ -21,7 +21,7 @@ from pretrain.config.recipe import Config, load_config
 from pretrain.config.schedule import exposure
 from pretrain.errors import UsageError
 from pretrain.runs.folder import read_ranks
-from pretrain.runs.identity import read_identity
+from pretrain.runs.identity import read_identity, read_trunks
 from pretrain.runs.lock import BusyError, RunLock, is_busy
 from pretrain.runs.metrics import read_metrics
 from pretrain.sweep.config import load_sweep
@@ -171,6 +171,8 @@ def test_ctrl_c_and_fork(data: Path, tmp_path: Path) -> None:
     assert first[0]["loss"] == second[0]["loss"] and first[-1]["loss"] != second[-1]["loss"]
     assert read_identity(arms[0]) == read_identity(arms[1])
     assert read_identity(arms[0]) != read_identity(out / "trunk,seed=1")
+    began = read_identity(out / "trunk,seed=1")
+    assert began and [read_trunks(arm) for arm in arms] == [[began["initial_weights"]]] * 2
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from data_pipeline.strict_json import to_json
 from pretrain.cli.console import plain, show_table, warn
-from pretrain.cluster.plan_grids import accept, layout_of
+from pretrain.cluster.plan_grids import accept
 from pretrain.cluster.vocabulary import task_to_plan
 from pretrain.config.recipe import Config
 from pretrain.decay.control import DecayControl
@@ -17,7 +18,16 @@ from pretrain.decay.lengths import remarks
 from pretrain.decay.plan import DecayGroup
 from pretrain.decay.sites import Site, site_of
 from pretrain.distributed.grid import process_count
+from pretrain.engine.engine import micro_batches
+from pretrain.engine.layout import empty_grid, layout_of
 from pretrain.engine.memory import memory_of, process_bytes
+from pretrain.engine.micro_batch import (
+    AUTO,
+    MicroBatch,
+    largest_micro_batch,
+    memory_alone,
+    with_size,
+)
 from pretrain.engine.optimizers import refuse_missing_optimizer
 from pretrain.engine.precision import with_precision
 from pretrain.engine.sizes import sizes_of
@@ -63,6 +73,8 @@ def dry_run(config: Config, as_json: bool) -> None:
         f"grid: tensor {grid['tensor_parallel']} x pipeline {grid['pipeline_parallel']} x data "
         f"{grid['data_parallel']}, ZeRO {grid['zero_stage']}, {summary['precision']}"
     )
+    if summary["micro_batch"]["why"]:
+        print(MicroBatch(**summary["micro_batch"]).in_words())
     parts = ", ".join(f"{name} {value:.2f}" for name, value in memory.items() if name != "total")
     print(f"memory per process, estimated: {memory['total']:.2f} GiB ({parts})")
     print(
@@ -111,6 +123,9 @@ def describe(setup: Setup) -> dict[str, Any]:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accept(config, device.type, data * model_ranks)
+    micro_batch = _micro_batch(config, device, data * model_ranks)
+    config = with_size(config, micro_batch.size)
+    setup = replace(setup, config=config)
     refuse_missing_optimizer(config.optimizer)
     refuse_missing_services(config.logging)
     control = DecayControl(config, setup.plan)
@@ -141,6 +156,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         },
         "precision": with_precision(config, device).precision,
         "memory_gib": memory(setup, data, device),
+        "micro_batch": asdict(micro_batch),
         "steps": config.train.steps,
         "tokens_per_step": tokens,
         "tokens": tokens * config.train.steps,
@@ -150,6 +166,14 @@ def describe(setup: Setup) -> dict[str, Any]:
         "data": describe_data(setup.task, config),
         "remarks": remarks(config),
     }
+
+
+def _micro_batch(config: Config, device: torch.device, count: int) -> MicroBatch:
+    """The recipe's micro batch, or what auto means on devices like this one."""
+    if config.train.micro_batch == AUTO:
+        memory = memory_alone(device, count)
+        return largest_micro_batch(config, device.type, count, memory)
+    return MicroBatch(micro_batches(config, empty_grid(config, device.type, count))[0], "")
 
 
 def _kept(config: Config) -> str:

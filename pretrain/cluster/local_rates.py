@@ -7,7 +7,6 @@ reduction between two of them.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pretrain.config.recipe import Config
 from pretrain.distributed.signals import SIGNALS
 from pretrain.engine.accelerators import Device
 from pretrain.engine.memory import process_bytes
+from pretrain.engine.micro_batch import memory_of_device
 from pretrain.engine.precision import with_precision
 from pretrain.errors import RunError, Stopped
 
@@ -53,7 +53,7 @@ def measure_here(
         name="here",
         tflops=rate / shared / 1e12,
         tflops32=rate / shared / 1e12,
-        memory=_memory() / shared / 1e9,
+        memory=memory_of_device(device) / shared / 1e9,
         bandwidth=bandwidth / shared / 1e9,
         node_link=link / 1e9,
         network=link / 1e9,
@@ -141,13 +141,6 @@ def _best(work: Callable[[], object]) -> float:
     while time.perf_counter() < stop:
         times.append(once())
     return min(times)
-
-
-def _memory() -> int:
-    """Memory of the GPU or of the machine, in bytes."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _reduce(answer: Path) -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pretrain.cluster.plan_grids import candidates, layout_of
+from pretrain.cluster.plan_grids import candidates
 from pretrain.cluster.plan_traffic import traffic_of
 from pretrain.config.recipe import Config
 from pretrain.engine.accelerators import Device
-from pretrain.engine.memory import kept_by_layer, memory_of
+from pretrain.engine.layout import layout_of
+from pretrain.engine.memory import ROOM, kept_by_layer, memory_of
+from pretrain.engine.micro_batch import AUTO, largest_micro_batch, with_size
 from pretrain.engine.sizes import Layout, Sizes, sizes_of
 
 _LINK = 0.80
@@ -26,8 +28,6 @@ _LAUNCHES, _LAUNCH = 60, 5e-6
 """Kernel launches of a layer, forward and backward, and the seconds of one launch."""
 _RESERVE = 0.08
 """Share of a device's memory for the allocator's gaps."""
-_ROOM = 0.8
-"""Share of a device's memory that a larger micro batch may fill if it saves no time."""
 _EQUAL = 0.01
 """Relative difference of two times below which the plan treats them as equal."""
 
@@ -70,7 +70,8 @@ def rank(config: Config, device: Device, count: int, limit: int = 0) -> list[Cho
     The fastest that fits is first; those that do not fit are at the end.
 
     Args:
-        config: keys that it sets in ``grid``, and ``train.micro_batch``, are kept.
+        config: keys that it sets in ``grid``, and ``train.micro_batch``, are kept; ``auto`` is what
+            training finds on such devices.
         limit: the largest number of grids to return; 0: all.
 
     Raises:
@@ -95,7 +96,7 @@ def _best(choices: list[Choice], device: Device) -> Choice:
         return min(choices, key=lambda choice: choice.total)
     fastest = min(choice.seconds["step"] for choice in fitting)
     near = [choice for choice in fitting if choice.seconds["step"] <= (1 + _EQUAL) * fastest]
-    near = [choice for choice in near if choice.total <= _ROOM * device.memory * 1e9] or near
+    near = [choice for choice in near if choice.total <= ROOM * device.memory * 1e9] or near
     return max(near, key=lambda choice: (choice.micro_batch, -choice.total))
 
 
@@ -112,6 +113,9 @@ def _order(choice: Choice) -> tuple[bool, float, float]:
 def choose(config: Config, device: Device, count: int, sizes: Sizes | None = None) -> Choice:
     """The cost of a recipe's grid on ``count`` devices."""
     sizes = sizes or sizes_of(config)
+    if config.train.micro_batch == AUTO:
+        found = largest_micro_batch(config, device.type, count, device.memory * 1e9, sizes)
+        config = with_size(config, found.size)
     layout = layout_of(config, device.type, count, device.base, device.slack)
     memory = memory_of(sizes, layout)
     bubble = (layout.pipeline - 1) / (layout.count + layout.pipeline - 1)

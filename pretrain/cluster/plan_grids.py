@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from models.gpt import layer_blueprints
 from models.kernels import DEFAULT_KERNELS
 from models.layers import ParameterFactory
@@ -17,10 +15,10 @@ from models.roles import ModelError
 from pretrain.config.recipe import Config, with_values
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
-from pretrain.distributed.grid import Grid, check_grid
-from pretrain.engine.engine import micro_batches, refuse_unfit, whole_model
-from pretrain.engine.precision import with_precision
-from pretrain.engine.sizes import Layout, check_vocabulary
+from pretrain.engine.engine import refuse_unfit, whole_model
+from pretrain.engine.layout import empty_grid
+from pretrain.engine.micro_batch import with_size
+from pretrain.engine.sizes import check_vocabulary
 from pretrain.errors import UsageError
 
 
@@ -67,55 +65,6 @@ def accept(config: Config, device: str, count: int) -> Config:
     return config
 
 
-def empty_grid(config: Config, device: str, count: int) -> Grid:
-    """The first process of a recipe's grid, without its groups.
-
-    Raises:
-        UsageError: if the grid does not fill the devices.
-    """
-    data = check_grid(config.grid, count)
-    tensor, pipeline = config.grid.tensor_parallel, config.grid.pipeline_parallel
-    sequence = config.grid.sequence_parallel and tensor > 1
-    return Grid(tensor, pipeline, data, 0, torch.device(device), None, None, None, sequence)
-
-
-def layout_of(config: Config, device: str, count: int, base: float, slack: float) -> Layout:
-    """How a recipe is divided among ``count`` devices.
-
-    Args:
-        device: their type (cuda, cpu).
-        base, slack: of a process, from `memory.process_bytes`.
-
-    Raises:
-        UsageError: if its grid does not use all devices, or cannot divide the batch.
-    """
-    grid = empty_grid(config, device, count)
-    micro, passes = micro_batches(config, grid)
-    stage = config.grid.zero_stage
-    zero = config.deepspeed.get("zero_optimization") or {}
-    # As in a long run on a GPU (`pretrain.engine.speed`).
-    compiled = config.speed.compile is not False and device == "cuda" and stage < 3
-    compiled = compiled and grid.tensor == 1
-    return Layout(
-        width=2 if with_precision(config, grid.device).precision == "bf16" else 4,
-        tensor=grid.tensor,
-        pipeline=grid.pipeline,
-        data=grid.data,
-        stage=stage,
-        micro=micro,
-        count=passes,
-        recompute=config.grid.activation_checkpointing,
-        flat=config.is_flat,
-        sequence=grid.sequence_parallel,
-        loss_bytes=config.speed.loss_bytes(device, compiled),
-        compiled_loss=compiled,
-        live=zero.get("stage3_max_live_parameters", 1e9),
-        reuse=zero.get("stage3_max_reuse_distance", 1e9),
-        base=base,
-        slack=slack,
-    )
-
-
 def _grids(config: Config, per_node: int, count: int) -> Iterator[dict[str, Any]]:
     """All combinations of the keys of ``grid`` that vary."""
     divisors = _divisors(count)
@@ -138,13 +87,12 @@ def _free(config: Config, key: str, values: Any) -> Any:
 
 
 def _micro_batches(config: Config, device: str, count: int) -> Iterator[Config]:
-    if config.train.micro_batch:
+    if config.train.micro_batch:  # or auto, which `plan.choose` resolves
         yield config
         return
     share = config.train.global_batch // empty_grid(config, device, count).data
     for micro in _divisors(share):
-        train = config.train.model_copy(update={"micro_batch": micro})
-        yield config.model_copy(update={"train": train})
+        yield with_size(config, micro)
 
 
 def _divisors(number: int) -> list[int]:

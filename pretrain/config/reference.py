@@ -131,7 +131,7 @@ def _element(field: FieldInfo) -> type[BaseModel] | None:
 def _key(section: type[BaseModel], name: str, field: FieldInfo) -> RecipeKey:
     words, null = _values(field.annotation), ", or null"
     optional = null if words.endswith(null) else ""
-    values = words.removesuffix(optional) + _limits(field) + optional
+    values = words.removesuffix(optional) + _limits(field.metadata) + optional
     if section is GPTConfig and any(name in preset for preset in PRESETS.values()):
         default = _BY_DIALECT
     elif field.is_required():
@@ -141,10 +141,10 @@ def _key(section: type[BaseModel], name: str, field: FieldInfo) -> RecipeKey:
     return RecipeKey(name, values, default, escaped(field.description or ""))
 
 
-def _limits(field: FieldInfo) -> str:
+def _limits(rules: Iterable[Any]) -> str:
     limits = [
         f"{sign} {_number(getattr(rule, name))}"
-        for rule in field.metadata
+        for rule in rules
         for name, sign in _LIMITS.items()
         if abs(getattr(rule, name, math.inf)) < _BEYOND
     ]
@@ -159,7 +159,8 @@ def _values(annotation: Any) -> str:
             return ", or ".join(["number", *map(_values, arguments[2:])])
         return ", or ".join(map(_values, arguments))
     if origin is Annotated:
-        return _values(arguments[0])
+        rules = [rule for one in arguments[1:] for rule in getattr(one, "metadata", [])]
+        return _values(arguments[0]) + _limits(rules)
     if origin is Literal:
         return _quoted(arguments)
     if origin is dict:

@@ -73,8 +73,10 @@ class TrainConfig(Section):
         description="weight of log² Z, of the softmax's normaliser, in the gradient (PaLM: 1e-4); "
         "the logged loss is the cross-entropy alone",
     )
-    micro_batch: int = Field(
-        0, ge=0, description="sequences per forward pass; 0: as few passes as possible"
+    micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        0,
+        description="sequences per forward pass; 0: as few passes as possible; auto: as many as "
+        "the estimated memory allows",
     )
 
 

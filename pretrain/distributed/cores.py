@@ -1,4 +1,4 @@
-"""Finds out how many cores this process may use."""
+"""Finds out how many cores and how much memory this process may use."""
 
 from __future__ import annotations
 
@@ -20,8 +20,18 @@ def usable_cores(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")
     """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    quotas = [quota for folder in _folders(cgroups, own) if (quota := _quota(folder))]
+    quotas = [quota for folder in _folders(cgroups, own, "cpu") if (quota := _quota(folder))]
     return max(1, min([cores, *(int(quota) for quota in quotas)]))
+
+
+def usable_memory(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of the machine's memory, or fewer if the container or job has a limit.
+
+    Args:
+        cgroups, own: as in `usable_cores`.
+    """
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([whole, *filter(None, map(_limit, _folders(cgroups, own, "memory")))])
 
 
 def fit_threads(threads: int) -> int:
@@ -32,16 +42,17 @@ def fit_threads(threads: int) -> int:
     return threads if os.environ.get("OMP_NUM_THREADS") else min(threads, usable_cores())
 
 
-def _folders(cgroups: Path, own: Path) -> list[Path]:
-    """This process's control groups and their parents, of either version."""
+def _folders(cgroups: Path, own: Path, controller: str) -> list[Path]:
+    """This process's control groups for cpu or memory, and their parents, of either version."""
     tops = {cgroups: "/"}
     try:
         for line in own.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:
                 tops[cgroups] = path
-            elif "cpu" in controllers.split(","):
-                tops |= {cgroups / "cpu": path, cgroups / "cpu,cpuacct": path}
+            elif controller in controllers.split(","):
+                names = (controller, controllers, "cpu,cpuacct")
+                tops |= {cgroups / name: path for name in names}
     except (OSError, ValueError):
         pass
     folders = []
@@ -65,3 +76,13 @@ def _quota(folder: Path) -> float | None:
         return int(limit) / int(period) if int(limit) > 0 else None
     except (OSError, ValueError):  # "max", or no such file
         return None
+
+
+def _limit(folder: Path) -> int | None:
+    """Bytes of memory that the group may use; None without a limit."""
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        try:
+            return int((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # "max", or no such file
+            continue
+    return None

@@ -139,7 +139,7 @@ def one_line(error: BaseException) -> str:
         )
     if is_out_of_memory(error):
         return (
-            "not enough memory; lower train.micro_batch, or set grid.activation_checkpointing, a "
+            "not enough memory; lower train.micro_batch (auto estimates it), set grid.activation_checkpointing, a "
             f"higher grid.zero_stage or more processes ({short[:160] or 'MemoryError'})"
         )
     if _is_wrong_installation(error):

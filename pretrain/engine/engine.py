@@ -354,6 +354,8 @@ def refuse_unfit(config: Config, grid: Grid) -> None:
 def micro_batches(config: Config, grid: Grid) -> tuple[int, int]:
     """Sequences per forward pass, and passes per update, of each data-parallel rank.
 
+    ``auto`` counts as one sequence until `micro_batch.largest_micro_batch` has replaced it.
+
     Raises:
         UsageError: if the global batch cannot be divided.
     """
@@ -364,6 +366,8 @@ def micro_batches(config: Config, grid: Grid) -> tuple[int, int]:
             f"data-parallel ranks; use a multiple of {grid.data}"
         )
     share = total // grid.data
+    if micro == "auto":
+        micro = 1
     if not micro:
         # As few passes as possible, but at least one per stage, to fill the pipeline.
         passes = next(n for n in range(min(grid.pipeline, share), 0, -1) if share % n == 0)

@@ -16,6 +16,9 @@ of the plan were chosen to fit runs: six runs of 7 to 125 M parameters (docs/per
 GPU_LIBRARIES = 1.5e9
 """Bytes of a GPU that a process uses outside PyTorch's allocator: the CUDA context with the kernels
 of PyTorch and cuBLAS, and NCCL's buffers for a few groups. Assumed, not measured."""
+ROOM = 0.8
+"""Share of a device's memory that a micro batch may fill: the rest is for what the formula leaves
+out, and for the allocator's gaps."""
 _BUCKET = 5e8
 """Number of gradients that DeepSpeed reduces at once."""
 

@@ -89,7 +89,8 @@ def records_passes(config: Config, grid: Grid) -> bool:
         return False
     if config.speed.graph is True:
         return True
-    micro = config.train.micro_batch or config.train.global_batch
+    size = config.train.micro_batch
+    micro = (1 if size == "auto" else size) or config.train.global_batch
     seconds = _flops(config) * micro / _COMPILED_RATE
     return seconds < _GAPS * _LAUNCHES * config.model.num_layers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,13 @@ from pretrain.decay.lengths import say_remarks
 from pretrain.distributed.grid import Grid
 from pretrain.distributed.watchdog import Watchdog
 from pretrain.engine.engine import Engine, build_engine, refuse_unfit
+from pretrain.engine.micro_batch import (
+    AUTO,
+    MicroBatch,
+    largest_micro_batch,
+    memory_here,
+    with_size,
+)
 from pretrain.engine.optimizers import refuse_missing_optimizer
 from pretrain.engine.precision import resolve_precision, with_precision
 from pretrain.engine.speed import speed_in_words
@@ -51,9 +58,11 @@ def train(
         UsageError, RunError: one line that names the cause; earlier checkpoints are untouched.
     """
     request = StartRequest(run, fork, until, config.precision)
+    memory = memory_here(grid) if config.train.micro_batch == AUTO else 0.0
     with grid.together(""):
         # Refuse everything that can be refused before the folder is touched.
         prepared = prepare(with_precision(config, grid.device), grid.tensor, known_recipe(run))
+        prepared, micro_batch = _with_micro_batch(prepared, grid, memory)
         setup, samples = _checked(prepared, request, grid)
     with _locked(run, grid):
         damaged = _find_whole(setup, run, grid)
@@ -62,7 +71,7 @@ def train(
             origin.trust()
         if _is_done(setup, origin, request, grid):
             return
-        _write_folder(setup, origin, request, grid)
+        _write_folder(setup, origin, request, grid, micro_batch)
         engine, faults, weights = _built(setup, origin, grid)
         origin = _identified(setup, origin, run, grid, weights, samples)
         with Watchdog(grid, run, config.faults.watchdog) as watchdog:
@@ -81,6 +90,18 @@ def train(
                 moving=Moving(list(origin.jumps), bool(origin.saved(OWES_EVALUATION))),
             )
             run_training(training, origin)
+
+
+def _with_micro_batch(
+    prepared: Setup, grid: Grid, memory: float
+) -> tuple[Setup, MicroBatch | None]:
+    """The setup with ``train.micro_batch: auto`` replaced by a size for processes with some bytes
+    of memory, and that size."""
+    config = prepared.config
+    if config.train.micro_batch != AUTO:
+        return prepared, None
+    found = largest_micro_batch(config, grid.device.type, grid.world_size, memory)
+    return replace(prepared, config=with_size(config, found.size)), found
 
 
 def _checked(prepared: Setup, request: StartRequest, grid: Grid) -> tuple[Setup, SampleSets]:
@@ -128,7 +149,13 @@ def _is_done(setup: Setup, origin: Origin, request: StartRequest, grid: Grid) ->
     return True
 
 
-def _write_folder(setup: Setup, origin: Origin, request: StartRequest, grid: Grid) -> None:
+def _write_folder(
+    setup: Setup,
+    origin: Origin,
+    request: StartRequest,
+    grid: Grid,
+    micro_batch: MicroBatch | None,
+) -> None:
     """Print what runs, and bring the run folder to the step where the run begins."""
     run, config = request.run, setup.config
     with grid.together(f"{run}"):
@@ -140,6 +167,9 @@ def _write_folder(setup: Setup, origin: Origin, request: StartRequest, grid: Gri
             "precision": config.precision,
             "data": describe(setup.task, config),
         }
+        if micro_batch is not None:
+            print(f"{run}: {micro_batch.in_words()}", file=sys.stderr, flush=True)
+            setting["micro_batch"] = asdict(micro_batch)
         if origin.kind == "forked" and request.fork is not None:
             setting["forked"] = described(request.fork)
         if origin.checkpoint is not None and origin.step == config.train.steps:

@@ -120,6 +120,12 @@ class OptimizerConfig(Section):
         "Muon (Jordan et al. 2024) for the blocks' matrices with AdamW for the rest",
     )
     learning_rate: float = Field(6e-4, ge=0, description="peak η")
+    learning_rate_by: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        {},
+        description="factors of η by role, such as {attention: 0.5, mlp_out: 2}; the words are "
+        "those of weight_decay, and the most specific wins; decay that is coupled to η follows "
+        "(docs/decay.md)",
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW and Lion: first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="of AdamW and Lion: second moment")
     momentum: float = Field(0.95, ge=0, lt=1, description="momentum of sgd and muon")

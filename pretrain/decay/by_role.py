@@ -1,14 +1,16 @@
-"""Rate and direction of decay by role: applies the settings of a recipe to a model."""
+"""Rates and direction of decay by role: applies the settings of a recipe to a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from models.roles import ALIASES, QK, VO, Role
 from pretrain.decay.plan import roles_of
 from pretrain.decay.sites import KEY, Site
 from pretrain.errors import UsageError
 
+RATES = "optimizer.learning_rate_by"
 _MOST_A_STEP = 0.01
 """With ``coupling: none``, a larger λ removes a weight within a hundred updates."""
 
@@ -17,7 +19,7 @@ def named(words: Iterable[str], key: str, present: frozenset[Role]) -> frozenset
     """The roles of a model that some words name.
 
     Args:
-        key: the key of the words in the section, for the message.
+        key: the dotted key of the words, for the message.
         present: roles of the model.
 
     Raises:
@@ -25,18 +27,21 @@ def named(words: Iterable[str], key: str, present: frozenset[Role]) -> frozenset
     """
     roles: set[Role] = set()
     for word in words:
-        matching = present.intersection(roles_of(word, f"{KEY}.{key}"))
+        matching = present.intersection(roles_of(word, key))
         if not matching:
-            raise UsageError(f"{KEY}.{key}: this model has no {word!r}; remove it")
+            raise UsageError(f"{key}: this model has no {word!r}; remove it")
         roles |= matching
     return frozenset(roles)
 
 
+Setting = TypeVar("Setting", str, float)
+
+
 def by_role(
-    setting: str | Mapping[str, str], key: str, default: str, present: frozenset[Role]
-) -> dict[Role, str]:
-    """A setting of one word, or one word by role, as one word for every role of a model."""
-    if isinstance(setting, str):
+    setting: Setting | Mapping[str, Setting], key: str, default: Setting, present: frozenset[Role]
+) -> dict[Role, Setting]:
+    """A setting, or one by role, as one for every role of a model; the most specific word wins."""
+    if not isinstance(setting, Mapping):
         return dict.fromkeys(present, setting)
     chosen = dict.fromkeys(present, setting.get("default", default))
     # General words first, so that more specific ones override them.
@@ -44,6 +49,17 @@ def by_role(
     for word in sorted(words, key=lambda word: -len(ALIASES.get(word, ()))):
         chosen |= dict.fromkeys(named([word], key, present), setting[word])
     return chosen
+
+
+def rate_factors(
+    factors: Mapping[str, float], present: frozenset[Role] = frozenset(Role)
+) -> dict[Role, float]:
+    """The factor of η of every role of a model (`optimizer.learning_rate_by`).
+
+    Raises:
+        UsageError: if a word is not a role, or not one of the model's.
+    """
+    return by_role(factors, RATES, 1.0, present)
 
 
 def check_directions(

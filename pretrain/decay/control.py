@@ -16,7 +16,7 @@ from data_pipeline.strict_json import to_json
 from models.roles import ParameterInfo, Role
 from pretrain.config.decay import Form
 from pretrain.config.recipe import Config
-from pretrain.decay.by_role import by_role, check_directions, named
+from pretrain.decay.by_role import by_role, check_directions, named, rate_factors
 from pretrain.decay.plan import DecayPlan
 from pretrain.decay.policy import Policy, PolicySection, Setting, Want
 from pretrain.decay.registry import make_policy
@@ -48,11 +48,12 @@ class DecayControl:
         self._config, self._plan = config, plan
         self._peak = config.optimizer.learning_rate
         self.base = {site_of(info): plan.by_name[info.name] for info in infos}
-        self.coupling = by_role(decay.coupling, "coupling", "lr", roles)
-        self.form = by_role(decay.form, "form", "decoupled", roles)
+        self.coupling = by_role(decay.coupling, f"{KEY}.coupling", "lr", roles)
+        self.form = by_role(decay.form, f"{KEY}.form", "decoupled", roles)
+        self._factors = rate_factors(config.optimizer.learning_rate_by, roles)
         self.policies: list[Policy] = []
         for index, section in enumerate(decay.policies):
-            moved = named(section.roles, f"policies[{index}].roles", roles)
+            moved = named(section.roles, f"{KEY}.policies[{index}].roles", roles)
             setting = self._setting(f"{KEY}.policies[{index}]", moved, infos)
             policy = make_policy(section, setting)
             if policy.form is not None:
@@ -89,7 +90,12 @@ class DecayControl:
 
     def _rate_at(self, role: Role, step: int) -> float:
         """The rate that multiplies λ of a role in an update."""
-        return coupled_rate(self.coupling[role], self._config.learning_rate(step), self._peak)
+        return self._coupled(role, self._config.learning_rate(step))
+
+    def _coupled(self, role: Role, rate: float) -> float:
+        """The rate that multiplies λ of a role, for η of the recipe's schedule."""
+        factor = self._factors[role]
+        return coupled_rate(self.coupling[role], factor * rate, factor * self._peak)
 
     def _check_policies(self) -> None:
         """Refuse two policies that both react to measurements: one would undo the other."""
@@ -127,7 +133,8 @@ class DecayControl:
         """A key: sites that share it have the same λ and rate in every update."""
         role = site[0]
         moved = any(role in policy.roles for policy in self.policies)
-        return self.base[site], self.coupling[role], self.form[role], site if moved else None
+        here = site if moved else None
+        return self.base[site], self.coupling[role], self.form[role], self._factors[role], here
 
     def wanting(self, want: Want) -> list[Policy]:
         """The policies that observe something."""
@@ -144,10 +151,9 @@ class DecayControl:
         """Number of the update that `begin` announced."""
         return self._step
 
-    @property
-    def rate(self) -> float:
-        """η of that update."""
-        return self._rate
+    def rate_of(self, role: Role) -> float:
+        """η of that update for a role."""
+        return self._factors[role] * self._rate
 
     def now(self, site: Site) -> Applied:
         """λ and rate at a site in the coming update, as known before its gradient."""
@@ -155,7 +161,7 @@ class DecayControl:
         for policy in self.policies:
             if site[0] in policy.roles:
                 decay = policy.move(site, decay, self._step)
-        rate = coupled_rate(self.coupling[site[0]], self._rate, self._peak)
+        rate = self._coupled(site[0], self._rate)
         every = self._nuclear_every if self.form[site[0]] == "nuclear" else 1
         return Applied(decay, rate, 0 if self._step % every else every)
 

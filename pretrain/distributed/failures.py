@@ -139,8 +139,9 @@ def one_line(error: BaseException) -> str:
         )
     if is_out_of_memory(error):
         return (
-            "not enough memory; lower train.micro_batch (auto estimates it), set grid.activation_checkpointing, a "
-            f"higher grid.zero_stage or more processes ({short[:160] or 'MemoryError'})"
+            "not enough memory; lower train.micro_batch (auto estimates it), or set "
+            "grid.activation_checkpointing, a higher grid.zero_stage or more processes "
+            f"({short[:160] or 'MemoryError'})"
         )
     if _is_wrong_installation(error):
         return f"torch cannot use this GPU; install a build of torch for its driver ({short[:160]})"

@@ -199,7 +199,7 @@ class Engine:
         """Set η and λ in every group, by name, for update number ``step`` (the first is 0)."""
         self.control.begin(step, learning_rate)
         for group in self.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = self.control.rate_of(self.plan.group(group["name"]).role)
             group["weight_decay"] = self._held(group["name"])
 
     def _held(self, name: str) -> float:
@@ -223,23 +223,25 @@ class Engine:
         return fragments(self._updater)
 
     def audit_decay(self) -> None:
-        """Check that the λ that this process's optimizer holds for each tensor is the plan's.
+        """Check that λ and η that this process's optimizer holds for each tensor are the plan's.
 
         Raises:
-            RunError: naming the first tensor that would be decayed wrongly.
+            RunError: naming the first tensor that would be decayed or updated wrongly.
         """
         names = self.plan.group_of
         for fragment in self.fragments():
-            actual, planned = (
-                float(fragment.group["weight_decay"]),
-                self._held(names[fragment.info.name]),
-            )
-            if actual != planned:
-                raise RunError(
-                    f"{fragment.info.name}: the optimizer holds decay {actual:g}, but the plan has "
-                    f"{planned:g} (group {fragment.group.get('name')}); this is a bug, please "
-                    "report it with the recipe"
-                )
+            info, group = fragment.info, fragment.group
+            held = {
+                "decay": (group["weight_decay"], self._held(names[info.name])),
+                "learning rate": (group["lr"], self.control.rate_of(info.role)),
+            }
+            for word, (actual, planned) in held.items():
+                if float(actual) != planned:
+                    raise RunError(
+                        f"{info.name}: the optimizer holds {word} {actual:g}, but the plan has "
+                        f"{planned:g} (group {group.get('name')}); this is a bug, please report "
+                        "it with the recipe"
+                    )
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""

@@ -150,7 +150,7 @@ class Shrinker:
             gradient = flat.narrow(0, fragment.start, fragment.master.numel())
             if form == "l2":
                 # The optimizer multiplies by η, so a coupling other than lr is applied here.
-                rate = self._control.rate
+                rate = self._control.rate_of(fragment.info.role)
                 gradient.add_(fragment.master, alpha=shrink / rate if rate else 0.0)
             elif form == "adadecay":
                 mean, deviation = scores[fragment.info.name]

@@ -13,6 +13,7 @@ import numpy as np
 
 from models.roles import ALIASES, ATTENTION, QK, VO, Role
 from pretrain.config.recipe import Config, value_at
+from pretrain.decay.by_role import rate_factors
 from pretrain.decay.sites import coupled_rate
 from pretrain.ranks.columns import AnyRow, column_of, numbers_of
 from pretrain.ranks.probe import lawful
@@ -207,8 +208,13 @@ class RunData:
 
     def _rate(self, step: int) -> float:
         """The rate that multiplied λ in an update (counted from 0), mean over the matrices."""
+        return math.fsum(self._coupled(role, step) for role in ATTENTION) / 4
+
+    def _coupled(self, role: Role, step: int) -> float:
+        """The rate that multiplied λ of a role in an update (counted from 0)."""
         rate, peak = self._learning_rate(step), self.config.optimizer.learning_rate
-        return math.fsum(coupled_rate(word, rate, peak) for word in self._couplings) / 4
+        factor = self._factors[role]
+        return coupled_rate(self._couplings[role], factor * rate, factor * peak)
 
     def _learning_rate(self, step: int) -> float:
         """Of an update (counted from 0): the schedule's, or that of a loop as it was logged."""
@@ -225,8 +231,12 @@ class RunData:
         return [step for step, _ in pairs], [rate for _, rate in pairs]
 
     @cached_property
-    def _couplings(self) -> list[str]:
-        return [_coupling(self.config, role) for role in ATTENTION]
+    def _couplings(self) -> dict[Role, str]:
+        return {role: _coupling(self.config, role) for role in Role}
+
+    @cached_property
+    def _factors(self) -> dict[Role, float]:
+        return rate_factors(self.config.optimizer.learning_rate_by)
 
     @cached_property
     def exposure(self) -> float:
@@ -255,9 +265,8 @@ class RunData:
         role = max(
             (role for role in Role if name.startswith(role.value)), key=lambda r: len(r.value)
         )
-        coupling, peak = _coupling(self.config, role), self.config.optimizer.learning_rate
         steps = [step + 1 for step in self._taken(0, logged[-1])]
-        rates = [coupled_rate(coupling, self._learning_rate(s - 1), peak) for s in steps]
+        rates = [self._coupled(role, step - 1) for step in steps]
         decays = np.interp(steps, logged, values)
         total = math.fsum(rates)
         known = total and not math.isnan(total)

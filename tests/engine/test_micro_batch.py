@@ -23,7 +23,7 @@ from pretrain.engine.accelerators import DEVICES
 from pretrain.engine.layout import empty_grid, layout_of
 from pretrain.engine.memory import memory_of, process_bytes
 from pretrain.engine.micro_batch import largest_micro_batch, memory_here, with_size
-from pretrain.engine.sizes import sizes_of
+from pretrain.engine.sizes import Sizes, sizes_of
 from tests.tools import base_recipe, losses_of, run, write_recipe
 
 SHAPE = {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "context": 512,
@@ -35,9 +35,9 @@ def config_of(batch: int = 96, **grid: Any) -> Config:
     return parse_config({"model": SHAPE, "train": train, "grid": grid})
 
 
-def needed(config: Config, size: int, device: str, count: int) -> float:
+def needed(config: Config, size: int, device: str, count: int, sizes: Sizes) -> float:
     layout = layout_of(with_size(config, size), device, count, *process_bytes(device))
-    return sum(memory_of(sizes_of(config), layout).values())
+    return sum(memory_of(sizes, layout).values())
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -51,11 +51,11 @@ def test_it_is_the_largest_that_fits(device: str) -> None:
         config = config_of(batch, tensor_parallel=tensor, pipeline_parallel=pipeline,
                            activation_checkpointing=again)  # fmt: skip
         share = batch // empty_grid(config, device, count).data
-        sizes = [size for size in range(1, share + 1) if share % size == 0]
-        needs = {size: needed(config, size, device, count) for size in sizes}
+        sizes, shape = [size for size in range(1, share + 1) if share % size == 0], sizes_of(config)
+        needs = {size: needed(config, size, device, count, shape) for size in sizes}
         before = 0
         for memory in (1e9, 2e9, 4e9, 8e9, 64e9):
-            found = largest_micro_batch(config, device, count, memory).size
+            found = largest_micro_batch(config, device, count, memory, shape).size
             assert share % found == 0 and found >= before
             before = found
             assert needs[found] <= 0.8 * memory or found == 1

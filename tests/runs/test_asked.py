@@ -41,6 +41,7 @@ SPECIAL: dict[str, list[Any]] = {
         [{"kind": "schedule", "roles": ["mlp"], "stop": 0.5, "shape": "window"}],
         [{"kind": "awd", "roles": ["mlp"]}],
     ],
+    "optimizer.learning_rate_by": [{"query": 0.5}],
     "optimizer.weight_decay.coupling": ["lr2", {"mlp": "lr2"}],
     "optimizer.weight_decay.form": ["l2", {"attention": "nuclear"}],
     "data.path": [],  # its content is compared: below

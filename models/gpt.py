@@ -239,6 +239,8 @@ def check_tensor_parallel(config: GPTConfig, size: int) -> None:
         "ffn_hidden_size": config.ffn_size,
     }
     for key, count in counts.items():
+        if key == "num_key_value_heads" and size % count == 0:
+            continue  # a head for each process, or one that several processes share
         if count % size:
             raise ModelError(
                 f"model.{key}: {count} cannot be divided over grid.tensor_parallel={size}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,24 @@ class Norm(nn.Module):
         return layer_norm(x, weight, bias, self.config.norm_epsilon)
 
 
+Weight = TypeVar("Weight", torch.Tensor, torch.Tensor | None)
+
+
+def shares_keys(config: GPTConfig, tensor_parallel: int) -> bool:
+    """Whether there are more tensor-parallel processes than key/value heads.
+
+    Then every process holds the keys and values of all heads, as it holds norms, and uses those of
+    one head.
+    """
+    return tensor_parallel > config.key_value_heads
+
+
+def own_keys(config: GPTConfig, tp: TensorParallel) -> slice:
+    """The rows of keys and values that a process uses of those of all heads."""
+    own = tp.rank * config.key_value_heads // tp.size
+    return slice(own * config.head_size, (own + 1) * config.head_size)
+
+
 class Attention(nn.Module):
     """Multi-head or grouped-query attention with separate Q, K and V parameters."""
 
@@ -120,10 +139,13 @@ class Attention(nn.Module):
         keys = config.key_value_heads * head
         std, output_std = config.init_stds
         prefix = f"blocks.{layer}.attention"
+        shared = shares_keys(config, self.tp.size)
+        self._own_keys = own_keys(config, self.tp) if shared else None
+        split = None if shared else 0
 
-        def weight(part: str, rows: int, role: Role) -> nn.Parameter:
+        def weight(part: str, rows: int, role: Role, split: int | None) -> nn.Parameter:
             name = f"{prefix}.{part}.weight"
-            return factory.normal(name, (rows, width), role, layer, std, 0)
+            return factory.normal(name, (rows, width), role, layer, std, split)
 
         def bias(part: str, size: int, partition: int | None) -> nn.Parameter | None:
             if not config.biases:
@@ -137,12 +159,12 @@ class Attention(nn.Module):
             name = f"{prefix}.{part}_norm.weight"
             return factory.constant(name, (head,), Role.NORM, layer, 1.0)
 
-        self.query = weight("query", queries, Role.QUERY)
-        self.key = weight("key", keys, Role.KEY)
-        self.value = weight("value", keys, Role.VALUE)
+        self.query = weight("query", queries, Role.QUERY, 0)
+        self.key = weight("key", keys, Role.KEY, split)
+        self.value = weight("value", keys, Role.VALUE, split)
         self.query_bias = bias("query", queries, 0)
-        self.key_bias = bias("key", keys, 0)
-        self.value_bias = bias("value", keys, 0)
+        self.key_bias = bias("key", keys, split)
+        self.value_bias = bias("value", keys, split)
         self.query_gain, self.key_gain = gain("query"), gain("key")
         self.output = factory.normal(
             f"{prefix}.output.weight", (width, queries), Role.ATTENTION_OUTPUT, layer, output_std, 1
@@ -180,13 +202,21 @@ class Attention(nn.Module):
 
     def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, each ``[sequence, batch, heads * head]``."""
-        weights = self.query, self.key, self.value
-        biases = self.query_bias, self.key_bias, self.value_bias
+        weights = self.query, self._own(self.key), self._own(self.value)
+        biases = self.query_bias, self._own(self.key_bias), self._own(self.value_bias)
         if not self.kernels.joined:
             return tuple(F.linear(x, *pair) for pair in zip(weights, biases, strict=True))
         bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
         joined = F.linear(x, torch.cat(weights), bias)
         return torch.split(joined, [weight.shape[0] for weight in weights], -1)
+
+    def _own(self, weight: Weight) -> Weight:
+        """The rows of this process's heads of a key's or value's weight, or the bias."""
+        if weight is None or self._own_keys is None:
+            return weight
+        # Each process sees only its own queries: the gradient of a row is the sum over those that
+        # use it.
+        return sum_gradient(weight, self.tp)[self._own_keys]
 
     def _mixed(
         self,

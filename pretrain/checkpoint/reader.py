@@ -270,7 +270,8 @@ class Checkpoint:
         if info.name not in self.parameters:
             raise RunError(f"{self.path}: has no {info.name}; it belongs to another model")
         stored, dim = tuple(self.parameters[info.name]["shape"]), info.partition_dim
-        if stored == info.shape and dim is not None and size == self.tensor_parallel:
+        same = stored == info.shape and dim == self.parameters[info.name]["partition_dim"]
+        if same and dim is not None and size == self.tensor_parallel:
             shape = list(stored)
             shape[dim] //= size
             return self._shard(info.name, key, rank, shape).reshape(-1)  # nobody else's part

@@ -40,7 +40,7 @@ def _tensor(sizes: Sizes, layout: Layout) -> float:
     loss = 3 * 4 * sizes.outputs * layout.micro
     fullest = sizes.fullest_stage(layout.pipeline)
     replicas = fullest.replicated if layout.sequence else 0
-    gradients = layout.width * (replicas or layers * sizes.gains)
+    gradients = layout.width * (replicas or layers * sizes.summed)
     ring = (layout.tensor - 1) / layout.tensor
     return ring * (2 * layout.count * (activations + loss + gradients) + 4 * fullest.orthogonal)
 

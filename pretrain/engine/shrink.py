@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.config import GPTConfig
 from models.gpt import attention_layers
+from models.layers import shares_keys
 from models.roles import info_of
 from pretrain.decay.control import DecayControl
 from pretrain.decay.nuclear import nuclear_subgradient
@@ -228,15 +229,29 @@ class Shrinker:
                     if pair == "qk"
                     else self._vo_directions(left, right)
                 )
-                for parameter, direction in zip((left, right), directions, strict=True):
+                for parameter, whole in zip((left, right), directions, strict=True):
+                    direction = self._own_part(parameter, whole)
                     for fragment in self._by_name[info_of(parameter).name]:
                         part = direction[fragment.offset :][: fragment.master.numel()]
                         fragment.master.sub_(part, alpha=self._shrink(fragment))
 
+    def _of_whole_heads(self, parameter: nn.Parameter) -> Tensor:
+        """The local shard, which has whole heads; the whole if processes share keys, flat."""
+        local = self._local(parameter)
+        if not shares_keys(self._model, self._grid.tensor):
+            return local
+        return whole_tensor(parameter, local, self._grid).reshape(-1)
+
+    def _own_part(self, parameter: nn.Parameter, direction: Tensor) -> Tensor:
+        """The local shard of what was computed from `_of_whole_heads`, flat."""
+        if not shares_keys(self._model, self._grid.tensor):
+            return direction
+        return own_shard(parameter, direction.view(info_of(parameter).shape), self._grid)
+
     def _qk_directions(self, query: nn.Parameter, key: nn.Parameter) -> tuple[Tensor, Tensor]:
         head, width = self._model.head_size, self._model.hidden_size
-        k = self._local(key).view(-1, head, width)
-        q = self._local(query).view(k.shape[0], -1, head, width)
+        k = self._of_whole_heads(key).view(-1, head, width)
+        q = self._of_whole_heads(query).view(k.shape[0], -1, head, width)
         units, group = q.shape[:2]
         stacked = q.transpose(2, 3).reshape(units, group * width, head)
         for_k, for_q = nuclear_subgradient(k.mT, stacked)
@@ -245,9 +260,9 @@ class Shrinker:
 
     def _vo_directions(self, value: nn.Parameter, output: nn.Parameter) -> tuple[Tensor, Tensor]:
         head, width = self._model.head_size, self._model.hidden_size
-        v = self._local(value).view(-1, head, width)
+        v = self._of_whole_heads(value).view(-1, head, width)
         units = v.shape[0]
-        p = self._local(output).view(width, units, -1, head)
+        p = self._of_whole_heads(output).view(width, units, -1, head)
         group = p.shape[2]
         stacked = p.permute(1, 2, 0, 3).reshape(units, group * width, head)
         for_p, for_v = nuclear_subgradient(stacked, v.mT)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from models.config import GPTConfig
+from models.layers import shares_keys
 from models.roles import ParameterInfo, Role
 from pretrain.config.recipe import Config
 from pretrain.config.science import OptimizerConfig
@@ -28,7 +29,7 @@ class Part:
     moments: int = 0
     """Bytes of optimizer state, of split and replicated parameters together."""
     orthogonal: int = 0
-    """Parameters that Muon updates; all of them are split."""
+    """Parameters that Muon updates, of those that are split."""
 
     @property
     def whole(self) -> int:
@@ -72,8 +73,9 @@ class Sizes:
     """Heads times their width."""
     key_value_width: int
     heads: int
-    gains: int
-    """Parameters of a layer's norms of queries and keys."""
+    summed: int
+    """Parameters of a layer whose gradients tensor-parallel processes sum: norms of queries and
+    keys, and keys and values that they share."""
     context: int
     outputs: int
     """Number of predicted positions of a sequence: all, or one for an image."""
@@ -194,7 +196,7 @@ def sizes_of(config: Config) -> Sizes:
         query_width=model.num_attention_heads * model.head_size,
         key_value_width=model.key_value_heads * model.head_size,
         heads=model.num_attention_heads,
-        gains=2 * model.head_size if model.qk_norm else 0,
+        summed=_summed(model, tensor),
         context=model.context,
         outputs=1 if model.image_size else model.context,
         vocabulary=model.padded_vocabulary(tensor) if model.vocabulary_size else 0,
@@ -202,6 +204,15 @@ def sizes_of(config: Config) -> Sizes:
         causal=_leaves_out(model),
         attention=model.attention,
         largest=max((info.numel for info in muon), default=0),
+    )
+
+
+def _summed(model: GPTConfig, tensor: int) -> int:
+    gains = 2 * model.head_size if model.qk_norm else 0
+    if not shares_keys(model, tensor):
+        return gains
+    return gains + 2 * model.key_value_heads * model.head_size * (
+        model.hidden_size + int(model.biases)
     )
 
 
@@ -233,5 +244,5 @@ def _part(infos: Iterable[ParameterInfo], optimizer: OptimizerConfig) -> Part:
         rule = rule_of(optimizer.name, info.role)
         remembers = rule != "sgd" or optimizer.momentum > 0
         moments += _MOMENTS[rule] * info.numel if remembers else 0
-        orthogonal += info.numel if rule == "muon" else 0
+        orthogonal += info.numel if rule == "muon" and info.partition_dim is not None else 0
     return Part(split, replicated, moments, orthogonal)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from models.config import GPTConfig
 from models.factors import Factors
-from models.layers import Attention
+from models.layers import Attention, shares_keys
 from models.roles import info_of
 from pretrain.distributed.grid import Grid
 from pretrain.engine.engine import Engine
 from pretrain.engine.masters import Fragment, local_shape
+from pretrain.engine.shards import local_shard, whole_tensor
 
 
 def matrices_of(layer: Attention) -> list[nn.Parameter]:
@@ -50,13 +51,17 @@ def collect(
     spans: Spans,
     replicated: bool,
 ) -> tuple[list[int], Factors]:
-    """The units of ``layer`` that this process computes, and their factors."""
-    count = model.key_value_heads // grid.tensor
+    """The units of ``layer`` that this process computes, by their global indices, and their
+    factors."""
     group = model.num_attention_heads // model.key_value_heads
+    if shares_keys(model, grid.tensor):
+        return _of_shared_keys(layer, model.key_value_heads, group, grid, fragments, replicated)
+    count = model.key_value_heads // grid.tensor
+    first = grid.tensor_rank * count
     if grid.data == 1 or replicated:
         mine = _whole_units(layer, count, grid, replicated)
         matrices = [_whole(parameter, fragments) for parameter in matrices_of(layer)]
-        return mine, _cut(matrices, mine, count, group)
+        return [first + unit for unit in mine], _cut(matrices, mine, count, group)
     pieces = [_piece_indices(layer, unit, count) for unit in range(count)]
     owners = _owners(layer, pieces, spans, grid)
     mine = [unit for unit in range(count) if owners[unit] == grid.data_rank]
@@ -78,7 +83,30 @@ def collect(
                     )
             parts.append(values)
         assembled.append(parts)
-    return mine, _shaped(assembled, model.head_size, model.hidden_size, group)
+    units = [first + unit for unit in mine]
+    return units, _shaped(assembled, model.head_size, model.hidden_size, group)
+
+
+def _of_shared_keys(
+    layer: Attention,
+    count: int,
+    group: int,
+    grid: Grid,
+    fragments: dict[str, Fragment],
+    replicated: bool,
+) -> tuple[list[int], Factors]:
+    """The same if several tensor-parallel processes share a key/value head, and divide its queries:
+    each process of the stage gets the whole matrices, and computes other units."""
+    matrices = []
+    for parameter in matrices_of(layer):
+        fragment = fragments.get(info_of(parameter).name)
+        parts = [(fragment.offset, fragment.master)] if fragment is not None else []
+        flat = local_shard(parameter, parts, grid, replicated)
+        matrices.append(whole_tensor(parameter, flat, grid))
+    ranks = grid.tensor * grid.data
+    me = grid.data_rank * grid.tensor + grid.tensor_rank
+    mine = [unit for unit in range(count) if (layer.layer * count + unit) % ranks == me]
+    return mine, _cut(matrices, mine, count, group)
 
 
 def _whole_units(layer: Attention, count: int, grid: Grid, replicated: bool) -> list[int]:

@@ -40,7 +40,6 @@ def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list
     layers = attention_layers(engine.module)
     names = {info_of(p).name for layer in layers for p in matrices_of(layer)}
     spans = spans_of(engine, {name: fragments[name] for name in names if name in fragments})
-    first = grid.tensor_rank * (model.key_value_heads // grid.tensor)
     # On a GPU many layers at once, so that the host waits for it only a few times.
     limit = _AT_ONCE if grid.device.type == "cuda" else 0
     with engine.beside_next_update():
@@ -48,7 +47,7 @@ def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list
         for layer in layers:
             units, factors = collect(layer, model, grid, fragments, spans, engine.is_replicated)
             if units:
-                waiting.append(([(layer.layer, first + unit) for unit in units], factors))
+                waiting.append(([(layer.layer, unit) for unit in units], factors))
             if waiting and (layer is layers[-1] or _numel(waiting) >= limit):
                 places = [place for part, _ in waiting for place in part]
                 joined = Factors.joined([factors for _, factors in waiting])

@@ -14,12 +14,12 @@ from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.parallel import TensorParallel
 from pretrain.cluster.plan import Choice, rank
-from pretrain.cluster.plan_grids import layout_of
 from pretrain.cluster.plan_traffic import traffic_of
 from pretrain.config.recipe import Config, parse_config
 from pretrain.distributed.grid import Grid, check_grid
 from pretrain.engine.accelerators import DEVICES
 from pretrain.engine.engine import micro_batches
+from pretrain.engine.layout import layout_of
 from pretrain.engine.sizes import sizes_of
 from pretrain.errors import UsageError
 from tests.tools import run_workers
@@ -194,7 +194,12 @@ def counted_recipes() -> list[dict[str, Any]]:
     found += [recipe(4, tensor_parallel=2) | {"optimizer": {"name": "muon"}}]
     untied = recipe(4, tensor_parallel=2, sequence_parallel=True)
     untied["model"] |= {"dialect": "llama", "num_key_value_heads": 2, "qk_norm": True}
-    return [*found, untied]
+    shared = [
+        recipe(4, tensor_parallel=2, sequence_parallel=sequence) for sequence in (False, True)
+    ]
+    for one in shared:  # the processes share a key/value head
+        one["model"] |= {"num_key_value_heads": 1}
+    return [*found, untied, *shared]
 
 
 def test_planned_bytes_are_those_that_collectives_send(tmp_path: Path) -> None:

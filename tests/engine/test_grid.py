@@ -32,9 +32,10 @@ from tests.tools import (
 
 STEPS = 14
 MODELS = DIALECTS | {
-    "qk_norm": {"dialect": "llama", "num_key_value_heads": 2, "qk_norm": True, "tied_head": True},
+    "qk_norm": {"dialect": "llama", "num_key_value_heads": 1, "qk_norm": True, "tied_head": True},
 }
-"""The dialects, and what none of them has: norms of heads, and a tied head without positions."""
+"""The dialects, and what none of them has: norms of heads, a tied head without positions, and a
+key/value head that tensor-parallel processes share."""
 AXES = {
     "model": tuple(MODELS),
     "precision": ("fp32", "bf16"),

@@ -127,7 +127,7 @@ def test_gradients_on_a_grid_are_within_two_percent(data: Path, tmp_path: Path) 
 @pytest.mark.long
 @pytest.mark.parametrize("model", MODELS)
 def test_every_gradient_on_every_grid(data: Path, tmp_path: Path, model: str) -> None:
-    heads = MODELS[model].get("num_key_value_heads") or SHAPE["num_attention_heads"]
+    heads = SHAPE["num_attention_heads"]
     fitting = [
         (model, name)
         for name, (_, grid) in GRIDS.items()

@@ -58,7 +58,7 @@ def updater(engine: Engine) -> Any:
 
 def batches(config: Config) -> Iterator[Batch]:
     draw = torch.Generator().manual_seed(3)
-    micro = config.train.micro_batch
+    micro = int(config.train.micro_batch)
     while True:
         tokens = torch.randint(96, (micro, config.model.context + 1), generator=draw)
         yield tokens[:, :-1], tokens[:, 1:]

@@ -206,8 +206,11 @@ def test_rotary_depends_on_distance_alone() -> None:
 
 def test_what_cannot_be_divided_is_named() -> None:
     check_tensor_parallel(config("llama", num_key_value_heads=2), 2)
-    with pytest.raises(ModelError, match=r"num_key_value_heads: 2 .*tensor_parallel=4"):
-        check_tensor_parallel(config("llama", num_key_value_heads=2), 4)
+    check_tensor_parallel(config("llama", num_key_value_heads=2), 4)  # two share a head
+    with pytest.raises(ModelError, match=r"num_key_value_heads: 2 .*tensor_parallel=3"):
+        check_tensor_parallel(
+            config("llama", num_attention_heads=6, hidden_size=48, num_key_value_heads=2), 3
+        )
     with pytest.raises(ModelError, match="num_attention_heads: 4"):
         check_tensor_parallel(config(), 3)
     assert config().padded_vocabulary(1) == 384 and config().padded_vocabulary(3) == 384

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.checksums import Checksums
-from data_pipeline.encode import DOCUMENT_TYPE, EncodingSettings, Key, token_type
+from data_pipeline.encode import EncodingSettings, Key, token_type
 from data_pipeline.files import write_aside, write_synced
 from data_pipeline.index_file import write_index
 from data_pipeline.manifest import MANIFEST, manifest_values
+from data_pipeline.part_file import PartPiece, joined
 from data_pipeline.parts import WHOLE, Parts
 from data_pipeline.records import DataError, first_problem
 from data_pipeline.sources import sha256_of
@@ -68,11 +69,9 @@ def assemble(
     Raises:
         DataError: if there is no document, or another file is in the way.
     """
-    where: dict[Key, list[Path]] = {}
-    for part in state.in_order():
-        for split, subset, number in part["entries"]:
-            stem = state.folder / part["folder"] / str(number)
-            where.setdefault((split, subset), []).append(stem)
+    where: dict[Key, list[PartPiece]] = {}
+    for piece in state.pieces():
+        where.setdefault(piece.key, []).append(piece)
     if not where:
         raise DataError(
             f"no usable document in {len(state.sources)} source(s)"
@@ -113,23 +112,20 @@ def assemble(
 
 
 def _join(
-    state: Parts, key: Key, prefix: str, stems: list[Path], dtype: Any, files: dict[str, str]
+    state: Parts, key: Key, prefix: str, pieces: list[PartPiece], dtype: Any, files: dict[str, str]
 ) -> dict[str, Any]:
     """Join one pair and its other files, add their hashes to ``files``, and return its entry."""
     aside = state.folder / WHOLE
     checksums, digest = Checksums(), hashlib.sha256()
     with (aside / "x.bin").open("wb") as file:
-        for stem in stems:
-            with stem.with_suffix(".bin").open("rb") as part:
-                while piece := part.read(1 << 20):
-                    file.write(piece)
-                    checksums.update(piece)
-                    digest.update(piece)
+        for piece in pieces:
+            for data in piece.tokens.pieces():
+                file.write(data)
+                checksums.update(data)
+                digest.update(data)
         file.flush()
         os.fsync(file.fileno())
-    lengths = [np.fromfile(stem.with_suffix(".len"), dtype=np.int32) for stem in stems]
-    documents = [np.fromfile(stem.with_suffix(".doc"), dtype=DOCUMENT_TYPE) for stem in stems]
-    all_lengths, all_documents = np.concatenate(lengths), np.concatenate(documents)
+    all_lengths, all_documents = joined(pieces)
     write_index(aside / "x.idx", all_lengths, dtype)
     np.save(aside / "x.docs.npy", all_documents)
     write_synced(aside / "x.crc", checksums.values().tobytes())

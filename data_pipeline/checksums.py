@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -159,11 +160,14 @@ def load_documents(path: Path) -> np.ndarray:
     return documents
 
 
-def check_folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[list[str], int]:
+def check_folder(
+    folder: Path, progress: Callable[[int, int], None], workers: int = 1
+) -> tuple[list[str], int]:
     """Compare every file of a tokenised folder with its entry in the manifest.
 
     Args:
         progress: called with (bytes done, bytes in total).
+        workers: files that are read at once; a file of tokens is read twice.
 
     Returns:
         (one line for each thing that is wrong, number of files of tokens without checksums).
@@ -176,19 +180,54 @@ def check_folder(folder: Path, progress: Callable[[int, int], None]) -> tuple[li
     beside = {entry.path(".bin"): entry.checksum_file for entry in manifest.entries}
     files = sorted({*manifest.files, *beside})
     sizes = {path: path.stat().st_size if path.is_file() else 0 for path in files}
-    done, without = 0, 0
-    for file in files:
-        try:
-            if file in beside:
-                without += not _check_blocks(file, beside[file])
-            verify(file, manifest.files)
-        except DataError as error:
-            wrong.append(str(error))
-        done += sizes[file]
-        progress(done, sum(sizes.values()))
+    without: list[Path] = []
+
+    def compare_blocks(file: Path) -> None:
+        if not _check_blocks(file, beside[file]):
+            without.append(file)
+
+    jobs: list[tuple[Path, Callable[[], None]]] = [
+        (file, partial(compare_blocks, file)) for file in files if file in beside
+    ]
+    jobs += [(file, partial(verify, file, manifest.files)) for file in files]
+    problems = _problems(jobs, sizes, progress, workers)
+    wrong += [problems[file] for file in files if file in problems]
     for entry in manifest.entries:
         wrong += _check_counts(entry, manifest)
-    return wrong, without
+    return wrong, len(without)
+
+
+def _problems(
+    jobs: list[tuple[Path, Callable[[], None]]],
+    sizes: dict[Path, int],
+    progress: Callable[[int, int], None],
+    workers: int,
+) -> dict[Path, str]:
+    """The first thing that is wrong with each file, in the order of the jobs.
+
+    Threads read at once, since hashing and reading leave the interpreter's lock.
+    """
+    total, done = sum(sizes[file] for file, _ in jobs), 0
+    pool = ThreadPoolExecutor(workers)
+    try:
+        # The largest first, so that none of them remains alone at the end.
+        order = sorted(range(len(jobs)), key=lambda number: -sizes[jobs[number][0]])
+        numbers = {pool.submit(jobs[number][1]): number for number in order}
+        found: dict[int, str] = {}
+        for future in as_completed(numbers):
+            number = numbers[future]
+            try:
+                future.result()
+            except DataError as error:
+                found[number] = str(error)
+            done += sizes[jobs[number][0]]
+            progress(done, total)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    problems: dict[Path, str] = {}
+    for number in sorted(found):
+        problems.setdefault(jobs[number][0], found[number])
+    return problems
 
 
 def _check_blocks(data: Path, checksums: Path) -> bool:

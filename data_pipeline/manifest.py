@@ -216,6 +216,11 @@ def load_manifest(path: Path) -> Manifest:
     except OSError as error:  # a name too long, no permission
         raise DataError(f"{str(file)[:200]}: cannot be read ({error.strerror})") from None
     if not exists:
+        if (path / ".shards").is_dir():
+            raise DataError(
+                f"{path}: shards are not joined; run `pretrain data tokenize` without --shard when "
+                "all of them are finished"
+            )
         if (path / ".parts").is_dir():
             raise DataError(f"{path}: tokenisation is not finished; rerun `pretrain data tokenize`")
         raise DataError(f"{path}: no {MANIFEST}; make the folder with `pretrain data tokenize`")

@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.account import Account
 from data_pipeline.encode import Encoded, Key
-from data_pipeline.files import is_leftover, read_json, write_aside, write_synced
+from data_pipeline.files import is_leftover, read_json, write_aside
+from data_pipeline.part_file import SUFFIX, PartPiece, read_folder, read_part, write_part
 from data_pipeline.records import DataError
 from data_pipeline.sources import Source, Tell, sha256_of
 from data_pipeline.strict_json import to_json
 
 FOLDER = ".parts"
+STATE = "state.json"
 SPECIAL = "use of special tokens"
 """Key of an identity, present if it is not the default."""
 WHOLE = "whole"
@@ -117,6 +118,15 @@ def same_names(before: list[SourceState], sources: list[Source]) -> bool:
     return names[0] == names[1]
 
 
+def _name(part: dict[str, Any]) -> str:
+    """The part's file, or its folder (of earlier versions)."""
+    return str(part["file"] if "file" in part else part["folder"])
+
+
+def _number(part: dict[str, Any]) -> int:
+    return int(_name(part).removesuffix(SUFFIX))
+
+
 class Parts:
     """What is finished, and where it is."""
 
@@ -127,6 +137,9 @@ class Parts:
         self.sources = [
             SourceState(source.name, source.split, list(source.stamp)) for source in sources
         ]
+        self._unread = [replace(source) for source in self.sources]
+        self.borrows = False
+        """Whether the parts are those of shards: then nothing of them is recorded here."""
         self.targets: list[str] = []
         """Files of the finished folder that are being written."""
         self._next = 0
@@ -158,16 +171,20 @@ class Parts:
         Raises:
             DataError: if it was made of other sources or in another way.
         """
-        path = self.folder / "state.json"
-        resumed = path.exists() and self._read(path, sources, tell)
+        path = self.folder / STATE
+        resumed = path.exists() and self.read(sources, tell)
         self.folder.mkdir(parents=True, exist_ok=True)
-        known = {part["folder"] for part in self.parts}
+        known = {_name(part) for part in self.parts}
         for entry in sorted(self.folder.iterdir()):
             if entry.name in known or entry.name == path.name:
                 continue
             if (entry.name.isdigit() or entry.name == WHOLE) and entry.is_dir():
                 shutil.rmtree(entry)
-            elif is_leftover(entry.name, path.name) or entry.name == f"{path.name}.tmp":
+            elif (
+                is_leftover(entry.name, path.name)
+                or entry.name == f"{path.name}.tmp"
+                or (entry.suffix == SUFFIX and entry.stem.isdigit())
+            ):
                 entry.unlink()
             else:
                 raise DataError(
@@ -176,8 +193,13 @@ class Parts:
         self._save()
         return resumed
 
-    def _read(self, path: Path, sources: list[Source], tell: Tell) -> bool:
-        """Take over recorded progress; False if there is none that this command could spoil."""
+    def read(self, sources: list[Source], tell: Tell) -> bool:
+        """Take over recorded progress; False if there is none that this command could spoil.
+
+        Raises:
+            DataError: if it was made of other sources or in another way.
+        """
+        path = self.folder / STATE
         try:
             state = read_json(path)
             before = [SourceState(**source) for source in state["sources"]]
@@ -213,16 +235,9 @@ class Parts:
     def commit(self, index: int, results: dict[Key, Encoded]) -> None:
         """Save finished blocks: write their files, then record them in the state."""
         if results:
-            name = f"{self._next:06d}"
-            folder = self.folder / name
-            folder.mkdir()
-            entries = []
-            for number, ((split, subset), encoded) in enumerate(sorted(results.items())):
-                write_synced(folder / f"{number}.bin", np.concatenate(encoded.tokens).tobytes())
-                write_synced(folder / f"{number}.len", np.concatenate(encoded.lengths).tobytes())
-                write_synced(folder / f"{number}.doc", np.concatenate(encoded.documents).tobytes())
-                entries.append([split, subset, number])
-            self.parts.append({"folder": name, "source": index, "entries": entries})
+            name = f"{self._next:06d}{SUFFIX}"
+            write_part(self.folder / name, results)
+            self.parts.append({"file": name, "source": index})
             self._next += 1
         self._save()
 
@@ -231,13 +246,21 @@ class Parts:
 
         What was saved stays as it is: this object may have counted blocks that are in no part.
         """
-        path = self.folder / "state.json"
+        path = self.folder / STATE
         with contextlib.suppress(OSError, ValueError):  # the error that ended it is told
             write_aside(path, to_json({**read_json(path), "failed": True}).encode())
 
     def in_order(self) -> list[dict[str, Any]]:
         """Parts in the order of their sources, including those that were read again."""
-        return sorted(self.parts, key=lambda part: (part["source"], part["folder"]))
+        return sorted(self.parts, key=lambda part: (part["source"], _number(part)))
+
+    def pieces(self) -> Iterator[PartPiece]:
+        """The documents of all parts, in order."""
+        for part in self.in_order():
+            place = Path(part.get("of", self.folder)) / _name(part)
+            yield from (
+                read_folder(place, part["entries"]) if "entries" in part else read_part(place)
+            )
 
     def will_make(self, names: list[str]) -> None:
         """Record that these files of the finished folder are made by this command.
@@ -257,9 +280,9 @@ class Parts:
     def _save(self) -> None:
         state = {
             "identity": self.identity,
-            "parts": self.parts,
-            "sources": [vars(source) for source in self.sources],
+            "parts": [] if self.borrows else self.parts,
+            "sources": [vars(one) for one in (self._unread if self.borrows else self.sources)],
             "made": self.targets,
             "next": self._next,
         }
-        write_aside(self.folder / "state.json", to_json(state).encode())
+        write_aside(self.folder / STATE, to_json(state).encode())

@@ -26,6 +26,7 @@ from data_pipeline.records import (
     parse_block,
     split_by_document,
 )
+from data_pipeline.shards import parse_shard
 from data_pipeline.sources import Source, find_sources
 from data_pipeline.splits import SPLITS
 from data_pipeline.tokenize import Report, tokenize
@@ -188,10 +189,12 @@ def tokenize_sources(
     window_mb: int = WINDOW_MB,
     special: SpecialTokens = NO_SPECIAL_TOKENS,
     lossless: bool = False,
+    shard: str | None = None,
 ) -> Report:
     """Tokenise named sources, with progress on standard error.
 
     Args:
+        shard: ``3/8``: only the third of eight parts of the sources.
         split: as in `train_from_sources`.
     """
     split, shares = parse_split(split)
@@ -207,9 +210,10 @@ def tokenize_sources(
             _say(line)
     try:
         report = tokenize(
-            sources, settings, out, workers, _Meter(), tell=_say, left_out=left_out
+            sources, settings, out, workers, _Meter(), tell=_say, left_out=left_out,
+            shard=parse_shard(shard) if shard else None,
         )  # fmt: skip
-        if not report.already_done:
+        if not report.already_done and report.shard is None:
             _say_held_out(report.manifest)
         return report
     except MemoryError:

@@ -8,6 +8,7 @@ presence means that the folder is complete (`data_pipeline.assemble`).
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,11 +21,20 @@ from data_pipeline.files import locked, read_json
 from data_pipeline.manifest import MANIFEST
 from data_pipeline.parts import SPECIAL, Parts, recorded_sources, same_names, why_others
 from data_pipeline.records import DataError, RecordBlock
+from data_pipeline.shards import (
+    SHARDS,
+    Shard,
+    refuse_undivided,
+    sources_of,
+    take_shards,
+)
 from data_pipeline.sources import Source, Tell, sha256_of, stamp_of
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.watch import Watch
 
 _LARGE_RECORD = 32 << 20
+PART_BYTES = 256 << 20
+"""Bytes of text after which progress is saved."""
 
 Progress = Callable[[int, int], None]
 """A function that is called with (source bytes of finished blocks, documents) during the work."""
@@ -41,6 +51,8 @@ class Report:
     seconds: float
     problems: int
     shown: list[str]
+    shard: Shard | None = None
+    """The shard that was made; then there is no manifest yet."""
 
 
 def tokenize(
@@ -49,17 +61,19 @@ def tokenize(
     out: Path,
     workers: int = 1,
     progress: Progress | None = None,
-    part_bytes: int = 64 << 20,
+    part_bytes: int = PART_BYTES,
     tell: Tell | None = None,
     left_out: list[str] | None = None,
+    shard: Shard | None = None,
 ) -> Report:
-    """Tokenise ``sources`` into ``out``.
+    """Tokenise ``sources`` into ``out``, or join the shards that are there.
 
     Args:
         workers: processes that parse and encode.
         part_bytes: bytes of text after which progress is saved.
         tell: called with each line to print.
         left_out: lines about files that are left out, for the manifest.
+        shard: read only its part of the sources, and join nothing.
 
     Raises:
         DataError: for a damaged source, for a folder made from other sources or with another
@@ -75,33 +89,42 @@ def tokenize(
     finished = _finished(out, identity, sources)
     if finished is not None:
         return Report(finished, True, False, 0.0, 0, [])
-    with locked(out):
+    mine = range(len(sources)) if shard is None else sources_of(shard, sources)
+    if shard is not None:
+        refuse_undivided(out)
+        check_free(out, settings)
+    folder = out if shard is None else shard.folder(out)
+    with locked(folder):
         # Another process may have finished it in the meantime.
         finished = _finished(out, identity, sources)
         if finished is not None:
             return Report(finished, True, False, 0.0, 0, [])
-        state = Parts(out, identity, sources)
+        state = Parts(folder, identity, sources)
         resumed = state.load(sources, say)
-        if not resumed:
+        if not resumed and shard is None:
             check_free(out, settings)
+        if shard is None and (out / SHARDS).is_dir():
+            take_shards(state, sources, say)
         for note in tokenizer.notes:
             say(f"tokenizer: {note}")
         watch = Watch(state.account, tokenizer, settings, say)
         try:
             with Encoder(settings, tokenizer, workers, lambda: move(0, 0)) as encode:
-                for index, source in enumerate(sources):
+                for index in mine:
                     if not state.sources[index].done:
                         _tokenize_source(
-                            source, index, encode, settings, state, part_bytes, move, say, watch
-                        )
+                            sources[index], index, encode, settings, state, part_bytes, move, say,
+                            watch,
+                        )  # fmt: skip
             watch.finish()
-            manifest = assemble(state, settings, tokenizer, left_out or [])
+            manifest = {} if shard else assemble(state, settings, tokenizer, left_out or [])
         except DataError:
             state.fail()
             raise
-    return Report(
-        manifest, False, resumed, time.monotonic() - started, state.malformed, state.shown
-    )
+        if shard is None and (out / SHARDS).is_dir():
+            shutil.rmtree(out / SHARDS)
+    seconds = time.monotonic() - started
+    return Report(manifest, False, resumed, seconds, state.malformed, state.shown, shard)
 
 
 def _identity(

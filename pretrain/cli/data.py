@@ -106,7 +106,7 @@ def tokenizer(
 
 
 @data_app.command()
-def tokenize(
+def tokenize(  # noqa: PLR0913, PLR0917  (an option each)
     sources: Sources,
     tokenizer: Annotated[
         Path, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")
@@ -147,6 +147,10 @@ def tokenize(
         ),
     ] = False,
     zst_window_mb: ZstWindow = 512,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="I/N: only part I of N of the sources, to divide work among machines."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Tokenise into Megatron .bin/.idx pairs, one per split and subset, with a manifest.
@@ -154,6 +158,8 @@ def tokenize(
     The file's name decides the split (train, val, test); otherwise documents are divided 98:1:1.
     If there is only a train.jsonl, --split 98,1,1 takes validation and test documents from it.
     If the command is interrupted, rerun it to continue; after it has finished, it does nothing.
+    Several machines with one file system divide the sources with --shard 1/4 to --shard 4/4; the
+    same command without --shard then joins the shards.
 
     \b
     pretrain data tokenize texts.jsonl --tokenizer texts.model \\
@@ -165,7 +171,7 @@ def tokenize(
     report = tokenize_sources(
         sources, tokenizer, out, workers or usable_cores(), split, text_field, subset_field,
         default_subset, eod_token, strict, zst_window_mb,
-        SpecialTokens(add_special_tokens, parse_special_tokens), lossless,
+        SpecialTokens(add_special_tokens, parse_special_tokens), lossless, shard,
     )  # fmt: skip
     for line in report.shown:
         print(f"skipped {line}", file=sys.stderr)
@@ -177,6 +183,11 @@ def tokenize(
         print(to_json(report.manifest))
     elif report.already_done:
         print(f"{out}: already complete")
+    elif report.shard is not None:
+        print(
+            f"{out}: {report.shard} is finished; when all are, the same command without --shard "
+            "joins them"
+        )
     else:
         info(out)
 
@@ -247,7 +258,9 @@ def check(
     from pretrain.cli.console import Progress
 
     progress = Progress(1, "check", True)
-    damaged, without = check_folder(folder, lambda done, total: progress.update(done, total=total))
+    damaged, without = check_folder(
+        folder, lambda done, total: progress.update(done, total=total), usable_cores()
+    )
     progress.close()
     for line in damaged:
         print(line, file=sys.stderr)

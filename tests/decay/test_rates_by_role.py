@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,12 @@ def test_what_fits_no_model_is_refused(factors: dict[str, Any], culprit: str) ->
 
 def test_rates_and_exposures() -> None:
     """What decays at the rate η decays at the role's own; a rate of 1 stays 1."""
-    for coupling, wanted in (
-        ("lr", lambda factor, rate: factor * rate),
-        ("lr2", lambda factor, rate: (factor * rate) ** 2 / (factor * 0.01) if factor else 0.0),
-        ("none", lambda factor, rate: 1.0),
-    ):
+    rates: dict[str, Callable[[float, float], float]] = {
+        "lr": lambda factor, rate: factor * rate,
+        "lr2": lambda factor, rate: (factor * rate) ** 2 / (factor * 0.01) if factor else 0.0,
+        "none": lambda factor, rate: 1.0,
+    }
+    for coupling, wanted in rates.items():
         decay = {"default": 0.005, "coupling": coupling}
         config, control = built(FACTORS, decay)
         sums = dict.fromkeys(control.base, 0.0)

@@ -19,7 +19,7 @@ from pretrain.decay.plan import plan_decay
 from pretrain.decay.sites import label
 from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
-from pretrain.report.runs import load_run
+from pretrain.report.read_run import load_run
 from pretrain.runs.metrics import read_metrics
 from pretrain.sweep.exposure import exposure_per_decay
 from tests.decay.test_control import build

@@ -245,8 +245,8 @@ def test_every_head_once_and_within_theory(sampled: dict[Case, Path]) -> None:
     total = 0
     for case, run in sampled.items():
         rows = check_theory(run)
-        grouped = "num_key_value_heads" in MODELS[case.model]
-        assert rows == 3 * 2 * (2 * 4 + (2 * 2 if grouped else 0))
+        groups = MODELS[case.model].get("num_key_value_heads", 0)
+        assert rows == 3 * 2 * (2 * 4 + 2 * groups)  # moments, products; heads and groups
         total += rows
     assert total > 1000
 

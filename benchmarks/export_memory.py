@@ -24,11 +24,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.results_file import finish
+from models.gpt import whole_model
 from pretrain.checkpoint.reader import checkpoint_name
 from pretrain.config.recipe import parse_config
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
-from pretrain.engine.engine import whole_model
 from pretrain.offline.import_model import write_masters
 
 

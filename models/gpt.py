@@ -21,8 +21,8 @@ from models.documents import Activation, document_starts, joined, positions_of, 
 from models.kernels import DEFAULT_KERNELS, Kernels, compiled
 from models.layers import MLP, Attention, Norm, ParameterFactory
 from models.loss import Projection
-from models.parallel import embed, replicated
-from models.roles import ModelError, Role
+from models.parallel import TensorParallel, embed, replicated
+from models.roles import ModelError, ParameterInfo, Role, declared_parameters, info_of
 from models.wide_sums import embedding
 
 
@@ -257,10 +257,12 @@ class GPT(nn.Module):
         factory: ParameterFactory,
         kernels: Kernels = DEFAULT_KERNELS,
         begins: int | None = None,
+        built: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """
         Args:
             begins: the token that begins documents, if attention stays inside them in training.
+            built: is called with each layer before the next one is built.
         """
         super().__init__()
         self.config, self.tp = config, factory.tp
@@ -272,6 +274,8 @@ class GPT(nn.Module):
             if module is None:
                 module = plan.build(*plan.arguments)
                 self.layers.append(module)
+                if built is not None:
+                    built(module)
                 if plan.tied:
                     shared[plan.tied] = module
             function = module if plan.forward is None else partial(plan.forward, module)
@@ -299,3 +303,14 @@ def attention_layers(module: nn.Module) -> list[Attention]:
     """The attention layers that this process holds, by layer."""
     layers = [part for part in module.modules() if isinstance(part, Attention)]
     return sorted(layers, key=lambda part: part.layer)
+
+
+def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterInfo]:
+    """Every parameter of the model, without allocating memory.
+
+    Args:
+        tensor_parallel: affects only the padding of the vocabulary.
+    """
+    tp = TensorParallel(size=tensor_parallel)
+    model = GPT(config, ParameterFactory(0, tp, "shape", "meta"))
+    return [info_of(parameter) for parameter in declared_parameters(model)]

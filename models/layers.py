@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +12,29 @@ from torch import nn
 
 from models.config import GPTConfig
 from models.documents import attention_by_flex, positions_of, same_document
+from models.initial import Initial, declare
 from models.kernels import DEFAULT_KERNELS, Kernels
 from models.parallel import TensorParallel, enter, leave, replicated, sum_gradient
 from models.products import attention_by_products, torch_attention
-from models.roles import ParameterInfo, Role, declare, stamp
+from models.roles import ParameterInfo, Role
 from models.rotary import Rotary
 from models.wide_sums import layer_norm
+
+Storage = Literal["drawn", "empty", "shape"]
+"""What new parameters have: their initial values, memory for any, or a shape and no memory (they
+become views of a flat buffer)."""
 
 
 @dataclass(frozen=True)
 class ParameterFactory:
-    """Creates parameters whose values depend only on (seed, name), never on the grid."""
+    """Creates parameters whose values depend only on (seed, name, position), never on the grid."""
 
     seed: int
     tp: TensorParallel = TensorParallel()
-    allocate: bool = True
-    """False: shapes and roles only, on the meta device."""
+    storage: Storage = "drawn"
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    """Default: PyTorch's."""
 
     def normal(
         self,
@@ -49,13 +55,7 @@ class ParameterFactory:
                 values do not depend on how much padding the grid needs.
         """
         info = ParameterInfo(name, role, layer, shape, partition_dim)
-        if not self.allocate:
-            return self._shard(torch.empty(shape), info)
-        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        full = torch.zeros(shape)
-        full[:rows].normal_(std=std, generator=generator)
-        return self._stamped(full, info, rows)
+        return self._made(Initial(self.seed, info, shape[0] if rows is None else rows, std))
 
     def constant(
         self,
@@ -68,18 +68,20 @@ class ParameterFactory:
     ) -> nn.Parameter:
         """This process's shard of a tensor filled with ``value``."""
         info = ParameterInfo(name, role, layer, shape, partition_dim)
-        full = torch.full(shape, value)
-        return self._stamped(full, info, None) if self.allocate else self._shard(full, info)
+        return self._made(Initial(self.seed, info, shape[0], None, value))
 
-    def _stamped(self, full: torch.Tensor, info: ParameterInfo, rows: int | None) -> nn.Parameter:
-        parameter = self._shard(full, info)
-        stamp(parameter, full[:rows])  # unpadded, because the padding depends on the grid
-        return parameter
-
-    def _shard(self, full: torch.Tensor, info: ParameterInfo) -> nn.Parameter:
-        if info.partition_dim is not None and self.tp.size > 1:
-            full = full.chunk(self.tp.size, info.partition_dim)[self.tp.rank].clone()
-        return declare(nn.Parameter(full.contiguous()), info)
+    def _made(self, initial: Initial) -> nn.Parameter:
+        info, shape = initial.info, list(initial.info.shape)
+        if info.partition_dim is not None:
+            shape[info.partition_dim] //= self.tp.size
+        if self.storage == "drawn":
+            values = initial.part(self.tp.rank, self.tp.size).view(shape)
+            values = values.to(self.device, self.dtype)
+        elif self.storage == "empty":
+            values = torch.empty(shape, device=self.device, dtype=self.dtype)
+        else:
+            values = torch.empty((), device=self.device, dtype=self.dtype).expand(shape)
+        return declare(nn.Parameter(values), initial)
 
 
 class Norm(nn.Module):

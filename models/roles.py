@@ -6,15 +6,11 @@ regular expression over names.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import nn
-
-_STAMP = 1024
-"""Number of values at either end that represent a tensor in its fingerprint."""
 
 
 class ModelError(ValueError):
@@ -73,12 +69,6 @@ class ParameterInfo:
         return int(torch.Size(self.shape).numel())
 
 
-def declare(parameter: nn.Parameter, info: ParameterInfo) -> nn.Parameter:
-    """Attach ``info`` to ``parameter``, for `info_of`, and return the parameter."""
-    parameter.info = info  # type: ignore[attr-defined]
-    return parameter
-
-
 def info_of(parameter: torch.Tensor) -> ParameterInfo:
     """The `ParameterInfo` declared for ``parameter``.
 
@@ -92,22 +82,6 @@ def info_of(parameter: torch.Tensor) -> ParameterInfo:
             "create it with ParameterFactory"
         )
     return info
-
-
-def stamp(parameter: nn.Parameter, values: torch.Tensor) -> None:
-    """Attach a hash of a tensor's first values, whole and unpadded, for `fingerprint_of`.
-
-    The shape and both ends are enough, because all values come from one generator.
-    """
-    flat = values.detach().reshape(-1)
-    ends = torch.cat([flat[:_STAMP], flat[-_STAMP:]]).float().cpu().numpy()
-    digest = hashlib.sha256(f"{tuple(values.shape)}".encode() + ends.tobytes())
-    parameter.fingerprint = digest.hexdigest()  # type: ignore[attr-defined]
-
-
-def fingerprint_of(parameter: torch.Tensor) -> str:
-    """The hash that `stamp` attached."""
-    return str(parameter.fingerprint)  # type: ignore[attr-defined]
 
 
 def declared_parameters(module: nn.Module) -> list[nn.Parameter]:

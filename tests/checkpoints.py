@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.gpt import whole_model
 from pretrain.checkpoint.manifest import (
     MANIFEST,
     MASTER,
     describe,
-    sealed,
+    written_manifest,
 )
 from pretrain.checkpoint.reader import (
     CHECKPOINTS,
@@ -33,7 +34,6 @@ from pretrain.checkpoint.tensor_file import write_tensors
 from pretrain.config.recipe import Config, parse_config
 from pretrain.config.run import CheckpointConfig
 from pretrain.decay.plan import DecayPlan, plan_decay
-from pretrain.engine.engine import whole_model
 from tests.tools import base_recipe
 
 
@@ -98,7 +98,7 @@ def write_checkpoint(
         size, digest = write_tensors(folder / name, tensors)
         entry = {"size": size, "sha256": digest, "tensor_rank": 0, "fragments": index}
         described["files"][name] = entry
-    (folder / MANIFEST).write_bytes(sealed(described))
+    (folder / MANIFEST).write_bytes(written_manifest(described))
     return folder
 
 

@@ -7,27 +7,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
-from models.layers import ParameterFactory
-from models.roles import ParameterInfo, Role
+from models.initial import Initial
+from models.roles import Role
 
 
 @contextmanager
 def moved_constants() -> Iterator[None]:
     """Models built in here have 0.1 times normal numbers added to their gains and biases."""
-    plain = ParameterFactory._stamped
+    plain = Initial.part
 
-    def stamped(
-        factory: ParameterFactory, full: torch.Tensor, info: ParameterInfo, rows: int | None
-    ) -> nn.Parameter:
+    def part(
+        initial: Initial, rank: int = 0, size: int = 1, low: int = 0, high: int | None = None
+    ) -> torch.Tensor:
+        values, info = plain(initial, rank, size, low, high), initial.info
         if info.role in (Role.NORM, Role.BIAS):
             draw = torch.Generator().manual_seed(zlib.crc32(info.name.encode()))
-            full = full + 0.1 * torch.randn(full.shape, generator=draw)
-        return plain(factory, full, info, rows)
+            whole = 0.1 * torch.randn(info.shape, generator=draw)
+            local = whole if info.partition_dim is None else whole.chunk(size)[rank]
+            values = values + local[low : low + values.numel()]
+        return values
 
-    ParameterFactory._stamped = stamped  # type: ignore[assignment]
+    Initial.part = part  # type: ignore[assignment]
     try:
         yield
     finally:
-        ParameterFactory._stamped = plain  # type: ignore[method-assign]
+        Initial.part = plain  # type: ignore[method-assign]

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from models.gpt import whole_model
 from pretrain.config.recipe import Config
 from pretrain.decay.plan import plan_decay
 from pretrain.distributed.grid import Grid
 from pretrain.engine import deepspeed_adapter, private
-from pretrain.engine.engine import build_engine, whole_model
+from pretrain.engine.engine import build_engine
 from pretrain.errors import RunError
 
 

@@ -124,10 +124,11 @@ def rankdecay_engine(
         update: `speed.update` of the recipe.
         grid: as in a recipe; pipeline stages work on micro batches of one sequence.
     """
+    from models.gpt import whole_model
     from pretrain.config.recipe import parse_config
     from pretrain.decay.plan import plan_decay
     from pretrain.distributed.grid import build_grid, connect
-    from pretrain.engine.engine import build_engine, micro_batches, whole_model
+    from pretrain.engine.engine import build_engine, micro_batches
     from pretrain.engine.libraries import load_libraries
     from pretrain.engine.speed import keep_freed_memory
 

@@ -15,12 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from data_pipeline.disk import NO_SUCH, NotRegularError, open_regular, patiently
 from data_pipeline.files import LARGEST
 from data_pipeline.strict_json import to_json
+from pretrain.checkpoint.pieces import compact, expand
 from pretrain.config.recipe import Config
 from pretrain.decay.plan import DecayPlan
 from pretrain.errors import RunError
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
+"""Version 1 lists the pieces of each file; version 2 joins them (`pretrain.checkpoint.pieces`)."""
 SEAL = "sha256"
 MASTER = "master"
 _HEAD = 1024
@@ -134,9 +136,14 @@ def describe(
 
 
 def sealed(manifest: dict[str, Any]) -> bytes:
-    """A manifest as text, with the hash of its contents."""
+    """JSON as text, with the hash of its contents."""
     manifest = json.loads(to_json(manifest))
     return to_json({**manifest, SEAL: _digest(manifest)}).encode()
+
+
+def written_manifest(manifest: dict[str, Any]) -> bytes:
+    """A manifest in the form in which it is written, with the hash of its contents."""
+    return sealed({**compact(manifest), "version": VERSION})
 
 
 def head_of(path: Path) -> tuple[int | None, str | None]:
@@ -187,7 +194,8 @@ def read_manifest(folder: Path) -> tuple[CheckpointManifest, dict[str, Any]]:
         raise damaged(path, f"more than {LARGEST:,} bytes")
     try:
         written: dict[str, Any] = json.loads(text)
-        _check_seal(path, written)
+        if _check_seal(path, written) > 1:
+            written = expand(written)
         manifest = CheckpointManifest.model_validate(written)
         _check_coverage(manifest)
     except RunError:
@@ -196,7 +204,7 @@ def read_manifest(folder: Path) -> tuple[CheckpointManifest, dict[str, Any]]:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise damaged(path, f"{place}: {first['msg'].lower()}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise damaged(path, str(error).splitlines()[0]) from None
     return manifest, written
 
@@ -212,8 +220,10 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
-def _check_seal(path: Path, written: dict[str, Any]) -> None:
-    """Check and remove the checksum. Manifests of the first versions have neither it nor a run.
+def _check_seal(path: Path, written: dict[str, Any]) -> int:
+    """Check and remove the checksum, and return the version.
+
+    The first manifests have neither a checksum nor a run.
 
     Raises:
         ValueError: if it is not the checksum of the contents.
@@ -226,10 +236,11 @@ def _check_seal(path: Path, written: dict[str, Any]) -> None:
             f"{path}: has format {version} of a newer version of this program, but this one reads "
             f"{VERSION}; install the newer version"
         )
-    if version != VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(f"version {version!r}")
     if not intact and (seal is not None or "run" in written):
         raise ValueError("its checksum differs")
+    return version
 
 
 def _check_coverage(manifest: CheckpointManifest) -> None:

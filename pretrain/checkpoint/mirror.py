@@ -22,7 +22,7 @@ from data_pipeline.background import Background
 from data_pipeline.disk import count, open_regular
 from data_pipeline.files import write_aside, write_synced
 from data_pipeline.strict_json import to_json
-from pretrain.checkpoint.manifest import MANIFEST, DamagedError, read_manifest, sealed
+from pretrain.checkpoint.manifest import MANIFEST, DamagedError, read_manifest, written_manifest
 from pretrain.checkpoint.reader import (
     CHECKPOINTS,
     RUN_ID,
@@ -227,7 +227,7 @@ class Mirror:
             run_id = str(about["run"])
         run_id = run_id or new_run_id()
         _, written = read_manifest(aside)
-        write_synced(aside / MANIFEST, sealed({**written, "run": run_id}))
+        write_synced(aside / MANIFEST, written_manifest({**written, "run": run_id}))
         write_aside(self._run / RUN_ID, run_id.encode())
 
     def _whole(self, place: str) -> list[tuple[int, str]]:

@@ -9,36 +9,31 @@ absent.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
 import secrets
 import stat
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from data_pipeline.disk import NO_SUCH, NotRegularError, count, open_regular, patiently
+from data_pipeline.disk import NO_SUCH, NotRegularError, open_regular, patiently
 from models.factors import Factors
+from models.initial import boxes, matrix_shape
 from models.roles import ParameterInfo, Role
 from pretrain.checkpoint.manifest import (
     MANIFEST,
     MASTER,
     DamagedError,
     UnreadableError,
-    damaged,
     head_of,
     read_manifest,
     unreadable,
 )
-from pretrain.checkpoint.tensor_file import TensorFile
+from pretrain.checkpoint.stored import StoredTensors
 from pretrain.config.recipe import Config, parse_config
 from pretrain.errors import RunError, UsageError
 
@@ -161,16 +156,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where some elements of a local shard are stored."""
-
-    file: str
-    tensor_rank: int
-    offset: int
-    numel: int
-
-
 class Checkpoint:
     """A checkpoint on disk, read element by element, whatever grid wrote it.
 
@@ -191,24 +176,13 @@ class Checkpoint:
             raise UnreadableError(f"{error}; another version of this program wrote it") from None
         self.tensor_parallel: int = manifest.grid.tensor
         self.parameters: dict[str, dict[str, Any]] = written["parameters"]
-        self._files: dict[str, Any] = written["files"]
-        self._places: dict[tuple[str, str], list[_Place]] = defaultdict(list)
-        for file, entry in self._files.items():
-            for name, (offset, numel, keys) in entry["fragments"].items():
-                for key in keys:
-                    place = _Place(file, entry["tensor_rank"], offset, numel)
-                    self._places[name, key].append(place)
-        self._known: dict[str, TensorFile] = {}
-        self._trusted = False
-
-    def trust(self) -> None:
-        """Do not hash files again, because `problem` has just done so."""
-        self._trusted = True
+        self.stored = StoredTensors(path, written["files"])
 
     @property
     def files(self) -> dict[str, int]:
         """Its files, without the manifest, and their sizes in bytes."""
-        return {name: self._files[name]["size"] for name in sorted(self._files)}
+        files = self.stored.files
+        return {name: files[name]["size"] for name in sorted(files)}
 
     @property
     def taken(self) -> int:
@@ -224,26 +198,20 @@ class Checkpoint:
     @property
     def digest(self) -> str:
         """Hash of its contents: two runs that fork from equal checkpoints begin equally."""
-        sums = sorted(entry["sha256"] for entry in self._files.values())
+        sums = sorted(entry["sha256"] for entry in self.stored.files.values())
         return hashlib.sha256("".join(sums).encode()).hexdigest()
 
-    def problem(self, part: int = 0, parts: int = 1) -> str:
-        """One line about what is wrong with the files; empty if all are unchanged.
+    def trust(self) -> None:
+        """Do not hash files again, because `problem` has just done so."""
+        self.stored.trust()
 
-        Args:
-            part, parts: check every ``parts``-th file from ``part`` on, so that processes divide
-                the reading of a large checkpoint.
-        """
-        for file in sorted(self._files)[part::parts]:
-            try:
-                self._file(file)
-            except DamagedError as error:
-                return str(error)
-        return ""
+    def problem(self, part: int = 0, parts: int = 1) -> str:
+        """As `StoredTensors.problem`."""
+        return self.stored.problem(part, parts)
 
     def keys(self, name: str) -> list[str]:
         """The stored keys of a parameter: the master and the optimizer's moments."""
-        return sorted(key for parameter, key in self._places if parameter == name)
+        return sorted(self.stored.places.get(name, ()))
 
     def full(self, name: str, key: str = MASTER) -> Tensor:
         """The global tensor in float32, however it was split."""
@@ -252,12 +220,11 @@ class Checkpoint:
         entry = self.parameters[name]
         shape, dim = list(entry["shape"]), entry["partition_dim"]
         if dim is None or self.tensor_parallel == 1:
-            return self._shard(name, key, 0, shape)
-        for place in self._places[name, key]:
-            self._file(place.file)  # of the right size, before memory is allocated
+            return self.stored.whole(name, key, 0, shape)
+        self.stored.check(name, key)  # before memory is allocated
         whole = torch.empty(shape)
         for rank, part in enumerate(whole.chunk(self.tensor_parallel, dim)):
-            part.copy_(self._shard(name, key, rank, list(part.shape)))
+            part.copy_(self.stored.whole(name, key, rank, list(part.shape)))
         return whole
 
     def attention(self, layer: int) -> Factors:
@@ -267,93 +234,68 @@ class Checkpoint:
 
     def local(self, info: ParameterInfo, key: str, rank: int, size: int) -> Tensor:
         """The flat shard of tensor-parallel rank ``rank`` of ``size``."""
-        if info.name not in self.parameters:
-            raise RunError(f"{self.path}: has no {info.name}; it belongs to another model")
-        stored, dim = tuple(self.parameters[info.name]["shape"]), info.partition_dim
-        same = stored == info.shape and dim == self.parameters[info.name]["partition_dim"]
-        if same and dim is not None and size == self.tensor_parallel:
-            shape = list(stored)
-            shape[dim] //= size
-            return self._shard(info.name, key, rank, shape).reshape(-1)  # nobody else's part
-        values = self.full(info.name, key)
-        if values.shape != info.shape:
-            values = self._repadded(values, info)
-        if dim is not None and size > 1:
-            values = values.chunk(size, dim)[rank]
-        return values.reshape(-1)
+        shards = size if info.partition_dim is not None else 1
+        return self.part(info, key, rank, size, 0, info.numel // shards)
 
-    def _repadded(self, values: Tensor, info: ParameterInfo) -> Tensor:
-        """Pad vocabulary matrices with zeros as the grid needs."""
-        vocabulary = self.config.model.vocabulary_size
-        if info.role not in (Role.EMBEDDING, Role.HEAD) or values.shape[1:] != info.shape[1:]:
-            raise RunError(
-                f"{self.path}: {info.name} is {tuple(values.shape)}, but the model needs "
-                f"{info.shape}"
-            )
-        fresh = torch.zeros(info.shape)
-        fresh[:vocabulary] = values[:vocabulary]
-        return fresh
+    def part(
+        self, info: ParameterInfo, key: str, rank: int, size: int, low: int, high: int
+    ) -> Tensor:
+        """Elements ``low`` to ``high`` of a flat shard, reading little more than these.
 
-    def _shard(self, name: str, key: str, tensor_rank: int, shape: list[int]) -> Tensor:
-        places = [place for place in self._places[name, key] if place.tensor_rank == tensor_rank]
-        files = [self._file(place.file) for place in places]  # likewise
-        flat = torch.empty(int(torch.Size(shape).numel()))
-        filled = 0
-        for place, file in zip(places, files, strict=True):
-            part = flat[place.offset : place.offset + place.numel]
-            self._read(place.file, partial(file.read_into, f"{name}/{key}", part))
-            filled += place.numel
-        if filled != flat.numel():
-            raise RunError(f"{self.path}: {name} ({key}) is incomplete: {filled}/{flat.numel()}")
-        return flat.view(shape)
-
-    def _file(self, name: str) -> TensorFile:
-        """Open a file after checking that it is unchanged."""
-        if name not in self._known:
-            self._known[name] = self._read(name, lambda: self._checked(name))
-        return self._known[name]
-
-    def _checked(self, name: str) -> TensorFile:
-        path, entry = self.path / name, self._files[name]
-        with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size != entry["size"]:
-                raise ValueError("its size differs")
-            if not self._trusted and _sha256(file) != entry["sha256"]:
-                raise ValueError("its checksum differs")
-        return TensorFile(path)
-
-    def _read(self, name: str, action: Callable[[], Result]) -> Result:
-        """Call an action that reads a file, and return its result.
+        Args:
+            info: the parameter as the model to be filled has it.
+            rank, size: of tensor parallelism there.
 
         Raises:
-            DamagedError: if the file is missing or wrong although the manifest exists.
-            UnreadableError: if the disk does not respond, or has lost the whole folder.
+            RunError: if the checkpoint has none, or one of another shape.
         """
-        path = self.path / name
-        try:
-            return patiently(action, NO_SUCH - {errno.ENOENT})
-        except NotRegularError:
-            raise damaged(path, "not a regular file") from None
-        except OSError as error:
-            if error.errno in NO_SUCH and (self.path / MANIFEST).is_file():
-                raise damaged(path, str(error.strerror)) from None
-            raise unreadable(path, error) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged(path, str(error).splitlines()[0] or type(error).__name__) from None
+        rows = self._rows(info)
+        values = torch.empty(high - low)
+        for box in boxes(info, rank, size, low, high):
+            top, bottom = box.rows
+            stored = max(0, min(bottom, rows) - top)  # rows below pad a vocabulary
+            matrix = torch.zeros(bottom - top, box.columns[1] - box.columns[0])
+            if stored:
+                self._fill(info.name, key, matrix[:stored], top, box.columns)
+            flat = matrix.reshape(-1)[box.low : box.high]
+            values[box.place : box.place + flat.numel()] = flat
+        return values
+
+    def _rows(self, info: ParameterInfo) -> int:
+        """Number of rows of a stored parameter that have values.
+
+        Padding of a vocabulary has none, because it depends on the grid.
+        """
+        if info.name not in self.parameters:
+            raise RunError(f"{self.path}: has no {info.name}; it belongs to another model")
+        shape = tuple(self.parameters[info.name]["shape"])
+        padded = info.role in (Role.EMBEDDING, Role.HEAD)
+        if shape != info.shape and not (padded and shape[1:] == info.shape[1:]):
+            raise RunError(f"{self.path}: {info.name} is {shape}, but the model needs {info.shape}")
+        rows, _ = matrix_shape(shape)
+        return rows if shape == info.shape else min(rows, self.config.model.vocabulary_size)
+
+    def _fill(self, name: str, key: str, into: Tensor, top: int, columns: tuple[int, int]) -> None:
+        """Read rows from ``top`` on, of some columns, from the stored shards."""
+        dim = self.parameters[name]["partition_dim"]
+        shards = self.tensor_parallel if dim is not None else 1
+        stored = matrix_shape(tuple(self.parameters[name]["shape"]))
+        height, width = stored[0] // (shards if dim == 0 else 1), stored[1]
+        if dim == 1:
+            width //= shards
+        for shard in range(shards):
+            above, before = (shard * height if dim == 0 else 0), (shard * width if dim == 1 else 0)
+            first, last = max(top, above), min(top + len(into), above + height)
+            left, right = max(columns[0], before), min(columns[1], before + width)
+            if first >= last or left >= right:
+                continue
+            rows = self.stored.region(
+                name, key, shard, (first - above) * width, (last - above) * width
+            ).view(-1, width)
+            into[first - top : last - top, left - columns[0] : right - columns[0]] = rows[
+                :, left - before : right - before
+            ]
 
     def rng_state(self, rank: int) -> Tensor | None:
         """The random state of a process, if it wrote one."""
-        name = f"rank-{rank:05d}.safetensors"
-        if name not in self._files:
-            return None
-        file = self._file(name)
-        state: Tensor = self._read(name, lambda: file.get_tensor("rng"))
-        return state
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(_BLOCK):
-        digest.update(block)
-        count(len(block))
-    return digest.hexdigest()
+        return self.stored.tensor(f"rank-{rank:05d}.safetensors", "rng")

@@ -25,7 +25,7 @@ from torch import Tensor
 from data_pipeline.background import Background
 from data_pipeline.disk import hide, remove, remove_hidden, sync_folder
 from data_pipeline.files import write_aside, write_synced
-from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, sealed
+from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, written_manifest
 from pretrain.checkpoint.mirror import Mirror, Pusher
 from pretrain.checkpoint.reader import LATEST, checkpoint_name, list_checkpoints, run_id_of, step_of
 from pretrain.checkpoint.retention import superseded
@@ -168,14 +168,14 @@ class Saver:
             notes += [f"ranks.parquet waits: {problem}"] if problem else []
         try:
             entry, problem = _attempt(lambda: _write_piece(piece, aside))
-            results = self._gather((entry, problem))
+            results = self._at_main((entry, problem))
             problem = next((reason for _, reason in results if reason), "")
             if not problem and self._grid.is_main:
                 described["files"] = dict(filter(None, (entry for entry, _ in results)))
                 target, problem = _attempt(lambda: self._commit(aside, step, described))
                 if target is not None:
                     notes += self._follow_up(target, step)
-            problem = self._gather(problem)[0]
+            problem = self._from_main(problem)
         except Exception as error:  # another rank is gone
             problem = f"the other processes do not answer ({type(error).__name__})"
         if problem and self._grid.is_main:
@@ -189,25 +189,36 @@ class Saver:
         if self._pusher is not None:
             self._pusher.wait()
         with contextlib.suppress(Exception):  # another rank is gone
-            self._gather(None)
+            self._from_main(self._at_main(None))
 
     def _tell_copied(self, target: Path, seconds: float, problem: str) -> None:
         """Report a copy; called in the mirror's thread."""
         if problem:
             self.outcomes.append(Outcome(step_of(target), seconds, "", problem))
 
-    def _gather(self, value: Any) -> list[Any]:
+    def _at_main(self, value: Any) -> list[Any]:
+        """The values of all processes on the main one, and nothing on the others.
+
+        Entries of a manifest are large on a large grid, and only the main process writes it.
+        """
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * self._grid.world_size
-        dist.all_gather_object(values, value, group=self._group)
+        values: list[Any] = [None] * self._grid.world_size if self._grid.is_main else []
+        dist.gather_object(value, values or None, dst=0, group=self._group)
         return values
+
+    def _from_main(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        values = [value]
+        if self._group is not None:
+            dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
 
     def _commit(self, aside: Path, step: int, described: dict[str, Any]) -> Path:
         """Turn the written files into a checkpoint; it exists from the rename on."""
         _make_own(aside)
         described["run"] = run_id_of(self.folder.parent)
-        write_synced(aside / MANIFEST, sealed(described))
+        write_synced(aside / MANIFEST, written_manifest(described))
         target = _free_name(self.folder, step)
         replaced = hide(target) if target.exists() else None
         os.rename(aside, target)

@@ -108,12 +108,20 @@ class TensorFile:
         if any(entry["data_offsets"][1] > size - self._start for entry in self._header.values()):
             raise ValueError(f"{path}: truncated")
 
-    def read_into(self, name: str, flat: Tensor) -> None:
-        """Fill a flat contiguous CPU tensor with a stored one of the same size and type."""
+    def read_into(self, name: str, flat: Tensor, low: int = 0, numel: int | None = None) -> None:
+        """Fill a flat contiguous CPU tensor with elements of a stored one of the same type.
+
+        Args:
+            low: the first stored element to read.
+            numel: number of elements that must be stored. Default: those of ``flat``.
+        """
         entry = self._header[name]
         begin, end = entry["data_offsets"]
-        if entry["dtype"] != _NAMES[flat.dtype] or end - begin != flat.nbytes:
+        width = flat.element_size()
+        stored = (flat.numel() if numel is None else numel) * width
+        if entry["dtype"] != _NAMES[flat.dtype] or end - begin != stored:
             raise ValueError(f"{name}: {entry['dtype']} of {end - begin} bytes")
+        begin += low * width
         bytes_of: Any = flat.view(torch.uint8).numpy()
         view = memoryview(bytes_of).cast("B")
         with open_regular(self._path) as file:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from models.gpt import layer_blueprints
+from models.gpt import layer_blueprints, whole_model
 from models.kernels import DEFAULT_KERNELS
 from models.layers import ParameterFactory
 from models.roles import ModelError
 from pretrain.config.recipe import Config, with_values
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
-from pretrain.engine.engine import refuse_unfit, whole_model
+from pretrain.engine.engine import refuse_unfit
 from pretrain.engine.layout import empty_grid
 from pretrain.engine.micro_batch import with_size
 from pretrain.engine.sizes import check_vocabulary
@@ -59,7 +59,7 @@ def accept(config: Config, device: str, count: int) -> Config:
         UsageError, ModelError: as training does.
     """
     grid = empty_grid(config, device, count)
-    factory = ParameterFactory(0, grid.tensor_parallel, allocate=False)
+    factory = ParameterFactory(0, grid.tensor_parallel, "shape")
     layer_blueprints(config.model, factory, DEFAULT_KERNELS)
     refuse_unfit(config, grid)
     return config

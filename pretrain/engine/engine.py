@@ -15,65 +15,39 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from models.config import GPTConfig
-from models.gpt import GPT, layer_blueprints
-from models.layers import ParameterFactory
+from models.initial import initial_of
+from models.layers import Storage
 from models.loss import Projection, mean_loss
-from models.parallel import TensorParallel
-from models.roles import ParameterInfo, declared_parameters, info_of
 from pretrain.config.recipe import Config
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import DecayPlan
 from pretrain.distributed.grid import Grid
+from pretrain.engine.building import LayerDivider, build_model, working_type
 from pretrain.engine.deepspeed_adapter import (
     ModelParallelUnit,
     adapt,
     deepspeed_settings,
     mark_for_norms,
     one_optimizer_for_every_stage,
-    pipeline_module,
     prepare_deepspeed,
 )
 from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.forensics import Nonfinite, first_nonfinite
-from pretrain.engine.masters import Fragment, fragments, is_replicated
+from pretrain.engine.masters import (
+    Fragment,
+    fragments,
+    is_replicated,
+    local_shape,
+    refresh_working,
+)
 from pretrain.engine.optimizers import build_optimizer, optimizer_groups
-from pretrain.engine.passes import Batch, Loss, Passes
+from pretrain.engine.passes import Batch, Passes
 from pretrain.engine.precision import with_precision
 from pretrain.engine.queues import Beside, to_host
 from pretrain.engine.shrink import Shrinker
-from pretrain.engine.speed import choose_kernels, records_passes
+from pretrain.engine.speed import records_passes
 from pretrain.engine.stopwatch import Stopwatch
 from pretrain.errors import RunError, UsageError
-
-
-def whole_model(config: GPTConfig, tensor_parallel: int = 1) -> list[ParameterInfo]:
-    """Every parameter of the model, without allocating memory.
-
-    Args:
-        tensor_parallel: affects only the padding of the vocabulary.
-    """
-    tp = TensorParallel(size=tensor_parallel)
-    with torch.device("meta"):
-        model = GPT(config, ParameterFactory(0, tp, allocate=False))
-    return [info_of(parameter) for parameter in declared_parameters(model)]
-
-
-def build_model(
-    config: Config, grid: Grid, loss: Loss | None = None, eod: int | None = None
-) -> nn.Module:
-    """This process's part of the model: the whole, or a `PipelineModule` stage.
-
-    Args:
-        loss: the loss function of the last stage of a pipeline.
-        eod: the token between documents, for training inside them if the recipe says so.
-    """
-    factory = ParameterFactory(config.seed, grid.tensor_parallel)
-    kernels = choose_kernels(config, grid)
-    begins = eod if config.data.attention == "within" else None
-    if grid.pipeline == 1:
-        return GPT(config.model, factory, kernels, begins).to(grid.device)
-    return pipeline_module(layer_blueprints(config.model, factory, kernels, begins), grid, loss)
 
 
 @dataclass
@@ -222,6 +196,20 @@ class Engine:
         """The fragments that this process's optimizer owns."""
         return fragments(self._updater)
 
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Set the weights to the initial values of the recipe's seed; a collective call."""
+        rank, size = self.grid.tensor_rank, self.grid.tensor
+        for fragment in self.fragments():
+            initial = initial_of(fragment.parameter)
+            for low, part in fragment.parts():
+                part.copy_(initial.part(rank, size, low, low + part.numel()))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Set the working weights of all processes from the masters; a collective call."""
+        refresh_working(self._updater)
+
     def audit_decay(self) -> None:
         """Check that λ and η that this process's optimizer holds for each tensor are the plan's.
 
@@ -249,11 +237,15 @@ class Engine:
             self._updater.destroy()
 
 
-def build_engine(config: Config, grid: Grid, plan: DecayPlan, eod: int | None = None) -> Engine:
+def build_engine(
+    config: Config, grid: Grid, plan: DecayPlan, eod: int | None = None, draws: bool = True
+) -> Engine:
     """Build model, optimizer groups and DeepSpeed engine for this process.
 
     Args:
         eod: the token between documents, if the task has documents.
+        draws: set the initial values. Otherwise the weights are undefined until a checkpoint is
+            read.
 
     Raises:
         UsageError: if the batch cannot be divided or a raw DeepSpeed key contradicts the recipe.
@@ -268,7 +260,13 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan, eod: int | None = 
     def loss(projection: Projection, labels: torch.Tensor) -> torch.Tensor:
         return engine.loss(projection, labels)
 
-    module = build_model(config, grid, loss, eod)
+    storage: Storage = "shape" if config.is_flat else "empty"
+    divides = None
+    if config.grid.zero_stage == 3:
+        prepare_deepspeed()
+        settings = deepspeed_settings(config, grid, micro, count, 1)
+        divides = LayerDivider(settings, grid, working_type(config))
+    module = build_model(config, grid, loss, eod, storage, divides)
     mark_for_norms(module, grid)
     control = DecayControl(config, plan)
     groups = optimizer_groups(module, plan)
@@ -295,6 +293,8 @@ def build_engine(config: Config, grid: Grid, plan: DecayPlan, eod: int | None = 
     engine = Engine(wrapped, module, grid, config, plan, count, control, shrinker)
     engine.begin_step(0, 0.0)
     engine.audit_decay()
+    if draws:
+        engine.draw()
     return engine
 
 
@@ -306,7 +306,7 @@ def _flat_update(
         grid,
         groups,
         partial(build_optimizer, config.optimizer),
-        torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        working_type(config),
         shared=config.grid.zero_stage == 1,
         micro_batches=count,
         clipping=config.optimizer.gradient_clipping,
@@ -324,7 +324,7 @@ def _deepspeed_engine(
     prepare_deepspeed()
     import deepspeed
 
-    numel = sum(parameter.numel() for parameter in module.parameters())
+    numel = sum(local_shape(parameter).numel() for parameter in module.parameters())
     settings = deepspeed_settings(config, grid, micro, count, numel)
     pipeline = grid.pipeline > 1
     with (

@@ -174,6 +174,11 @@ class FlatUpdate:
         if self._clipping:
             self._clip()
         self.optimizer.step()
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Set the working weights of all processes from the masters; a collective call."""
         for buffer in self.buffers:
             buffer.refresh()
         if self.shared:

@@ -17,6 +17,9 @@ from torch import nn
 from models.roles import ParameterInfo, info_of
 from pretrain.engine.flat_update import FlatUpdate
 
+_PART = 1 << 24
+"""Number of elements."""
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -39,6 +42,15 @@ class Fragment:
     def info(self) -> ParameterInfo:
         """Name, role and shape of the parameter."""
         return info_of(self.parameter)
+
+    def parts(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Views of consecutive parts of the master, none larger than a host copies at a time.
+
+        Yields:
+            (first element, in the flattened local shard; the view).
+        """
+        for start in range(0, self.master.numel(), _PART):
+            yield self.offset + start, self.master[start : start + _PART]
 
     def moments(self) -> dict[str, torch.Tensor]:
         """1-D views of the optimizer's state for these elements; empty before the first step."""
@@ -157,21 +169,30 @@ def local_shape(parameter: Any) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def write_back(parameter: Any, values: torch.Tensor) -> None:
-    """Set the working copy of a parameter (not its master) from the whole local shard.
+def refresh_working(engine: Any) -> None:
+    """Set the working weights of all processes from the masters; a collective call."""
+    if isinstance(engine, FlatUpdate):
+        engine.refresh()
+    elif engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer.update_lp_params()
+    elif engine.zero_optimization_stage() == 3:
+        for fragment in fragments(engine):
+            parameter: Any = fragment.parameter
+            part = parameter.ds_tensor.data.view(-1)
+            part[: fragment.master.numel()].copy_(fragment.master)
+        for parameter in engine.module.parameters():
+            _gather_kept(parameter)
 
-    Args:
-        values: 1-D float32, the whole local shard; converted to the working precision.
-    """
-    if hasattr(parameter, "ds_tensor"):
-        width = parameter.ds_tensor.numel()
-        start = _rank3(parameter) * width
-        part = values[start : start + width]
-        parameter.ds_tensor.data.view(-1)[: part.numel()].copy_(part)
-        if parameter.data.numel() == values.numel():  # small ones stay gathered
-            parameter.data.view(-1).copy_(values)
-    else:
-        parameter.data.view(-1).copy_(values)
+
+def _gather_kept(parameter: Any) -> None:
+    """Gather a parameter that ZeRO 3 keeps whole between uses, because it is small."""
+    if parameter.data.numel() != parameter.ds_numel:
+        return
+    group = parameter.ds_process_group
+    part = parameter.ds_tensor.data.view(-1).to(parameter.device)
+    whole = part.new_empty(part.numel() * torch.distributed.get_world_size(group))
+    torch.distributed.all_gather_into_tensor(whole, part, group=group)
+    parameter.data.view(-1).copy_(whole[: parameter.ds_numel])
 
 
 def prepare_moments(fragment: Fragment, keys: tuple[str, ...], step: float) -> None:

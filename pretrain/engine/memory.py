@@ -36,8 +36,9 @@ def memory_of(sizes: Sizes, layout: Layout) -> dict[str, float]:
     """Peak bytes by part, on the process that uses most memory.
 
     The peak is either at the end of a forward pass, with its activations and the loss, or in the
-    update. On flat buffers, the float32 gradients always exist, and one layer's gradients as
-    computed. DeepSpeed has all of them as computed, in its bucket, and in float32.
+    update. The start needs less: what the process keeps, and under ZeRO 3 one layer whole. On flat
+    buffers, the float32 gradients always exist, and one layer's gradients as computed. DeepSpeed
+    has all of them as computed, in its bucket, and in float32.
     """
     fullest = sizes.fullest_stage(layout.pipeline)
     local = fullest.on(layout.tensor)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from models.config import GPTConfig
+from models.gpt import whole_model
 from models.layers import shares_keys
 from models.roles import ParameterInfo, Role
 from pretrain.config.recipe import Config
 from pretrain.config.science import OptimizerConfig
-from pretrain.engine.engine import whole_model
 from pretrain.engine.optimizers import is_muon_role, rule_of
 from pretrain.errors import UsageError
 

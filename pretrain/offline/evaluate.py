@@ -20,7 +20,7 @@ from pretrain.cli.console import Progress
 from pretrain.config.compare import differences
 from pretrain.config.recipe import Config, apply_overrides
 from pretrain.distributed.grid import Grid, check_grid, process_count
-from pretrain.engine.engine import build_model
+from pretrain.engine.building import build_model
 from pretrain.engine.precision import with_precision
 from pretrain.errors import RunError, UsageError
 from pretrain.offline.connected import open_grid

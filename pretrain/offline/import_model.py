@@ -16,7 +16,7 @@ from models.hub import fetch, is_hub_name
 from models.huggingface import is_pretrained
 from models.importing import ForeignModel
 from models.roles import ParameterInfo, Role
-from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, sealed
+from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, written_manifest
 from pretrain.checkpoint.reader import CHECKPOINTS, checkpoint_name
 from pretrain.checkpoint.tensor_file import write_tensors
 from pretrain.cli.console import Progress, warn
@@ -127,7 +127,7 @@ def write_masters(
     state = {"initial_weights": hashlib.sha256(json.dumps(entries).encode()).hexdigest(), **state}
     grid = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 0}
     described = describe(config, plan, step, state, grid)
-    write_synced(folder / MANIFEST, sealed({**described, "files": entries}))
+    write_synced(folder / MANIFEST, written_manifest({**described, "files": entries}))
     return entries
 
 

@@ -33,7 +33,7 @@ from pretrain.checkpoint.restore import load_into_module
 from pretrain.cli.console import Progress, warn
 from pretrain.config.recipe import Config, apply_overrides, parse_config
 from pretrain.distributed.grid import Grid
-from pretrain.engine.engine import build_model
+from pretrain.engine.building import build_model
 from pretrain.engine.precision import with_precision
 from pretrain.errors import UsageError
 from pretrain.offline.connected import open_grid

@@ -17,7 +17,8 @@ from torch import nn
 
 from data_pipeline.files import read_json, write_aside
 from data_pipeline.strict_json import to_json
-from models.roles import declared_parameters, fingerprint_of, info_of
+from models.initial import initial_of
+from models.roles import declared_parameters, info_of
 from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
 from pretrain.tasks.task import Samples, Task
@@ -45,9 +46,9 @@ def data_order(config: Config, task: Task, data: Samples) -> str:
 def initial_weights(module: nn.Module, grid: Grid) -> str:
     """Hash of the names, shapes and initial values of a model; a collective call.
 
-    It is the same on every process grid, because every tensor is drawn whole.
+    It is the same on every process grid, because values depend on no grid.
     """
-    mine = {info_of(p).name: fingerprint_of(p) for p in declared_parameters(module)}
+    mine = {info_of(p).name: initial_of(p).fingerprint for p in declared_parameters(module)}
     fingerprints: dict[str, str] = {}
     for part in grid.gather(mine):
         fingerprints |= part

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+from models.gpt import whole_model
 from pretrain.config.recipe import Config, with_values
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
 from pretrain.decay.sites import KEY, Site
-from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
 
 _PROBE = 2.0**-10

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from models.gpt import whole_model
 from models.roles import ParameterInfo
 from pretrain.config.recipe import Config
 from pretrain.decay.control import DecayControl
 from pretrain.decay.lengths import check_lengths
 from pretrain.decay.plan import DecayPlan, plan_decay
-from pretrain.engine.engine import whole_model
 from pretrain.engine.raw_deepspeed import check_raw
 from pretrain.tasks.task import Task
 from pretrain.tasks.tasks import open_task

@@ -182,7 +182,8 @@ def _built(setup: Setup, origin: Origin, grid: Grid) -> tuple[Engine, FaultDetec
     """The engine and the fault detector in the origin's state, and the hash of the run's initial
     weights."""
     with grid.together(""):
-        engine = build_engine(setup.config, grid, setup.plan, setup.task.eod)
+        draws = origin.checkpoint is None
+        engine = build_engine(setup.config, grid, setup.plan, setup.task.eod, draws)
     weights = origin.initial_weights(initial_weights(engine.module, grid))
     faults = FaultDetector(setup.config.faults)
     if origin.checkpoint is not None:

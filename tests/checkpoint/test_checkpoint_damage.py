@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from pretrain.checkpoint.manifest import MANIFEST, DamagedError, UnreadableError, sealed
+from pretrain.checkpoint.pieces import expand
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints, step_of
 from pretrain.checkpoint.recover import find_whole
 from pretrain.errors import RunError
@@ -92,14 +93,34 @@ def damage(rng: random.Random, manifest: dict[str, Any]) -> None:
         manifest["version"] = rng.choice((0, -1, "1", None, [], 1.5))
 
 
+def damage_rows(rng: random.Random, manifest: dict[str, Any]) -> None:
+    """The same in the short form, where rows of pieces are one entry."""
+    name = rng.choice(list(manifest["pieces"]))
+    rows = manifest["pieces"][name]
+    kind = rng.randrange(6)
+    if kind == 0:
+        rows[rng.randrange(len(rows))][rng.randrange(6)] += rng.choice((-1, 1, 7, 2**40))
+    elif kind == 1:
+        rows[0][rng.randrange(6)] = rng.choice(ODD)
+    elif kind == 2:
+        rows.append(rng.choice((*rows, [], None, [0] * 5, [0, 0, 0, 0, 1, 0])))
+    elif kind == 3:
+        del manifest[rng.choice(("keys", "pieces"))]
+    elif kind == 4:
+        manifest["keys"][0] = rng.choice((None, "master", [1], ["other"], [], ["master"] * 2))
+    else:
+        manifest[rng.choice(("keys", "pieces"))] = rng.choice([odd for odd in ODD if odd != {}])
+
+
 def check_manifests(folder: Path, cases: int) -> None:
     """Sealed again, as by somebody who means harm: one line each, no file opened elsewhere."""
     path = folder / "step-00000008" / MANIFEST
-    whole = json.loads(path.read_bytes())
-    del whole["sha256"]
+    short = json.loads(path.read_bytes())
+    del short["sha256"]
+    whole = {**expand(short), "version": 1}
     for seed in range(cases):
-        manifest = json.loads(json.dumps(whole))
-        damage(random.Random(seed), manifest)
+        manifest = json.loads(json.dumps(whole if seed % 2 else short))
+        (damage if seed % 2 else damage_rows)(random.Random(seed), manifest)
         path.write_bytes(sealed(manifest))
         with pytest.raises(RunError) as error:
             checkpoint = Checkpoint(path.parent)

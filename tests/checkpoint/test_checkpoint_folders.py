@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import pretrain.checkpoint.reader
-from pretrain.checkpoint.manifest import MANIFEST, UnreadableError, sealed
+from pretrain.checkpoint.manifest import MANIFEST, VERSION, UnreadableError, sealed
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints, step_of
 from pretrain.checkpoint.recover import find_whole
 from pretrain.checkpoint.saver import _free_name
@@ -125,7 +125,7 @@ def test_what_a_newer_version_wrote_is_not_damaged(checkpoints: Path) -> None:
     path = checkpoints / "step-00000008" / MANIFEST
     written = json.loads(path.read_bytes())
     del written["sha256"]
-    path.write_bytes(sealed({**written, "version": 2, "more": {}}))
+    path.write_bytes(sealed({**written, "version": VERSION + 1, "more": {}}))
     with pytest.raises(RunError, match="newer version") as error:
         find_whole(checkpoints, Alone())  # type: ignore[arg-type]
     assert "damaged" not in str(error.value) and "delete" not in str(error.value)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from models.gpt import whole_model
 from pretrain.checkpoint.retention import superseded
 from pretrain.cluster.dry_run import _exposures, _kept
 from pretrain.config.recipe import Config, apply_overrides
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
 from pretrain.decay.sites import site_of
-from pretrain.engine.engine import whole_model
 from tests.tools import base_recipe, run, write_recipe
 
 

@@ -62,6 +62,22 @@ def test_memory_of_weights_and_states() -> None:
     assert sum(update.values()) == (14 + 4 + 4 + 4) * count
 
 
+def test_a_plan_holds_the_start_too() -> None:
+    """However little training needs: with many processes, and one short sequence each."""
+    for vocabulary in (1024, 200_000):
+        sizes = sizes_of(config_of(vocabulary_size=vocabulary, context=8))
+        count = sizes.parameters + sizes.ends
+        largest = max(sizes.parameters / 4, vocabulary * 256)  # a layer, or the embedding
+        for data in (1, 8, 4096):
+            for stage, flat in ((1, True), (2, False), (3, False)):
+                found = memory_of(
+                    sizes, layout(micro=1, data=data, stage=stage, flat=flat, recompute=True)
+                )
+                needed = 4 * count / data + (2 * count / data + 2 * largest if stage == 3 else
+                                             2 * count + (4 * count if flat else 0))  # fmt: skip
+                assert sum(found.values()) >= needed * 0.999, (vocabulary, data, stage)
+
+
 def test_what_a_recipe_sets_counts() -> None:
     """Optimizer states, the width of heads, precision, libraries; of equals a large micro batch."""
     of = {name: parse_config({"model": {"vocabulary_size": 1024, **SHAPE}, "optimizer": more,

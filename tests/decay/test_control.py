@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models.config import GPTConfig
+from models.gpt import whole_model
 from models.roles import ALIASES, ATTENTION
 from pretrain.config.recipe import Config, parse_config
 from pretrain.config.schedule import decay_multiplier
@@ -20,7 +21,6 @@ from pretrain.decay.policies.alpha import Alpha, eigenvalues, hill_exponent
 from pretrain.decay.policies.awd import Adaptive
 from pretrain.decay.policies.rank_target import RankController
 from pretrain.decay.sites import coupled_rate, label
-from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
 
 STEPS = 40

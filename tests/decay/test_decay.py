@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from models.config import GPTConfig
+from models.gpt import whole_model
 from models.roles import ParameterInfo, Role
 from pretrain.config.decay import DecayRule, WeightDecayConfig
 from pretrain.decay.plan import compact, compare, parse_layers, plan_decay, plan_from
-from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
 
 

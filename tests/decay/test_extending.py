@@ -277,10 +277,10 @@ SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "context"
 @pytest.mark.parametrize("case", STATES)
 def test_states_of_earlier_checkpoints_are_taken_up(case: str) -> None:
     from models.config import GPTConfig
+    from models.gpt import whole_model
     from pretrain.config.recipe import parse_config
     from pretrain.decay.plan import plan_decay
     from pretrain.decay.sites import label
-    from pretrain.engine.engine import whole_model
 
     before = STATES[case]
     config = parse_config({"model": SMALL, "train": {"steps": 20}, "optimizer": {

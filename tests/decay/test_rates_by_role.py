@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from models.config import GPTConfig
+from models.gpt import whole_model
 from models.roles import ALIASES, Role
 from pretrain.cluster.dry_run import _exposures
 from pretrain.config.recipe import parse_config, with_values
@@ -17,7 +18,6 @@ from pretrain.decay.by_role import rate_factors
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
 from pretrain.decay.sites import label
-from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
 from pretrain.report.read_run import load_run
 from pretrain.runs.metrics import read_metrics

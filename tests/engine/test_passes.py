@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from models.gpt import whole_model
 from pretrain.config.recipe import Config, parse_config
 from pretrain.config.run import RanksConfig
 from pretrain.decay.plan import plan_decay
 from pretrain.distributed.grid import Grid
 from pretrain.engine import recorded
-from pretrain.engine.engine import Engine, build_engine, whole_model
+from pretrain.engine.engine import Engine, build_engine
 from pretrain.engine.passes import Batch
 from pretrain.engine.queues import Beside
 from pretrain.engine.recorded import RecordedPasses

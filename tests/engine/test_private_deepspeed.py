@@ -135,8 +135,8 @@ def test_no_private_attribute_outside_the_engine() -> None:
 
 
 PUBLIC = {
-    "destroy", "get_global_grad_norm", "init_distributed", "initialize", "train_batch",
-    "zero_cpu_offload", "zero_optimization", "zero_optimization_stage",
+    "Init", "destroy", "get_global_grad_norm", "init_distributed", "initialize", "train_batch",
+    "zero", "zero_cpu_offload", "zero_optimization", "zero_optimization_stage",
 }  # fmt: skip
 """Of DeepSpeed, and documented."""
 OF_OPTIMIZERS = {"found_inf", "grad_scale"}

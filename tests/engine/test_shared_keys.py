@@ -165,7 +165,7 @@ def test_every_process_has_the_head_of_its_queries(heads: int, size: int) -> Non
     for rank in range(size):
         tp = TensorParallel(rank=rank, size=size)
         with torch.device("meta"):
-            model = GPT(shape, ParameterFactory(0, tp, allocate=False))
+            model = GPT(shape, ParameterFactory(0, tp, "shape", "meta"))
         infos = {info_of(p).name: (p, info_of(p)) for p in model.parameters()}
         key, info = infos["blocks.0.attention.key.weight"]
         assert info.shape == (heads * 8, 64)
@@ -184,5 +184,5 @@ def test_heads_that_divide_in_no_way_are_refused() -> None:
     """Neither a head for each process nor a number of processes for each head."""
     values = {"num_attention_heads": 12, "hidden_size": 96, "num_key_value_heads": 6}
     with torch.device("meta"), pytest.raises(ModelError, match=r"num_key_value_heads: 6 .*=4"):
-        GPT(config("llama", **values), ParameterFactory(0, TensorParallel(size=4), allocate=False))
+        GPT(config("llama", **values), ParameterFactory(0, TensorParallel(size=4), "shape"))
     assert parse_config({"model": SHAPE, "grid": {"tensor_parallel": 8}})

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import models.loss
 from models.config import GPTConfig
-from models.gpt import GPT, check_tensor_parallel
+from models.gpt import GPT, check_tensor_parallel, whole_model
 from models.kernels import Kernels
 from models.layers import Attention, ParameterFactory, gelu_tanh
 from models.loss import Projection, mean_loss, token_losses
@@ -21,7 +21,6 @@ from models.products import attention_by_products
 from models.roles import ModelError, declared_parameters, info_of
 from models.rotary import Rotary
 from pretrain.config.recipe import load_config
-from pretrain.engine.engine import whole_model
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "context": 16}

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from models.config import GPTConfig
+from models.gpt import whole_model
 from models.roles import QK, VO, Role
 from pretrain.config.recipe import parse_config
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
 from pretrain.decay.sites import coupled_rate, site_of
-from pretrain.engine.engine import whole_model
 from pretrain.report.runs import RunData
 from tests.tools import base_recipe
 

@@ -20,10 +20,10 @@ import torch
 import yaml
 from pydantic import BaseModel
 
+from models.gpt import whole_model
 from pretrain.config.compare import differences
 from pretrain.config.recipe import Config, dump_config, load_config, value_at, with_values
 from pretrain.decay.plan import plan_decay
-from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
 from pretrain.runs import finished
 from pretrain.runs.finished import is_complete, is_free

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from models.gpt import whole_model
 from pretrain.config.recipe import Config, parse_config, with_values
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
-from pretrain.engine.engine import whole_model
 from pretrain.errors import UsageError
 from pretrain.sweep.exposure import exposure_per_decay
 

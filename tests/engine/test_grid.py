@@ -51,9 +51,11 @@ BOUNDS = {
     "fp32": (5e-6, 2e-5, 2e-5, 5e-6),
     "bf16": (5e-4, 3e-2, 1e-2, 5e-4),
 }
-EPSILON = 1e-3
-"""Adam's in bf16. With 1e-8 it makes a step of full size of an element that is all rounding: single
-heads then move by 6 % when one process takes another micro batch or another kernel."""
+EPSILON = {"bf16": 1e-3, "qk_norm": 1e-5}
+"""Adam's, by precision or model. With 1e-8 it makes a step of full size of an element that is all
+rounding. In bf16, single heads then move by 6 % when one process takes another micro batch or
+another kernel. With norms of queries and keys, the loss does not depend on their length, and a
+gradient has no other part in that direction."""
 FIGURES = ("loss", "gradient norm", "singular values", "evaluation")
 
 
@@ -86,8 +88,8 @@ class Case:
         micro = 2 if self.pipeline > 1 or self.data > 1 else 4
         values["train"] = {"steps": STEPS, "global_batch": 8, "micro_batch": micro}
         values["precision"] = self.precision
-        if self.precision == "bf16":
-            values["optimizer"]["epsilon"] = EPSILON
+        if epsilon := EPSILON.get(self.precision) or EPSILON.get(self.model):
+            values["optimizer"]["epsilon"] = epsilon
         values["ranks"]["every"] = STEPS // 2
         values["evaluation"]["every"] = values["checkpoint"]["every"] = STEPS
         values["data"]["attention"] = self.attention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -172,6 +173,8 @@ class Attention(nn.Module):
             f"{prefix}.output.weight", (width, queries), Role.ATTENTION_OUTPUT, layer, output_std, 1
         )
         self.output_bias = bias("output", width, None)
+        self.watch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = None
+        """Gets queries, keys and the starts of documents of every pass (`models.logits`)."""
         self.rotary = None
         if config.rotary_dim:
             self.rotary = Rotary(config.rotary_dim, config.rotary_base, config.rotary_scaling)
@@ -197,6 +200,8 @@ class Attention(nn.Module):
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        if self.watch is not None:
+            self.watch(q, k, starts)
         mixed = self._mixed(q, k, v, starts)
         mixed = mixed.permute(2, 0, 1, 3).flatten(2)
         y = leave(F.linear(mixed, self.output), self.tp)

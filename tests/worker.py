@@ -25,9 +25,11 @@ from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.restore import load_into_engine
 from pretrain.config.recipe import Config, parse_config
 from pretrain.decay.plan import plan_decay
+from pretrain.decay.sites import site_of
 from pretrain.distributed.grid import Grid, build_grid, connect, disconnect
 from pretrain.engine.building import LayerDivider, build_model, working_type
 from pretrain.engine.engine import build_engine
+from pretrain.engine.layer_norms import as_figures
 from pretrain.engine.libraries import load_libraries
 from pretrain.tasks.text import Text
 from pretrain.training.loader import Loader
@@ -292,7 +294,60 @@ def run_initial(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, A
     }
 
 
+def run_norms(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, Any]:
+    """Norms of the third update, from the meter; on one process also by hand.
+
+    Returns:
+        What the meter says, the largest logits, and the same by hand (None on several processes).
+    """
+    infos = whole_model(config.model, grid.tensor)
+    engine = build_engine(config, grid, plan_decay(infos, config.optimizer.weight_decay))
+    draw = torch.Generator().manual_seed(1)
+    total, context = config.train.global_batch, config.model.context
+    micro = total // grid.data // engine.micro_batches
+    for step in range(3):
+        tokens = torch.randint(0, 90, (total, context), generator=draw)
+        own = tokens.view(engine.micro_batches, grid.data, micro, context)[:, grid.data_rank]
+        engine.begin_step(step, 3e-3)
+        if step == 2:
+            engine.norms.arm()
+            before = {id(one.parameter): one.master.clone() for one in engine.fragments()}
+            by_hand = _norms_by_hand(engine, tokens) if grid.world_size == 1 else None
+        engine.train_step(iter([(one, one.roll(-1, 1)) for one in own]))
+    norms = engine.norms.take()
+    assert norms is not None and engine.norms.take() is None
+    logits = engine.largest_logits()
+    if by_hand is not None:
+        shrink = min(1.0, config.optimizer.gradient_clipping / (engine.gradient_norm + 1e-6))
+        gradients = {site: shrink * value.sqrt().item() for site, value in by_hand.items()}
+        sums: dict[str, dict[Any, float]] = {"weights": {}, "updates": {}}
+        for one in engine.fragments():
+            site = site_of(one.info)
+            for kind, value in (
+                ("weights", one.master),
+                ("updates", one.master - before[id(one.parameter)]),
+            ):
+                sums[kind][site] = sums[kind].get(site, 0.0) + value.double().square().sum().item()
+        found = {kind: {k: v**0.5 for k, v in of.items()} for kind, of in sums.items()}
+        by_hand = as_figures({**found, "gradients": gradients})
+    engine.close()
+    return {"norms": as_figures(norms), "logits": logits, "by hand": by_hand}
+
+
+def _norms_by_hand(engine: Any, tokens: torch.Tensor) -> dict[Any, torch.Tensor]:
+    """Squares of the gradient of a batch by site, by autograd alone."""
+    parameters = list(engine.module.parameters())
+    loss = engine.module(tokens, partial(mean_loss, labels=tokens.roll(-1, 1)))
+    gradients = torch.autograd.grad(loss, parameters)
+    found: dict[Any, torch.Tensor] = {}
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        site = site_of(info_of(parameter))
+        found[site] = found.get(site, torch.zeros(())) + gradient.double().square().sum()
+    return found
+
+
 TASKS = {
+    "norms": run_norms,
     "initial": run_initial,
     "both": run_both_updates,
     "operations": run_operations,

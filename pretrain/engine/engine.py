@@ -33,6 +33,7 @@ from pretrain.engine.deepspeed_adapter import (
 )
 from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.forensics import Nonfinite, first_nonfinite
+from pretrain.engine.layer_norms import NormMeter, largest_logits
 from pretrain.engine.masters import (
     Fragment,
     fragments,
@@ -63,6 +64,8 @@ class Engine:
     micro_batches: int
     control: DecayControl
     shrinker: Shrinker
+    norms: NormMeter
+    """Norms by layer and role of the next update, once it is armed."""
     gradient_norm: float = float("nan")
     """Global norm of the last step's gradient, before clipping."""
     stopwatch: Stopwatch = field(init=False)
@@ -144,6 +147,16 @@ class Engine:
             self.module,
             lambda batch: self._updater(batch[0], partial(self.loss, labels=batch[1])),
             self.last_batches,
+        )
+
+    def largest_logits(self) -> dict[int, float]:
+        """The largest attention logit of each layer in the last update's first micro batch, with
+        the weights of now; a collective call. Empty under a pipeline, which keeps no batches."""
+        if not self.last_batches:
+            return {}
+        tokens, labels = self.last_batches[0]
+        return largest_logits(
+            self.module, lambda: self._updater(tokens, partial(self.loss, labels=labels)), self.grid
         )
 
     def _mean(self, loss: torch.Tensor) -> torch.Tensor:
@@ -289,8 +302,11 @@ def build_engine(
     )
     if isinstance(wrapped, FlatUpdate):
         wrapped.decides_on_device = shrinker.is_left_to_optimizer
+    parameters = [info for group in plan.groups for info in group.parameters]
+    norms = NormMeter(parameters, fragments(wrapped), grid, is_replicated(wrapped))
+    norms.attach(optimizer)  # first: it keeps the masters before decay
     shrinker.attach(optimizer)
-    engine = Engine(wrapped, module, grid, config, plan, count, control, shrinker)
+    engine = Engine(wrapped, module, grid, config, plan, count, control, shrinker, norms)
     engine.begin_step(0, 0.0)
     engine.audit_decay()
     if draws:

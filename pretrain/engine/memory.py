@@ -71,6 +71,8 @@ def memory_of(sizes: Sizes, layout: Layout) -> dict[str, float]:
     if layout.flat:
         arriving = max(sizes.block.on(layout.tensor), sizes.tied.on(layout.tensor))
         update = {"gradients": gradients, "arriving gradients": arriving * layout.width}
+    if layout.norms:
+        update["copy for norms"] = 4 * local / shards
     if sizes.largest:
         # The update and its orthogonal form, flat, and the matrices and products of one parameter.
         mine = fullest.orthogonal / layout.tensor / shards

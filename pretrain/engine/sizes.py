@@ -147,6 +147,8 @@ class Layout:
     """Bytes of float32 logits at once."""
     compiled_loss: bool = False
     """Whether the loss is compiled: then it holds no float32 logits."""
+    norms: bool = False
+    """Whether some updates are measured, with a copy of the masters meanwhile."""
     live: float = 1e9
     """Parameters that ZeRO 3 keeps gathered, at most."""
     reuse: float = 1e9

@@ -133,7 +133,8 @@ def _axis(panel: Panel, side: str, domain: list[float], anchor: str) -> dict[str
         "anchor": anchor,
         "gridcolor": _GRID,
         "zeroline": False,
-        "automargin": True,
+        # Below, title and legend have fixed places: with both sides, Plotly may never find an end.
+        "automargin": side == "y",
     }
     if side == "x":
         axis["title"] = {"text": panel.x}

@@ -101,6 +101,7 @@ def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) ->
         rate = config.learning_rate(step - 1)
         periodic.measure_weights(training, step - 1)
         engine.begin_step(step - 1, rate)
+        periodic.prepare_norms(training, step)
         with profiler.update(step):
             loss = engine.train_step(loader, more=step < steps)
         _tell_trace(training, step, profiler)
@@ -115,6 +116,7 @@ def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) ->
         saving = stopping or late or training.is_due("checkpoint", step)
         _check(training, step, saving)
         with log.beside("statistics"):
+            periodic.measure_norms(training, step)
             periodic.measure_if_due(training, step)
         log.show(step, loss)
         with log.beside("evaluation"):

@@ -12,6 +12,7 @@ from data_pipeline.strict_json import to_json
 from pretrain.checkpoint.retention import HELD_OUT_LOSS
 from pretrain.cli.console import Progress
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
+from pretrain.engine.layer_norms import as_figures
 from pretrain.ranks.probe import Row, by_head, by_layer, measure, summary
 from pretrain.ranks.table import add_ranks, merge_ranks
 from pretrain.runs.finished import is_evaluated, put_evaluation_aside
@@ -49,6 +50,34 @@ def measure_weights(training: Training, step: int) -> None:
         figures = policy.figures()
         if figures:
             training.tracker.log(policy.log_kind, step, figures)
+
+
+def _measures_norms(training: Training, step: int) -> bool:
+    every = training.config.logging.norms
+    return bool(every) and step % every == 0
+
+
+def prepare_norms(training: Training, step: int) -> None:
+    """Let the update number ``step`` be measured, if it is due."""
+    if _measures_norms(training, step):
+        training.engine.norms.arm()
+
+
+def measure_norms(training: Training, step: int) -> None:
+    """Log norms by layer and role of the update that was prepared, and the largest logits."""
+    if not _measures_norms(training, step):
+        return
+    began = time.monotonic()
+    norms = training.engine.norms.take()
+    if norms is None or training.engine.skipped:
+        return
+    figures = as_figures(norms)
+    if logits := training.engine.largest_logits():
+        digits = max(2, len(str(max(logits))))
+        figures["largest_logit"] = {
+            f"layer_{layer:0{digits}}": value for layer, value in logits.items()
+        }
+    training.tracker.log("norms", step, {**figures, "seconds": time.monotonic() - began})
 
 
 def _measure(training: Training, step: int) -> list[Row]:

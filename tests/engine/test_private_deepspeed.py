@@ -7,6 +7,8 @@ import contextlib
 import ctypes
 import io
 import logging
+import os
+import platform
 import sys
 import time
 import warnings
@@ -141,17 +143,19 @@ PUBLIC = {
 """Of DeepSpeed, and documented."""
 OF_OPTIMIZERS = {"found_inf", "grad_scale"}
 """What torch.amp.GradScaler sets, and torch's fused optimizers read."""
+OF_DEVICES = {"total_memory"}
+"""What `torch.cuda.get_device_properties` tells."""
 
 
 def known_names() -> set[str]:
     """Attributes of torch, of the standard library's modules in use, and of this product."""
-    found = PUBLIC | OF_OPTIMIZERS
+    found = PUBLIC | OF_OPTIMIZERS | OF_DEVICES
     libraries = (
         torch, torch.cpu, torch.linalg, torch.nn, torch.optim, torch.distributed, torch.Tensor,
         torch.Size, torch.nn.Module, torch.optim.Optimizer, str, list, dict, set, float,
         contextlib, ctypes, ctypes.CDLL(None), io, logging, logging.Logger, warnings, metadata,
         BaseModel, contextlib.ExitStack, sys, time, torch.cuda, torch.cuda.Event,
-        torch.cuda.Stream, torch.cuda.CUDAGraph, Role,
+        torch.cuda.Stream, torch.cuda.CUDAGraph, torch.distributed.ReduceOp, os, platform, Role,
     )  # fmt: skip
     for one in libraries:
         found |= set(dir(one))

@@ -214,21 +214,26 @@ def loading(folder: Path, turns: int) -> dict[str, Any]:
     return {"tokens_per_second": [round(rate) for rate in rates]}
 
 
-def write_sparse(folder: Path) -> None:
-    """A tokenised folder of 100 GB that takes up its index alone: documents of 1,000 tokens."""
+def write_sparse(folder: Path, size: int = HUGE, length: int = 1000) -> None:
+    """A tokenised folder of ``size`` bytes that takes up its index alone.
+
+    Args:
+        length: tokens of each document.
+    """
     import zlib
 
     from data_pipeline.checksums import BLOCK
 
-    tokens = HUGE // 2
-    documents = tokens // 1000
+    documents = size // 2 // length
+    tokens = documents * length
+    size = 2 * tokens
     (folder / "train").mkdir(parents=True)
     prefix = folder / "train/all"
     with prefix.with_suffix(".bin").open("wb") as file:
-        file.truncate(HUGE)
-    write_index(prefix.with_suffix(".idx"), np.full(documents, 1000, dtype=np.int32), np.uint16)
-    blocks = np.full(-(-HUGE // BLOCK), zlib.crc32(bytes(BLOCK)), dtype="<u4")
-    blocks[-1] = zlib.crc32(bytes(HUGE % BLOCK or BLOCK))
+        file.truncate(size)
+    write_index(prefix.with_suffix(".idx"), np.full(documents, length, dtype=np.int32), np.uint16)
+    blocks = np.full(-(-size // BLOCK), zlib.crc32(bytes(BLOCK)), dtype="<u4")
+    blocks[-1] = zlib.crc32(bytes(size % BLOCK or BLOCK))
     prefix.with_suffix(".crc").write_bytes(blocks.tobytes())
     entry = {
         "split": "train", "subset": "all", "prefix": "train/all", "documents": documents,

@@ -24,7 +24,8 @@ from data_pipeline.index_file import Header, read_header
 from data_pipeline.light_imports import import_light
 from data_pipeline.manifest import Entry, Manifest
 from data_pipeline.pile import PILE_WEIGHTS
-from data_pipeline.sources import DataError
+from data_pipeline.shared_indices import shared_arrays
+from data_pipeline.sources import DataError, stamp_of
 
 
 @cache
@@ -44,11 +45,53 @@ def index_classes() -> Any:
         ) from None
     return SimpleNamespace(
         IndexedDataset=indexed.IndexedDataset,
-        GPTDataset=gpt.GPTDataset,
+        GPTDataset=_with_shared_indices(gpt.GPTDataset),
         GPTDatasetConfig=gpt.GPTDatasetConfig,
         BlendedDataset=blended.BlendedDataset,
         Split=utils.Split,
     )
+
+
+def _with_shared_indices(base: Any) -> Any:
+    """Megatron's `GPTDataset`, whose indices the processes of a machine share if they are large.
+
+    It is given ``Documents`` instead of an array of their numbers, which is needed only to build.
+    """
+
+    class GPTDataset(base):  # type: ignore[misc]
+        indices: Any
+
+        def _build_document_sample_shuffle_indices(self) -> Any:
+            documents: Documents = self.indices
+
+            def build() -> Any:
+                self.indices = documents.numbers()
+                try:
+                    return base._build_document_sample_shuffle_indices(self)
+                finally:
+                    self.indices = documents
+
+            samples = documents.tokens // self.config.sequence_length
+            key = f"{documents.key}/{self.config.sequence_length}/{self.config.random_seed}"
+            digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+            return shared_arrays(digest, 4 * documents.count + 12 * samples, build)
+
+    return GPTDataset
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of an entry, by their numbers in the file."""
+
+    first: int
+    count: int
+    tokens: int
+    key: str
+    """The file and its state."""
+
+    def numbers(self) -> np.ndarray:
+        """``[count]`` int32."""
+        return np.arange(self.first, self.first + self.count, dtype=np.int32)
 
 
 def open_indexed(entry: Entry, dtype: str, size: int) -> Any:
@@ -183,8 +226,9 @@ class EpochedSubset:
             eod_mask_loss=False,
             create_attention_mask=False,
         )
-        first = self._entry.first
-        documents = np.arange(first, first + self._entry.documents, dtype=np.int32)
+        entry, file = self._entry, self._entry.path(".idx")
+        key = f"{file.resolve()}/{stamp_of(file)}/{entry.first}/{entry.documents}"
+        documents = Documents(entry.first, entry.documents, entry.tokens, key)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return megatron.GPTDataset(

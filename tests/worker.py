@@ -38,6 +38,7 @@ from pretrain.training.start import train
 from tests.counting import Counting, Operations
 from tests.moved import moved_constants
 from tests.private_deepspeed import run_private
+from tests.stage_work import run_stage_work
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -355,6 +356,7 @@ TASKS = {
     "decay": run_decay,
     "traffic": run_traffic,
     "private": run_private,
+    "stage_work": run_stage_work,
 }
 
 

@@ -41,8 +41,10 @@ def _tensor(sizes: Sizes, layout: Layout) -> float:
     fullest = sizes.fullest_stage(layout.pipeline)
     replicas = fullest.replicated if layout.sequence else 0
     gradients = layout.width * (replicas or layers * sizes.summed)
+    # Muon's matrices: gathered, and sent by the process that makes one to the others of its group.
+    matrices = 4 * fullest.orthogonal * (1 + 1 / layout.data)
     ring = (layout.tensor - 1) / layout.tensor
-    return ring * (2 * layout.count * (activations + loss + gradients) + 4 * fullest.orthogonal)
+    return ring * (2 * layout.count * (activations + loss + gradients) + matrices)
 
 
 def _pipeline(sizes: Sizes, layout: Layout) -> float:
@@ -72,8 +74,9 @@ def _data(sizes: Sizes, layout: Layout) -> float:
         reductions = layout.count if layout.stage == 2 else 1
         transfers = 1 if layout.flat and layout.stage else 2
         sent = local * (transfers * 4 * reductions + (layout.width if layout.stage else 0))
-    if layout.stage:  # Muon needs whole matrices of gradients that are divided
-        sent += 2 * 4 * sizes.fullest_stage(layout.pipeline).orthogonal / layout.tensor
+    # Muon needs whole matrices of gradients that are divided, and shares what it makes of them.
+    times = 3 if layout.stage else 1
+    sent += times * 4 * sizes.fullest_stage(layout.pipeline).orthogonal / layout.tensor
     return sent * (layout.data - 1) / layout.data
 
 

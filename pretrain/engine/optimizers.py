@@ -21,6 +21,8 @@ from pretrain.engine.norms import square_sum
 from pretrain.errors import UsageError
 
 Groups = list[dict[str, Any]]
+Updates = list[tuple[Tensor, Tensor]]
+"""What an optimizer updates, each with its update, which may be flat."""
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024)."""
 _ITERATIONS = 5
@@ -113,26 +115,34 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "muon": False}
         super().__init__(groups, {**defaults, "weight_decay": 0.0})
-        self.whole: Callable[[Tensor, Tensor], Tensor] = _one_matrix
-        """A function (owner, its flat update) -> the orthogonalised update in the owner's shape."""
+        self.whole: Callable[[Updates], list[Tensor]] = _each_matrix
+        """A function of a group's updates -> these, orthogonalised."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make one update."""
         for group in self.param_groups:
-            for owner in group["params"]:
-                if owner.grad is not None:
-                    (self._muon if group["muon"] else self._adamw)(owner, group)
+            owners = [owner for owner in group["params"] if owner.grad is not None]
+            if group["muon"]:
+                self._muon(owners, group)
+                continue
+            for owner in owners:
+                self._adamw(owner, group)
 
-    def _muon(self, owner: Tensor, group: dict[str, Any]) -> None:
+    def _muon(self, owners: list[Tensor], group: dict[str, Any]) -> None:
+        updates = [(owner, self._momentum(owner, group["momentum"])) for owner in owners]
+        for owner, update in zip(owners, self.whole(updates), strict=True):
+            owner.add_(update.view_as(owner), alpha=-group["lr"])
+
+    def _momentum(self, owner: Tensor, momentum: float) -> Tensor:
+        """Nesterov's momentum."""
         state, gradient = self.state[owner], owner.grad
         assert gradient is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(owner)
-        buffer = state["momentum_buffer"]
-        buffer.lerp_(gradient, 1.0 - group["momentum"])
-        update = self.whole(owner, gradient.lerp(buffer, group["momentum"]))
-        owner.add_(update.view_as(owner), alpha=-group["lr"])
+        buffer: Tensor = state["momentum_buffer"]
+        buffer.lerp_(gradient, 1.0 - momentum)
+        return gradient.lerp(buffer, momentum)
 
     def _adamw(self, owner: Tensor, group: dict[str, Any]) -> None:
         state, gradient = self.state[owner], owner.grad
@@ -149,8 +159,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         owner.addcdiv_(state["exp_avg"], denominator, value=-size)
 
 
-def _one_matrix(owner: Tensor, update: Tensor) -> Tensor:
-    return muon_update(update.view_as(owner))
+def _each_matrix(updates: Updates) -> list[Tensor]:
+    return [muon_update(update.view_as(owner)) for owner, update in updates]
 
 
 def muon_update(momentum: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.config import GPTConfig
 from models.gpt import attention_layers
 from models.layers import shares_keys
-from models.roles import info_of
+from models.roles import ParameterInfo, info_of
 from pretrain.decay.control import DecayControl
 from pretrain.decay.nuclear import nuclear_subgradient
 from pretrain.decay.policy import Policy
@@ -27,8 +27,16 @@ from pretrain.distributed.grid import Grid
 from pretrain.engine.deepspeed_adapter import counts_in_norms
 from pretrain.engine.masters import Fragment, fragments, is_replicated, norm_in_step, tensors_of
 from pretrain.engine.norms import square_sum
-from pretrain.engine.optimizers import MuonWithAdamW, muon_update
-from pretrain.engine.shards import local_shard, own_shard, sum_over_stage, whole_tensor
+from pretrain.engine.optimizers import MuonWithAdamW, Updates, muon_update
+from pretrain.engine.shards import (
+    batched,
+    local_shard,
+    own_shard,
+    place_in_stage,
+    shard_from,
+    sum_over_stage,
+    whole_tensor,
+)
 from pretrain.errors import UsageError
 
 _WITH_GRADIENT = frozenset(("l2", "cautious", "adadecay"))
@@ -269,25 +277,41 @@ class Shrinker:
         gradient = for_p.view(units, group, width, head).permute(2, 0, 1, 3)
         return for_v.mT.reshape(-1), gradient.reshape(-1)
 
-    def _orthogonalized(self, owner: Tensor, update: Tensor) -> Tensor:
-        """Muon's step for the matrices in ``owner``: computed whole, then this process's part."""
-        flat, own_fragments = update.reshape(-1), self._by_owner[id(owner)]
-        result = torch.zeros_like(flat)
-        for parameter in self._tensors[id(owner)]:
-            mine = [fragment for fragment in own_fragments if fragment.parameter is parameter]
-            parts = [
-                (fragment.offset, flat.narrow(0, fragment.start, fragment.master.numel()))
-                for fragment in mine
-            ]
-            local = local_shard(parameter, parts, self._grid, self._replicated)
-            step = muon_update(whole_tensor(parameter, local, self._grid))
-            own = own_shard(parameter, step, self._grid)
-            for fragment in mine:
-                size = fragment.master.numel()
-                result.narrow(0, fragment.start, size).copy_(
-                    own[fragment.offset : fragment.offset + size]
-                )
-        return result
+    def _orthogonalized(self, updates: Updates) -> list[Tensor]:
+        """Muon's steps for the matrices in some owners: this process's parts of them.
+
+        Each matrix is made whole and orthogonalised on one process of the stage, which shares it.
+        """
+        results = [torch.zeros_like(update).view(-1) for _, update in updates]
+        matrices = [
+            (parameter, owner, update.reshape(-1), result)
+            for (owner, update), result in zip(updates, results, strict=True)
+            for parameter in self._tensors[id(owner)]
+        ]
+        grid = self._grid
+        for some in batched(matrices, grid.tensor * grid.data):
+            mine: Tensor | None = None
+            for place, (parameter, owner, flat, _) in enumerate(some):
+                parts = [
+                    (part.offset, flat.narrow(0, part.start, part.master.numel()))
+                    for part in self._parts(parameter, owner)
+                ]
+                local = local_shard(parameter, parts, grid, self._replicated)
+                whole = whole_tensor(parameter, local, grid)
+                if place == place_in_stage(grid):
+                    mine = whole
+            # After the last matrix has come: the others do not wait for this process meanwhile.
+            step = None if mine is None else muon_update(mine)
+            for place, (parameter, owner, _, result) in enumerate(some):
+                own = shard_from(place, step, parameter, grid)
+                for part in self._parts(parameter, owner):
+                    size = part.master.numel()
+                    result.narrow(0, part.start, size).copy_(own[part.offset : part.offset + size])
+        return results
+
+    def _parts(self, parameter: nn.Parameter, owner: Tensor) -> list[Fragment]:
+        """The fragments of a parameter in an owner."""
+        return [part for part in self._by_owner[id(owner)] if part.parameter is parameter]
 
     @torch.no_grad()
     def figures(self, policy: Policy) -> dict[str, float]:
@@ -298,20 +322,20 @@ class Shrinker:
         Raises:
             UsageError: on every rank, if the policy's code fails on one.
         """
-        grid, mine, problem = self._grid, {}, ""
-        ranks = grid.tensor * grid.data
-        number = 0
-        for parameter in self._module.parameters():
-            info = info_of(parameter)
-            if not policy.measures(info):
-                continue
-            matrix = whole_tensor(parameter, self._local(parameter), grid)
-            if number % ranks == grid.data_rank * grid.tensor + grid.tensor_rank:
+        grid, problem = self._grid, ""
+        mine: dict[str, float] = {}
+        measured = [one for one in self._module.parameters() if policy.measures(info_of(one))]
+        for some in batched(measured, grid.tensor * grid.data):
+            own: tuple[ParameterInfo, Tensor] | None = None
+            for place, parameter in enumerate(some):
+                matrix = whole_tensor(parameter, self._local(parameter), grid)
+                if place == place_in_stage(grid):
+                    own = info_of(parameter), matrix
+            if own is not None:  # after the last matrix has come, so that all compute at once
                 try:
-                    mine[label(site_of(info))] = policy.figure(info, matrix)
+                    mine[label(site_of(own[0]))] = policy.figure(*own)
                 except UsageError as error:  # the others wait in the next collective
                     problem = problem or str(error)
-            number += 1
         figures: dict[str, float] = {}
         for part, wrong in grid.gather((mine, problem)):
             if wrong:

@@ -29,7 +29,7 @@ class Part:
     moments: int = 0
     """Bytes of optimizer state, of split and replicated parameters together."""
     orthogonal: int = 0
-    """Parameters that Muon updates, of those that are split."""
+    """Parameters that Muon updates."""
 
     @property
     def whole(self) -> int:
@@ -246,5 +246,5 @@ def _part(infos: Iterable[ParameterInfo], optimizer: OptimizerConfig) -> Part:
         rule = rule_of(optimizer.name, info.role)
         remembers = rule != "sgd" or optimizer.momentum > 0
         moments += _MOMENTS[rule] * info.numel if remembers else 0
-        orthogonal += info.numel if rule == "muon" and info.partition_dim is not None else 0
+        orthogonal += info.numel if rule == "muon" else 0
     return Part(split, replicated, moments, orthogonal)

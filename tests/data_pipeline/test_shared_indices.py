@@ -56,7 +56,7 @@ def sampled(data: Path, folder: Path, processes: int, least: int) -> list[tuple[
     return [(digest, int(built)) for digest, built in answers]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_process_of_three_builds(data: Path, tmp_path: Path) -> None:
     ((digest, built),) = sampled(data, tmp_path / "alone", 1, 0)
     assert built == 6 and not list((tmp_path / "alone").iterdir())  # three subsets, two epochs

@@ -33,7 +33,7 @@ def test_the_page_is_made_from_the_help() -> None:
 def test_every_verb_has_help_and_version(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((80, 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((80, 24)))
     assert run(monkeypatch, *verb.split(), "-h") == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("Usage: ") and "-h, --help" in shown.out and not shown.err

@@ -71,6 +71,6 @@ def test_examples_of_the_help_are_commands_that_work() -> None:
 def test_help_is_as_wide_as_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((300, 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((300, 24)))
     assert run(monkeypatch, "train", "-h") == 0
     assert 100 < max(map(len, capsys.readouterr().out.splitlines())) <= 110

@@ -27,6 +27,7 @@ from pretrain.config.recipe import Config, parse_config
 from pretrain.decay.plan import plan_decay
 from pretrain.decay.sites import site_of
 from pretrain.distributed.grid import Grid, build_grid, connect, disconnect
+from pretrain.distributed.replicas import disagreement, drift
 from pretrain.engine.building import LayerDivider, build_model, working_type
 from pretrain.engine.engine import build_engine
 from pretrain.engine.layer_norms import as_figures
@@ -347,7 +348,48 @@ def _norms_by_hand(engine: Any, tokens: torch.Tensor) -> dict[Any, torch.Tensor]
     return found
 
 
+def run_drift(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, Any]:
+    """What comparisons of copies say after three updates, and once bits of the last rank flipped.
+
+    Returns:
+        ``clean``, and by the name of the flipped parameter: (between data-parallel, between
+        tensor-parallel processes).
+    """
+    infos = whole_model(config.model, grid.tensor)
+    engine = build_engine(config, grid, plan_decay(infos, config.optimizer.weight_decay))
+    draw = torch.Generator().manual_seed(grid.data_rank)
+    micro = config.train.global_batch // grid.data // engine.micro_batches
+    shape = (micro, config.model.context)
+
+    def batches() -> Any:
+        while True:
+            tokens = torch.randint(0, 90, shape, generator=draw)
+            yield tokens, tokens.roll(-1, 1)
+
+    for step in range(3):
+        engine.begin_step(step, 3e-3)
+        engine.train_step(batches())
+
+    def said() -> list[str]:
+        return [
+            compare(engine.module, grid) if size > 1 else ""
+            for compare, size in ((disagreement, grid.data), (drift, grid.tensor))
+        ]
+
+    found: dict[str, Any] = {"clean": said()}
+    named = {info_of(one).name: one for one in engine.module.parameters()}
+    for name in case["flips"]:
+        flips = grid.rank == grid.world_size - 1 and name in named
+        bits = named[name].data.view(-1)[:1].view(torch.uint8) if flips else torch.zeros(1)
+        bits[0] = int(bits[0]) ^ 4
+        found[name] = said()
+        bits[0] = int(bits[0]) ^ 4
+    engine.close()
+    return found
+
+
 TASKS = {
+    "drift": run_drift,
     "norms": run_norms,
     "initial": run_initial,
     "both": run_both_updates,

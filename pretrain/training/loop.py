@@ -15,7 +15,7 @@ from pretrain.checkpoint.reader import (
 from pretrain.checkpoint.recover import find_whole
 from pretrain.checkpoint.restore import load_into_engine
 from pretrain.config.decay import same_policies
-from pretrain.distributed.replicas import are_replicated, disagreement
+from pretrain.distributed.replicas import are_replicated, disagreement, drift
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
 from pretrain.engine.engine import Engine, micro_batches
 from pretrain.errors import ENDS, RunError
@@ -248,12 +248,22 @@ def _compare_if_due(training: Training, step: int, saving: bool) -> None:
     """Compare replicated weights, before a checkpoint would keep wrong ones.
 
     Raises:
-        GoBackError: if they differ.
+        GoBackError: if copies of data-parallel processes differ.
     """
     every = training.config.faults.compare_every
-    if not every or not are_replicated(training.grid, training.config.grid.zero_stage):
+    if not every or not (saving or step % every == 0):
         return
-    if saving or step % every == 0:
-        difference = disagreement(training.engine.module, training.grid)
+    grid, module, stage = training.grid, training.engine.module, training.config.grid.zero_stage
+    if are_replicated(grid.data, stage):
+        difference = disagreement(module, grid)
         if difference:
             raise GoBackError(step, f"{difference}: a memory or a network is failing")
+    if are_replicated(grid.tensor, stage) and not training.moving.drifts:
+        difference = drift(module, grid)
+        if difference:
+            training.moving.drifts = True
+            training.say(
+                step,
+                f"{difference}, which tensor-parallel processes should hold alike: a memory fails, "
+                "or a kernel is not deterministic; the run continues",
+            )

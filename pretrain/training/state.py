@@ -51,6 +51,8 @@ class Moving:
     """(step, loss) of the last evaluation."""
     saved_at: float = field(default_factory=time.monotonic)
     """When the last checkpoint of this start began, or the start itself."""
+    drifts: bool = False
+    """Whether copies of tensor-parallel processes differed, which is said once."""
     unwritten: dict[int, list[Row]] = field(default_factory=dict)
     """Measurements that could not be written to disk, by step."""
     ranks: dict[str, Any] = field(default_factory=dict)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,9 @@ import zstandard
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# The suite starts some hundred processes, and compiling the program takes a second of each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import torch
 
@@ -27,6 +33,7 @@ from tests.checkpoints import STEPS, write_run
 from tests.cpu_times import CpuTimes
 from tests.slurm import reason_to_skip, start_slurm, stop_slurm
 from tests.tools import (
+    ROOT,
     base_recipe,
     draw_small,
     environment,
@@ -88,6 +95,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("long") and not config.getoption("--long"):
             item.add_marker(skip)
     items.sort(key=lambda item: places.get(_file_of(item), len(places)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Each worker first compiles a share of the test files, and then finds those of the others.
+
+    Pytest rewrites the assertions of each file, which takes seconds, and keeps the result.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    paths = [ROOT / argument for argument in session.config.args]
+    files = sorted({file for path in paths for file in path.rglob("test_*.py")})
+    for file in files[number::count]:
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # collecting it tells
+            importlib.import_module(name)
 
 
 def _file_of(item: pytest.Item) -> str:

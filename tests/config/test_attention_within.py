@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from data_pipeline.adopt import adopt
 from data_pipeline.document_ends import check_document_ends
+from data_pipeline.light_imports import import_light
 from data_pipeline.manifest import load_manifest
 from data_pipeline.records import DataError
 from pretrain.config.recipe import parse_config
@@ -36,7 +36,8 @@ def tokenizer_of(data: Path) -> Path:
 
 
 def write_pair(prefix: Path, documents: list[list[int]]) -> Path:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    (indexed,) = import_light("megatron.core.datasets.indexed_dataset")
+    builder = indexed.IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for tokens in documents:
         builder.add_document(torch.tensor(tokens), [len(tokens)])
     builder.finalize(f"{prefix}.idx")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from data_pipeline.adopt import _byte_level, adopt
 from data_pipeline.dataset import TrainingData, held_out
+from data_pipeline.light_imports import import_light
 from data_pipeline.manifest import load_manifest
 from data_pipeline.sources import DataError
 from data_pipeline.tokenizer import load_tokenizer
@@ -43,7 +43,8 @@ def gpt2_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_pair(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> None:
     """As preprocess_data.py writes it."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    (indexed,) = import_light("megatron.core.datasets.indexed_dataset")
+    builder = indexed.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for tokens in documents:
         builder.add_document(torch.tensor(tokens), [len(tokens)])
     builder.finalize(f"{prefix}.idx")

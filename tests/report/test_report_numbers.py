@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from scipy import stats
 
 from pretrain.report import write_report
 from tests.fake_runs import STEPS, SUBSETS, recipe, write_run, write_study
@@ -152,6 +151,8 @@ def check_study(folder: Path, tables: dict[str, Rows], decays: list[float], rota
 
 def check_family(hand: Hand, rows: Rows, places: list[tuple[float, str]], baseline: float) -> None:
     """Comparisons that are corrected together."""
+    from scipy import stats  # a second
+
     ps = []
     for row, (decay, key) in zip(rows, places, strict=True):
         a, b = hand.gaps(decay, key, baseline)

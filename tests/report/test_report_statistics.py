@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from pretrain.report.compare import holm, t_test
 
@@ -23,6 +22,8 @@ def closed_form(t: float, freedom: int) -> float:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_t_against_scipy_and_closed_forms(seed: int) -> None:
+    from scipy import stats  # a second
+
     rng = np.random.default_rng(seed)
     n = int(rng.integers(2, 9))
     scale = 10.0 ** rng.uniform(-200, 200)

@@ -30,7 +30,7 @@ from tests.tools import (
     spectra_of,
 )
 
-STEPS = 14
+STEPS = 10
 MODELS = DIALECTS | {
     "qk_norm": {"dialect": "llama", "num_key_value_heads": 1, "qk_norm": True, "tied_head": True},
 }
@@ -90,8 +90,10 @@ class Case:
         values["precision"] = self.precision
         if epsilon := EPSILON.get(self.precision) or EPSILON.get(self.model):
             values["optimizer"]["epsilon"] = epsilon
+        values["optimizer"]["learning_rate"] = 5e-3
         values["ranks"]["every"] = STEPS // 2
-        values["evaluation"]["every"] = values["checkpoint"]["every"] = STEPS
+        values["checkpoint"]["every"] = STEPS
+        values["evaluation"]["every"] = 2 * STEPS  # that of the end is compared
         values["data"]["attention"] = self.attention
         if self.attention == "within":  # what is added to the loss goes the same ways
             values["train"]["z_loss"], values["model"]["logit_softcap"] = 1e-3, 4.0

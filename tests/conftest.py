@@ -270,9 +270,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     if reason:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm")
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
     try:
-        start_slurm(folder, int(worker.removeprefix("gw")))
+        start_slurm(folder)
         yield {**environment(), "SLURM_CONF": str(folder / "slurm.conf")}
     finally:
         stop_slurm(folder)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -35,10 +37,10 @@ def stand_in(folder: Path, name: str, prints: str) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-def start_slurm(folder: Path, number: int) -> None:
-    """One controller and two nodes of one CPU; ``number`` sets its ports apart from others'."""
+def start_slurm(folder: Path) -> None:
+    """One controller and two nodes of one CPU."""
     host = os.uname().nodename.partition(".")[0]
-    port = 16_900 + 10 * number
+    port = _free_ports()
     for name in ("state", "spool.n1", "spool.n2"):
         (folder / name).mkdir()
     settings = {
@@ -89,6 +91,16 @@ def start_slurm(folder: Path, number: int) -> None:
             return
         time.sleep(0.5)
     raise AssertionError("Slurm's nodes did not come up")
+
+
+def _free_ports() -> int:
+    """The first of three free ports; with a port in use, jobs would go to another suite's Slurm."""
+    while True:
+        first = random.randrange(16_000, 30_000)
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for port in range(first, first + 3):
+                held.enter_context(socket.socket()).bind(("", port))
+            return first
 
 
 def stop_slurm(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +20,7 @@ from pretrain.cluster import doctor
 from pretrain.errors import UsageError
 from pretrain.runs.metrics import read_metrics
 from tests.tools import ROOT, base_recipe, metrics_of, pretrain, run, weights_of, write_recipe
+from tests.warm import run_warm
 
 SITES = sorted((ROOT / "configs/sites").glob("*.yaml"))
 
@@ -314,18 +314,15 @@ def test_warned_and_requeued_on_slurm(
                 "slurm": {"time": "2", "warning": 40} if by_limit else {"time": "20"}}  # fmt: skip
     site = write_recipe(tmp_path / "site.yaml", settings)
     words = ["launch", str(recipe), "--on", "slurm", "--site", str(site), "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pretrain", *words], env=slurm, capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
+    done = run_warm(words, slurm, tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr
     number = done.stdout.split("job ")[1].split(";")[0]
     log = out / "logs" / f"job-{number}.log"
-    wait_until(lambda: len(read_metrics(out)) > 5, 120, log)
+    wait_until(lambda: len(read_metrics(out)) > 5, 300, log)
     began = time.monotonic()
     if not by_limit:
         subprocess.run(["scancel", "--signal=USR1", number], env=slurm, check=True)
-    wait_until(lambda: "requeued from" in log.read_text(), 180, log)
+    wait_until(lambda: "requeued from" in log.read_text(), 300, log)
     seen = time.monotonic()
     wait_until(lambda: log.read_text().count("start on 2 node(s)") >= 2, 240, log)
     again = time.monotonic()

@@ -39,6 +39,7 @@ from tests.tools import (
     weights_of,
     write_sweep,
 )
+from tests.warm import run_warm
 
 
 def runs_of(out: Path) -> dict[str, Path]:
@@ -177,16 +178,13 @@ def test_ctrl_c_and_fork(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_on_slurm(data: Path, tmp_path: Path, swept: Path, slurm: dict[str, str]) -> None:
-    """The same sweep as one job array over two nodes: the same numbers."""
-    path, out = write_sweep(tmp_path, data), tmp_path / "runs"
+    """One seed of the sweep as a job array over two nodes, two runs on each: the same numbers."""
+    path, out = write_sweep(tmp_path, data, seeds=[1]), tmp_path / "runs"
     words = ["sweep", str(path), "--out", str(out), "--launcher", "slurm", "--slurm", "time=30"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pretrain", *words, "--json"],
-        env=slurm, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+    done = run_warm([*words, "--json"], slurm, tmp_path, timeout=500)
     assert done.returncode == 0, done.stderr
     states = json.loads(done.stdout)
-    assert len(states) == 8 and {one["state"] for one in states.values()} == {"done"}
+    assert len(states) == 4 and {one["state"] for one in states.values()} == {"done"}
     same_runs(out, swept, set(states))
     jobs = json.loads((out / "slurm" / "jobs.json").read_text())
     assert len({number.partition("_")[0] for number in jobs.values()}) == 1  # one array
@@ -202,10 +200,7 @@ def test_two_tasks_on_slurm(data: Path, tmp_path: Path, slurm: dict[str, str]) -
     out = tmp_path / "runs"
     words = ["sweep", str(path), "--out", str(out), "--launcher", "slurm"]
     words += ["--slurm", "nodes=2", "--slurm", "tasks_per_node=1", "--slurm", "time=30"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pretrain", *words],
-        env=slurm, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = run_warm(words, slurm, tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     starts = json.loads((out / "attention=1,seed=1" / "environment.json").read_text())
     assert "tensor 2" in starts[0]["grid"]

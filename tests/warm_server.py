@@ -160,6 +160,7 @@ def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
         failed = any(codes.values())
         if failed and left:
             signal_all(left, signal.SIGTERM)
+            signal_all([process for process in left if _stopped(process)], signal.SIGKILL)
             deadline = min(deadline, time.monotonic() + 10)
         if len(ranks) > 1 and time.monotonic() > look:
             look += LOOK
@@ -175,6 +176,11 @@ def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
     code = codes[ranks[0]] if len(ranks) == 1 else int(any(codes.values()))
     crashed = len(ranks) > 1 and not expired and -signal.SIGSEGV in codes.values()
     return {"code": code, "expired": expired, "spins": spins, "crashed": crashed}
+
+
+def _stopped(process: int) -> bool:
+    """Whether it stands still (SIGSTOP), so that no other signal would end it."""
+    return "\nState:\tT" in Path(f"/proc/{process}/status").read_text()
 
 
 LOOK = 10.0

@@ -160,15 +160,15 @@ def test_a_slow_disk_and_a_slow_mirror(
     del written["sha256"]
     written["state"]["jumped"] = [1]
     path.write_bytes(sealed(written))
-    limit, out = 15, tmp_path / "fork"
+    limit, pause, out = 10, 0.25, tmp_path / "fork"
     more = ["--fork", f"{folder}@8", f"checkpoint.mirror=slow://{tmp_path}/mirror",
             f"faults.watchdog={limit}", "checkpoint.every=10", "grid.zero_stage=0"]  # fmt: skip
     began = time.monotonic()
-    slowly = ["0", "0.4", *words[:3], str(out), *more]
+    slowly = ["0", str(pause), *words[:3], str(out), *more]
     done = run_processes(slowly, 2, 300, HERE / "slow_disk.py")
     lasted = time.monotonic() - began
     assert done.returncode == 0, done.stderr
-    assert lasted > 80 * 0.4 + limit and not (out / "stacks").exists()
+    assert lasted > 80 * pause + limit and not (out / "stacks").exists()
     assert json.loads((out / "jumps.json").read_text()) == [1]
     (copies,) = (tmp_path / "mirror").iterdir()
     assert sorted(path.name for path in copies.glob("step-*")) == ["step-00000008", "step-00000010"]

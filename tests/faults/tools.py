@@ -53,7 +53,7 @@ def faulty(
 def started_until(moment: str, marker: Path, words: list[str], processes: int) -> WarmProcess:
     """The command line on forked processes, come to a moment of ``interrupted.py``."""
     process = start_processes([moment, str(marker), *words], processes, HERE / "interrupted.py")
-    wait_until(lambda: marker.exists() or process.poll() is not None, 120, "the moment")
+    wait_until(lambda: marker.exists() or process.poll() is not None, 300, "the moment")
     assert process.poll() is None, process.errors()
     return process
 

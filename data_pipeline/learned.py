@@ -6,12 +6,15 @@ used without remarks.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import read_json, write_aside
+from data_pipeline.records import DataError
 from data_pipeline.sources import Source
 from data_pipeline.strict_json import to_json
 
@@ -32,6 +35,7 @@ def write_record(
     documents: int,
     split: str | None,
     shares: tuple[int, int, int],
+    asked: dict[str, Any] | None = None,
 ) -> None:
     """Write what a tokenizer was learned from beside its file.
 
@@ -41,21 +45,59 @@ def write_record(
         documents: number of texts that were read.
         split: the split of every source, whatever its name; None: by name, else divided.
         shares: percents of train, val and test, where documents are divided.
+        asked: the other options of the command.
     """
     record = {
         "sha256": hashlib.sha256(model).hexdigest(),
         "documents": documents,
-        "sources": [
-            {
-                "name": source.name,
-                "size": source.size,
-                "held_out_percent": held_out_of(source, split, shares),
-            }
-            for source in sources
-        ],
+        "asked": asked,
+        "sources": _entries(sources, split, shares),
     }
     path = tokenizer.with_name(tokenizer.name + _ENDING)
     write_aside(path, to_json(record, indent=1).encode())
+
+
+def _entries(
+    sources: Sequence[Source], split: str | None, shares: tuple[int, int, int]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": source.name,
+            "size": source.size,
+            "held_out_percent": held_out_of(source, split, shares),
+        }
+        for source in sources
+    ]
+
+
+def is_made(
+    tokenizer: Path,
+    sources: Sequence[Source],
+    split: str | None,
+    shares: tuple[int, int, int],
+    asked: dict[str, Any],
+) -> bool:
+    """Whether a tokenizer is there that the same command made; the arguments are `write_record`'s.
+
+    Raises:
+        DataError: if another file is there, which may be in use: tokens without it are lost.
+    """
+    if not os.path.lexists(tokenizer):
+        return False
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+        before = read_json(tokenizer.with_name(tokenizer.name + _ENDING))
+        learned, wanted = _learned(tokenizer, sha256), _entries(sources, split, shares)
+        files = [
+            [(*_file(one["name"], one["size"]), one["held_out_percent"]) for one in entries]
+            for entries in (learned, wanted)
+        ]
+        if before["asked"] == asked and files[0] == files[1]:
+            return True
+    raise DataError(
+        f"{tokenizer}: already exists, and this command with the same options did not make it; "
+        "choose another --out, or delete it"
+    )
 
 
 def remarks(

@@ -14,7 +14,7 @@ from data_pipeline.corpus import write_corpus
 from data_pipeline.encode import EncodingSettings
 from data_pipeline.files import held, write_aside
 from data_pipeline.json_tokenizer import NO_SPECIAL_TOKENS, SpecialTokens
-from data_pipeline.learned import remarks, write_record
+from data_pipeline.learned import is_made, remarks, write_record
 from data_pipeline.manifest import MANIFEST, load_manifest
 from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.readers import WINDOW_MB
@@ -30,7 +30,7 @@ from data_pipeline.shards import parse_shard
 from data_pipeline.sources import Source, find_sources
 from data_pipeline.splits import SPLITS
 from data_pipeline.tokenize import Report, tokenize
-from data_pipeline.tokenizer import VocabularyError, train_tokenizer
+from data_pipeline.tokenizer import VocabularyError, load_tokenizer, train_tokenizer
 
 _EMBEDDED_VOCABULARY = 2048
 _LEAST_PIECES, _MOST_PIECES, _BYTES_PER_PIECE = 512, 32_000, 1500
@@ -75,6 +75,8 @@ def train_from_sources(
 ) -> int:
     """Train a tokenizer on the training documents of some sources and write it to ``out``.
 
+    If the same command wrote it before, it stays as it is.
+
     Args:
         vocabulary_size: None: one that suits the amount of text, at most 32,000.
         split: the split of every source, whatever its name, or percents as in `parse_split`.
@@ -83,7 +85,7 @@ def train_from_sources(
         The size of the vocabulary.
 
     Raises:
-        DataError: if the sources hold no training documents.
+        DataError: if the sources hold no training documents, or another file is there.
     """
     split, shares = parse_split(split)
     sources, _ = _find(names, window_mb, split, shares)
@@ -99,7 +101,14 @@ def train_from_sources(
     fields = Fields(text_field, subset_field, "unknown")
     algorithm: Literal["unigram", "bpe"] = "bpe" if kind == "bpe" else "unigram"
     texts = _TrainingTexts(chosen, fields, split, shares or SHARES)
+    asked = {
+        "vocabulary_size": vocabulary_size, "type": kind, "max_bytes": max_bytes,
+        "text_field": text_field, "subset_field": subset_field,
+    }  # fmt: skip
     with held(out):
+        if is_made(out, chosen, split, shares or SHARES, asked):
+            _say(f"{out}: was made of the same files before: nothing is left to do")
+            return load_tokenizer(out).vocabulary_size
         texts.check()
         size = vocabulary_size or _suitable_size(texts, max_bytes)
         _say(
@@ -116,7 +125,7 @@ def train_from_sources(
             model = train_tokenizer(texts, size, algorithm, max_bytes)
         texts.say_problems()
         write_aside(out, model)
-        write_record(out, model, chosen, texts.count, split, shares or SHARES)
+        write_record(out, model, chosen, texts.count, split, shares or SHARES, asked)
     return size
 
 
@@ -302,18 +311,19 @@ def _say_splits(sources: list[Source], shares: Shares) -> None:
 
 
 class _Meter:
-    """Prints a line every few seconds."""
+    """Prints a line every few seconds, if more documents are complete."""
 
     def __init__(self) -> None:
         self._bytes = self._documents = 0
+        self._told = -1
         self._began = self._shown = time.monotonic()
 
     def __call__(self, size: int, documents: int) -> None:
         self._bytes += size
         self._documents += documents
         now = time.monotonic()
-        if now - self._shown >= 5:
-            self._shown = now
+        if now - self._shown >= 5 and self._documents != self._told:
+            self._shown, self._told = now, self._documents
             speed = self._bytes / 1e6 / (now - self._began)
             print(
                 f"tokenize: {self._documents:,} documents, {self._bytes / 1e6:,.1f} MB of records, "
@@ -360,9 +370,10 @@ def print_info(folder: Path, as_json: bool = False) -> None:
         row(split, "all", documents, tokens, size)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     present = {entry.subset for entry in manifest.entries} & set(PILE_WEIGHTS)
+    of_the_pile = f"{len(present)} of the Pile's {len(PILE_WEIGHTS)} subsets; " if present else ""
     print(
         f"tokenizer: {manifest.vocabulary_size:,} tokens, sha256 {manifest.tokenizer_sha256[:12]}; "
-        f"tokens stored as {manifest.dtype}; {len(present)} of the Pile's 22 subsets; "
+        f"tokens stored as {manifest.dtype}; {of_the_pile}"
         f"{manifest.malformed} malformed records skipped"
     )
     if unknown:

@@ -27,6 +27,10 @@ from pretrain.runs.metrics import Tracker
 from pretrain.runs.records import FIGURES
 
 _DIALECTS = {"gpt2": "gpt2", "gpt_neox": "gpt_neox", "llama": "llama", "mistral": "llama"}
+_LEARNED = ("gpt2", "gpt_neo", "opt", "bert", "vit", "deit")
+"""Model types with learned positions; another one without rotation may have any, or none."""
+_OF_OTHER_FORMS = {"adadecay_slope", "nuclear_every"}
+"""Keys about forms of decay that a loop cannot have."""
 
 
 def loop_recipe(
@@ -49,7 +53,7 @@ def loop_recipe(
     if about.get("learning_rate"):
         optimizer["learning_rate"] = about["learning_rate"]
     if decay:
-        optimizer["weight_decay"] = decay.model_dump(mode="json")
+        optimizer["weight_decay"] = decay.model_dump(mode="json", exclude=_OF_OTHER_FORMS)
     sections = {
         "model": _model(shape, values, about.get("context") or 0),
         "train": {key: about[key] for key in ("steps", "global_batch") if about.get(key)},
@@ -79,7 +83,7 @@ def _model(shape: AttentionShape, values: Mapping[str, Any], context: int) -> di
     known = ({"dialect": dialect} if dialect else {}) | known
     if shape.rotary_dim:
         known |= {"position": "rotary", "rotary_fraction": shape.rotary_dim / shape.head_size}
-    else:
+    elif values.get("model_type") in _LEARNED:
         known["position"] = "learned"
     more = {
         "vocabulary_size": values.get("vocab_size"),

@@ -80,6 +80,14 @@ class WatchedDecay:
         return found
 
     @property
+    def _form(self) -> dict[str, str]:
+        """The direction of the decay, where it is not along the weight itself."""
+        groups = [group for group in self._optimizer.param_groups if group.get("weight_decay")]
+        of_torch = type(self._optimizer).__module__.startswith("torch.optim.")
+        decoupled = any(group.get("decoupled_weight_decay", False) for group in groups)
+        return {"form": "l2"} if of_torch and groups and not decoupled else {}
+
+    @property
     def words(self) -> WeightDecayConfig:
         """The λ of each role in the words of a recipe."""
         found = self.in_use()
@@ -93,7 +101,7 @@ class WatchedDecay:
             for name, decay in {**others, **{v: found[v] for v in vectors if v in found}}.items()
             if not (name in vectors and decay == 0.0)
         }
-        return WeightDecayConfig.model_validate({"default": usual, **others})
+        return WeightDecayConfig.model_validate({"default": usual, **others, **self._form})
 
 
 def books_without_optimizer(model: nn.Module, family: Family | None) -> DecayRecords:

@@ -58,3 +58,20 @@ def superseded(
         if losses:
             kept.add(min(losses)[1])
     return [path for path in checkpoints if path not in kept]
+
+
+def why_missing(step: int, every: int, keep: int) -> str:
+    """Why a run that trained on has no checkpoint of a step, in brackets; empty if unknown.
+
+    Args:
+        every: steps between checkpoints.
+        keep: the number of last ones that are kept; 0: all.
+    """
+    if step % every:
+        return f" (checkpoint.every: it saves every {every} steps)"
+    if not keep:
+        return ""
+    return (
+        f" (checkpoint.keep: older ones than the last {keep} are deleted; 0 keeps all, "
+        "checkpoint.keep_every some)"
+    )

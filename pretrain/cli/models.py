@@ -58,8 +58,6 @@ def print_evaluation(figures: dict[str, Any]) -> None:
             f"perplexity {shown(weighted, 'perplexity', '.2f')}, "
             f"{shown(weighted, 'bits_per_byte', '.4f')} bits/byte"
         )
-    else:
-        print("none of the Pile's 22 subsets present: no Pile-weighted average")
 
 
 def _documents(figures: dict[str, Any]) -> str:

@@ -90,14 +90,15 @@ def rank(config: Config, device: Device, count: int, limit: int = 0) -> list[Cho
 
 
 def _best(choices: list[Choice], device: Device) -> Choice:
-    """The fastest variant of one grid; of equally fast ones, the largest micro batch that fits."""
+    """The fastest variant of one grid; of equally fast ones, the largest micro batch that fits,
+    then the lowest ZeRO stage: higher ones divide what has room, and communicate more."""
     fitting = [choice for choice in choices if choice.fits]
     if not fitting:
         return min(choices, key=lambda choice: choice.total)
     fastest = min(choice.seconds["step"] for choice in fitting)
     near = [choice for choice in fitting if choice.seconds["step"] <= (1 + _EQUAL) * fastest]
     near = [choice for choice in near if choice.total <= ROOM * device.memory * 1e9] or near
-    return max(near, key=lambda choice: (choice.micro_batch, -choice.total))
+    return max(near, key=lambda one: (one.micro_batch, -one.zero_stage, -one.total))
 
 
 def _order(choice: Choice) -> tuple[bool, float, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from data_pipeline.strict_json import to_json
 from pretrain.cluster.plan import Choice, rank
 from pretrain.cluster.plan_words import hours_of, overrides
@@ -46,6 +48,24 @@ def plan(config: Config, device: str, count: int, limit: int, as_json: bool) -> 
     print(f"note: {note}")
 
 
+def in_bytes(value: float) -> str:
+    """A number of bytes in the unit that suits it: ``1.5 GB``, ``31 MB``."""
+    return _with_unit(value, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)))
+
+
+def in_time(seconds: float) -> str:
+    """A time in the unit that suits it: ``3.2 days``, ``1.28 ms``."""
+    units = (("days", 86400.0), ("hours", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
+    return _with_unit(seconds, (*units, ("µs", 1e-6)))
+
+
+def _with_unit(value: float, units: Sequence[tuple[str, float]]) -> str:
+    """The largest unit of which there is at least one, with three digits."""
+    name, size = next((one for one in units if value >= one[1]), units[-1])
+    number = value / size
+    return f"{number:,.0f} {name}" if number >= 100 else f"{number:.3g} {name}"
+
+
 def _print(config: Config, sizes: Sizes, device: Device, count: int, choices: list[Choice]) -> None:
     from rich.table import Table
 
@@ -67,12 +87,13 @@ def _print(config: Config, sizes: Sizes, device: Device, count: int, choices: li
         )  # fmt: skip
     show_table(table, 120)
     best = choices[0]
-    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in best.memory.items())
-    print(f"memory of the first, GB per process: {parts}")
-    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in best.traffic.items())
-    print(f"sent by a process in a step, GB: {parts}")
-    parts = ", ".join(f"{name} {value:.3g}" for name, value in best.seconds.items())
-    print(f"seconds of a step: {parts}")
-    hours = hours_of(config, best)
-    print(f"{config.train.steps:,} steps: {hours / 24:.2f} days, {hours * count:,.0f} GPU hours")
+    for title, values, form in (
+        ("memory of the first, by process", best.memory, in_bytes),
+        ("sent by a process in a step", best.traffic, in_bytes),
+        ("a step takes", best.seconds, in_time),
+    ):
+        parts = ", ".join(f"{name} {form(value)}" for name, value in values.items() if value)
+        print(f"{title}: {parts or 'nothing'}")
+    seconds = 3600 * hours_of(config, best)
+    print(f"{config.train.steps:,} steps: {in_time(seconds)}, {in_time(seconds * count)} of a GPU")
     print(f"train it with: pretrain train RECIPE {' '.join(overrides(best))}")

@@ -179,7 +179,7 @@ def _values_of_class(annotation: Any) -> str:
 
 
 def _quoted(values: Iterable[Any]) -> str:
-    return ", ".join(f"`{value}`" for value in values)
+    return ", ".join(_shown(value) for value in values)
 
 
 def _shown(value: Any) -> str:

@@ -29,6 +29,8 @@ class Guarded(Policy):
         self.form, self.every = self._inner.form, self._inner.every
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise self._wrong(f"every is {self.every!r}; it must be a number of steps, 1 or more")
+        self._step = -1
+        self._answers: dict[tuple[Site, float], float] = {}
         self._rehearse()
 
     def _rehearse(self) -> None:
@@ -41,7 +43,27 @@ class Guarded(Policy):
         self._ask("restore", lambda: self._inner.restore(saved))
 
     def move(self, site: Site, decay: float, step: int) -> float:
-        action = f"move at {label(site)} in update {step}"
+        if step != self._step:
+            self._forget(step)
+        first = self._answers.get((site, decay))
+        answer = self._move(site, decay, step)
+        if first is None and not self._answers:  # once in each update, at least
+            first, answer = answer, self._move(site, decay, step)
+        if first is not None and answer != first:
+            raise self._wrong(
+                f"{_moving(site, step)} returns {first:g} and, asked again, {answer:g}; λ may "
+                "depend only on the keys, the setting, the step and what was observed, not on a "
+                "clock, on random numbers or on how often it is asked"
+            )
+        self._answers[site, decay] = answer
+        return answer
+
+    def _forget(self, step: int) -> None:
+        """Begin to compare answers; those from before another update or observation may differ."""
+        self._step, self._answers = step, {}
+
+    def _move(self, site: Site, decay: float, step: int) -> float:
+        action = _moving(site, step)
         returned = self._ask(action, lambda: self._inner.move(site, decay, step))
         if isinstance(returned, bool) or not isinstance(returned, Real):
             raise self._wrong(f"{action} returns {_shown(returned)}, which is not a number")
@@ -54,6 +76,7 @@ class Guarded(Policy):
         return bool(self._ask("due", lambda: self._inner.due(step)))
 
     def observe(self, measured: Any, step: int) -> list[str]:
+        self._forget(-1)
         lines = self._ask(f"observe at step {step}", lambda: self._inner.observe(measured, step))
         return [" ".join(str(line).split()) for line in lines or []]
 
@@ -71,6 +94,7 @@ class Guarded(Policy):
         return self._saved()
 
     def restore(self, state: dict[str, Any]) -> None:
+        self._forget(-1)
         self._ask("restore", lambda: self._inner.restore(state))
 
     def _saved(self) -> dict[str, Any]:
@@ -89,6 +113,10 @@ class Guarded(Policy):
 
     def _wrong(self, text: str) -> UsageError:
         return UsageError(f"{self.setting.key}: {self.kind}: {text}")
+
+
+def _moving(site: Site, step: int) -> str:
+    return f"move at {label(site)} in update {step}"
 
 
 def _shown(value: Any) -> str:

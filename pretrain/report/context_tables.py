@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.report.cells import Cell, DataTable
 from pretrain.report.load import Study
-from pretrain.report.varying import varying
+from pretrain.report.varying import NO_EFFECT, meant, varying
 
 
 def configuration(study: Study) -> list[DataTable]:
@@ -17,11 +17,11 @@ def configuration(study: Study) -> list[DataTable]:
     keys = varying(runs, sections)
     if not keys:
         return []
-    rows = [
-        [Cell(run.path.name), *(Cell(_short(run.value_at(key))) for key in keys)] for run in runs
-    ]
-    raw = [{"run": run.path.name, **{key: run.value_at(key) for key in keys}} for run in runs]
-    caption = "Keys whose values are not the same in all runs."
+    rows = [[Cell(run.path.name), *(Cell(_short(meant(run, key))) for key in keys)] for run in runs]
+    raw = [{"run": run.path.name, **{key: meant(run, key) for key in keys}} for run in runs]
+    caption = (
+        f"Keys whose values are not the same in all runs. {NO_EFFECT}: it has no effect there."
+    )
     return [DataTable("configuration", "What differs", caption, ["run", *keys], rows, raw)]
 
 

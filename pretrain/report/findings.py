@@ -15,7 +15,7 @@ from pretrain.report.compare import (
     differences_from,
 )
 from pretrain.report.figure_parts import counted, tokens_of
-from pretrain.report.load import Condition, Study
+from pretrain.report.load import EXPOSURE, Condition, Study
 from pretrain.sweep.config import short_names
 
 _MOST_VALUES = 6
@@ -29,7 +29,9 @@ def headline(study: Study) -> str:
         return f"Rank of attention in {study.title}"
     short = short_names(keys)
     names = " × ".join(short[key] for key in keys)
-    if all(key.startswith("optimizer.weight_decay.") for key in keys):
+    if all(condition.name.startswith(EXPOSURE) for condition in study.conditions):
+        names = f"Exposure of {names}"
+    elif all(key.startswith("optimizer.weight_decay.") for key in keys):
         names = f"Weight decay of {names}"
     if len(keys) > 1:
         return f"{names}: {counted(len(study.conditions), 'condition')} compared"

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.compare import SCIENCE
+from pretrain.config.explain import cut
 from pretrain.errors import RunError, UsageError
 from pretrain.ranks.table import measured_steps
 from pretrain.report.comparable import check_same, mixed, with_comparable_scores
 from pretrain.report.read_run import load_run
 from pretrain.report.runs import RunData
 from pretrain.report.sample import steps_of_all
-from pretrain.report.varying import in_order, varying
+from pretrain.report.varying import NO_EFFECT, in_order, meant, varying
 from pretrain.runs.folder import CONFIG, FREE
 from pretrain.runs.loop import NOT_RECORDED
 from pretrain.runs.metrics import METRICS
@@ -30,6 +31,15 @@ __all__ = ["Condition", "RunData", "Study", "load_run", "load_study"]
 
 _SETTINGS = tuple(section for section in SCIENCE if section != "seed")
 """Sections whose differences make two runs different conditions (the seed makes replicates)."""
+
+
+EXPOSURE = "exposure of "
+"""How the name of a condition begins whose sweep file gives an exposure; it is then that."""
+_LONGEST = 90
+"""Characters of a condition's name, without its notes."""
+_MORE = "and {} more"
+_Found = tuple[list[Path], dict[str, Any] | None, list[str]]
+"""The run folders of a path, its sweep, and notes about missing runs and other runs."""
 
 
 class NothingYetError(UsageError):
@@ -119,7 +129,7 @@ def load_study(
         )
     check_same(runs)
     runs, odd = with_comparable_scores(runs)
-    conditions = _conditions(runs)
+    conditions = _conditions(runs, _exposures(found))
     title = paths[0].name if len(paths) == 1 else f"{len(runs)} runs"
     chosen, replaced = _choose(conditions, baseline, named)
     notes += [*odd, *replaced]
@@ -138,7 +148,7 @@ def _shown(folders: list[Path]) -> set[int]:
     return steps_of_all(measured)
 
 
-def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:
+def _folders(path: Path) -> _Found:
     """The run folders of a path, its sweep, and notes about missing runs and other runs."""
     if (path / CONFIG).is_file() or not path.is_dir():
         return [path], None, []
@@ -169,7 +179,26 @@ def _folders(path: Path) -> tuple[list[Path], dict[str, Any] | None, list[str]]:
     return folders, sweep, notes
 
 
-def _conditions(runs: list[RunData]) -> list[Condition]:
+def _exposures(found: list[_Found]) -> dict[Path, dict[str, float]]:
+    """The exposure that a sweep file gives at some keys, by run folder."""
+    given: dict[Path, dict[str, float]] = {}
+    for folders, sweep, _ in found:
+        keys = sweep.get("exposure") if sweep else None
+        if sweep is None or not isinstance(keys, list):
+            continue
+        for folder in folders:
+            about = sweep["runs"].get(folder.name)
+            values = about.get("given") if isinstance(about, dict) else None
+            if isinstance(values, dict):
+                given[folder] = {key: values[key] for key in keys if _is_number(values.get(key))}
+    return given
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
+
+
+def _conditions(runs: list[RunData], given: dict[Path, dict[str, float]]) -> list[Condition]:
     """Group runs by the keys that vary between recipes, least exposure of attention first."""
     keys = [key for key in varying(runs, _SETTINGS) if key not in FREE]
     short = short_names(keys)
@@ -177,9 +206,14 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
     told = frozenset[str]().union(*loops) - {"seed", *keys}
     forks = {run.forked_at for run in runs}
     groups: dict[str, Condition] = {}
+    exposed = [key for key in keys if all(key in given.get(run.path, {}) for run in runs)]
     for run in sorted(runs, key=lambda item: (item.seed, by_numbers(str(item.path)))):
-        values = {key: run.value_at(key) for key in keys}
-        parts = [_named(short[key], value) for key, value in values.items()]
+        values = {key: meant(run, key) for key in keys}
+        words = {key: _named(short[key], value) for key, value in values.items()
+                 if value != NO_EFFECT}  # fmt: skip
+        for key in exposed:  # as in the names of the folders
+            words[key] = _named(f"{EXPOSURE}{short[key]}", given[run.path][key])
+        parts = _cut(words)
         if run.recorded is not None:
             parts += ["another loop"] * (len(loops) < len(runs))
             parts += _lacking(in_order(told - run.recorded, run.config))
@@ -215,6 +249,19 @@ def _conditions(runs: list[RunData]) -> list[Condition]:
     )
 
 
+def _cut(words: dict[str, str]) -> list[str]:
+    """The parts of a name; of a long one those about decay, then the first ones, and a count."""
+    if len(", ".join(words.values())) <= _LONGEST:
+        return list(words.values())
+    kept: list[str] = []
+    for key in sorted(words, key=lambda key: not key.startswith("optimizer.weight_decay.")):
+        if kept and len(", ".join(words[one] for one in (*kept, key))) > _LONGEST - len(_MORE):
+            break
+        kept.append(key)
+    left = len(words) - len(kept)
+    return [*(words[key] for key in words if key in kept), *([_MORE.format(left)] if left else [])]
+
+
 def _lacking(keys: list[str]) -> list[str]:
     """A part of the name of a condition that does not record what others of its kind do."""
     words = [key.rpartition(".")[2] for key in keys]
@@ -231,7 +278,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float | int) and not isinstance(value, bool):
         return f"{value:.4g}"
     if isinstance(value, list | dict):
-        return kinds_of(value) or json.dumps(value)
+        return kinds_of(value) or cut(json.dumps(value), 40)
     return str(value)
 
 

@@ -29,6 +29,7 @@ from pretrain.checkpoint.reader import (
     run_id_of,
     step_of,
 )
+from pretrain.checkpoint.retention import why_missing
 from pretrain.config.compare import differences
 from pretrain.config.recipe import Config, dump_config, load_config
 from pretrain.decay.plan import DecayDifference, DecayPlan, compare, plan_from
@@ -267,8 +268,20 @@ def resolve_checkpoint(text: str) -> Path:
         return checkpoints[-1]
     steps = {step_of(checkpoint): checkpoint for checkpoint in checkpoints}
     if not wanted.isdigit() or int(wanted) not in steps:
-        raise UsageError(f"{text}: no such step; the run has {', '.join(map(str, steps))}")
+        there = ", ".join(map(str, steps))
+        raise UsageError(
+            f"{text}: no such step; the run has {there}{_why_not(path, wanted, max(steps))}"
+        )
     return steps[int(wanted)]
+
+
+def _why_not(run: Path, wanted: str, newest: int) -> str:
+    """Why a run has no checkpoint of a step, if its recipe says so."""
+    with contextlib.suppress(UsageError, RunError):
+        config = load_config(run / CONFIG)
+        if wanted.isdigit() and 0 < int(wanted) < newest:
+            return why_missing(int(wanted), config.interval("checkpoint"), config.checkpoint.keep)
+    return ""
 
 
 def plan_for_resume(

@@ -13,7 +13,9 @@ import pytest
 import torch
 import yaml
 
+from models.factors import AttentionShape
 from pretrain.api.commands import load_run as load_loop
+from pretrain.api.folder import loop_recipe
 from pretrain.api.groups import decay_groups
 from pretrain.api.probe import RankProbe
 from pretrain.cli.watched import view_of
@@ -122,12 +124,34 @@ def build_shape() -> dict[str, Any]:
     tree: dict[str, Any] = parse_config({}).model_dump(mode="json")
     from models.live import config_of, live_towers
     from pretrain.api.families import described
-    from pretrain.api.folder import loop_recipe
 
     model = build("gpt2")
     shape = live_towers(model, described(None, model))[0].shape
     known = loop_recipe(shape, config_of(model), None, parse_config({}).ranks, {})
     return {**tree["model"], **known["model"]}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "form"), [("AdamW", "decoupled"), ("Adam", "l2"), ("SGD", "l2")]
+)
+def test_only_what_a_loop_can_have_is_written(optimizer: str, form: str, tmp_path: Path) -> None:
+    """No key of a form that it cannot have, and L2 where decay is that."""
+    model = build("gpt2")
+    made = getattr(torch.optim, optimizer)(model.parameters(), lr=0.1, weight_decay=0.1)
+    RankProbe(model, tmp_path / "run", decay=made).close()
+    written = flat(yaml.safe_load((tmp_path / "run/config.yaml").read_text()))
+    assert not [key for key in written if "nuclear_every" in key or "adadecay" in key]
+    assert written["optimizer.weight_decay.form"] == form
+
+
+def test_positions_are_written_where_they_are_known() -> None:
+    for heads_turn, kind, wanted in (
+        (0, "gpt2", "learned"), (0, "bloom", None), (0, "", None), (8, "llama", "rotary"),
+        (8, "", "rotary"),
+    ):  # fmt: skip
+        shape = AttentionShape(2, 4, 4, 8, 32, heads_turn, False)
+        known = loop_recipe(shape, {"model_type": kind}, None, Config().ranks, {})
+        assert known["model"].get("position") == wanted
 
 
 def test_two_loops_of_one_recipe_need_a_seed(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipeline.learned import remarks, write_record
 from data_pipeline.prepare import parse_split, tokenize_sources, train_from_sources
-from data_pipeline.records import SHARES, split_by_document
+from data_pipeline.records import SHARES, DataError, split_by_document
 from data_pipeline.sources import find_sources
 
 TEXTS = [f"document {number}" for number in range(1000)]
@@ -48,6 +49,48 @@ def test_a_remark_is_made_exactly_if_a_held_out_document_was_seen(
     assert bool(said) == seen
     assert all("mine.jsonl" in line and "--split" in line for line in said)
     assert remarks(model, "another", sources, split, shares or SHARES) == []
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "size": {"vocabulary_size": 301},
+    "type": {"kind": "unigram"},
+    "amount": {"max_bytes": 1 << 20},
+    "field": {"text_field": "body"},
+    "split": {"split": "90,5,5"},
+    "files": {"names": ["other.jsonl"]},
+    "more files": {"names": ["mine.jsonl", "other.jsonl"]},
+}
+
+
+def test_an_existing_tokenizer_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens and runs name its hash. The same command again leaves it and says so."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.jsonl", "other.jsonl"):
+        rows = [{"text": f"{name} some words {n % 9}", "body": f"{n} bodies"} for n in range(300)]
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, record = Path("some.model"), Path("some.model.json")
+    first: dict[str, Any] = {"names": ["mine.jsonl"], "vocabulary_size": 300, "split": "98,1,1"}
+    assert train_from_sources(out=model, **first) == 300
+    before, written = model.read_bytes(), record.read_text()
+    assert train_from_sources(out=model, **first) == 300
+    assert "nothing is left to do" in capsys.readouterr().err
+    for changed in CHANGES.values():
+        with pytest.raises(DataError, match=r"some\.model: already exists.*another --out"):
+            train_from_sources(out=model, **{**first, **changed})
+    for other in (b"another model", b""):  # somebody put another file there
+        model.write_bytes(other)
+        with pytest.raises(DataError, match="already exists"):
+            train_from_sources(out=model, **first)
+        assert model.read_bytes() == other and record.read_text() == written
+    model.write_bytes(before)
+    record.write_text("{")  # damaged, or of an earlier version
+    with pytest.raises(DataError, match="already exists"):
+        train_from_sources(out=model, **first)
+    assert model.read_bytes() == before
+    model.unlink()
+    assert train_from_sources(out=model, **first) == 300
 
 
 def test_from_training_to_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

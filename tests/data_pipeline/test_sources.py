@@ -103,7 +103,7 @@ def test_splits_given_one_by_one(
     assert Counter(seen) == Counter(text for split, text in wanted if split == "train")
     with pytest.raises(DataError, match="held out"):
         train_from_sources(["test", "val/00.jsonl"], tmp_path / "none.model", 300)
-    train_from_sources(["test"], tmp_path / "t.model", 300, split="train")
+    train_from_sources(["test"], tmp_path / "other.model", 300, split="train")
     assert set(texts["test"]) <= set(seen)
 
 

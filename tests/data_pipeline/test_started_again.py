@@ -90,4 +90,4 @@ def test_the_size_of_a_vocabulary_suits_the_text(
     assert 260 < size < 512 and f"has only {size} pieces" in capsys.readouterr().err
     assert load_tokenizer(out).vocabulary_size == size
     with pytest.raises(DataError, match="too high"):
-        train_from_sources(source, out, 8192)
+        train_from_sources(source, tmp_path / "large.model", 8192)

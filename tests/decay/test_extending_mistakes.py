@@ -114,6 +114,15 @@ BODIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "a state that it cannot take up": (
         "return decay\n\n    def state(self):\n        return {}\n\n"
         "    def restore(self, state):\n        state['x']", ("restore fails", "KeyError")),
+    "random numbers": (
+        "import random; return decay * random.random()", ("asked again", "random numbers")),
+    "random numbers later": (
+        "import torch; return decay * torch.rand(()).item() if step > 2 else decay",
+        ("update 3", "asked again")),
+    "a clock": (
+        "import time; return decay * (time.perf_counter_ns() % 100_000)", ("asked again", "clock")),
+    "a count of calls": (
+        "self.n = getattr(self, 'n', 0) + 1; return decay * self.n", ("how often it is asked",)),
     "a rhythm": ("return decay\n\n    every = 0", ("every is 0",)),
     "a form": ("return decay\n\n    form = 'l3'", ("'l3'", "decoupled, l2")),
     "a constructor": (

@@ -109,7 +109,7 @@ def _text_and_subset(record: Any, fields: Fields) -> tuple[str, str]:
     if subset is None or subset == "":
         subset = fields.default_subset
     if not subset and subset != 0:
-        raise ValueError(f"no subset in field {fields.subset!r} (or give --default-subset)")
+        raise ValueError(f"no subset in field {fields.subset!r} (--default-subset NAME gives one)")
     return text, _name(subset, fields.subset)
 
 

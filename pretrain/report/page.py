@@ -20,6 +20,7 @@ th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #ddd;white-s
 th{white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;
 min-width:8rem;max-width:20rem}.wide{overflow-x:auto}h1{overflow-wrap:anywhere;line-height:1.25}
+:is(#differences,#data,#environment) :is(td,th):nth-child(2){text-align:left}
 td.less{background:rgb(33 102 172/calc(var(--shade)*.35))}
 td.more{background:rgb(178 24 43/calc(var(--shade)*.35))}
 figure{margin:2.2rem 0;overflow:hidden}.plot{width:100%;min-height:8rem}

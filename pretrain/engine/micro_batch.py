@@ -21,7 +21,7 @@ from pretrain.engine.sizes import Sizes, sizes_of
 
 AUTO = "auto"
 _CPU_TOKENS = 8192
-"""Tokens of a pass; with more, a CPU becomes hardly faster, however much memory it has."""
+"""Tokens of a pass; from more, a CPU gains little, however much memory it has."""
 _MICRO_BATCHES_PER_STAGE = 4
 """Micro batches for each stage of a pipeline that keep its stages busy for 80 % of the time."""
 
@@ -75,7 +75,7 @@ def largest_micro_batch(
     if device == "cpu":
         few = [size for size in allowed if size * sizes.context <= _CPU_TOKENS] or [1]
         if few != allowed:
-            why = f"a CPU is hardly faster with more than {_CPU_TOKENS:,} tokens at once"
+            why = f"a CPU gains little from more than {_CPU_TOKENS:,} tokens at once"
         allowed = few
     available = f"{ROOM:.0%} of the {memory / 1e9:.3g} GB of a process"
     for size in reversed(allowed):

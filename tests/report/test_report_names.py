@@ -173,9 +173,13 @@ def test_a_terminal_obeys_no_name(name: str, capsys: pytest.CaptureFixture[str])
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", stream.getvalue())
 
 
-def test_the_summary_of_named_runs(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_of_named_runs(
+    named: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pretrain.report.load
     from pretrain.report.load import load_study
 
+    monkeypatch.setattr(pretrain.report.load, "_LONGEST", 10**6)  # every name whole
     print_summary(load_study([named]))
     out = capsys.readouterr().out
     assert "\x1b" not in out and "[/]" in out and "<!--<script>" in out

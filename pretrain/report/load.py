@@ -207,13 +207,14 @@ def _conditions(runs: list[RunData], given: dict[Path, dict[str, float]]) -> lis
     forks = {run.forked_at for run in runs}
     groups: dict[str, Condition] = {}
     exposed = [key for key in keys if all(key in given.get(run.path, {}) for run in runs)]
+    variety = {key: len({json.dumps(meant(run, key)) for run in runs}) for key in keys}
     for run in sorted(runs, key=lambda item: (item.seed, by_numbers(str(item.path)))):
         values = {key: meant(run, key) for key in keys}
         words = {key: _named(short[key], value) for key, value in values.items()
                  if value != NO_EFFECT}  # fmt: skip
         for key in exposed:  # as in the names of the folders
             words[key] = _named(f"{EXPOSURE}{short[key]}", given[run.path][key])
-        parts = _cut(words)
+        parts = _cut(words, variety)
         if run.recorded is not None:
             parts += ["another loop"] * (len(loops) < len(runs))
             parts += _lacking(in_order(told - run.recorded, run.config))
@@ -249,12 +250,18 @@ def _conditions(runs: list[RunData], given: dict[Path, dict[str, float]]) -> lis
     )
 
 
-def _cut(words: dict[str, str]) -> list[str]:
-    """The parts of a name; of a long one those about decay, then the first ones, and a count."""
+def _cut(words: dict[str, str], variety: dict[str, int]) -> list[str]:
+    """The parts of a name; of a long one those about decay, then those that tell most conditions
+    apart, and a count of the others.
+
+    Args:
+        variety: the number of values that each key has among all conditions.
+    """
     if len(", ".join(words.values())) <= _LONGEST:
         return list(words.values())
     kept: list[str] = []
-    for key in sorted(words, key=lambda key: not key.startswith("optimizer.weight_decay.")):
+    decay = "optimizer.weight_decay."
+    for key in sorted(words, key=lambda key: (not key.startswith(decay), -variety[key])):
         if kept and len(", ".join(words[one] for one in (*kept, key))) > _LONGEST - len(_MORE):
             break
         kept.append(key)

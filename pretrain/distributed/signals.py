@@ -8,7 +8,7 @@ first one change nothing, so that they do not interrupt a checkpoint that is bei
 Compiled libraries may call Python code in which `Stopped` is raised, and drop it (destructors) or
 raise an error of their own instead (pydantic's serializers, modules that are being imported). So
 the error that ends a command after `Stopped` was `raised` is reported as the signal, and if the
-command goes on, the signal is sent again.
+command goes on, the signal is sent again. While a library is imported, a signal waits.
 """
 
 from __future__ import annotations
@@ -190,7 +190,17 @@ class StopSignals:
             self._asked, self._raised = None, False
             os.kill(os.getpid(), came)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _wait_for_import(self, came: signal.Signals) -> None:
+        """Send a signal again in a moment, as if it had not come yet."""
+        self._asked = None
+
+        def send_again() -> None:
+            time.sleep(_LATER)
+            os.kill(os.getpid(), came)
+
+        _thread.start_new_thread(send_again, ())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
         received, now = signal.Signals(number), time.monotonic()
         repeated = self._asked is not None and now - self._at < _AGAIN
         interrupted = self._asked == received == signal.SIGINT
@@ -204,7 +214,26 @@ class StopSignals:
         elif self._remembers and (interrupted or received != signal.SIGINT):
             return
         elif self._remembers or not repeated:
-            self._stop(received)
+            if _imports_a_library(frame):
+                self._wait_for_import(received)
+            else:
+                self._stop(received)
+
+
+def _imports_a_library(frame: FrameType | None) -> bool:
+    """Whether the interrupted code belongs to the import of an installed package.
+
+    Compiled parts of PyTorch call Python while they are imported; an exception there aborts the
+    process.
+    """
+    while frame is not None:
+        code, caller = frame.f_code, frame.f_back
+        # `python -m` runs a module, too, but not by an import.
+        imported = caller is not None and "importlib" in caller.f_code.co_filename
+        if imported and code.co_name == "<module>" and "site-packages" in code.co_filename:
+            return True
+        frame = caller
+    return False
 
 
 def _handles_an_exception(thread: int | None) -> bool:

@@ -26,6 +26,8 @@ def load_into_engine(checkpoint: Checkpoint, engine: Engine) -> None:
         keys = _moments(checkpoint, fragment.info, engine.config.optimizer.name)
         if keys:
             prepare_moments(fragment, keys, checkpoint.taken)
+        else:  # a run that goes back has those of later updates
+            fragment.optimizer.state.pop(fragment.owner, None)
         moments = fragment.moments()
         for low, master in fragment.parts():
             high, start = low + master.numel(), low - fragment.offset

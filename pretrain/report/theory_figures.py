@@ -67,7 +67,7 @@ def discrepancy(study: Study) -> Figure:
         "discrepancy",
         "Balance of the factors",
         "Discrepancy between the two factors of each product, relative to its first measurement, "
-        f"mean over heads and seeds (the paper's figure 2). {about(study)} Dashed: ∏(1 − ηλ)² "
+        f"mean over heads and seeds (the paper's figure 2). {about(study)} Dotted: ∏(1 − ηλ)² "
         "with the learning rate and λ that were used, which is the law under gradient flow "
         "(Lemma B.1). AdamW's steps add discrepancy again, so a floor is expected, which is higher "
         "for smaller λ. With rotary positions and grouped-query attention, the law holds per "

@@ -131,6 +131,7 @@ class LoopFolder:
     def begin(self, step: int) -> None:
         """Remove what was written after ``step``, from which the loop continues."""
         rewind(self._run, step)
+        self._tracker.rewind(step)  # also the lines that wait in memory
 
     def log(self, step: int, figures: Mapping[str, float | None], decays: dict[str, float]) -> None:
         """One line about an update; a figure that is not known is null.

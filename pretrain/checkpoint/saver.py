@@ -98,7 +98,11 @@ class Saver:
         return self.engine.grid
 
     def save(
-        self, step: int, state: dict[str, Any], beside: Callable[[], None] | None = None
+        self,
+        step: int,
+        state: dict[str, Any],
+        beside: Callable[[], None] | None = None,
+        refused: str = "",
     ) -> None:
         """Copy the state after ``step`` updates and start to write it; a collective call.
 
@@ -106,11 +110,15 @@ class Saver:
             state: further state to save (JSON), for example the data's identity.
             beside: a function that the main process's thread calls first; its failure does not
                 stop a checkpoint.
+            refused: why there must not be a checkpoint of this step, on the main process; it is
+                reported like a disk's refusal.
         """
         self.wait()
         piece = snapshot(self.engine, self._buffers)
         described = _manifest(self.engine, step, state)
-        self._thread = Background(lambda: self._write(step, piece, described, beside), "checkpoint")
+        self._thread = Background(
+            lambda: self._write(step, piece, described, beside, refused), "checkpoint"
+        )
         self._thread.start()
         if not self.settings.asynchronous:
             self.wait()
@@ -157,6 +165,7 @@ class Saver:
         piece: CheckpointPiece | None,
         described: dict[str, Any],
         beside: Callable[[], None] | None,
+        refused: str,
     ) -> None:
         began = time.monotonic()
         if self.settings.asynchronous and not self.urgent:
@@ -167,7 +176,9 @@ class Saver:
             _, problem = _attempt(beside)
             notes += [f"ranks.parquet waits: {problem}"] if problem else []
         try:
-            entry, problem = _attempt(lambda: _write_piece(piece, aside))
+            entry, problem = None, refused
+            if not refused:
+                entry, problem = _attempt(lambda: _write_piece(piece, aside))
             results = self._at_main((entry, problem))
             problem = next((reason for _, reason in results if reason), "")
             if not problem and self._grid.is_main:

@@ -183,7 +183,7 @@ class Tracker:
         if not active:
             return
         self._run = run
-        self._waiting: list[str] = []
+        self._waiting: list[tuple[int, str]] = []
         self._refused = False
         about = TrackedRun(run, first, config.model_dump(mode="json"))
         for section in config.logging.services():
@@ -206,11 +206,11 @@ class Tracker:
         """
         if not self.active:
             return
-        self._write(to_json({"kind": kind, "step": step, **values}) + "\n")
+        self._write(step, to_json({"kind": kind, "step": step, **values}))
         missing = not_finite(values) if kind in _ALWAYS_FINITE else []
         if missing:
             message = f"{kind}: {', '.join(missing)} not finite, null in {METRICS}"
-            self._write(to_json({"kind": "event", "step": step, "message": message}) + "\n")
+            self._write(step, to_json({"kind": "event", "step": step, "message": message}))
         numbers = _named(kind, values)
         self._tell(lambda service: service.log(numbers, step))
 
@@ -227,29 +227,39 @@ class Tracker:
                 warn(f"{name} stopped ({reason}); metrics go on in {METRICS}")
                 self._services.remove(entry)
 
-    def _write(self, line: str) -> None:
+    def _write(self, step: int, line: str) -> None:
         """Write a line to the file; lines that a full or lost disk refuses wait for the next
         one."""
-        self._waiting.append(line)
+        self._waiting.append((step, line + "\n"))
+        reason = self.write_waiting()
+        if reason and not self._refused:
+            warn(f"{reason}; lines wait in memory")
+        self._refused = bool(reason)
+
+    def write_waiting(self) -> str:
+        """Write the lines that wait in memory, and return why the disk refuses them, or nothing."""
+        if not self.active:
+            return ""
         try:
             while self._waiting:
-                _append(self._run / METRICS, self._waiting[0])
+                _append(self._run / METRICS, self._waiting[0][1])
                 self._waiting.pop(0)
         except OSError as error:
-            if not self._refused:
-                warn(f"{self._run / METRICS}: {error.strerror}; lines wait in memory")
-            self._refused = True
-        else:
-            self._refused = False
+            return f"{self._run / METRICS}: {error.strerror}"
+        return ""
 
     def rewind(self, step: int) -> None:
         """Remove what was logged after ``step``, because the run goes back there."""
-        if self.active:
-            rewind_metrics(self._run, step)
+        if not self.active:
+            return
+        rewind_metrics(self._run, step)
+        self._waiting = [waiting for waiting in self._waiting if waiting[0] <= step]
         self._tell(lambda service: service.rewind(step))
 
     def close(self) -> None:
-        """Flush the file and finish all services."""
+        """Write the lines that wait in memory, and finish all services."""
+        if reason := self.write_waiting():
+            warn(f"{reason}; its last lines are lost: {len(self._waiting)}")
         for name, section, service in self._services:
             if reason := _failure(section, service.close):
                 warn(f"{name} did not finish ({reason})")

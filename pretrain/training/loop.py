@@ -206,7 +206,8 @@ def _go_back(training: Training, fault: GoBackError) -> int:
             training.tracker.rewind(checkpoint.step)
             rewind_ranks(training.run, checkpoint.step)
             write_jumps(training.run, training.moving.jumped)
-    training.moving.unwritten.clear()
+    for step in [step for step in training.moving.unwritten if step > checkpoint.step]:
+        del training.moving.unwritten[step]
     training.say(checkpoint.step, message)
     training.watchdog.beat(checkpoint.step)
     return checkpoint.step

@@ -97,6 +97,12 @@ def _measure(training: Training, step: int) -> list[Row]:
 
 def _write_ranks(training: Training, step: int) -> None:
     """Write measurements to disk; those that the disk refuses are kept for the next time."""
+    if reason := _refused_ranks(training):
+        training.say(step, f"rank statistics wait in memory: {reason}")
+
+
+def _refused_ranks(training: Training) -> str:
+    """Write measurements to disk, and return why it refuses some, or nothing."""
     try:
         for measured_step in list(training.moving.unwritten):
             add_ranks(
@@ -107,7 +113,14 @@ def _write_ranks(training: Training, step: int) -> None:
             )
             del training.moving.unwritten[measured_step]
     except OSError as error:
-        training.say(step, f"rank statistics wait in memory: {error.strerror or error}")
+        return error.strerror or str(error)
+    return ""
+
+
+def _write_waiting(training: Training) -> str:
+    """Write all that waits in memory for the disk, and return why it refuses some, or nothing."""
+    refused = _refused_ranks(training)
+    return training.tracker.write_waiting() or (refused and f"rank statistics: {refused}")
 
 
 def evaluate(training: Training, step: int) -> bool:
@@ -169,8 +182,13 @@ def save(training: Training, step: int) -> None:
         state[HELD_OUT_LOSS] = loss
     if training.moving.owes_evaluation:
         state[OWES_EVALUATION] = True
+    refused = _write_waiting(training)
     training.saver.save(
-        step, state, lambda: merge_ranks(training.run, always=step >= training.last)
+        step,
+        state,
+        lambda: merge_ranks(training.run, always=step >= training.last),
+        # What waits in memory goes with the process; the updates before it can be made again.
+        refused if training.saver.urgent else "",
     )
     if not training.faults.is_skipping:
         training.moving.went_back = 0

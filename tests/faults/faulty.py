@@ -6,6 +6,7 @@ counted as they happen), the fault strikes; everything else is `python -m pretra
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 import pretrain.engine.engine
+import pretrain.runs.metrics
+import pretrain.training.periodic
 from models.roles import declared_parameters
 from pretrain.__main__ import main
 
@@ -88,6 +91,27 @@ def linger(engine: Any) -> None:
     time.sleep(3.0)
 
 
+def refuse(engine: Any) -> None:
+    """The disk takes no more metrics and rank statistics; the next time, it does again."""
+    for module, name in (
+        (pretrain.runs.metrics, "_append"), (pretrain.training.periodic, "add_ranks"),
+    ):  # fmt: skip
+        _exchange(module, name)
+
+
+def _exchange(module: Any, name: str) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    original = _refused.pop(name, None)
+    if original is None:
+        _refused[name] = getattr(module, name)
+    setattr(module, name, original or full)
+
+
+_refused: dict[str, Any] = {}
+
+
 FAULTS = {
     "clock": jump_clock,
     "linger": linger,
@@ -96,6 +120,7 @@ FAULTS = {
     "gradient": poison_gradient,
     "layer": poison_layer,
     "flip": flip_weight,
+    "refuse": refuse,
     "kill": kill,
     "stop": stop,
 }

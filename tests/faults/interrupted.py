@@ -49,7 +49,13 @@ def paused(
 def arm(moment: str, marker: Path) -> None:
     """Put the pause where it is wanted."""
     stop = partial(pause, marker)
-    if moment in ("step", "slow"):  # slow: the sixth step takes a while, and then goes on
+    if moment == "slow steps":  # the sixth step takes a while, and the later ones a little
+        engine = pretrain.engine.engine.Engine
+        slow = paused(engine.train_step, 6, before=partial(pause, marker, 3.0))
+        for number in range(7, 11):
+            slow = paused(slow, number, before=partial(time.sleep, 1.0))
+        engine.train_step = slow  # type: ignore[method-assign]
+    elif moment in ("step", "slow"):  # slow: the sixth step takes a while, and then goes on
         wait = partial(pause, marker, 3.0) if moment == "slow" else stop
         engine = pretrain.engine.engine.Engine
         engine.train_step = paused(engine.train_step, 6, before=wait)  # type: ignore[method-assign]

@@ -165,7 +165,7 @@ def test_a_disk_that_is_full_for_a_while(
 ) -> None:  # fmt: skip
     """A checkpoint and its metrics find no room; with room again, nothing is missing."""
     words = [*words_of(tmp_path, data)[:-1], str(disk / "run")]
-    process = started_until("slow", tmp_path / "marker", words, 1)
+    process = started_until("slow steps", tmp_path / "marker", words, 1)
     ballast = disk / "ballast"
     with ballast.open("ab", buffering=0) as file:  # the run writes meanwhile: no size is known
         for size in (2**20, 4096, 512):  # the last pages too

@@ -1,4 +1,4 @@
-"""A disk that takes no metrics: they wait in memory, and a checkpoint does not leave them behind."""
+"""A disk that takes no metrics: they wait, and no checkpoint leaves them behind."""
 
 from __future__ import annotations
 

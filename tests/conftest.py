@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -275,3 +276,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield {**environment(), "SLURM_CONF": str(folder / "slurm.conf")}
     finally:
         stop_slurm(folder)
+
+
+def pytest_collection_finish() -> None:
+    """What exists by now stays: the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()

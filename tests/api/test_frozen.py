@@ -18,6 +18,8 @@ from pretrain.errors import UsageError
 from pretrain.report.load import load_study
 from tests.transformers_models import build
 
+pytestmark = pytest.mark.slow
+
 FROZEN = {"a matrix": "q_proj", "a block": "layers.0.", "attention": "self_attn"}
 RATE = 1e-2
 

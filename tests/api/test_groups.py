@@ -43,6 +43,7 @@ def attached(model: nn.Module, make: Any = torch.optim.AdamW, **words: Any) -> A
     return groups, groups.attach(make(groups, lr=RATE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_every_role_has_its_own_decay(family: str) -> None:
     model = build_odd(family)

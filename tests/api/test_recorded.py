@@ -33,6 +33,8 @@ from pretrain.runs.loop import NOT_RECORDED, flat
 from tests.fake_runs import recipe, write_run
 from tests.transformers_models import build
 
+pytestmark = pytest.mark.slow
+
 GIVEN: dict[str, tuple[str, Any]] = {
     "seed": ("seed", 3),
     "learning_rate": ("optimizer.learning_rate", 0.02),

@@ -15,6 +15,8 @@ from pretrain.config.recipe import parse_config
 from pretrain.engine.accelerators import DEVICES
 from tests.tools import ROOT, run, write_recipe
 
+pytestmark = pytest.mark.slow
+
 PLANNED = sorted(
     path for path in (ROOT / "configs").glob("*.yaml") if "# Planned by" in path.read_text()
 )

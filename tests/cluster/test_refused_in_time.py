@@ -14,6 +14,8 @@ from tests.engine.test_raw_deepspeed import nested
 from tests.test_project_files import PROJECT
 from tests.tools import ROOT, assert_one_line, base_recipe, run, write_recipe
 
+pytestmark = pytest.mark.slow
+
 CONTRADICTIONS: dict[str, dict[str, Any]] = {
     f"deepspeed.{key}": {"deepspeed": nested(key, "other")} for key in IMPLIED
 }

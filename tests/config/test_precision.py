@@ -20,6 +20,8 @@ from pretrain.runs.identity import IDENTITY, read_identity
 from pretrain.tasks.text import Text
 from tests.tools import base_recipe, run, write_recipe
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_keeps_what_its_precision_was(trained: Path) -> None:
     """Its recipe, manifest and identity say a precision, never auto."""

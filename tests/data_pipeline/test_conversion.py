@@ -17,6 +17,8 @@ from data_pipeline.records import DataError
 from data_pipeline.sentencepiece_file import NORMAL, _fields, read_model
 from data_pipeline.tokenizer import SentencePieceTokenizer, train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def varint(value: int) -> bytes:
     out = b""

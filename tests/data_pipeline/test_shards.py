@@ -24,6 +24,8 @@ from tests.data_pipeline.test_data import tree
 from tests.sources import in_small_blocks
 from tests.tools import assert_one_line, run
 
+pytestmark = pytest.mark.slow
+
 
 class StopError(Exception):
     """An interruption."""

@@ -23,6 +23,8 @@ from data_pipeline.sources import find_sources
 from tests.sources import STRUCT, TEXTS, lines, used, write
 from tests.tools import assert_one_line, run
 
+pytestmark = pytest.mark.slow
+
 # --- archives ------------------------------------------------------------------------------------
 
 

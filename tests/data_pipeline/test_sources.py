@@ -19,6 +19,8 @@ from data_pipeline.records import DataError, split_by_document
 from data_pipeline.sources import find_sources
 from tests.sources import STRUCT, TEXTS, lines, used, write
 
+pytestmark = pytest.mark.slow
+
 # --- splits --------------------------------------------------------------------------------------
 
 

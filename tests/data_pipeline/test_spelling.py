@@ -20,6 +20,8 @@ from data_pipeline.sentencepiece_file import Piece, read_model
 from data_pipeline.tokenizer import SentencePieceTokenizer, load_tokenizer
 from tests.tools import ROOT
 
+pytestmark = pytest.mark.slow
+
 ALPHABET = [*"abc AB \n\t", "  ", "\u2581", "é", "漢", "🙂", "ﬁ", "½", "\0", "\x7f", "\u0301",
             "</s>", "<unk>", "<0x41>", "<mark>", "\r\n", "\u200b", "\ufeff"]  # fmt: skip
 WAYS = [

@@ -20,6 +20,8 @@ from data_pipeline.records import DataError
 from data_pipeline.tokenizer import SentencePieceTokenizer, load_tokenizer
 from tests.tokenizer_files import EOD, TEXTS, byte_level, ids_of, write_texts
 
+pytestmark = pytest.mark.slow
+
 # --- every combination of parts ------------------------------------------------------------------
 
 

@@ -157,6 +157,7 @@ def test_zero_gradients(
         assert answer["worst"] < 1e-6, (recipe["grid"], recipe["optimizer"], answer)
 
 
+@pytest.mark.slow
 def test_a_run_moves_each_role_at_its_rate(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

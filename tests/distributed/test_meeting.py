@@ -27,6 +27,8 @@ from pretrain.errors import INTERRUPTED, TRY_AGAIN, MachineError, Stopped, Usage
 from tests.tools import base_recipe, environment, losses_of, run, write_recipe
 from tests.warm import WarmProcess
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 CPU = torch.device("cpu")
 SECOND = timedelta(seconds=1)
@@ -66,6 +68,7 @@ def wait_for_line(process: WarmProcess) -> str:
     return process.errors()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_process_whose_peers_do_not_come(
     impatient: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def cases(processes: int, data: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", GRIDS)
 def test_every_engine_begins_with_the_same_weights(
     processes: int, data: Path, tmp_path: Path

@@ -138,6 +138,7 @@ def test_a_limit_of_memory_is_seen(
     assert usable_memory(tmp_path / "fs", tmp_path / "own") == (limit or whole)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_size(
     data: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],

@@ -16,6 +16,8 @@ from models.roles import declared_parameters, info_of
 from pretrain.engine.forensics import first_nonfinite
 from tests.faults.tools import events_of, faulty, words_of
 
+pytestmark = pytest.mark.slow
+
 CONFIG = GPTConfig(
     dialect="gpt2", num_layers=2, hidden_size=32, num_attention_heads=2, vocabulary_size=64,
     context=16,

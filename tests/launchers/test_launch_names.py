@@ -22,6 +22,8 @@ from pretrain.errors import UsageError
 from tests.slurm import stand_in
 from tests.tools import ROOT, base_recipe, write_recipe
 
+pytestmark = pytest.mark.slow
+
 ODD = [chr(code) for code in range(1, 127) if not chr(code).isalnum()] + ["é", "日", "\u202e"]
 """Every mark that a shell, sbatch or YAML could take for more than itself."""
 

@@ -21,6 +21,8 @@ from pretrain.errors import UsageError
 from tests.recipe_fuzz import keys_of, spoil
 from tests.tools import base_recipe, run, write_recipe
 
+pytestmark = pytest.mark.slow
+
 # Lines of `setup` are shell, as the user wrote them.
 KEYS = [key for key in keys_of(Site) if "setup" not in key.path]
 VERBS = get_command(pretrain.__main__.app)

@@ -23,6 +23,8 @@ from pretrain.offline.evaluate import _words, _write, result_path
 from pretrain.runs.folder import resolve_checkpoint
 from tests.fake_runs import STEPS, recipe, write_run
 
+pytestmark = pytest.mark.slow
+
 SPLITS = ("test", "val")
 STRIDES = (32, 8, 16)
 PRECISIONS = ("fp32", "bf16")

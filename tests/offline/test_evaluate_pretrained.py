@@ -52,6 +52,7 @@ def same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-6) ->
             assert a[key] == pytest.approx(b[key], rel=tolerance), key
 
 
+@pytest.mark.slow
 def test_an_export_scores_as_its_run(
     exported: Path, trained: Path, data: Path, corpus: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -164,6 +165,7 @@ KINDS = (
         for kind in KINDS for around in (True, False)
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_every_family_scores_as_in_lm_eval(
     kind: str, around: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +196,7 @@ def test_every_family_scores_as_in_lm_eval(
 # --- several in one table -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ranks_and_revisions_in_one_table(
     exported: Path, trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

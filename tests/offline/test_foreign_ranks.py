@@ -23,6 +23,8 @@ from tests.foreign import (
     write_model,
 )
 
+pytestmark = pytest.mark.slow
+
 # --- what `ranks` must know of -------------------------------------------------------------------
 
 

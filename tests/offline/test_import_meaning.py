@@ -16,6 +16,8 @@ from models.roles import ModelError
 from tests.foreign import our_logits
 from tests.transformers_models import transformers
 
+pytestmark = pytest.mark.slow
+
 _TINY: dict[str, dict[str, Any]] = {
     kind: {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60,

@@ -19,6 +19,8 @@ from pretrain.offline.ranks import find_weights, measure_weights
 from tests.tools import run
 from tests.transformers_models import FAMILIES, Products, build, dense_products, save
 
+pytestmark = pytest.mark.slow
+
 SPECTRA = RanksConfig(spectra=True)
 
 

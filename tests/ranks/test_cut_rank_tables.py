@@ -28,6 +28,8 @@ from pretrain.report.read_run import load_run
 from tests.fake_runs import recipe, write_run
 from tests.ranks.test_rank_table import rows_of
 
+pytestmark = pytest.mark.slow
+
 MEASURED = RanksConfig(threshold=0.9)
 READERS: dict[str, Callable[[Path], Any]] = {
     "rewind": lambda run: rewind_ranks(run, 2),

@@ -17,6 +17,8 @@ from pretrain.report.load import load_study
 from pretrain.report.page import page
 from tests.fake_runs import recipe, write_run, write_study
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 3))])
 def test_numbers_are_those_of_the_tables(seed: int, tmp_path: Path) -> None:

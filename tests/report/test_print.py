@@ -25,6 +25,8 @@ from pretrain.report.rank_figures import over_decay, over_training
 from pretrain.report.spec import Figure, Heat, Panel, Series
 from tests.fake_runs import recipe, write_run, write_study
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:

@@ -19,6 +19,8 @@ from pretrain.report.read_run import load_run
 from pretrain.report.sample import MOST_STEPS, shown_steps, steps_of_all
 from tests.fake_runs import recipe, write_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("seed", range(200))
 def test_shown_steps(seed: int) -> None:

@@ -28,7 +28,7 @@ from pretrain.runs.metrics import METRICS
 from pretrain.runs.records import SweepRecord, read_record
 from pretrain.sweep.config import by_numbers
 from pretrain.sweep.run import SWEEP, last_line
-from pretrain.sweep.table import COLUMNS, LEFT, figures
+from pretrain.sweep.table import COLUMNS, figures, table_of
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _COURSE = 24
@@ -164,7 +164,8 @@ class RunView:
         """Cells of a sweep's table (`pretrain.sweep.table.COLUMNS`)."""
         step = f"{self.present.step}/{self.steps}" if self.steps else ""
         left = "" if self.left is None else clock(self.left)
-        return [self.run.name, self.state, step, *figures(self.present, self.left is not None),
+        state = self.state.partition(" at ")[0]  # the next cell has the step
+        return [self.run.name, state, step, *figures(self.present, self.left is not None),
                 left, ""]  # fmt: skip
 
     def draw(self, width: int, height: int) -> RenderableType:
@@ -319,15 +320,10 @@ class SweepView:
             key=lambda view: (_ORDER.get(view.state, 1), _place(view.run.name)),
         )
         most = max(5, height - 6)
-        table = Table(title=self._title(), title_justify="left")
-        for column in COLUMNS:
-            left = column in LEFT
-            table.add_column(column, justify="left" if left else "right", overflow="fold")
-        for view in order[:most]:
-            table.add_row(*view.row()[:-1], self._note(view)[:60])
+        rows = [[*view.row()[:-1], self._note(view)] for view in order[:most]]
         if len(order) > most:
-            table.add_row(f"... {len(order) - most} more", *[""] * (len(COLUMNS) - 1))
-        return table
+            rows.append([f"... {len(order) - most} more", *[""] * (len(COLUMNS) - 1)])
+        return table_of(self._title(), rows)
 
     def _note(self, view: RunView) -> str:
         """Why a stopped run does not train, by its log."""

@@ -92,6 +92,7 @@ def write_card(
     origin = "trained from scratch"
     if checkpoint.state.get(GENERATION) or was_imported(checkpoint.path.parent.parent):
         origin = "imported, and trained on"
+    exposures = _exposures(checkpoint)
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation",
         "tags: [rankdecay, attention-weight-decay]", "---", "",
@@ -100,8 +101,11 @@ def write_card(
         f"{checkpoint.step:,} updates ({tokens:,} tokens){width}.", "",
         *usage(tokenizer, config.model.context),
         "## Weight decay", "",
-        "| role | λ |", "|---|---|",
-        *(f"| {role} | {value} |" for role, value in _decays(checkpoint).items()), "",
+        "| role | λ | exposure Σ rate·λ |", "|---|---:|---:|",
+        *(
+            f"| {role} | {value} | {exposures.get(role, '–')} |"
+            for role, value in _decays(checkpoint).items()
+        ), "",
     ]  # fmt: skip
     if decay.policies:
         lines += [
@@ -128,6 +132,15 @@ def _decays(checkpoint: Checkpoint) -> dict[str, str]:
     return {
         role: ", ".join(f"{value:g}" for value in sorted(values)) for role, values in decays.items()
     }
+
+
+def _exposures(checkpoint: Checkpoint) -> dict[str, str]:
+    """Σ rate·λ over all updates by role, by which sweeps may name a run; several values if
+    layers differ."""
+    exposures: dict[str, set[str]] = {}
+    for site, (_, exposure, _) in checkpoint.state.get("decay", {}).get("books", {}).items():
+        exposures.setdefault(site.partition("[")[0], set()).add(f"{exposure:.4g}")
+    return {role: ", ".join(sorted(values, key=float)) for role, values in exposures.items()}
 
 
 def _scores(checkpoint: Checkpoint) -> list[str]:

@@ -90,7 +90,7 @@ def _since_fork(study: Study) -> dict[str, Measure]:
     """The exposure of a fork's own updates, beside λ of the same updates."""
     if not any(run.forked_at for run in study.runs):
         return {}
-    return {"exposure since the fork": lambda run: run.own_exposure}
+    return {"exposure since the fork": lambda run: run.own_exposure if run.forked_at else None}
 
 
 def _pair_balance(study: Study) -> dict[str, Measure]:
@@ -142,15 +142,15 @@ def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable
         key,
         f"Held-out {title}",
         f"{title} on the {_split(study)} split, mean over seeds ± standard error (the paper's "
-        f"Table 1). {_CLEAR} for the number of conditions; the colour by the size of the paired "
-        f"difference from the baseline ({study.baseline.name}).",
+        f"Table 1). {_CLEAR} for the number of conditions. Their colour on the page shows the size "
+        f"of the paired difference from the baseline ({study.baseline.name}).",
         head,
         rows,
         raw,
     )
 
 
-_CLEAR = f"* and coloured: p < {LEVEL:g} for the difference from the baseline, corrected (Holm)"
+_CLEAR = f"*: p < {LEVEL:g} for the difference from the baseline, corrected (Holm)"
 
 
 def _span(differences: Iterable[Difference]) -> float:
@@ -229,7 +229,7 @@ def paired(study: Study) -> DataTable:
         "seed share their initial weights (a fork has those of its trunk) and the order of their "
         "data. 95 % intervals and p are by "
         "Student's t over the pairs, not corrected; the last column is corrected for the number "
-        f"of comparisons with the baseline, figure by figure (Holm). * and coloured: below "
+        f"of comparisons with the baseline, figure by figure (Holm). *: below "
         f"{LEVEL:g}. –: no test, with fewer than two pairs or equal differences.",
         ["figure", "condition", "pairs", "difference", "95 % interval", "p", "p, Holm"],
         rows,
@@ -295,8 +295,8 @@ def subsets(study: Study) -> list[DataTable]:
                 f"subsets-{key}",
                 f"Held-out {title} by subset",
                 f"{title} of every subset, mean over seeds ± standard error. {_CLEAR} for all "
-                "comparisons of this table; the colour by the size of the paired difference, "
-                "subset by subset.",
+                "comparisons of this table. Their colour on the page shows the size of the paired "
+                "difference, subset by subset.",
                 ["subset", *(condition.name for condition in study.conditions)],
                 rows,
                 raw,

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.console import clock, console, on_one_line
 from pretrain.runs.follow import Present, in_words
 from pretrain.sweep.status import Status
 
+if TYPE_CHECKING:
+    from rich.console import Group
+
 LEFT = ("run", "state", "note")
 """Columns of text."""
-COLUMNS = ("run", "state", "step", "loss", "rank W_QK/W_VP", "tokens/s", "left", "note")
+COLUMNS = ("run", "state", "step", "loss", "rank QK/VP", "tokens/s", "left", "note")
+_ALWAYS = 5
+"""Number of columns that are shown also where they are empty."""
 
 
 class Table:
@@ -53,31 +59,58 @@ class Table:
             self._live.stop()
 
 
-def _rich_table(title: str, statuses: list[Status]) -> Any:
-    from rich.table import Table as RichTable
-
+def _rich_table(title: str, statuses: list[Status]) -> Group:
     done = sum(status.state == "done" for status in statuses)
-    table = RichTable(title=f"{title}: {done} of {len(statuses)} done")
-    for column in COLUMNS:
-        left = column in LEFT
-        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    rows: list[list[str]] = []
     waiting = 0
     for status in statuses:
         if status.state == "waiting" and not status.note:
             waiting += 1
             if waiting > 5:
                 continue
-        table.add_row(
-            status.task.name,
-            status.state,
-            f"{status.step}/{status.task.last}",
-            *figures(status.present, status.state == "running"),
-            "" if status.seconds_left is None else clock(status.seconds_left),
-            status.note[:60],
+        rows.append(
+            [
+                status.task.name,
+                status.state,
+                f"{status.step}/{status.task.last}",
+                *figures(status.present, status.state == "running"),
+                "" if status.seconds_left is None else clock(status.seconds_left),
+                status.note,
+            ]
         )
     if waiting > 5:
-        table.add_row(f"... {waiting - 5} more", "waiting", *[""] * (len(COLUMNS) - 2))
-    return table
+        rows.append([f"... {waiting - 5} more", "waiting", *[""] * (len(COLUMNS) - 2)])
+    return table_of(f"{title}: {done} of {len(statuses)} done", rows)
+
+
+def table_of(title: str, rows: Sequence[Sequence[str]]) -> Group:
+    """The table of runs without empty columns, and their notes below it.
+
+    A narrow terminal has room for names and figures then.
+
+    Args:
+        rows: cells of ``COLUMNS``.
+    """
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    *cells, note = range(len(COLUMNS))
+    shown = [index for index in cells if index < _ALWAYS or any(row[index] for row in rows)]
+    for index in shown:
+        left = COLUMNS[index] in LEFT
+        table.add_column(
+            COLUMNS[index],
+            justify="left" if left else "right",
+            overflow="fold",
+            no_wrap=index > 0,
+        )
+    for row in rows:
+        table.add_row(*(row[index] for index in shown))
+    notes = [Text(f"{row[0]}: {row[note]}") for row in rows if row[note]]
+    return Group(Text(title, "italic"), table, *notes)
 
 
 def figures(present: Present, running: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import signal
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from pretrain.cli.watched import view_of
 from pretrain.runs.finished import is_complete
 from pretrain.runs.folder import recipe_of
 from tests.fake_runs import STEPS, recipe, write_run, write_study
@@ -157,9 +160,9 @@ def test_a_sweep(
     (study / "logs").mkdir()
     (study / "logs" / "attention=0,seed=1.log").write_text("x\nerror: no memory\n")
     text = shown(monkeypatch, capfd, study)
-    lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("│")}
+    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert "0.250/0.500" in lines["attention=1,seed=2"] and "0 of 5 finished" in text
-    assert "no memory" in lines["attention=0,seed=1"]
+    assert "attention=0,seed=1: error: no memory" in text
     assert "waiting" in lines["attention=9,seed=1"]
 
 
@@ -209,3 +212,26 @@ def test_ctrl_c_ends_it(
     output = capfd.readouterr()
     assert "interrupted" in output.err and "Traceback" not in output.err
     assert str(folder.name) in output.out
+
+
+def test_names_and_ranks_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
+    """80 columns; what is empty in all rows takes no room, and notes stand below."""
+    names = [f"weight_decay.attention={decay},seed=1" for decay in ("0.1", "0.5")]
+    for name in names:
+        folder = write_run(tmp_path / name, recipe(), np.random.default_rng(0))
+        with_layers(folder, 1)
+        (folder / "evaluation.json").unlink()
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": {name: {} for name in names}}))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / f"{names[0]}.log").write_text("error: no room\n")
+    view = view_of(tmp_path)
+    view.look()
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(view.draw(80, 40))
+    lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    for name in names:
+        (line,) = [line for line in lines if line.lstrip().startswith(name) and "stopped" in line]
+        assert "0.250/0.500" in line
+    (head,) = [line for line in lines if "rank QK/VP" in line]
+    assert head.split() == ["run", "state", "step", "loss", "rank", "QK/VP"]
+    assert f"{names[0]}: error: no room" in [line.rstrip() for line in lines]

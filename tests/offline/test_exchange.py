@@ -22,6 +22,7 @@ from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.roles import info_of
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.config.recipe import load_config
 from pretrain.runs.metrics import read_metrics
 from tests.tools import (
     DIALECTS,
@@ -88,7 +89,10 @@ def test_in_transformers(name: str, exported: dict[str, Path], data: Path) -> No
 def test_the_card(exported: dict[str, Path], runs: dict[str, Path]) -> None:
     text = (exported["llama"] / "README.md").read_text()
     scores = json.loads((runs["llama"] / "evaluation.json").read_text())["overall"]
-    for part in ("| query | 0.5 |", "| mlp_in | 0.1 |", "learning_rate: 0.01",
+    config = load_config(runs["llama"] / "config.yaml")
+    rates = math.fsum(config.learning_rate(step) for step in range(6))
+    for part in (f"| query | 0.5 | {0.5 * rates:.4g} |", f"| mlp_in | 0.1 | {0.1 * rates:.4g} |",
+                 "| norm | 0 | 0 |", "learning_rate: 0.01",
                  f"{scores['bits_per_byte']:.4f}", "6 updates", "Weight decay"):  # fmt: skip
         assert part in text, part
 

@@ -240,3 +240,19 @@ def test_differences_have_the_same_columns_without_any(tmp_path: Path) -> None:
         ]
         heads.append(table_csv(paired(load_study(runs))).splitlines()[0])
     assert heads[0] == heads[1]
+
+
+@pytest.mark.parametrize("form", ["html", "md", "latex"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_table_is_empty(tmp_path: Path, count: int, form: str) -> None:
+    runs = [
+        write_run(
+            tmp_path / f"run-{number}",
+            recipe(optimizer__weight_decay__attention=0.5 * number),
+            np.random.default_rng(number),
+        )
+        for number in range(count)
+    ]
+    write_report(runs, tmp_path / "report", form)
+    text = (tmp_path / "report").read_text()
+    assert ("Paired differences" in text) == (count == 2)

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from pretrain.cli.console import plain
-from pretrain.report.spec import Figure, Panel, Series, in_lines
+from pretrain.report.spec import Control, Figure, Panel, Series, in_lines
 
 _MARKERS = "osD^PX*v"
 _COLUMN = 3.35
@@ -80,11 +80,20 @@ def _page(plt: Any, figure: Figure, column: bool = False) -> Any:
             subplot.set_xlabel("")
     _legend(page, panels, column)
     if not column:
-        words = [control.options[control.default] for control in figure.controls]
+        words = [_chosen(control) for control in figure.controls if control.name != "band"]
         title = ": ".join([figure.title, ", ".join(words)]) if words else figure.title
         page.suptitle(_plain(title))
     _part_labels(page)
     return page
+
+
+def _chosen(control: Control) -> str:
+    """What a figure without controls shows of one: ``step 60`` of a slider.
+
+    The legend says what a band spans.
+    """
+    option = control.options[control.default]
+    return f"{control.name} {option}" if control.kind == "slider" else option
 
 
 def _height(panel: Panel) -> float:
@@ -105,11 +114,14 @@ def _panel(page: Any, axes: Any, panel: Panel) -> None:
             axis.set_ticks(range(len(names)), list(map(_plain, numbers)))
             axis.set_label_text(_plain(word))
         axes.grid(False)
-        page.colorbar(image, ax=axes, label="pseudo-rank")
+        bar = page.colorbar(image, ax=axes, label="pseudo-rank")
+        bar.set_ticks([heat.low + share * (heat.high - heat.low) for share in (0, 0.5, 1)])
         return
     colours = matplotlib.colormaps["viridis"]
-    for index, series in enumerate(panel.series):
-        colour, marker = colours(series.colour), _MARKERS[index % len(_MARKERS)]
+    whole = [series for series in panel.series if not series.dash]  # a mark means one condition
+    marks = {id(series): _MARKERS[index % len(_MARKERS)] for index, series in enumerate(whole)}
+    for series in panel.series:
+        colour, marker = colours(series.colour), marks.get(id(series))
         if series.points:
             axes.scatter(series.x, series.y, s=8, color=colour, marker=marker, alpha=0.7,
                          label=_label(series))  # fmt: skip
@@ -176,9 +188,11 @@ def _part_labels(page: Any) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             ticks = [
-                (tick.get_loc(), tick.label1.get_text(), tick.label1.get_window_extent())
+                (tick.get_loc(), label.get_text(), label.get_window_extent())
                 for tick in axis.get_major_ticks()
-                if low <= tick.get_loc() <= high and tick.label1.get_text()
+                # those of a colour bar stand on the other side
+                for label in (tick.label1, tick.label2)
+                if low <= tick.get_loc() <= high and label.get_visible() and label.get_text()
             ]
             kept = _apart(sorted(ticks, key=lambda tick: float(tick[0])))
             if len(kept) < len(ticks):

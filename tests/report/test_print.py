@@ -45,8 +45,12 @@ def colliding(page: Any) -> list[tuple[str, str]]:
     for axes in page.axes:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            labels = [tick.label1 for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
-                      if low <= tick.get_loc() <= high and tick.label1.get_text()]  # fmt: skip
+            labels = [
+                label
+                for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
+                for label in (tick.label1, tick.label2)
+                if low <= tick.get_loc() <= high and label.get_visible() and label.get_text()
+            ]
             boxes = [(label.get_text(), label.get_window_extent()) for label in labels]
             found += [(a, b) for k, (a, one) in enumerate(boxes) for b, other in boxes[k + 1 :]
                       if one.overlaps(other)]  # fmt: skip
@@ -141,3 +145,30 @@ def test_one_seed_has_no_band_of_seeds(tmp_path: Path) -> None:
     lone = load_study([tmp_path / "runs"])
     for panel in over_training(lone, "seeds").view((0, 1)):
         assert panel.series[0].low == panel.series[0].high == panel.series[0].y
+
+
+def test_a_colour_bar_has_labels_and_a_mark_is_one_conditions() -> None:
+    heat = Heat(["layer 0", "layer 1"], ["head 0"], [[0.2], [0.4]], 0.0, 0.8)
+    page = _page(plt, figure_of([Panel("heads", "", "", heat=heat)]))
+    bar = page.axes[1].yaxis
+    assert [label.get_text() for label in bar.get_ticklabels(which="major")] == [
+        "0.0",
+        "0.4",
+        "0.8",
+    ]
+    plt.close(page)
+    lines = [Series(name, [1.0, 2.0], [1.0, 2.0], place) for place, name in enumerate("ab")]
+    laws = [Series(f"{one.name}: law", one.x, one.y, one.colour, dash=True) for one in lines]
+    marks = []
+    for series in (lines, [lines[0], laws[0], lines[1], laws[1]]):
+        page = _page(plt, figure_of([Panel("", "x", "y", series)]))
+        drawn = page.axes[0].get_lines()
+        marks.append(
+            {
+                line.get_label(): line.get_marker()
+                for line in drawn
+                if line.get_label() in ("a", "b")
+            }
+        )
+        plt.close(page)
+    assert marks[0] == marks[1] == {"a": "o", "b": "s"}

@@ -85,7 +85,7 @@ def test_by_hand(data: Path, runs: dict[str, Path], case: str) -> None:
             # The sign of what is rounding noise is either, and the sign decides; such elements are
             # few.
             few = 1e-6 if optimizer == "lion" else 1e-5
-            assert (deviation > few).float().mean() < 0.01, name
+            assert (deviation > few).sum() <= max(1, deviation.numel() // 100), name
         else:
             # Muon's quintic enlarges the rounding of small singular values.
             assert deviation.max() < (1e-5 if optimizer == "muon" else 1e-6), (

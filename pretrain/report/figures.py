@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pretrain.report.load import Study
+from pretrain.report.norm_figures import norms_if_any
 from pretrain.report.rank_figures import heads, over_decay, over_training
 from pretrain.report.spec import Figure
 from pretrain.report.theory_figures import (
@@ -30,5 +31,6 @@ def figures_of(study: Study, band: str = "heads") -> list[Figure]:
         *spectra_if_any(study),
         losses(study),
         settings(study),
+        *norms_if_any(study),
     ]
     return figures

@@ -61,6 +61,7 @@ def load_run(path: Path, shown: set[int] | None = None) -> RunData:
         len(set(outline.column("step"))),
         recorded_keys(path, path / CONFIG),
         tuple(read_trunks(path) or _trunks(path)),
+        metrics.norms,
     )
 
 

@@ -54,6 +54,8 @@ class RunData:
 
     trunks: tuple[str, ...] = ()
     """Of a fork, hashes of the initial weights of its trunks, as far as they are known."""
+    norms: Sequence[dict[str, float]] = ()
+    """Step, and norms by role (`pretrain.runs.norm_lines`)."""
 
     @property
     def seed(self) -> int:

@@ -32,10 +32,10 @@ def losses(study: Study) -> Figure:
         training, held_out = [], []
         for index, condition in enumerate(study.conditions):
             colour = shade(index, count)
-            x, y = _averaged(condition, lambda run: _over_steps(run.metrics, "loss"))
-            training.append(_line(condition.name, x, y, colour, smooth=True))
-            x, y = _averaged(condition, lambda run: _over_steps(run.held_out, "loss"))
-            held_out.append(_line(condition.name, x, y, colour))
+            x, y = averaged(condition, lambda run: _over_steps(run.metrics, "loss"))
+            training.append(line_over(condition.name, x, y, colour, smooth=True))
+            x, y = averaged(condition, lambda run: _over_steps(run.held_out, "loss"))
+            held_out.append(line_over(condition.name, x, y, colour))
         return [
             Panel("training, running mean", "step", "loss, nats per token", training),
             Panel("held out, fixed sample", "step", "loss, nats per token", held_out),
@@ -51,15 +51,16 @@ def losses(study: Study) -> Figure:
     )
 
 
-_Line = tuple[Sequence[int], Sequence[float]]
+Line = tuple[Sequence[int], Sequence[float]]
 """Steps and a value at each."""
 
 
-def _over_steps(rows: Sequence[AnyRow], name: str) -> _Line:
+def _over_steps(rows: Sequence[AnyRow], name: str) -> Line:
     return column_of(rows, "step"), column_of(rows, name)
 
 
-def _averaged(condition: Condition, line_of: Callable[[RunData], _Line]) -> _Line:
+def averaged(condition: Condition, line_of: Callable[[RunData], Line]) -> Line:
+    """The mean of a condition's runs at every step that one of them has."""
     lines = [line_of(run) for run in condition.runs]
     steps = lines[0][0]
     if len(lines) == 1 and all(a < b for a, b in pairwise(steps)):
@@ -97,7 +98,7 @@ def _smooth(values: Sequence[float], indices: list[int]) -> list[float]:
     ]
 
 
-def _line(
+def line_over(
     name: str, x: Sequence[int], y: Sequence[float], colour: float, smooth: bool = False
 ) -> Series:
     """A line with only as many points as a reader can see."""
@@ -109,7 +110,7 @@ def _line(
 def settings(study: Study) -> Figure:
     """Learning rate, λ, gradient norm and speed."""
 
-    def used(run: RunData) -> _Line:
+    def used(run: RunData) -> Line:
         rows: dict[int, list[AnyRow]] = defaultdict(list)
         for row in run.heads:
             rows[row["step"]].append(row)
@@ -117,7 +118,7 @@ def settings(study: Study) -> Figure:
             mean_over(run.of_factors(rows[step], "decay")) for step in sorted(rows)
         ]
 
-    measures: dict[str, Callable[[RunData], _Line]] = {
+    measures: dict[str, Callable[[RunData], Line]] = {
         "learning rate": lambda run: _over_steps(run.metrics, "learning_rate"),
         "λ of attention": used,
         "gradient norm": lambda run: _over_steps(run.metrics, "grad_norm"),
@@ -130,9 +131,9 @@ def settings(study: Study) -> Figure:
             smooth = title in ("gradient norm", "tokens per second")
             lines = []
             for index, condition in enumerate(study.conditions):
-                x, y = _averaged(condition, points)
+                x, y = averaged(condition, points)
                 colour = shade(index, len(study.conditions))
-                lines.append(_line(condition.name, x, y, colour, smooth))
+                lines.append(line_over(condition.name, x, y, colour, smooth))
             panels.append(Panel(title, "step", title + _SMOOTHED * smooth, lines))
         return panels
 

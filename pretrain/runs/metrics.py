@@ -23,6 +23,7 @@ from pretrain.config.recipe import Config
 from pretrain.config.run import LoggingConfig
 from pretrain.errors import ENDS, RunError, UsageError
 from pretrain.ranks.columns import Columns, Named
+from pretrain.runs.norm_lines import norms_by_role
 from pretrain.runs.records import FIGURES, LINES, Line, check_record
 from pretrain.runs.service import SERVICES, Map, Service, ServiceSection, TrackedRun
 
@@ -66,6 +67,8 @@ class Metrics:
     """Loss, learning_rate, grad_norm, tokens_per_second and weight_decay by step."""
     held_out: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    norms: list[dict[str, float]]
+    """Step, and norms by role (`pretrain.runs.norm_lines`)."""
 
 
 def read_all_metrics(run: Path) -> Metrics:
@@ -77,12 +80,18 @@ def read_all_metrics(run: Path) -> Metrics:
     steps, decays = array("q"), Named()
     figures = {name: array("d") for name in FIGURES}
     by_kind: dict[str, list[dict[str, Any]]] = {"evaluation": [], "event": []}
+    norms: list[dict[str, float]] = []
     path = run / METRICS
     for number, row in _rows(path) if path.exists() else ():
         if row["kind"] == "evaluation" and "loss" not in row:
             raise _damaged(path, number, "loss: field required")
         if row["kind"] in by_kind:
             by_kind[row["kind"]].append(_with_nan(row))
+        if row["kind"] == "norms":
+            try:
+                norms.append({"step": row["step"], **norms_by_role(row)})
+            except ValueError as error:
+                raise _damaged(path, number, error) from None
         if row["kind"] != "train":
             continue
         if missing := [name for name in (*FIGURES, "weight_decay") if name not in row]:
@@ -95,7 +104,7 @@ def read_all_metrics(run: Path) -> Metrics:
         except (ValueError, OverflowError) as error:
             raise _damaged(path, number, error) from None
     updates = Columns({"step": steps, **figures, "weight_decay": decays})
-    return Metrics(updates, by_kind["evaluation"], by_kind["event"])
+    return Metrics(updates, by_kind["evaluation"], by_kind["event"], norms)
 
 
 def _with_nan(row: dict[str, Any]) -> dict[str, Any]:

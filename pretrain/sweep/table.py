@@ -109,8 +109,8 @@ def table_of(title: str, rows: Sequence[Sequence[str]]) -> Group:
         )
     for row in rows:
         table.add_row(*(row[index] for index in shown))
-    notes = [Text(f"{row[0]}: {row[note]}") for row in rows if row[note]]
-    return Group(Text(title, "italic"), table, *notes)
+    notes = [Text(on_one_line(f"{row[0]}: {row[note]}")) for row in rows if row[note]]
+    return Group(Text(on_one_line(title), "italic"), table, *notes)
 
 
 def figures(present: Present, running: bool) -> list[str]:

@@ -18,9 +18,9 @@ from pretrain.config.recipe import parse_config
 from pretrain.config.run import RanksConfig
 from pretrain.errors import UsageError
 from pretrain.ranks.probe import Row, summary
-from pretrain.ranks.table import add_ranks, merge_ranks
+from pretrain.ranks.table import add_ranks, merge_ranks, rewind_ranks
 from pretrain.runs.environment import environment
-from pretrain.runs.folder import CONFIG, ENVIRONMENT, read_starts, rewind, write_text
+from pretrain.runs.folder import CONFIG, ENVIRONMENT, read_starts, write_text
 from pretrain.runs.lock import RunLock
 from pretrain.runs.loop import LOOP
 from pretrain.runs.metrics import Tracker
@@ -130,8 +130,8 @@ class LoopFolder:
 
     def begin(self, step: int) -> None:
         """Remove what was written after ``step``, from which the loop continues."""
-        rewind(self._run, step)
-        self._tracker.rewind(step)  # also the lines that wait in memory
+        self._tracker.rewind(step)
+        rewind_ranks(self._run, step)
 
     def log(self, step: int, figures: Mapping[str, float | None], decays: dict[str, float]) -> None:
         """One line about an update; a figure that is not known is null.

@@ -72,6 +72,8 @@ def _write(
         refuse_busy(out)
     study = load_study(paths, baseline, unfinished)
     tables, figures = tables_of(study), figures_of(study, band)
+    if form != "csv":  # whose files have their columns also without any row
+        tables = [table for table in tables if table.rows]
     notes = notes_of(study)
     for note in notes:
         warn(note)
@@ -79,19 +81,12 @@ def _write(
     return study
 
 
-def _with_rows(tables: list[DataTable]) -> list[DataTable]:
-    """The tables that a reader sees; a CSV file has its columns also without any row."""
-    return [table for table in tables if table.rows]
-
-
 def _html(
     study: Study, tables: list[DataTable], figures: list[Figure], notes: list[str], out: Path
 ) -> None:
     from pretrain.report.page import page
 
-    write_aside(
-        out, page(study, _with_rows(tables), figures, notes).encode("utf-8", "backslashreplace")
-    )
+    write_aside(out, page(study, tables, figures, notes).encode("utf-8", "backslashreplace"))
 
 
 def _md(
@@ -101,9 +96,7 @@ def _md(
 
     with replaced(_folder_beside(out), "png") as folder:
         images = _images(figures, folder, "png")
-    write_aside(
-        out, markdown(study, _with_rows(tables), images, notes).encode("utf-8", "backslashreplace")
-    )
+    write_aside(out, markdown(study, tables, images, notes).encode("utf-8", "backslashreplace"))
 
 
 def _latex(
@@ -113,9 +106,7 @@ def _latex(
 
     with replaced(_folder_beside(out), "pdf") as folder:
         images = _images(figures, folder, "pdf")
-    write_aside(
-        out, latex(study, _with_rows(tables), images, notes).encode("utf-8", "backslashreplace")
-    )
+    write_aside(out, latex(study, tables, images, notes).encode("utf-8", "backslashreplace"))
 
 
 def _folder_beside(out: Path) -> Path:

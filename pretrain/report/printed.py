@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from itertools import cycle
 from typing import Any
 
 from pretrain.cli.console import plain
@@ -118,10 +119,10 @@ def _panel(page: Any, axes: Any, panel: Panel) -> None:
         bar.set_ticks([heat.low + share * (heat.high - heat.low) for share in (0, 0.5, 1)])
         return
     colours = matplotlib.colormaps["viridis"]
-    whole = [series for series in panel.series if not series.dash]  # a mark means one condition
-    marks = {id(series): _MARKERS[index % len(_MARKERS)] for index, series in enumerate(whole)}
+    marks = cycle(_MARKERS)
     for series in panel.series:
-        colour, marker = colours(series.colour), marks.get(id(series))
+        colour = colours(series.colour)
+        marker = None if series.dash else next(marks)  # a mark means one condition
         if series.points:
             axes.scatter(series.x, series.y, s=8, color=colour, marker=marker, alpha=0.7,
                          label=_label(series))  # fmt: skip

@@ -13,8 +13,8 @@ from pretrain.sweep.status import Status
 if TYPE_CHECKING:
     from rich.console import Group
 
-LEFT = ("run", "state", "note")
-"""Columns of text."""
+_LEFT = ("run", "state")
+"""Columns of text in the table; notes stand below it."""
 COLUMNS = ("run", "state", "step", "loss", "rank QK/VP", "tokens/s", "left", "note")
 _ALWAYS = 5
 """Number of columns that are shown also where they are empty."""
@@ -100,7 +100,7 @@ def table_of(title: str, rows: Sequence[Sequence[str]]) -> Group:
     *cells, note = range(len(COLUMNS))
     shown = [index for index in cells if index < _ALWAYS or any(row[index] for row in rows)]
     for index in shown:
-        left = COLUMNS[index] in LEFT
+        left = COLUMNS[index] in _LEFT
         table.add_column(
             COLUMNS[index],
             justify="left" if left else "right",

@@ -206,8 +206,9 @@ def _go_back(training: Training, fault: GoBackError) -> int:
             training.tracker.rewind(checkpoint.step)
             rewind_ranks(training.run, checkpoint.step)
             write_jumps(training.run, training.moving.jumped)
-    for step in [step for step in training.moving.unwritten if step > checkpoint.step]:
-        del training.moving.unwritten[step]
+    training.moving.unwritten = {
+        step: rows for step, rows in training.moving.unwritten.items() if step <= checkpoint.step
+    }
     training.say(checkpoint.step, message)
     training.watchdog.beat(checkpoint.step)
     return checkpoint.step

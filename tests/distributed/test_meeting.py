@@ -68,7 +68,6 @@ def wait_for_line(process: WarmProcess) -> str:
     return process.errors()
 
 
-@pytest.mark.slow
 def test_a_signal_ends_a_process_whose_peers_do_not_come(
     impatient: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -139,7 +139,6 @@ def test_a_checkpoint_before_the_last_step(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
 def test_the_command_keeps_the_runs_own(
     trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

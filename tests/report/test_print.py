@@ -61,7 +61,6 @@ def words_of(page: Any) -> str:
     return "\n".join(one.get_text() for one in page.findobj(Text) if one.get_visible())
 
 
-@pytest.mark.slow
 def test_one_file_of_a_columns_width_for_each_figure(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,18 +226,23 @@ def test_a_lost_head_is_not_called_qk_norm(tmp_path: Path) -> None:
     assert re.search(r"does not apply \(QK-norm\)", (folder / "r.html").read_text())
 
 
+def write_conditions(folder: Path, count: int) -> list[Path]:
+    """Runs of so many conditions, one of each."""
+    return [
+        write_run(
+            folder / f"{count}-{number}",
+            recipe(optimizer__weight_decay__attention=0.5 * number),
+            np.random.default_rng(number),
+        )
+        for number in range(count)
+    ]
+
+
 def test_differences_have_the_same_columns_without_any(tmp_path: Path) -> None:
     """A script that reads differences.csv need not know how many conditions there are."""
     heads = []
     for count in (1, 2):
-        runs = [
-            write_run(
-                tmp_path / f"{count}-{number}",
-                recipe(optimizer__weight_decay__attention=0.5 * number),
-                np.random.default_rng(number),
-            )
-            for number in range(count)
-        ]
+        runs = write_conditions(tmp_path, count)
         heads.append(table_csv(paired(load_study(runs))).splitlines()[0])
     assert heads[0] == heads[1]
 
@@ -245,14 +250,7 @@ def test_differences_have_the_same_columns_without_any(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["html", "md", "latex"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_no_table_is_empty(tmp_path: Path, count: int, form: str) -> None:
-    runs = [
-        write_run(
-            tmp_path / f"run-{number}",
-            recipe(optimizer__weight_decay__attention=0.5 * number),
-            np.random.default_rng(number),
-        )
-        for number in range(count)
-    ]
+    runs = write_conditions(tmp_path, count)
     write_report(runs, tmp_path / "report", form)
     text = (tmp_path / "report").read_text()
     assert ("Paired differences" in text) == (count == 2)

@@ -73,9 +73,11 @@ def _page(plt: Any, figure: Figure, column: bool = False) -> Any:
     if column:
         size = (_COLUMN, sum(_height(panel) for panel in panels))
     page = plt.figure(figsize=size, layout="constrained")
-    axes = page.subplots(rows, columns, squeeze=False).flat
+    axes = list(page.subplots(rows, columns, squeeze=False).flat)
     for subplot, panel in zip(axes, panels, strict=False):
         _panel(page, subplot, panel)
+    for unused in axes[len(panels) :]:
+        unused.remove()
     if column and len({panel.x for panel in panels}) == 1:  # the lowest panel says it for all
         for subplot in page.axes[: len(panels) - 1]:
             subplot.set_xlabel("")

@@ -171,3 +171,11 @@ def test_a_colour_bar_has_labels_and_a_mark_is_one_conditions() -> None:
         )
         plt.close(page)
     assert marks[0] == marks[1] == {"a": "o", "b": "s"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_no_place_without_a_panel_is_drawn(count: int) -> None:
+    panels = [Panel(f"{k}", "x", "y", [Series("a", [1.0, 2.0], [1.0, 2.0])]) for k in range(count)]
+    page = _page(plt, figure_of(panels))
+    assert [axes.get_title() for axes in page.axes] == [panel.title for panel in panels]
+    plt.close(page)

@@ -128,7 +128,7 @@ def _gz_chunks(path: Path) -> Iterator[bytes]:
             output = b""
             while data or len(output) == _PIECE:
                 if member is None:
-                    data = data if is_first else data.lstrip(b"\0")
+                    data = data if is_first else _without_padding(data)
                     if not data:
                         break
                     member, is_first = zlib.decompressobj(wbits=31), False  # gzip's header
@@ -141,6 +141,11 @@ def _gz_chunks(path: Path) -> Iterator[bytes]:
                     data = member.unconsumed_tail
     if member is not None:
         raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+
+
+def _without_padding(data: bytes) -> bytes:
+    """Bytes without zeros at their beginning, which are mostly all of them or none."""
+    return b"" if data == bytes(len(data)) else data.lstrip(b"\0")
 
 
 def _zst_chunks(path: Path, window_mb: int) -> Iterator[bytes]:

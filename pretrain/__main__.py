@@ -11,13 +11,14 @@ from typing import Annotated
 import typer
 
 from pretrain.cli.cluster import doctor, launch, plan
-from pretrain.cli.console import plain, write_any_text
+from pretrain.cli.console import plain
 from pretrain.cli.data import data_app
 from pretrain.cli.exits import leave, report_broken_pipe, report_failure, report_stop
 from pretrain.cli.models import evaluate, export, import_, print_evaluation, ranks
 from pretrain.cli.options import Code, Json, Overrides
 from pretrain.cli.paper import paper_app
 from pretrain.cli.program import Version, application
+from pretrain.cli.streams import flush_results, set_up_streams
 from pretrain.cli.watch import watch
 from pretrain.distributed.signals import SIGNALS
 from pretrain.errors import ENDS
@@ -293,12 +294,15 @@ def run_command(command: Callable[..., object] = app) -> int:
     Returns:
         The exit code: 2 for usage errors, 1 for trouble, 75 for "try again", 130 for Ctrl-C.
     """
-    write_any_text()
+    set_up_streams()
     try:
         SIGNALS.listen()
         # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.
         code = command(standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        code = code if isinstance(code, int) else 0
+        if code == 0:
+            flush_results()
+        return code
     except SystemExit as end:
         return report_broken_pipe(end)
     except typer.Abort as abort:

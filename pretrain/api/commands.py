@@ -6,6 +6,7 @@ signals and its memory end with it, and a notebook stays as it was.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -240,4 +241,5 @@ def _show(stream: IO[str], said: list[str]) -> None:
     for line in stream:
         said.append(line.rstrip("\n"))
         if not line.startswith("error: "):  # it is raised
-            print(line, end="", file=sys.stderr)
+            with contextlib.suppress(OSError):  # a full disk: the process must not wait for us
+                print(line, end="", file=sys.stderr)

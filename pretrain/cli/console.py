@@ -45,13 +45,6 @@ def console(**settings: Any) -> Any:
     return Plain(markup=False, emoji=False, highlight=False, **settings)
 
 
-def write_any_text() -> None:
-    """Make the standard streams write characters that their encoding lacks as escapes."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def show_table(table: Any, width: int) -> None:
     """Print a rich table to standard output: as wide as the terminal, or ``width`` elsewhere."""
     console(width=None if sys.stdout.isatty() else width).print(table)

@@ -13,12 +13,14 @@ from pydantic import ValidationError
 from data_pipeline.strict_json import to_json
 from models.config import GPTConfig
 from models.factors import AttentionShape
+from pretrain.cli.console import warn
 from pretrain.config.decay import WeightDecayConfig
 from pretrain.config.recipe import parse_config
 from pretrain.config.run import RanksConfig
 from pretrain.errors import UsageError
 from pretrain.ranks.probe import Row, summary
-from pretrain.ranks.table import add_ranks, merge_ranks, rewind_ranks
+from pretrain.ranks.table import merge_ranks
+from pretrain.ranks.writer import RankWriter
 from pretrain.runs.environment import environment
 from pretrain.runs.folder import CONFIG, ENVIRONMENT, read_starts, write_text
 from pretrain.runs.lock import RunLock
@@ -124,6 +126,8 @@ class LoopFolder:
         starts = [*read_starts(run), {**environment(), **setting}]
         write_text(run / ENVIRONMENT, to_json(starts, indent=1))
         self._tracker = Tracker(run, self._config, active=True)
+        self._table = RankWriter(run, self._config.ranks)
+        self._refused = False
 
     def _write_known(self) -> None:
         write_text(self._run / CONFIG, yaml.safe_dump(self._known, sort_keys=False))
@@ -131,7 +135,7 @@ class LoopFolder:
     def begin(self, step: int) -> None:
         """Remove what was written after ``step``, from which the loop continues."""
         self._tracker.rewind(step)
-        rewind_ranks(self._run, step)
+        self._table.rewind(step)
 
     def log(self, step: int, figures: Mapping[str, float | None], decays: dict[str, float]) -> None:
         """One line about an update; a figure that is not known is null.
@@ -151,22 +155,31 @@ class LoopFolder:
 
     def ranks(self, step: int, rows: list[Row], seconds: float) -> None:
         """One measurement."""
-        add_ranks(self._run, step, rows, self._config.ranks)
+        reason = self._table.add(step, rows)
+        if reason and not self._refused:
+            warn(f"{reason}; measurements wait in memory")
+        self._refused = bool(reason)
         self._tracker.log("ranks", step, {**summary(rows), "seconds": seconds})
 
     def close(self, last: int) -> None:
-        """Merge the table and release the folder.
+        """Merge the table and release the folder; a disk that refuses this ends no loop.
 
         Args:
             last: the number of updates that were made.
         """
         train = self._known.get("train", {})
-        if last != train.get("steps") and last > 0:
-            self._known["train"] = {**train, "steps": last}
-            self._write_known()
-        merge_ranks(self._run)
-        self._tracker.close()
-        self._lock.release()
+        try:
+            if reason := self._table.write_waiting():
+                warn(f"{reason}; the last measurements are lost: {self._table.waiting}")
+            if last != train.get("steps") and last > 0:
+                self._known["train"] = {**train, "steps": last}
+                self._write_known()
+            merge_ranks(self._run)
+        except OSError as error:
+            warn(f"{error.filename or self._run}: {error.strerror}; the folder is not complete")
+        finally:
+            self._tracker.close()
+            self._lock.release()
 
 
 def _only(known: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:

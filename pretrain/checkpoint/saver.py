@@ -145,8 +145,8 @@ class Saver:
             self.wait()
         if self._last is not None and self._last.problem:
             raise RunError(
-                f"{self._last.problem}; free space or fix {self.folder}, then rerun the same "
-                "command: the run continues from its last checkpoint"
+                f"{self._last.problem}; free space or mend that, then rerun the same command: the "
+                "run continues from its last checkpoint"
             )
 
     def close(self) -> None:

@@ -79,15 +79,25 @@ def is_evaluated(run: Path, config: Config) -> bool:
         return path.exists()  # not readable: the code that reads it reports this
 
 
-def put_evaluation_aside(run: Path, config: Config) -> None:
-    """Rename an ``evaluation.json`` that has other figures than the recipe asks for."""
-    path = run / EVALUATION
-    if not path.exists() or is_evaluated(run, config):
+def put_evaluation_aside(run: Path, config: Config, step: int) -> None:
+    """Rename an ``evaluation.json`` that has other figures than those of this run at its end.
+
+    Args:
+        step: updates made so far. Figures of a later step are of weights that are trained again,
+            perhaps with another decay. After the last step, they must be what the recipe asks for.
+    """
+    path, at_end = run / EVALUATION, step >= config.train.steps
+    if not path.exists() or (at_end and is_evaluated(run, config)):
         return
     try:
         figures = _figures(path)
     except ValueError:
-        _put_damaged_aside(path)
+        if at_end:
+            _put_damaged_aside(path)
+        return
+    except (OSError, RunError):  # not readable: the code that reads it reports this
+        return
+    if not at_end and figures.get("step", config.train.steps) <= step:
         return
     text = read_small(path)
     split = re.sub(r"[^\w.+-]", "_", figures.get("split", "test"))[:50]  # a part of a file's name

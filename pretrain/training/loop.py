@@ -19,7 +19,6 @@ from pretrain.distributed.replicas import are_replicated, disagreement, drift
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
 from pretrain.engine.engine import Engine, micro_batches
 from pretrain.errors import ENDS, RunError
-from pretrain.ranks.table import rewind_ranks
 from pretrain.runs.follow import Follower
 from pretrain.training import periodic
 from pretrain.training.faults import FaultDetector, GoBackError, block_of, write_jumps
@@ -45,9 +44,7 @@ def run_training(training: Training, origin: Origin) -> None:
                 periodic.evaluate(training, first)  # it may be the best checkpoint
             periodic.save(training, first)  # a fork does not depend on its trunk from here on
         elif training.moving.owes_evaluation:
-            evaluated = periodic.evaluate(training, first)
-            if evaluated and training.config.checkpoint.keep_best:
-                periodic.save(training, first)  # again, now with its loss
+            periodic.evaluate_owed(training, first)
         profiler = Profiler(training.config.profile, training.run, training.grid)
         with SIGNALS.remembered(), closing(profiler):
             while True:
@@ -204,11 +201,8 @@ def _go_back(training: Training, fault: GoBackError) -> int:
     with training.grid.together(f"{training.run}"):
         if training.grid.is_main:
             training.tracker.rewind(checkpoint.step)
-            rewind_ranks(training.run, checkpoint.step)
+            training.table.rewind(checkpoint.step)
             write_jumps(training.run, training.moving.jumped)
-    training.moving.unwritten = {
-        step: rows for step, rows in training.moving.unwritten.items() if step <= checkpoint.step
-    }
     training.say(checkpoint.step, message)
     training.watchdog.beat(checkpoint.step)
     return checkpoint.step

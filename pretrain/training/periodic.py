@@ -14,9 +14,10 @@ from pretrain.cli.console import Progress
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
 from pretrain.engine.layer_norms import as_figures
 from pretrain.ranks.probe import Row, by_head, by_layer, measure, summary
-from pretrain.ranks.table import add_ranks, merge_ranks
+from pretrain.ranks.table import merge_ranks
 from pretrain.runs.finished import is_evaluated, put_evaluation_aside
 from pretrain.runs.folder import EVALUATION, write_text
+from pretrain.runs.metrics import read_metrics
 from pretrain.training.state import GENERATION, Training
 
 OWES_EVALUATION = "owes_evaluation"
@@ -85,8 +86,8 @@ def _measure(training: Training, step: int) -> list[Row]:
     tokens = step * training.config.train.global_batch * training.config.model.context
     rows = measure(training.engine, step, tokens, training.config.ranks)
     if training.grid.is_main:
-        training.moving.unwritten[step] = rows
-        _write_ranks(training, step)
+        if reason := training.table.add(step, rows):
+            training.say(step, f"{reason}; measurements wait in memory")
         means = {**summary(rows), "rank_by_layer": by_layer(rows)}
         training.tracker.log("ranks", step, {**means, "seconds": time.monotonic() - began})
         maps = {f"rank_by_head/{name}": values for name, values in by_head(rows).items()}
@@ -95,32 +96,34 @@ def _measure(training: Training, step: int) -> list[Row]:
     return rows
 
 
-def _write_ranks(training: Training, step: int) -> None:
-    """Write measurements to disk; those that the disk refuses are kept for the next time."""
-    if reason := _refused_ranks(training):
-        training.say(step, f"rank statistics wait in memory: {reason}")
-
-
-def _refused_ranks(training: Training) -> str:
-    """Write measurements to disk, and return why it refuses some, or nothing."""
-    try:
-        for measured_step in list(training.moving.unwritten):
-            add_ranks(
-                training.run,
-                measured_step,
-                training.moving.unwritten[measured_step],
-                training.config.ranks,
-            )
-            del training.moving.unwritten[measured_step]
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
-
-
-def _write_waiting(training: Training) -> str:
+def write_waiting(training: Training) -> str:
     """Write all that waits in memory for the disk, and return why it refuses some, or nothing."""
-    refused = _refused_ranks(training)
-    return training.tracker.write_waiting() or (refused and f"rank statistics: {refused}")
+    refused = training.table.write_waiting()
+    return training.tracker.write_waiting() or refused
+
+
+def evaluate_owed(training: Training, step: int) -> None:
+    """Make the evaluation that a signal cut short in the start before, and note it in a checkpoint.
+
+    If the file has it, because the process ended before that checkpoint, only the loss is taken.
+    """
+    losses: list[float] = []
+    with training.grid.together(f"{training.run}"):
+        if training.grid.is_main:
+            lines = read_metrics(training.run, "evaluation")
+            losses = [line["loss"] for line in lines if line["step"] == step]
+    losses = training.grid.broadcast(losses)
+    if losses:
+        training.moving.owes_evaluation = False
+        training.moving.held_out_loss = (step, losses[-1])
+    elif not evaluate(training, step):
+        if step >= training.last:
+            raise _stopped_evaluating(training)
+        return  # the next update ends with a checkpoint
+    at_end = step >= training.last
+    if training.config.checkpoint.keep_best or at_end:
+        training.saver.urgent = at_end
+        save(training, step)  # again: with its loss, and without the debt
 
 
 def evaluate(training: Training, step: int) -> bool:
@@ -146,6 +149,13 @@ def evaluate(training: Training, step: int) -> bool:
 
 class _CutShortError(Exception):
     """A signal came during an evaluation."""
+
+
+def _stopped_evaluating(training: Training) -> StopRequestedError:
+    return StopRequestedError(
+        f"{training.run}: stopped by {SIGNALS.name} in its last evaluation, with a checkpoint; "
+        "rerun the same command to continue"
+    )
 
 
 def _figures(
@@ -182,7 +192,7 @@ def save(training: Training, step: int) -> None:
         state[HELD_OUT_LOSS] = loss
     if training.moving.owes_evaluation:
         state[OWES_EVALUATION] = True
-    refused = _write_waiting(training)
+    refused = write_waiting(training)
     training.saver.save(
         step,
         state,
@@ -227,10 +237,7 @@ def finish(training: Training) -> None:
             training, chosen, training.last, lambda done, total: progress.update(done, total=total)
         )
     except _CutShortError:
-        raise StopRequestedError(
-            f"{training.run}: stopped by {SIGNALS.name} in its last evaluation, with a checkpoint; "
-            "rerun the same command to continue"
-        ) from None
+        raise _stopped_evaluating(training) from None
     finally:
         progress.close()
     with training.grid.together(f"{path}"):
@@ -248,5 +255,5 @@ def finish(training: Training) -> None:
             with held(path, patience=60):
                 # `pretrain evaluate` may have been faster.
                 if not is_evaluated(training.run, training.config):
-                    put_evaluation_aside(training.run, training.config)
+                    put_evaluation_aside(training.run, config, training.last)
                     write_text(path, to_json({**header, **figures}, indent=1))

@@ -30,6 +30,8 @@ from pretrain.engine.micro_batch import (
 from pretrain.engine.optimizers import refuse_missing_optimizer
 from pretrain.engine.precision import resolve_precision, with_precision
 from pretrain.engine.speed import speed_in_words
+from pretrain.ranks.table import merge_ranks
+from pretrain.ranks.writer import RankWriter
 from pretrain.runs.finished import is_complete, put_evaluation_aside
 from pretrain.runs.folder import create_run, known_recipe, misfit, rewind
 from pretrain.runs.identity import data_order, initial_weights, write_identity
@@ -80,6 +82,7 @@ def train(
                 setup=setup,
                 run=run,
                 tracker=_tracker(setup, origin, run, grid, damaged),
+                table=RankWriter(run, setup.config.ranks),
                 saver=Saver(engine, run / CHECKPOINTS, config.checkpoint),
                 watchdog=watchdog,
                 faults=faults,
@@ -139,13 +142,19 @@ def _find_whole(setup: Setup, run: Path, grid: Grid) -> list[str]:
 
 def _is_done(setup: Setup, origin: Origin, request: StartRequest, grid: Grid) -> bool:
     """Whether nothing is left to do; prints this."""
-    own = origin.own
-    done = own is not None and is_complete(request.run, setup.config, request.until)
+    own, run = origin.own, request.run
+    done = (
+        own is not None
+        and not origin.saved(OWES_EVALUATION)
+        and is_complete(run, setup.config, request.until)
+    )
     if not grid.broadcast(done):
         return False
-    if grid.is_main and own is not None:
-        text = f"{request.run}: is already at step {own.step}: nothing is left to do"
-        print(text, file=sys.stderr, flush=True)
+    with grid.together(f"{run}"):
+        if grid.is_main and own is not None:
+            merge_ranks(run)  # the last merge may have failed
+            text = f"{run}: is already at step {own.step}: nothing is left to do"
+            print(text, file=sys.stderr, flush=True)
     return True
 
 
@@ -172,8 +181,8 @@ def _write_folder(
             setting["micro_batch"] = asdict(micro_batch)
         if origin.kind == "forked" and request.fork is not None:
             setting["forked"] = described(request.fork)
-        if origin.checkpoint is not None and origin.step == config.train.steps:
-            put_evaluation_aside(run, config)
+        if run.is_dir():
+            put_evaluation_aside(run, config, origin.step)
         create_run(run, config, setting)
         rewind(run, origin.own.step if origin.own else -1)
 

@@ -13,7 +13,7 @@ from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
 from pretrain.distributed.watchdog import Watchdog
 from pretrain.engine.engine import Engine
-from pretrain.ranks.probe import Row
+from pretrain.ranks.writer import RankWriter
 from pretrain.runs.metrics import Tracker
 from pretrain.tasks.task import Samples
 from pretrain.training.faults import FaultDetector
@@ -53,8 +53,6 @@ class Moving:
     """When the last checkpoint of this start began, or the start itself."""
     drifts: bool = False
     """Whether copies of tensor-parallel processes differed, which is said once."""
-    unwritten: dict[int, list[Row]] = field(default_factory=dict)
-    """Measurements that could not be written to disk, by step."""
     ranks: dict[str, Any] = field(default_factory=dict)
     """Mean figures of the last measurement (`pretrain.ranks.probe.summary`)."""
 
@@ -67,6 +65,7 @@ class Training:
     setup: Setup
     run: Path
     tracker: Tracker
+    table: RankWriter
     saver: Saver
     watchdog: Watchdog
     faults: FaultDetector

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import pretrain.engine.engine
+import pretrain.ranks.writer
 import pretrain.runs.metrics
-import pretrain.training.periodic
 from models.roles import declared_parameters
 from pretrain.__main__ import main
 
@@ -94,7 +94,7 @@ def linger(engine: Any) -> None:
 def refuse(engine: Any) -> None:
     """The disk takes no more metrics and rank statistics; the next time, it does again."""
     for module, name in (
-        (pretrain.runs.metrics, "_append"), (pretrain.training.periodic, "add_ranks"),
+        (pretrain.runs.metrics, "_append"), (pretrain.ranks.writer, "add_ranks"),
     ):  # fmt: skip
         _exchange(module, name)
 

@@ -38,5 +38,5 @@ def test_refused_lines_and_ranks_come_later(
     done = faulty("refuse", 0, updates, words_of(tmp_path, data))
     assert done.returncode == 0, done.stderr
     same_run(tmp_path / "run", undisturbed("one"))
-    waits = any("rank statistics wait" in event for event in events_of(tmp_path / "run"))
+    waits = any("measurements wait in memory" in event for event in events_of(tmp_path / "run"))
     assert waits == (updates != "6,7,8,10")  # they are measured after update 5

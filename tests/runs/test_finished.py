@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
+from pretrain.checkpoint.reader import list_checkpoints, step_of
 from pretrain.report.load import load_run, load_study
 from pretrain.runs.finished import is_complete
-from pretrain.runs.metrics import METRICS
-from tests.tools import run, write_recipe
+from pretrain.runs.folder import EVALUATION
+from pretrain.runs.metrics import METRICS, read_metrics
+from tests.tools import base_recipe, run, write_recipe
 
 
 @pytest.mark.parametrize("skipped", [1, 2])
@@ -74,3 +80,66 @@ def test_what_is_said_with_until(
         assert run(monkeypatch, *words, *more) == 2
         error = capfd.readouterr().err
         assert said in error and ("last step" in error) == (until is None)
+
+
+@pytest.mark.parametrize("decay", [0.5, 5.0])
+@pytest.mark.parametrize("left", [[3], []])
+def test_an_evaluation_of_weights_that_are_trained_again_is_made_again(
+    decay: float, left: list[int], trained: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Checkpoints were removed by hand: the folder's figures are of weights that are gone."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    whole = json.loads((folder / EVALUATION).read_text())
+    for checkpoint in list_checkpoints(folder / "checkpoints"):
+        if step_of(checkpoint) not in left:
+            shutil.rmtree(checkpoint)
+    values = load_run(folder).config.model_dump(mode="json")
+    values["optimizer"]["weight_decay"]["attention"] = decay
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", values))
+    words = ["train", recipe, "resume.decay=recipe"]
+    assert run(monkeypatch, *words, "--out", str(folder)) == 0, capfd.readouterr().err
+    told = json.loads((folder / EVALUATION).read_text())
+    assert json.loads((folder / "evaluation-val-sample.json").read_text()) == whole
+    assert (told["overall"]["loss"] == whole["overall"]["loss"]) == (decay == 0.5)
+    of_run = read_metrics(folder, "evaluation")[-1]
+    assert (of_run["step"], of_run["loss"]) == (6, told["overall"]["loss"])
+
+
+def test_an_evaluation_of_a_step_before_is_kept(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    shutil.rmtree(list_checkpoints(folder / "checkpoints")[-1])
+    before = json.loads((folder / EVALUATION).read_text()) | {"step": 3}
+    (folder / EVALUATION).write_text(json.dumps(before))
+    recipe = write_recipe(tmp_path / "recipe.yaml", load_run(folder).config.model_dump(mode="json"))
+    words = ["train", str(recipe), "--out", str(folder)]
+    assert run(monkeypatch, *words, "--until", "4") == 0
+    assert json.loads((folder / EVALUATION).read_text()) == before
+    assert run(monkeypatch, *words) == 0
+    assert json.loads((folder / EVALUATION).read_text())["step"] == 6
+
+
+def test_a_merge_that_failed_is_made_by_the_next_start(
+    data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    words = ["train", str(write_recipe(tmp_path / "r.yaml", base_recipe(data))), "--out"]
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "ranks.parquet"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.ranks.table._merge", full)
+        assert run(monkeypatch, *words, str(folder)) == 0
+    error = capfd.readouterr().err
+    assert "ranks.parquet waits" in error and "No space left" in error
+    assert not (folder / "ranks.parquet").exists()
+    assert run(monkeypatch, *words, str(folder)) == 0
+    assert "nothing is left to do" in capfd.readouterr().err
+    tables = [pq.read_table(one / "ranks.parquet") for one in (folder, trained)]
+    assert str(tables[0].to_pylist()) == str(tables[1].to_pylist())

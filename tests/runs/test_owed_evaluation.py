@@ -1,0 +1,112 @@
+"""An evaluation after the last update that a signal or a full disk cuts short is made once."""
+
+from __future__ import annotations
+
+import errno
+import os
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pretrain.runs.metrics
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.checkpoint.retention import HELD_OUT_LOSS
+from pretrain.runs.metrics import read_metrics
+from pretrain.training import periodic
+from pretrain.training.periodic import OWES_EVALUATION
+from tests.tools import base_recipe, run, write_recipe
+
+STEPS = 6
+
+
+class Evaluations:
+    """Held-out losses of their step; at the last step, some calls are cut short by a signal."""
+
+    def __init__(self, cuts: int) -> None:
+        self.cuts = cuts
+
+    def __call__(self, job: Any, chosen: Any, step: int, show: Any = None) -> dict[str, Any]:
+        if step == STEPS and self.cuts:
+            self.cuts -= 1
+            raise periodic._CutShortError
+        return {"overall": {"loss": 5.0 - 0.1 * step}}
+
+
+class Disk:
+    """Takes lines of metrics, or no evaluation of the last step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.full = False
+        append = pretrain.runs.metrics._append
+
+        def refuse(path: Path, line: str) -> None:
+            if self.full and f'"evaluation", "step": {STEPS}' in line:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            append(path, line)
+
+        monkeypatch.setattr(pretrain.runs.metrics, "_append", refuse)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+def words_of(folder: Path, data: Path, keep_best: bool) -> list[str]:
+    recipe = deepcopy(base_recipe(data))
+    recipe["checkpoint"] = {"every": 2, "keep": 2, "keep_best": keep_best}
+    recipe["evaluation"] |= {"every": 2, "at_end": "none"}
+    path = write_recipe(folder / "recipe.yaml", recipe)
+    return ["train", str(path), "--out", str(folder / "run")]
+
+
+def last(folder: Path) -> Checkpoint:
+    return Checkpoint(list_checkpoints(folder / "run/checkpoints")[-1])
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+@pytest.mark.parametrize("cuts", [1, 2])
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_evaluation_that_is_owed_is_made_once(
+    keep_best: bool, cuts: int, refused: bool, data: Path, tmp_path: Path, disk: Disk,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(periodic, "_figures", Evaluations(cuts))
+    words = words_of(tmp_path, data, keep_best)
+    for _ in range(cuts):
+        assert run(monkeypatch, *words) == 75, capfd.readouterr().err
+        assert last(tmp_path).state[OWES_EVALUATION]
+    disk.full = refused
+    if refused:
+        assert run(monkeypatch, *words) == 1
+        assert "metrics.jsonl: No space left on device; free space" in capfd.readouterr().err
+        disk.full = False
+    assert run(monkeypatch, *words) == 0, capfd.readouterr().err
+    lines = read_metrics(tmp_path / "run", "evaluation")
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert not last(tmp_path).state.get(OWES_EVALUATION)
+    assert last(tmp_path).state[HELD_OUT_LOSS] == lines[-1]["loss"]
+    assert run(monkeypatch, *words) == 0
+    assert "nothing is left to do" in capfd.readouterr().err
+    assert read_metrics(tmp_path / "run", "evaluation") == lines
+
+
+def test_a_line_that_a_kill_left_is_not_written_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The process ended between the line and the checkpoint that pays the debt."""
+    evaluations = Evaluations(1)
+    monkeypatch.setattr(periodic, "_figures", evaluations)
+    words = words_of(tmp_path, data, True)
+    assert run(monkeypatch, *words) == 75
+    with monkeypatch.context() as patch:
+        patch.setattr(periodic, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(monkeypatch, *words) == 130
+    evaluations.cuts = 1  # another evaluation would be cut short
+    assert run(monkeypatch, *words) == 0, capfd.readouterr().err
+    lines = read_metrics(tmp_path / "run", "evaluation")
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert last(tmp_path).state[HELD_OUT_LOSS] == lines[-1]["loss"]

@@ -95,8 +95,8 @@ def is_made(
         if before["asked"] == asked and files[0] == files[1]:
             return True
     raise DataError(
-        f"{tokenizer}: already exists, and this command with the same options did not make it; "
-        "choose another --out, or delete it"
+        f"{tokenizer}: already exists, made from other sources or with other options; choose "
+        "another --out, or delete it"
     )
 
 
@@ -122,7 +122,7 @@ def remarks(
             if _file(source.name, source.size) in by_file]  # fmt: skip
     if not both:
         some = learned[0]["name"] + " …" * (len(learned) > 1)
-        return [f"note: {tokenizer} was learned from other text ({some}) than the sources here"]
+        return [f"note: {tokenizer} was learned from other files ({some}) than the sources here"]
     for source, one in both:
         here, there = held_out_of(source, split, shares), one["held_out_percent"]
         if here > there:

@@ -232,20 +232,33 @@ def layer_blueprints(
 
 
 def check_tensor_parallel(config: GPTConfig, size: int) -> None:
-    """Refuse a tensor-parallel size that would cut a head or the MLP unevenly."""
+    """Refuse a tensor-parallel size that would cut a head or the MLP unevenly.
+
+    Raises:
+        ModelError: naming the key that does not fit, and the sizes that fit all.
+    """
     counts = {
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.key_value_heads,
         "ffn_hidden_size": config.ffn_size,
     }
+    unfit = _cut_by(counts, size)
+    if unfit:
+        heads = config.num_attention_heads
+        fit = [str(n) for n in range(1, heads + 1) if not _cut_by(counts, n)]
+        raise ModelError(
+            f"model.{unfit}: {counts[unfit]} cannot be divided over grid.tensor_parallel={size}; "
+            f"this model can be divided over {', '.join(fit)}"
+        )
+
+
+def _cut_by(counts: dict[str, int], size: int) -> str:
+    """The first count that so many processes cannot divide; empty if there is none."""
     for key, count in counts.items():
-        if key == "num_key_value_heads" and size % count == 0:
-            continue  # a head for each process, or one that several processes share
-        if count % size:
-            raise ModelError(
-                f"model.{key}: {count} cannot be divided over grid.tensor_parallel={size}; "
-                f"choose a tensor_parallel that divides {count}"
-            )
+        # A key-value head for each process, or one that several processes share.
+        if count % size and not (key == "num_key_value_heads" and size % count == 0):
+            return key
+    return ""
 
 
 class GPT(nn.Module):

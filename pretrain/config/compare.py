@@ -23,6 +23,12 @@ def differences(old: Config, new: Config, sections: tuple[str, ...] = SCIENCE) -
     }
 
 
+def as_written(value: Any) -> str:
+    """A value as it stands in a recipe: null, true, or the value itself."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
 def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 

@@ -84,7 +84,11 @@ class Difference:
         """Why there is no p; empty if there is one."""
         if not math.isnan(self.p):
             return ""
-        return "no two pairs" if self.n < 2 else f"{self.n} equal differences, without a variance"
+        return (
+            "fewer than two pairs"
+            if self.n < 2
+            else f"{self.n} equal differences, without a variance"
+        )
 
 
 def pairs_of(condition: Condition, baseline: Condition) -> list[tuple[RunData, RunData]]:

@@ -24,7 +24,7 @@ from pretrain.checkpoint.reader import (
     step_of,
 )
 from pretrain.cli.console import warn
-from pretrain.config.compare import differences
+from pretrain.config.compare import as_written, differences
 from pretrain.config.recipe import Config
 from pretrain.decay.plan import DecayPlan
 from pretrain.errors import RunError, UsageError
@@ -174,7 +174,10 @@ def check_finished(
     }
     for key, (before, after) in changed.items():
         others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise UsageError(f"{intro} with {key}={before}, the recipe says {after}{others}; {mend}")
+        raise UsageError(
+            f"{intro} with {key}={as_written(before)}, the recipe says "
+            f"{as_written(after)}{others}; {mend}"
+        )
     if config.resume.decay != "checkpoint" and (moved := decay_changes(plan, checkpoint, config)):
         raise UsageError(f"{intro} with another weight decay: {moved}; {mend}")
 

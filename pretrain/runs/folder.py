@@ -30,7 +30,7 @@ from pretrain.checkpoint.reader import (
     step_of,
 )
 from pretrain.checkpoint.retention import why_missing
-from pretrain.config.compare import differences
+from pretrain.config.compare import as_written, differences
 from pretrain.config.recipe import Config, dump_config, load_config
 from pretrain.decay.plan import DecayDifference, DecayPlan, compare, plan_from
 from pretrain.decay.registry import POLICIES
@@ -223,8 +223,8 @@ def resume_point(run: Path, config: Config, recipe_precision: str = "") -> Check
         if newest and not any(f"{name}.".startswith(_KEPT) for name in changed):
             fork = f", or continue from it with {fork_words(run, newest.step, config.train.steps)}"
         raise UsageError(
-            f"{run}: holds a run with {key}={before}, the recipe says {after}{others}; choose "
-            f"another --out{fork}"
+            f"{run}: holds a run with {key}={as_written(before)}, the recipe says "
+            f"{as_written(after)}{others}; choose another --out{fork}"
         )
     check_definition(run, config.ranks)
     return _newest_readable(run)
@@ -233,7 +233,7 @@ def resume_point(run: Path, config: Config, recipe_precision: str = "") -> Check
 def misfit(checkpoint: Checkpoint, config: Config, task: Task) -> str:
     """Why a checkpoint does not fit this recipe and its data; empty if it does."""
     for key, (before, after) in _changes(checkpoint.config, config).items():
-        return f"{key} {before}, here {after}"
+        return f"{key} {as_written(before)}, here {as_written(after)}"
     if (checkpoint.state["tokenizer"], checkpoint.state["data"]) != (task.tokenizer, task.identity):
         return "other data"
     if checkpoint.state.get("eod", task.eod) != task.eod:
@@ -326,7 +326,7 @@ def decay_changes(plan: DecayPlan, checkpoint: Checkpoint, config: Config) -> st
         return "; ".join(code)
     moved = differences(checkpoint.config, config, ("optimizer",))
     return ", ".join(
-        f"{key} {before} -> {after}"
+        f"{key} {as_written(before)} -> {as_written(after)}"
         for key, (before, after) in moved.items()
         if key.rpartition(".")[2] in _DYNAMIC or ".form." in key or ".coupling." in key
     )

@@ -187,4 +187,4 @@ def test_a_run_moves_each_role_at_its_rate(
     assert less.exposure == pytest.approx((3 + 0.5) / 4 * whole.exposure)
     assert less.decay == pytest.approx(whole.decay)
     assert run(monkeypatch, "train", recipe, "--out", str(tmp_path / "one"), f"{KEY}.query=2") == 2
-    assert f"holds a run with {KEY}.query=None, the recipe says 2.0" in capsys.readouterr().err
+    assert f"holds a run with {KEY}.query=null, the recipe says 2.0" in capsys.readouterr().err

@@ -212,5 +212,23 @@ def test_what_cannot_be_divided_is_named() -> None:
         )
     with pytest.raises(ModelError, match="num_attention_heads: 4"):
         check_tensor_parallel(config(), 3)
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(6, 4), (8, 8), (12, 3), (12, 1), (16, 6)])
+def test_the_sizes_that_are_named_fit(heads: int, kv: int) -> None:
+    """And no others, up to one head for each process."""
+    made = config("llama", num_attention_heads=heads, hidden_size=8 * heads)
+    made = made.model_copy(update={"num_key_value_heads": kv})
+    fit, named = [], set()
+    for size in range(1, 2 * heads):
+        try:
+            check_tensor_parallel(made, size)
+            fit.append(size)
+        except ModelError as error:
+            named.add(str(error).rpartition("over ")[2])
+    assert named == {", ".join(map(str, fit))}
+
+
+def test_padding_of_vocabularies() -> None:
     assert config().padded_vocabulary(1) == 384 and config().padded_vocabulary(3) == 384
     assert config().padded_vocabulary(5) == 640

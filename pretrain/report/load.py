@@ -19,6 +19,7 @@ from pretrain.report.comparable import check_same, mixed, with_comparable_scores
 from pretrain.report.read_run import load_run
 from pretrain.report.runs import RunData
 from pretrain.report.sample import steps_of_all
+from pretrain.report.sums import total
 from pretrain.report.varying import NO_EFFECT, in_order, meant, varying
 from pretrain.runs.folder import CONFIG, FREE
 from pretrain.runs.loop import NOT_RECORDED
@@ -57,7 +58,7 @@ class Condition:
 
     def mean_of(self, value: Callable[[RunData], float]) -> float:
         """Mean over the seeds."""
-        return round(math.fsum(map(value, self.runs)) / len(self.runs), 12)
+        return round(total(map(value, self.runs)) / len(self.runs), 12)
 
     @property
     def decay(self) -> float:

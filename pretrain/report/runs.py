@@ -18,6 +18,7 @@ from pretrain.decay.sites import coupled_rate
 from pretrain.ranks.columns import AnyRow, column_of, numbers_of
 from pretrain.ranks.probe import lawful
 from pretrain.ranks.schema import OF_THE_LAW
+from pretrain.report.sums import mean, total
 from pretrain.runs.folder import EVALUATION
 from pretrain.runs.loop import NOT_RECORDED
 
@@ -136,15 +137,15 @@ class RunData:
 
         It is the mean over the matrices.
         """
-        constant = _mean(self.of_factors(self.final, "decay"))
+        constant = mean(self.of_factors(self.final, "decay"))
         if self._is_constant:
             return _rounded(constant)
         first, last = (choose(row["step"] for row in self.heads) for choose in (min, max))
         if first == last:  # a fork that was measured once: with its trunk's updates
             first, taken = 0, self.exposure
         else:
-            taken = self.exposure - _mean(self.of_factors(self._heads_at(first), "exposure"))
-        rates = math.fsum(self._rate(step) for step in self._taken(first, last))
+            taken = self.exposure - mean(self.of_factors(self._heads_at(first), "exposure"))
+        rates = total(self._rate(step) for step in self._taken(first, last))
         return _rounded(taken / rates if rates and not math.isnan(rates) else constant)
 
     def of_factors(self, rows: Iterable[AnyRow], column: str) -> list[float]:
@@ -192,7 +193,7 @@ class RunData:
     def own_exposure(self) -> float:
         """Σ rate·λ over the updates of this run, without its trunk's."""
         last = max(row["step"] for row in self.heads)
-        rates = math.fsum(self._rate(step) for step in self._taken(self.forked_at, last))
+        rates = total(self._rate(step) for step in self._taken(self.forked_at, last))
         return _rounded(self.decay * rates) if self.forked_at else self.exposure
 
     def _taken(self, first: int, last: int) -> list[int]:
@@ -210,7 +211,7 @@ class RunData:
 
     def _rate(self, step: int) -> float:
         """The rate that multiplied λ in an update (counted from 0), mean over the matrices."""
-        return math.fsum(self._coupled(role, step) for role in ATTENTION) / 4
+        return total(self._coupled(role, step) for role in ATTENTION) / 4
 
     def _coupled(self, role: Role, step: int) -> float:
         """The rate that multiplied λ of a role in an update (counted from 0)."""
@@ -243,7 +244,7 @@ class RunData:
     @cached_property
     def exposure(self) -> float:
         """Σ rate·λ over the run, mean over the attention matrices."""
-        return _mean(self.of_factors(self.final, "exposure"))
+        return mean(self.of_factors(self.final, "exposure"))
 
     @cached_property
     def mlp_decay(self) -> float:
@@ -254,7 +255,7 @@ class RunData:
         logged = numbers_of(self.metrics, "weight_decay")
         names = sorted(name for name in logged if name.startswith("mlp_"))
         decays = [self._logged_decay(name, logged[name]) for name in names]
-        return _rounded(math.fsum(decays) / len(decays)) if decays else 0.0
+        return _rounded(total(decays) / len(decays)) if decays else 0.0
 
     def _logged_decay(self, name: str, column: Sequence[float]) -> float:
         steps = column_of(self.metrics, "step")
@@ -270,9 +271,9 @@ class RunData:
         steps = [step + 1 for step in self._taken(0, logged[-1])]
         rates = [self._coupled(role, step - 1) for step in steps]
         decays = np.interp(steps, logged, values)
-        total = math.fsum(rates)
-        known = total and not math.isnan(total)
-        return math.fsum(rates * decays) / total if known else float(values[-1])
+        whole = total(rates)
+        known = whole and not math.isnan(whole)
+        return total(rates * decays) / whole if known else float(values[-1])
 
     def mean(self, product: str, column: str) -> float:
         """Mean over the heads of all layers at the last measurement.
@@ -310,10 +311,6 @@ class RunData:
             return None
         value = part[key]  # JSON has null for a value that is not finite
         return math.nan if value is None else float(value)
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / max(1, len(values))
 
 
 def _known(value: float | None) -> bool:

@@ -23,6 +23,7 @@ from models.gpt import LayerBlueprint
 from models.roles import info_of
 from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
+from pretrain.engine.libraries import ignore_old_names
 from pretrain.engine.masters import is_tied_copy
 from pretrain.engine.norms import square_sum
 from pretrain.engine.private import Case, Holder, check_private
@@ -282,7 +283,7 @@ def prepare_deepspeed() -> None:
     """Prepare for DeepSpeed's start: nothing is compiled at run time, and set-up is not logged."""
     for name in ("DeepSpeed", "deepspeed", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    ignore_old_names()
     with contextlib.suppress(ModuleNotFoundError):  # of another version: imported when needed
         import_light("deepspeed.runtime.zero.muon.original_muon")
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

@@ -13,10 +13,14 @@ _PARTS = (
 )
 
 
+def ignore_old_names() -> None:
+    """Hide what torch 2.13 says about names that torch 2.11 has no others for."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
 def load_libraries() -> None:
     """Import them after the process has a device; parts that are missing here load when needed."""
-    # Names that torch 2.13 calls old are the only ones that torch 2.11 has.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    ignore_old_names()
     for part in _PARTS:
         with contextlib.suppress(ModuleNotFoundError):
             import_light(part)

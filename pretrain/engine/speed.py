@@ -11,6 +11,7 @@ import torch
 from models.kernels import Kernels, compiled
 from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
+from pretrain.engine.sizes import sizes_of
 
 _PRODUCTS_UP_TO = 2048
 """Context in tokens up to which products were measured to be faster (benchmarks/attention.py)."""
@@ -96,14 +97,8 @@ def records_passes(config: Config, grid: Grid) -> bool:
 
 
 def _flops(config: Config) -> float:
-    """FLOPs of forward and backward pass of a sequence, 6 for each weight and token, about."""
-    model = config.model
-    width, head = model.hidden_size, model.head_size
-    attention = 2 * (model.num_attention_heads + model.key_value_heads) * head
-    mlp = (3 if model.activation == "swiglu" else 2) * model.ffn_size if model.mlp else 0
-    mixing = model.context * model.num_attention_heads * head
-    weights = model.num_layers * width * (attention + mlp) + model.vocabulary_size * width
-    return 6.0 * model.context * (weights + model.num_layers * mixing)
+    """FLOPs of forward and backward pass of a sequence."""
+    return sizes_of(config).flops(config.model.context)
 
 
 @cache

@@ -6,6 +6,7 @@ is checked when a sample first uses it, which costs one read of the block.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ import numpy as np
 from data_pipeline.index_file import read_header
 from data_pipeline.manifest import Entry, Manifest, load_manifest
 from data_pipeline.records import DataError
+from data_pipeline.shared_indices import shared_arrays
 from data_pipeline.sources import sha256_of, stamp_of
 
 BLOCK = 1 << 16
@@ -142,7 +144,17 @@ def verify(path: Path, files: dict[Path, str]) -> None:
 
 @lru_cache(maxsize=4096)
 def _hash(path: Path, stamp: tuple[int, int, int]) -> str:
-    return sha256_of(path)
+    """The hash of one state of a file; a large file is read by one process of a machine.
+
+    The index of 10¹² tokens has some 20 GB, and the processes of a cluster start together.
+    """
+
+    def read() -> tuple[np.ndarray]:
+        return (np.frombuffer(bytes.fromhex(sha256_of(path)), dtype=np.uint8),)
+
+    key = hashlib.sha256(f"{path.absolute()}/{stamp}".encode("utf-8", "surrogateescape"))
+    (digest,) = shared_arrays(key.hexdigest()[:32], path.stat().st_size, read)
+    return digest.tobytes().hex()
 
 
 def load_documents(path: Path) -> np.ndarray:

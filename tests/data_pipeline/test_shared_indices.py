@@ -67,6 +67,49 @@ def test_one_process_of_three_builds(data: Path, tmp_path: Path) -> None:
     assert all(entry.suffix == ".lock" for entry in place.iterdir())
 
 
+HASHING = """
+import hashlib, sys
+from pathlib import Path
+from data_pipeline import checksums, shared_indices
+from data_pipeline.records import DataError
+shared_indices.LEAST = int(sys.argv[2])
+file, read = Path(sys.argv[1]), []
+original = checksums.sha256_of
+checksums.sha256_of = lambda path: read.append(1) or original(path)
+told = ""
+for expected in (original(file), "0" * 64):  # the second time, nothing is read
+    try:
+        checksums.verify(file, {file: expected})
+    except DataError as error:
+        told += str(error)
+print("RESULT", "damaged" in told, len(read), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("least", "reads"), [(1, 1), (1 << 30, 3)])
+def test_one_process_of_three_reads_a_large_file(least: int, reads: int, tmp_path: Path) -> None:
+    file = tmp_path / "large file\udcff.idx"  # whatever its name
+    file.write_bytes(os.urandom(1000))
+    (tmp_path / "shared").mkdir()
+    more = {"LOCAL_WORLD_SIZE": "3", "TMPDIR": str(tmp_path / "shared")}
+    running = [
+        subprocess.Popen([sys.executable, "-c", HASHING, str(file), str(least)],
+                         env=environment() | more, text=True, stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]  # fmt: skip
+    lines = [one.stdout.readline() for one in running if one.stdout is not None]
+    for one in running:
+        one.communicate("", timeout=120)
+    told = [line.split() for line in lines]
+    assert all(answer == "True" for _, answer, _ in told)
+    assert sum(int(count) for *_, count in told) == reads
+    left = [one for one in (tmp_path / "shared").rglob("*") if one.is_file()]
+    assert all(one.suffix == ".lock" for one in left)
+
+
 def arrays() -> tuple[np.ndarray, ...]:
     return np.arange(5, dtype=np.int32), np.arange(6, dtype=np.uint32).reshape(3, 2)
 

@@ -294,7 +294,7 @@ def run_command(command: Callable[..., object] = app) -> int:
     Returns:
         The exit code: 2 for usage errors, 1 for trouble, 75 for "try again", 130 for Ctrl-C.
     """
-    set_up_streams()
+    set_up_streams(sys.argv[1:])
     try:
         SIGNALS.listen()
         # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.

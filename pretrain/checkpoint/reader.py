@@ -38,6 +38,8 @@ from pretrain.config.recipe import Config, parse_config
 from pretrain.errors import RunError, UsageError
 
 CHECKPOINTS = "checkpoints"
+OWES_EVALUATION = "owes_evaluation"
+"""Key of a checkpoint's state: a signal cut the evaluation of its step short."""
 LATEST = "latest"
 """File in ``RUN/checkpoints`` with the name of the newest complete one, for people and scripts."""
 RUN_ID = "run-id"

@@ -130,6 +130,11 @@ class Saver:
             self._thread.wait()
             self._thread = None
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the last checkpoint that was written is none, on every process alike."""
+        return self._last is not None and bool(self._last.problem)
+
     def finish(self) -> None:
         """Wait for the last checkpoint, and for its copy at the mirror, on every process.
 

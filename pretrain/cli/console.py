@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import unicodedata
@@ -51,8 +52,9 @@ def show_table(table: Any, width: int) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a warning line to standard error."""
-    print(f"warning: {on_one_line(text)}", file=sys.stderr, flush=True)
+    """Print a warning line to standard error; a loop that is not ours must not end for it."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {on_one_line(text)}", file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -201,6 +201,7 @@ def _part_labels(page: Any) -> None:
             if len(kept) < len(ticks):
                 axis.set_major_locator(FixedLocator([place for place, *_ in kept]))
                 axis.set_major_formatter(FixedFormatter([text for _, text, _ in kept]))
+    page.set_layout_engine("none")  # it is laid out, and would be at every drawing
 
 
 def _apart(ticks: list[tuple[float, str, Any]]) -> list[tuple[float, str, Any]]:

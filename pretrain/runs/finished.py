@@ -12,12 +12,14 @@ import contextlib
 import hashlib
 import re
 import secrets
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import read_json, read_small
 from pretrain.checkpoint.reader import (
     CHECKPOINTS,
+    OWES_EVALUATION,
     Checkpoint,
     fork_words,
     list_checkpoints,
@@ -59,10 +61,25 @@ def is_trained(run: Path, config: Config, until: int | None = None) -> bool:
 
 def is_complete(run: Path, config: Config, until: int | None = None) -> bool:
     """Whether the run is trained to its last step (or ``until``) and evaluated as the recipe
-    asks."""
-    if not is_trained(run, config, until):
+    asks, also after its last update."""
+    if not is_trained(run, config, until) or _owes_evaluation(run):
         return False
     return until is not None or config.evaluation.at_end == "none" or is_evaluated(run, config)
+
+
+def _owes_evaluation(run: Path) -> bool:
+    """Whether a signal cut the evaluation of the newest checkpoint's step short."""
+    newest = list_checkpoints(run / CHECKPOINTS)[-1]
+    try:
+        return _is_owed(newest, (newest / "manifest.json").stat().st_mtime_ns)
+    except (OSError, RunError):  # damaged: the next start reports it
+        return False
+
+
+@lru_cache(maxsize=256)
+def _is_owed(checkpoint: Path, _: int) -> bool:
+    """Read one state of a manifest once: a sweep and `watch` ask again and again."""
+    return bool(Checkpoint(checkpoint).state.get(OWES_EVALUATION))
 
 
 def is_evaluated(run: Path, config: Config) -> bool:
@@ -70,7 +87,7 @@ def is_evaluated(run: Path, config: Config) -> bool:
     path = run / EVALUATION
     try:
         figures = _figures(path)
-        if figures.get("step", config.train.steps) != config.train.steps:
+        if _step_of(figures, config) != config.train.steps:
             return False
         return _is_sample(run, figures) == (config.evaluation.at_end == "sample")
     except ValueError:  # damaged: it is made again
@@ -97,19 +114,24 @@ def put_evaluation_aside(run: Path, config: Config, step: int) -> None:
         return
     except (OSError, RunError):  # not readable: the code that reads it reports this
         return
-    if not at_end and figures.get("step", config.train.steps) <= step:
+    if not at_end and _step_of(figures, config) <= step:
         return
     text = read_small(path)
     split = re.sub(r"[^\w.+-]", "_", figures.get("split", "test"))[:50]  # a part of a file's name
     parts = [] if split == "test" else [split]
     parts += ["sample"] * _is_sample(run, figures)
-    step = figures.get("step", config.train.steps)
+    step = _step_of(figures, config)
     parts += [f"step={step}"] * (step != config.train.steps)
     target = path.with_name("-".join([path.stem, *(parts or ["all"])]) + ".json")
     if target.exists():
         target = target.with_stem(f"{target.stem}-{hashlib.sha256(text).hexdigest()[:8]}")
-    with contextlib.suppress(OSError):
-        path.rename(target)
+    path.rename(target)  # if it cannot be, the figures of other weights would stay
+
+
+def _step_of(figures: dict[str, Any], config: Config) -> int:
+    """The step of an evaluation's weights; earlier versions recorded none of the last."""
+    step: int | None = figures.get("step")
+    return config.train.steps if step is None else step
 
 
 def _figures(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline.files import held
 from data_pipeline.strict_json import to_json
+from pretrain.checkpoint.reader import OWES_EVALUATION
 from pretrain.checkpoint.retention import HELD_OUT_LOSS
 from pretrain.cli.console import Progress
 from pretrain.distributed.signals import SIGNALS, StopRequestedError
@@ -19,9 +20,6 @@ from pretrain.runs.finished import is_evaluated, put_evaluation_aside
 from pretrain.runs.folder import EVALUATION, write_text
 from pretrain.runs.metrics import read_metrics
 from pretrain.training.state import GENERATION, Training
-
-OWES_EVALUATION = "owes_evaluation"
-"""Key of a checkpoint's state: a signal cut its evaluation short."""
 
 
 def measure_if_due(training: Training, step: int) -> None:
@@ -152,6 +150,12 @@ class _CutShortError(Exception):
 
 
 def _stopped_evaluating(training: Training) -> StopRequestedError:
+    """The end by a signal in the last evaluation, when the last checkpoint is there.
+
+    Raises:
+        RunError: if it could not be written.
+    """
+    training.saver.finish()
     return StopRequestedError(
         f"{training.run}: stopped by {SIGNALS.name} in its last evaluation, with a checkpoint; "
         "rerun the same command to continue"
@@ -240,6 +244,9 @@ def finish(training: Training) -> None:
         raise _stopped_evaluating(training) from None
     finally:
         progress.close()
+    training.saver.wait()
+    if training.saver.is_refused:  # the next start makes these weights again
+        return
     with training.grid.together(f"{path}"):
         if training.grid.is_main:
             source = training.setup.task.source

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.mirror import Mirror
-from pretrain.checkpoint.reader import CHECKPOINTS
+from pretrain.checkpoint.reader import CHECKPOINTS, OWES_EVALUATION
 from pretrain.checkpoint.recover import find_whole
 from pretrain.checkpoint.saver import Saver
 from pretrain.cli.console import plain, warn
@@ -41,7 +41,6 @@ from pretrain.tasks.epochs import describe, in_words, unit_of, uses_of
 from pretrain.training.faults import FaultDetector
 from pretrain.training.loop import restore, run_training
 from pretrain.training.origin import Origin, StartRequest, begin, described, with_jumps
-from pretrain.training.periodic import OWES_EVALUATION
 from pretrain.training.setup import Setup, prepare
 from pretrain.training.state import GENERATION, Moving, SampleSets, Training
 
@@ -90,9 +89,14 @@ def train(
                 until=until,
                 initial_weights=weights,
                 generation=origin.saved(GENERATION),
-                moving=Moving(list(origin.jumps), bool(origin.saved(OWES_EVALUATION))),
+                moving=Moving(list(origin.jumps), _owes_evaluation(origin)),
             )
             run_training(training, origin)
+
+
+def _owes_evaluation(origin: Origin) -> bool:
+    """Whether the run's own start before this one owes an evaluation; a fork has its own steps."""
+    return origin.own is not None and bool(origin.saved(OWES_EVALUATION))
 
 
 def _with_micro_batch(
@@ -143,11 +147,7 @@ def _find_whole(setup: Setup, run: Path, grid: Grid) -> list[str]:
 def _is_done(setup: Setup, origin: Origin, request: StartRequest, grid: Grid) -> bool:
     """Whether nothing is left to do; prints this."""
     own, run = origin.own, request.run
-    done = (
-        own is not None
-        and not origin.saved(OWES_EVALUATION)
-        and is_complete(run, setup.config, request.until)
-    )
+    done = own is not None and is_complete(run, setup.config, request.until)
     if not grid.broadcast(done):
         return False
     with grid.together(f"{run}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -93,6 +94,22 @@ def test_what_is_lost_at_the_end_is_told(
     assert "ranks.parquet: No space left on device; the last measurements are lost: 2" in error
     assert "its last lines are lost: 5" in error
     assert error.count("measurements wait in memory") == 1
+    disk.full = False
+    with loop(tmp_path / "run"):  # nobody holds it
+        pass
+
+
+def test_a_loop_whose_own_messages_are_refused(tmp_path: Path, disk: Disk) -> None:
+    """Its standard error is on the same disk, as in a batch system."""
+    stream = Path("/dev/full").open("w", encoding="utf-8", buffering=1)  # noqa: SIM115
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stderr", stream)
+        with loop(tmp_path / "run") as update:
+            for step in range(1, STEPS + 1):
+                disk.full = step > 5
+                update(step)
+    with contextlib.suppress(OSError):
+        stream.close()
     disk.full = False
     with loop(tmp_path / "run"):  # nobody holds it
         pass

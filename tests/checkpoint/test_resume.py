@@ -62,7 +62,7 @@ GRIDS = (
     (2, {"zero_stage": 1}),
 )
 """Processes and grid of each leg of a run that moves."""
-LEG = 4
+LEG = 2
 
 
 @pytest.mark.slow

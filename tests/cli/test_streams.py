@@ -8,16 +8,20 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
-from pretrain.cli.streams import MessageFile, ResultFile
+from pretrain.cli.streams import MessageFile, ResultFile, prints_result
+from pretrain.runs.metrics import read_metrics
 from tests.cli.test_every_signal import READ_ONLY, words_of
 from tests.kit import Kit, make_kit
 from tests.runs.test_writing_pairs import VERBS
-from tests.tools import ROOT, environment
+from tests.tools import ROOT, base_recipe, environment, write_recipe
+from tests.verbs import all_verbs
 from tests.warm import run_warm
 
 SAMPLE = ["train", "plan", "data check"]
@@ -123,9 +127,15 @@ def check(verb: str, kit: Kit, folder: Path) -> None:
         script=SCRIPT,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
-    assert done.returncode == (1 if whole.stdout else whole.returncode), done.stderr
+    failed = whole.stdout and prints_result(words)
+    assert done.returncode == (1 if failed else whole.returncode), done.stderr
     if whole.stdout and not whole.returncode:
-        assert "error: standard output: No space left on device" in done.stderr.splitlines()
+        told = (
+            "error: standard output: No space left on device"
+            if failed
+            else "warning: standard output cannot be written; the results are in their files"
+        )
+        assert told in done.stderr.splitlines()
 
 
 @pytest.mark.parametrize("verb", SAMPLE)
@@ -139,9 +149,69 @@ def test_a_full_disk_under_each_stream_of_every_verb(verb: str, kit: Kit, tmp_pa
     check(verb, kit, tmp_path)
 
 
+def test_a_pipe_that_does_not_make_its_writer_wait() -> None:
+    """A slow reader gets all, and the writer does not turn in a loop meanwhile."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    text = "x" * 500_000
+    got: list[bytes] = []
+
+    def read() -> None:
+        time.sleep(1.0)
+        while part := os.read(reader, 1 << 16):
+            got.append(part)
+
+    thread = Thread(target=read)
+    thread.start()
+    began = time.thread_time()
+    print(text, file=stream_on(MessageFile(writer), True), flush=True)
+    assert time.thread_time() - began < 0.5
+    os.close(writer)
+    thread.join()
+    os.close(reader)
+    assert b"".join(got).decode() == text + "\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "latin-1", "cp500"])
+def test_the_notice_has_the_stream_s_encoding(encoding: str, tmp_path: Path, disk: Disk) -> None:
+    disk.room = 0
+    stream = io.TextIOWrapper(MessageFile(disk.descriptor, encoding), encoding, write_through=True)
+    print("lost", file=stream)
+    disk.room = 1 << 20
+    print("kept", file=stream)
+    text = (tmp_path / "file").read_bytes().decode(encoding).replace("\ufeff", "")
+    assert "bytes of messages could not be written here\nkept" in text
+
+
+def test_which_verbs_print_their_result() -> None:
+    for verb in all_verbs():
+        words = verb.split()
+        own = words[0] in ("plan", "doctor", "watch", "ranks", "evaluate")
+        assert prints_result([*words, "x"]) == (own or verb in ("data check", "data info")), verb
+        assert prints_result([*words, "x", "--json"])
+    assert prints_result([]) and prints_result(["--version"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("buffered", [True, False])
-@pytest.mark.parametrize("stream", ["1", "2", "1-", "2-"])
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&-"])
+def test_training_with_closed_streams(closed: str, data: Path, tmp_path: Path) -> None:
+    """No file of the run gets the number of a closed stream, and nothing is printed elsewhere."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
+    for words in (f'train "{recipe}" --out run', "watch run --once"):
+        done = subprocess.run(
+            ["bash", "-c", f'"{sys.executable}" -m pretrain {words} {closed}'],
+            env=environment(), capture_output=True, text=True, timeout=240, check=False,
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
+        assert "parameters" not in done.stdout
+    assert len(read_metrics(tmp_path / "run")) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stream", "buffered"), [("1", True), ("1", False), ("2", True), ("1-", True), ("2-", False)]
+)
 def test_a_started_program(stream: str, buffered: bool, tmp_path: Path) -> None:
     """With its own streams, closed (-) or on a full disk."""
     words = {"1": ">/dev/full", "2": "2>/dev/full", "1-": ">&-", "2-": "2>&-"}[stream]

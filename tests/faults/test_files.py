@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import resource
@@ -204,6 +206,21 @@ def test_a_folder_that_is_read_only(
     row("read-only run folder", f"{lasted:.0f} s (the start refuses)", "the next start")
 
 
+def brought_back(away: Path, run: Path) -> None:
+    """Move a folder back, with what was written in its absence, such as a checkpoint on its way."""
+    passing = shutil.ignore_patterns(".*.tmp")  # a file that is being written right now
+    for turn in itertools.count():
+        try:
+            os.rename(away, run)
+        except OSError as error:
+            assert error.errno == errno.ENOTEMPTY and turn < 20, error
+            meanwhile = away.with_name(f"meanwhile{turn}")
+            os.rename(run, meanwhile)  # nothing is written into it any more
+            shutil.copytree(meanwhile, away, dirs_exist_ok=True, ignore=passing)
+        else:
+            return
+
+
 @pytest.mark.slow
 def test_a_run_folder_that_vanishes_for_a_while(
     data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None]
@@ -214,11 +231,7 @@ def test_a_run_folder_that_vanishes_for_a_while(
     run, away = tmp_path / "run", tmp_path / "away"
     os.rename(run, away)
     time.sleep(4.0)  # the slow step has passed meanwhile
-    if run.exists():  # what was written in its absence, such as a checkpoint on its way
-        passing = shutil.ignore_patterns(".*.tmp")  # a file that is being written right now
-        shutil.copytree(run, away, dirs_exist_ok=True, ignore=passing)
-        shutil.rmtree(run)
-    os.rename(away, run)
+    brought_back(away, run)
     _, stderr = process.communicate(timeout=120)
     again = pretrain(*words) if process.returncode else None
     assert again is None or again.returncode == 0, stderr

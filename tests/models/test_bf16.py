@@ -133,7 +133,7 @@ SAMPLE = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "sigmoid", "recall", "vit"])
 def test_every_gradient_is_within_two_percent(name: str) -> None:
     check(SAMPLE[name])
 

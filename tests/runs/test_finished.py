@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pretrain.checkpoint.reader import list_checkpoints, step_of
+from pretrain.checkpoint.saver import Saver
 from pretrain.report.load import load_run, load_study
 from pretrain.runs.finished import is_complete
 from pretrain.runs.folder import EVALUATION
 from pretrain.runs.metrics import METRICS, read_metrics
-from tests.tools import base_recipe, run, write_recipe
+from tests.tools import assert_one_line, base_recipe, run, write_recipe
 
 
 @pytest.mark.parametrize("skipped", [1, 2])
@@ -105,6 +106,55 @@ def test_an_evaluation_of_weights_that_are_trained_again_is_made_again(
     assert (told["overall"]["loss"] == whole["overall"]["loss"]) == (decay == 0.5)
     of_run = read_metrics(folder, "evaluation")[-1]
     assert (of_run["step"], of_run["loss"]) == (6, told["overall"]["loss"])
+
+
+@pytest.mark.parametrize("step", [None, 6])
+def test_figures_that_cannot_be_put_aside_stop_the_start(
+    step: int | None, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """They are of other weights, and would count as those of the new ones."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = json.loads((folder / EVALUATION).read_text()) | {"step": step}
+    (folder / EVALUATION).write_text(json.dumps(before))
+    shutil.rmtree(list_checkpoints(folder / "checkpoints")[-1])
+    recipe = write_recipe(tmp_path / "recipe.yaml", load_run(folder).config.model_dump(mode="json"))
+    words = ["train", str(recipe), "--out", str(folder)]
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name == EVALUATION:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(self))
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        assert run(patch, *words) == 1
+    assert_one_line(capfd.readouterr().err, (f"{EVALUATION}: Operation not permitted",))
+    assert run(monkeypatch, *words) == 0
+    assert json.loads((folder / EVALUATION).read_text())["step"] == 6
+
+
+def test_no_evaluation_of_a_checkpoint_that_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, commit = tmp_path / "run", Saver._commit
+    recipe = write_recipe(tmp_path / "r.yaml", base_recipe(data))
+    words = ["train", str(recipe), "--out", str(folder)]
+
+    def full(self: Any, aside: Path, step: int, *more: Any) -> Path:
+        if step == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(aside))
+        return commit(self, aside, step, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "_commit", full)
+        assert run(patch, *words) == 1
+        assert "checkpoint at step 6 not written" in capfd.readouterr().err
+        assert not (folder / EVALUATION).exists()
+    assert run(monkeypatch, *words) == 0
+    assert [one.name for one in folder.glob("evaluation*")] == [EVALUATION]
 
 
 def test_an_evaluation_of_a_step_before_is_kept(

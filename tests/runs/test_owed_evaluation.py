@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 import pretrain.runs.metrics
-from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
+from pretrain.checkpoint.reader import OWES_EVALUATION, Checkpoint, list_checkpoints
 from pretrain.checkpoint.retention import HELD_OUT_LOSS
+from pretrain.runs.finished import is_complete
+from pretrain.runs.folder import recipe_of
 from pretrain.runs.metrics import read_metrics
 from pretrain.training import periodic
-from pretrain.training.periodic import OWES_EVALUATION
 from tests.tools import base_recipe, run, write_recipe
 
 STEPS = 6
@@ -67,8 +68,7 @@ def last(folder: Path) -> Checkpoint:
 
 
 @pytest.mark.parametrize("keep_best", [True, False])
-@pytest.mark.parametrize("cuts", [1, 2])
-@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize(("cuts", "refused"), [(1, False), (2, True)])
 def test_an_evaluation_that_is_owed_is_made_once(
     keep_best: bool, cuts: int, refused: bool, data: Path, tmp_path: Path, disk: Disk,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
@@ -78,6 +78,7 @@ def test_an_evaluation_that_is_owed_is_made_once(
     for _ in range(cuts):
         assert run(monkeypatch, *words) == 75, capfd.readouterr().err
         assert last(tmp_path).state[OWES_EVALUATION]
+        assert not is_complete(tmp_path / "run", recipe_of(tmp_path / "run"))
     disk.full = refused
     if refused:
         assert run(monkeypatch, *words) == 1
@@ -88,6 +89,7 @@ def test_an_evaluation_that_is_owed_is_made_once(
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
     assert not last(tmp_path).state.get(OWES_EVALUATION)
     assert last(tmp_path).state[HELD_OUT_LOSS] == lines[-1]["loss"]
+    assert is_complete(tmp_path / "run", recipe_of(tmp_path / "run"))
     assert run(monkeypatch, *words) == 0
     assert "nothing is left to do" in capfd.readouterr().err
     assert read_metrics(tmp_path / "run", "evaluation") == lines
@@ -110,3 +112,22 @@ def test_a_line_that_a_kill_left_is_not_written_again(
     lines = read_metrics(tmp_path / "run", "evaluation")
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
     assert last(tmp_path).state[HELD_OUT_LOSS] == lines[-1]["loss"]
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_a_fork_does_not_owe_its_trunk_s_evaluation(
+    keep_best: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Nor does it pay for it at a step of its own."""
+    monkeypatch.setattr(periodic, "_figures", Evaluations(1))
+    words = [*words_of(tmp_path, data, keep_best), "train.steps=11", "checkpoint.every=4",
+             "evaluation.every=4"]  # fmt: skip
+    assert run(monkeypatch, *words, "--until", "6") == 75
+    fork = [*words[:2], "--out", str(tmp_path / "fork/run"), *words[4:]]
+    source = f"{tmp_path / 'run'}@6"
+    assert run(monkeypatch, *fork, "--fork", source, "--until", "7") == 0
+    assert not last(tmp_path / "fork").state.get(OWES_EVALUATION)
+    assert run(monkeypatch, *fork) == 0, capfd.readouterr().err
+    found = [line["step"] for line in read_metrics(tmp_path / "fork/run", "evaluation")]
+    assert found == [6] * keep_best + [7, 8, 11]

@@ -18,6 +18,7 @@ import numpy as np
 from data_pipeline.account import share, why_lossy
 from data_pipeline.assemble import file_names
 from data_pipeline.dataset import index_classes
+from data_pipeline.disk import naming
 from data_pipeline.encode import DOCUMENT_TYPE, hash_text
 from data_pipeline.files import read_tokenizer, write_aside
 from data_pipeline.json_tokenizer import HuggingFaceTokenizer, ask_library, check_ids
@@ -209,7 +210,8 @@ def _measure(
         if progress:
             progress(number - start + 1, stop - start)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, rows)
+    with naming(path):
+        np.save(path, rows)
     return int(rows["bytes"].sum())
 
 
@@ -218,12 +220,14 @@ def _take_tokenizer(path: Path, out: Path, eod_token: str | None) -> tuple[Path,
     merges = path.with_name(path.name.replace("vocab.json", "merges.txt"))
     if path.name.endswith("vocab.json") and merges.is_file():
         target = out / "tokenizer.json"
-        target.write_text(_byte_level(path, merges, eod_token), encoding="utf-8")
+        with naming(target):
+            target.write_text(_byte_level(path, merges, eod_token), encoding="utf-8")
         return target, HuggingFaceTokenizer(target, eod_token)
     path = find_tokenizer(path)
     load_tokenizer(path, eod_token)  # reports what is wrong before anything is copied
     target = out / ("tokenizer.json" if path.suffix == ".json" else "tokenizer.model")
-    shutil.copyfile(path, target)
+    with naming(target):
+        shutil.copyfile(path, target)
     return target, load_tokenizer(target, eod_token)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.checksums import Checksums
+from data_pipeline.disk import naming
 from data_pipeline.encode import EncodingSettings, Key, token_type
 from data_pipeline.files import write_aside, write_synced
 from data_pipeline.index_file import write_index
@@ -117,7 +118,7 @@ def _join(
     """Join one pair and its other files, add their hashes to ``files``, and return its entry."""
     aside = state.folder / WHOLE
     checksums, digest = Checksums(), hashlib.sha256()
-    with (aside / "x.bin").open("wb") as file:
+    with naming(aside / "x.bin"), (aside / "x.bin").open("wb") as file:
         for piece in pieces:
             for data in piece.tokens.pieces():
                 file.write(data)
@@ -127,7 +128,8 @@ def _join(
         os.fsync(file.fileno())
     all_lengths, all_documents = joined(pieces)
     write_index(aside / "x.idx", all_lengths, dtype)
-    np.save(aside / "x.docs.npy", all_documents)
+    with naming(aside / "x.docs.npy"):
+        np.save(aside / "x.docs.npy", all_documents)
     write_synced(aside / "x.crc", checksums.values().tobytes())
     (state.out / prefix).parent.mkdir(parents=True, exist_ok=True)
     for end in _ENDINGS:

@@ -9,7 +9,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -57,6 +57,23 @@ def patiently(
 
 class NotRegularError(OSError):
     """A folder, a pipe, a socket or a device lies where a file should."""
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of a block that writes a file the file's name, which a full disk does not tell.
+
+    Raises:
+        OSError: that names ``path``, if it named none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # NumPy says "512 requested and 128 written" without a number.
+        number, why = error.errno or errno.ENOSPC, error.strerror or str(error)
+        raise OSError(number, why, str(path)) from None
 
 
 def open_regular(path: Path, most: int | None = None) -> BinaryIO:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.disk import open_regular
+from data_pipeline.disk import naming, open_regular
 from data_pipeline.records import DataError
 
 LOCK = ".lock"
@@ -77,7 +77,7 @@ def read_json(path: Path, most: int = LARGEST) -> Any:
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write a file and wait until it is on disk; a link in its place is refused."""
-    with os.fdopen(os.open(path, _NEW | os.O_TRUNC, 0o666), "wb") as file:
+    with naming(path), os.fdopen(os.open(path, _NEW | os.O_TRUNC, 0o666), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -318,8 +318,14 @@ def _take(descriptor: int, path: Path, patience: float = 0.0, warns: bool = True
                     "for it or choose another --out"
                 ) from None
             time.sleep(0.05)
-    os.truncate(descriptor, 0)
-    os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    sign(descriptor)
+
+
+def sign(descriptor: int) -> None:
+    """Write into a lock's file who holds it; on a full disk the lock holds without a name."""
+    with contextlib.suppress(OSError):
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
 def _is_named(descriptor: int, path: Path) -> bool:

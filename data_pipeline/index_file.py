@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_pipeline.disk import naming
+
 _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
 _HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, type, and the counts of sequences and documents."""
@@ -58,7 +60,7 @@ def write_index(path: Path, lengths: np.ndarray, dtype: Any) -> None:
     ends = np.cumsum(counts, dtype="<i8") * kind.itemsize
     starts = np.concatenate([np.zeros(1, dtype="<i8"), ends[:-1]])
     bounds = np.arange(len(counts) + 1, dtype="<i8")
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(counts), len(bounds)))
         for part in (counts, starts, bounds):
             file.write(part.tobytes())

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.disk import naming
 from data_pipeline.encode import DOCUMENT_TYPE, Encoded, Key
 from data_pipeline.records import DataError
 from data_pipeline.strict_json import to_json
@@ -65,7 +66,7 @@ class PartPiece:
 def write_part(path: Path, results: dict[Key, Encoded]) -> None:
     """Write a part and wait until it is on disk."""
     entries: list[Any] = []
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         for key, encoded in sorted(results.items()):
             sizes = []
             for arrays in (encoded.tokens, encoded.lengths, encoded.documents):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from data_pipeline.disk import naming
 from data_pipeline.files import held
 from launchers import batch, cloud, hosts, local
 from launchers.site import Site, load_site
@@ -162,7 +163,7 @@ def _write_secret(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
         aside.replace(path)
     except BaseException:

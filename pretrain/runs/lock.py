@@ -20,6 +20,7 @@ from data_pipeline.files import (
     alone,
     open_lock,
     refuse_run,
+    sign,
     write_aside,
 )
 from data_pipeline.records import DataError
@@ -65,7 +66,7 @@ class RunLock:
             raise BusyError(
                 f"{self._run}: another process is training here ({holder}); wait for it or stop it"
             ) from None
-        _sign(file)
+        sign(file.fileno())
         self._file = file
 
     def release(self) -> None:
@@ -124,7 +125,7 @@ def _join(folder: Path, file: IO[str], files: dict[Path, bytes], work: str) -> N
     for pause in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
         if _try(file, fcntl.LOCK_EX, pause):  # no other process holds it
             refuse_run(folder)
-            _sign(file)
+            sign(file.fileno())
             _write_all(files)
         joined = _try(file, fcntl.LOCK_SH)
         if joined:
@@ -147,14 +148,6 @@ def _write_all(files: dict[Path, bytes]) -> None:
 def _open(folder: Path) -> IO[str]:
     """The file that is locked."""
     return os.fdopen(open_lock(folder / LOCK, 0o666), "r+", encoding="utf-8")
-
-
-def _sign(file: IO[str]) -> None:
-    """Write into the lock's file who holds it."""
-    file.seek(0)
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-    file.flush()
 
 
 def _warn_no_locks(folder: Path, error: OSError) -> None:

@@ -3,7 +3,6 @@ training."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -166,14 +165,17 @@ def rewind_metrics(run: Path, step: int) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    """Add a whole line to a file or nothing; a full disk may accept only a part."""
+    """Add a whole line to a file or nothing; a disk that fills takes a part first."""
     data = line.encode("utf-8")
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         size = os.fstat(descriptor).st_size
-        if os.write(descriptor, data) < len(data):
+        try:
+            while data:  # the second time, the system says why it took no more
+                data = data[os.write(descriptor, data) :]
+        except OSError as error:
             os.ftruncate(descriptor, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
 

@@ -30,7 +30,7 @@ from tests.tools import (
     spectra_of,
 )
 
-STEPS = 6
+STEPS = 10
 MODELS = DIALECTS | {
     "qk_norm": {"dialect": "llama", "num_key_value_heads": 1, "qk_norm": True, "tied_head": True},
 }

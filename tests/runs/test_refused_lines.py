@@ -75,6 +75,34 @@ def test_a_disk_that_fills_and_empties(part: int, tmp_path: Path, disk: Disk) ->
         assert lived(tmp_path / f"{seed}", disk, seed, True) == expected, seed
 
 
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EFBIG", "EIO"])
+@pytest.mark.parametrize("room", [0, 1, 20, 1000])
+def test_a_part_of_a_line_is_taken_back(
+    room: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the reason is the disk's own."""
+    path, number, left = tmp_path / METRICS, getattr(errno, name), room
+    path.write_text("before\n")
+
+    def write(descriptor: int, data: bytes) -> int:
+        nonlocal left
+        if not left:
+            raise OSError(number, os.strerror(number))
+        count = original(descriptor, data[:left])
+        left -= count
+        return count
+
+    original = os.write
+    monkeypatch.setattr(os, "write", write)
+    if room >= 100:
+        pretrain.runs.metrics._append(path, "x" * 100)
+        assert path.read_text() == "before\n" + "x" * 100
+        return
+    with pytest.raises(OSError, match=METRICS) as raised:
+        pretrain.runs.metrics._append(path, "x" * 100)
+    assert raised.value.errno == number and path.read_text() == "before\n"
+
+
 def test_lines_that_are_lost_are_counted(
     tmp_path: Path, disk: Disk, capsys: pytest.CaptureFixture[str]
 ) -> None:

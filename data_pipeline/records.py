@@ -103,13 +103,15 @@ def _text_and_subset(record: Any, fields: Fields) -> tuple[str, str]:
     values = _parse_line(record) if isinstance(record, bytes) else record
     text = _value(values, fields.text)
     if not isinstance(text, str):
-        shown = ", ".join(repr(name)[:40] for name in _names(values)[:5]) or "nothing"
-        raise ValueError(f"{NO_TEXT} {fields.text!r} (the record has {shown})")
+        raise ValueError(f"{NO_TEXT} {fields.text!r} (the record has {_shown(values)})")
     subset = _value(values, fields.subset)
     if subset is None or subset == "":
         subset = fields.default_subset
     if not subset and subset != 0:
-        raise ValueError(f"no subset in field {fields.subset!r} (--default-subset NAME gives one)")
+        raise ValueError(
+            f"no subset in field {fields.subset!r} (the record has {_shown(values)}; "
+            "--subset-field names the field, --default-subset NAME gives one)"
+        )
     return text, _name(subset, fields.subset)
 
 
@@ -117,6 +119,10 @@ def first_problem(problem: str) -> str:
     """A malformed record as the reason why no text was found, with the mend for a wrong field."""
     mend = "; name the field with --text-field" if NO_TEXT in problem else ""
     return f"the first problem: {problem}{mend}"
+
+
+def _shown(values: dict[Any, Any]) -> str:
+    return ", ".join(repr(name)[:40] for name in _names(values)[:5]) or "nothing"
 
 
 def _names(values: dict[Any, Any]) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pretrain.errors import ENDS
+
 
 def watch(
     run: Annotated[Path, typer.Argument(help="Run folder, or a sweep's folder.")],
@@ -24,10 +26,19 @@ def watch(
     notice it, and it works on another machine that sees the folder, too. Where the output is not
     a terminal, it prints one line whenever something has changed.
     """
-    from pretrain.cli.console import console
     from pretrain.cli.watched import view_of
 
     view = view_of(run)
+    try:
+        _watch(view, once, every)
+    except ENDS as end:
+        end.add_note("what was watched goes on")
+        raise
+
+
+def _watch(view: Any, once: bool, every: float) -> None:
+    from pretrain.cli.console import console
+
     view.look()
     if once:
         target = console(width=None if sys.stdout.isatty() else 160)

@@ -183,6 +183,12 @@ class Config(Section):
             in_steps(schedule.decay, self.train.steps),
         )
 
+    @property
+    def norms_every(self) -> int:
+        """Steps between norms (`logging.norms`); 0: never."""
+        every = self.logging.norms
+        return min(100, max(10, self.train.steps // 20)) if every is None else every
+
     def interval(self, section: str) -> int:
         """Steps between checkpoints, evaluations or rank measurements."""
         every: int = getattr(self, section).every

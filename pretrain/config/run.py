@@ -76,11 +76,11 @@ class LoggingConfig(Section):
     """Where metrics go in addition to RUN/metrics.jsonl."""
 
     every: int = Field(1, ge=1, description="steps between lines of metrics")
-    norms: int = Field(
-        100,
+    norms: int | None = Field(
+        None,
         ge=0,
         description="steps between norms of weights, gradients and updates by layer and role, and "
-        "the largest attention logits; 0: never",
+        "the largest attention logits; 0: never; null: a twentieth of the run, from 10 to 100",
     )
     wandb: str = Field("", description="W&B project; empty: off; offline without an account")
     wandb_group: str = Field("", description="W&B group, for example the sweep's name")

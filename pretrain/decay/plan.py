@@ -6,8 +6,9 @@ stage happens to hold, and parameters are matched by name, never by position.
 
 from __future__ import annotations
 
+import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -99,6 +100,7 @@ def _assign(infos: list[ParameterInfo], config: WeightDecayConfig) -> list[float
             )
     hits = [0] * len(config.rules)
     tests = [_rule_test(rule, index) for index, rule in enumerate(config.rules)]
+    _refuse_missing_layers(infos, config, tests)
     decays = []
     for info in infos:
         match = next((i for i, (r, ls) in enumerate(tests) if info.role in r and _in(info, ls)), -1)
@@ -118,6 +120,18 @@ def _assign(infos: list[ParameterInfo], config: WeightDecayConfig) -> list[float
     return decays
 
 
+def _refuse_missing_layers(
+    infos: Sequence[ParameterInfo], config: WeightDecayConfig, tests: list[RuleTest]
+) -> None:
+    there = {info.layer for info in infos if info.layer is not None}
+    for index, (_, layers) in enumerate(tests):
+        if missing := (layers or set()) - there:
+            raise UsageError(
+                f"{KEY}.rules[{index}].layers: {config.rules[index].layers!r} has layer "
+                f"{min(missing)}, but the layers of this model are {compact(there)}"
+            )
+
+
 def _by_role(role: Role, config: WeightDecayConfig) -> float:
     for word in (role.value, *_WIDER.get(role, ())):
         value = getattr(config, word)
@@ -126,7 +140,11 @@ def _by_role(role: Role, config: WeightDecayConfig) -> float:
     return 0.0 if role in (Role.NORM, Role.BIAS) else config.default
 
 
-def _rule_test(rule: DecayRule, index: int) -> tuple[set[Role], set[int] | None]:
+RuleTest = tuple[set[Role], set[int] | None]
+"""The roles and layers that a rule selects."""
+
+
+def _rule_test(rule: DecayRule, index: int) -> RuleTest:
     roles: set[Role] = set()
     for word in rule.roles:
         roles.update(roles_of(word, f"{KEY}.rules[{index}].roles"))
@@ -140,7 +158,9 @@ def roles_of(word: str, key: str) -> tuple[Role, ...]:
         UsageError: naming the key, if the word is not a role.
     """
     if word not in ALIASES:
-        raise UsageError(f"{key}: {word!r} is not a role; known: {', '.join(ALIASES)}")
+        close = difflib.get_close_matches(word, ALIASES, 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"{key}: {word!r} is not a role; known: {', '.join(ALIASES)}{meant}")
     return ALIASES[word]
 
 

@@ -176,8 +176,8 @@ def check_grid(config: GridConfig, processes: int) -> int:
     if processes % model:
         raise UsageError(
             f"grid: tensor_parallel {config.tensor_parallel} x pipeline_parallel "
-            f"{config.pipeline_parallel} = {model} does not divide {processes} process(es); start "
-            f"it with `torchrun --nproc-per-node {model} -m pretrain train ...` or change the grid"
+            f"{config.pipeline_parallel} = {model} does not divide {processes} process(es); add "
+            f"--processes {model}, start it with torchrun or another launcher, or change the grid"
         )
     return processes // model
 

@@ -53,7 +53,7 @@ def layout_of(config: Config, device: str, count: int, base: float, slack: float
         sequence=grid.sequence_parallel,
         loss_bytes=config.speed.loss_bytes(device, compiled),
         compiled_loss=compiled,
-        norms=0 < config.logging.norms <= config.train.steps,
+        norms=0 < config.norms_every <= config.train.steps,
         live=zero.get("stage3_max_live_parameters", 1e9),
         reuse=zero.get("stage3_max_reuse_distance", 1e9),
         base=base,

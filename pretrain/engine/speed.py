@@ -97,8 +97,14 @@ def records_passes(config: Config, grid: Grid) -> bool:
 
 
 def _flops(config: Config) -> float:
-    """FLOPs of forward and backward pass of a sequence."""
-    return sizes_of(config).flops(config.model.context)
+    """FLOPs of forward and backward pass of a sequence; without the head if its size is not
+    known."""
+    model = config.model
+    if not model.vocabulary_size:
+        config = config.model_copy(
+            update={"model": model.model_copy(update={"vocabulary_size": 1})}
+        )
+    return sizes_of(config).flops(model.context)
 
 
 @cache

@@ -135,7 +135,8 @@ def _run(
     if asked.fields is not None:
         raise UsageError(
             f"--text-field, --subset-field: {model.path} is a checkpoint, which is scored on "
-            "tokens; leave them out"
+            "tokens; `pretrain data tokenize` makes them of your files, or score the model that "
+            "`pretrain export` writes"
         )
     if len(asked.data) > 1 or any(path.is_file() for path in asked.data):
         raise UsageError(

@@ -243,7 +243,8 @@ def print_ranks(rows: list[Row], as_json: bool) -> None:
         return
     from rich.table import Table
 
-    title = "attention over training" if series else f"attention at step {step}"
+    title = "attention over training" if series else "attention"
+    title += f" at step {step}" if step and not series else ""  # many models tell none
     table = Table(title=f"{title}: means over heads")
     for column in ("revision" if series else "layer", *_COLUMNS.values()):
         table.add_column(column, justify="right")

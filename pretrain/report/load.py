@@ -106,6 +106,7 @@ def load_study(
     notes: list[str] = []
     runs: list[RunData] = []
     named: str | None = None
+    some = False
     found = [_folders(path) for path in paths]
     shown = _shown([folder for folders, _, _ in found for folder in folders])
     for folders, sweep, missing in found:
@@ -120,13 +121,14 @@ def load_study(
             if run.is_finished or unfinished:
                 runs.append(run)
             if not run.is_finished:
+                some = True
                 taken = "included although not finished" if unfinished else "left out"
                 notes.append(f"{taken}: {folder}: {run.why_unfinished}")
     if not runs:
         first_note = f"; {notes[0]}" if notes else ""
+        more = " (--unfinished includes the others)" if some else ""
         raise NothingYetError(
-            f"{', '.join(map(str, paths))}: no finished run to report{first_note} (--unfinished "
-            "includes the others)"
+            f"{', '.join(map(str, paths))}: no finished run to report{first_note}{more}"
         )
     check_same(runs)
     runs, odd = with_comparable_scores(runs)

@@ -49,7 +49,7 @@ def norms_if_any(study: Study) -> list[Figure]:
 
 
 def _interval(study: Study) -> str:
-    intervals = sorted({run.config.logging.norms for run in study.runs if run.norms})
+    intervals = sorted({run.config.norms_every for run in study.runs if run.norms})
     return f"{' or '.join(map(str, intervals))} updates"
 
 

@@ -86,7 +86,7 @@ def over_decay(study: Study, band: str = "heads") -> Figure:
         f"{_BAND_CAPTION} "
         "Theory: decay acts like a nuclear norm penalty on each product, so rank falls as λ or the "
         "exposure Σηλ grows. λ is the applied λ (Σ rate·λ / Σ rate over the updates), on a "
-        "symmetric logarithmic axis.",
+        "symmetric logarithmic axis; where it differs between layers, it is their mean.",
         [axis, _band_control(band)],
         view,
         "Click a layer in the legend to hide it.",

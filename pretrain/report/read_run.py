@@ -32,7 +32,8 @@ def load_run(path: Path, shown: set[int] | None = None) -> RunData:
         UsageError, RunError: naming what is missing or damaged.
     """
     if not (path / CONFIG).is_file():
-        raise UsageError(f"{path}: not a run folder (no {CONFIG})")
+        why = f"not a run folder (no {CONFIG})" if path.exists() else "no such folder"
+        raise UsageError(f"{path}: {why}")
     config = recipe_of(path)
     outline = read_rank_columns(path, ["decay_a", "decay_b"])
     if not outline:

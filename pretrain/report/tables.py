@@ -141,9 +141,9 @@ def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable
     return DataTable(
         key,
         f"Held-out {title}",
-        f"{title} on the {_split(study)} split, mean over seeds ± standard error (the paper's "
-        f"Table 1). {_CLEAR} for the number of conditions. Their colour on the page shows the size "
-        f"of the paired difference from the baseline ({study.baseline.name}).",
+        f"{title} on the {_split(study)} split, mean over seeds ± standard error (as in "
+        f"the paper's Table 1). {_CLEAR} for the number of conditions. On the page, the colour of "
+        f"a mean shows its paired difference from the baseline ({study.baseline.name}).",
         head,
         rows,
         raw,
@@ -295,7 +295,7 @@ def subsets(study: Study) -> list[DataTable]:
                 f"subsets-{key}",
                 f"Held-out {title} by subset",
                 f"{title} of every subset, mean over seeds ± standard error. {_CLEAR} for all "
-                "comparisons of this table. Their colour on the page shows the size of the paired "
+                "comparisons of this table. On the page, the colour of a mean shows its paired "
                 "difference, subset by subset.",
                 ["subset", *(condition.name for condition in study.conditions)],
                 rows,

@@ -18,7 +18,7 @@ _LATEX = {
     "±": r"$\pm$", "λ": r"$\lambda$", "η": r"$\eta$", "Σ": r"$\Sigma$", "∏": r"$\prod$",
     "‖": r"$\Vert$", "²": r"$^2$", "ᵀ": r"$^\top$", "½": r"$\frac12$", "√": r"$\surd$",
     "−": r"$-$", "–": "--", "≤": r"$\le$", "<": r"$<$", ">": r"$>$",
-    "[": "{[}", "₁": r"$_1$", "₂": r"$_2$", "∇": r"$\nabla$", "α": r"$\alpha$",
+    "[": "{[}", "₁": r"$_1$", "₂": r"$_2$", "∇": r"$\nabla$", "α": r"$\alpha$", "·": r"$\cdot$",
 }  # fmt: skip
 
 
@@ -85,7 +85,9 @@ def latex(study: Study, tables: list[DataTable], figures: list[tuple[Figure, str
     for figure, image in figures:
         parts.append(
             "\\begin{figure}[htbp]\\centering\n"
-            f"\\includegraphics{{{image}}}\n"
+            f"\\sbox0{{\\includegraphics{{{image}}}}}"  # no higher than a page
+            "\\ifdim\\ht0>0.85\\textheight\\resizebox{!}{0.85\\textheight}{\\usebox0}"
+            "\\else\\usebox0\\fi\n"
             f"\\caption{{{escape(f'{figure.title}. {_caption(figure)}')}}}\n\\end{{figure}}"
         )
     return "\n".join([*parts, r"\end{document}", ""])

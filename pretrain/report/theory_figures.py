@@ -65,7 +65,7 @@ def discrepancy(study: Study) -> Figure:
 
     return Figure(
         "discrepancy",
-        "Balance of the factors",
+        "Discrepancy of the factors",
         "Discrepancy between the two factors of each product, relative to its first measurement, "
         f"mean over heads and seeds (the paper's figure 2). {about(study)} Dotted: ∏(1 − ηλ)² "
         "with the learning rate and λ that were used, which is the law under gradient flow "

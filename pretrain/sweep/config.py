@@ -239,7 +239,8 @@ def _per_decay(path: Path, config: SweepConfig, base: Config, values: Values, ke
     """Exposure of a run of these values for each unit of λ at ``key``."""
     source = f"{path}: grid"
     run = with_values(base, values, source)
-    return exposure_per_decay(run, key, config.fork.step if config.fork else 0, source)
+    with_values(run, {key: 0.0}, f"{path}: exposure")
+    return exposure_per_decay(run, key, config.fork.step if config.fork else 0, f"{path}")
 
 
 def _baseline(path: Path, config: SweepConfig, points: list[Point]) -> Point | None:

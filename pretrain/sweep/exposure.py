@@ -13,6 +13,8 @@ from pretrain.errors import UsageError
 
 _PROBE = 2.0**-10
 """A λ that is small enough for every coupling, and by which division is exact."""
+_LOOKS = 64
+"""Steps at which all layers are compared; λ of the first and the last are at every step."""
 _ANSWERS = 128
 """Placeholder for a vocabulary size that the data determines; λ does not depend on it."""
 
@@ -25,16 +27,18 @@ def exposure_per_decay(config: Config, key: str, first: int, source: str) -> flo
         source: the first part of messages.
 
     Raises:
-        UsageError: if λ there depends on measurements, or differs between the key's roles.
+        UsageError: if λ there depends on measurements, or differs between the key's roles or their
+            layers.
     """
     if config.optimizer.weight_decay.coupling != "lr":
         raise UsageError(f"{source}: exposure: Σηλ is defined only for {KEY}.coupling=lr")
     control = _control(with_values(config, {key: _PROBE}, source))
     doubled = _control(with_values(config, {key: 2 * _PROBE}, source))
-    # By role, because schedules do not distinguish layers.
-    sites: dict[str, Site] = {
-        site[0].value: site for site, decay in control.base.items() if decay != doubled.base[site]
-    }
+    of_role: dict[str, list[Site]] = {}
+    for site, decay in control.base.items():
+        if decay != doubled.base[site]:
+            of_role.setdefault(site[0].value, []).append(site)
+    sites = {role: layers[0] for role, layers in of_role.items()}
     if not sites:
         raise UsageError(f"{source}: exposure: no parameter takes its λ from {key}")
     measured = [role for role, site in sites.items() if control.is_adaptive(site[0])]
@@ -44,10 +48,18 @@ def exposure_per_decay(config: Config, key: str, first: int, source: str) -> flo
             f"so no {key} gives a fixed exposure; give λ in grid: instead"
         )
     totals = dict.fromkeys(sites, 0.0)
+    looks = {*range(first, config.train.steps, max(1, (config.train.steps - first) // _LOOKS))}
     for step in range(first, config.train.steps):
         control.begin(step, config.learning_rate(step))
         for role, site in sites.items():
-            totals[role] += control.now(site).shrink
+            shrink = control.now(site).shrink
+            layers = of_role[role] if step in looks else of_role[role][-1:]
+            if any(control.now(layer).shrink != shrink for layer in layers):
+                raise UsageError(
+                    f"{source}: exposure: a policy gives the layers of {role} different λ, so no "
+                    f"{key} gives all of them this exposure; give λ in grid: instead"
+                )
+            totals[role] += shrink
     if not all(totals.values()):
         none = [role for role, total in totals.items() if not total]
         raise UsageError(

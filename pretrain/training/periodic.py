@@ -52,7 +52,7 @@ def measure_weights(training: Training, step: int) -> None:
 
 
 def _measures_norms(training: Training, step: int) -> bool:
-    every = training.config.logging.norms
+    every = training.config.norms_every
     return bool(every) and step % every == 0
 
 

@@ -171,7 +171,7 @@ def test_a_model_of_ones_own_in_ten_lines(tmp_path: Path) -> None:
 
 def refused() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "no such parameters", {"mlp_gate": 0.1}
-    yield "matches no parameter", {"rules": [{"roles": ["qk"], "layers": "7", "decay": 1}]}
+    yield "has layer 7", {"rules": [{"roles": ["qk"], "layers": "7", "decay": 1}]}
     yield "atention", {"atention": 0.1}
     yield "pretrain train", {"policies": [{"kind": "alpha", "roles": ["attention"]}]}
     yield "pretrain train", {"form": "cautious"}

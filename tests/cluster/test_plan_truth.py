@@ -134,7 +134,7 @@ def test_a_plan_keeps_raw_keys(stage: int) -> None:
 def test_a_plan_refuses_rules_of_decay_that_match_nothing() -> None:
     rules = [{"roles": ["attention"], "layers": "90-99", "decay": 1.0}]
     config = parse_config(SMALL | {"optimizer": {"weight_decay": {"rules": rules}}})
-    with pytest.raises(UsageError, match="matches no parameter"):
+    with pytest.raises(UsageError, match="has layer 90, but the layers of this model are 0-"):
         rank(config, DEVICES["h100"], 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from models.gpt import whole_model
 from pretrain.config.recipe import Config, parse_config, with_values
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import plan_decay
+from pretrain.decay.sites import Applied, Site
 from pretrain.errors import UsageError
 from pretrain.sweep.exposure import exposure_per_decay
 
@@ -86,6 +88,26 @@ def test_the_asked_exposure_is_applied(seed: int) -> None:
 def test_an_exposure_that_cannot_be_set_is_refused(policies: list[Any], culprit: str) -> None:
     with pytest.raises(UsageError, match=culprit):
         exposure_per_decay(recipe({"policies": policies}), KEY, 0, "here")
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("first", [0, 31])
+def test_layers_with_different_decay_are_refused(
+    layer: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever layer a policy treats differently, from the first step on or later."""
+    now = DecayControl.now
+
+    def differing(self: DecayControl, site: Site) -> Applied:
+        found = now(self, site)
+        other = site[1] == layer and self._step >= first
+        return replace(found, decay=2 * found.decay) if other else found
+
+    config = with_values(recipe({}), {"model.num_layers": 3}, "here")
+    exposure_per_decay(config, KEY, 0, "here")
+    monkeypatch.setattr(DecayControl, "now", differing)
+    with pytest.raises(UsageError, match="layers of query different λ"):
+        exposure_per_decay(config, KEY, 0, "here")
 
 
 def test_a_key_that_nothing_takes_is_refused() -> None:

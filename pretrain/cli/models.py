@@ -199,7 +199,7 @@ def export(
         Path | None, typer.Option(help="The run's tokenised folder, if it was moved.")
     ] = None,
 ) -> None:
-    """Write a checkpoint as a Hugging Face model: config.json and sharded safetensors.
+    """Write a checkpoint as a Hugging Face model: config.json and safetensors.
 
     The dialects gpt2, gpt_neox and llama become GPT2, GPTNeoX and Llama (Qwen3 with QK-norm,
     SmolLM3 without positions). With --attention-rank the heads are only as wide as the rank that is

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.sources import DataError
@@ -22,11 +25,14 @@ from pretrain.runs.aside import whole_folder
 from pretrain.runs.folder import resolve_checkpoint, was_imported, write_text
 from pretrain.training.state import GENERATION
 
+_SHARD = 256 << 20
+"""Bytes of a file of weights, at least, if there are several; a layer may be larger."""
+
 
 def export_checkpoint(
     target: str, out: Path, choice: RankChoice | None, data: Path | None = None
 ) -> str:
-    """Write ``config.json`` and sharded safetensors; one layer is in memory at a time.
+    """Write ``config.json`` and safetensors; one file is in memory at a time.
 
     Args:
         choice: cut the attention products and write the smaller heads.
@@ -81,21 +87,45 @@ def _write_settings(checkpoint: Checkpoint, folder: Path, head_size: int, eod: i
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path, head_size: int) -> None:
+    """Write one file, or several of at least `_SHARD` bytes with an index of their tensors."""
     model = checkpoint.config.model
-    count = model.num_layers + 2
-    progress = Progress(count, "export", True)
-    file_of: dict[str, str] = {}
+    progress = Progress(model.num_layers + 2, "export", True)
+    names: list[list[str]] = []
     size = 0
-    for number, tensors in enumerate(shards(model, checkpoint.full, head_size)):
-        name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        write_tensors(folder / name, tensors, {"format": "pt"})
-        file_of |= dict.fromkeys(tensors, name)
-        size += sum(tensor.nbytes for tensor in tensors.values())
+    for tensors in _joined(shards(model, checkpoint.full, head_size), progress):
+        write_tensors(folder / f"part-{len(names)}", tensors, {"format": "pt"})
+        names.append(list(tensors))
+        size += _bytes(tensors)
         tensors.clear()  # before the next part is read
-        progress.update(number + 1)
     progress.close()
+    if len(names) == 1:
+        (folder / "part-0").rename(folder / "model.safetensors")
+        return
+    file_of: dict[str, str] = {}
+    for number, part in enumerate(names):
+        name = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"part-{number}").rename(folder / name)
+        file_of |= dict.fromkeys(part, name)
     index = {"metadata": {"total_size": size}, "weight_map": file_of}
     write_text(folder / "model.safetensors.index.json", to_json(index, indent=1))
+
+
+def _joined(parts: Iterable[dict[str, Tensor]], progress: Progress) -> Iterator[dict[str, Tensor]]:
+    """Parts of a model, small ones joined until they have `_SHARD` bytes."""
+    group: dict[str, Tensor] = {}
+    for number, tensors in enumerate(parts):
+        group |= tensors
+        tensors.clear()
+        if _bytes(group) >= _SHARD:
+            yield group
+            group.clear()
+        progress.update(number + 1)
+    if group:
+        yield group
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _manifest(checkpoint: Checkpoint, data: Path | None) -> tuple[Manifest | None, str]:

@@ -32,7 +32,7 @@ def report_stop(end: BaseException) -> int:
         end: what the signal raised, or became; its note says how to go on.
     """
     what = f"stopped by {SIGNALS.name}" if SIGNALS.code == TRY_AGAIN else "interrupted"
-    notes = getattr(end, "__notes__", None) or ["rerun the same command to continue"]
+    notes = getattr(end, "__notes__", None) or ["rerun the same command"]
     return _end(f"{what}; {notes[-1]}", SIGNALS.code)
 
 

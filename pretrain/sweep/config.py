@@ -29,6 +29,10 @@ MOST_RUNS = 10_000
 """Largest number of runs of a sweep; more are assumed to be a mistake."""
 
 
+_LONGEST = 230
+"""Bytes of a point's name; a folder's may have 255, with the seed and what is put before it."""
+
+
 class Range(Section):
     """Evenly spaced values, both ends included."""
 
@@ -218,7 +222,7 @@ def _points(path: Path, config: SweepConfig, base: Config) -> list[Point]:
     sums: dict[str, float] = {}
     points: dict[str, Point] = {}
     for setting in settings:
-        name = ",".join(f"{short[key]}={_text(value)}" for key, value in setting.items())
+        name = _fitting(",".join(f"{short[key]}={_text(v)}" for key, v in setting.items()))
         values = dict(setting)
         for key in set(setting).intersection(config.exposure):
             fixed = {k: v for k, v in setting.items() if k not in config.exposure}
@@ -299,6 +303,15 @@ def by_numbers(name: str) -> tuple[str | float, ...]:
 
 _LARGEST = 10**300
 """Integers beyond this are not exact as floats."""
+
+
+def _fitting(name: str) -> str:
+    """A name of a folder; of one that no file system takes, the beginning and a hash."""
+    data = name.encode()
+    if len(data) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    return f"{data[: _LONGEST - 9].decode(errors='ignore')}-{digest}"
 
 
 def _text(value: Any) -> str:

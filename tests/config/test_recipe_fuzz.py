@@ -203,3 +203,14 @@ def test_names_of_runs_stay_in_their_folder() -> None:
             continue
         name = f"{short_names(['a.b'])['a.b']}={_text(value)}"
         assert Path(name).name == name and name not in (".", ".."), name
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "語", "😀"])
+def test_long_names_of_runs_fit_a_folder(letter: str) -> None:
+    from pretrain.sweep.config import _fitting
+
+    names = [letter * count + end for count in (1, 50, 57, 58, 230, 1000) for end in ("", "x", "y")]
+    found = [_fitting(name) for name in names]
+    assert len(set(found)) == len(names)
+    assert all(len(f"{name},seed=4294967295.yaml".encode()) <= 255 for name in found)
+    assert all(new == old for old, new in zip(names, found, strict=True) if len(old.encode()) < 231)

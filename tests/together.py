@@ -183,6 +183,7 @@ def make_cheap(library: str) -> None:
         get_paths=lambda: {"stdlib": library}
     )
     pretrain.sweep.run._PAUSE = 0.05
+    pretrain.offline.export._SHARD = 1  # many files, which could be mixed
     launchers.batch.submit = _slow_submit
     pretrain.cli.demo._run = _slow_demo
     _make_paper_cheap()

@@ -141,7 +141,7 @@ RECIPE_MISTAKES: dict[str, tuple[Change, tuple[str, ...]]] = {
         lambda r: r["optimizer"]["weight_decay"].update(
             rules=[{"roles": ["query"], "layers": "7", "decay": 1}]
         ),
-        ("rules[0]", "layers 7"),
+        ("rules[0]", "has layer 7"),
     ),
     "a role that the model lacks": (
         lambda r: r["optimizer"]["weight_decay"].update(mlp_gate=0.1),

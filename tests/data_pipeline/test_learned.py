@@ -107,7 +107,7 @@ def test_from_training_to_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (mine, "98,1,1", None), (moved, "98,1,1", None), (moved, "train", None),
         (mine, "90,5,5", "2 % of its documents held out, and 10 %"),
         (mine, "val", "100 % are held out here"),
-        (other, None, "was learned from other text"),
+        (other, None, "was learned from other files"),
     ):  # fmt: skip
         capsys.readouterr()
         out = tmp_path / f"{source.parent.name}-{source.stem}-{split}"

@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel
 
 from models.gpt import whole_model
-from pretrain.config.compare import differences
+from pretrain.config.compare import as_written, differences
 from pretrain.config.recipe import Config, dump_config, load_config, value_at, with_values
 from pretrain.decay.plan import plan_decay
 from pretrain.errors import UsageError
@@ -171,7 +171,8 @@ def test_a_key_of_a_finished_run(
                 if old == {} and isinstance(new, dict):  # its one entry
                     ((part, new),) = new.items()
                     old, named = None, f"{key}.{part}"
-                assert f"{named}={old}, the recipe says {new}" in line, (key, value, line)
+                shown = f"{named}={as_written(old)}, the recipe says {as_written(new)}"
+                assert shown in line, (key, value, line)
         assert hashes(folder) == before, (key, value)
 
 

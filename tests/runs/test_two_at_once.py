@@ -69,11 +69,14 @@ def sign_of_run(run_folder: Path) -> float:
 
 
 def sign_of_export(folder: Path) -> float:
-    """Which of the two models an exported folder holds, in every shard."""
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    """Which of the two models an exported folder holds, in its file or in every shard."""
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.exists():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    assert {file.name for file in folder.glob("*.safetensors")} == files
     found: dict[str, torch.Tensor] = {}
-    for file in sorted(set(index.values())):
-        found |= load_file(folder / file)
+    for name in files:
+        found |= load_file(folder / name)
     wanted = llama_tensors()
     signs = {float(torch.sign((found[name] * wanted[name]).sum())) for name in wanted}
     assert found.keys() == wanted.keys() and len(signs) == 1

@@ -294,9 +294,9 @@ def run_command(command: Callable[..., object] = app) -> int:
     Returns:
         The exit code: 2 for usage errors, 1 for trouble, 75 for "try again", 130 for Ctrl-C.
     """
-    set_up_streams(sys.argv[1:])
     try:
-        SIGNALS.listen()
+        SIGNALS.listen()  # first: until then, a signal ends the process
+        set_up_streams(sys.argv[1:])
         # Typer returns the exit code of `--help` and `typer.Exit` here instead of exiting.
         code = command(standalone_mode=False)
         code = code if isinstance(code, int) else 0

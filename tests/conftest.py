@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import zstandard
@@ -45,6 +45,9 @@ from tests.tools import (
     write_recipe,
     write_sweep,
 )
+
+if TYPE_CHECKING:
+    from tests.kit import Kit
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -191,6 +194,14 @@ def write_corpus(folder: Path) -> None:
             for i in range(documents)
         ]
         write_jsonl(folder / f"{split}.jsonl.zst", records)
+
+
+@pytest.fixture(scope="session")
+def kit(data: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    """Two of whatever the verbs read; nobody writes there."""
+    from tests.kit import make_kit  # it imports other tests
+
+    return make_kit(tmp_path_factory.mktemp("kit"), data, tokenizer)
 
 
 @pytest.fixture(scope="session")

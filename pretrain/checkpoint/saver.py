@@ -131,9 +131,9 @@ class Saver:
             self._thread = None
 
     @property
-    def is_refused(self) -> bool:
-        """Whether the last checkpoint that was written is none, on every process alike."""
-        return self._last is not None and bool(self._last.problem)
+    def refused(self) -> str:
+        """Why the last checkpoint could not be written, on every process alike; else nothing."""
+        return self._last.problem if self._last else ""
 
     def finish(self) -> None:
         """Wait for the last checkpoint, and for its copy at the mirror, on every process.
@@ -148,9 +148,9 @@ class Saver:
             self._thread = Background(self._drain, "checkpoint")
             self._thread.start()
             self.wait()
-        if self._last is not None and self._last.problem:
+        if self.refused:
             raise RunError(
-                f"{self._last.problem}; free space or mend that, then rerun the same command: the "
+                f"{self.refused}; free space or mend that, then rerun the same command: the "
                 "run continues from its last checkpoint"
             )
 

@@ -8,7 +8,8 @@ import io
 import os
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TextIO
 
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE, errno.EROFS)
@@ -32,11 +33,9 @@ class MessageFile(io.FileIO):
     full, the work goes on. The first message after that says how much is missing.
     """
 
-    drops = True
-
-    def __init__(self, descriptor: int, encoding: str = "utf-8") -> None:
+    def __init__(self, descriptor: int, encoding: str = "utf-8", drops: bool = True) -> None:
         super().__init__(descriptor, "wb", closefd=False)
-        self._encoding, self._dropped = encoding, 0
+        self._encoding, self._drops, self._dropped = encoding, drops, 0
 
     def write(self, data: Any) -> int:
         """Write bytes, all of them, with and without a buffer above this file; the count of those
@@ -52,7 +51,7 @@ class MessageFile(io.FileIO):
             while left:  # a disk that fills takes a part first
                 left = left[self._write_part(left) :]
         except OSError as error:
-            if error.errno not in _REFUSED or not self.drops:
+            if error.errno not in _REFUSED or not self._drops:
                 raise
             self._dropped += len(left)
         return len(whole)
@@ -69,13 +68,14 @@ class MessageFile(io.FileIO):
 
 
 class ResultFile(MessageFile):
-    """The file of standard output, whose errors name it.
+    """The file of standard output, whose errors name it."""
 
-    Attributes:
-        drops: whether what the disk refuses is only missed, as the result is in a folder.
-    """
-
-    drops = False
+    def __init__(self, descriptor: int, encoding: str = "utf-8", drops: bool = False) -> None:
+        """
+        Args:
+            drops: whether what the disk refuses is only missed, as the result is in a folder.
+        """
+        super().__init__(descriptor, encoding, drops)
 
     def write(self, data: Any) -> int:
         """Write bytes; the count of those that were written or dropped."""
@@ -105,12 +105,8 @@ def set_up_streams(words: Sequence[str] = ()) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout = _over(ResultFile, sys.stdout)
+    sys.stdout = _over(partial(ResultFile, drops=not prints_result(words)), sys.stdout)
     sys.stderr = _over(MessageFile, sys.stderr)
-    file: Any = getattr(sys.stdout, "buffer", None)
-    file = getattr(file, "raw", file)
-    if isinstance(file, ResultFile):
-        file.drops = not prints_result(words)
 
 
 def prints_result(words: Sequence[str]) -> bool:
@@ -128,8 +124,8 @@ def _nowhere(descriptor: int) -> TextIO:
     return open(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False)
 
 
-def _over(kind: type[MessageFile], stream: TextIO) -> TextIO:
-    """A stream with another class of file; a notebook's or a test's own stream is kept."""
+def _over(kind: Callable[[int, str], MessageFile], stream: TextIO) -> TextIO:
+    """A stream with another kind of file; a notebook's or a test's own stream is kept."""
     if type(stream) is not io.TextIOWrapper:
         return stream
     buffer: Any = stream.buffer

@@ -94,7 +94,7 @@ def _measure(training: Training, step: int) -> list[Row]:
     return rows
 
 
-def write_waiting(training: Training) -> str:
+def _write_waiting(training: Training) -> str:
     """Write all that waits in memory for the disk, and return why it refuses some, or nothing."""
     refused = training.table.write_waiting()
     return training.tracker.write_waiting() or refused
@@ -105,6 +105,7 @@ def evaluate_owed(training: Training, step: int) -> None:
 
     If the file has it, because the process ended before that checkpoint, only the loss is taken.
     """
+    at_end = step >= training.last
     losses: list[float] = []
     with training.grid.together(f"{training.run}"):
         if training.grid.is_main:
@@ -115,10 +116,9 @@ def evaluate_owed(training: Training, step: int) -> None:
         training.moving.owes_evaluation = False
         training.moving.held_out_loss = (step, losses[-1])
     elif not evaluate(training, step):
-        if step >= training.last:
+        if at_end:
             raise _stopped_evaluating(training)
         return  # the next update ends with a checkpoint
-    at_end = step >= training.last
     if training.config.checkpoint.keep_best or at_end:
         training.saver.urgent = at_end
         save(training, step)  # again: with its loss, and without the debt
@@ -196,7 +196,7 @@ def save(training: Training, step: int) -> None:
         state[HELD_OUT_LOSS] = loss
     if training.moving.owes_evaluation:
         state[OWES_EVALUATION] = True
-    refused = write_waiting(training)
+    refused = _write_waiting(training)
     training.saver.save(
         step,
         state,
@@ -245,7 +245,7 @@ def finish(training: Training) -> None:
     finally:
         progress.close()
     training.saver.wait()
-    if training.saver.is_refused:  # the next start makes these weights again
+    if training.saver.refused:  # the next start makes these weights again
         return
     with training.grid.together(f"{path}"):
         if training.grid.is_main:

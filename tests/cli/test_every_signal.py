@@ -21,7 +21,7 @@ import yaml
 
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
 from pretrain.errors import INTERRUPTED, TRY_AGAIN, RunError
-from tests.kit import Kit, ask_forks, make_kit
+from tests.kit import Kit, ask_forks
 from tests.runs.test_writing_pairs import PAPER, VERBS
 from tests.tools import write_recipe
 from tests.verbs import all_verbs
@@ -56,11 +56,6 @@ def words_of(verb: str, kit: Kit, out: Path) -> list[str]:
         "data tokenize --workers 2": [*kit.words("data tokenize", 0, out), "--workers", "2"],
     }
     return own[verb] if verb in own else kit.words(verb, 0, out)
-
-
-@pytest.fixture(scope="module")
-def kit(data: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Kit:
-    return make_kit(tmp_path_factory.mktemp("kit"), data, tokenizer)
 
 
 def test_every_verb_is_there() -> None:

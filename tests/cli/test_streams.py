@@ -18,7 +18,7 @@ import pytest
 from pretrain.cli.streams import MessageFile, ResultFile, prints_result
 from pretrain.runs.metrics import read_metrics
 from tests.cli.test_every_signal import READ_ONLY, words_of
-from tests.kit import Kit, make_kit
+from tests.kit import Kit
 from tests.runs.test_writing_pairs import VERBS
 from tests.tools import ROOT, base_recipe, environment, write_recipe
 from tests.verbs import all_verbs
@@ -99,11 +99,6 @@ def test_results_are_whole_or_an_error(buffered: bool, disk: Disk) -> None:
     print("x" * 900, file=stream, flush=True)
     with pytest.raises(OSError, match="standard output"):
         print("y" * 900, file=stream, flush=True)
-
-
-@pytest.fixture(scope="module")
-def kit(data: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Kit:
-    return make_kit(tmp_path_factory.mktemp("kit"), data, tokenizer)
 
 
 def check(verb: str, kit: Kit, folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_every_signal import words_of
-from tests.kit import Kit, make_kit
+from tests.kit import Kit
 from tests.runs.test_writing_pairs import VERBS
 from tests.tools import environment
 from tests.warm import run_warm
@@ -19,11 +19,6 @@ from tests.warm import run_warm
 SAMPLE = ["train", "export", "report"]
 ROOM = 48 << 10
 """Bytes of the disk, all of which are taken."""
-
-
-@pytest.fixture(scope="module")
-def kit(data: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Kit:
-    return make_kit(tmp_path_factory.mktemp("kit"), data, tokenizer)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import pytest
 from safetensors import safe_open
 
 from data_pipeline.files import held
-from tests.kit import Kit, ask_forks, make_kit
+from tests.kit import Kit, ask_forks
 from tests.tools import ROOT as REPOSITORY
 from tests.tools import TIMED, assert_one_line, environment, run
 from tests.verbs import all_verbs
@@ -259,11 +259,6 @@ def _started(rounds: list[list[Command]]) -> list[Answer]:
             ]
         )
     return answers
-
-
-@pytest.fixture(scope="module")
-def kit(data: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Kit:
-    return make_kit(tmp_path_factory.mktemp("kit"), data, tokenizer)
 
 
 @pytest.fixture(scope="module")

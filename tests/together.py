@@ -89,12 +89,16 @@ def _write_slowly(paths: list[Path], text: str) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         marker = path.with_name(f"{path.name}.busy")
-        marker.open("x").close()
         try:
+            marker.open("x").close()
             path.write_text(text)
             time.sleep(0.02)
-        finally:
             marker.unlink()
+        except FileExistsError:
+            raise
+        except BaseException:  # a signal may come at any line
+            marker.unlink(missing_ok=True)
+            raise
 
 
 def _slow_demo(out: Path, steps: int) -> None:

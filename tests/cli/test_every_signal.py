@@ -42,7 +42,8 @@ def words_of(verb: str, kit: Kit, out: Path) -> list[str]:
     if verb == "sweep --processes 2":
         values = yaml.safe_load(kit.sweeps[0].read_text())
         values |= {"recipe": recipe, "processes": 2}
-        sweep = write_recipe(out.parent / "sweep.yaml", values)
+        # Not in the place, which is emptied for another try.
+        sweep = write_recipe(kit.sweeps[0].with_name("of-two-processes.yaml"), values)
         return ["sweep", str(sweep), "--out", str(out)]
     doctor = ["doctor", recipe, "--out", str(out)]
     own = {

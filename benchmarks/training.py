@@ -3,10 +3,10 @@
     python benchmarks/training.py --out benchmarks/results/training-cpu.json
 
 Each contender is a process that keeps its model; by turns each makes some updates (A B C A B C ...)
-while the others wait. On a GPU, shapes whose models do not fit into its memory together run one
-contender after another. Told are medians of tokens a second with their quartiles, the share of the
-matrix-product rate measured in the same run (model flops, `shapes.Shape.flops_per_token`), and the
-peak of resident (or GPU) memory.
+while the others wait. On a GPU, contenders whose models do not fit into its memory together run one
+after another; if rankdecay and the plain loop fit, these two take turns. The table has medians of
+tokens a second with their quartiles, the share of the matrix-product rate measured in the same run
+(model flops, `shapes.Shape.flops_per_token`), and the peak of resident (or GPU) memory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from benchmarks.contenders.common import half
 from benchmarks.contenders.shapes import SHAPES, Shape
-from benchmarks.contenders.worker import GRIDS, half, recipe_values
+from benchmarks.contenders.worker import GRIDS, recipe_values
 from benchmarks.results_file import finish
 from launchers.local import torchrun
 from pretrain.cluster.local_rates import measure_here, product_rate
@@ -46,10 +48,14 @@ MATCHES = {
 ON_GPU = {
     "gpu-7m": ("rankdecay", "plain", "litgpt", "trainer"),
     "gpu-125m": ("rankdecay", "plain", "litgpt", "trainer"),
+    "gpu-llama": ("rankdecay", "plain", "litgpt", "trainer", "torchtitan"),
     "gpu-350m": ("rankdecay", "plain"),
     "gpu-1.3b": ("rankdecay", "plain"),
 }
-STEPS = {"tiny": 4, "17m": 4, "125m": 1, "gpu-7m": 60, "gpu-125m": 10, "gpu-350m": 5, "gpu-1.3b": 3}
+STEPS = {
+    "tiny": 4, "17m": 4, "125m": 1, "gpu-7m": 60, "gpu-125m": 10, "gpu-llama": 10, "gpu-350m": 5,
+    "gpu-1.3b": 3,
+}  # fmt: skip
 """Updates of a turn."""
 TOGETHER = 6e13
 """FLOPs of an update, summed over contenders, up to which all are on one GPU at once."""
@@ -71,6 +77,7 @@ class Contender:
             cores: threads of each process; 0: all, or shared out among several processes.
         """
         self.name = name
+        self._messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.rates: list[float] = []
         self.peak, self.loss = 0, float("nan")
         processes = processes_of(name)
@@ -80,7 +87,7 @@ class Contender:
         threads = {"OMP_NUM_THREADS": str(cores)} if cores else {}
         self._process = subprocess.Popen(
             [*start, str(WORKER), name, shape],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages, text=True,
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **threads},
         )  # fmt: skip
         self.alive = True
@@ -111,6 +118,12 @@ class Contender:
         if count:
             self.rates.append(steps * tokens / answer["seconds"])
 
+    def why_not(self) -> str:
+        """The last line of its messages: an error, if it died."""
+        self._messages.seek(0)
+        lines = [line for line in self._messages.read().splitlines() if line.strip()]
+        return lines[-1].strip() if lines else "no message"
+
     def close(self) -> None:
         """End the process."""
         self._process.kill()
@@ -121,6 +134,14 @@ def fits_together(shape: Shape, contenders: int) -> bool:
     """Whether the models of all contenders fit into this machine's memory."""
     flops = shape.flops_per_token * shape.batch * shape.context
     return not torch.cuda.is_available() or contenders * flops < TOGETHER
+
+
+def divided(shape: Shape, names: list[str]) -> list[list[str]]:
+    """Contenders that take turns: all, or the first two, or none."""
+    if fits_together(shape, len(names)):
+        return [names]
+    first = 2 if fits_together(shape, 2) else 1
+    return [names[:first], *([name] for name in names[first:])]
 
 
 def by_turns(
@@ -152,13 +173,13 @@ def measure(shape_name: str, names: list[str], turns: int, steps: int) -> dict[s
     shape: Shape = SHAPES[shape_name]
     limits: list[float] = []
     contenders: list[Contender] = []
-    for part in [names] if fits_together(shape, len(names)) else [[name] for name in names]:
+    for part in divided(shape, names):
         contenders += by_turns(shape_name, part, turns, steps, limits)
     limit = statistics.median(limits)
     rows: dict[str, dict[str, Any]] = {}
     for contender in contenders:
         if not contender.rates:
-            rows[contender.name] = {"failed": True}
+            rows[contender.name] = {"failed": contender.why_not()}
             continue
         quarters = (
             statistics.quantiles(contender.rates, n=4)
@@ -208,7 +229,7 @@ def print_table(result: dict[str, object]) -> None:
     own = rows.get("rankdecay", {}).get("tokens_per_second", 0.0)
     for name, row in rows.items():
         if "failed" in row:
-            print(f"{name:15} does not run here")
+            print(f"{name:15} does not run here: {row['failed']}")
             continue
         print(
             f"{name:15} {row['tokens_per_second']:>10,.0f} tokens/s  "

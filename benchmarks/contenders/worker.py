@@ -17,24 +17,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
 import torch
 
-from benchmarks.contenders.shapes import SHAPES, Shape, batches
-
-Step = Callable[[], float]
-
-
-def device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def half() -> bool:
-    """bf16 where it is fast, as `precision: auto` decides."""
-    from pretrain.engine.precision import multiplies_bf16
-
-    return device().type == "cuda" or multiplies_bf16()
+from benchmarks.contenders import peers
+from benchmarks.contenders.common import Step, device, tensors
+from benchmarks.contenders.shapes import SHAPES, Shape
 
 
 def peak_resident() -> int:
@@ -43,55 +30,15 @@ def peak_resident() -> int:
     return int(text.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def tensors(shape: Shape) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches, on the device: copied from pinned memory, so that no one waits for a copy."""
-    on_gpu = device().type == "cuda"
-    for pair in batches(shape):
-        host = (torch.from_numpy(part) for part in pair)
-        pinned = (part.contiguous().pin_memory() if on_gpu else part for part in host)
-        inputs, labels = (part.to(device(), non_blocking=True) for part in pinned)
-        yield inputs, labels
-
-
-def autocast() -> torch.autocast:
-    """bf16 arithmetic with fp32 masters, where that is fast."""
-    return torch.autocast(device().type, torch.bfloat16, enabled=half())
-
-
-def adamw(model: torch.nn.Module, shape: Shape) -> torch.optim.Optimizer:
-    """AdamW as nanoGPT sets it: decay of matrices alone, one fused kernel."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": shape.decay},
-              {"params": vectors, "weight_decay": 0.0}]  # fmt: skip
-    return torch.optim.AdamW(groups, lr=shape.rate, betas=(0.9, 0.95), fused=True)
-
-
-def loop(model: torch.nn.Module, loss_of: Callable[..., torch.Tensor], shape: Shape) -> Step:
-    """forward, backward, clip, step."""
-    optimizer = adamw(model, shape)
-    data = tensors(shape)
-
-    def step() -> float:
-        inputs, labels = next(data)
-        with autocast():
-            loss = loss_of(inputs, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), shape.clipping)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return step
-
-
 def recipe_values(
     shape: Shape, compiled: bool = False, grid: dict[str, int] | None = None
 ) -> dict[str, Any]:
     """The recipe of a shape."""
     return {
-        "model": {"dialect": "gpt2", "num_layers": shape.layers, "hidden_size": shape.hidden,
-                  "num_attention_heads": shape.heads, "context": shape.context,
+        "model": {"dialect": shape.dialect, "num_layers": shape.layers,
+                  "hidden_size": shape.hidden, "num_attention_heads": shape.heads,
+                  "num_key_value_heads": shape.key_value_heads,
+                  "ffn_hidden_size": shape.inner, "context": shape.context,
                   "vocabulary_size": shape.vocabulary},
         "train": {"steps": 10_000, "global_batch": shape.batch,
                   "micro_batch": 1 if (grid or {}).get("pipeline_parallel") else 0},
@@ -162,100 +109,6 @@ def rankdecay_engine(
     return engine, step
 
 
-def plain(shape: Shape, compiled: bool = True) -> Step:
-    """A loop in nanoGPT's manner: its model's arithmetic, torch.compile, fused AdamW."""
-    from benchmarks.contenders.plain_model import PlainGPT
-
-    model = PlainGPT(shape).to(device())
-    run = torch.compile(model) if compiled else model
-    return loop(model, run, shape)
-
-
-def plain_eager(shape: Shape) -> Step:
-    """The same without the compiler."""
-    return plain(shape, compiled=False)
-
-
-def litgpt(shape: Shape) -> Step:
-    """litgpt's model, compiled as its `pretrain` does."""
-    from litgpt.config import Config
-    from litgpt.model import GPT
-    from litgpt.utils import chunked_cross_entropy
-
-    config = Config(
-        n_layer=shape.layers, n_embd=shape.hidden, n_head=shape.heads, block_size=shape.context,
-        vocab_size=shape.vocabulary, padded_vocab_size=shape.vocabulary, bias=True,
-        norm_class_name="LayerNorm", mlp_class_name="GptNeoxMLP", rotary_percentage=0.25,
-        parallel_residual=False, intermediate_size=4 * shape.hidden,
-    )  # fmt: skip
-    model = GPT(config).to(device())
-    model.lm_head.weight = model.transformer.wte.weight
-    run: Any = torch.compile(model)
-
-    def loss_of(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = chunked_cross_entropy(run(inputs), labels, chunk_size=0)
-        return loss
-
-    return loop(model, loss_of, shape)
-
-
-class _Random(torch.utils.data.IterableDataset[dict[str, np.ndarray]]):
-    def __init__(self, shape: Shape) -> None:
-        self._shape = shape
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        for inputs, _ in batches(self._shape):
-            for row in inputs:
-                yield {"input_ids": row, "labels": row}
-
-
-def trainer(shape: Shape, compiled: bool = True) -> Step:
-    """transformers' Trainer and GPT-2, SDPA attention, fused AdamW, torch.compile."""
-    import tempfile
-    import threading
-
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
-    from transformers import TrainingArguments as Arguments
-
-    config = GPT2Config(
-        n_embd=shape.hidden, n_layer=shape.layers, n_head=shape.heads, n_positions=shape.context,
-        vocab_size=shape.vocabulary, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        use_cache=False, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    go, done = threading.Semaphore(0), threading.Semaphore(0)
-
-    class Turns(TrainerCallback):
-        def on_step_begin(self, *_: object, **__: object) -> None:
-            go.acquire()
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            done.release()
-
-    arguments = Arguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=shape.batch, max_steps=10**6,
-        learning_rate=shape.rate, weight_decay=shape.decay, adam_beta2=0.95,
-        max_grad_norm=shape.clipping, optim="adamw_torch_fused", bf16=half(), report_to=[],
-        save_strategy="no", logging_strategy="no", use_cpu=device().type == "cpu",
-        torch_compile=compiled, disable_tqdm=True,
-    )  # fmt: skip
-    hf_trainer = Trainer(
-        GPT2LMHeadModel(config), arguments, train_dataset=_Random(shape), callbacks=[Turns()]
-    )
-    threading.Thread(target=hf_trainer.train, daemon=True).start()
-
-    def step() -> float:
-        go.release()
-        done.acquire()
-        return float("nan")  # it keeps its losses to itself
-
-    return step
-
-
-def trainer_eager(shape: Shape) -> Step:
-    """The same without the compiler."""
-    return trainer(shape, compiled=False)
-
-
 GRIDS: dict[str, dict[str, int]] = {
     "rankdecay-eager": {}, "tensor-2": {"tensor_parallel": 2},
     "pipeline-2": {"pipeline_parallel": 2}, "data-2": {},
@@ -263,8 +116,9 @@ GRIDS: dict[str, dict[str, int]] = {
 """This program as it comes, without the compiler: on one process, or on two (``-2``)."""
 CONTENDERS: dict[str, Callable[[Shape], Step]] = {
     "rankdecay": rankdecay, "rankdecay-deepspeed": rankdecay_deepspeed,
-    "plain": plain, "plain-eager": plain_eager, "litgpt": litgpt, "trainer": trainer,
-    "trainer-eager": trainer_eager,
+    "plain": peers.plain, "plain-eager": peers.plain_eager, "litgpt": peers.litgpt,
+    "trainer": peers.trainer, "trainer-eager": peers.trainer_eager,
+    "torchtitan": peers.torchtitan,
     **{name: partial(rankdecay, compiled=False, grid=grid) for name, grid in GRIDS.items()},
 }  # fmt: skip
 

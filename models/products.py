@@ -8,6 +8,7 @@ custom operators, which a compiler leaves unchanged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 _BLOCK = 128
 """Queries per block: under a causal mask a block leaves out the keys after its last query."""
+_ADDED = 32
+"""Number of positions that are added one by one in a mean over the sequence."""
 
 
 def attention_by_products(
@@ -129,8 +132,19 @@ def without_means(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mean_over_sequence(x: Tensor) -> Tensor:
-    """The mean over the sequence, ``[batch, heads, 1, head]``, summed in float32."""
-    return x.mean(2, keepdim=True, dtype=torch.float32).to(x.dtype)
+    """The mean over the sequence, ``[batch, heads, 1, head]``, summed in float32.
+
+    Compiled code adds some positions one by one before the sum over the rest: on an H100, it then
+    reads keys, whose first dimension in memory is the sequence, about four times as fast.
+    """
+    if not torch.compiler.is_compiling():
+        return x.mean(2, keepdim=True, dtype=torch.float32).to(x.dtype)
+    length = x.shape[2]
+    first, *others = x.unflatten(2, (-1, math.gcd(length, _ADDED))).unbind(3)
+    total: Tensor = first.float()
+    for other in others:
+        total = total + other
+    return (total.sum(2, keepdim=True) / length).to(x.dtype)
 
 
 def _blocks(length: int, causal: bool) -> Iterator[tuple[slice, int]]:

@@ -152,7 +152,7 @@ class _CrossEntropy:
 def _with_gradient(
     logits: Tensor, targets: Tensor, upstream: Tensor, projection: Projection, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """Losses of a block of tokens, and the gradient of their logits."""
+    """Losses of a block of tokens, and the gradient of their logits, which may be overwritten."""
     if projection.kernels.compiled and projection.tp.size == 1:
         fused: tuple[Tensor, Tensor] = _compiled_steps()(logits, targets, upstream, z_loss)
         return fused
@@ -168,7 +168,8 @@ def _compiled_steps() -> Any:
 def _steps(
     logits: Tensor, targets: Tensor, upstream: Tensor, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """The same as `_CrossEntropy`, as one expression that a compiler turns into two passes."""
+    """The same as `_CrossEntropy`, as one expression that a compiler turns into two passes; the
+    gradient overwrites the logits."""
     wide, index = logits.float(), targets[:, None]
     largest = wide.amax(-1, keepdim=True)
     exponentials = (wide - largest).exp()
@@ -179,7 +180,7 @@ def _steps(
     if z_loss:
         softmax = softmax * (1 + 2 * z_loss * (total.log() + largest))
     gradient = (softmax - hit.float()) * upstream[:, None]
-    return losses[:, 0], gradient.to(logits.dtype)
+    return losses[:, 0], logits.copy_(gradient)
 
 
 class _MeanCrossEntropy(torch.autograd.Function):
@@ -243,12 +244,19 @@ class _Gradients:
 
     def add(self, part: slice, of_logits: Tensor) -> None:
         torch.mm(of_logits, self._weight, out=self._of_hidden[part])
-        product = of_logits.t() @ self._hidden[part]
         if self._of_weight is None:
-            self._of_weight = product
+            self._of_weight = of_logits.t() @ self._hidden[part]
         else:
-            self._of_weight += product
+            _add_product(self._of_weight, of_logits.t(), self._hidden[part])
 
     def finished(self) -> tuple[Tensor, Tensor]:
         assert self._of_weight is not None
         return self._of_hidden, self._of_weight.to(self._weight.dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product to a float32 sum; on a GPU, the product itself is not rounded to 16 bits."""
+    if left.is_cuda and left.dtype != total.dtype:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right

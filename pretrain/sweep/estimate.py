@@ -17,11 +17,15 @@ from pretrain.config.recipe import dump_config
 from pretrain.errors import RunError
 from pretrain.runs.lock import is_busy
 from pretrain.runs.metrics import METRICS, read_metrics
+from pretrain.sweep.at_once import gpu_memory, runs_per_gpu
 from pretrain.sweep.config import Sweep, SweepRun
 from pretrain.sweep.run import code_words, is_done
 
 _STEPS = 8
 """Number of steps of the timing; the first two are not counted."""
+
+_OF_DEVICE = ("peak_memory_gib", "mfu")
+"""Figures of the last line of the timing's metrics."""
 
 _PARTLY = ("running", "interrupted")
 """States of runs that have made some of their updates."""
@@ -50,6 +54,15 @@ def plan(sweep: Sweep, slots: int, start: Starter | None, price: float) -> dict[
     speed = _timing(open_tasks[-1], start)
     seconds = [_seconds(task, speed) for task in open_tasks]
     hours = sum(seconds) / 3600
+    if memory := gpu_memory():
+        count, why = runs_per_gpu(
+            open_tasks[-1].config,
+            sweep.config.processes,
+            speed.get("mfu"),
+            speed["peak_memory_gib"],
+            memory,
+        )
+        estimate["per_gpu"] = {"runs": count, "why": why}
     return {
         **estimate,
         "timing": speed,
@@ -108,7 +121,8 @@ def _timing(task: SweepRun, start: Starter) -> dict[str, float]:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RunError(f"timing failed: {last.removeprefix('error: ')}")
         tokens = task.config.train.global_batch * task.config.model.context
-        steps_taken = [tokens / row["tokens_per_second"] for row in read_metrics(run)]
+        rows = read_metrics(run)
+        steps_taken = [tokens / row["tokens_per_second"] for row in rows]
         parts = {
             kind: statistics.mean(row["seconds"] for row in read_metrics(run, kind))
             for kind in ("ranks", "evaluation")
@@ -120,6 +134,7 @@ def _timing(task: SweepRun, start: Starter) -> dict[str, float]:
         "measurement": parts["ranks"],
         "evaluation": parts["evaluation"],
         "start": max(0.0, wall - inside),
+        **{key: rows[-1]["device"][key] for key in _OF_DEVICE if key in rows[-1]["device"]},
     }
 
 
@@ -158,3 +173,5 @@ def print_plan(estimate: dict[str, Any], slots: int) -> None:
             f"once: about {minutes:.0f} min, {estimate['process_hours']:.2f} process-hours, cost "
             f"{estimate['cost']:.2f}"
         )
+    if "per_gpu" in estimate:
+        print(f"runs at once per GPU: {estimate['per_gpu']['runs']}, {estimate['per_gpu']['why']}")

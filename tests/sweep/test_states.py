@@ -38,3 +38,6 @@ def test_states_and_what_is_left(
     print_plan(estimate, 1)
     shown = capsys.readouterr().out
     assert "running at step 20" in shown and "interrupted at step 30" in shown
+    assert "per GPU" not in shown
+    print_plan({**estimate, "per_gpu": {"runs": 2, "why": "the host limits one run"}}, 1)
+    assert "runs at once per GPU: 2, the host limits one run" in capsys.readouterr().out

@@ -248,6 +248,8 @@ def test_dry_run(data: Path, tmp_path: Path) -> None:
     assert found["tokens"] == 8 * 50 * 8 * 32
     assert found["timing"]["step"] > 0 and found["seconds"] >= found["seconds_a_run"]
     assert found["cost"] == pytest.approx(2 * found["process_hours"])
+    assert found["timing"]["peak_memory_gib"] > 0.05
+    assert "per_gpu" not in found  # there is none
     assert not (tmp_path / "runs").exists()
 
 

@@ -99,6 +99,7 @@ class RunView:
         self._recorded: frozenset[str] | None = None
         self._table: tuple[int, list[dict[str, Any]]] = (-1, [])
         self.state = "waiting"
+        """waiting, starting, running, stopped at a step, or done: the words of a sweep's table."""
         self.is_finished = False
 
     @property
@@ -126,7 +127,7 @@ class RunView:
         if self._recorded is not None:  # a loop has no checkpoints of ours
             done = 0 < self.steps <= self.present.step
         self.is_finished = done and not self._is_training()
-        self.state = "finished" if self.is_finished else self._state()
+        self.state = "done" if self.is_finished else self._state()
 
     def _is_training(self) -> bool:
         held = holds(self.run)
@@ -137,7 +138,7 @@ class RunView:
 
     def _state(self) -> str:
         if self._is_training():
-            return "training" if self.present.step else "starting"
+            return "running" if self.present.step else "starting"
         return f"stopped at step {self.present.step}" if self.present.step else "waiting"
 
     @property
@@ -303,11 +304,11 @@ class SweepView:
 
     def _title(self) -> str:
         planned = [name for name in self._views if not name.startswith(_TRUNK)]
-        return f"{self.folder}: {len(planned) - len(self._open())} of {len(planned)} finished"
+        return f"{self.folder}: {len(planned) - len(self._open())} of {len(planned)} done"
 
     def line(self) -> str:
         """The present state in one line."""
-        active = [view for view in self._views.values() if view.state == "training"]
+        active = [view for view in self._views.values() if view.state == "running"]
         words = ", ".join(
             f"{view.run.name} {view.present.step}/{view.steps}" for view in active[:4]
         )
@@ -333,4 +334,4 @@ class SweepView:
         return on_one_line(said) if said.startswith("error: ") else ""
 
 
-_ORDER = {"training": 0, "starting": 0, "waiting": 2, "finished": 3, "trunk": 3}
+_ORDER = {"running": 0, "starting": 0, "waiting": 2, "done": 3, "trunk": 3}

@@ -15,13 +15,14 @@ from pretrain.training.state import GENERATION
 _LOADS = """\
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+folder = "THIS FOLDER"
+model = AutoModelForCausalLM.from_pretrained(folder)
 """
 _WRITES = {
     "json": """\
 from transformers import AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=SOME)[0]))
 """,
@@ -29,7 +30,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=SOME)[0]))
 import torch
 from sentencepiece import SentencePieceProcessor
 
-tokenizer = SentencePieceProcessor(model_file="THIS FOLDER/tokenizer.model")
+tokenizer = SentencePieceProcessor(model_file=f"{folder}/tokenizer.model")
 prompt = torch.tensor([tokenizer.encode("The")])
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=SOME)[0].tolist()))
 """,

@@ -27,7 +27,7 @@ _STEPS = 8
 _OF_DEVICE = ("peak_memory_gib", "mfu")
 """Figures of the last line of the timing's metrics."""
 
-_PARTLY = ("running", "interrupted")
+_PARTLY = ("running", "stopped")
 """States of runs that have made some of their updates."""
 
 Starter = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
@@ -87,12 +87,12 @@ def _describe(task: SweepRun) -> dict[str, Any]:
 
 
 def _state(task: SweepRun) -> str:
-    """``done``, ``running``, ``interrupted`` or ``to run``."""
+    """``done``, ``running``, ``stopped`` or ``waiting``, as `pretrain watch` says."""
     if is_done(task):
         return "done"
     if is_busy(task.run):
         return "running"
-    return "interrupted" if (task.run / METRICS).exists() else "to run"
+    return "stopped" if (task.run / METRICS).exists() else "waiting"
 
 
 def _saved(task: SweepRun) -> int:

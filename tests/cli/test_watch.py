@@ -141,10 +141,10 @@ def test_a_lock_is_seen_and_not_touched(
     with lock.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         monkeypatch.setattr(fcntl, "flock", refuse)
-        assert "training" in shown(monkeypatch, capfd, folder)
+        assert "running" in shown(monkeypatch, capfd, folder)
     assert "stopped at step" in shown(monkeypatch, capfd, folder)
     lock.write_text("pid 7 on elsewhere")  # nothing here can ask: its last line was just written
-    assert "training" in shown(monkeypatch, capfd, folder)
+    assert "running" in shown(monkeypatch, capfd, folder)
     os.utime(folder / "metrics.jsonl", (0, 0))
     assert "stopped at step" in shown(monkeypatch, capfd, folder)
 
@@ -161,7 +161,7 @@ def test_a_sweep(
     (study / "logs" / "attention=0,seed=1.log").write_text("x\nerror: no memory\n")
     text = shown(monkeypatch, capfd, study)
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
-    assert "0.250/0.500" in lines["attention=1,seed=2"] and "0 of 5 finished" in text
+    assert "0.250/0.500" in lines["attention=1,seed=2"] and "0 of 5 done" in text
     assert "attention=0,seed=1: error: no memory" in text
     assert "waiting" in lines["attention=9,seed=1"]
 
@@ -198,7 +198,7 @@ def test_it_goes_on_until_the_run_is_finished(
     lines = capfd.readouterr().out.splitlines()
     assert looks == [7.0] * 4 and len(lines) == 3
     assert "rank QK/VP" not in lines[0] and "rank QK/VP 0.250/0.500" in lines[1]
-    assert f"finished {STEPS}/{STEPS}" in lines[2]
+    assert f"done {STEPS}/{STEPS}" in lines[2]
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

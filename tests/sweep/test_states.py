@@ -31,13 +31,13 @@ def test_states_and_what_is_left(
         fcntl.flock(lock, fcntl.LOCK_EX)
         estimate = plan(sweep, 1, None, 0.0)
     found = [(one["state"], one["step"]) for one in estimate["runs"]]
-    assert found == [("done", 0), ("running", 20), ("interrupted", 30), ("interrupted", 0),
-                     *[("to run", 0)] * len(others)]  # fmt: skip
+    assert found == [("done", 0), ("running", 20), ("stopped", 30), ("stopped", 0),
+                     *[("waiting", 0)] * len(others)]  # fmt: skip
     each = done.tokens // 50
     assert estimate["tokens"] == each * (30 + 20 + 50 * (1 + len(others)))
     print_plan(estimate, 1)
     shown = capsys.readouterr().out
-    assert "running at step 20" in shown and "interrupted at step 30" in shown
+    assert "running at step 20" in shown and "stopped at step 30" in shown
     assert "per GPU" not in shown
     print_plan({**estimate, "per_gpu": {"runs": 2, "why": "the host limits one run"}}, 1)
     assert "runs at once per GPU: 2, the host limits one run" in capsys.readouterr().out

@@ -40,7 +40,8 @@ def environment(study: Study) -> DataTable:
         flat |= run.environment.get("versions", {})
         for key, value in flat.items():
             part = counts.setdefault(key, {})
-            part[str(value)] = part.get(str(value), 0) + 1
+            text = "–" if value is None else str(value)
+            part[text] = part.get(text, 0) + 1
     rows = [
         [Cell(key), Cell("; ".join(v if n == len(study.runs) else f"{v} ({n} runs)"
                                     for v, n in values.items()))]

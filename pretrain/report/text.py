@@ -12,6 +12,8 @@ from pretrain.report.findings import findings, headline
 from pretrain.report.load import Study
 from pretrain.report.spec import Figure
 
+_NUMBERS = "0123456789+-−–±≤<>∞["
+"""First letters of numbers, of what stands for none, and of intervals."""
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -59,9 +61,18 @@ def _markdown_table(table: DataTable) -> str:
         return "| " + " | ".join(cells) + " |"
 
     rows = [row_of([_md(cell.text) + r"\*" * cell.mark for cell in row]) for row in table.rows]
-    rule = "|" + "|".join([" --- ", *([" ---: "] * (len(table.head) - 1))]) + "|"
+    rule = "|" + "|".join(" ---: " if right else " --- " for right in _to_right(table)) + "|"
     body = "\n".join([row_of(list(map(_md, table.head))), rule, *rows])
     return f"## {_md(table.title)}\n\n{body}\n\n{_md(table.caption)}"
+
+
+def _to_right(table: DataTable) -> list[bool]:
+    """Whether each column has numbers, which are aligned to the right; the first has names."""
+    columns = [[row[index].text for row in table.rows] for index in range(len(table.head))]
+    return [
+        index > 0 and all(not text or text[0] in _NUMBERS for text in column)
+        for index, column in enumerate(columns)
+    ]
 
 
 def _md(text: str) -> str:
@@ -101,7 +112,7 @@ def _latex_table(table: DataTable) -> str:
     body = "\n".join(
         [r"\toprule", row_of(list(map(escape, table.head))), r"\midrule", *rows, r"\bottomrule"]
     )
-    columns = "l" + "r" * (len(table.head) - 1)
+    columns = "".join("r" if right else "l" for right in _to_right(table))
     return (
         "\\begin{table}[htbp]\\centering\n"
         f"\\caption{{{escape(table.title)}. {escape(table.caption)}}}\n"

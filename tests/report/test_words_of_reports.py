@@ -12,11 +12,13 @@ import numpy as np
 from rich.console import Console
 
 from pretrain.cli.watched import view_of
+from pretrain.report.cells import Cell, DataTable
 from pretrain.report.findings import findings
 from pretrain.report.interactive import _traces
 from pretrain.report.load import load_study
 from pretrain.report.printed import _label, _page, _pyplot
 from pretrain.report.spec import Series, in_lines
+from pretrain.report.text import _latex_table, _markdown_table
 from pretrain.report.training_figures import settings
 from pretrain.sweep.config import by_numbers
 from tests.fake_runs import recipe, write_run, write_study
@@ -97,3 +99,12 @@ def test_the_title_of_a_narrow_table_is_one_line(tmp_path: Path) -> None:
     text = io.StringIO()
     Console(file=text, width=120).print(view.draw(120, 40))
     assert "pseudo-rank, mean over heads, step 40\n" in text.getvalue()
+
+
+def test_columns_of_numbers_are_aligned_to_the_right() -> None:
+    """The first column, and each one with a word in it, to the left."""
+    rows = [["x", "GitHub", "1.5 ± 2", "[−1, 2]", ""], ["7", "2", "–", "", "−3"]]
+    cells = [[Cell(text) for text in row] for row in rows]
+    table = DataTable("key", "Title", "Caption", list("abcde"), cells)
+    assert "| --- | --- | ---: | ---: | ---: |" in _markdown_table(table)
+    assert r"\begin{tabular}{llrrr}" in _latex_table(table)

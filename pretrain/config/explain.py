@@ -20,8 +20,9 @@ _EXPLAINED = "explained"
 
 def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     """One line about a validation error: the key, what is wrong, and the nearest known key."""
-    path = [str(part) for part in error["loc"] if not _ALTERNATIVE.match(str(part))]
-    key = ".".join(path) or "recipe"
+    parts = [part for part in error["loc"] if not _ALTERNATIVE.match(str(part))]
+    path = [str(part) for part in parts]
+    key = _joined(parts) or "recipe"
     if error["type"] == "extra_forbidden":
         keys = _keys_beside(path, root)
         close = difflib.get_close_matches(path[-1], keys, 1)
@@ -41,6 +42,12 @@ def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
         return f"{key}.{error['msg']}"
     value = without_secrets(repr(error.get("input")))
     return f"{key}: {cut(error['msg'].lower())}, got {cut(value)}"
+
+
+def _joined(parts: list[int | str]) -> str:
+    """A key as messages write it: ``policies[0].kind``."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return text.removeprefix(".")
 
 
 def explained(text: str) -> PydanticCustomError:

@@ -39,7 +39,7 @@ RECIPE_MISTAKES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a wrong type": (lambda r: r["train"].update(steps="many"), ("train.steps", "'many'")),
     "a policy that is none": (
         lambda r: r["optimizer"]["weight_decay"].update(policies=[{"kind": "alfa"}]),
-        ("policies.0", "alpha"),
+        ("policies[0]", "alpha"),
     ),
     "a misspelt key of a policy": (
         lambda r: r["optimizer"]["weight_decay"].update(

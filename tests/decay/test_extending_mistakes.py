@@ -61,7 +61,7 @@ def test_a_file_that_is_wrong(case: str, data: Path, tmp_path: Path) -> None:
         assert text != EXAMPLE
         (tmp_path / FILE).write_text(text)
     recipe = write_recipe(tmp_path / "r.yaml", recipe_with(data, COSINE))
-    with pytest.raises(ValueError, match=r"policies\.0\.kind: ") as error:
+    with pytest.raises(ValueError, match=r"policies\[0\]\.kind: ") as error:
         load_config(recipe, code=[])
     assert "\n" not in str(error.value) and type(error.value).__name__ == "UsageError"
     for culprit in (str(recipe), *culprits):
@@ -69,11 +69,11 @@ def test_a_file_that_is_wrong(case: str, data: Path, tmp_path: Path) -> None:
 
 
 ENTRIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "an unknown key": ({"deepst": 1}, ("policies.0.deepst", "did you mean deepest")),
-    "a wrong type": ({"deepest": "far"}, ("policies.0.deepest", "'far'")),
-    "a bound": ({"final": -1}, ("policies.0.final", "-1")),
-    "no roles": ({"roles": []}, ("policies.0.roles",)),
-    "roles are missing": ({"roles": None}, ("policies.0.roles: is required, such as [attention]",)),
+    "an unknown key": ({"deepst": 1}, ("policies[0].deepst", "did you mean deepest")),
+    "a wrong type": ({"deepest": "far"}, ("policies[0].deepest", "'far'")),
+    "a bound": ({"final": -1}, ("policies[0].final", "-1")),
+    "no roles": ({"roles": []}, ("policies[0].roles",)),
+    "roles are missing": ({"roles": None}, ("policies[0].roles: is required, such as",)),
     "not a number": ({"deepest": True}, ("deepest: must be a number",)),
     "no class": ({"kind": "layer_cosine.py"}, ("not a policy", "FILE.py:CLASS")),
     "no file": ({"kind": "sub:LayerCosine"}, ("not a policy", "rank_target")),
@@ -88,7 +88,7 @@ def test_an_entry_that_is_wrong(case: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.py").mkdir()
     entry = {key: one for key, one in {**COSINE, **change}.items() if one is not None}
     recipe = write_recipe(tmp_path / "r.yaml", recipe_with(data, entry))
-    with pytest.raises(ValueError, match=r"policies\.0\.") as error:
+    with pytest.raises(ValueError, match=r"policies\[0\]\.") as error:
         load_config(recipe, code=[])
     assert "\n" not in str(error.value)
     for culprit in culprits:

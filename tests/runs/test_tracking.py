@@ -241,7 +241,7 @@ def test_a_tracker_that_fails_stops_alone(
 ])  # fmt: skip
 def test_a_tracker_that_is_none_is_refused(text: str, culprit: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(ValueError, match=r"logging\.trackers\.0\.kind: ") as error:
+    with pytest.raises(ValueError, match=r"logging\.trackers\[0\]\.kind: ") as error:
         own(tmp_path, {"kind": "mine.py:Mine"})
     assert culprit in str(error.value) and "\n" not in str(error.value)
 

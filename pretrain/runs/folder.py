@@ -53,6 +53,8 @@ FREE = ("data.path", "data.prefetch", "task.workers", "train.micro_batch")
 """Keys inside the science sections that change no number (or are checked by content)."""
 _SAMPLE = ("evaluation.split", "evaluation.documents")
 """Keys of the held-out sample, which must stay the same for all losses of a run."""
+_SHOWN = 3
+"""Number of other keys that a refusal names."""
 _KEPT = ("seed.", "model.", "task.", "data.", "train.global_batch.")
 """Keys that a fork keeps too (`check_continues`)."""
 _OWN = (CONFIG, RUN_ID, RANKS, METRICS, ENVIRONMENT)
@@ -207,9 +209,10 @@ def resume_point(run: Path, config: Config, recipe_precision: str = "") -> Check
             raise UsageError(f"{run}: not empty and not a run folder; choose another --out")
         return _newest_readable(run)
     old = recipe_of(run)
+    every = _changes(old, config)
     changed = {
         key: values
-        for key, values in _changes(old, config).items()
+        for key, values in every.items()
         if not key.startswith("optimizer.weight_decay")
     }
     sample = differences(old, config, ("evaluation",))
@@ -218,7 +221,9 @@ def resume_point(run: Path, config: Config, recipe_precision: str = "") -> Check
         key, (before, after) = next(iter(changed.items()))
         if key == "precision" and recipe_precision not in ("", after):
             after = f"{recipe_precision}, which is {after} here"
-        others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        names = [name for name in every | changed if name != key]
+        more = " and more" * (len(names) > _SHOWN)
+        others = f" (different too: {', '.join(names[:_SHOWN])}{more})" if names else ""
         newest, fork = _newest_readable(run), ""
         if newest and not any(f"{name}.".startswith(_KEPT) for name in changed):
             fork = f", or continue from it with {fork_words(run, newest.step, config.train.steps)}"

@@ -210,6 +210,18 @@ COMMAND_MISTAKES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
         2,
         ("model.num_layers=2", "choose another --out"),
     ),
+    "other keys in the folder": (
+        [
+            "train",
+            "{tmp}/ok.yaml",
+            "seed=9",
+            "optimizer.weight_decay.attention=9",
+            "--out",
+            "{run}",
+        ],
+        2,
+        ("seed=7", "9 (different too: optimizer.weight_decay.attention)"),
+    ),
     "another schedule in the folder": (
         ["train", "{tmp}/ok.yaml", "optimizer.schedule.kind=linear", "--out", "{run}"],
         2,

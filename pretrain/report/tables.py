@@ -70,7 +70,7 @@ def summary(study: Study) -> DataTable:
         "Conditions",
         "Means over seeds ± standard error of the mean; (n) is the number of seeds if some have no "
         "figure. λ is the applied λ of attention, Σ rate·λ / Σ rate over the updates"
-        f"{_OF_FORKS if _since_fork(study) else ''}. Values at "
+        f"{_OF_FORKS if _since_fork(study) else ''}.{_policies(study)} Values at "
         "the end of training: pseudo-rank over all heads; balance (nuclear norm / its bound) over "
         "all heads, or over groups of heads that share keys, to which the law applies; – with "
         "QK-norm; perplexity and bits per byte on the held-out split.",
@@ -84,6 +84,26 @@ _OF_FORKS = (
     "; of a fork, over its own updates. Its exposure Σηλ counts from the beginning of its trunk, "
     "because ranks depend on all of it; its exposure since the fork is what a sweep file gives"
 )
+
+
+def _policies(study: Study) -> str:
+    """A sentence about the policies of decay, if a run has any."""
+    kinds = {
+        condition.name: ", ".join(
+            dict.fromkeys(
+                policy.kind
+                for run in condition.runs
+                for policy in run.config.optimizer.weight_decay.policies
+            )
+        )
+        for condition in study.conditions
+    }
+    some = {name: kind for name, kind in kinds.items() if kind}
+    if not some:
+        return ""
+    if len(set(kinds.values())) == 1:
+        return f" λ was moved by policies: {next(iter(some.values()))}."
+    return f" λ was moved by policies: {'; '.join(f'{k} in {name}' for name, k in some.items())}."
 
 
 def _since_fork(study: Study) -> dict[str, Measure]:

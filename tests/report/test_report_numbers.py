@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from pretrain.report import write_report
+from pretrain.report.tables import summary
 from tests.fake_runs import STEPS, SUBSETS, recipe, write_run, write_study
 
 Rows = list[dict[str, str]]
@@ -276,6 +277,10 @@ def test_a_window_is_what_it_applied(tmp_path: Path) -> None:
             write_run(tmp_path / "runs" / f"{name},seed={seed}", values, rng, decay=used)
     study = write_report([tmp_path / "runs"], tmp_path / "r.html")
     assert "attention = 0.1" in study.baseline.name
+    moved = next(one.name for one in study.conditions if one.decay > 2)
+    assert f"λ was moved by policies: schedule in {moved}. Values" in summary(study).caption
+    alone = write_report([tmp_path / "runs/window,seed=1"], tmp_path / "one.html")
+    assert "λ was moved by policies: schedule. Values" in summary(alone).caption
     runs = {run.path.name.split(",")[0]: run for run in study.runs}
     rates = [runs["window"].config.learning_rate(step) for step in range(STEPS)]
     wanted = 5.0 * sum(rates[: STEPS // 2]) / sum(rates)

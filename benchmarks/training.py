@@ -3,10 +3,10 @@
     python benchmarks/training.py --out benchmarks/results/training-cpu.json
 
 Each contender is a process that keeps its model; by turns each makes some updates (A B C A B C ...)
-while the others wait. On a GPU, contenders whose models do not fit into its memory together run one
-after another; if rankdecay and the plain loop fit, these two take turns. The table has medians of
-tokens a second with their quartiles, the share of the matrix-product rate measured in the same run
-(model flops, `shapes.Shape.flops_per_token`), and the peak of resident (or GPU) memory.
+while the others wait. On a GPU, contenders of large models (`TOGETHER`) run one after another, and
+of middle ones only rankdecay and the plain loop take turns. The table has medians of tokens a
+second with their quartiles, the share of the matrix-product rate measured in the same run (model
+flops, `shapes.Shape.flops_per_token`), and the peak of resident (or GPU) memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ STEPS = {
 }  # fmt: skip
 """Updates of a turn."""
 TOGETHER = 6e13
-"""FLOPs of an update, summed over contenders, up to which all are on one GPU at once."""
+"""FLOPs of an update, summed over contenders, up to which all are on one GPU at once; they stand
+for the memory that the contenders need, which is not known before."""
 _WARM = 6
 """Updates before the first turn: the compiler's, and those that a CUDA graph is made from."""
 
@@ -137,11 +138,13 @@ def fits_together(shape: Shape, contenders: int) -> bool:
 
 
 def divided(shape: Shape, names: list[str]) -> list[list[str]]:
-    """Contenders that take turns: all, or the first two, or none."""
+    """Contenders that take turns: all, or rankdecay and the plain loop, or none."""
     if fits_together(shape, len(names)):
         return [names]
-    first = 2 if fits_together(shape, 2) else 1
-    return [names[:first], *([name] for name in names[first:])]
+    pair = [name for name in names if name in ("rankdecay", "plain")]
+    if len(pair) < 2 or not fits_together(shape, 2):
+        pair = []
+    return [*([pair] if pair else []), *([name] for name in names if name not in pair)]
 
 
 def by_turns(

@@ -27,19 +27,25 @@ def adamw(model: torch.nn.Module, shape: Shape) -> torch.optim.Optimizer:
 
 
 def loop(model: torch.nn.Module, loss_of: Callable[..., torch.Tensor], shape: Shape) -> Step:
-    """forward, backward, clip, step."""
+    """forward, backward, clip, step; the next batch is made, and a loss is read, while the device
+    computes."""
     optimizer = adamw(model, shape)
     data = tensors(shape)
+    batch = next(data)
+    previous: torch.Tensor | None = None
 
     def step() -> float:
-        inputs, labels = next(data)
+        nonlocal batch, previous
+        inputs, labels = batch
         with autocast():
             loss = loss_of(inputs, labels)
         loss.backward()
+        batch = next(data)
         torch.nn.utils.clip_grad_norm_(model.parameters(), shape.clipping)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        late, previous = previous, loss.detach()
+        return float("nan") if late is None else float(late)
 
     return step
 
@@ -128,11 +134,22 @@ def trainer(shape: Shape, compiled: bool = True) -> Step:
     hf_trainer = Trainer(
         _transformers_model(shape), arguments, train_dataset=_Random(shape), callbacks=[Turns()]
     )
-    threading.Thread(target=hf_trainer.train, daemon=True).start()
+    failures: list[Exception] = []
+
+    def train() -> None:
+        try:
+            hf_trainer.train()
+        except Exception as error:
+            failures.append(error)
+            done.release()
+
+    threading.Thread(target=train, daemon=True).start()
 
     def step() -> float:
         go.release()
         done.acquire()
+        if failures:
+            raise failures[0]
         return float("nan")  # it keeps its losses to itself
 
     return step

@@ -134,10 +134,10 @@ def without_means(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def mean_over_sequence(x: Tensor) -> Tensor:
     """The mean over the sequence, ``[batch, heads, 1, head]``, summed in float32.
 
-    Compiled code adds some positions one by one before the sum over the rest: on an H100, it then
-    reads keys, whose first dimension in memory is the sequence, about four times as fast.
+    Compiled code of a GPU adds some positions one by one before the sum over the rest. It then
+    reads keys, whose first dimension in memory is the sequence, about four times as fast (H100).
     """
-    if not torch.compiler.is_compiling():
+    if not (x.is_cuda and torch.compiler.is_compiling()):
         return x.mean(2, keepdim=True, dtype=torch.float32).to(x.dtype)
     length = x.shape[2]
     first, *others = x.unflatten(2, (-1, math.gcd(length, _ADDED))).unbind(3)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.strict_json import to_json
-from launchers.local import LocalExecutor, command, default_slots, start_environment
+from launchers.local import LocalExecutor, command, default_slots, own_gpus, start_environment
 from pretrain.cli.console import plain
 from pretrain.decay.lengths import check_lengths, say_remarks
 from pretrain.distributed.jobs import Executor
@@ -54,7 +54,8 @@ def run(
         )
 
     if dry_run:
-        estimate = plan(sweep, slots, start if timing else None, price)
+        on_gpus = launcher == "local" and bool(own_gpus())
+        estimate = plan(sweep, slots, start if timing else None, price, on_gpus)
         if as_json:
             print(to_json(estimate))
         else:

@@ -88,8 +88,11 @@ def records_passes(config: Config, grid: Grid) -> bool:
         return False
     if grid.world_size > 1:  # a graph would have to hold the collectives of its passes
         return False
-    if config.speed.graph is True:
-        return True
+    return config.speed.graph is True or is_short(config)
+
+
+def is_short(config: Config) -> bool:
+    """Whether a GPU computes a pass in about the time in which the host starts its operations."""
     size = config.train.micro_batch
     micro = (1 if size == "auto" else size) or config.train.global_batch
     seconds = _flops(config) * micro / _COMPILED_RATE

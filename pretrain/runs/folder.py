@@ -211,9 +211,7 @@ def resume_point(run: Path, config: Config, recipe_precision: str = "") -> Check
     old = recipe_of(run)
     every = _changes(old, config)
     changed = {
-        key: values
-        for key, values in every.items()
-        if not key.startswith("optimizer.weight_decay")
+        key: values for key, values in every.items() if not key.startswith("optimizer.weight_decay")
     }
     sample = differences(old, config, ("evaluation",))
     changed |= {key: sample[key] for key in _SAMPLE if key in sample}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from pretrain.config.recipe import Config
 from pretrain.engine.layout import empty_grid
 from pretrain.engine.precision import with_precision
-from pretrain.engine.speed import records_passes
+from pretrain.engine.speed import is_short, records_passes
 
-_BUSY = 0.2
-"""Share of the published rate from which the device, not the host, limits an update."""
 _ROOM = 0.9
 """Share of a GPU's memory that runs may take together."""
 _CONTEXT = 1.5
@@ -18,30 +18,36 @@ _CONTEXT = 1.5
 
 
 def runs_per_gpu(
-    config: Config, processes: int, mfu: float | None, peak: float, memory: float
+    configs: Iterable[Config], processes: int, peak: float, memory: float
 ) -> tuple[int, str]:
     """How many runs at once to give a GPU, and why.
 
-    Processes take turns on a GPU. With a model of 6.8 M parameters on an H200, two processes
-    together made 1.16 times as many tokens per second as one if the host started each operation,
-    and 0.9 times as many with CUDA graphs, as did four.
+    Processes take turns on a GPU. With a model of 6.8 M parameters on an H200 (26 November 2026),
+    two processes together made 1.16 times as many tokens per second as one if the host started
+    each operation, and 0.9 times as many with CUDA graphs. Larger models were not tried.
 
     Args:
-        config: of a run.
+        configs: of the runs to do.
         processes: of each run.
-        mfu: share of the GPU's published rate that one run reaches; None if the rate is not known.
-        peak: GiB of PyTorch's tensors of one run.
+        peak: GiB of PyTorch's tensors of one run, which was timed.
         memory: GiB of the GPU.
     """
     if processes > 1:
         return 1, "each run has several processes"
-    if records_passes(with_precision(config, torch.device("cuda")), empty_grid(config, "cuda", 1)):
-        return 1, "updates start as CUDA graphs, so that one run keeps the GPU busy"
-    if mfu is not None and mfu >= _BUSY:
-        return 1, f"one run reaches {mfu:.0%} of the GPU's rate"
-    if 2 * (peak + _CONTEXT) > _ROOM * memory:
-        return 1, f"two would take {2 * (peak + _CONTEXT):.3g} of its {memory:.3g} GiB"
-    return 2, "the host limits one run; two together are faster by about a sixth"
+    for config in configs:
+        if why := _keeps_busy(with_precision(config, torch.device("cuda"))):
+            return 1, why
+    both = 2 * (peak + _CONTEXT)
+    if both > _ROOM * memory:
+        return 1, f"two would take {both:.3g} GiB, more than {_ROOM:.0%} of its {memory:.3g}"
+    return 2, "the host limits one run of such a small model; two together were 1.16 times as fast"
+
+
+def _keeps_busy(config: Config) -> str:
+    """Why one run keeps a GPU busy; empty if it does not."""
+    if records_passes(config, empty_grid(config, "cuda", 1)):
+        return "updates start as CUDA graphs, so that one run keeps the GPU busy"
+    return "" if is_short(config) else "the passes of one run are long enough to keep the GPU busy"
 
 
 def gpu_memory() -> float:

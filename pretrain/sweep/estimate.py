@@ -24,9 +24,6 @@ from pretrain.sweep.run import code_words, is_done
 _STEPS = 8
 """Number of steps of the timing; the first two are not counted."""
 
-_OF_DEVICE = ("peak_memory_gib", "mfu")
-"""Figures of the last line of the timing's metrics."""
-
 _PARTLY = ("running", "stopped")
 """States of runs that have made some of their updates."""
 
@@ -34,13 +31,16 @@ Starter = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
 """A function that runs `pretrain WORDS...` like one run of the sweep."""
 
 
-def plan(sweep: Sweep, slots: int, start: Starter | None, price: float) -> dict[str, Any]:
+def plan(
+    sweep: Sweep, slots: int, start: Starter | None, price: float, on_gpus: bool = False
+) -> dict[str, Any]:
     """The dry run as plain data.
 
     Args:
         slots: runs at once.
         start: how to start the short timing; None: no timing.
         price: price of one process for one hour, in any currency.
+        on_gpus: the runs would share the GPUs of this machine, if it has any.
     """
     open_tasks = [task for task in sweep.tasks if not is_done(task)]
     estimate: dict[str, Any] = {
@@ -54,14 +54,10 @@ def plan(sweep: Sweep, slots: int, start: Starter | None, price: float) -> dict[
     speed = _timing(open_tasks[-1], start)
     seconds = [_seconds(task, speed) for task in open_tasks]
     hours = sum(seconds) / 3600
-    if memory := gpu_memory():
-        count, why = runs_per_gpu(
-            open_tasks[-1].config,
-            sweep.config.processes,
-            speed.get("mfu"),
-            speed["peak_memory_gib"],
-            memory,
-        )
+    memory = gpu_memory() if on_gpus and len(open_tasks) > 1 else 0.0
+    if memory:
+        configs = [task.config for task in open_tasks]
+        count, why = runs_per_gpu(configs, sweep.config.processes, speed["peak_memory_gib"], memory)
         estimate["per_gpu"] = {"runs": count, "why": why}
     return {
         **estimate,
@@ -134,7 +130,7 @@ def _timing(task: SweepRun, start: Starter) -> dict[str, float]:
         "measurement": parts["ranks"],
         "evaluation": parts["evaluation"],
         "start": max(0.0, wall - inside),
-        **{key: rows[-1]["device"][key] for key in _OF_DEVICE if key in rows[-1]["device"]},
+        "peak_memory_gib": rows[-1]["device"]["peak_memory_gib"],
     }
 
 
@@ -167,10 +163,11 @@ def print_plan(estimate: dict[str, Any], slots: int) -> None:
     print(f"{estimate['tokens']:,} tokens to train")
     if "timing" in estimate:
         minutes = estimate["seconds"] / 60
+        together = f"{slots} at once" + ", if they do not slow each other" * (slots > 1)
         print(
             f"timed: {estimate['timing']['step'] * 1000:.0f} ms per step, "
-            f"{estimate['seconds_a_run']:.0f} s per run (without its last evaluation); {slots} at "
-            f"once: about {minutes:.0f} min, {estimate['process_hours']:.2f} process-hours, cost "
+            f"{estimate['seconds_a_run']:.0f} s per run (without its last evaluation); {together}: "
+            f"about {minutes:.0f} min, {estimate['process_hours']:.2f} process-hours, cost "
             f"{estimate['cost']:.2f}"
         )
     if "per_gpu" in estimate:

@@ -177,6 +177,7 @@ def _traces(
     shared = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "legendgroup": series.name}
     name = "<br>".join(map(_for_plotly, in_lines(series.name)))
     traces: list[dict[str, Any]] = []
+    area = colour.replace("rgb", "rgba").replace(")", f",{0.3 if series.is_point else 0.13})")
     if series.low and series.high:
         traces.append(
             {
@@ -184,15 +185,16 @@ def _traces(
                 "x": [*series.x, *reversed(series.x)],
                 "y": [*series.high, *reversed(series.low)],
                 "fill": "toself",
-                "fillcolor": colour.replace("rgb", "rgba").replace(")", ",0.13)"),
-                "line": {"width": 0},
+                "fillcolor": area,
+                # The area of one point is a line.
+                "line": {"width": 2 if series.is_point else 0, "color": area},
                 "mode": "lines",
                 "hoverinfo": "skip",
                 "showlegend": False,
             }
         )
-    few = len(series.x) <= 40
-    mode = "markers" if series.points else ("lines+markers" if few and not series.dash else "lines")
+    marked = series.is_point or (len(series.x) <= 40 and not series.dash)
+    mode = "markers" if series.points else ("lines+markers" if marked else "lines")
     trace: dict[str, Any] = {
         **shared,
         "x": series.x,

@@ -130,9 +130,12 @@ def _panel(page: Any, axes: Any, panel: Panel) -> None:
                          label=_label(series))  # fmt: skip
             continue
         few = len(series.x) <= 30 and not series.dash
+        mark = marker if few else "_" if series.is_point else None
         axes.plot(series.x, series.y, ":" if series.dash else "-", color=colour,
-                  marker=marker if few else None, markersize=3, label=_label(series))  # fmt: skip
-        if series.low and series.high:
+                  marker=mark, markersize=3 if few else 9, label=_label(series))  # fmt: skip
+        if series.low and series.high and series.is_point:
+            axes.vlines(series.x, series.low, series.high, color=colour, alpha=0.3, linewidth=2)
+        elif series.low and series.high:
             axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.13,
                               linewidth=0)  # fmt: skip
     _scales(axes, panel)

@@ -38,6 +38,11 @@ class Series:
     texts: list[str] | None = None
     """Texts that are shown with the values when hovering."""
 
+    @property
+    def is_point(self) -> bool:
+        """Whether it is one point, of which a line and an area would show nothing."""
+        return len(set(self.x)) == 1
+
 
 @dataclass(frozen=True)
 class Heat:

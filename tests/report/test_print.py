@@ -19,6 +19,7 @@ from matplotlib.text import Text
 import pretrain.report
 from pretrain.report import write_report
 from pretrain.report.figures import figures_of
+from pretrain.report.interactive import _traces
 from pretrain.report.load import Study, load_study
 from pretrain.report.printed import _page, draw
 from pretrain.report.rank_figures import over_decay, over_training
@@ -179,3 +180,23 @@ def test_no_place_without_a_panel_is_drawn(count: int) -> None:
     page = _page(plt, figure_of(panels))
     assert [axes.get_title() for axes in page.axes] == [panel.title for panel in panels]
     plt.close(page)
+
+
+def test_what_the_legend_has_of_one_condition_is_drawn(tmp_path: Path) -> None:
+    """A line and an area of one point would show nothing."""
+    write_run(tmp_path / "runs/a", recipe(), np.random.default_rng(0))
+    figure = over_decay(load_study([tmp_path / "runs"]))
+    (panel, *_) = panels = figure.view((0, 0))
+    page = _page(plt, figure_of(panels))
+    axes = page.axes[0]
+    assert len(axes.get_lines()) == len(panel.series) >= 3
+    assert all(line.get_marker() not in (None, "None", "") for line in axes.get_lines())
+    heights = [path.get_extents().height for one in axes.collections for path in one.get_paths()]
+    assert len(heights) == sum(series.low is not None for series in panel.series) >= 2
+    assert min(heights) > 0
+    plt.close(page)
+    traces = [trace for series in panel.series for trace in _traces(series, 0, "", True, "")]
+    drawn = [trace for trace in traces if trace["showlegend"]]
+    assert all("markers" in trace["mode"] for trace in drawn)
+    areas = [trace for trace in traces if not trace["showlegend"]]
+    assert len(areas) == len(heights) and all(area["line"]["width"] for area in areas)

@@ -165,6 +165,8 @@ def _legend(page: Any, panels: list[Panel], column: bool) -> None:
     for axes in page.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    # Conditions first, then what is dotted in all of them, such as a law.
+    entries = dict(sorted(entries.items(), key=lambda entry: _is_dotted(entry[1])))
     for panel in panels:
         if panel.band and any(series.low for series in panel.series):
             entries.setdefault(panel.band, Patch(color="grey", alpha=0.3, linewidth=0))
@@ -173,6 +175,10 @@ def _legend(page: Any, panels: list[Panel], column: bool) -> None:
         fitting = max(1, (55 if column else 140) // (widest + 7))
         page.legend(entries.values(), entries, loc="outside lower center",
                     ncols=min(fitting, len(entries)))  # fmt: skip
+
+
+def _is_dotted(handle: Any) -> bool:
+    return getattr(handle, "get_linestyle", str)() == ":"
 
 
 def _few_ticks(axis: Any, values: list[float]) -> None:

@@ -172,6 +172,10 @@ def test_a_colour_bar_has_labels_and_a_mark_is_one_conditions() -> None:
         )
         plt.close(page)
     assert marks[0] == marks[1] == {"a": "o", "b": "s"}
+    page = _page(plt, figure_of([Panel("", "x", "y", [lines[0], laws[0], lines[1], laws[1]])]))
+    (legend,) = page.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "law"]
+    plt.close(page)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

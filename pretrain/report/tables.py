@@ -150,10 +150,10 @@ def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable
     ]
     rows_of, columns = sorted({row for row, _ in places}), sorted({c for _, c in places})
     if len(places) == len(study.conditions) and _varies_by_role(study):
-        head = ["λ_mlp \\ λ_attention", *(f"{column:g}" for column in columns)]
+        head = ["λ_mlp \\ λ_attention", *_short(columns)]
         rows = [
-            [Cell(f"{row:g}"), *(cell(places.get((row, column))) for column in columns)]
-            for row in rows_of
+            [Cell(text), *(cell(places.get((row, column))) for column in columns)]
+            for row, text in zip(rows_of, _short(rows_of), strict=True)
         ]
     else:
         head = ["condition", title]
@@ -168,6 +168,16 @@ def table_one(study: Study, key: str, title: str, measure: Measure) -> DataTable
         rows,
         raw,
     )
+
+
+def _short(values: list[float]) -> list[str]:
+    """Numbers with four digits, as in the table of conditions, or with those that tell them
+    apart."""
+    for digits in (4, 6, 9):
+        texts = [f"{value:.{digits}g}" for value in values]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 _CLEAR = f"*: p < {LEVEL:g} for the difference from the baseline, corrected (Holm)"

@@ -18,6 +18,7 @@ from pretrain.report.interactive import _traces
 from pretrain.report.load import load_study
 from pretrain.report.printed import _label, _page, _pyplot
 from pretrain.report.spec import Series, in_lines
+from pretrain.report.tables import _short
 from pretrain.report.text import _latex_table, _markdown_table
 from pretrain.report.training_figures import settings
 from pretrain.sweep.config import by_numbers
@@ -108,3 +109,8 @@ def test_columns_of_numbers_are_aligned_to_the_right() -> None:
     table = DataTable("key", "Title", "Caption", list("abcde"), cells)
     assert "| --- | --- | ---: | ---: | ---: |" in _markdown_table(table)
     assert r"\begin{tabular}{llrrr}" in _latex_table(table)
+
+
+def test_headings_have_four_digits_or_those_that_tell_them_apart() -> None:
+    assert _short([0.0, 1.89538, 15.1632]) == ["0", "1.895", "15.16"]
+    assert _short([0.1, 0.100001, 2.0]) == ["0.1", "0.100001", "2"]

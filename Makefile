@@ -93,7 +93,7 @@ $(SITE): docs/requirements.txt
 
 # The study of docs/studies: data from this Python installation, fifteen runs, tables and figures.
 STUDY := docs/studies/attention-decay
-study: setup  ## the runs, tables and figures of docs/studies: an hour of CPU
+study: setup  ## the runs, tables and figures of docs/studies: half an hour on two CPU cores
 	$(BIN)/pretrain data corpus --out data/corpus-text
 	test -f data/corpus.model || $(BIN)/pretrain data tokenizer data/corpus-text \
 	  --type unigram --vocab-size 4096 --out data/corpus.model

@@ -250,6 +250,7 @@ TERMS = {
     "site": r"site files?",
     "run-folder": r"run folders?",
     "step-and-update": r"skipped (?:update|step)s?",
+    "trunk": r"trunks?",
     "w_qk-and-w_vp": r"W_(?:QK|VP)",
 }
 """How the terms of the glossary appear in the prose of other pages."""

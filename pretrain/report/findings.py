@@ -104,11 +104,11 @@ def _apart(baseline: Condition, differences: list[Difference]) -> str:
     others = counted(len(differences), "other condition")
     tested = [difference for difference in differences if not difference.why_untested]
     if not tested:
-        return f"was not tested against that with {baseline.name}: {differences[0].why_untested}"
+        return f"could not be tested against {baseline.name} ({differences[0].why_untested})"
     clear = [difference for difference in tested if difference.is_clear]
     level = f"p < {LEVEL:g}, corrected"
     if not clear:
-        return f"is clearly different from that with {baseline.name} in none of {others} ({level})"
+        return f"does not differ clearly from {baseline.name} in any of {others} ({level})"
     less = sum(difference.mean < 0 for difference in clear)
     counts = [
         f"{word} in {count}"

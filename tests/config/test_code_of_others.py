@@ -147,7 +147,7 @@ def test_a_recipe_in_a_folder_of_this_program_runs_nothing(
         (tmp_path / "link.yaml").unlink(missing_ok=True)
         (tmp_path / "link.yaml").symlink_to(recipe)
         for path in (recipe, tmp_path / "link.yaml"):
-            with pytest.raises(UsageError, match=r"policies\[0\].kind: .*--code") as error:
+            with pytest.raises(UsageError, match=r"policies\[0\]\.kind: .*--code") as error:
                 load_config(path, code=[])
             assert f"({home.mark} shows it)" in str(error.value)
     # Elsewhere it is a recipe of the user's, as any.

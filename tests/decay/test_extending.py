@@ -220,7 +220,7 @@ def test_a_pin_in_the_recipe_is_held(data: Path, tmp_path: Path) -> None:
     assert load_config(recipe, code=[]).optimizer.weight_decay.policies[0].kind == COSINE["kind"]
     other = "0" * 64
     recipe = write_recipe(tmp_path / "r.yaml", recipe_with(data, {**COSINE, "sha256": other}))
-    words = rf"policies\[0\].kind: .*{pin}, but the recipe needs {other}"
+    words = rf"policies\[0\]\.kind: .*{pin}, but the recipe needs {other}"
     with pytest.raises(ValueError, match=words):
         load_config(recipe, code=[])
 

@@ -73,7 +73,10 @@ ENTRIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a wrong type": ({"deepest": "far"}, ("policies[0].deepest", "'far'")),
     "a bound": ({"final": -1}, ("policies[0].final", "-1")),
     "no roles": ({"roles": []}, ("policies[0].roles",)),
-    "roles are missing": ({"roles": None}, ("policies[0].roles: is required, such as",)),
+    "roles are missing": (
+        {"roles": None},
+        ("policies[0].roles: is required, such as [attention]",),
+    ),
     "not a number": ({"deepest": True}, ("deepest: must be a number",)),
     "no class": ({"kind": "layer_cosine.py"}, ("not a policy", "FILE.py:CLASS")),
     "no file": ({"kind": "sub:LayerCosine"}, ("not a policy", "rank_target")),

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("vocabulary", [300, 50_304])
-def test_loss_and_gradients_in_parts(vocabulary: int, rows: int, z_loss: float) -> None:
+def test_loss_and_gradients_in_parts(vocabulary: int, parts: int, z_loss: float) -> None:
     """Of 16-bit hidden states: as with float64 arithmetic on the same values, to their rounding."""
     torch.manual_seed(0)
     tokens, width = 768, 64
@@ -41,7 +41,7 @@ def test_loss_and_gradients_in_parts(vocabulary: int, rows: int, z_loss: float) 
         normaliser = logits.logsumexp(-1).square().mean()
         return F.cross_entropy(logits, labels.flatten()) + z_loss * normaliser
 
-    kernels = Kernels(loss_bytes=4 * vocabulary * (tokens // rows), compiled=True)
+    kernels = Kernels(loss_bytes=4 * vocabulary * (tokens // parts), compiled=True)
 
     def found(h: Tensor, w: Tensor) -> Tensor:
         return mean_loss(Projection(h, w, kernels=kernels), labels, z_loss=z_loss)
@@ -84,7 +84,7 @@ def test_a_killed_run_continues_bit_by_bit(
     values |= {"precision": "bf16", "speed": more}
     values["evaluation"]["every"] = values["ranks"]["every"] = values["checkpoint"]["every"] = 100
     recipe = write_recipe(tmp_path / "recipe.yaml", values)
-    _train(recipe, tmp_path / "whole", tmp_path / "cache-0").wait(300)
+    assert _train(recipe, tmp_path / "whole", tmp_path / "cache-0").wait(300) == 0
     first = _train(recipe, tmp_path / "killed", tmp_path / "cache-1")
     until = time.monotonic() + 200
     while not (tmp_path / "killed/checkpoints/step-00000400").exists():

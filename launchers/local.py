@@ -106,7 +106,7 @@ class LocalExecutor:
 
     def _environment(self, slot: int, processes: int) -> dict[str, str]:
         environment = start_environment(self.slots * processes)
-        gpus = own_gpus()
+        gpus = _gpus()
         if gpus:
             mine = [gpus[(slot * processes + index) % len(gpus)] for index in range(processes)]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
@@ -140,11 +140,11 @@ class LocalExecutor:
 
 def default_slots(processes: int) -> int:
     """The number of runs at once: one per GPU (or per N GPUs, for runs of N processes), else 1."""
-    gpus = own_gpus()
+    gpus = _gpus()
     return max(1, len(gpus) // processes) if gpus else 1
 
 
-def own_gpus() -> list[str]:
+def _gpus() -> list[str]:
     """Names of the GPUs that a job may see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

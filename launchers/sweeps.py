@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from data_pipeline.strict_json import to_json
-from launchers.local import LocalExecutor, command, default_slots, own_gpus, start_environment
+from launchers.local import LocalExecutor, command, default_slots, start_environment
 from pretrain.cli.console import plain
 from pretrain.decay.lengths import check_lengths, say_remarks
 from pretrain.distributed.jobs import Executor
@@ -54,7 +56,7 @@ def run(
         )
 
     if dry_run:
-        on_gpus = launcher == "local" and bool(own_gpus())
+        on_gpus = launcher == "local" and torch.cuda.is_available()
         estimate = plan(sweep, slots, start if timing else None, price, on_gpus)
         if as_json:
             print(to_json(estimate))

@@ -48,10 +48,3 @@ def _keeps_busy(config: Config) -> str:
     if records_passes(config, empty_grid(config, "cuda", 1)):
         return "updates start as CUDA graphs, so that one run keeps the GPU busy"
     return "" if is_short(config) else "the passes of one run are long enough to keep the GPU busy"
-
-
-def gpu_memory() -> float:
-    """GiB of the first GPU; 0 without one."""
-    if not torch.cuda.is_available():
-        return 0.0
-    return float(torch.cuda.get_device_properties(0).total_memory) / 2**30

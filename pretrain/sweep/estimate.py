@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pretrain.checkpoint.reader import CHECKPOINTS, newest_checkpoint, step_of
 from pretrain.cli.console import show_table
 from pretrain.config.recipe import dump_config
+from pretrain.engine.micro_batch import memory_of_device
 from pretrain.errors import RunError
 from pretrain.runs.lock import is_busy
 from pretrain.runs.metrics import METRICS, read_metrics
-from pretrain.sweep.at_once import gpu_memory, runs_per_gpu
+from pretrain.sweep.at_once import runs_per_gpu
 from pretrain.sweep.config import Sweep, SweepRun
 from pretrain.sweep.run import code_words, is_done
 
@@ -40,7 +43,7 @@ def plan(
         slots: runs at once.
         start: how to start the short timing; None: no timing.
         price: price of one process for one hour, in any currency.
-        on_gpus: the runs would share the GPUs of this machine, if it has any.
+        on_gpus: the runs would share the GPUs of this machine.
     """
     open_tasks = [task for task in sweep.tasks if not is_done(task)]
     estimate: dict[str, Any] = {
@@ -54,9 +57,9 @@ def plan(
     speed = _timing(open_tasks[-1], start)
     seconds = [_seconds(task, speed) for task in open_tasks]
     hours = sum(seconds) / 3600
-    memory = gpu_memory() if on_gpus and len(open_tasks) > 1 else 0.0
-    if memory:
+    if on_gpus and len(open_tasks) > 1:
         configs = [task.config for task in open_tasks]
+        memory = memory_of_device(torch.device("cuda")) / 2**30
         count, why = runs_per_gpu(configs, sweep.config.processes, speed["peak_memory_gib"], memory)
         estimate["per_gpu"] = {"runs": count, "why": why}
     return {

@@ -156,14 +156,14 @@ def _make_paper_cheap() -> None:
     drawn = pretrain.cli.paper._scatter
 
     def scatter(
-        name: str, sweep: str, out: Path, runs: Path, model: str | None, family: Path | None,
-        parallel: int,
+        name: str, sweep: str, out: Path, runs: Path, existing: Path | None, model: str | None,
+        family: Path | None, parallel: int,
     ) -> None:  # fmt: skip
         if model is not None:
-            drawn(name, sweep, out, runs, model, family, parallel)
+            drawn(name, sweep, out, runs, existing, model, family, parallel)
         else:
             _slow_sweep(sweep, runs, parallel)
-            _slow_figure(name, drawn)(name, sweep, out, runs, model, family, parallel)
+            _slow_figure(name, drawn)(name, sweep, out, runs, existing, model, family, parallel)
 
     pretrain.cli.paper._scatter = scatter
 

@@ -38,6 +38,9 @@ Model = Annotated[
 ]
 _PAUSE = 1.0
 """Seconds until a figure that another process writes is tried again."""
+_EXPOSURES = {"fig4": 8.0, "fig6": 50.0}
+"""Exposure with which the paper's models were trained, roughly: LLaMA-2-7B with λ = 0.1 and a rate
+from 3e-4 to 3e-5 over 480,000 updates; ViT-B/16 with λ = 0.1 and a rate from 1e-3 to 0 over 10⁶."""
 _PAPER, _RUNS = Path("paper"), Path("runs/paper")
 
 
@@ -162,36 +165,39 @@ def fig3_vit(
 @paper_app.command()
 @_alone
 def fig4(
-    out: Out = _PAPER, runs: Runs = _RUNS, model: Model = None, family: Path | None = None,
-    parallel: Parallel = 0,
+    out: Out = _PAPER, runs: Runs = _RUNS, existing: From = None, model: Model = None,
+    family: Path | None = None, parallel: Parallel = 0,
 ) -> None:  # fmt: skip
     """Balance of a trained language model's factors (paper: LLaMA-2-7B; --model FOLDER)."""
-    _scatter("fig4", "fig3", out, runs, model, family, parallel)
+    _scatter("fig4", "fig3", out, runs, existing, model, family, parallel)
 
 
 @paper_app.command()
 @_alone
 def fig6(
-    out: Out = _PAPER, runs: Runs = _RUNS, model: Model = None, family: Path | None = None,
-    parallel: Parallel = 0,
+    out: Out = _PAPER, runs: Runs = _RUNS, existing: From = None, model: Model = None,
+    family: Path | None = None, parallel: Parallel = 0,
 ) -> None:  # fmt: skip
     """Balance of a trained Vision Transformer's factors (paper: ViT-B/16; --model FOLDER)."""
-    _scatter("fig6", "fig3-vit", out, runs, model, family, parallel)
+    _scatter("fig6", "fig3-vit", out, runs, existing, model, family, parallel)
 
 
 def _scatter(
-    name: str, sweep: str, out: Path, runs: Path, model: str | None, family: Path | None,
-    parallel: int,
+    name: str, sweep: str, out: Path, runs: Path, existing: Path | None, model: str | None,
+    family: Path | None, parallel: int,
 ) -> None:  # fmt: skip
-    from pretrain.report.paper.fig4 import figure
+    from pretrain.errors import UsageError
+    from pretrain.report.paper.fig4 import figure, nearest_exposure
     from pretrain.report.paper.runs import load_runs
 
+    if model is not None and existing is not None:
+        raise UsageError("--model and --from: give one of them")
     if model is not None:
-        figure(name, model, out, family)
+        figure(name, [model], out, family)
         return
-    sweep_runs = load_runs(_runs(sweep, runs, None, parallel, None))
-    usual = min(sweep_runs, key=lambda run: abs(run.exposure - 3))  # the paper's λ = 0.1
-    figure(name, str(usual.path), out, contrast=str(sweep_runs[0].path))
+    sweep_runs = load_runs(_runs(sweep, runs, existing, parallel, None))
+    chosen = [str(run.path) for run in nearest_exposure(sweep_runs, _EXPOSURES[name])]
+    figure(name, chosen, out, contrast=[str(run.path) for run in nearest_exposure(sweep_runs, 0)])
 
 
 @paper_app.command()

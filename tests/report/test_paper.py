@@ -161,6 +161,31 @@ def test_cost_and_scatter(swept: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert len(points) == 2 * 2 * (8 + 4)
 
 
+def test_factors_are_checked_by_means_over_runs_of_an_exposure(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those nearest to LLaMA-2-7B's exposure, which are here all with the largest decay."""
+    assert run(monkeypatch, "fig4", "--from", str(swept), "--out", str(tmp_path)) in (0, 1)
+    found = read_checks(tmp_path, "fig4")
+    most = [
+        path for path in sorted(swept.iterdir())
+        if (path / "config.yaml").exists()
+        and float(value_at(load_config(path / "config.yaml"), ATTENTION)) > 0
+    ]  # fmt: skip
+    assert len(most) > 1
+    single = []
+    for number, path in enumerate(most):
+        out = tmp_path / str(number)
+        run(monkeypatch, "fig4", "--model", str(path), "--out", str(out))
+        single.append([1 - check["deviation"] for check in read_checks(out, "fig4")])
+    for check, values in zip(found, zip(*single, strict=True), strict=True):
+        assert 1 - check["deviation"] == pytest.approx(statistics.mean(values))
+        text = f"mean of {len(most)} runs ({min(values):.3f} to {max(values):.3f}); without decay"
+        assert text in check["value"]
+    words = ["--model", str(most[0]), "--from", str(swept), "--out", str(tmp_path)]
+    assert run(monkeypatch, "fig4", *words) == 2
+
+
 def test_layers_stand_where_the_papers_do() -> None:
     assert layers_of("fig3", 12) == [5] and layers_of("fig7", 12) == [7, 9]
     assert layers_of("fig3", 4) == [1] and layers_of("fig7", 4) == [2, 3]

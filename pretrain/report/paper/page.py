@@ -45,12 +45,13 @@ TITLES = {
     "fig4": (
         "Figure 4: a trained language model's factors",
         "The row norms of W_Q and W_K, and of W_V and P, lie on the diagonal, and norms are at "
-        "their bound (paper: LLaMA-2-7B, `pretrain paper fig4 --model FOLDER`; here our run whose "
-        "exposure is nearest to the paper's).",
+        "their bound (paper: LLaMA-2-7B, `pretrain paper fig4 --model FOLDER`; here the means over "
+        "our runs whose exposure is nearest to LLaMA-2-7B's, about 8).",
     ),
     "fig6": (
         "Figure 6: a trained Vision Transformer's factors",
-        "The same (paper: ViT-B/16, `pretrain paper fig6 --model FOLDER`).",
+        "The same (paper: ViT-B/16, `pretrain paper fig6 --model FOLDER`; here our run with the "
+        "largest exposure).",
     ),
     "fig5": (
         "Figure 5: AdamW's decay and L2",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 TRY_AGAIN = 75
 """Exit code (EX_TEMPFAIL) of a job that stopped because of its machines, not because of its recipe:
 rerun the same command."""
@@ -31,3 +35,13 @@ class MachineError(RunError):
 
 class UsageError(ValueError):
     """The recipe or the command line is wrong (exit code 2)."""
+
+
+def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
+    """Call a function; return (its result, "") or (None, one line about what went wrong)."""
+    try:
+        return action(), ""
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            return None, f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
+        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]

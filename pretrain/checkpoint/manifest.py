@@ -35,6 +35,11 @@ Fragment = tuple[Count, Count, list[str]]
 """First element in the local shard, number of elements, and the stored keys."""
 
 
+def piece_name(rank: int) -> str:
+    """Name of the file with what process ``rank`` owns."""
+    return f"rank-{rank:05d}.safetensors"
+
+
 class DamagedError(RunError):
     """Files of a checkpoint have changed since they were written."""
 

@@ -7,18 +7,16 @@ they are read and never deleted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from data_pipeline.background import Background
 from data_pipeline.disk import count, open_regular
 from data_pipeline.files import write_aside, write_synced
 from data_pipeline.strict_json import to_json
@@ -91,31 +89,69 @@ class Mirror:
     # --- to the mirror --------------------------------------------------------------------------
 
     def push(self, folder: Path, settings: CheckpointConfig) -> None:
-        """Copy a checkpoint, its manifest last, then delete copies that are not kept.
+        """Copy a whole checkpoint, its manifest last, then delete copies that are not kept.
+
+        Raises:
+            RunError: naming the URL.
+        """
+        self.prepare(folder)
+        self.copy(folder)
+        self.complete(folder, settings)
+
+    def prepare(self, folder: Path) -> None:
+        """Make the checkpoint's folder there; what it has so far no longer counts as a copy.
+
+        Raises:
+            RunError: naming the URL.
+        """
+        with self._named(folder):
+            run = run_id_of(self._run)
+            if not run:
+                raise RunError(f"{self._run / RUN_ID} does not exist")
+            place, target = self._place(), self._target(folder)
+            self._system.makedirs(target, exist_ok=True)
+            about = {"run": run, "folder": str(self._run.resolve())}
+            self._system.pipe_file(f"{place}/{ABOUT}", to_json(about).encode())
+            if self._system.exists(f"{target}/{MANIFEST}"):
+                self._system.rm_file(f"{target}/{MANIFEST}")
+
+    def copy(self, folder: Path, is_mine: Callable[[str], bool] = lambda _: True) -> None:
+        """Copy the files of a checkpoint that a process copies, but not the manifest.
+
+        Raises:
+            RunError: naming the URL.
+        """
+        with self._named(folder):
+            for name in filter(is_mine, Checkpoint(folder).files):
+                self._copy(folder / name, f"{self._target(folder)}/{name}")
+
+    def complete(self, folder: Path, settings: CheckpointConfig) -> None:
+        """Copy the manifest, then delete copies that are not kept.
 
         Only checkpoints of this run are ever deleted, and only in its own folder.
 
         Raises:
             RunError: naming the URL.
         """
-        run = run_id_of(self._run)
-        if not run:
-            raise RunError(
-                f"{self.url}: {folder.name} not copied ({self._run / RUN_ID} does not exist)"
-            )
-        place = f"{self._root}/{self._name}-{run}"
-        target = f"{place}/{folder.name}"
-        try:
-            self._system.makedirs(target, exist_ok=True)
-            about = {"run": run, "folder": str(self._run.resolve())}
-            self._system.pipe_file(f"{place}/{ABOUT}", to_json(about).encode())
-            if self._system.exists(f"{target}/{MANIFEST}"):
-                self._system.rm_file(f"{target}/{MANIFEST}")
-            for name in [*Checkpoint(folder).files, MANIFEST]:
-                self._copy(folder / name, f"{target}/{name}")
+        with self._named(folder):
+            self._copy(folder / MANIFEST, f"{self._target(folder)}/{MANIFEST}")
+            place = self._place()
             for name in self._superseded(place, folder, settings):
                 self._system.rm_file(f"{place}/{name}/{MANIFEST}")
                 self._system.rm(f"{place}/{name}", recursive=True)
+
+    def _place(self) -> str:
+        """The run's folder there."""
+        return f"{self._root}/{self._name}-{run_id_of(self._run)}"
+
+    def _target(self, folder: Path) -> str:
+        return f"{self._place()}/{folder.name}"
+
+    @contextlib.contextmanager
+    def _named(self, folder: Path) -> Iterator[None]:
+        """Turn any error into one line with the URL and the checkpoint, without secrets."""
+        try:
+            yield
         except Exception as error:
             raise RunError(f"{self.url}: {folder.name} not copied ({self._line(error)})") from None
 
@@ -245,56 +281,6 @@ class Mirror:
 
 
 _MISFIT = "has another recipe"
-
-
-class Pusher:
-    """Copies checkpoints to a mirror one after another, in a thread, while training continues."""
-
-    def __init__(
-        self, mirror: Mirror, settings: CheckpointConfig, tell: Callable[[Path, float, str], None]
-    ) -> None:
-        """
-        Args:
-            tell: called after each copy with the checkpoint, seconds, and what went wrong.
-        """
-        self._mirror, self._settings, self._tell = mirror, settings, tell
-        self._waiting: list[Path] = []
-        self._thread: Background | None = None
-        self.lock = threading.Lock()
-        """Lock for changing what is copied, or deleting a checkpoint."""
-        self.current: Path | None = None
-        """The checkpoint that is being copied, which must not be deleted."""
-
-    def add(self, folder: Path) -> None:
-        """Queue a checkpoint for copying."""
-        with self.lock:
-            self._waiting.append(folder)
-            if self._thread is None:
-                self._thread = Background(self._work, "mirror")
-                self._thread.start()
-
-    def wait(self, seconds: float | None = None) -> None:
-        """Wait until all is copied, or some seconds have passed."""
-        thread = self._thread
-        if thread is not None:
-            thread.wait(seconds)
-
-    def _work(self) -> None:
-        while True:
-            with self.lock:
-                # A checkpoint that was superseded while it waited may be deleted; this is not an
-                # error.
-                self._waiting = [folder for folder in self._waiting if folder.is_dir()]
-                if not self._waiting:
-                    self.current, self._thread = None, None
-                    return
-                self.current = self._waiting.pop(0)
-            began, problem = time.monotonic(), ""
-            try:
-                self._mirror.push(self.current, self._settings)
-            except Exception as error:
-                problem = _line(error)
-            self._tell(self.current, time.monotonic() - began, problem)
 
 
 def _line(error: Exception) -> str:

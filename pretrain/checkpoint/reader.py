@@ -30,6 +30,7 @@ from pretrain.checkpoint.manifest import (
     DamagedError,
     UnreadableError,
     head_of,
+    piece_name,
     read_manifest,
     unreadable,
 )
@@ -300,4 +301,4 @@ class Checkpoint:
 
     def rng_state(self, rank: int) -> Tensor | None:
         """The random state of a process, if it wrote one."""
-        return self.stored.tensor(f"rank-{rank:05d}.safetensors", "rng")
+        return self.stored.tensor(piece_name(rank), "rng")

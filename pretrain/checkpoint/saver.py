@@ -14,33 +14,36 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.background import Background
 from data_pipeline.disk import hide, remove, remove_hidden, sync_folder
 from data_pipeline.files import write_aside, write_synced
-from pretrain.checkpoint.manifest import MANIFEST, MASTER, describe, written_manifest
-from pretrain.checkpoint.mirror import Mirror, Pusher
+from pretrain.checkpoint.manifest import (
+    MANIFEST,
+    MASTER,
+    describe,
+    piece_name,
+    written_manifest,
+)
+from pretrain.checkpoint.mirror import Mirror
+from pretrain.checkpoint.pusher import Pusher
 from pretrain.checkpoint.reader import LATEST, checkpoint_name, list_checkpoints, run_id_of, step_of
 from pretrain.checkpoint.retention import superseded
 from pretrain.checkpoint.tensor_file import write_tensors
 from pretrain.config.run import CheckpointConfig
 from pretrain.distributed.grid import Grid
+from pretrain.distributed.main_process import MainProcess
 from pretrain.engine.engine import Engine
 from pretrain.engine.masters import Fragment, is_tied_copy
-from pretrain.errors import RunError
+from pretrain.errors import RunError, attempt
 
 _AT_EXIT = 120.0
 """Seconds that a failing run waits for a checkpoint that is being written."""
-_PATIENCE = timedelta(days=1)
-"""Timeout for a process whose disk is slower than the others'; the watchdog sees whether it
-works."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,16 @@ class Saver:
     """Whether the job waits for the next one: its thread then runs at normal priority."""
     _last: Outcome | None = None
     _thread: Background | None = None
-    _group: Any = None
     _pusher: Pusher | None = None
     _buffers: dict[str, Tensor] = field(default_factory=dict)
     """Host memory of the last copy, used again: new pages cost more than the copying."""
 
     def __post_init__(self) -> None:
-        if self._grid.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._main = MainProcess(self._grid)
         if self.settings.mirror:
             mirror = Mirror(self.settings.mirror, self.folder.parent)
-            if self._grid.is_main:
-                self._pusher = Pusher(mirror, self.settings, self._tell_copied)
+            main = MainProcess(self._grid)
+            self._pusher = Pusher(mirror, self.settings, self._tell_copied, main)
 
     @property
     def _grid(self) -> Grid:
@@ -178,20 +179,22 @@ class Saver:
         aside = self.folder / f".{checkpoint_name(step)}.writing"
         notes: list[str] = []
         if beside is not None and self._grid.is_main:
-            _, problem = _attempt(beside)
+            _, problem = attempt(beside)
             notes += [f"ranks.parquet waits: {problem}"] if problem else []
         try:
-            entry, problem = None, refused
+            entry, target, problem = None, None, refused
             if not refused:
-                entry, problem = _attempt(lambda: _write_piece(piece, aside))
-            results = self._at_main((entry, problem))
+                entry, problem = attempt(lambda: _write_piece(piece, aside))
+            results = self._main.gather((entry, problem))
             problem = next((reason for _, reason in results if reason), "")
             if not problem and self._grid.is_main:
                 described["files"] = dict(filter(None, (entry for entry, _ in results)))
-                target, problem = _attempt(lambda: self._commit(aside, step, described))
+                target, problem = attempt(lambda: self._commit(aside, step, described))
                 if target is not None:
                     notes += self._follow_up(target, step)
-            problem = self._from_main(problem)
+            problem, target = self._main.tell((problem, target))
+            if target is not None and self._pusher is not None:
+                self._pusher.add(target)
         except Exception as error:  # another rank is gone
             problem = f"the other processes do not answer ({type(error).__name__})"
         if problem and self._grid.is_main:
@@ -205,30 +208,12 @@ class Saver:
         if self._pusher is not None:
             self._pusher.wait()
         with contextlib.suppress(Exception):  # another rank is gone
-            self._from_main(self._at_main(None))
+            self._main.tell(self._main.gather(None))
 
     def _tell_copied(self, target: Path, seconds: float, problem: str) -> None:
         """Report a copy; called in the mirror's thread."""
         if problem:
             self.outcomes.append(Outcome(step_of(target), seconds, "", problem))
-
-    def _at_main(self, value: Any) -> list[Any]:
-        """The values of all processes on the main one, and nothing on the others.
-
-        Entries of a manifest are large on a large grid, and only the main process writes it.
-        """
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * self._grid.world_size if self._grid.is_main else []
-        dist.gather_object(value, values or None, dst=0, group=self._group)
-        return values
-
-    def _from_main(self, value: Any) -> Any:
-        """The main process's value, on every process."""
-        values = [value]
-        if self._group is not None:
-            dist.broadcast_object_list(values, src=0, group=self._group)
-        return values[0]
 
     def _commit(self, aside: Path, step: int, described: dict[str, Any]) -> Path:
         """Turn the written files into a checkpoint; it exists from the rename on."""
@@ -255,11 +240,9 @@ class Saver:
                 f"{checkpoint_name(step)} exists but is not a checkpoint of this run: left alone; "
                 f"this one is named {target.name}"
             )
-        _, problem = _attempt(lambda: write_aside(self.folder / LATEST, target.name.encode()))
+        _, problem = attempt(lambda: write_aside(self.folder / LATEST, target.name.encode()))
         notes.append(problem)
-        if self._pusher is not None:
-            self._pusher.add(target)
-        _, problem = _attempt(self._retain)
+        _, problem = attempt(self._retain)
         notes.append(problem and f"older checkpoints not deleted: {problem}")
         return [note for note in notes if note]
 
@@ -305,16 +288,6 @@ def _schedule(thread: int | None, policy: int | None) -> None:
             os.sched_setscheduler(thread, policy, os.sched_param(0))
 
 
-def _attempt(action: Any) -> tuple[Any, str]:
-    """Call a function; return (its result, "") or (None, one line about what went wrong)."""
-    try:
-        return action(), ""
-    except Exception as error:
-        if isinstance(error, OSError) and error.strerror:
-            return None, f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
-        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> CheckpointPiece | None:
     """A copy in host memory of what this process writes; None if another process writes the same.
 
@@ -337,7 +310,7 @@ def snapshot(engine: Engine, buffers: dict[str, Tensor] | None = None) -> Checkp
         index[fragment.info.name] = [fragment.offset, fragment.master.numel(), sorted(values)]
     if grid.device.type == "cuda":
         torch.cuda.synchronize(grid.device)
-    return CheckpointPiece(f"rank-{grid.rank:05d}.safetensors", grid.tensor_rank, tensors, index)
+    return CheckpointPiece(piece_name(grid.rank), grid.tensor_rank, tensors, index)
 
 
 def _copied(value: Tensor, buffers: dict[str, Tensor], name: str) -> Tensor:

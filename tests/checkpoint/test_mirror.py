@@ -17,7 +17,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from pretrain.checkpoint.manifest import MANIFEST
-from pretrain.checkpoint.mirror import Mirror, Pusher
+from pretrain.checkpoint.mirror import Mirror
+from pretrain.checkpoint.pusher import Pusher
 from pretrain.checkpoint.reader import RUN_ID, Checkpoint, list_checkpoints, run_id_of
 from pretrain.checkpoint.recover import find_whole
 from pretrain.config.run import CheckpointConfig
@@ -246,6 +247,79 @@ def test_many_runs_at_one_mirror(tmp_path: Path) -> None:
 # --- beside training ----------------------------------------------------------------------------
 
 
+class Members:
+    """Threads of one process that stand for several: what `MainProcess` exchanges between them."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._values = size, [None] * size
+        self._barrier = threading.Barrier(size, timeout=20)
+
+    def of(self, rank: int) -> Any:
+        grid = SimpleNamespace(rank=rank, world_size=self._size, is_main=rank == 0)
+        return SimpleNamespace(
+            grid=grid,
+            gather=lambda value: self._exchanged(rank, value) if rank == 0
+            else self._exchanged(rank, value)[:0],
+            tell=lambda value: self._exchanged(rank, value)[0],
+        )  # fmt: skip
+
+    def _exchanged(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
+        self._barrier.wait()
+        values = list(self._values)
+        self._barrier.wait()
+        return values
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_each_process_copies_its_own_file(size: int, tmp_path: Path) -> None:
+    """Any number of processes and files; one that fails, or a deleted checkpoint, at any place."""
+    rng = random.Random(size)
+    run = tmp_path / "run"
+    for step in (2, 4, 6, 8):
+        write_checkpoint(run, step, parts=rng.randint(1, size + 1), run_id="0000aaaa")
+    (run / RUN_ID).write_text("0000aaaa")
+    paths = list_checkpoints(run / "checkpoints")
+    whole = {path.name: {file.name for file in path.iterdir()} for path in paths}
+    lost, broken = rng.sample(paths, 2)
+    victim = rng.choice([name for name in whole[broken.name] if name != "manifest.json"])
+    shutil.rmtree(lost)
+    opened: dict[int, list[str]] = {rank: [] for rank in range(size)}
+    told: list[tuple[str, bool]] = []
+    members, pushers = Members(size), []
+    for rank in range(size):
+        mirror = Mirror(f"file://{tmp_path}/mirror", run)
+        copy = mirror._copy
+
+        def noted(source: Path, target: str, rank: int = rank, copy: Any = copy) -> None:
+            opened[rank].append(f"{source.parent.name}/{source.name}")
+            if source == broken / victim:
+                raise OSError(5, "Input/output error")
+            copy(source, target)
+
+        mirror._copy = noted  # type: ignore[method-assign]
+        pushers.append(Pusher(
+            mirror, ALL, lambda path, _, problem: told.append((path.name, bool(problem))),
+            members.of(rank),
+        ))  # fmt: skip
+    for path in paths:
+        for pusher in rng.sample(pushers, size):
+            pusher.add(path)
+    for pusher in pushers:
+        pusher.wait(30)
+    assert told == [(path.name, path == broken) for path in paths if path != lost]
+    place = tmp_path / "mirror/run-0000aaaa"
+    for path in paths:
+        if path not in (lost, broken):
+            assert {file.name for file in (place / path.name).iterdir()} == whole[path.name]
+            assert not Checkpoint(place / path.name).problem()
+    assert not (place / broken.name / "manifest.json").exists()
+    files = [name for names in opened.values() for name in names]
+    assert len(files) == len(set(files))  # nobody copies what another one copies
+    for rank in range(1, size):
+        assert {Path(name).name for name in opened[rank]} <= {f"rank-{rank:05d}.safetensors"}
+
+
 class Gate(LocalFileSystem):  # type: ignore[misc]
     """A mirror that takes what is written to it when it is opened."""
 
@@ -274,6 +348,7 @@ def test_the_mirror_is_nobodys_wait(tmp_path: Path, gate: threading.Event) -> No
     pusher = Pusher(
         Mirror(f"gate://{tmp_path}/mirror", run), ALL,
         lambda path, _, problem: done.append((path.name, problem)),
+        Members(1).of(0),
     )  # fmt: skip
     began = time.monotonic()
     for path in list_checkpoints(run / "checkpoints"):

@@ -24,7 +24,7 @@ from data_pipeline.files import read_tokenizer, write_aside
 from data_pipeline.json_tokenizer import HuggingFaceTokenizer, ask_library, check_ids
 from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.pairs import Looked, Pair, look_at_all, read_pair
-from data_pipeline.records import DataError
+from data_pipeline.records import ChoiceError, DataError
 from data_pipeline.sources import sha256_of
 from data_pipeline.strict_json import to_json
 from data_pipeline.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -59,14 +59,14 @@ def adopt(
         DataError: one line that names the culprit.
     """
     if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out}: not empty; choose another --out")
+        raise ChoiceError(f"{out}: not empty; choose another --out")
     pairs = [read_pair(prefix.absolute()) for prefix in prefixes]
     types = {pair.dtype for pair in pairs}
     if len(types) > 1:
         raise DataError(f"the pairs have tokens of different types ({', '.join(sorted(types))})")
     names = names or [pair.prefix.name.removesuffix("_text_document") for pair in pairs]
     if len(set(names)) != len(pairs):
-        raise DataError(f"--name: {', '.join(names)} are not {len(pairs)} different names")
+        raise ChoiceError(f"--name: {', '.join(names)} are not {len(pairs)} different names")
     stems = file_names(names)
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def adopt(
         for number, (name, pair) in enumerate(zip(names, pairs, strict=True)):
             as_samples = bool(pair.packed) if packed is None else packed
             if as_samples and not pair.packed:
-                raise DataError(f"{pair.prefix}: --packed, but its sequences differ in length")
+                raise ChoiceError(f"{pair.prefix}: --packed, but its sequences differ in length")
             indexed = index_classes().IndexedDataset(str(pair.prefix), multimodal=False, mmap=True)
             looked = look_at_all(pair, tokenizer, progress)
             notes += _told(pair, looked, tokenizer, as_samples)
@@ -127,7 +127,7 @@ def adopt(
 def _parts(pair: Pair, shares: tuple[float, float, float]) -> dict[str, tuple[int, int]]:
     """First and last sequence of each split; a document of several sequences is in one split."""
     if min(shares) < 0 or shares[0] <= 0:
-        raise DataError(f"--split: {shares} are not shares, the first above 0")
+        raise ChoiceError(f"--split: {shares} are not shares, the first above 0")
     count, total = len(pair.bounds) - 1, sum(shares)
     edges = [0]
     for share_of in shares:

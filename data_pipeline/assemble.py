@@ -23,7 +23,7 @@ from data_pipeline.index_file import write_index
 from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.part_file import PartPiece, joined
 from data_pipeline.parts import WHOLE, Parts
-from data_pipeline.records import DataError, first_problem
+from data_pipeline.records import ChoiceError, DataError, first_problem
 from data_pipeline.sources import sha256_of
 from data_pipeline.splits import SPLITS
 from data_pipeline.strict_json import to_json
@@ -46,7 +46,7 @@ def check_free(out: Path, settings: EncodingSettings) -> None:
     taken = [mine] if mine.exists() and sha256_of(mine) != sha256_of(source) else []
     taken += [out / split for split in SPLITS if _holds_something(out / split)]
     if taken:
-        raise DataError(
+        raise ChoiceError(
             f"{taken[0]}: already exists and was not made by this command; choose another --out or "
             "move it"
         )

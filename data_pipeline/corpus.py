@@ -22,7 +22,7 @@ from pathlib import Path
 from data_pipeline.files import held, refuse_busy, refuse_run, write_aside
 from data_pipeline.installed import SOURCES
 from data_pipeline.records import is_utf8
-from data_pipeline.sources import SPLITS, DataError
+from data_pipeline.sources import SPLITS, ChoiceError, DataError
 
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "config"}
 _MIN_CHARACTERS = 200
@@ -85,7 +85,7 @@ def _sorted_documents(library: Path, packages: Iterable[tuple[str, Path]]) -> li
 def _write_new(path: Path, data: bytes) -> None:
     """Write a file, but do not replace one with other contents."""
     if path.exists() and path.read_bytes() != data:
-        raise DataError(
+        raise ChoiceError(
             f"{path}: already exists with other contents; choose another --out or move it"
         )
     write_aside(path, data)

@@ -25,7 +25,7 @@ from data_pipeline.light_imports import import_light
 from data_pipeline.manifest import Entry, Manifest
 from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.shared_indices import shared_arrays
-from data_pipeline.sources import DataError, stamp_of
+from data_pipeline.sources import ChoiceError, DataError, stamp_of
 
 
 @cache
@@ -152,7 +152,7 @@ def blend_weights(manifest: Manifest, weights: str | dict[str, float]) -> dict[s
     elif weights == "pile":
         unknown = sorted(set(entries) - set(PILE_WEIGHTS))
         if unknown:
-            raise DataError(
+            raise ChoiceError(
                 f"data.weights: pile: {unknown[0]!r} is not a subset of the Pile; give weights by "
                 "name, or proportional"
             )
@@ -160,18 +160,20 @@ def blend_weights(manifest: Manifest, weights: str | dict[str, float]) -> dict[s
     elif isinstance(weights, dict):
         for name in weights:
             if name not in entries:
-                raise DataError(
+                raise ChoiceError(
                     f"data.weights.{name}: no such subset in {manifest.path}; it has "
                     f"{', '.join(sorted(entries))}"
                 )
         for name in entries:
             if name not in weights:
-                raise DataError(f"data.weights: {name!r} has no weight; give one (0 leaves it out)")
+                raise ChoiceError(
+                    f"data.weights: {name!r} has no weight; give one (0 leaves it out)"
+                )
         raw = dict(weights)
     else:
-        raise DataError(f"data.weights: {weights!r} is not proportional, pile or a mapping")
+        raise ChoiceError(f"data.weights: {weights!r} is not proportional, pile or a mapping")
     if min(raw.values()) < 0 or sum(raw.values()) <= 0:
-        raise DataError("data.weights: weights must not be negative, and not all 0")
+        raise ChoiceError("data.weights: weights must not be negative, and not all 0")
     total = sum(raw.values())
     return {name: value / total for name, value in raw.items() if value > 0}
 
@@ -191,7 +193,7 @@ class EpochedSubset:
         self._epochs: OrderedDict[int, Any] = OrderedDict()
         self._length = (entry.tokens - 1) // context
         if self._length < 1:
-            raise DataError(
+            raise ChoiceError(
                 f"{entry.subset}: {entry.tokens} training tokens are fewer than one sequence of "
                 f"model.context {context} + 1; shorten the context or leave out the subset"
             )
@@ -243,7 +245,7 @@ class PackedSubset:
         self.index_split = index_classes().Split.train
         self.unique_identifiers = OrderedDict(subset=entry.subset, packed=entry.packed)
         if entry.packed != context + 1:
-            raise DataError(
+            raise ChoiceError(
                 f"{entry.prefix}: is packed in sequences of {entry.packed} tokens; set "
                 f"model.context to {entry.packed - 1}"
             )

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline.dataset import open_indexed
 from data_pipeline.manifest import Entry, Manifest
-from data_pipeline.sources import DataError
+from data_pipeline.sources import ChoiceError
 
 _LOOKED_AT = 1000
 """Documents of a subset that are looked at, evenly spaced."""
@@ -42,7 +42,7 @@ def _check(entry: Entry, manifest: Manifest) -> None:
         without = open_ended > 0
         found = f"{open_ended} of {count} documents looked at do not end with"
     if without:
-        raise DataError(
+        raise ChoiceError(
             f"data.attention: within: {entry.subset}: {found} token {manifest.eod}, so it is not "
             "known where documents end; use across, or tokenise the texts with this program"
         )

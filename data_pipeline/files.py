@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.disk import naming, open_regular
-from data_pipeline.records import DataError
+from data_pipeline.records import ChoiceError, DataError
 
 LOCK = ".lock"
 
@@ -248,7 +248,7 @@ def refuse_run(folder: Path) -> None:
         DataError: if the folder is a run folder.
     """
     if any((folder / name).exists() for name in ("run-id", "checkpoints")):
-        raise DataError(f"{folder}: is a run folder; choose another --out")
+        raise ChoiceError(f"{folder}: is a run folder; choose another --out")
 
 
 def refuse_busy(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.records import DataError
+from data_pipeline.records import ChoiceError, DataError
 
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _HELD_OUT = 0.2
@@ -57,7 +57,7 @@ class _Folder(Images):
     def __init__(self, path: Path, split: str) -> None:
         folder = path / split
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; an ImageFolder has train/ and val/")
+            raise ChoiceError(f"{folder}: no such folder; an ImageFolder has train/ and val/")
         classes = sorted(entry.name for entry in (path / "train").iterdir() if entry.is_dir())
         self._files = [
             file
@@ -114,7 +114,7 @@ def open_images(source: str, path: str, split: str) -> Images:
     if source == "digits":
         return _Digits(split)
     if not path:
-        raise DataError("task.path: not set; give the folder of images or the dataset's name")
+        raise ChoiceError("task.path: not set; give the folder of images or the dataset's name")
     part = "train" if split == "train" else "val"
     return _Folder(Path(path), part) if source == "folder" else _Hub(path, part)
 
@@ -173,7 +173,7 @@ class ImageSamples:
         if self.augment == "randaugment" and self.seed is not None:
             pixels = _rand_augment(pixels, self.seed, number)
         if pixels.shape != (self.size, self.size, self.channels):
-            raise DataError(
+            raise ChoiceError(
                 f"an image is {pixels.shape}, but model.image_size and image_channels need "
                 f"{(self.size, self.size, self.channels)}"
             )

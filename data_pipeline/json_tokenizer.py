@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data_pipeline.files import read_tokenizer
-from data_pipeline.records import DataError
+from data_pipeline.records import ChoiceError, DataError
 
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 _LARGEST = 2**31 - 2
@@ -64,7 +64,7 @@ class HuggingFaceTokenizer:
         tokens = [self._tokenizer.token_to_id(name) for name in names]
         eods = [token for token in tokens if token is not None]
         if not eods:
-            raise DataError(
+            raise ChoiceError(
                 f"{path}: no end-of-document token among {', '.join(names)}; name it with "
                 "--eod-token"
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import read_json, write_aside
-from data_pipeline.records import DataError
+from data_pipeline.records import ChoiceError
 from data_pipeline.sources import Source
 from data_pipeline.strict_json import to_json
 
@@ -94,7 +94,7 @@ def is_made(
         ]
         if before["asked"] == asked and files[0] == files[1]:
             return True
-    raise DataError(
+    raise ChoiceError(
         f"{tokenizer}: already exists, made from other sources or with other options; choose "
         "another --out, or delete it"
     )

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from data_pipeline.files import read_json
 from data_pipeline.json_tokenizer import SpecialTokens
-from data_pipeline.records import DataError
+from data_pipeline.records import ChoiceError, DataError
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, name_of_token
 
 MANIFEST = "manifest.json"
@@ -140,7 +140,7 @@ class Manifest:
             hint = ""
             if known == ["train"]:
                 hint = "; `pretrain data tokenize` with --split 98,1,1 takes val and test from it"
-            raise DataError(f"{self.path}: no split {name!r}; it has {', '.join(known)}{hint}")
+            raise ChoiceError(f"{self.path}: no split {name!r}; it has {', '.join(known)}{hint}")
         return entries
 
 
@@ -223,7 +223,7 @@ def load_manifest(path: Path) -> Manifest:
             )
         if (path / ".parts").is_dir():
             raise DataError(f"{path}: tokenisation is not finished; rerun `pretrain data tokenize`")
-        raise DataError(f"{path}: no {MANIFEST}; make the folder with `pretrain data tokenize`")
+        raise ChoiceError(f"{path}: no {MANIFEST}; make the folder with `pretrain data tokenize`")
     try:
         values = read_json(file)
         if values["version"] != MANIFEST_VERSION:

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.checksums import Checksums
 from data_pipeline.index_file import TYPES, Header, read_header
-from data_pipeline.records import DataError
+from data_pipeline.records import ChoiceError, DataError
 from data_pipeline.tokenizer import Tokenizer
 
 _CHUNK = 4 << 20
@@ -54,7 +54,9 @@ def read_pair(prefix: Path) -> Pair:
     index, data = (prefix.with_name(prefix.name + end) for end in (".idx", ".bin"))
     for file in (index, data):
         if not file.is_file():
-            raise DataError(f"{file}: missing; give the common PREFIX of PREFIX.bin and PREFIX.idx")
+            raise ChoiceError(
+                f"{file}: missing; give the common PREFIX of PREFIX.bin and PREFIX.idx"
+            )
     with index.open("rb") as stream:
         header = read_header(stream)
         if header is None:

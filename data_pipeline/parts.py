@@ -18,7 +18,7 @@ from data_pipeline.account import Account
 from data_pipeline.encode import Encoded, Key
 from data_pipeline.files import is_leftover, read_json, write_aside
 from data_pipeline.part_file import SUFFIX, PartPiece, read_folder, read_part, write_part
-from data_pipeline.records import DataError
+from data_pipeline.records import ChoiceError, DataError
 from data_pipeline.sources import Source, Tell, sha256_of
 from data_pipeline.strict_json import to_json
 
@@ -187,7 +187,7 @@ class Parts:
             ):
                 entry.unlink()
             else:
-                raise DataError(
+                raise ChoiceError(
                     f"{entry}: was not made by this command; choose another --out or move it"
                 )
         self._save()
@@ -219,7 +219,7 @@ class Parts:
             self.parts = []
             return False
         if reason:
-            raise DataError(
+            raise ChoiceError(
                 f"{self.out}: was started with {reason}; choose another --out, or delete "
                 f"{self.folder} to start again"
             )
@@ -270,7 +270,7 @@ class Parts:
         """
         for name in names:
             if name not in self.targets and os.path.lexists(self.out / name):
-                raise DataError(
+                raise ChoiceError(
                     f"{self.out / name}: already exists and was not made by this command; choose "
                     "another --out or move it"
                 )

@@ -20,6 +20,7 @@ from data_pipeline.pile import PILE_WEIGHTS
 from data_pipeline.readers import WINDOW_MB
 from data_pipeline.records import (
     SHARES,
+    ChoiceError,
     DataError,
     Fields,
     first_problem,
@@ -92,7 +93,7 @@ def train_from_sources(
     held_out = [source for source in sources if (split or source.split) in ("val", "test")]
     chosen = [source for source in sources if source not in held_out]
     if not chosen:
-        raise DataError(
+        raise ChoiceError(
             f"{held_out[0].name}: is held out ({split or held_out[0].split}), like all other "
             "sources; a tokenizer needs training text (--split train uses these sources as such)"
         )
@@ -268,7 +269,7 @@ def parse_split(text: str | None) -> tuple[str | None, Shares | None]:
         train, val, test = (int(part) for part in parts)
         if train > 0 and train + val + test == 100:
             return None, (train, val, test)
-    raise DataError(
+    raise ChoiceError(
         f"--split: {text!r} is not train, val or test, nor percents of them whose sum is 100, such "
         "as 98,1,1"
     )

@@ -11,7 +11,14 @@ import numpy as np
 from data_pipeline.dataset import HeldOut, held_out
 from data_pipeline.encode import hash_text
 from data_pipeline.manifest import MANIFEST, Manifest, load_manifest
-from data_pipeline.records import DataError, Fields, first_problem, parse_block, split_by_document
+from data_pipeline.records import (
+    ChoiceError,
+    DataError,
+    Fields,
+    first_problem,
+    parse_block,
+    split_by_document,
+)
 from data_pipeline.sources import Source, Tell, find_sources
 
 Encode = Callable[[list[str]], list[np.ndarray]]
@@ -63,7 +70,7 @@ def read_documents(
     documents = [document for source in sources for document in reader.read(source)]
     reader.tell_problems(tell)
     if not documents:
-        raise DataError(f"{data[0]}: no document of split {split}; give another --split")
+        raise ChoiceError(f"{data[0]}: no document of split {split}; give another --split")
     if limit is not None:
         documents = sorted(documents, key=lambda one: (one.hash, one.subset))[:limit]
     return sorted(documents, key=lambda one: one.subset), split

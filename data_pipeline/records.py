@@ -15,6 +15,10 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file and what to do."""
 
 
+class ChoiceError(DataError):
+    """The command or the recipe must change, not the data: for example, --out is taken."""
+
+
 NO_TEXT = "no text in field"
 """Begins the reason why a record without a text is malformed."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_pipeline.files import read_json
 from data_pipeline.parts import FOLDER, STATE, Parts
-from data_pipeline.records import DataError
+from data_pipeline.records import ChoiceError, DataError
 from data_pipeline.sources import Source, Tell
 
 SHARDS = ".shards"
@@ -45,7 +45,9 @@ def parse_shard(text: str) -> Shard:
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
     if match and 1 <= int(match[1]) <= int(match[2]):
         return Shard(int(match[1]), int(match[2]))
-    raise DataError(f"--shard: {text!r} is not the number of a shard and their count, such as 3/8")
+    raise ChoiceError(
+        f"--shard: {text!r} is not the number of a shard and their count, such as 3/8"
+    )
 
 
 def sources_of(shard: Shard, sources: list[Source]) -> list[int]:
@@ -55,7 +57,7 @@ def sources_of(shard: Shard, sources: list[Source]) -> list[int]:
         DataError: if there are fewer sources than shards.
     """
     if len(sources) < shard.of:
-        raise DataError(
+        raise ChoiceError(
             f"--shard: {shard.of} shards of {len(sources)} source(s), which are not divided; use "
             f"at most {len(sources)} shards, or write the documents into more files"
         )
@@ -81,7 +83,7 @@ def refuse_undivided(out: Path) -> None:
     except (KeyError, TypeError, ValueError):
         begun = True
     if begun:
-        raise DataError(
+        raise ChoiceError(
             f"{out}: holds the progress of a tokenisation without --shard; continue it without "
             f"--shard, or delete {path.parent}"
         )

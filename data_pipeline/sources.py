@@ -17,11 +17,20 @@ from data_pipeline.folders import SUFFIXES, list_folder, suffix_of
 from data_pipeline.hub import hub_blocks
 from data_pipeline.parquet_rows import parquet_blocks
 from data_pipeline.readers import WINDOW_MB, line_blocks, text_blocks
-from data_pipeline.records import DataError, Document, Fields, Parsed, RecordBlock, parse_block
+from data_pipeline.records import (
+    ChoiceError,
+    DataError,
+    Document,
+    Fields,
+    Parsed,
+    RecordBlock,
+    parse_block,
+)
 from data_pipeline.splits import SPLITS, Place, splits_of
 
 __all__ = [
     "SPLITS",
+    "ChoiceError",
     "DataError",
     "Document",
     "Fields",
@@ -92,17 +101,17 @@ def find_sources(
             files += _files_of_folder(path, omitted)
         elif path.is_file():
             if not suffix_of(path):
-                raise DataError(f"{name}: unknown file type; known: {', '.join(SUFFIXES)}")
+                raise ChoiceError(f"{name}: unknown file type; known: {', '.join(SUFFIXES)}")
             files.append((path, _place(path, len(_parts(path)) - 1)))
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix and not _exists(path):
             hubs += [_hub_source(name, split) for split in hub_splits]
         elif path.exists():
-            raise DataError(f"{name}: not a regular file or folder")
+            raise ChoiceError(f"{name}: not a regular file or folder")
         else:
-            raise DataError(f"{name}: no such file or folder, nor a Hub dataset (owner/name)")
+            raise ChoiceError(f"{name}: no such file or folder, nor a Hub dataset (owner/name)")
     sources = _file_sources(files, window_mb, say, omitted)
     if not sources and not hubs:
-        raise DataError("no sources given")
+        raise ChoiceError("no sources given")
     return [*sources, *hubs]
 
 
@@ -114,7 +123,7 @@ def _files_of_folder(folder: Path, left_out: list[str]) -> list[tuple[Path, Plac
     listing = list_folder(folder)
     left_out += [f"left out of {folder}: {line}" for line in listing.lines()]
     if not listing.files:
-        raise DataError(f"{folder}: has no {', '.join(SUFFIXES)} file that is not empty")
+        raise ChoiceError(f"{folder}: has no {', '.join(SUFFIXES)} file that is not empty")
     first_part = len(_parts(folder)) - 1
     return [(file, _place(file, first_part)) for file in listing.files]
 

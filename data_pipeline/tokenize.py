@@ -20,7 +20,7 @@ from data_pipeline.encode import Encoded, Encoder, EncodingSettings, Key, Result
 from data_pipeline.files import locked, read_json
 from data_pipeline.manifest import MANIFEST
 from data_pipeline.parts import SPECIAL, Parts, recorded_sources, same_names, why_others
-from data_pipeline.records import DataError, RecordBlock
+from data_pipeline.records import ChoiceError, DataError, RecordBlock
 from data_pipeline.shards import (
     SHARDS,
     Shard,
@@ -159,7 +159,7 @@ def _finished(out: Path, identity: dict[str, Any], sources: list[Source]) -> dic
         before = recorded_sources(manifest)
         reason = why_others(identity, manifest["identity"], same_names(before, sources))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        raise DataError(f"{path}: is not a manifest of tokens; choose another --out") from None
+        raise ChoiceError(f"{path}: is not a manifest of tokens; choose another --out") from None
     same = len(before) == len(sources)
     if not reason and not (same and all(b.is_of(s) for b, s in zip(before, sources, strict=True))):
         reason = "other sources"
@@ -167,7 +167,7 @@ def _finished(out: Path, identity: dict[str, Any], sources: list[Source]) -> dic
         if changed:
             reason += f" ({changed[0]} has changed)"
     if reason:
-        raise DataError(f"{out}: was made with {reason}; choose another --out or delete it")
+        raise ChoiceError(f"{out}: was made with {reason}; choose another --out or delete it")
     return manifest
 
 

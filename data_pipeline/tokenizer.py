@@ -21,7 +21,7 @@ from data_pipeline.json_tokenizer import (
     HuggingFaceTokenizer,
     SpecialTokens,
 )
-from data_pipeline.records import DataError
+from data_pipeline.records import ChoiceError, DataError
 from data_pipeline.sentencepiece_file import read_model
 from data_pipeline.spelling import spelling_of
 
@@ -103,11 +103,11 @@ class SentencePieceTokenizer:
         if eod_token is not None:
             token = int(self._processor.PieceToId(eod_token))
             if self._processor.IdToPiece(token) != eod_token:
-                raise DataError(f"{path}: has no piece {eod_token!r}; name another --eod-token")
+                raise ChoiceError(f"{path}: has no piece {eod_token!r}; name another --eod-token")
             return token
         eod = int(self._processor.eos_id())
         if eod < 0:
-            raise DataError(
+            raise ChoiceError(
                 f"{path}: this model has no end-of-sentence token to end documents; name one of "
                 "its pieces with --eod-token"
             )
@@ -196,7 +196,7 @@ def find_tokenizer(path: Path) -> Path:
         inside = [path / name for name in ("tokenizer.model", "tokenizer.json")]
         path = next((file for file in inside if file.is_file()), path)
     if not path.is_file():
-        raise DataError(f"{path}: no such tokenizer; train one with `pretrain data tokenizer`")
+        raise ChoiceError(f"{path}: no such tokenizer; train one with `pretrain data tokenizer`")
     return path
 
 

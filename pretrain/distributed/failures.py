@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pretrain.errors import TRY_AGAIN
 
-_USAGE = {"UsageError", "ModelError", "ClickException"}
+_USAGE = {"UsageError", "ModelError", "ChoiceError", "ClickException"}
 """By name: importing their modules would be slow, and Typer may carry its own copy of click."""
 _TROUBLE = {"RunError", "DataError"}
 _OF_PEERS = {"DistBackendError", "DistNetworkError", "DistStoreError"}

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from models.parallel import TensorParallel
-from models.roles import ModelError
 from pretrain.config.science import GridConfig
 from pretrain.distributed.cores import fit_threads
 from pretrain.distributed.devices import own_gpu, refuse_shared
@@ -141,7 +140,7 @@ _KINDS = {"usage": UsageError, "machine": MachineError, "run": RunError}
 
 
 def _kind(error: Exception) -> str:
-    if isinstance(error, UsageError | ModelError):
+    if exit_code(error) == 2:
         return "usage"
     return "machine" if is_of_machine(error) else "run"
 

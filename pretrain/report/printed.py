@@ -1,4 +1,4 @@
-"""Draws figures for print and for text with matplotlib, at their default choice.
+"""Draws figures for print and for text with matplotlib, at the choices that print shows.
 
 For print (pdf) a figure is as wide as a column, its panels stand one above the other, and it has no
 title: the document has a caption. For a screen (png) it is wide and has its title.
@@ -66,7 +66,7 @@ def _plain(text: str) -> str:
 
 
 def _page(plt: Any, figure: Figure, column: bool = False) -> Any:
-    panels = figure.view(figure.default)
+    panels = figure.printed
     columns = 1 if column else min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     size = (8.6 if columns > 1 else 6.0, 3.4 * rows)
@@ -83,19 +83,23 @@ def _page(plt: Any, figure: Figure, column: bool = False) -> Any:
             subplot.set_xlabel("")
     _legend(page, panels, column)
     if not column:
-        words = [_chosen(control) for control in figure.controls if control.name != "band"]
+        words = [
+            _chosen(control, figure.printed_options(index)[0])
+            for index, control in enumerate(figure.controls)
+            # Panels name what differs between them.
+            if control.name != "band" and len(figure.printed_options(index)) == 1
+        ]
         title = ": ".join([figure.title, ", ".join(words)]) if words else figure.title
         page.suptitle(_plain(title))
     _part_labels(page)
     return page
 
 
-def _chosen(control: Control) -> str:
+def _chosen(control: Control, option: str) -> str:
     """What a figure without controls shows of one: ``step 60`` of a slider.
 
     The legend says what a band spans.
     """
-    option = control.options[control.default]
     return f"{control.name} {option}" if control.kind == "slider" else option
 
 

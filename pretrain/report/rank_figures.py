@@ -161,7 +161,7 @@ def _course(
 
 
 def heads(study: Study) -> Figure:
-    """Layer x head, with a slider over the steps."""
+    """Layer x head, with a slider over the steps; print compares the first and last condition."""
     layers = layers_of(study)
     steps = shown_steps(sorted({row["step"] for row in study.runs[0].heads}), _MOST_STEPS)
     conditions = Control("condition", [condition.name for condition in study.conditions])
@@ -201,4 +201,9 @@ def heads(study: Study) -> Figure:
         [conditions, products, slider],
         view,
         "Move the slider to choose a step of training.",
+        tuple(
+            (condition, product, len(steps) - 1)
+            for condition in sorted({0, len(study.conditions) - 1})
+            for product in range(len(PRODUCTS))
+        ),
     )

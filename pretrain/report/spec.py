@@ -100,18 +100,35 @@ class Figure:
     """The panels for a choice."""
     hint: str = ""
     """How to use the figure on the page; print has no controls."""
+    side_by_side: tuple[Choice, ...] = ()
+    """The choices whose panels print shows together; none: the default one."""
 
     @property
     def default(self) -> Choice:
-        """The choice that is shown first and in print."""
+        """The choice that is shown first on the page."""
         return tuple(control.default for control in self.controls)
 
     @property
+    def printed(self) -> list[Panel]:
+        """The panels that print shows."""
+        return [panel for choice in self._printed for panel in self.view(choice)]
+
+    def printed_options(self, control: int) -> list[str]:
+        """The options of a control that print shows, in order."""
+        options = self.controls[control].options
+        return list(dict.fromkeys(options[choice[control]] for choice in self._printed))
+
+    @property
     def shown(self) -> str:
-        """The default choice: ``layer: all layers, band: heads``; empty without controls."""
+        """What print shows: ``layer: all layers, band: heads``; empty without controls."""
         return ", ".join(
-            f"{control.name}: {control.options[control.default]}" for control in self.controls
+            f"{control.name}: {' and '.join(self.printed_options(index))}"
+            for index, control in enumerate(self.controls)
         )
+
+    @property
+    def _printed(self) -> tuple[Choice, ...]:
+        return self.side_by_side or (self.default,)
 
     def choices(self) -> list[Choice]:
         """Every combination of options."""

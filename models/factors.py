@@ -86,6 +86,10 @@ class Factors:
         part = slice(start, stop)
         return Factors(self.query[part], self.key[part], self.value[part], self.output[part])
 
+    def on_host(self) -> Factors:
+        """Copies in host memory; from a GPU they are being made when this returns."""
+        return Factors(*map(_host_copy, (self.query, self.key, self.value, self.output)))
+
     def row_norms(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Squared norms per dimension of the first key/value head, by product.
 
@@ -102,3 +106,9 @@ class Factors:
             "qk": (key.sum(1), query.sum((0, 2))),
             "vp": (output.sum((0, 1)), value.sum(1)),
         }
+
+
+def _host_copy(values: Tensor) -> Tensor:
+    pinned = values.device.type != "cpu"  # only then a device copies by itself
+    copy = torch.empty_like(values, device="cpu", pin_memory=pinned)
+    return copy.copy_(values, non_blocking=True)

@@ -36,6 +36,7 @@ from pretrain.tasks.text import Text
 from pretrain.training.loader import Loader
 from pretrain.training.setup import prepare
 from pretrain.training.start import train
+from tests.ahead import looking_ahead
 from tests.counting import Counting, Operations
 from tests.moved import moved_constants
 from tests.private_deepspeed import run_private
@@ -82,18 +83,20 @@ def lose(updates: list[int]) -> Any:
     return undo
 
 
-def run_train(case: dict[str, Any], grid: Grid, config: Config) -> None:
-    """Train a case into its run folder."""
+def run_train(case: dict[str, Any], grid: Grid, config: Config) -> list[int]:
+    """Train a case into its run folder; returns the steps whose ranks were measured later."""
     if case.get("stop"):  # as if killed just after the checkpoint of that step
         interrupt_after(case["stop"])
     undo = lose(case["lost"]) if case.get("lost") else None
     moved = moved_constants() if case.get("moved") else contextlib.nullcontext()
+    ahead = looking_ahead(bool(case.get("ahead")))
     try:
-        with contextlib.suppress(Interrupted), moved:
+        with contextlib.suppress(Interrupted), moved, ahead as steps:
             train(config, Path(case["run"]), grid, Path(case["fork"]) if case.get("fork") else None)
     finally:
         if undo:
             undo()
+    return steps
 
 
 def run_decay(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, float]:

@@ -22,6 +22,7 @@ from pretrain.config.recipe import Config
 from pretrain.decay.control import DecayControl
 from pretrain.decay.plan import DecayPlan
 from pretrain.distributed.grid import Grid
+from pretrain.engine.audit import audit_groups
 from pretrain.engine.building import LayerDivider, build_model, working_type
 from pretrain.engine.deepspeed_adapter import (
     ModelParallelUnit,
@@ -48,7 +49,7 @@ from pretrain.engine.queues import Beside, to_host
 from pretrain.engine.shrink import Shrinker
 from pretrain.engine.speed import records_passes
 from pretrain.engine.stopwatch import Stopwatch
-from pretrain.errors import RunError, UsageError
+from pretrain.errors import UsageError
 
 
 @dataclass
@@ -122,12 +123,21 @@ class Engine:
         """Whether the last update was skipped because its gradient was not finite."""
         return not (math.isfinite(self.gradient_norm) and self.gradient_norm >= 0)
 
-    def beside_next_update(self) -> contextlib.AbstractContextManager[None]:
+    @property
+    def has_begun_next(self) -> bool:
+        """Whether a GPU computes a part of the next update already."""
+        return self._passes.has_begun_next
+
+    def beside_next_update(self, wait: bool = True) -> contextlib.AbstractContextManager[None]:
         """Let a GPU read weights beside the passes of the next update that it has begun.
 
-        The block must wait for what it computes.
+        With ``wait`` the host waits for what the block computes; without, only the update does.
         """
-        return self._beside() if self._passes.has_begun_next else contextlib.nullcontext()
+        return self._beside(wait) if self.has_begun_next else contextlib.nullcontext()
+
+    def wait_for_reads(self) -> None:
+        """Wait until a GPU has read what was asked for beside the next update."""
+        self._beside.wait()
 
     def forget_next_update(self) -> None:
         """Drop what was begun of the next update, before weights change otherwise."""
@@ -230,19 +240,11 @@ class Engine:
             RunError: naming the first tensor that would be decayed or updated wrongly.
         """
         names = self.plan.group_of
-        for fragment in self.fragments():
-            info, group = fragment.info, fragment.group
-            held = {
-                "decay": (group["weight_decay"], self._held(names[info.name])),
-                "learning rate": (group["lr"], self.control.rate_of(info.role)),
-            }
-            for word, (actual, planned) in held.items():
-                if float(actual) != planned:
-                    raise RunError(
-                        f"{info.name}: the optimizer holds {word} {actual:g}, but the plan has "
-                        f"{planned:g} (group {group.get('name')}); this is a bug, please report "
-                        "it with the recipe"
-                    )
+        audit_groups(
+            self.fragments(),
+            lambda info: self._held(names[info.name]),
+            lambda info: self.control.rate_of(info.role),
+        )
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""

@@ -47,12 +47,25 @@ class Beside:
             self._made.record()
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Give the work of a block to the second queue; the block waits for its results."""
+    def __call__(self, wait: bool = True) -> Iterator[None]:
+        """Give the work of a block to the second queue.
+
+        Args:
+            wait: for its results. If not, only what the main queue gets from here on waits, so
+                that it does not change what the block reads.
+        """
         if self._made is None:
             yield
             return
         self._stream.wait_event(self._made)
         with torch.cuda.stream(self._stream):
             yield
-        self._stream.synchronize()
+        if wait:
+            self._stream.synchronize()
+        else:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def wait(self) -> None:
+        """Wait for the second queue."""
+        if self._stream is not None:
+            self._stream.synchronize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -26,40 +26,61 @@ _AT_ONCE = 1 << 28
 _Any = TypeVar("_Any", bound=Mapping[str, Any])
 
 
+Part = tuple[list[Place], Factors]
+"""Key/value heads, and their factors."""
+
+
 def measure(engine: Engine, step: int, tokens: int, config: RanksConfig) -> list[Row]:
     """Measure every head of the model; a collective call.
 
     Returns:
         All rows, sorted, on every process.
     """
-    model, grid = engine.config.model, engine.grid
-    shape = model.attention_shape
+    shape, books = engine.config.model.attention_shape, engine.control.books()
     mine: list[Row] = []
-    books = engine.control.books()
+    with engine.beside_next_update():
+        for places, factors in _collected(engine):
+            mine += rows_of(factors, places, shape, books, config)
+    for row in mine:
+        row.update(step=step, tokens=tokens)
+    return in_order([row for part in engine.grid.gather(mine) for row in part])
+
+
+def copied_factors(engine: Engine) -> list[Part]:
+    """The factors that this process measures, in host memory; a collective call.
+
+    A GPU makes the copies before it changes the weights. The host does not wait for them.
+    """
+    with engine.beside_next_update(wait=False):
+        return [(places, factors.on_host()) for places, factors in _collected(engine)]
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    """Rows by layer, product, level and head."""
+    return sorted(rows, key=lambda row: (row["layer"], row["product"], row["level"], row["head"]))
+
+
+def _collected(engine: Engine) -> Iterator[Part]:
+    """The factors of the heads that this process measures: of one layer or, on a GPU, of many
+    layers at once, so that the host waits for it only a few times."""
+    model, grid = engine.config.model, engine.grid
     fragments = {fragment.info.name: fragment for fragment in engine.fragments()}
     layers = attention_layers(engine.module)
     names = {info_of(p).name for layer in layers for p in matrices_of(layer)}
     spans = spans_of(engine, {name: fragments[name] for name in names if name in fragments})
-    # On a GPU many layers at once, so that the host waits for it only a few times.
     limit = _AT_ONCE if grid.device.type == "cuda" else 0
-    with engine.beside_next_update():
-        waiting: list[tuple[list[Place], Factors]] = []
-        for layer in layers:
-            units, factors = collect(layer, model, grid, fragments, spans, engine.is_replicated)
-            if units:
-                waiting.append(([(layer.layer, unit) for unit in units], factors))
-            if waiting and (layer is layers[-1] or _numel(waiting) >= limit):
-                places = [place for part, _ in waiting for place in part]
-                joined = Factors.joined([factors for _, factors in waiting])
-                mine += rows_of(joined, places, shape, books, config)
-                waiting.clear()
-    for row in mine:
-        row.update(step=step, tokens=tokens)
-    rows = [row for part in grid.gather(mine) for row in part]
-    return sorted(rows, key=lambda row: (row["layer"], row["product"], row["level"], row["head"]))
+    waiting: list[Part] = []
+    for layer in layers:
+        units, factors = collect(layer, model, grid, fragments, spans, engine.is_replicated)
+        if units:
+            waiting.append(([(layer.layer, unit) for unit in units], factors))
+        if waiting and (layer is layers[-1] or _numel(waiting) >= limit):
+            places = [place for part, _ in waiting for place in part]
+            yield places, Factors.joined([factors for _, factors in waiting])
+            waiting.clear()
 
 
-def _numel(waiting: list[tuple[list[Place], Factors]]) -> int:
+def _numel(waiting: list[Part]) -> int:
     return sum(
         factor.numel()
         for _, factors in waiting

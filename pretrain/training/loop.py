@@ -114,6 +114,7 @@ def _loop(training: Training, loader: Loader, first: int, profiler: Profiler) ->
         _check(training, step, saving)
         with log.beside("statistics"):
             periodic.measure_norms(training, step)
+            periodic.go_on_measuring(training, step)
             periodic.measure_if_due(training, step)
         log.show(step, loss)
         with log.beside("evaluation"):
@@ -168,6 +169,7 @@ def restore(start: Checkpoint, engine: Engine, faults: FaultDetector) -> None:
 
 def _go_back(training: Training, fault: GoBackError) -> int:
     """Restore the last checkpoint before a fault, and return its step."""
+    training.late.forget()
     training.saver.wait()
     folder = training.run / CHECKPOINTS
     with training.grid.together(f"{folder}"):

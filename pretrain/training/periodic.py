@@ -23,20 +23,49 @@ from pretrain.training.state import GENERATION, Training
 
 
 def measure_if_due(training: Training, step: int) -> None:
-    """Measure for the table, for policies that want ranks, or once for both."""
+    """Measure for the table, for policies that want ranks, or once for both.
+
+    Policies need the ranks now; for the table alone, a GPU's measurement is finished later.
+    """
     policies = [
         candidate for candidate in training.engine.control.wanting("ranks") if candidate.due(step)
     ]
-    rows: list[Row] = []
-    if training.is_due("ranks", step):
-        rows = _measure(training, step)
-    elif policies:
-        rows = measure(training.engine, step, 0, training.config.ranks)
-    if rows:
+    due, rows = training.is_due("ranks", step), list[Row]()
+    if due or policies:
+        finish_measuring(training)
+    began = time.monotonic()
+    if due and not policies and training.late.can_begin():
+        training.late.begin(step, _tokens(training, step), training.config.ranks)
+        training.moving.measured_for = time.monotonic() - began
+        return
+    if due or policies:
+        tokens = _tokens(training, step) if due else 0
+        rows = measure(training.engine, step, tokens, training.config.ranks)
+    if due:
+        _write_ranks(training, step, rows, time.monotonic() - began)
+    elif rows:
         training.moving.ranks = summary(rows)
     for policy in policies:
         for message in policy.observe(rows, step):
             training.say(step, message)
+
+
+def go_on_measuring(training: Training, step: int) -> None:
+    """Take the next step of a measurement that is not finished, after update ``step``."""
+    began = time.monotonic()
+    measured = training.late.go_on(step)
+    training.moving.measured_for += time.monotonic() - began
+    if measured is not None:
+        _write_ranks(training, *measured, training.moving.measured_for)
+
+
+def finish_measuring(training: Training) -> None:
+    """Wait for a measurement that is not finished, and write it."""
+    began = time.monotonic()
+    measured = training.late.finish()
+    if measured is not None:
+        waited = training.moving.measured_for + time.monotonic() - began
+        _write_ranks(training, *measured, waited)
 
 
 def measure_weights(training: Training, step: int) -> None:
@@ -79,19 +108,26 @@ def measure_norms(training: Training, step: int) -> None:
     training.tracker.log("norms", step, {**figures, "seconds": time.monotonic() - began})
 
 
-def _measure(training: Training, step: int) -> list[Row]:
-    began = time.monotonic()
-    tokens = step * training.config.train.global_batch * training.config.model.context
-    rows = measure(training.engine, step, tokens, training.config.ranks)
+def _tokens(training: Training, step: int) -> int:
+    return step * training.config.train.global_batch * training.config.model.context
+
+
+def _write_ranks(training: Training, step: int, rows: list[Row], seconds: float) -> None:
+    """Write a measurement to the table and its means to the log, on the main process.
+
+    Args:
+        rows: all rows; needed on the main process only.
+        seconds: for which training waited.
+    """
     if training.grid.is_main:
+        training.moving.ranks = summary(rows)
         if reason := training.table.add(step, rows):
             training.say(step, f"{reason}; measurements wait in memory")
-        means = {**summary(rows), "rank_by_layer": by_layer(rows)}
-        training.tracker.log("ranks", step, {**means, "seconds": time.monotonic() - began})
+        means = {**training.moving.ranks, "rank_by_layer": by_layer(rows)}
+        training.tracker.log("ranks", step, {**means, "seconds": seconds})
         maps = {f"rank_by_head/{name}": values for name, values in by_head(rows).items()}
         training.tracker.show(maps, step)
     training.watchdog.beat(step, "measuring ranks")
-    return rows
 
 
 def _write_waiting(training: Training) -> str:
@@ -178,6 +214,8 @@ def _figures(
 
 
 def save(training: Training, step: int) -> None:
+    """Save a checkpoint, after what was measured before it."""
+    finish_measuring(training)
     training.moving.saved_at = time.monotonic()
     state: dict[str, Any] = {
         "samples": step * training.config.train.global_batch,

@@ -30,6 +30,7 @@ from pretrain.engine.micro_batch import (
 from pretrain.engine.optimizers import refuse_missing_optimizer
 from pretrain.engine.precision import resolve_precision, with_precision
 from pretrain.engine.speed import speed_in_words
+from pretrain.ranks.later import LateRanks
 from pretrain.ranks.table import merge_ranks
 from pretrain.ranks.writer import RankWriter
 from pretrain.runs.finished import is_complete, put_evaluation_aside
@@ -82,6 +83,7 @@ def train(
                 run=run,
                 tracker=_tracker(setup, origin, run, grid, damaged),
                 table=RankWriter(run, setup.config.ranks),
+                late=LateRanks(engine),
                 saver=Saver(engine, run / CHECKPOINTS, config.checkpoint),
                 watchdog=watchdog,
                 faults=faults,

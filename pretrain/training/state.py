@@ -13,6 +13,7 @@ from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
 from pretrain.distributed.watchdog import Watchdog
 from pretrain.engine.engine import Engine
+from pretrain.ranks.later import LateRanks
 from pretrain.ranks.writer import RankWriter
 from pretrain.runs.metrics import Tracker
 from pretrain.tasks.task import Samples
@@ -54,7 +55,10 @@ class Moving:
     drifts: bool = False
     """Whether copies of tensor-parallel processes differed, which is said once."""
     ranks: dict[str, Any] = field(default_factory=dict)
-    """Mean figures of the last measurement (`pretrain.ranks.probe.summary`)."""
+    """Mean figures of the last measurement (`pretrain.ranks.probe.summary`), on the main
+    process."""
+    measured_for: float = 0.0
+    """Seconds that training has waited for a measurement that is not finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,7 @@ class Training:
     run: Path
     tracker: Tracker
     table: RankWriter
+    late: LateRanks
     saver: Saver
     watchdog: Watchdog
     faults: FaultDetector

@@ -18,6 +18,9 @@ from pretrain.runs.service import (
     coloured,
 )
 
+_STEP = "step"
+"""Axis of all charts: the number of updates."""
+
 
 class WandbSection(ServiceSection):
     """A run of W&B."""
@@ -56,15 +59,18 @@ class Wandb(Service):
             config=run.recipe,
             settings=wandb.Settings(silent=True, init_timeout=30),
         )
+        # W&B's own step may not fall, but a measurement may be finished after later updates.
+        self._run.define_metric(_STEP)
+        self._run.define_metric("*", step_metric=_STEP, step_sync=True)
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        self._run.log(numbers, step=step)
+        self._run.log({**numbers, _STEP: step})
 
     def show(self, maps: dict[str, Map], step: int) -> None:
         caption = "layers from top to bottom, heads from left to right; dark is 0, light is 1"
         images = {name: self._image(coloured(values), caption=caption)
                   for name, values in maps.items()}  # fmt: skip
-        self._run.log(images, step=step)
+        self._run.log({**images, _STEP: step})
 
     def close(self) -> None:
         self._run.finish()  # suppress its messages about settings

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -12,12 +15,29 @@ from pretrain.distributed.grid import Grid
 _PATIENCE = timedelta(days=1)
 """Timeout for a process whose disk or network is slower than the others'; the watchdog sees
 whether it works."""
+_LAZY = "TORCH_GLOO_LAZY_INIT"
+"""PyTorch reads this variable whenever it makes a group of gloo."""
+
+
+@contextlib.contextmanager
+def _connected_on_use() -> Iterator[None]:
+    """Groups of gloo that are made here connect the processes that talk, not each with all."""
+    before = os.environ.get(_LAZY)
+    os.environ[_LAZY] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_LAZY]
+        else:
+            os.environ[_LAZY] = before
 
 
 class MainProcess:
     """Collective calls to and from the main process, in a process group of their own.
 
-    One thread of each process may use it at a time; training can continue meanwhile.
+    One thread of each process may use it at a time; training can continue meanwhile. The main
+    process has a connection to every other one; the others have a few.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -25,7 +45,9 @@ class MainProcess:
         self.grid = grid
         self._group: Any = None
         if grid.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            with _connected_on_use():
+                self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            self.tell(self.gather(None))  # connect now, while all processes are there
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes on the main one, in rank order, and nothing on the others.

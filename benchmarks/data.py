@@ -248,7 +248,8 @@ def write_sparse(folder: Path, size: int = HUGE, length: int = 1000) -> None:
 _START = """
 import sys, time
 from pathlib import Path
-from data_pipeline.dataset import TrainingData, index_classes
+from data_pipeline.dataset import TrainingData
+from data_pipeline.indexed import index_classes
 from data_pipeline.manifest import load_manifest
 index_classes()
 def resident(key):

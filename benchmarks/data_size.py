@@ -110,7 +110,8 @@ _START = """
 import sys, time
 from pathlib import Path
 from data_pipeline import shared_indices
-from data_pipeline.dataset import TrainingData, index_classes
+from data_pipeline.dataset import TrainingData
+from data_pipeline.indexed import index_classes
 from data_pipeline.manifest import load_manifest
 shared_indices.LEAST = int(sys.argv[2])
 index_classes()

@@ -17,10 +17,10 @@ import numpy as np
 
 from data_pipeline.account import share, why_lossy
 from data_pipeline.assemble import file_names
-from data_pipeline.dataset import index_classes
 from data_pipeline.disk import naming
 from data_pipeline.encode import DOCUMENT_TYPE, hash_text
 from data_pipeline.files import read_tokenizer, write_aside
+from data_pipeline.indexed import index_classes
 from data_pipeline.json_tokenizer import HuggingFaceTokenizer, ask_library, check_ids
 from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.pairs import Looked, Pair, look_at_all, read_pair

@@ -1,137 +1,18 @@
-"""Tokenised folders: training blends and held-out documents.
-
-Megatron's classes read the files and build the samples, with one change: each epoch of a subset is
-a separate dataset, shuffled with a seed from (seed, subset, epoch), so that the order does not
-depend on how many samples a run requests.
-"""
+"""Tokenised folders: training blends and held-out documents."""
 
 from __future__ import annotations
 
-import hashlib
-import sys
-import warnings
-from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cache
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
-from data_pipeline.bounded import BoundedReader
-from data_pipeline.checksums import CheckedReader, load_documents, read_checksums, verify
-from data_pipeline.index_file import Header, read_header
-from data_pipeline.light_imports import import_light
+from data_pipeline.blend import Blend
+from data_pipeline.checksums import load_documents, verify
+from data_pipeline.indexed import open_indexed
 from data_pipeline.manifest import Entry, Manifest
 from data_pipeline.pile import PILE_WEIGHTS
-from data_pipeline.shared_indices import shared_arrays
-from data_pipeline.sources import ChoiceError, DataError, stamp_of
-
-
-@cache
-def index_classes() -> Any:
-    """Import Megatron's dataset classes late (it takes 1 s) and without their warnings."""
-    parts = ("indexed_dataset", "gpt_dataset", "blended_dataset", "utils", "helpers_cpp")
-    try:
-        indexed, gpt, blended, utils, _ = import_light(
-            *(f"megatron.core.datasets.{part}" for part in parts)
-        )
-    except ModuleNotFoundError as error:
-        if error.name != "megatron.core.datasets.helpers_cpp":
-            raise
-        raise DataError(
-            "megatron-core is installed without its compiled dataset helpers: install a C++ "
-            "compiler, then pip install --force-reinstall --no-deps megatron-core"
-        ) from None
-    return SimpleNamespace(
-        IndexedDataset=indexed.IndexedDataset,
-        GPTDataset=_with_shared_indices(gpt.GPTDataset),
-        GPTDatasetConfig=gpt.GPTDatasetConfig,
-        BlendedDataset=blended.BlendedDataset,
-        Split=utils.Split,
-    )
-
-
-def _with_shared_indices(base: Any) -> Any:
-    """Megatron's `GPTDataset`, whose indices the processes of a machine share if they are large.
-
-    It is given ``Documents`` instead of an array of their numbers, which is needed only to build.
-    """
-
-    class GPTDataset(base):  # type: ignore[misc]
-        indices: Any
-
-        def _build_document_sample_shuffle_indices(self) -> Any:
-            documents: Documents = self.indices
-
-            def build() -> Any:
-                self.indices = documents.numbers()
-                try:
-                    return base._build_document_sample_shuffle_indices(self)
-                finally:
-                    self.indices = documents
-
-            samples = documents.tokens // self.config.sequence_length
-            key = f"{documents.key}/{self.config.sequence_length}/{self.config.random_seed}"
-            digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-            return shared_arrays(digest, 4 * documents.count + 12 * samples, build)
-
-    return GPTDataset
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The documents of an entry, by their numbers in the file."""
-
-    first: int
-    count: int
-    tokens: int
-    key: str
-    """The file and its state."""
-
-    def numbers(self) -> np.ndarray:
-        """``[count]`` int32."""
-        return np.arange(self.first, self.first + self.count, dtype=np.int32)
-
-
-def open_indexed(entry: Entry, dtype: str, size: int) -> Any:
-    """Megatron's `IndexedDataset` of an entry, after checks that give one-line errors.
-
-    Args:
-        size: of the vocabulary; tokens outside it are refused when they are read.
-
-    Raises:
-        DataError: if a file is missing, or the sizes of index and data do not agree.
-    """
-    index, data = (entry.prefix.with_name(entry.prefix.name + end) for end in (".idx", ".bin"))
-    for file in (index, data):
-        if not file.is_file():
-            raise DataError(f"{file}: missing; tokenise again")
-    with index.open("rb") as stream:
-        header = read_header(stream)
-    if header is None or not _fits(header, entry) or index.stat().st_size != header.file_size:
-        raise DataError(f"{index}: the index is damaged; tokenise again")
-    wanted = (entry.file_tokens or entry.tokens) * np.dtype(dtype).itemsize
-    if data.stat().st_size != wanted:
-        raise DataError(f"{data}: {data.stat().st_size} bytes, expected {wanted}; tokenise again")
-    # Check them before Megatron reads them: it trusts its index.
-    for file in (index, entry.checksum_file):
-        verify(file, entry.files)
-    dataset = index_classes().IndexedDataset(str(entry.prefix), multimodal=False, mmap=True)
-    checksums = read_checksums(data, entry.checksum_file)
-    if checksums is not None:
-        dataset.bin_reader = CheckedReader(dataset.bin_reader, data, checksums)
-    starts = dataset.index.sequence_pointers
-    dataset.bin_reader = BoundedReader(dataset.bin_reader, data, starts, size)
-    return dataset
-
-
-def _fits(header: Header, entry: Entry) -> bool:
-    """Whether an index agrees with the manifest; an adopted document may be many sequences."""
-    if entry.file_documents:
-        return header.sequences == entry.file_documents
-    return header.sequences == entry.documents == header.documents - 1
-
+from data_pipeline.sources import ChoiceError, DataError
+from data_pipeline.subsets import EpochedSubset, PackedSubset
 
 # --- training -------------------------------------------------------------------------------
 
@@ -178,91 +59,6 @@ def blend_weights(manifest: Manifest, weights: str | dict[str, float]) -> dict[s
     return {name: value / total for name, value in raw.items() if value > 0}
 
 
-class EpochedSubset:
-    """All epochs of one subset as one endless dataset that Megatron can blend."""
-
-    def __init__(
-        self, entry: Entry, manifest: Manifest, context: int, seed: int, size: int
-    ) -> None:
-        megatron = index_classes()
-        self.index_split = megatron.Split.train
-        self.unique_identifiers = OrderedDict(subset=entry.subset, seed=seed)
-        self._entry, self._eod = entry, manifest.eod
-        self._context, self._seed = context, seed
-        self._indexed = open_indexed(entry, manifest.dtype, size)
-        self._epochs: OrderedDict[int, Any] = OrderedDict()
-        self._length = (entry.tokens - 1) // context
-        if self._length < 1:
-            raise ChoiceError(
-                f"{entry.subset}: {entry.tokens} training tokens are fewer than one sequence of "
-                f"model.context {context} + 1; shorten the context or leave out the subset"
-            )
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, position = divmod(int(index), self._length)
-        sample: dict[str, Any] = self._epoch(epoch)[position]
-        return sample
-
-    def _epoch(self, epoch: int) -> Any:
-        if epoch not in self._epochs:
-            self._epochs[epoch] = self._build(epoch)
-            while len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
-
-    def _build(self, epoch: int) -> Any:
-        megatron = index_classes()
-        name = f"{self._seed}/{self._entry.subset}/{epoch}"
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-        config = megatron.GPTDatasetConfig(
-            random_seed=seed,
-            sequence_length=self._context,
-            tokenizer=SimpleNamespace(
-                eod=self._eod, vocab_size=None, unique_identifiers={"eod": self._eod}
-            ),
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-        entry, file = self._entry, self._entry.path(".idx")
-        key = f"{file.resolve()}/{stamp_of(file)}/{entry.first}/{entry.documents}"
-        documents = Documents(entry.first, entry.documents, entry.tokens, key)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return megatron.GPTDataset(
-                self._indexed, None, documents, None, self.index_split, config
-            )
-
-
-class PackedSubset:
-    """Sequences that already are samples, in their order, repeated without end."""
-
-    def __init__(self, entry: Entry, manifest: Manifest, context: int, size: int) -> None:
-        self.index_split = index_classes().Split.train
-        self.unique_identifiers = OrderedDict(subset=entry.subset, packed=entry.packed)
-        if entry.packed != context + 1:
-            raise ChoiceError(
-                f"{entry.prefix}: is packed in sequences of {entry.packed} tokens; set "
-                f"model.context to {entry.packed - 1}"
-            )
-        self._entry = entry
-        self._indexed = open_indexed(entry, manifest.dtype, size)
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        import torch
-
-        tokens = self._indexed.get(self._entry.first + int(index) % self._entry.documents)
-        values = torch.from_numpy(tokens.astype(np.int64))
-        return {"tokens": values[:-1], "labels": values[1:]}
-
-
 class TrainingData:
     """The blend: sample number -> tokens, which depends only on the seed."""
 
@@ -288,12 +84,7 @@ class TrainingData:
             else EpochedSubset(by_name[name], manifest, context, seed, size)
             for name in self.shares
         ]
-        self._blend = index_classes().BlendedDataset(
-            subsets,
-            list(self.shares.values()),
-            samples,
-            SimpleNamespace(path_to_cache=None, defer_npy_index_mmap=False),
-        )
+        self._blend = Blend(subsets, list(self.shares.values()), samples)
 
     def __len__(self) -> int:
         return len(self._blend)

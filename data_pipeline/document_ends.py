@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_pipeline.dataset import open_indexed
+from data_pipeline.indexed import open_indexed
 from data_pipeline.manifest import Entry, Manifest
 from data_pipeline.sources import ChoiceError
 

@@ -1,7 +1,7 @@
 """Megatron's ``.idx`` file: where each document begins in the ``.bin`` beside it.
 
 This module writes it, because importing Megatron's writer takes longer than tokenising 50 MB.
-Samples are read by Megatron's own classes (`data_pipeline.dataset`).
+Samples are read by Megatron's own classes (`data_pipeline.indexed`).
 """
 
 from __future__ import annotations

@@ -345,7 +345,7 @@ def test_blend_is_as_weighted(data: Path) -> None:
     assert pile["ArXiv"] == pytest.approx(8.96 / (8.96 + 7.59 + 1.53))
     weights = {"ArXiv": 3.0, "Github": 1.0, "Wikipedia (en)": 0.0}
     found = TrainingData(manifest, weights, 32, 1, 400)
-    drawn = Counter(int(i) for i in found._blend.dataset_index)
+    drawn = Counter(found._blend.place(i)[0] for i in range(400))
     assert drawn == {0: 300, 1: 100}
 
 

@@ -240,7 +240,7 @@ def name_of_token(path: Path, token: int) -> str | None:
         raise DataError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
 
 
-class VocabularyError(DataError):
+class VocabularyError(ChoiceError):
     """A vocabulary that the texts cannot fill."""
 
     def __init__(self, message: str, largest: int) -> None:

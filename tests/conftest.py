@@ -65,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 LONG_FILES = (
     "engine/test_speed", "faults/test_processes", "engine/test_grid", "decay/test_policies",
-    "report/test_paper", "cli/test_signals", "faults/test_machines", "engine/test_flat_update",
+    "report/test_paper", "ranks/test_later", "cli/test_signals", "faults/test_machines", "engine/test_flat_update",
     "sweep/test_sweep", "decay/test_decay_applied", "offline/test_exchange", "report/test_report",
     "checkpoint/test_resume", "engine/test_grid_sums", "launchers/test_launch", "models/test_bf16",
     "cli/test_bombs", "tasks/test_tasks", "runs/test_asked", "runs/test_writing_pairs",
@@ -80,7 +80,8 @@ LONG_FILES = (
     "cli/test_mistakes", "offline/test_exports", "tasks/test_own_task",
     "config/test_code_of_others", "cli/test_secrets", "runs/test_damaged_folders",
     "config/test_lengths", "cli/test_printed", "runs/test_lock_files", "config/test_recipe_fuzz",
-    "models/test_models", "runs/test_folder_taken",
+    "models/test_models", "runs/test_folder_taken", "data_pipeline/test_chapters",
+    "distributed/test_main_process",
 )  # fmt: skip
 """Files that take more than three seconds of CPU, about the longest first (`--cpu-times` tells)."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +304,28 @@ def test_a_broken_pipe_is_silent_only_if_it_is_our_output(closed: bool) -> None:
         os.close(reading)
     assert done.returncode == 1
     assert done.stderr == ("" if closed else "error: Broken pipe\n")
+
+
+def raised() -> Iterator[tuple[str, str, str]]:
+    """(place, class, text) of every error that the program raises with a text of its own."""
+    for folder in ("data_pipeline", "models", "pretrain", "launchers"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                call = node.exc if isinstance(node, ast.Raise) else None
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.args:
+                    text = ast.unparse(call.args[0])
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", call.func.id, text
+
+
+@pytest.mark.parametrize("words", ["choose another --out", "'--", "no such file or folder"])
+def test_what_another_command_mends_is_a_mistake_in_the_command(words: str) -> None:
+    """Code 2, whichever package says it; 1 if another process has the folder, which may end, if
+    files are damaged, if texts or a machine failed what an option asks for."""
+    at_fault = ("checkpoint/recover.py", "data_pipeline/watch.py", "cluster/local_rates.py")
+    found = [
+        (place, kind) for place, kind, text in raised()
+        if words in text and not place.partition(":")[0].endswith(at_fault)
+    ]  # fmt: skip
+    waits = {"HeldError", "BusyError"}
+    assert len(found) > 2 or words == "no such file or folder"
+    assert not [one for one in found if one[1] not in {"UsageError", "ChoiceError"} | waits]

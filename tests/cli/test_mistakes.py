@@ -262,7 +262,7 @@ COMMAND_MISTAKES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     "a report of nothing": (["report", "{tmp}"], 2, ("no run folder",)),
     "a source that is not there": (
         ["data", "tokenize", "{tmp}/no.jsonl", "--tokenizer", "{tok}", "--out", "{tmp}/o"],
-        1,
+        2,
         ("no.jsonl",),
     ),
     "a tokenizer that is none": (
@@ -277,10 +277,10 @@ COMMAND_MISTAKES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     ),
     "a vocabulary that the text cannot fill": (
         ["data", "tokenizer", "{tmp}/ok.jsonl", "--vocab-size", "9999", "--out", "{tmp}/t.model"],
-        1,
+        2,
         ("9999",),
     ),
-    "info on no data": (["data", "info", "{tmp}"], 1, ("manifest.json",)),
+    "info on no data": (["data", "info", "{tmp}"], 2, ("manifest.json",)),
 }
 
 

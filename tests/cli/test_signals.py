@@ -36,7 +36,6 @@ from tests.tools import (
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ALL = list(product(MOMENTS, SIGNALS, (1, 2)))
 SAMPLE = [
-    ("recipe", signal.SIGTERM, 1),
     ("first update", signal.SIGINT, 2),
     ("update", signal.SIGTERM, 2),
     ("evaluation", signal.SIGUSR1, 1),

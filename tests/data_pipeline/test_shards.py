@@ -231,7 +231,7 @@ def test_the_command(
 ) -> None:  # fmt: skip
     words = ["data", "tokenize", str(corpus), "--tokenizer", str(tokenizer), "--workers", "1",
              "--out", str(tmp_path / "out")]  # fmt: skip
-    assert run(monkeypatch, *words, "--shard", "4/3") == 1
+    assert run(monkeypatch, *words, "--shard", "4/3") == 2
     assert_one_line(capsys.readouterr().err, ("--shard", "'4/3'"))
     for number in (1, 2):
         assert run(monkeypatch, *words, "--shard", f"{number}/2") == 0

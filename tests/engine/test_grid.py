@@ -134,9 +134,9 @@ def pairs(case: Case) -> set[tuple[Any, ...]]:
     return {*itertools.combinations(asdict(case).items(), 2), grid}
 
 
-def covering(cases: list[Case], held: list[Case]) -> list[Case]:
-    """A few more, so that everything occurs that occurs in any (greedy)."""
-    missing = set().union(*map(pairs, cases)).difference(*map(pairs, held))
+def covering(cases: list[Case]) -> list[Case]:
+    """A few of them, in which everything occurs that occurs in any (greedy)."""
+    missing = set().union(*map(pairs, cases))
     found = []
     while missing:
         best = max(cases, key=lambda case: (len(pairs(case) & missing), -case.processes))
@@ -156,19 +156,9 @@ def inside_documents(model: str) -> list[Case]:
 
 
 def sample() -> list[Case]:
-    """Plain in fp32: every stage on every grid of two axes at most, with a dialect in turn; then a
-    few, so that all pairs of settings are there."""
+    """As few grids as hold all pairs of settings, and two inside documents."""
     small = [case for case in matrix() if case.processes <= 4]
-    plain = [
-        case
-        for case in small
-        if case.model in DIALECTS
-        and case.precision == "fp32"
-        and not (case.sequence or case.recompute)
-        and (case.processes <= 2 or case.data == 1)
-        and (list(DIALECTS).index(case.model) + case.stage) % len(DIALECTS) == 0
-    ]
-    return plain + covering(small, plain) + inside_documents("llama")[:2]
+    return covering(small) + inside_documents("llama")[:2]
 
 
 def train(cases: list[Case], data: Path, folder: Path) -> dict[Case, Path]:
@@ -252,7 +242,7 @@ def test_every_head_once_and_within_theory(sampled: dict[Case, Path]) -> None:
         groups = MODELS[case.model].get("num_key_value_heads", 0)
         assert rows == 3 * 2 * (2 * 4 + 2 * groups)  # moments, products; heads and groups
         total += rows
-    assert total > 1000
+    assert total > 600
 
 
 @pytest.mark.long

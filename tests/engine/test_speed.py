@@ -46,7 +46,6 @@ REFERENCES: list[Key] = [
     (d, p, "plain", "one") for d in ("gpt2", "llama") for p in ("fp32", "bf16")
 ]
 SAMPLE: list[Key] = [
-    ("gpt2", "fp32", "fast", "one"),
     ("gpt2", "fp32", "fast", "pipeline"),
     ("gpt2", "fp32", "fast", "recompute-2"),
     ("llama", "bf16", "fast", "tensor"),

@@ -52,7 +52,7 @@ def end_all(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cable_is_pulled(
     data: Path, tmp_path: Path, hosts: Hosts, undisturbed: Callable[[str], Path],
     row: Callable[..., None],

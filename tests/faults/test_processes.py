@@ -183,7 +183,7 @@ def test_a_process_that_hangs_alone(data: Path, tmp_path: Path) -> None:
     assert "waits in" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_machine_is_gone_and_the_job_goes_on_smaller(
     data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None]
 ) -> None:

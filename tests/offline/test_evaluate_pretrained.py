@@ -293,7 +293,7 @@ def test_a_moved_run_finds_its_data(
     shutil.rmtree(place)
     tokenize_sources([str(corpus / "test.jsonl.zst")], tmp_path / "tokenizer.model", place)
     capsys.readouterr()
-    assert run(monkeypatch, "evaluate", str(moved)) == 1
+    assert run(monkeypatch, "evaluate", str(moved)) == 2
     assert_one_line(capsys.readouterr().err, ("data/corpus",))
 
 

@@ -19,8 +19,8 @@ from pretrain.training.faults import FaultDetector, GoBackError
 from tests.ahead import looking_ahead
 from tests.tools import base_recipe, run, run_workers, weights_of, write_recipe
 
-STEPS = 12
-GRIDS = {1: [(1, 0), (1, 1)], 2: [(1, 0), (1, 1), (2, 1)], 4: [(2, 0), (2, 1)]}
+STEPS = 10
+GRIDS = {1: [(1, 0)], 2: [(1, 1), (2, 0)], 4: [(2, 1)]}
 """Tensor parallelism and ZeRO stage, by number of processes."""
 
 
@@ -72,7 +72,7 @@ def compare(waits: Path, later: Path) -> None:
     assert all((values == weights[name]).all() for name, values in weights_of(waits).items())
 
 
-@pytest.mark.parametrize("fault", range(3, 10))
+@pytest.mark.parametrize("fault", [3, 4, 5, 8])
 def test_a_run_that_goes_back_measures_again(
     fault: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

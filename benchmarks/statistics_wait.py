@@ -2,8 +2,8 @@
 
     python benchmarks/statistics_wait.py --shape gpu-125m --compiled --out FILE
 
-On a GPU a measurement runs beside the first passes of the next update, so that an update with a
-measurement takes less than both one after the other.
+On a GPU the factors are copied beside the first pass of the next update, and the CPU computes the
+rows during the update after that (`pretrain.ranks.later`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from benchmarks.contenders.shapes import SHAPES
 from benchmarks.contenders.worker import rankdecay_engine
 from benchmarks.results_file import finish
 from pretrain.config.run import RanksConfig
+from pretrain.ranks.later import LateRanks
 from pretrain.ranks.probe import measure
 
-_WARM, _TURNS = 6, 8
+_WARM, _TURNS, _UPDATES = 6, 8, 3
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -37,28 +38,40 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def waits(shape_name: str, compiled: bool) -> dict[str, Any]:
-    """Medians over turns: an update, a measurement and an update, and what the second adds."""
+    """Medians over turns: some updates, the same with a measurement, and what the latter adds."""
     engine, step = rankdecay_engine(SHAPES[shape_name], compiled)
+    late, config = LateRanks(engine), RanksConfig()
     for _ in range(_WARM):
         step()
 
-    def both() -> None:
-        measure(engine, 0, 0, RanksConfig())
-        step()
+    def plain() -> None:
+        for _ in range(_UPDATES):
+            step()
 
-    both()
+    def measured() -> None:
+        """As in training: the rows are written two updates later where that is possible."""
+        if late.can_begin():
+            late.begin(0, 0, config)
+        else:
+            measure(engine, 0, 0, config)
+        for number in range(1, _UPDATES + 1):
+            step()
+            late.go_on(number)
+
+    measured()
     alone, together = [], []
     for _ in range(_TURNS):
-        step()
-        alone.append(milliseconds(step))
-        together.append(milliseconds(both))
-    update, with_one = statistics.median(alone), statistics.median(together)
+        alone.append(milliseconds(plain))
+        together.append(milliseconds(measured))
+    without, with_one = statistics.median(alone), statistics.median(together)
     return {
         "shape": shape_name,
         "compiled": compiled,
-        "update_ms": round(update, 2),
-        "update_with_measurement_ms": round(with_one, 2),
-        "training_waits_ms": round(with_one - update, 2),
+        "finished_later": late.can_begin(),
+        "update_ms": round(without / _UPDATES, 2),
+        "updates": _UPDATES,
+        "updates_with_measurement_ms": round(with_one, 2),
+        "training_waits_ms": round(with_one - without, 2),
         "quartiles_with": [round(q, 2) for q in statistics.quantiles(together, n=4)],
         "threads": torch.get_num_threads(),
     }

@@ -65,7 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 LONG_FILES = (
     "engine/test_speed", "faults/test_processes", "engine/test_grid", "decay/test_policies",
-    "report/test_paper", "ranks/test_later", "cli/test_signals", "faults/test_machines", "engine/test_flat_update",
+    "report/test_paper", "ranks/test_later", "cli/test_signals", "engine/test_flat_update",
+    "faults/test_machines",
     "sweep/test_sweep", "decay/test_decay_applied", "offline/test_exchange", "report/test_report",
     "checkpoint/test_resume", "engine/test_grid_sums", "launchers/test_launch", "models/test_bf16",
     "cli/test_bombs", "tasks/test_tasks", "runs/test_asked", "runs/test_writing_pairs",

@@ -314,7 +314,7 @@ def raised() -> Iterator[tuple[str, str, str]]:
                 call = node.exc if isinstance(node, ast.Raise) else None
                 if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.args:
                     text = ast.unparse(call.args[0])
-                    yield f"{path.relative_to(ROOT)}:{node.lineno}", call.func.id, text
+                    yield f"{path.relative_to(ROOT)}:{call.lineno}", call.func.id, text
 
 
 @pytest.mark.parametrize("words", ["choose another --out", "'--", "no such file or folder"])

@@ -19,6 +19,7 @@ from torch import Tensor
 from models.kernels import Kernels, compiled
 from models.loss import Projection, mean_loss
 from models.products import mean_over_sequence
+from pretrain.runs.folder import read_ranks
 from tests.tools import ROOT, base_recipe, losses_of, weights_of, write_recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -102,11 +103,36 @@ def test_a_killed_run_continues_bit_by_bit(
         np.testing.assert_array_equal(value, others[name], err_msg=name)
 
 
-def _train(recipe: Path, out: Path, cache: Path) -> subprocess.Popen[bytes]:
+@pytest.mark.parametrize("more", [{"compile": True}, {"compile": False}])
+def test_ranks_measured_beside_training_are_those_that_it_waits_for(
+    more: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    """Of every fifth update, in a run whose weights change a lot between two of them."""
+    values = base_recipe(data)
+    values["model"] |= {"context": 64, "hidden_size": 128}
+    values["train"] |= {"steps": 203, "global_batch": 16, "micro_batch": 8}
+    values["optimizer"]["learning_rate"] = 2e-2
+    values |= {"precision": "bf16", "speed": more}
+    values["ranks"]["every"], values["checkpoint"]["every"] = 5, 200
+    values["evaluation"]["every"] = 1000
+    recipe = write_recipe(tmp_path / "recipe.yaml", values)
+    wait = "import pretrain.ranks.later as m; m.LateRanks.can_begin = lambda late: False; "
+    assert _train(recipe, tmp_path / "late", tmp_path / "cache").wait(300) == 0
+    assert _train(recipe, tmp_path / "waits", tmp_path / "cache", wait).wait(300) == 0
+    late, waits = read_ranks(tmp_path / "late"), read_ranks(tmp_path / "waits")
+    assert len({row["step"] for row in late}) == 42 and len(late) == len(waits)
+    for one, other in zip(late, waits, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            assert one[name] == pytest.approx(value, rel=1e-7, abs=1e-12, nan_ok=True), name
+
+
+def _train(recipe: Path, out: Path, cache: Path, before: str = "") -> subprocess.Popen[bytes]:
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "a"), "TRITON_CACHE_DIR": str(cache / "b")}
     kept = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
     return subprocess.Popen(
-        [sys.executable, "-m", "pretrain", "train", str(recipe), "--out", str(out)],
+        [sys.executable, "-c", f"{before}from pretrain.__main__ import main; main()",
+         "train", str(recipe), "--out", str(out)],
         env={**kept, **caches, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         stdout=subprocess.DEVNULL, stderr=(out.parent / f"{cache.name}.txt").open("wb"),
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Figures 4 and 6: check that attention factors are balanced, and norms at their bound.
 
-The models are a pretrained one (LLaMA-2-7B and ViT-B/16 in the paper) or runs of our own. The runs
-of a sweep that are checked are those with about the exposure of the paper's model. Single runs of a
-few hundred updates differ much, so means over these runs are checked.
+The models are a pretrained one (LLaMA-2-7B and ViT-B/16 in the paper) or runs of our own. Of
+a sweep, all runs whose exposure is nearest to a given one are checked together, by means: single
+runs of a few hundred updates differ much.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ TITLES = {
     ),
     "fig6": (
         "Figure 6: a trained Vision Transformer's factors",
-        "The same (paper: ViT-B/16, `pretrain paper fig6 --model FOLDER`; here our run with the "
-        "largest exposure).",
+        "The same (paper: ViT-B/16, `pretrain paper fig6 --model FOLDER`; here our run whose "
+        "exposure is nearest to 3).",
     ),
     "fig5": (
         "Figure 5: AdamW's decay and L2",

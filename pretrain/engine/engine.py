@@ -73,10 +73,13 @@ class Engine:
     """Seconds of the parts of updates."""
     looks_ahead: bool = field(init=False)
     """Whether a GPU begins the next update while the host waits for figures of this one."""
+    beside: Beside = field(init=False)
+    spans: dict[str, Any] = field(default_factory=dict)
+    """Parts of tensors on other processes, once they are known (`pretrain.ranks.collect`)."""
 
     def __post_init__(self) -> None:
         self.stopwatch = Stopwatch(self.grid.device)
-        self._beside = Beside(self.grid.device)
+        self.beside = Beside(self.grid.device)
         self.looks_ahead = self.grid.device.type == "cuda"
         self._passes = Passes(
             self._updater,
@@ -107,7 +110,7 @@ class Engine:
         norm = self._updater.get_global_grad_norm()
         if isinstance(self._updater, FlatUpdate):
             figures = to_host(torch.stack([loss, norm]))
-            self._beside.weights_are_made()
+            self.beside.weights_are_made()
             if more and self.looks_ahead:
                 self._passes.begin_next(batches)
             mean, self.gradient_norm = figures()  # the only wait for the device
@@ -133,11 +136,7 @@ class Engine:
 
         With ``wait`` the host waits for what the block computes; without, only the update does.
         """
-        return self._beside(wait) if self.has_begun_next else contextlib.nullcontext()
-
-    def wait_for_reads(self) -> None:
-        """Wait until a GPU has read what was asked for beside the next update."""
-        self._beside.wait()
+        return self.beside(wait) if self.has_begun_next else contextlib.nullcontext()
 
     def forget_next_update(self) -> None:
         """Drop what was begun of the next update, before weights change otherwise."""

@@ -33,14 +33,20 @@ Spans = dict[str, list[tuple[int, int]]]
 
 
 def spans_of(engine: Engine, fragments: dict[str, Fragment]) -> Spans:
-    """The spans of fragments on every data-parallel process; a collective call."""
+    """The spans of fragments on every data-parallel process; a collective call the first time.
+
+    They never change. An exchange of objects would make the host wait for a GPU.
+    """
+    if engine.spans:
+        return engine.spans
     mine = {name: (part.offset, part.master.numel()) for name, part in fragments.items()}
     parts: list[dict[str, tuple[int, int]]] = [mine]
     if engine.grid.data > 1:
         parts = [{} for _ in range(engine.grid.data)]
         dist.all_gather_object(parts, mine, group=engine.grid.data_group)
     names = {name for part in parts for name in part}
-    return {name: [part.get(name, (0, 0)) for part in parts] for name in names}
+    engine.spans = {name: [part.get(name, (0, 0)) for part in parts] for name in names}
+    return engine.spans
 
 
 def collect(

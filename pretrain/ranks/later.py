@@ -88,7 +88,7 @@ class LateRanks:
         step, computing = self._step, self._computing
         self.forget()
         if not computing.started:
-            self._engine.wait_for_reads()
+            self._engine.beside.wait()
         rows, problem = computing.result()
         found = self._main.gather((rows, problem))
         problem = self._main.tell(next((reason for _, reason in found if reason), ""))

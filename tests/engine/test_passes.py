@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.gpt import whole_model
 from pretrain.config.recipe import Config, parse_config
@@ -21,6 +22,7 @@ from pretrain.engine.engine import Engine, build_engine
 from pretrain.engine.passes import Batch
 from pretrain.engine.queues import Beside
 from pretrain.engine.recorded import RecordedPasses
+from pretrain.ranks.later import LateRanks
 from pretrain.ranks.probe import measure
 
 
@@ -298,7 +300,7 @@ def test_statistics_use_a_second_queue_only_beside_a_begun_update(
     monkeypatch.setattr(torch.cuda, "stream", stream)
     config = config_of()
     engine = engine_of(config)
-    engine._beside = Beside(torch.device("cuda"))
+    engine.beside = Beside(torch.device("cuda"))
     engine.looks_ahead = True
     source = batches(config)
     for more in (True, False):
@@ -306,3 +308,28 @@ def test_statistics_use_a_second_queue_only_beside_a_begun_update(
         engine.train_step(source, more=more)
         measure(engine, 1, 0, RanksConfig())
     assert events == ["made", "waits for 0", "begins", "done", "made"]
+
+    # One that is finished later: the main queue waits for the second one, and the host for nothing.
+    events.clear()
+    main = SimpleNamespace(wait_stream=lambda _: events.append("main queue waits"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    engine.begin_step(1, 1e-2)
+    engine.train_step(source, more=True)
+    late = LateRanks(engine)
+    assert late.can_begin()
+    with NoReads():
+        late.begin(1, 0, RanksConfig())
+    assert events == ["made", "waits for 2", "begins", "main queue waits"]
+    engine.begin_step(2, 1e-2)
+    engine.train_step(source, more=True)
+    assert late.go_on(2) is None and late.go_on(3) is not None and "done" not in events
+
+
+class NoReads(TorchDispatchMode):
+    """Nothing is read from a device, which would make the host wait for it."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, given: Any = (), words: Any = None
+    ) -> Any:
+        assert "_local_scalar_dense" not in str(function) and "nonzero" not in str(function)
+        return function(*given, **(words or {}))

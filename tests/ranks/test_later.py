@@ -33,7 +33,7 @@ def recipe_of(data: Path, tensor: int, stage: int, rng: random.Random) -> dict[s
     recipe["ranks"] = {"every": rng.choice([1, 2, 3, 5]), "spectra": True}
     recipe["checkpoint"] = {"every": rng.choice([2, 4, 5, 7]), "keep": 0}
     recipe["evaluation"]["every"] = rng.choice([4, 6])
-    if rng.random() < 0.5:
+    if (tensor, stage) == (2, 0):
         recipe["optimizer"]["weight_decay"]["policies"] = [
             {"kind": "rank_target", "target": 0.5, "every": rng.choice([3, 4])}
         ]

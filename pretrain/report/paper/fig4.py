@@ -37,7 +37,7 @@ def figure(
         contrast: runs without decay, whose numbers are shown for comparison.
     """
     trained = [_scatter_of(target, family) for target in targets]
-    trained[0].write(out, name, targets[0])
+    trained[0].write(out, name, Path(targets[0]).name)
     before = [_scatter_of(target) for target in contrast]
     checks = []
     for product, word, sides in (

@@ -37,6 +37,9 @@ from pretrain.errors import RunError, UsageError
 
 ABOUT = "run.json"
 """File in a run's folder at the mirror: the run's id, and the run folder that was copied."""
+_MARK = ".copied"
+"""End of the name of an empty file: the file with the rest of its name was copied."""
+_OWN = re.compile(rf"rank-\d{{5}}\.safetensors(\.[0-9a-f]{{16}}{re.escape(_MARK)})?")
 _BLOCK = 8 << 20
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 
@@ -94,39 +97,57 @@ class Mirror:
         Raises:
             RunError: naming the URL.
         """
-        self.prepare(folder)
-        self.copy(folder)
+        self.deliver(folder, self.files(folder))
         self.complete(folder, settings)
 
-    def prepare(self, folder: Path) -> None:
-        """Make the checkpoint's folder there; what it has so far no longer counts as a copy.
+    def files(self, folder: Path) -> list[str]:
+        """The files of a checkpoint beside its manifest.
 
         Raises:
             RunError: naming the URL.
         """
         with self._named(folder):
-            run = run_id_of(self._run)
-            if not run:
+            return list(Checkpoint(folder).files)
+
+    def deliver(self, folder: Path, names: list[str]) -> None:
+        """Copy some files of a checkpoint, and mark each one that is there.
+
+        Files that are marked are not copied again, nor those of a complete copy. What is there of
+        another checkpoint of that step no longer counts as a copy.
+
+        Raises:
+            RunError: naming the URL.
+        """
+        with self._named(folder):
+            if not run_id_of(self._run):
                 raise RunError(f"{self._run / RUN_ID} does not exist")
-            place, target = self._place(), self._target(folder)
+            target = self._target(folder)
             self._system.makedirs(target, exist_ok=True)
-            about = {"run": run, "folder": str(self._run.resolve())}
-            self._system.pipe_file(f"{place}/{ABOUT}", to_json(about).encode())
-            if self._system.exists(f"{target}/{MANIFEST}"):
-                self._system.rm_file(f"{target}/{MANIFEST}")
+            if self._is_complete(folder):
+                return
+            marks, present = self._marks(folder), self._names(target)
+            for name in names:
+                if marks[name] in present:
+                    continue
+                for other in present:  # of another file of this name
+                    if other.startswith(f"{name}.") and other.endswith(_MARK):
+                        self._system.rm_file(f"{target}/{other}")
+                self._copy(folder / name, f"{target}/{name}")
+                self._system.pipe_file(f"{target}/{marks[name]}", b"")
 
-    def copy(self, folder: Path, is_mine: Callable[[str], bool] = lambda _: True) -> None:
-        """Copy the files of a checkpoint that a process copies, but not the manifest.
+    def unmarked(self, folder: Path, names: list[str]) -> list[str]:
+        """The files among some of a checkpoint that nobody has copied yet.
 
         Raises:
             RunError: naming the URL.
         """
         with self._named(folder):
-            for name in filter(is_mine, Checkpoint(folder).files):
-                self._copy(folder / name, f"{self._target(folder)}/{name}")
+            marks = self._marks(folder)
+            present = set(self._names(self._target(folder)))
+            return [name for name in names if marks[name] not in present]
 
     def complete(self, folder: Path, settings: CheckpointConfig) -> None:
-        """Copy the manifest, then delete copies that are not kept.
+        """Copy the manifest, then delete marks, and copies that are not kept.
 
         Only checkpoints of this run are ever deleted, and only in its own folder.
 
@@ -134,11 +155,37 @@ class Mirror:
             RunError: naming the URL.
         """
         with self._named(folder):
-            self._copy(folder / MANIFEST, f"{self._target(folder)}/{MANIFEST}")
-            place = self._place()
+            place, target = self._place(), self._target(folder)
+            about = {"run": run_id_of(self._run), "folder": str(self._run.resolve())}
+            self._system.pipe_file(f"{place}/{ABOUT}", to_json(about).encode())
+            if not self._is_complete(folder):
+                self._copy(folder / MANIFEST, f"{target}/{MANIFEST}")
+            for name in self._names(target):
+                if name.endswith(_MARK):
+                    self._system.rm_file(f"{target}/{name}")
             for name in self._superseded(place, folder, settings):
-                self._system.rm_file(f"{place}/{name}/{MANIFEST}")
+                if self._system.exists(f"{place}/{name}/{MANIFEST}"):
+                    self._system.rm_file(f"{place}/{name}/{MANIFEST}")
                 self._system.rm(f"{place}/{name}", recursive=True)
+
+    def _marks(self, folder: Path) -> dict[str, str]:
+        """Name of the mark of each file: with its checksum, so that it is of these contents."""
+        return {
+            name: f"{name}.{digest[:16]}{_MARK}"
+            for name, digest in Checkpoint(folder).checksums.items()
+        }
+
+    def _is_complete(self, folder: Path) -> bool:
+        """Whether a complete copy of this very checkpoint is there; another one's manifest is
+        removed."""
+        manifest = f"{self._target(folder)}/{MANIFEST}"
+        if not self._system.exists(manifest):
+            return False
+        if self._system.cat_file(manifest) == (folder / MANIFEST).read_bytes():
+            return True
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            self._system.rm_file(manifest)
+        return False
 
     def _place(self) -> str:
         """The run's folder there."""
@@ -163,15 +210,22 @@ class Mirror:
                 count(len(block))
 
     def _superseded(self, place: str, pushed: Path, settings: CheckpointConfig) -> list[str]:
-        """Copies that are not kept, and those after a step to which the run went back."""
+        """Copies that are not kept, those after a step to which the run went back, and parts of
+        earlier ones that were never completed."""
         names = [name for _, name in self._whole(place)]
         future = [name for name in names if step_of(Path(name)) > step_of(pushed)]
         past = [Path(name) for name in names if name not in future]
+        parts = [
+            name for name in self._names(place)
+            if is_checkpoint_name(name) and name not in names
+            and step_of(Path(name)) < step_of(pushed)
+            and all(map(_OWN.fullmatch, self._names(f"{place}/{name}")))
+        ]  # fmt: skip
 
         def loss_of(path: Path) -> float | None:
             return loss_in(self._system.cat_file(f"{place}/{path.name}/{MANIFEST}"))
 
-        return [*future, *(path.name for path in superseded(past, settings, loss_of))]
+        return [*future, *parts, *(path.name for path in superseded(past, settings, loss_of))]
 
     # --- from the mirror ------------------------------------------------------------------------
 

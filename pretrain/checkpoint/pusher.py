@@ -1,4 +1,9 @@
-"""Copies checkpoints to a mirror beside training; each process copies the file that it wrote."""
+"""Copies checkpoints to a mirror beside training; each process copies the file that it wrote.
+
+The processes do not talk to each other: one that is lost must not keep the others' copies from
+being completed. A process marks each file that it has copied. The main process writes the manifest
+when all files have their marks, and copies those itself for which it has waited long enough.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +16,42 @@ from data_pipeline.background import Background
 from pretrain.checkpoint.manifest import piece_name
 from pretrain.checkpoint.mirror import Mirror
 from pretrain.config.run import CheckpointConfig
-from pretrain.distributed.main_process import MainProcess
-from pretrain.errors import attempt
+from pretrain.distributed.grid import Grid
+
+_LOOK = 1.0
+"""Seconds between two looks at what the other processes have copied."""
 
 
 class Pusher:
-    """Copies checkpoints one after another, in a thread of each process.
-
-    The main process writes the manifest when all files are there, so that a copy is complete or
-    absent.
-    """
+    """Copies checkpoints one after another, in a thread of each process."""
 
     def __init__(
         self,
         mirror: Mirror,
         settings: CheckpointConfig,
         tell: Callable[[Path, float, str], None],
-        main: MainProcess,
+        grid: Grid,
+        patience: float = 60.0,
     ) -> None:
         """
         Args:
             tell: called on the main process after each copy with the checkpoint, seconds, and what
                 went wrong.
-            main: exchange that nobody else uses.
+            patience: seconds for which the main process waits for the next file of another one, at
+                least; it also waits five times as long as it took for its own file.
         """
         self._mirror, self._settings, self._tell = mirror, settings, tell
-        self._main, self._grid = main, main.grid
-        self._of_ranks = {piece_name(rank) for rank in range(main.grid.world_size)}
+        self._grid, self._patience = grid, patience
         self._waiting: list[Path] = []
         self._thread: Background | None = None
+        self._hurry = threading.Event()
         self.lock = threading.Lock()
         """Lock for changing what is copied, or deleting a checkpoint."""
         self.current: Path | None = None
         """The checkpoint that is being copied, which must not be deleted."""
 
     def add(self, folder: Path) -> None:
-        """Queue a checkpoint for copying; every process does so, in the same order."""
+        """Queue a checkpoint for copying; every process does so."""
         with self.lock:
             self._waiting.append(folder)
             if self._thread is None:
@@ -59,49 +64,65 @@ class Pusher:
         if thread is not None:
             thread.wait(seconds)
 
+    def wait_alone(self, seconds: float) -> None:
+        """Wait after the run has failed: files of other processes may never come."""
+        if self._grid.is_main:
+            self._hurry.set()
+            self.wait(seconds)
+
     # --- in the thread --------------------------------------------------------------------------
 
     def _work(self) -> None:
         while True:
             with self.lock:
+                # One that was superseded while it waited may be deleted; this is not an error.
+                self._waiting = [folder for folder in self._waiting if folder.is_dir()]
                 if not self._waiting:
                     self.current, self._thread = None, None
                     return
                 self.current = self._waiting.pop(0)
-                # One that was superseded while it waited may be deleted; this is not an error.
-                there = self.current.is_dir()
-            began = time.monotonic()
+            began, problem = time.monotonic(), ""
             try:
-                told, problem = self._push(self.current, there)
+                problem = self._push(self.current)
             except Exception as error:
-                told, problem = self._grid.is_main, f"the other processes do not answer ({error})"
-            if told:
+                problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            except BaseException as error:  # libraries of object stores cancel their tasks so
+                problem = f"{self.current.name} not copied ({type(error).__name__})"
+            if self._grid.is_main:
                 self._tell(self.current, time.monotonic() - began, problem)
 
-    def _push(self, folder: Path, there: bool) -> tuple[bool, str]:
-        """Copy a checkpoint together with the other processes.
-
-        Args:
-            there: whether it exists; the main process's answer counts.
+    def _push(self, folder: Path) -> str:
+        """Copy the own file; on the main process, also complete the copy.
 
         Returns:
-            Whether to tell of it, and what went wrong.
+            What a user should know, or nothing.
         """
-        problem = ""
-        if there and self._grid.is_main:
-            _, problem = attempt(lambda: self._mirror.prepare(folder))
-        there, problem = self._main.tell((there, problem))
-        if not there:
-            return False, ""
-        if not problem:
-            _, problem = attempt(lambda: self._mirror.copy(folder, self._is_mine))
-        problem = next(filter(None, self._main.gather(problem)), "")
-        if self._grid.is_main and not problem:
-            _, problem = attempt(lambda: self._mirror.complete(folder, self._settings))
-        return self._grid.is_main, problem
+        began = time.monotonic()
+        names = self._mirror.files(folder)
+        mine = [name for name in names if name == piece_name(self._grid.rank)]
+        self._mirror.deliver(folder, mine)
+        if not self._grid.is_main:
+            return ""
+        others = [name for name in names if name not in mine]
+        if self._grid.world_size > 1:
+            others = self._missing(folder, others, 5 * (time.monotonic() - began))
+        self._mirror.deliver(folder, others)
+        self._mirror.complete(folder, self._settings)
+        if not others or self._grid.world_size == 1 or self._hurry.is_set():
+            return ""
+        return (
+            f"{self._mirror.url}: {folder.name}: rank 0 copied {len(others)} file(s) that other "
+            "processes did not copy"
+        )
 
-    def _is_mine(self, name: str) -> bool:
-        """Whether this process copies a file: its own and, on the main one, those of nobody."""
-        if name == piece_name(self._grid.rank):
-            return True
-        return self._grid.is_main and name not in self._of_ranks
+    def _missing(self, folder: Path, names: list[str], seconds: float) -> list[str]:
+        """The files that other processes have not copied, after waiting for them."""
+        patience = max(seconds, self._patience)
+        until = time.monotonic() + patience
+        missing = self._mirror.unmarked(folder, names)
+        while missing and time.monotonic() < until and not self._hurry.wait(_LOOK):
+            left = self._mirror.unmarked(folder, names)
+            if len(left) < len(missing):
+                until = time.monotonic() + patience
+            missing = left
+        return missing

@@ -188,6 +188,12 @@ class Checkpoint:
         return {name: files[name]["size"] for name in sorted(files)}
 
     @property
+    def checksums(self) -> dict[str, str]:
+        """The sha256 of each of `files`."""
+        files = self.stored.files
+        return {name: files[name]["sha256"] for name in sorted(files)}
+
+    @property
     def taken(self) -> int:
         """Number of updates of the optimizer: skipped ones do not count in Adam's corrections."""
         skipped: int = self.state.get("faults", {}).get("skipped", 0)

@@ -91,8 +91,7 @@ class Saver:
         self._main = MainProcess(self._grid)
         if self.settings.mirror:
             mirror = Mirror(self.settings.mirror, self.folder.parent)
-            main = MainProcess(self._grid)
-            self._pusher = Pusher(mirror, self.settings, self._tell_copied, main)
+            self._pusher = Pusher(mirror, self.settings, self._tell_copied, self._grid)
 
     @property
     def _grid(self) -> Grid:
@@ -161,7 +160,7 @@ class Saver:
         if self._thread is not None:
             self._thread.wait(_AT_EXIT)
         if self._pusher is not None:
-            self._pusher.wait(max(0.0, until - time.monotonic()))
+            self._pusher.wait_alone(max(0.0, until - time.monotonic()))
 
     # --- in the thread --------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import shutil
 import threading
@@ -16,6 +17,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+import pretrain.checkpoint.pusher
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.pusher import Pusher
@@ -247,77 +249,137 @@ def test_many_runs_at_one_mirror(tmp_path: Path) -> None:
 # --- beside training ----------------------------------------------------------------------------
 
 
-class Members:
-    """Threads of one process that stand for several: what `MainProcess` exchanges between them."""
-
-    def __init__(self, size: int) -> None:
-        self._size, self._values = size, [None] * size
-        self._barrier = threading.Barrier(size, timeout=20)
-
-    def of(self, rank: int) -> Any:
-        grid = SimpleNamespace(rank=rank, world_size=self._size, is_main=rank == 0)
-        return SimpleNamespace(
-            grid=grid,
-            gather=lambda value: self._exchanged(rank, value) if rank == 0
-            else self._exchanged(rank, value)[:0],
-            tell=lambda value: self._exchanged(rank, value)[0],
-        )  # fmt: skip
-
-    def _exchanged(self, rank: int, value: Any) -> list[Any]:
-        self._values[rank] = value
-        self._barrier.wait()
-        values = list(self._values)
-        self._barrier.wait()
-        return values
+def member(rank: int, size: int) -> Any:
+    """A process's place, as far as a `Pusher` asks."""
+    return SimpleNamespace(rank=rank, world_size=size, is_main=rank == 0)
 
 
+class Copies:
+    """Pushers of some processes of one run, which note what each one opens."""
+
+    def __init__(self, run: Path, root: Path, size: int, patience: float = 30.0) -> None:
+        self.opened: dict[int, list[str]] = {rank: [] for rank in range(size)}
+        self.told: list[tuple[str, str]] = []
+        self.broken: dict[tuple[int, str], BaseException] = {}
+        self.pushers = []
+        for rank in range(size):
+            mirror = Mirror(f"file://{root}", run)
+            mirror._copy = partial(self._copy, rank, mirror._copy)  # type: ignore[method-assign]
+            self.pushers.append(Pusher(
+                mirror, ALL, lambda path, _, problem: self.told.append((path.name, problem)),
+                member(rank, size), patience,
+            ))  # fmt: skip
+
+    def _copy(self, rank: int, copy: Any, source: Path, target: str) -> None:
+        name = f"{source.parent.name}/{source.name}"
+        self.opened[rank].append(name)
+        if error := self.broken.get((rank, name)):
+            Path(target).write_bytes(b"a part")
+            raise error
+        copy(source, target)
+
+    def push(self, paths: list[Path], ranks: list[int] | None = None) -> None:
+        living = [self.pushers[rank] for rank in ranks or range(len(self.pushers))]
+        for path in paths:
+            for pusher in random.sample(living, len(living)):
+                pusher.add(path)
+        for pusher in living:
+            pusher.wait(60)
+
+
+def make_parts(run: Path, steps: tuple[int, ...], size: int) -> list[Path]:
+    """Checkpoints of a job of some processes, each with a file."""
+    for step in steps:
+        write_checkpoint(run, step, parts=size, run_id="0000aaaa")
+    (run / RUN_ID).write_text("0000aaaa")
+    return list_checkpoints(run / "checkpoints")
+
+
+def assert_whole(copy: Path, source: Path) -> None:
+    assert {file.name for file in copy.iterdir()} == {file.name for file in source.iterdir()}
+    assert not Checkpoint(copy).problem()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain.checkpoint.pusher, "_LOOK", 0.01)
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_each_process_copies_its_own_file(size: int, tmp_path: Path) -> None:
-    """Any number of processes and files; one that fails, or a deleted checkpoint, at any place."""
-    rng = random.Random(size)
-    run = tmp_path / "run"
-    for step in (2, 4, 6, 8):
-        write_checkpoint(run, step, parts=rng.randint(1, size + 1), run_id="0000aaaa")
-    (run / RUN_ID).write_text("0000aaaa")
-    paths = list_checkpoints(run / "checkpoints")
-    whole = {path.name: {file.name for file in path.iterdir()} for path in paths}
-    lost, broken = rng.sample(paths, 2)
-    victim = rng.choice([name for name in whole[broken.name] if name != "manifest.json"])
-    shutil.rmtree(lost)
-    opened: dict[int, list[str]] = {rank: [] for rank in range(size)}
-    told: list[tuple[str, bool]] = []
-    members, pushers = Members(size), []
-    for rank in range(size):
-        mirror = Mirror(f"file://{tmp_path}/mirror", run)
-        copy = mirror._copy
+    """Also where one checkpoint is deleted meanwhile; a second push copies nothing."""
+    run, place = tmp_path / "run", tmp_path / "mirror/run-0000aaaa"
+    paths = make_parts(run, (2, 4, 6), size)
+    copies = Copies(run, tmp_path / "mirror", size)
+    shutil.rmtree(paths[1])
+    copies.push(paths)
+    kept = [paths[0], paths[2]]
+    assert copies.told == [(path.name, "") for path in kept]
+    for path in kept:
+        assert_whole(place / path.name, path)
+    for rank, names in copies.opened.items():
+        own = [f"{path.name}/rank-{rank:05d}.safetensors" for path in kept]
+        assert sorted(names) == sorted([*own, *(f"{path.name}/manifest.json" for path in kept)]
+                                       if rank == 0 else own)  # fmt: skip
+    before = tree(tmp_path / "mirror")
+    copies.opened = {rank: [] for rank in range(size)}
+    copies.push(kept[1:])
+    assert tree(tmp_path / "mirror") == before and not any(copies.opened.values())
 
-        def noted(source: Path, target: str, rank: int = rank, copy: Any = copy) -> None:
-            opened[rank].append(f"{source.parent.name}/{source.name}")
-            if source == broken / victim:
-                raise OSError(5, "Input/output error")
-            copy(source, target)
 
-        mirror._copy = noted  # type: ignore[method-assign]
-        pushers.append(Pusher(
-            mirror, ALL, lambda path, _, problem: told.append((path.name, bool(problem))),
-            members.of(rank),
-        ))  # fmt: skip
-    for path in paths:
-        for pusher in rng.sample(pushers, size):
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("lost", ["gone", "error", "cancelled", "ends in haste"])
+def test_a_lost_process_loses_no_copy(lost: str, size: int, tmp_path: Path) -> None:
+    """The main process copies what others did not; a part of a file is copied again."""
+    run, place = tmp_path / "run", tmp_path / "mirror/run-0000aaaa"
+    (path,) = make_parts(run, (4,), size)
+    copies = Copies(run, tmp_path / "mirror", size, patience=300.0 if "haste" in lost else 0.1)
+    name = f"{path.name}/rank-{size - 1:05d}.safetensors"
+    errors = {"error": OSError(5, "no"), "cancelled": asyncio.CancelledError()}
+    if lost in errors:
+        copies.broken[size - 1, name] = errors[lost]
+        copies.push([path])
+    elif lost == "gone":
+        copies.push([path], list(range(size - 1)))
+    else:
+        for pusher in copies.pushers[:-1]:
             pusher.add(path)
-    for pusher in pushers:
-        pusher.wait(30)
-    assert told == [(path.name, path == broken) for path in paths if path != lost]
-    place = tmp_path / "mirror/run-0000aaaa"
-    for path in paths:
-        if path not in (lost, broken):
-            assert {file.name for file in (place / path.name).iterdir()} == whole[path.name]
-            assert not Checkpoint(place / path.name).problem()
-    assert not (place / broken.name / "manifest.json").exists()
-    files = [name for names in opened.values() for name in names]
-    assert len(files) == len(set(files))  # nobody copies what another one copies
-    for rank in range(1, size):
-        assert {Path(name).name for name in opened[rank]} <= {f"rank-{rank:05d}.safetensors"}
+        for pusher in reversed(copies.pushers[:-1]):
+            pusher.wait_alone(30)
+    assert_whole(place / path.name, path)
+    assert name in copies.opened[0]
+    ((told, why),) = copies.told
+    assert told == path.name and ("rank 0 copied 1 file" in why) == ("haste" not in lost)
+
+
+@pytest.mark.usefixtures("quick")
+def test_another_checkpoint_of_a_step_replaces_the_copy(tmp_path: Path) -> None:
+    """On fewer processes, and with marks that a killed job has left of other contents."""
+    run, place = tmp_path / "run", tmp_path / "mirror/run-0000aaaa"
+    copies = Copies(run, tmp_path / "mirror", 4)
+    copies.push(make_parts(run, (4,), 4))
+    shutil.rmtree(run / "checkpoints")
+    write_checkpoint(run, 4, parts=2, run_id="0000aaaa", rate=7e-3)
+    (path,) = list_checkpoints(run / "checkpoints")
+    stale = place / path.name / "rank-00001.safetensors.0123456789abcdef.copied"
+    stale.touch()
+    Copies(run, tmp_path / "mirror", 2).push([path])
+    assert not stale.exists() and not Checkpoint(place / path.name).problem()
+    manifests = [(folder / path.name / MANIFEST).read_bytes() for folder in (place, path.parent)]
+    assert manifests[0] == manifests[1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_parts_of_a_copy_that_was_never_completed_are_deleted(tmp_path: Path) -> None:
+    run, place = tmp_path / "run", tmp_path / "mirror/run-0000aaaa"
+    first, second = make_parts(run, (2, 4), 2)
+    copies = Copies(run, tmp_path / "mirror", 2)
+    copies.push([first], [1])  # and then all are killed
+    assert (place / first.name).is_dir() and not (place / first.name / MANIFEST).exists()
+    copies.push([second])
+    assert names(place) == [second.name]
 
 
 class Gate(LocalFileSystem):  # type: ignore[misc]
@@ -348,7 +410,7 @@ def test_the_mirror_is_nobodys_wait(tmp_path: Path, gate: threading.Event) -> No
     pusher = Pusher(
         Mirror(f"gate://{tmp_path}/mirror", run), ALL,
         lambda path, _, problem: done.append((path.name, problem)),
-        Members(1).of(0),
+        member(0, 1),
     )  # fmt: skip
     began = time.monotonic()
     for path in list_checkpoints(run / "checkpoints"):

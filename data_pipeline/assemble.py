@@ -23,7 +23,7 @@ from data_pipeline.index_file import write_index
 from data_pipeline.manifest import MANIFEST, manifest_values
 from data_pipeline.part_file import PartPiece, joined
 from data_pipeline.parts import WHOLE, Parts
-from data_pipeline.records import ChoiceError, DataError, first_problem
+from data_pipeline.records import ChoiceError, without_text
 from data_pipeline.sources import sha256_of
 from data_pipeline.splits import SPLITS
 from data_pipeline.strict_json import to_json
@@ -74,10 +74,8 @@ def assemble(
     for piece in state.pieces():
         where.setdefault(piece.key, []).append(piece)
     if not where:
-        raise DataError(
-            f"no usable document in {len(state.sources)} source(s)"
-            + (f"; {first_problem(state.shown[0])}" if state.shown else "")
-        )
+        text = f"no usable document in {len(state.sources)} source(s)"
+        raise without_text(text, state.shown[0] if state.shown else "")
     names = file_names({subset for _, subset in where})
     prefixes = {key: f"{key[0]}/{names[key[1]]}" for key in sorted(where)}
     state.will_make([prefix + end for prefix in prefixes.values() for end in _ENDINGS])

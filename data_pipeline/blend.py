@@ -50,8 +50,10 @@ class Blend:
     def place(self, number: int) -> tuple[int, int]:
         """The subset of a sample, and its place there."""
         if number >= len(self._places[0]):
-            wanted = max(number + 1, 4 * len(self._places[0]))
-            self._places = self._placed(min(self._samples, wanted))
+            count = FIRST
+            while count <= number:  # the same counts on every process, which share the arrays
+                count *= 4
+            self._places = self._placed(min(self._samples, count))
         which, where = self._places
         return int(which[number]), int(where[number])
 

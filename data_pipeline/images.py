@@ -46,7 +46,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError("the digits are scikit-learn's: pip install scikit-learn") from None
+        raise ChoiceError("the digits are scikit-learn's: pip install scikit-learn") from None
     digits = load_digits()
     return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
 
@@ -66,7 +66,7 @@ class _Folder(Images):
             if file.suffix.lower() in _EXTENSIONS
         ]
         if not self._files:
-            raise DataError(f"{folder}: no images in class folders")
+            raise ChoiceError(f"{folder}: no images in class folders")
         index = {name: number for number, name in enumerate(classes)}
         labels = np.array([index[file.parent.name] for file in self._files])
         names = "\n".join(f"{file.parent.name}/{file.name}" for file in self._files)
@@ -88,7 +88,7 @@ class _Hub(Images):
         try:
             import datasets
         except ImportError:
-            raise DataError(
+            raise ChoiceError(
                 "images from the Hub need the package datasets: pip install datasets"
             ) from None
         name = "train" if split == "train" else "validation"
@@ -224,7 +224,7 @@ def _rand_augment(pixels: np.ndarray, seed: int, number: int) -> np.ndarray:
     try:
         from kornia.augmentation.auto import RandAugment
     except ImportError:
-        raise DataError("RandAugment needs kornia: pip install kornia") from None
+        raise ChoiceError("RandAugment needs kornia: pip install kornia") from None
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(digest[:7], "little"))

@@ -217,7 +217,7 @@ def load_manifest(path: Path) -> Manifest:
         raise DataError(f"{str(file)[:200]}: cannot be read ({error.strerror})") from None
     if not exists:
         if (path / ".shards").is_dir():
-            raise DataError(
+            raise ChoiceError(
                 f"{path}: shards are not joined; run `pretrain data tokenize` without --shard when "
                 "all of them are finished"
             )

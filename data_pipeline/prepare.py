@@ -23,9 +23,9 @@ from data_pipeline.records import (
     ChoiceError,
     DataError,
     Fields,
-    first_problem,
     parse_block,
     split_by_document,
+    without_text,
 )
 from data_pipeline.shards import parse_shard
 from data_pipeline.sources import Source, find_sources
@@ -171,11 +171,9 @@ class _TrainingTexts:
             DataError: with the first malformed record.
         """
         if next(iter(self), None) is None:
-            first = f"; {first_problem(self._problems[0])}" if self._problems else ""
-            raise DataError(
-                f"no training document in {len(self._sources)} source(s) "
-                f"({self._sources[0].name}){first}"
-            )
+            text = f"no training document in {len(self._sources)} source(s)"
+            first = self._problems[0] if self._problems else ""
+            raise without_text(f"{text} ({self._sources[0].name})", first)
 
     def say_problems(self) -> None:
         """Report malformed records, up to the end of what was read."""

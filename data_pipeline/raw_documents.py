@@ -13,11 +13,10 @@ from data_pipeline.encode import hash_text
 from data_pipeline.manifest import MANIFEST, Manifest, load_manifest
 from data_pipeline.records import (
     ChoiceError,
-    DataError,
     Fields,
-    first_problem,
     parse_block,
     split_by_document,
+    without_text,
 )
 from data_pipeline.sources import Source, Tell, find_sources
 
@@ -113,7 +112,7 @@ class _Reader:
             return
         count, first = len(self._problems), self._problems[0]
         if not self._parsed:
-            raise DataError(f"no usable document in {count} record(s); {first_problem(first)}")
+            raise without_text(f"no usable document in {count} record(s)", first)
         tell(f"{count} malformed record(s) skipped; the first: {first}")
 
 

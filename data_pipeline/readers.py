@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.records import RECORD_BYTES, DataError, RecordBlock, Unreadable, WholeText
+from data_pipeline.records import (
+    RECORD_BYTES,
+    ChoiceError,
+    DataError,
+    RecordBlock,
+    Unreadable,
+    WholeText,
+)
 
 BLOCK_BYTES = 4 << 20
 _PIECE = 1 << 20
@@ -181,7 +188,7 @@ def _zst_error(path: Path, error: Exception, head: bytes, window_mb: int) -> Dat
     except zstandard.ZstdError:
         wanted = 0
     if wanted > window_mb:
-        return DataError(
+        return ChoiceError(
             f"{path}: was compressed with a window of {wanted:,} MB, but only {window_mb:,} MB are "
             f"allowed; use --zst-window-mb {wanted} if the machine has that much free memory"
         )

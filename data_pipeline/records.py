@@ -119,6 +119,19 @@ def _text_and_subset(record: Any, fields: Fields) -> tuple[str, str]:
     return text, _name(subset, fields.subset)
 
 
+def without_text(text: str, problem: str) -> DataError:
+    """The error of sources of which no record can be used: of the options, if they name a field
+    that no record has, else of the data.
+
+    Args:
+        text: what there is none of.
+        problem: the first record's; empty if there is no record.
+    """
+    names_option = NO_TEXT in problem or "--subset-field" in problem
+    kind = ChoiceError if names_option else DataError
+    return kind(f"{text}; {first_problem(problem)}" if problem else text)
+
+
 def first_problem(problem: str) -> str:
     """A malformed record as the reason why no text was found, with the mend for a wrong field."""
     mend = "; name the field with --text-field" if NO_TEXT in problem else ""

@@ -110,7 +110,7 @@ def take_shards(state: Parts, sources: list[Source], tell: Tell) -> None:
         own = [index for index, source in enumerate(part.sources) if known and source.done]
         unread = [index for index in sources_of(shard, sources) if index not in own]
         if unread:
-            raise DataError(
+            raise ChoiceError(
                 f"{state.out}: {shard} is not finished ({sources[unread[0]].name}); run the same "
                 f"command with --shard {shard.number}/{shard.of}"
             )
@@ -134,11 +134,11 @@ def _present(out: Path) -> list[Shard]:
     for entry in sorted((out / SHARDS).iterdir()):
         match = _NAME.fullmatch(entry.name)
         if not match or not entry.is_dir():
-            raise DataError(f"{entry}: was not made by this command; move it")
+            raise ChoiceError(f"{entry}: was not made by this command; move it")
         found.append(Shard(int(match[1]), int(match[2])))
     counts = sorted({shard.of for shard in found})
     if len(counts) > 1:
-        raise DataError(
+        raise ChoiceError(
             f"{out}: holds shards of {counts[0]} and of {counts[1]}; delete those of one of them "
             f"in {out / SHARDS}"
         )
@@ -147,7 +147,7 @@ def _present(out: Path) -> list[Shard]:
     missing = [number for number in range(1, count + 1) if number not in have]
     if missing:
         some = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
-        raise DataError(
+        raise ChoiceError(
             f"{out}: shard {some} of {count} is missing; run the same command with --shard "
             f"{missing[0]}/{count}"
         )

@@ -142,7 +142,7 @@ def _file_sources(
             continue
         first = by_file[real]
         if None not in (split, first.split) and split != first.split:
-            raise DataError(f"{path}: is {first.name}, once in {first.split}, once in {split}")
+            raise ChoiceError(f"{path}: is {first.name}, once in {first.split}, once in {split}")
         left_out.append(f"left out: {path}, which is the same file as {first.name}")
         by_file[real] = replace(first, split=first.split or split)
     if passed:

@@ -236,7 +236,7 @@ def test_the_command(
     for number in (1, 2):
         assert run(monkeypatch, *words, "--shard", f"{number}/2") == 0
         assert f"shard {number} of 2 is finished" in capsys.readouterr().out
-    assert run(monkeypatch, "data", "info", str(tmp_path / "out")) == 1
+    assert run(monkeypatch, "data", "info", str(tmp_path / "out")) == 2
     assert_one_line(capsys.readouterr().err, ("shards are not joined",))
     assert run(monkeypatch, *words) == 0
     assert "Github" in capsys.readouterr().out

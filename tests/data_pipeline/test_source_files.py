@@ -66,7 +66,7 @@ def test_a_window_that_needs_leave(
     """The line names the window and the option; with it all documents are read."""
     file = write(tmp_path / "train.jsonl.zst", _long(lines(TEXTS), 30))
     words = ["data", "tokenize", str(file), "--tokenizer", str(tokenizer), "--out"]
-    assert run(monkeypatch, *words, str(tmp_path / "no")) == 1
+    assert run(monkeypatch, *words, str(tmp_path / "no")) == 2
     assert_one_line(capsys.readouterr().err, (str(file), "1,024 MB", "--zst-window-mb 1024"))
     more = ["--zst-window-mb", "1024", "--workers", "1"]
     assert run(monkeypatch, *words, str(tmp_path / "out"), *more) == 0

@@ -228,8 +228,9 @@ def test_two_writers_of_one_folder(
                              stdout=subprocess.DEVNULL) for one in words]  # fmt: skip
     errors = [one.communicate(timeout=120)[1] for one in both]
     codes = [one.returncode for one in both]
-    assert sorted(codes) == [0, 2], errors
-    winner, loser = codes.index(0), codes.index(1)
+    winner = codes.index(0)
+    loser = 1 - winner
+    assert codes[loser] in (1, 2), errors  # the other one writes, or has written
     assert_one_line(errors[loser], (str(out),))
     assert {text for _, _, text in used(out)} == {f"{winner} {text}" for text in TEXTS}
     assert check_folder(out, lambda done, total: None) == ([], 0)

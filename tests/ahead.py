@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pretrain.ranks.later
 from pretrain.engine.engine import Engine
 from pretrain.ranks.later import LateRanks
 
@@ -15,6 +16,7 @@ def looking_ahead(does: bool = True) -> Iterator[list[int]]:
     """Engines that are made here look ahead, unless told not to; yields the steps that are
     measured later."""
     made, begin, steps = Engine.__post_init__, LateRanks.begin, list[int]()
+    updates, pretrain.ranks.later._UPDATES = pretrain.ranks.later._UPDATES, 2
 
     def look(engine: Engine) -> None:
         made(engine)
@@ -29,5 +31,6 @@ def looking_ahead(does: bool = True) -> Iterator[list[int]]:
     try:
         yield steps
     finally:
+        pretrain.ranks.later._UPDATES = updates
         Engine.__post_init__ = made  # type: ignore[method-assign]
         LateRanks.begin = begin  # type: ignore[method-assign]

@@ -1,9 +1,9 @@
 """Measurements that the CPU's threads finish while a GPU trains.
 
-The factors of all heads are copied to host memory beside the first pass of the next update, without
-a wait of the host. A thread computes the rows during the update after that, and the rows are
-collected one update later, or sooner where somebody needs them. Each of these steps comes at the
-same update on every process.
+The factors of all heads are copied to host memory beside the first pass of the next update. A
+thread computes the rows from the update after that on. They are collected when they are there (on
+several processes, some updates later), or where somebody needs them. Each of these steps comes at
+the same update on every process.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pretrain.engine.engine import Engine
 from pretrain.errors import RunError, attempt
 from pretrain.ranks.probe import Row, copied_factors, in_order, rows_of
 
+_UPDATES = 10
+"""Updates after which the rows of several processes are collected."""
 _MOST = 1 << 29
 """Number of elements of factors that a process keeps in host memory: 2 GiB in float32."""
 
@@ -25,8 +27,8 @@ class LateRanks:
     """The measurement of a training that is not finished yet; there is one at a time."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._main: MainProcess | None = None
+        """All processes make one together."""
+        self._engine, self._main = engine, MainProcess(engine.grid)
         self._step: int | None = None
         self._computing: _Computing | None = None
 
@@ -46,8 +48,6 @@ class LateRanks:
             tokens: trained so far.
         """
         engine = self._engine
-        if self._main is None:
-            self._main = MainProcess(engine.grid)
         shape, books = engine.config.model.attention_shape, engine.control.books()
         parts = copied_factors(engine)
 
@@ -72,7 +72,9 @@ class LateRanks:
             # The device has made the copies: this update came after them, and its loss was read.
             self._computing.start()
             return None
-        return self.finish()
+        alone = self._engine.grid.world_size == 1
+        ready = self._computing.ended() if alone else step > self._step + _UPDATES
+        return self.finish() if ready else None
 
     def finish(self) -> tuple[int, list[Row]] | None:
         """Wait for an unfinished measurement; a collective call.
@@ -83,7 +85,7 @@ class LateRanks:
         Raises:
             RunError: on every process, if one could not compute its rows.
         """
-        if self._step is None or self._computing is None or self._main is None:
+        if self._step is None or self._computing is None:
             return None
         step, computing = self._step, self._computing
         self.forget()
@@ -107,13 +109,17 @@ class _Computing:
     def __init__(self, work: Callable[[], list[Row]]) -> None:
         self._work = work
         self._rows: list[Row] = []
-        self._problem = ""
+        self._problem = "its thread did not end"
         self._thread = Background(self._run, "ranks")
         self.started = False
 
     def start(self) -> None:
         self.started = True
         self._thread.start()
+
+    def ended(self) -> bool:
+        """Whether the rows are there."""
+        return self.started and self._thread.wait(0.0)
 
     def result(self) -> tuple[list[Row], str]:
         """The rows, or why there are none."""

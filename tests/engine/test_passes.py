@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -317,12 +318,16 @@ def test_statistics_use_a_second_queue_only_beside_a_begun_update(
     engine.train_step(source, more=True)
     late = LateRanks(engine)
     assert late.can_begin()
-    with NoReads():
+    with NoReads():  # type: ignore[no-untyped-call]
         late.begin(1, 0, RanksConfig())
     assert events == ["made", "waits for 2", "begins", "main queue waits"]
     engine.begin_step(2, 1e-2)
     engine.train_step(source, more=True)
-    assert late.go_on(2) is None and late.go_on(3) is not None and "done" not in events
+    assert late.go_on(2) is None
+    until = time.monotonic() + 60
+    while late.go_on(3) is None:  # one process takes the rows when they are there
+        assert time.monotonic() < until
+    assert "done" not in events
 
 
 class NoReads(TorchDispatchMode):

@@ -63,11 +63,20 @@ class Wandb(Service):
         self._run.define_metric(_STEP)
         self._run.define_metric("*", step_metric=_STEP, step_sync=True)
 
+        self._sent: dict[str, int] = {}
+
     def log(self, numbers: dict[str, float], step: int) -> None:
-        self._run.log({**numbers, _STEP: step})
+        # After a return to a checkpoint, W&B keeps what it has: it cannot delete a point.
+        new = {name: value for name, value in numbers.items() if self._sent.get(name, -1) < step}
+        self._sent |= dict.fromkeys(new, step)
+        if new:
+            self._run.log({**new, _STEP: step})
 
     def show(self, maps: dict[str, Map], step: int) -> None:
-        caption = "layers from top to bottom, heads from left to right; dark is 0, light is 1"
+        caption = (
+            f"step {step}: layers from top to bottom, heads from left to right; dark is 0, light "
+            "is 1"
+        )
         images = {name: self._image(coloured(values), caption=caption)
                   for name, values in maps.items()}  # fmt: skip
         self._run.log({**images, _STEP: step})

@@ -45,6 +45,8 @@ class Pusher:
         self._waiting: list[Path] = []
         self._thread: Background | None = None
         self._hurry = threading.Event()
+        self._given_up: set[str] = set()
+        """Files of other processes that did not come the last time."""
         self.lock = threading.Lock()
         """Lock for changing what is copied, or deleting a checkpoint."""
         self.current: Path | None = None
@@ -64,10 +66,16 @@ class Pusher:
         if thread is not None:
             thread.wait(seconds)
 
+    def hurry(self) -> None:
+        """Wait no longer for files of other processes: the run has failed, and they may never
+        come."""
+        self._hurry.set()
+
     def wait_alone(self, seconds: float) -> None:
-        """Wait after the run has failed: files of other processes may never come."""
+        """Wait some seconds after the run has failed; only the main process has something to
+        complete."""
+        self.hurry()
         if self._grid.is_main:
-            self._hurry.set()
             self.wait(seconds)
 
     # --- in the thread --------------------------------------------------------------------------
@@ -120,9 +128,12 @@ class Pusher:
         patience = max(seconds, self._patience)
         until = time.monotonic() + patience
         missing = self._mirror.unmarked(folder, names)
-        while missing and time.monotonic() < until and not self._hurry.wait(_LOOK):
+        while set(missing) - self._given_up and time.monotonic() < until:
+            if self._hurry.wait(_LOOK):
+                break
             left = self._mirror.unmarked(folder, names)
             if len(left) < len(missing):
                 until = time.monotonic() + patience
             missing = left
+        self._given_up = set(missing)
         return missing

@@ -157,6 +157,8 @@ class Saver:
     def close(self) -> None:
         """Wait a limited time for a checkpoint and its copy after the run has failed."""
         until = time.monotonic() + _AT_EXIT
+        if self._pusher is not None:
+            self._pusher.hurry()  # its thread may be what the other one waits for
         if self._thread is not None:
             self._thread.wait(_AT_EXIT)
         if self._pusher is not None:

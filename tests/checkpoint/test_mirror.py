@@ -350,6 +350,12 @@ def test_a_lost_process_loses_no_copy(lost: str, size: int, tmp_path: Path) -> N
             pusher.wait_alone(30)
     assert_whole(place / path.name, path)
     assert name in copies.opened[0]
+    if lost == "gone":  # the next time it is not waited for
+        copies.pushers[0]._patience = 300.0
+        (_, later) = make_parts(run, (6,), size)
+        copies.push([later], list(range(size - 1)))
+        assert_whole(place / later.name, later)
+        del copies.told[1:]
     ((told, why),) = copies.told
     assert told == path.name and ("rank 0 copied 1 file" in why) == ("haste" not in lost)
 

@@ -17,9 +17,12 @@ from pretrain.checkpoint.manifest import piece_name
 from pretrain.checkpoint.mirror import Mirror
 from pretrain.config.run import CheckpointConfig
 from pretrain.distributed.grid import Grid
+from pretrain.distributed.signals import SIGNALS
 
 _LOOK = 1.0
 """Seconds between two looks at what the other processes have copied."""
+_ASKED_TO_END = 5.0
+"""Seconds of patience after a signal."""
 
 
 class Pusher:
@@ -125,15 +128,16 @@ class Pusher:
 
     def _missing(self, folder: Path, names: list[str], seconds: float) -> list[str]:
         """The files that other processes have not copied, after waiting for them."""
-        patience = max(seconds, self._patience)
-        until = time.monotonic() + patience
+        patience, moved = max(seconds, self._patience), time.monotonic()
         missing = self._mirror.unmarked(folder, names)
-        while set(missing) - self._given_up and time.monotonic() < until:
-            if self._hurry.wait(_LOOK):
+        while set(missing) - self._given_up:
+            # A launcher that asks for the end, perhaps because a process died, soon kills.
+            longest = min(patience, _ASKED_TO_END) if SIGNALS.asked else patience
+            if time.monotonic() > moved + longest or self._hurry.wait(_LOOK):
                 break
             left = self._mirror.unmarked(folder, names)
             if len(left) < len(missing):
-                until = time.monotonic() + patience
+                moved = time.monotonic()
             missing = left
         self._given_up = set(missing)
         return missing

@@ -24,7 +24,8 @@ from pretrain.report.spec import Choice, Control, Figure, Heat, Panel, Series
 
 _ALL = "all layers"
 _MOST_STEPS = 100
-"""Largest number of steps of the slider: the page contains every head at each of them."""
+"""Largest number of steps of the slider, beside the one that print shows: the page contains every
+head at each of them."""
 
 
 BANDS = ("heads", "seeds")
@@ -163,10 +164,13 @@ def _course(
 def heads(study: Study) -> Figure:
     """Layer x head, with a slider over the steps; print compares the first and last condition."""
     layers = layers_of(study)
-    steps = shown_steps(sorted({row["step"] for row in study.runs[0].heads}), _MOST_STEPS)
-    conditions = Control("condition", [condition.name for condition in study.conditions])
+    compared, at = _compared([_steps_of(condition) for condition in study.conditions])
+    everything = sorted(set[int]().union(*map(_steps_of, study.conditions)))
+    steps = sorted({*shown_steps(everything, _MOST_STEPS), at})
+    names = [condition.name for condition in study.conditions]
+    conditions = Control("condition", names, default=compared[0])
     products = Control("product", list(PRODUCTS.values()))
-    slider = Control("step", [str(step) for step in steps], "slider", len(steps) - 1)
+    slider = Control("step", [str(step) for step in steps], "slider", steps.index(at))
 
     @cache
     def table(index: int, product: str) -> dict[tuple[int, int, int], float]:
@@ -191,7 +195,9 @@ def heads(study: Study) -> Figure:
             0.0,
             1.0,
         )
-        title = f"{PRODUCTS[product]}, {study.conditions[choice[0]].name}, step {step}"
+        known = any(key[0] == step for key in values)
+        title = f"{PRODUCTS[product]}, {names[choice[0]]}, step {step}"
+        title += "" if known else " (not measured)"
         return [Panel(title, "", "", heat=heat)]
 
     return Figure(
@@ -202,8 +208,25 @@ def heads(study: Study) -> Figure:
         view,
         "Move the slider to choose a step of training.",
         tuple(
-            (condition, product, len(steps) - 1)
-            for condition in sorted({0, len(study.conditions) - 1})
+            (condition, product, steps.index(at))
+            for condition in compared
             for product in range(len(PRODUCTS))
         ),
     )
+
+
+def _steps_of(condition: Condition) -> set[int]:
+    """The steps at which a run of a condition was measured."""
+    return {row["step"] for run in condition.runs for row in run.heads}
+
+
+def _compared(measured: list[set[int]]) -> tuple[list[int], int]:
+    """Which conditions print compares, and at which step, of the steps of each condition.
+
+    The first and the last, at the last step that both have. Without such a step, it is the last
+    one of either, and only the conditions that have it.
+    """
+    ends = sorted({0, len(measured) - 1})
+    common = set.intersection(*(measured[index] for index in ends))
+    step = max(common or set.union(*(measured[index] for index in ends)))
+    return [index for index in ends if step in measured[index]], step

@@ -187,7 +187,7 @@ def _scatter(
     family: Path | None, parallel: int,
 ) -> None:  # fmt: skip
     from pretrain.errors import UsageError
-    from pretrain.report.paper.fig4 import figure, nearest_exposure
+    from pretrain.report.paper.fig4 import figure, nearest_exposure, without_decay
     from pretrain.report.paper.runs import load_runs
 
     if model is not None and existing is not None:
@@ -197,7 +197,7 @@ def _scatter(
         return
     sweep_runs = load_runs(_runs(sweep, runs, existing, parallel, None))
     chosen = [str(run.path) for run in nearest_exposure(sweep_runs, _EXPOSURES[name])]
-    figure(name, chosen, out, contrast=[str(run.path) for run in nearest_exposure(sweep_runs, 0)])
+    figure(name, chosen, out, contrast=[str(run.path) for run in without_decay(sweep_runs)])
 
 
 @paper_app.command()

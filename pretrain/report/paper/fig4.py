@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from pretrain.config.run import RanksConfig
+from pretrain.errors import UsageError
 from pretrain.offline.ranks import find_weights, measure_weights
 from pretrain.offline.scatter import Scatter
 from pretrain.report.load import RunData
@@ -54,9 +55,24 @@ def figure(
 
 
 def nearest_exposure(runs: Sequence[RunData], exposure: float) -> list[RunData]:
-    """All runs whose exposure of attention is nearest to one."""
-    nearest = min((run.exposure for run in runs), key=lambda found: abs(found - exposure))
+    """All runs whose exposure of attention is nearest to one; unknown exposures do not count.
+
+    Raises:
+        UsageError: if no run's exposure is known.
+    """
+    known = [run.exposure for run in runs if math.isfinite(run.exposure)]
+    if not known:
+        raise UsageError(
+            f"{runs[0].path.parent}: no run has a known exposure of attention; give runs that log "
+            "rate and λ, or --model"
+        )
+    nearest = min(known, key=lambda found: abs(found - exposure))
     return [run for run in runs if math.isclose(run.exposure, nearest, rel_tol=1e-3)]
+
+
+def without_decay(runs: Sequence[RunData]) -> list[RunData]:
+    """All runs whose attention was not exposed to decay."""
+    return [run for run in runs if run.exposure == 0]
 
 
 def _scatter_of(target: str, family: Path | None = None) -> Scatter:

@@ -208,3 +208,16 @@ def write_study(
     }
     (folder / "sweep.json").write_text(json.dumps(plan))
     return folder
+
+
+def write_perplexities(
+    folder: Path, perplexities: dict[float, float], seeds: tuple[int, ...] = (1, 2, 3, 4)
+) -> Path:
+    """λ of attention x seeds, with a given perplexity at each λ, up to a little noise."""
+    rng = np.random.default_rng(0)
+    for decay, perplexity in perplexities.items():
+        for seed in seeds:
+            values = recipe(seed=seed, optimizer__weight_decay__attention=decay)
+            noisy = perplexity + 0.01 * float(rng.normal())
+            write_run(folder / f"attention={decay:g},seed={seed}", values, rng, perplexity=noisy)
+    return folder

@@ -12,11 +12,11 @@ from pretrain.report.load import Condition, RunData, Study
 from pretrain.runs.loop import NOT_RECORDED
 
 LEVEL = 0.05
-"""A difference is clear if its corrected p is below this."""
+"""A difference is clear if its corrected p is below this, over `FEW` pairs or more."""
 _ROUNDING = 1e-12
 """A spread below this share of the figures themselves is rounding, not variance."""
 FEW = 3
-"""With fewer pairs, a test has little meaning."""
+"""With fewer pairs, a test has little meaning, and no difference is called clear."""
 Measure = Callable[[RunData], float | None]
 
 MEASURES: dict[str, tuple[str, Measure]] = {
@@ -76,8 +76,8 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the corrected p is below `LEVEL`: what a star and a colour mean."""
-        return self.corrected < LEVEL
+        """Whether the corrected p of enough pairs is below `LEVEL`: what star and colour mean."""
+        return self.n >= FEW and self.corrected < LEVEL
 
     @property
     def why_untested(self) -> str:

@@ -20,6 +20,8 @@ from pretrain.sweep.config import short_names
 
 _MOST_VALUES = 6
 """Number of values that a title lists."""
+_MOST_NAMED = 3
+"""Number of clear differences whose conditions are named."""
 
 
 def headline(study: Study) -> str:
@@ -100,22 +102,33 @@ def _of_held_out(study: Study, far: Condition) -> str:
 
 
 def _apart(baseline: Condition, differences: list[Difference]) -> str:
-    """In how many conditions a figure differs clearly from the baseline's."""
+    """In which conditions a figure differs clearly from the baseline's."""
     others = counted(len(differences), "other condition")
     tested = [difference for difference in differences if not difference.why_untested]
     if not tested:
         return f"could not be tested against {baseline.name} ({differences[0].why_untested})"
+    if all(difference.n < FEW for difference in tested):
+        return (
+            f"is not called clearly different from {baseline.name} in any of {others} (fewer than "
+            f"{FEW} pairs)"
+        )
     clear = [difference for difference in tested if difference.is_clear]
     level = f"p < {LEVEL:g}, corrected"
     if not clear:
         return f"does not differ clearly from {baseline.name} in any of {others} ({level})"
-    less = sum(difference.mean < 0 for difference in clear)
+    less = [difference for difference in clear if difference.mean < 0]
+    more = [difference for difference in clear if difference.mean >= 0]
+    named = len(clear) <= _MOST_NAMED
     counts = [
-        f"{word} in {count}"
-        for word, count in (("lower", less), ("higher", len(clear) - less))
-        if count
+        f"{word} in {len(some)}{_names(some) if named else ''}"
+        for word, some in (("lower", less), ("higher", more))
+        if some
     ]
     return f"is clearly {' and '.join(counts)} of {others} than with {baseline.name} ({level})"
+
+
+def _names(differences: list[Difference]) -> str:
+    return f" ({'; '.join(difference.condition.name for difference in differences)})"
 
 
 def _limits(study: Study) -> str:

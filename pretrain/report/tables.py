@@ -9,6 +9,7 @@ from typing import Any
 from models.roles import ALIASES
 from pretrain.report.cells import Cell, DataTable
 from pretrain.report.compare import (
+    FEW,
     LEVEL,
     MEASURES,
     Difference,
@@ -180,7 +181,10 @@ def _short(values: list[float]) -> list[str]:
     return texts
 
 
-_CLEAR = f"*: p < {LEVEL:g} for the difference from the baseline, corrected (Holm)"
+_CLEAR = (
+    f"*: p < {LEVEL:g} over {FEW} pairs or more for the difference from the baseline, corrected "
+    "(Holm)"
+)
 
 
 def _span(differences: Iterable[Difference]) -> float:
@@ -259,8 +263,8 @@ def paired(study: Study) -> DataTable:
         "seed share their initial weights (a fork has those of its trunk) and the order of their "
         "data. 95 % intervals and p are by "
         "Student's t over the pairs, not corrected; the last column is corrected for the number "
-        f"of comparisons with the baseline, figure by figure (Holm). *: below "
-        f"{LEVEL:g}. –: no test, with fewer than two pairs or equal differences.",
+        f"of comparisons with the baseline, figure by figure (Holm). *: below {LEVEL:g}, over "
+        f"{FEW} pairs or more. –: no test, with fewer than two pairs or equal differences.",
         ["figure", "condition", "pairs", "difference", "95 % interval", "p", "p, Holm"],
         rows,
         raw,

@@ -15,7 +15,7 @@ from pretrain.report import write_report
 from pretrain.report.findings import findings, headline
 from pretrain.report.load import load_study
 from pretrain.report.page import page
-from tests.fake_runs import recipe, write_run, write_study
+from tests.fake_runs import recipe, write_perplexities, write_run, write_study
 
 pytestmark = pytest.mark.slow
 
@@ -61,22 +61,44 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("perplexities", "told"),
     [
-        ((10.0, 9.0), "is clearly lower in 1 of 1 other condition than with attention = 0"),
-        ((9.0, 10.0), "is clearly higher in 1 of 1 other condition than with attention = 0"),
+        ((10.0, 9.0), "is clearly lower in 1 (attention = 1) of 1 other condition than with "
+                      "attention = 0"),
+        ((9.0, 10.0), "is clearly higher in 1 (attention = 1) of 1 other condition than with "
+                      "attention = 0"),
         ((9.0, 9.0), "does not differ clearly from attention = 0 in any of 1 other"),
     ],
-)
+)  # fmt: skip
 def test_what_did_not_happen_is_not_counted(
     perplexities: tuple[float, float], told: str, tmp_path: Path
 ) -> None:
-    rng = np.random.default_rng(0)
-    for decay, perplexity in zip((0.0, 1.0), perplexities, strict=True):
-        for seed in range(4):
-            values = recipe(seed=seed, optimizer__weight_decay__attention=decay)
-            noise = 0.01 * float(rng.normal())
-            write_run(tmp_path / f"{decay}-{seed}", values, rng, perplexity=perplexity + noise)
-    sentence = findings(load_study([tmp_path]))[1]
+    values = dict(zip((0.0, 1.0), perplexities, strict=True))
+    sentence = findings(load_study([write_perplexities(tmp_path / "runs", values)]))[1]
     assert told in sentence and " in 0" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "told"),
+    [
+        ({0.5: 9.0, 1.0: 10.0, 3.0: 10.0}, "lower in 1 (attention = 0.5) of 3"),
+        ({0.5: 9.0, 1.0: 8.0, 3.0: 12.0},
+         "lower in 2 (attention = 0.5; attention = 1) and higher in 1 (attention = 3) of 3"),
+        ({0.5: 9.0, 1.0: 8.0, 2.0: 7.0, 3.0: 12.0}, "lower in 3 and higher in 1 of 4"),
+    ],
+)  # fmt: skip
+def test_up_to_three_clear_conditions_are_named(
+    perplexities: dict[float, float], told: str, tmp_path: Path
+) -> None:
+    folder = write_perplexities(tmp_path / "runs", {0.0: 10.0, **perplexities})
+    sentence = findings(load_study([folder]))[1]
+    assert f"is clearly {told} other conditions than with attention = 0 (p < 0.05" in sentence
+
+
+def test_nothing_is_clear_with_two_pairs(tmp_path: Path) -> None:
+    folder = write_perplexities(tmp_path / "runs", {0.0: 20.0, 1.0: 9.0, 3.0: 8.0}, seeds=(1, 2))
+    _, held_out, limits = findings(load_study([folder]))
+    words = "is not called clearly different from attention = 0 in any of 2 other conditions"
+    assert f"{words} (fewer than 3 pairs); with attention = 3 the difference is -1" in held_out
+    assert "95 % interval" in held_out and "little meaning" in limits
 
 
 def test_one_condition_compares_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from pretrain.report import write_report
 from pretrain.report.tables import summary
-from tests.fake_runs import STEPS, SUBSETS, recipe, write_run, write_study
+from tests.fake_runs import STEPS, SUBSETS, recipe, write_perplexities, write_run, write_study
 
 Rows = list[dict[str, str]]
 
@@ -170,7 +170,7 @@ def check_family(hand: Hand, rows: Rows, places: list[tuple[float, str]], baseli
             same(row["high"], high, 1e-6)
     for row, wanted in zip(rows, holm_of(ps), strict=True):
         same(row["p_holm"], wanted, 1e-6)
-        assert row["clear"] == str(wanted < 0.05)
+        assert row["clear"] == str(wanted < 0.05 and int(row["pairs"]) >= 3)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -251,6 +251,18 @@ def test_a_star_is_what_its_caption_says(tmp_path: Path) -> None:
         (run / "evaluation.json").write_text(json.dumps(scores))
     found = stars(clear, tmp_path)
     assert len(set(found.values())) == 1 and found["csv"] >= 3, found
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_two_pairs_have_p_and_interval_but_no_star(tmp_path: Path) -> None:
+    folder = write_perplexities(tmp_path / "runs", {0.0: 20.0, 1.0: 10.0}, seeds=(1, 2))
+    found = stars(folder, tmp_path)
+    assert set(found.values()) == {0}
+    rows = list(csv.DictReader((tmp_path / "csv/differences.csv").open()))
+    row = next(row for row in rows if row["figure"] == "perplexity")
+    assert number(row["p_holm"]) < 0.05
+    assert number(row["low"]) < number(row["difference"]) < number(row["high"])
+    assert row["clear"] == "False"
 
 
 # --- λ, and what a condition is ------------------------------------------------------------------

@@ -221,3 +221,12 @@ def write_perplexities(
             noisy = perplexity + 0.01 * float(rng.normal())
             write_run(folder / f"attention={decay:g},seed={seed}", values, rng, perplexity=noisy)
     return folder
+
+
+def leave_pairs(folder: Path, pairs: dict[int, int], seeds: int = 4) -> None:
+    """Leave so many runs of each λ that pair with the baseline; the others begin elsewhere."""
+    for decay, count in pairs.items():
+        for seed in range(count + 1, seeds + 1):
+            path = folder / f"attention={decay},seed={seed}" / "identity.json"
+            hashes = json.loads(path.read_text())
+            path.write_text(json.dumps({**hashes, "initial_weights": "others"}))

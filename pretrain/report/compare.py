@@ -135,7 +135,10 @@ def unpaired(study: Study) -> list[str]:
 
 
 def uncounted(study: Study) -> list[str]:
-    """Notes about figures that are not finite, comparisons without a test, and few pairs."""
+    """Notes about figures that are not finite, comparisons without a test, and few pairs.
+
+    A condition without a pair is not among those with few: `unpaired` says why it has none.
+    """
     notes: list[str] = []
     few: dict[str, int] = {}
     for title, measure in MEASURES.values():
@@ -150,7 +153,7 @@ def uncounted(study: Study) -> list[str]:
         few |= {
             difference.condition.name: difference.n
             for difference in differences
-            if difference.n < FEW
+            if difference.n < FEW and pairs_of(difference.condition, study.baseline)
         }
         untested = [difference for difference in differences if difference.why_untested]
         if untested and (
@@ -164,11 +167,22 @@ def uncounted(study: Study) -> list[str]:
                 f"{title}: no p for {words}; Holm's correction counts the other "
                 f"{len(differences) - len(untested)} of {len(differences)} comparisons"
             )
-    if few:
-        words = ", ".join(f"{name} ({n})" for name, n in few.items())
+    return notes + _of_few_pairs(few)
+
+
+def _of_few_pairs(few: dict[str, int]) -> list[str]:
+    """Notes about conditions with few pairs: with one, there is nothing that could mislead."""
+    single = [name for name, n in few.items() if n == 1]
+    others = [f"{name} ({n})" for name, n in few.items() if n != 1]
+    notes = []
+    if single:
         notes.append(
-            f"fewer than {FEW} pairs, so intervals and p have little meaning: {words}; use {FEW} "
-            "seeds or more"
+            f"one pair: no interval and no p: {', '.join(single)}; use {FEW} seeds or more"
+        )
+    if others:
+        notes.append(
+            f"fewer than {FEW} pairs, so intervals and p have little meaning: {', '.join(others)}; "
+            f"use {FEW} seeds or more"
         )
     return notes
 

@@ -134,13 +134,12 @@ def _names(differences: list[Difference]) -> str:
 def _limits(study: Study) -> str:
     """What these runs cannot say."""
     differences = differences_from(study, _scored(study)[1])
-    pairs = min((difference.n for difference in differences), default=0)
     unclear = [difference.condition.name for difference in differences if not difference.is_clear]
     reasons = []
     if all(len(condition.runs) == 1 for condition in study.conditions):
         reasons.append("one seed: no interval, and no difference can be told from chance")
-    elif 0 < pairs < FEW:
-        reasons.append(f"{counted(pairs, 'pair')} of seeds: the intervals have little meaning")
+    elif few := _of_few_pairs(differences):
+        reasons += few
     elif unclear:
         reasons.append(
             f"{counted(len(unclear), 'condition')} without a clear difference "
@@ -157,6 +156,19 @@ def _limits(study: Study) -> str:
         f"{tokens_of(study.runs[0])})"
     )
     return f"What these runs cannot say: {'; '.join(reasons)}."
+
+
+def _of_few_pairs(differences: list[Difference]) -> list[str]:
+    """What few pairs cannot say; a condition without any is in no comparison."""
+    counts = {difference.n for difference in differences if difference.n}
+    if counts == {1}:
+        return ["one pair: no interval, and no difference can be told from chance"]
+    single = [difference.condition.name for difference in differences if difference.n == 1]
+    reasons = [f"one pair with {_few(single)}: no interval"] if single else []
+    few = [count for count in counts if 1 < count < FEW]
+    if few:
+        reasons.append(f"{counted(min(few), 'pair')} of seeds: the intervals have little meaning")
+    return reasons
 
 
 def _scored(study: Study) -> tuple[str, Measure]:

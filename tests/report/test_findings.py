@@ -15,7 +15,7 @@ from pretrain.report import write_report
 from pretrain.report.findings import findings, headline
 from pretrain.report.load import load_study
 from pretrain.report.page import page
-from tests.fake_runs import recipe, write_perplexities, write_run, write_study
+from tests.fake_runs import leave_pairs, recipe, write_perplexities, write_run, write_study
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +99,23 @@ def test_nothing_is_clear_with_two_pairs(tmp_path: Path) -> None:
     words = "is not called clearly different from attention = 0 in any of 2 other conditions"
     assert f"{words} (fewer than 3 pairs); with attention = 3 the difference is -1" in held_out
     assert "95 % interval" in held_out and "little meaning" in limits
+
+
+@pytest.mark.parametrize(
+    ("pairs", "told"),
+    [
+        ((1, 1), "runs cannot say: one pair: no interval, and no difference can be told"),
+        ((1, 4), "runs cannot say: one pair with attention = 1: no interval; another model"),
+        ((1, 2), "one pair with attention = 1: no interval; 2 pairs of seeds: the intervals have"),
+        ((0, 2), "runs cannot say: 2 pairs of seeds: the intervals have little meaning"),
+    ],
+)
+def test_few_pairs_are_said_where_there_are_few(
+    pairs: tuple[int, int], told: str, tmp_path: Path
+) -> None:
+    folder = write_perplexities(tmp_path / "runs", {0.0: 10.0, 1.0: 9.0, 3.0: 8.0})
+    leave_pairs(folder, dict(zip((1, 3), pairs, strict=True)))
+    assert told in findings(load_study([folder]))[2]
 
 
 def test_one_condition_compares_nothing(tmp_path: Path) -> None:

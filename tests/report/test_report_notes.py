@@ -18,7 +18,14 @@ from pretrain.report import write_report
 from pretrain.report.load import load_study
 from pretrain.report.tables import paired
 from pretrain.report.text import table_csv
-from tests.fake_runs import STEPS, recipe, write_run, write_study
+from tests.fake_runs import (
+    STEPS,
+    leave_pairs,
+    recipe,
+    write_perplexities,
+    write_run,
+    write_study,
+)
 
 
 @pytest.fixture
@@ -185,6 +192,28 @@ def test_a_baseline_that_is_not_there(study: Path, tmp_path: Path) -> None:
         (study / f"attention=0,seed={seed}" / "evaluation.json").unlink()
     (note,) = (one for one in notes(study) if one.startswith("baseline: "))
     assert "attention=0" in note and "compared with all runs" in note
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("pairs", "told"),
+    [
+        ({1: 0, 2: 1, 3: 2},
+         ["fewer than 3 pairs, so intervals and p have little meaning: attention = 3 (2); use 3 "
+          "seeds or more",
+          "one pair: no interval and no p: attention = 2; use 3 seeds or more"]),
+        ({1: 0, 2: 0, 3: 4}, []),
+    ],
+)  # fmt: skip
+def test_few_pairs_are_advised_where_more_seeds_help(
+    pairs: dict[int, int], told: list[str], tmp_path: Path
+) -> None:
+    """Why a condition has no pair is said run by run: more seeds would not change it."""
+    folder = write_perplexities(tmp_path / "runs", dict.fromkeys((0.0, 1.0, 2.0, 3.0), 9.0))
+    leave_pairs(folder, pairs)
+    found = notes(folder)
+    assert sorted(note for note in found if "seeds or more" in note) == told
+    assert sum("differ in initial weights" in note for note in found) == 12 - sum(pairs.values())
 
 
 @pytest.mark.parametrize(

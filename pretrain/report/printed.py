@@ -31,6 +31,8 @@ _STYLE: dict[str, Any] = {
 _PRINT = {"font.size": 8, "axes.titlesize": 8, "lines.linewidth": 1.0}
 _APART = 2.0
 """Pixels between two labels of an axis, at least."""
+_FEW_ROUND = 5
+"""From this ratio of its ends on, a logarithmic axis has two of 1, 2, 5, 10, … at least."""
 
 
 def draw(figure: Figure, kind: str = "png") -> bytes:
@@ -185,14 +187,22 @@ def _is_dotted(handle: Any) -> bool:
     return getattr(handle, "get_linestyle", str)() == ":"
 
 
-def _few_ticks(axis: Any, values: list[float]) -> None:
-    """Label a logarithmic axis without overlaps: matplotlib labels 2, 3, 4 … of a short one."""
-    from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+def _few_ticks(axis: Any) -> None:
+    """Label a logarithmic axis by decades; a shorter one by 1, 2 and 5, or by round numbers.
+
+    Round numbers are evenly spaced: over more than half a decade they would all be at the top.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
     axis.set_minor_formatter(NullFormatter())
-    if max(values) < 100 * min(values):
-        axis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
-        axis.set_major_formatter(ScalarFormatter())
+    low, high = sorted(axis.get_view_interval())
+    if math.floor(math.log10(high)) > math.ceil(math.log10(low)):
+        return
+    is_short = high < _FEW_ROUND * low
+    axis.set_major_locator(
+        MaxNLocator(3, steps=[1, 2, 5, 10]) if is_short else LogLocator(subs=(1, 2, 5))
+    )
+    axis.set_major_formatter(ScalarFormatter())
 
 
 def _part_labels(page: Any) -> None:
@@ -239,6 +249,7 @@ def _scales(axes: Any, panel: Panel) -> None:
         for x, y in zip(series.x, series.y, strict=True)
         if math.isfinite(x) and math.isfinite(y)  # matplotlib draws no other kind
     ]
+    logarithmic = []
     values = sorted({x for x, _ in points})
     if panel.log_x and any(x > 0 for x in values):
         positive = [value for value in values if value > 0]
@@ -249,11 +260,10 @@ def _scales(axes: Any, panel: Panel) -> None:
             axes.set_xticks([], minor=True)
         else:
             axes.set_xscale("log")
-            _few_ticks(axes.xaxis, positive)
-    heights = [y for _, y in points]
-    if panel.log_y and any(y > 0 for y in heights):  # matplotlib refuses an empty panel
+            logarithmic.append(axes.xaxis)
+    if panel.log_y and any(y > 0 for _, y in points):  # matplotlib refuses an empty panel
         axes.set_yscale("log")
-        _few_ticks(axes.yaxis, [y for y in heights if y > 0])
+        logarithmic.append(axes.yaxis)
     if panel.y_range:
         axes.set_ylim(*panel.y_range)
     if panel.diagonal:
@@ -261,3 +271,5 @@ def _scales(axes: Any, panel: Panel) -> None:
         if coordinates:
             axes.plot([min(coordinates), max(coordinates)], [min(coordinates), max(coordinates)],
                       "--", color="grey", linewidth=1)  # fmt: skip
+    for axis in logarithmic:  # the diagonal may have made them longer
+        _few_ticks(axis)

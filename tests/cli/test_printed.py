@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import matplotlib as mpl
@@ -45,6 +46,27 @@ def test_labels_of_logarithmic_axes_do_not_overlap(seed: int) -> None:
             assert not any(
                 box.overlaps(other) for k, box in enumerate(boxes) for other in boxes[k + 1 :]
             )
+    plt.close(page)
+
+
+@pytest.mark.parametrize(("low", "column"), [(0.04, False), (0.7, True)])
+@pytest.mark.parametrize("ratio", [1.5, 4.9, 5.1, 12.0, 50.0, 90.0, 300.0])
+def test_labels_are_spread_over_a_logarithmic_axis(low: float, ratio: float, column: bool) -> None:
+    """Every decade has one, unless the axis is so short that it has round numbers."""
+    page = _page(plt, figure_of(low, low * ratio), column)
+    page.canvas.draw()
+    for axes in page.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            ends = sorted(axis.get_view_interval())
+            ticks = axis.get_major_ticks()
+            places = [tick.get_loc() for tick in ticks if tick.label1.get_text()]
+            places = [math.log10(place) for place in places if ends[0] <= place <= ends[1]]
+            first, last = map(math.log10, ends)
+            for power in range(math.ceil(first), math.floor(last) + 1):
+                assert ratio < 5 or any(
+                    math.isclose(power, place, abs_tol=1e-9) for place in places
+                )
+            assert max(places) - min(places) > 0.25 * (last - first)
     plt.close(page)
 
 

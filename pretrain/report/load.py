@@ -16,6 +16,7 @@ from pretrain.config.explain import cut
 from pretrain.errors import RunError, UsageError
 from pretrain.ranks.table import measured_steps
 from pretrain.report.comparable import check_same, mixed, with_comparable_scores
+from pretrain.report.nested import deeper, nested, run_folders, some
 from pretrain.report.read_run import load_run
 from pretrain.report.runs import RunData
 from pretrain.report.sample import steps_of_all
@@ -23,7 +24,6 @@ from pretrain.report.sums import total
 from pretrain.report.varying import NO_EFFECT, in_order, meant, varying
 from pretrain.runs.folder import CONFIG, FREE
 from pretrain.runs.loop import NOT_RECORDED
-from pretrain.runs.metrics import METRICS
 from pretrain.runs.records import SweepRecord, read_record
 from pretrain.sweep.config import by_numbers, kinds_of, short_names
 from pretrain.sweep.run import SWEEP
@@ -106,8 +106,10 @@ def load_study(
     notes: list[str] = []
     runs: list[RunData] = []
     named: str | None = None
-    some = False
+    has_unfinished = False
     found = [_folders(path) for path in paths]
+    for path in paths:
+        notes += nested(path, paths)
     shown = _shown([folder for folders, _, _ in found for folder in folders])
     for folders, sweep, missing in found:
         named = named or (sweep or {}).get("baseline")
@@ -121,12 +123,12 @@ def load_study(
             if run.is_finished or unfinished:
                 runs.append(run)
             if not run.is_finished:
-                some = True
+                has_unfinished = True
                 taken = "included although not finished" if unfinished else "left out"
                 notes.append(f"{taken}: {folder}: {run.why_unfinished}")
     if not runs:
         first_note = f"; {notes[0]}" if notes else ""
-        more = " (--unfinished includes the others)" if some else ""
+        more = " (--unfinished includes the others)" if has_unfinished else ""
         raise NothingYetError(
             f"{', '.join(map(str, paths))}: no finished run to report{first_note}{more}"
         )
@@ -158,12 +160,7 @@ def _folders(path: Path) -> _Found:
     sweep = None
     with suppress(FileNotFoundError):
         sweep = read_record(path / SWEEP, SweepRecord)
-    there = (
-        folder
-        for folder in path.iterdir()
-        if folder.is_dir() and ((folder / CONFIG).exists() or (folder / METRICS).exists())
-    )
-    folders = sorted(there, key=lambda folder: by_numbers(folder.name))
+    folders = run_folders(path)
     notes: list[str] = []
     if sweep:
         wanted, present = set(sweep["runs"]), {folder.name for folder in folders}
@@ -178,7 +175,9 @@ def _folders(path: Path) -> _Found:
         ]
         folders = [folder for folder in folders if folder.name in wanted]
     if not folders:
-        raise NothingYetError(f"{path}: contains no run folder; wait until its runs have started")
+        others = deeper(path)
+        mend = f"give {some(others)}" if others else "wait until its runs have started"
+        raise NothingYetError(f"{path}: contains no run folder; {mend}")
     return folders, sweep, notes
 
 

@@ -20,6 +20,8 @@ from pretrain.report.tables import summary, tables_of
 
 Writer = Callable[[Study, list[DataTable], list[Figure], list[str], Path], None]
 FORMATS = ("html", "md", "latex", "csv", "png", "pdf")
+_FOLDERS = ("csv", "png", "pdf")
+"""Formats that are a folder; the images of ``md`` and ``latex`` are in one beside the file."""
 
 
 def write_report(
@@ -45,8 +47,24 @@ def write_report(
     if form not in FORMATS:
         raise UsageError(f"--format: {form!r} is not one of {', '.join(FORMATS)}")
     checked_band(band)
+    _refuse_file(out, form)
     with held(out):
         return _write(paths, out, form, baseline, unfinished, band)
+
+
+def _refuse_file(out: Path, form: str) -> None:
+    """Refuse a file where the report needs a folder, before any run is read.
+
+    Raises:
+        UsageError: naming the file.
+    """
+    if form == "html":
+        return
+    folder = out if form in _FOLDERS else _folder_beside(out)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(
+            f"{folder}: is a file, but --format {form} needs a folder there; choose another --out"
+        )
 
 
 def checked_band(band: str) -> None:

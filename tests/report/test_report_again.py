@@ -25,6 +25,7 @@ from pretrain.runs.metrics import read_all_metrics, read_metrics
 from pretrain.runs.records import FIGURES
 from tests.fake_runs import recipe, write_run, write_study
 from tests.tools import ROOT, environment
+from tests.tools import run as command
 
 
 def figures(folder: Path) -> set[str]:
@@ -91,6 +92,30 @@ def with_spectra(path: Path) -> None:
     table = pq.read_table(path)
     values = [[2.0, 1.0, 0.0]] * len(table)
     pq.write_table(table.append_column("singular_values", pa.array(values)), path)
+
+
+@pytest.mark.parametrize(
+    ("form", "taken"),
+    [
+        ("csv", "r.md"),
+        ("png", "r.md"),
+        ("pdf", "r.md"),
+        ("md", "r-figures"),
+        ("latex", "r-figures"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_refused_at_once(
+    form: str, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Before anything is read: these runs do not exist."""
+    (tmp_path / taken).write_text("mine")
+    words = ["report", "runs", "--format", form, "--out", str(tmp_path / "r.md")]
+    assert command(monkeypatch, *words) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{taken}: is a file, but --format {form} needs a folder there" in said
+    assert [one.name for one in tmp_path.iterdir()] == [taken]
+    assert (tmp_path / taken).read_text() == "mine"
 
 
 def test_columns_are_the_rows(trained: Path, tmp_path: Path) -> None:

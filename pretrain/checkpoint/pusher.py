@@ -34,14 +34,14 @@ class Pusher:
         settings: CheckpointConfig,
         tell: Callable[[Path, float, str], None],
         grid: Grid,
-        patience: float = 60.0,
+        patience: float = 10.0,
     ) -> None:
         """
         Args:
             tell: called on the main process after each copy with the checkpoint, seconds, and what
                 went wrong.
             patience: seconds for which the main process waits for the next file of another one, at
-                least; it also waits five times as long as it took for its own file.
+                least; it also waits three times as long as it took for its own file.
         """
         self._mirror, self._settings, self._tell = mirror, settings, tell
         self._grid, self._patience = grid, patience
@@ -116,7 +116,7 @@ class Pusher:
             return ""
         others = [name for name in names if name not in mine]
         if self._grid.world_size > 1:
-            others = self._missing(folder, others, 5 * (time.monotonic() - began))
+            others = self._missing(folder, others, 3 * (time.monotonic() - began))
         self._mirror.deliver(folder, others)
         self._mirror.complete(folder, self._settings)
         if not others or self._grid.world_size == 1 or self._hurry.is_set():

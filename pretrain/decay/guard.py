@@ -29,7 +29,7 @@ class Guarded(Policy):
         self.form, self.every = self._inner.form, self._inner.every
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise self._wrong(f"every is {self.every!r}; it must be a number of steps, 1 or more")
-        self._step = -1
+        self._step, self._has_observed = -1, False
         self._answers: dict[tuple[Site, float], float] = {}
         self._rehearse()
 
@@ -78,6 +78,9 @@ class Guarded(Policy):
     def observe(self, measured: Any, step: int) -> list[str]:
         self._forget(-1)
         lines = self._ask(f"observe at step {step}", lambda: self._inner.observe(measured, step))
+        if not self._has_observed:  # before hours of training depend on a state that is lost
+            self._saved()
+            self._has_observed = True
         return [" ".join(str(line).split()) for line in lines or []]
 
     def measures(self, info: ParameterInfo) -> bool:
@@ -98,7 +101,11 @@ class Guarded(Policy):
         self._ask("restore", lambda: self._inner.restore(state))
 
     def _saved(self) -> dict[str, Any]:
-        """The state in the form in which a checkpoint returns it."""
+        """The state in the form in which a checkpoint returns it.
+
+        Raises:
+            UsageError: if that is another state, with which a resumed run would go on wrongly.
+        """
         state = self._ask("state", self._inner.state)
         try:
             saved: Any = json.loads(to_json(state))
@@ -106,6 +113,8 @@ class Guarded(Policy):
             raise self._wrong(f"state returns something that is not JSON ({error})") from None
         if not isinstance(saved, dict):
             raise self._wrong(f"state returns {_shown(state)}, which is not a mapping")
+        if lost := _lost_in_json(state):
+            raise self._wrong(f"state {lost}")
         return saved
 
     def _ask(self, action: str, call: Callable[[], Answer]) -> Answer:
@@ -117,6 +126,26 @@ class Guarded(Policy):
 
 def _moving(site: Site, step: int) -> str:
     return f"move at {label(site)} in update {step}"
+
+
+def _lost_in_json(value: Any, path: str = "") -> str:
+    """The first part of a state that a checkpoint would return as something else, in words."""
+    where = f" in {path}" * bool(path)
+    if isinstance(value, tuple):
+        return f"has the tuple {_shown(value)}{where}, which comes back as a list; use a list"
+    if isinstance(value, list):
+        parts = [(f"{path}[{index}]", part) for index, part in enumerate(value)]
+    elif isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                return (
+                    f"has the key {_shown(key)}{where}, which is not text and does not come back "
+                    "as it is; use str(key) in state and turn it back in restore"
+                )
+        parts = [(f"{path}.{key}" if path else key, part) for key, part in value.items()]
+    else:
+        parts = []
+    return next(filter(None, (_lost_in_json(part, name) for name, part in parts)), "")
 
 
 def _shown(value: Any) -> str:

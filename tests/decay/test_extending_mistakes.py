@@ -114,6 +114,15 @@ BODIES: dict[str, tuple[str, tuple[str, ...]]] = {
         "return decay\n\n    def state(self):\n        return {1: {2}}", ("state", "not JSON")),
     "a state that is no mapping": (
         "return decay\n\n    def state(self):\n        return [1]", ("not a mapping",)),
+    "a state by number": (
+        "return decay\n\n    def state(self):\n        return {0: 0.5}",
+        ("wrong.py:Wrong: state has the key 0,", "str(key)")),
+    "a state by number, further in": (
+        "return decay\n\n    def state(self):\n        return {'by': [{'x': 1, None: 2}]}",
+        ("state has the key None in by[0],",)),
+    "a state with a tuple": (
+        "return decay\n\n    def state(self):\n        return {'ends': {'of': (1, 2)}}",
+        ("state has the tuple (1, 2) in ends.of,", "use a list")),
     "a state that it cannot take up": (
         "return decay\n\n    def state(self):\n        return {}\n\n"
         "    def restore(self, state):\n        state['x']", ("restore fails", "KeyError")),
@@ -150,6 +159,25 @@ def test_a_policy_that_is_wrong(case: str, data: Path, tmp_path: Path) -> None:
     wanted = culprits if case == "its own words" else (KEY, *culprits)
     for culprit in wanted:
         assert culprit in str(error.value)
+
+
+def test_a_state_that_a_resume_would_lose_ends_at_the_first_observation(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is empty before training, and no checkpoint is written with it."""
+    body = (
+        "return decay\n\n    wants, seen = 'norms', {}\n\n    def observe(self, measured, step):\n"
+        "        self.seen = {step: measured}\n\n    def state(self):\n"
+        "        return {'seen': self.seen}"
+    )
+    (tmp_path / "wrong.py").write_text(WRONG.format(body=body))
+    entry = {"kind": "wrong.py:Wrong", "roles": ["query"]}
+    recipe = write_recipe(tmp_path / "r.yaml", recipe_with(data, entry))
+    out = tmp_path / "run"
+    assert run(monkeypatch, "train", str(recipe), "--out", str(out)) == 2
+    assert_one_line(capfd.readouterr().err, (KEY, "wrong.py:Wrong", "key 0 in seen"))
+    assert '"kind": "train"' not in (out / "metrics.jsonl").read_text()
+    assert not list(out.glob("checkpoints/step-*"))
 
 
 def test_a_mistake_at_the_start_leaves_no_folder(

@@ -19,7 +19,7 @@ from pretrain.config.recipe import parse_config
 from pretrain.config.run import RanksConfig
 from pretrain.errors import UsageError
 from pretrain.ranks.probe import Row, summary
-from pretrain.ranks.table import merge_ranks
+from pretrain.ranks.table import measured_steps, merge_ranks
 from pretrain.ranks.writer import RankWriter
 from pretrain.runs.environment import environment
 from pretrain.runs.folder import CONFIG, ENVIRONMENT, read_starts, write_text
@@ -112,30 +112,73 @@ class LoopFolder:
 
         Raises:
             UsageError: if the folder holds a run of this program's own training.
+            RunError: if its rank table is damaged.
             BusyError: if another process writes there.
         """
         if (run / CONFIG).exists() and not (run / LOOP).exists():
             raise UsageError(f"{run}: holds a run of `pretrain train`; choose another folder")
         self._config = parse_config({**known}, "RankProbe")
         self._run, self._known = run, _only(known, self._config.model_dump(mode="json"))
-        self._lock = RunLock(run)
-        self._lock.acquire()
-        write_text(run / LOOP, to_json(dict(about), indent=1))
-        self._write_known()
-        setting = {"precision": about["precision"]} if about.get("precision") else {}
-        starts = [*read_starts(run), {**environment(), **setting}]
-        write_text(run / ENVIRONMENT, to_json(starts, indent=1))
+        self._about = dict(about)
         self._tracker = Tracker(run, self._config, active=True)
         self._table = RankWriter(run, self._config.ranks)
         self._refused = False
+        self._lock, self._is_open = RunLock(run), False
+        earlier = _last_measured(run)
+        self._open()
+        if earlier:  # of another loop, unless `begin` says that this one continues it
+            self._release()
+        else:
+            self._write_start()
+
+    def _open(self) -> None:
+        """Keep other processes out of the folder."""
+        self._lock.acquire()
+        self._is_open = True
+
+    def _release(self) -> None:
+        self._is_open = False
+        self._lock.release()
+
+    def _write_start(self) -> None:
+        """Write what is known of the loop, and the environment of this start."""
+        write_text(self._run / LOOP, to_json(self._about, indent=1))
+        self._write_known()
+        precision = self._about.get("precision")
+        setting = {"precision": precision} if precision else {}
+        starts = [*read_starts(self._run), {**environment(), **setting}]
+        write_text(self._run / ENVIRONMENT, to_json(starts, indent=1))
 
     def _write_known(self) -> None:
         write_text(self._run / CONFIG, yaml.safe_dump(self._known, sort_keys=False))
 
-    def begin(self, step: int) -> None:
-        """Remove what was written after ``step``, from which the loop continues."""
-        self._tracker.rewind(step)
-        self._table.rewind(step)
+    def begin(self, step: int | None) -> None:
+        """Begin a run, or continue the folder's after ``step``; what was written later is removed.
+
+        Raises:
+            UsageError: if a run would begin in a folder that has measurements of another.
+        """
+        if step is None:
+            self._refuse_earlier()
+        if not self._is_open:
+            self._open()
+            self._write_start()
+        self._tracker.rewind(step or 0)
+        self._table.rewind(step or 0)
+
+    def _refuse_earlier(self) -> None:
+        """Refuse to mix a new run with the measurements in the folder, or to remove them."""
+        if last := _last_measured(self._run):
+            self._release()
+            raise UsageError(
+                f"{self._run}: holds a run that was measured up to step {last}; choose another "
+                "folder, or continue that run: probe.begin(STEP) instead of `with`, or a Trainer "
+                "that resumes from a checkpoint"
+            )
+
+    def _refuse_unless_open(self) -> None:
+        if not self._is_open:
+            self._refuse_earlier()
 
     def log(self, step: int, figures: Mapping[str, float | None], decays: dict[str, float]) -> None:
         """One line about an update; a figure that is not known is null.
@@ -144,17 +187,20 @@ class LoopFolder:
             figures: loss, learning_rate, grad_norm and tokens_per_second.
             decays: λ in use by group.
         """
+        self._refuse_unless_open()
         known = {name: _number(figures.get(name)) for name in FIGURES}
         self._tracker.log("train", step, {**known, "weight_decay": decays})
 
     def evaluation(self, step: int, loss: float) -> None:
         """One line about a held-out loss, in nats per token."""
+        self._refuse_unless_open()
         self._tracker.log(
             "evaluation", step, {"split": self._config.evaluation.split, "loss": loss}
         )
 
     def ranks(self, step: int, rows: list[Row], seconds: float) -> None:
         """One measurement."""
+        self._refuse_unless_open()
         reason = self._table.add(step, rows)
         if reason and not self._refused:
             warn(f"{reason}; measurements wait in memory")
@@ -167,6 +213,8 @@ class LoopFolder:
         Args:
             last: the number of updates that were made.
         """
+        if not self._is_open:  # nothing was written
+            return
         train = self._known.get("train", {})
         try:
             if reason := self._table.write_waiting():
@@ -179,7 +227,12 @@ class LoopFolder:
             warn(f"{error.filename or self._run}: {error.strerror}; the folder is not complete")
         finally:
             self._tracker.close()
-            self._lock.release()
+            self._release()
+
+
+def _last_measured(run: Path) -> int:
+    """The last step that the folder's rank table has; 0 if it has none."""
+    return max(measured_steps(run), default=0)
 
 
 def _only(known: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class LightningRankCallback(_base()):  # type: ignore[misc]
             decay=self._decay if self._decay is not None else trainer.optimizers[0],
             **{"steps": steps, "loop": "lightning.Trainer", **self._options},
         )
-        self.probe.begin(trainer.global_step)
+        self.probe.begin(trainer.global_step or None)  # above 0 if it resumes
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

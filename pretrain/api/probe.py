@@ -113,13 +113,17 @@ class RankProbe:
     ) -> None:
         self.close()
 
-    def begin(self, step: int = 0) -> None:
-        """Start, or continue after ``step`` updates, and measure; what came later is removed."""
-        self._last = step
-        self._rows = {at: rows for at, rows in self._rows.items() if at <= step}
+    def begin(self, step: int | None = None) -> None:
+        """Start, or continue after ``step`` updates, and measure; what came later is removed.
+
+        Raises:
+            UsageError: if it starts in a folder that has measurements of another run.
+        """
         if self._folder:
             self._folder.begin(step)
-        self.measure(step)
+        self._last = step or 0
+        self._rows = {at: rows for at, rows in self._rows.items() if at <= self._last}
+        self.measure(self._last)
 
     def step(self, step: int, **figures: Any) -> None:
         """Take notice of an update; call it on every process after the optimizer's step.

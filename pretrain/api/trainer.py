@@ -51,7 +51,7 @@ class RankCallback(TrainerCallback):
             decay=self._decay if self._decay is not None else optimizer,
             **{"steps": state.max_steps, "log_every": 1, **about, **self._options},
         )
-        self.probe.begin(state.global_step)
+        self.probe.begin(state.global_step or None)  # above 0 if it resumes
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from pretrain.api.groups import decay_groups
+from pretrain.errors import UsageError
+from pretrain.ranks.table import read_ranks
 from pretrain.report.load import load_study
 from tests.transformers_models import build
 
@@ -69,6 +71,24 @@ def test_a_run_of_lightning(callbacks: Any, tmp_path: Path, watched: bool) -> No
     assert run.last_step == 3 and len(run.metrics) == 3
     assert run.held_out[0]["loss"] == 4.0
     assert run.decay == 0.3 and run.exposure == pytest.approx(3 * 1e-2 * 0.3)
+
+
+def test_a_run_of_lightning_continues_only_if_it_resumes(callbacks: Any, tmp_path: Path) -> None:
+    model = build("gpt2")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    module = types.SimpleNamespace(model=model)
+
+    def trainer(updates: int) -> StandIn:
+        callback = callbacks.LightningRankCallback(tmp_path / "run", log_every=1, every=2)
+        return StandIn(callback, optimizer, updates, accumulate=1)
+
+    trainer(2).fit(module)
+    with pytest.raises(UsageError, match=r"up to step 2; .* Trainer that resumes"):
+        trainer(2).fit(module)
+    resumed = trainer(2)
+    resumed.global_step = 2  # as Lightning restores it first
+    resumed.fit(module)
+    assert {row["step"] for row in read_ranks(tmp_path / "run")} == {0, 2, 4}
 
 
 def test_without_lightning_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

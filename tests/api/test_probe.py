@@ -141,6 +141,49 @@ def test_a_loop_that_continues_forgets_what_came_later(tmp_path: Path) -> None:
     assert set(losses) == {1, 2, 3} and losses[3] == 1.0
 
 
+def files_of(run: Path) -> dict[str, bytes]:
+    """The content of a folder, without its lock."""
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and "lock" not in path.name
+    }
+
+
+def test_a_loop_does_not_begin_over_another(tmp_path: Path) -> None:
+    """As when a cell of a notebook runs twice: nothing of the first run is touched."""
+    run = tmp_path / "run"
+    loop(run, 0, 0.5)
+    before = files_of(run)
+    with pytest.raises(UsageError, match=r"run: .*up to step 4; .*another folder.*begin\(STEP\)"):
+        loop(run, 1, 0.1, family="llama")
+    probe = RankProbe(build("gpt2"), run, steps=4, every=2, log_every=1)
+    with pytest.raises(UsageError, match="up to step 4"):
+        probe.begin()
+    with pytest.raises(UsageError, match="up to step 4"):
+        probe.step(4, loss=1.0)
+    with pytest.raises(UsageError, match="up to step 4"):
+        probe.measure(4)
+    RankProbe(build("llama"), run).close()  # it wrote nothing
+    assert files_of(run) == before
+    probe.begin(2)  # the mend works with the refused probe, too
+    with pytest.raises(BusyError):
+        RankProbe(build("gpt2"), run)
+    probe.close()
+    assert {row["step"] for row in read_ranks(run)} == {0, 2}
+    again = RankProbe(build("gpt2"), run, every=2)
+    again.begin(0)
+    again.close()
+    assert {row["step"] for row in read_ranks(run)} == {0}
+
+
+def test_a_folder_with_the_first_measurement_alone_is_free(tmp_path: Path) -> None:
+    with RankProbe(build("gpt2"), tmp_path / "run", every=2):
+        pass
+    loop(tmp_path / "run", 0, 0.5)
+    assert {row["step"] for row in read_ranks(tmp_path / "run")} == {0, 2, 4}
+
+
 def test_a_model_of_two_towers_needs_one_for_a_folder(tmp_path: Path) -> None:
     model = build("clip")
     with pytest.raises(UsageError, match="text, vision"):
@@ -200,6 +243,33 @@ def test_under_the_trainer(family: str, tmp_path: Path) -> None:
     (only,) = load_study([tmp_path]).runs
     assert only.config.train.steps == STEPS and len(only.metrics) == STEPS
     assert read_starts(tmp_path)[0]["precision"] == "fp32"
+
+
+def test_the_trainer_continues_a_run_only_if_it_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    from pretrain.api.trainer import RankCallback
+
+    def train(steps: int, **resume: Any) -> None:
+        tokens = torch.arange(16) % 64
+        Trainer(
+            build("gpt2"),
+            TrainingArguments(
+                str(tmp_path), max_steps=steps, logging_steps=1, save_steps=2, report_to=[],
+                use_cpu=True, disable_tqdm=True,
+            ),
+            train_dataset=[{"input_ids": tokens, "labels": tokens}] * 20,
+            callbacks=[RankCallback(every=2)],
+        ).train(**resume)  # fmt: skip
+
+    train(2)
+    before = files_of(tmp_path)
+    with pytest.raises(UsageError, match=r"up to step 2; .* Trainer that resumes"):
+        train(4)
+    assert files_of(tmp_path) == before
+    train(4, resume_from_checkpoint=True)
+    assert {row["step"] for row in read_ranks(tmp_path)} == {0, 2, 4}
 
 
 @pytest.mark.long

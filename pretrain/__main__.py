@@ -99,7 +99,7 @@ def train(
     if dry_run:
         from pretrain.cluster.dry_run import dry_run as describe
 
-        describe(config, as_json=json)
+        describe(config, as_json=json, processes=processes)
         return
     from pretrain.distributed.grid import build_grid, check_grid, connect, disconnect, process_count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from data_pipeline.strict_json import to_json
 from pretrain.cli.console import plain, show_table, warn
 from pretrain.cluster.plan_grids import accept
-from pretrain.cluster.vocabulary import task_to_plan
+from pretrain.cluster.vocabulary import NoData, task_to_plan
 from pretrain.config.recipe import Config
+from pretrain.config.science import GridConfig
 from pretrain.decay.control import DecayControl
 from pretrain.decay.lengths import remarks
 from pretrain.decay.plan import DecayGroup
 from pretrain.decay.sites import Site, site_of
-from pretrain.distributed.grid import process_count
+from pretrain.distributed.grid import check_grid, process_count
 from pretrain.engine.engine import micro_batches
 from pretrain.engine.layout import empty_grid, layout_of
 from pretrain.engine.memory import memory_of, process_bytes
@@ -31,7 +33,6 @@ from pretrain.engine.micro_batch import (
 from pretrain.engine.optimizers import refuse_missing_optimizer
 from pretrain.engine.precision import with_precision
 from pretrain.engine.sizes import sizes_of
-from pretrain.errors import UsageError
 from pretrain.runs.metrics import refuse_missing_services
 from pretrain.tasks.epochs import describe as describe_data
 from pretrain.tasks.epochs import in_words
@@ -39,13 +40,17 @@ from pretrain.tasks.task import Task, Uses
 from pretrain.training.setup import Setup, prepare
 
 
-def dry_run(config: Config, as_json: bool) -> None:
-    """Print parameter groups, grid and memory without building or training anything."""
+def dry_run(config: Config, as_json: bool, processes: int = 1) -> None:
+    """Print parameter groups, grid and memory without building or training anything.
+
+    Args:
+        processes: the number that would be started on this machine.
+    """
     task, missing = task_to_plan(config)
     if missing:
         warn(missing)
     setup = prepare(config, config.grid.tensor_parallel, task=task)
-    summary = describe(setup)
+    summary = describe(setup, _data_parallel(config.grid, processes))
     if as_json:
         print(to_json(summary))
         return
@@ -109,18 +114,22 @@ def _print_subsets(uses: Uses, unit: str) -> None:
     show_table(table, 120)
 
 
-def describe(setup: Setup) -> dict[str, Any]:
-    """The dry run as plain data."""
+def _data_parallel(grid: GridConfig, processes: int) -> int:
+    """The data-parallel size of a start; 1 if nobody says how many processes there will be.
+
+    Raises:
+        UsageError: if the grid does not divide the processes that would be started.
+    """
+    if processes > 1 and "RANK" not in os.environ:  # a launcher's number goes before
+        return check_grid(grid, processes)
+    return max(1, process_count() // (grid.tensor_parallel * grid.pipeline_parallel))
+
+
+def describe(setup: Setup, data: int) -> dict[str, Any]:
+    """The dry run as plain data, for a data-parallel size."""
     config = setup.config
     grid = config.grid
-    processes = process_count()
     model_ranks = grid.tensor_parallel * grid.pipeline_parallel
-    data = max(1, processes // model_ranks)
-    if config.train.global_batch % data:
-        raise UsageError(
-            f"train.global_batch: {config.train.global_batch} cannot be divided among {data} "
-            "data-parallel ranks"
-        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accept(config, device.type, data * model_ranks)
     micro_batch = _micro_batch(config, device, data * model_ranks)
@@ -128,6 +137,8 @@ def describe(setup: Setup) -> dict[str, Any]:
     setup = replace(setup, config=config)
     refuse_missing_optimizer(config.optimizer)
     refuse_missing_services(config.logging)
+    if not isinstance(setup.task, NoData):
+        setup.task.held_out(config)  # refuses data without the split, as a start does
     control = DecayControl(config, setup.plan)
     groups = [
         {

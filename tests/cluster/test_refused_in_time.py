@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from pretrain.engine.raw_deepspeed import IMPLIED
 from tests.engine.test_raw_deepspeed import nested
 from tests.test_project_files import PROJECT
-from tests.tools import ROOT, assert_one_line, base_recipe, run, write_recipe
+from tests.tools import ROOT, assert_one_line, base_recipe, pretrain, run, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +88,50 @@ def test_a_batch_that_cannot_be_divided(
     values = {"train": {"steps": 6, "global_batch": 8, "micro_batch": 3}}
     said = said_by_both(values, data, tmp_path, monkeypatch, capsys)
     assert "train.micro_batch: 3 does not divide" in said
+
+
+def test_data_without_the_split_to_evaluate(
+    data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    shutil.copytree(data, tmp_path / "data")
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    manifest["entries"] = [one for one in manifest["entries"] if one["split"] == "train"]
+    del manifest["checksum"]
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+    values = {"data": {"path": str(tmp_path / "data")}}
+    said = said_by_both(values, data, tmp_path, monkeypatch, capsys)
+    assert "no split 'val'; it has train" in said
+
+
+def test_processes_that_do_not_fit_the_recipe(data: Path, tmp_path: Path) -> None:
+    """The dry run says what a start with as many processes says."""
+    values = {**base_recipe(data), "train": {"steps": 6, "global_batch": 8}}
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", values))
+    start = ("train", recipe, "--out", str(tmp_path / "run"), "--processes", "3")
+    divided = pretrain(*start, "--dry-run")
+    assert divided.returncode == 2
+    assert_one_line(divided.stderr, (
+        "train.global_batch: 8 sequences cannot be divided among 3 data-parallel ranks; use a",
+    ))  # fmt: skip
+    said = []
+    for more in (("--dry-run",), ()):
+        done = pretrain(*start, "grid.tensor_parallel=2", *more)
+        assert done.returncode == 2
+        said.append(next(one for one in done.stderr.splitlines() if one.startswith("error: ")))
+    assert said[0] == said[1]
+    assert "tensor_parallel 2 x pipeline_parallel 1 = 2 does not divide 3 process(es)" in said[0]
+
+
+def test_the_dry_run_describes_the_grid_of_its_processes(
+    data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", base_recipe(data)))
+    words = ["train", recipe, "grid.tensor_parallel=2", "--dry-run"]
+    for more, wanted in (([], 1), (["--processes", "4"], 2)):
+        assert run(monkeypatch, *words, *more) == 0
+        assert f"grid: tensor 2 x pipeline 1 x data {wanted}, " in capsys.readouterr().out
 
 
 def test_hints_name_packages_that_exist() -> None:

@@ -22,6 +22,9 @@ _MOST_VALUES = 6
 """Number of values that a title lists."""
 _MOST_NAMED = 3
 """Number of clear differences whose conditions are named."""
+_POLICIES = "optimizer.weight_decay.policies"
+_NO_POLICY = "none"
+"""The name of an empty list of them (`sweep.config.kinds_of`)."""
 
 
 def headline(study: Study) -> str:
@@ -29,6 +32,8 @@ def headline(study: Study) -> str:
     keys = list(study.conditions[0].values)
     if not keys:
         return f"Rank of attention in {study.title}"
+    if keys == [_POLICIES]:
+        return _headline_of_policies(study)
     short = short_names(keys)
     names = " × ".join(short[key] for key in keys)
     if all(condition.name.startswith(EXPOSURE) for condition in study.conditions):
@@ -37,10 +42,27 @@ def headline(study: Study) -> str:
         names = f"Weight decay of {names}"
     if len(keys) > 1:
         return f"{names}: {counted(len(study.conditions), 'condition')} compared"
-    values = [condition.name.partition(" = ")[2] for condition in study.conditions]
+    return f"{names}: {_listed(_values(study))} compared"
+
+
+def _headline_of_policies(study: Study) -> str:
+    """What was compared, where only the policies vary."""
+    values = sorted(_values(study), key=lambda value: value == _NO_POLICY)
+    if len(values) == 2 and values[1] == _NO_POLICY:
+        policy = "policies" if "+" in values[0] else "policy"
+        return f"Weight decay with and without the {policy} {values[0]} compared"
+    return f"Weight decay by policy: {_listed(values)} compared"
+
+
+def _values(study: Study) -> list[str]:
+    """What differs between the conditions, of which one key varies."""
+    return [condition.name.partition(" = ")[2] for condition in study.conditions]
+
+
+def _listed(values: list[str]) -> str:
     if len(values) > _MOST_VALUES:
-        return f"{names}: {len(values)} values compared"
-    return f"{names}: {', '.join(values[:-1])} and {values[-1]} compared"
+        return f"{len(values)} values"
+    return f"{', '.join(values[:-1])} and {values[-1]}"
 
 
 def findings(study: Study) -> list[str]:

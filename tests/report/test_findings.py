@@ -59,6 +59,32 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kinds", "told"),
+    [
+        (((), ("a.py:A",)), "Weight decay with and without the policy a.py:A compared"),
+        (
+            ((), ("a.py:A", "b.py:B")),
+            "Weight decay with and without the policies a.py:A+b.py:B compared",
+        ),
+        ((("a.py:A",), ("b.py:B",)), "Weight decay by policy: a.py:A and b.py:B compared"),
+        (
+            ((), ("a.py:A",), ("b.py:B",)),
+            "Weight decay by policy: a.py:A, b.py:B and none compared",
+        ),
+    ],
+)
+def test_policies_are_compared_in_words(
+    kinds: tuple[tuple[str, ...], ...], told: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    for number, chosen in enumerate(kinds):
+        policies = [{"kind": kind, "roles": ["query"], "sha256": "0" * 64} for kind in chosen]
+        decay = {"attention": 1.0, "policies": policies}
+        write_run(tmp_path / f"{number}", recipe(seed=1, optimizer__weight_decay=decay), rng)
+    assert headline(load_study([tmp_path])) == told
+
+
+@pytest.mark.parametrize(
     ("perplexities", "told"),
     [
         ((10.0, 9.0), "is clearly lower in 1 (attention = 1) of 1 other condition than with "

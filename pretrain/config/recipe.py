@@ -291,9 +291,20 @@ def parse_config(
         if not blamed and plain is not None:
             blamed = _is_valid(plain, folder)
         place = "command line" if blamed else source
-        raise UsageError(f"{place}: {problem}") from None
+        hint = "" if blamed else _hint_of_sweep(values)
+        raise UsageError(f"{place}: {problem}{hint}") from None
     config._folder = folder
     return config
+
+
+_OF_SWEEPS = {"grid", "exposure", "points", "seeds", "baseline", "fork"}
+"""Keys of a sweep file beside ``recipe``; of a recipe, ``grid`` is one, but ``recipe`` is none."""
+
+
+def _hint_of_sweep(values: dict[str, Any]) -> str:
+    """A hint if a mapping that is no recipe looks like a sweep."""
+    is_sweep = "recipe" in values and values.keys() & _OF_SWEEPS
+    return "; the file looks like a sweep, for `pretrain sweep`" if is_sweep else ""
 
 
 def _is_valid(values: dict[str, Any], folder: Home) -> bool:

@@ -12,6 +12,7 @@ from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.reader import CHECKPOINTS, list_checkpoints
 from pretrain.errors import UsageError
 from pretrain.runs.folder import CONFIG, resolve_checkpoint
+from pretrain.runs.unfit import why_no_checkpoint
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def find_models(target: str) -> list[Found]:
     if version == "*":
         checkpoints = list_checkpoints(path / CHECKPOINTS)
         if not checkpoints:
-            raise UsageError(f"{path}: the run has no checkpoint")
+            raise UsageError(f"{path}: {why_no_checkpoint(path)}")
         return [_checkpoint(checkpoint) for checkpoint in checkpoints]
     if not path.exists():
         raise UsageError(f"{base}: no such folder")

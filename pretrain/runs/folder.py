@@ -42,6 +42,7 @@ from pretrain.runs.environment import environment
 from pretrain.runs.lock import LOCK
 from pretrain.runs.metrics import METRICS, rewind_metrics
 from pretrain.runs.records import Evaluation, Start, read_record
+from pretrain.runs.unfit import why_no_checkpoint
 from pretrain.tasks.task import Task
 
 CONFIG = "config.yaml"
@@ -264,9 +265,7 @@ def resolve_checkpoint(text: str) -> Path:
         return path.resolve() if len(path.parts) < 3 or ".." in path.parts else path
     checkpoints = list_checkpoints(path / CHECKPOINTS)
     if not checkpoints:
-        raise UsageError(
-            f"{name}: has no checkpoint (give a run folder, RUN@STEP or a step-... folder)"
-        )
+        raise UsageError(f"{name}: {why_no_checkpoint(path)}")
     if not wanted or wanted == "last":
         return checkpoints[-1]
     steps = {step_of(checkpoint): checkpoint for checkpoint in checkpoints}

@@ -79,6 +79,9 @@ class SweepConfig(Section):
     wandb: str = Field("", description="W&B project; the sweep is one group of it")
 
 
+_KEYS = SweepConfig.model_fields.keys()
+
+
 @dataclass(frozen=True)
 class Point:
     """One setting of the grid."""
@@ -179,7 +182,11 @@ def _read(path: Path) -> SweepConfig:
     try:
         return SweepConfig.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{path}: {explain(error.errors()[0], SweepConfig)}") from None
+        hint = ""
+        if "recipe" not in values and (values.keys() - _KEYS) & Config.model_fields.keys():
+            hint = "; the file looks like a recipe, for `pretrain train`"
+        problem = explain(error.errors()[0], SweepConfig)
+        raise UsageError(f"{path}: {problem}{hint}") from None
 
 
 def _recipe(path: Path, config: SweepConfig) -> Path:

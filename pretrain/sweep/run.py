@@ -19,11 +19,11 @@ from pretrain.distributed.jobs import Executor, Job
 from pretrain.errors import ENDS, TRY_AGAIN
 from pretrain.runs.finished import is_complete
 from pretrain.runs.lock import is_busy, shared
+from pretrain.runs.unfit import SWEEP as SWEEP  # noqa: PLC0414 - tools read it from here
 from pretrain.sweep.config import Sweep, SweepRun
 from pretrain.sweep.status import Status
 from pretrain.sweep.table import Table
 
-SWEEP = "sweep.json"
 _STOPPED = re.compile(r"^(.*: )?(stopped by \w+|interrupted)\b")
 """The last line of a run that a signal ended."""
 _PAUSE = 0.5

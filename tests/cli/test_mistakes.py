@@ -258,6 +258,29 @@ COMMAND_MISTAKES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
         ("checkpoint", "data"),
     ),
     "nothing to evaluate": (["evaluate", "{tmp}"], 2, ("no checkpoint",)),
+    "a sweep evaluated": (
+        ["evaluate", "{tmp}/many"],
+        2,
+        ("many: is a sweep", "such as ", "many/attention=1"),
+    ),
+    "all steps of a sweep": (["evaluate", "{tmp}/many@*"], 2, ("many: is a sweep",)),
+    "a sweep exported": (["export", "{tmp}/many", "--out", "{tmp}/o"], 2, ("is a sweep",)),
+    "a loop evaluated": (
+        ["evaluate", "{tmp}/loop"],
+        2,
+        ("loop: is a run of another loop", "no checkpoints of this"),
+    ),
+    "a loop exported": (["export", "{tmp}/loop@3", "--out", "{tmp}/o"], 2, ("another loop",)),
+    "a sweep trained": (
+        ["train", "{tmp}/sweep.yaml", "--dry-run"],
+        2,
+        ("looks like a sweep, for `pretrain sweep`",),
+    ),
+    "a recipe swept": (
+        ["sweep", "{tmp}/ok.yaml"],
+        2,
+        ("ok.yaml: recipe: is required", "looks like a recipe, for `pretrain train`"),
+    ),
     "a stride beyond the context": (["evaluate", "{run}", "--stride", "99"], 2, ("--stride",)),
     "a report of nothing": (["report", "{tmp}"], 2, ("no run folder",)),
     "a source that is not there": (
@@ -299,6 +322,11 @@ def test_command_mistakes(
     write_recipe(tmp_path / "ok.yaml", base_recipe(data))
     (tmp_path / "broken.yaml").write_text("a: 1\nb: [1\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "sweep.yaml").write_text("recipe: ok.yaml\ngrid: {seed: [1, 2]}\n")
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop/loop.json").write_text("{}")
+    (tmp_path / "many/attention=1/checkpoints").mkdir(parents=True)
+    (tmp_path / "many/sweep.json").write_text('{"runs": {}}')
     (tmp_path / "ok.jsonl").write_text('{"text": "Hi.", "meta": {"pile_set_name": "A"}}\n')
     whole = (corpus / "train.jsonl.zst").read_bytes()
     (tmp_path / "cut.jsonl.zst").write_bytes(whole[: len(whole) // 2])

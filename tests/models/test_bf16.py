@@ -138,7 +138,9 @@ def test_every_gradient_is_within_two_percent(name: str) -> None:
     check(SAMPLE[name])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "recall"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", *(pytest.param(name, marks=pytest.mark.long) for name in ("llama", "recall"))]
+)
 def test_pytorchs_attention_is_within_two_percent_too(name: str) -> None:
     check(SAMPLE[name], Kernels(attention="sdpa"))
 

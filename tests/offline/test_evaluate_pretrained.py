@@ -314,7 +314,7 @@ def test_a_text_under_another_key(
     found = score(monkeypatch, tmp_path / "c.json", hf, "--data", str(other), *field, *kinds)
     assert set(found["subsets"]) == {"a"} and set(wanted["subsets"]) == {"mine"}
     for code, words, culprits in (
-        (1, (hf, "--data", str(other)), (str(other), "'text'", "'meta.body'", "--text-field")),
+        (2, (hf, "--data", str(other)), (str(other), "'text'", "'meta.body'", "--text-field")),
         (2, (hf, "--data", str(data), *field), ("--text-field", str(data))),
         (2, (str(trained), *field), ("--text-field", "checkpoint")),
     ):  # fmt: skip

@@ -37,6 +37,11 @@ class UsageError(ValueError):
     """The recipe or the command line is wrong (exit code 2)."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
     """Call a function; return (its result, "") or (None, one line about what went wrong)."""
     try:
@@ -44,4 +49,4 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, str]:
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             return None, f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
-        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, first_line(error)

@@ -33,7 +33,7 @@ from pretrain.checkpoint.reader import (
 from pretrain.checkpoint.retention import loss_in, superseded
 from pretrain.config.run import CheckpointConfig
 from pretrain.config.urls import without_secrets
-from pretrain.errors import RunError, UsageError
+from pretrain.errors import RunError, UsageError, first_line
 
 ABOUT = "run.json"
 """File in a run's folder at the mirror: the run's id, and the run folder that was copied."""
@@ -42,6 +42,11 @@ _MARK = ".copied"
 _OWN = re.compile(rf"rank-\d{{5}}\.safetensors(\.[0-9a-f]{{16}}{re.escape(_MARK)})?")
 _BLOCK = 8 << 20
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
+
+
+def _mark_of(name: str, digest: str) -> str:
+    """Name of a file's mark: with its checksum, so that it is of these contents."""
+    return f"{name}.{digest[:16]}{_MARK}"
 
 
 class Mirror:
@@ -84,7 +89,7 @@ class Mirror:
 
     def _line(self, error: Exception) -> str:
         """One line of an error, without secrets."""
-        text = without_secrets(_line(error))
+        text = without_secrets(first_line(error))
         for secret in sorted(self._secrets, key=len, reverse=True):
             text = text.replace(secret, "***")
         return text
@@ -97,23 +102,19 @@ class Mirror:
         Raises:
             RunError: naming the URL.
         """
-        self.deliver(folder, self.files(folder))
+        with self._named(folder):
+            digests = Checkpoint(folder).checksums
+        self.deliver(folder, digests)
         self.complete(folder, settings)
 
-    def files(self, folder: Path) -> list[str]:
-        """The files of a checkpoint beside its manifest.
-
-        Raises:
-            RunError: naming the URL.
-        """
-        with self._named(folder):
-            return list(Checkpoint(folder).files)
-
-    def deliver(self, folder: Path, names: list[str]) -> None:
+    def deliver(self, folder: Path, digests: dict[str, str]) -> None:
         """Copy some files of a checkpoint, and mark each one that is there.
 
         Files that are marked are not copied again, nor those of a complete copy. What is there of
         another checkpoint of that step no longer counts as a copy.
+
+        Args:
+            digests: the sha256 of each file; with many processes, a manifest takes long to read.
 
         Raises:
             RunError: naming the URL.
@@ -125,26 +126,29 @@ class Mirror:
             self._system.makedirs(target, exist_ok=True)
             if self._is_complete(folder):
                 return
-            marks, present = self._marks(folder), self._names(target)
-            for name in names:
-                if marks[name] in present:
+            present = self._names(target)
+            for name, digest in digests.items():
+                if _mark_of(name, digest) in present:
                     continue
                 for other in present:  # of another file of this name
                     if other.startswith(f"{name}.") and other.endswith(_MARK):
                         self._system.rm_file(f"{target}/{other}")
                 self._copy(folder / name, f"{target}/{name}")
-                self._system.pipe_file(f"{target}/{marks[name]}", b"")
+                self._system.pipe_file(f"{target}/{_mark_of(name, digest)}", b"")
 
-    def unmarked(self, folder: Path, names: list[str]) -> list[str]:
-        """The files among some of a checkpoint that nobody has copied yet.
+    def unmarked(self, folder: Path, digests: dict[str, str]) -> dict[str, str]:
+        """The files among some of a checkpoint that nobody has copied yet, with their sha256.
 
         Raises:
             RunError: naming the URL.
         """
         with self._named(folder):
-            marks = self._marks(folder)
             present = set(self._names(self._target(folder)))
-            return [name for name in names if marks[name] not in present]
+            return {
+                name: digest
+                for name, digest in digests.items()
+                if _mark_of(name, digest) not in present
+            }
 
     def complete(self, folder: Path, settings: CheckpointConfig) -> None:
         """Copy the manifest, then delete marks, and copies that are not kept.
@@ -167,13 +171,6 @@ class Mirror:
                 if self._system.exists(f"{place}/{name}/{MANIFEST}"):
                     self._system.rm_file(f"{place}/{name}/{MANIFEST}")
                 self._system.rm(f"{place}/{name}", recursive=True)
-
-    def _marks(self, folder: Path) -> dict[str, str]:
-        """Name of the mark of each file: with its checksum, so that it is of these contents."""
-        return {
-            name: f"{name}.{digest[:16]}{_MARK}"
-            for name, digest in Checkpoint(folder).checksums.items()
-        }
 
     def _is_complete(self, folder: Path) -> bool:
         """Whether a complete copy of this very checkpoint is there; another one's manifest is
@@ -335,7 +332,3 @@ class Mirror:
 
 
 _MISFIT = "has another recipe"
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -18,6 +18,7 @@ from pretrain.checkpoint.mirror import Mirror
 from pretrain.config.run import CheckpointConfig
 from pretrain.distributed.grid import Grid
 from pretrain.distributed.signals import SIGNALS
+from pretrain.errors import first_line
 
 _LOOK = 1.0
 """Seconds between two looks at what the other processes have copied."""
@@ -45,7 +46,7 @@ class Pusher:
         """
         self._mirror, self._settings, self._tell = mirror, settings, tell
         self._grid, self._patience = grid, patience
-        self._waiting: list[Path] = []
+        self._waiting: list[tuple[Path, dict[str, str]]] = []
         self._thread: Background | None = None
         self._hurry = threading.Event()
         self._given_up: set[str] = set()
@@ -55,10 +56,14 @@ class Pusher:
         self.current: Path | None = None
         """The checkpoint that is being copied, which must not be deleted."""
 
-    def add(self, folder: Path) -> None:
-        """Queue a checkpoint for copying; every process does so."""
+    def add(self, folder: Path, digests: dict[str, str]) -> None:
+        """Queue a checkpoint for copying; every process does so.
+
+        Args:
+            digests: the sha256 of the files that this process wrote; on the main process, of all.
+        """
         with self.lock:
-            self._waiting.append(folder)
+            self._waiting.append((folder, digests))
             if self._thread is None:
                 self._thread = Background(self._work, "mirror")
                 self._thread.start()
@@ -87,34 +92,33 @@ class Pusher:
         while True:
             with self.lock:
                 # One that was superseded while it waited may be deleted; this is not an error.
-                self._waiting = [folder for folder in self._waiting if folder.is_dir()]
+                self._waiting = [one for one in self._waiting if one[0].is_dir()]
                 if not self._waiting:
                     self.current, self._thread = None, None
                     return
-                self.current = self._waiting.pop(0)
+                self.current, digests = self._waiting.pop(0)
             began, problem = time.monotonic(), ""
             try:
-                problem = self._push(self.current)
+                problem = self._push(self.current, digests)
             except Exception as error:
-                problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                problem = first_line(error)
             except BaseException as error:  # libraries of object stores cancel their tasks so
                 problem = f"{self.current.name} not copied ({type(error).__name__})"
             if self._grid.is_main:
                 self._tell(self.current, time.monotonic() - began, problem)
 
-    def _push(self, folder: Path) -> str:
+    def _push(self, folder: Path, digests: dict[str, str]) -> str:
         """Copy the own file; on the main process, also complete the copy.
 
         Returns:
             What a user should know, or nothing.
         """
-        began = time.monotonic()
-        names = self._mirror.files(folder)
-        mine = [name for name in names if name == piece_name(self._grid.rank)]
+        began, own = time.monotonic(), piece_name(self._grid.rank)
+        mine = {name: digest for name, digest in digests.items() if name == own}
         self._mirror.deliver(folder, mine)
         if not self._grid.is_main:
             return ""
-        others = [name for name in names if name not in mine]
+        others = {name: digest for name, digest in digests.items() if name != own}
         if self._grid.world_size > 1:
             others = self._missing(folder, others, 3 * (time.monotonic() - began))
         self._mirror.deliver(folder, others)
@@ -126,16 +130,16 @@ class Pusher:
             "processes did not copy"
         )
 
-    def _missing(self, folder: Path, names: list[str], seconds: float) -> list[str]:
+    def _missing(self, folder: Path, digests: dict[str, str], seconds: float) -> dict[str, str]:
         """The files that other processes have not copied, after waiting for them."""
         patience, moved = max(seconds, self._patience), time.monotonic()
-        missing = self._mirror.unmarked(folder, names)
+        missing = self._mirror.unmarked(folder, digests)
         while set(missing) - self._given_up:
             # A launcher that asks for the end, perhaps because a process died, soon kills.
             longest = min(patience, _ASKED_TO_END) if SIGNALS.asked else patience
             if time.monotonic() > moved + longest or self._hurry.wait(_LOOK):
                 break
-            left = self._mirror.unmarked(folder, names)
+            left = self._mirror.unmarked(folder, digests)
             if len(left) < len(missing):
                 moved = time.monotonic()
             missing = left

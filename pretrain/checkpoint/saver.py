@@ -195,7 +195,8 @@ class Saver:
                     notes += self._follow_up(target, step)
             problem, target = self._main.tell((problem, target))
             if target is not None and self._pusher is not None:
-                self._pusher.add(target)
+                files = described["files"] if self._grid.is_main else dict(filter(None, [entry]))
+                self._pusher.add(target, {name: one["sha256"] for name, one in files.items()})
         except Exception as error:  # another rank is gone
             problem = f"the other processes do not answer ({type(error).__name__})"
         if problem and self._grid.is_main:

@@ -254,6 +254,15 @@ def member(rank: int, size: int) -> Any:
     return SimpleNamespace(rank=rank, world_size=size, is_main=rank == 0)
 
 
+def digests_of(path: Path, rank: int) -> dict[str, str]:
+    """What a process knows of a checkpoint's files when it queues it."""
+    if not path.is_dir():  # deleted meanwhile: nothing of it is read
+        return {}
+    own = f"rank-{rank:05d}.safetensors"
+    found = Checkpoint(path).checksums
+    return found if rank == 0 else {name: one for name, one in found.items() if name == own}
+
+
 class Copies:
     """Pushers of some processes of one run, which note what each one opens."""
 
@@ -279,12 +288,12 @@ class Copies:
         copy(source, target)
 
     def push(self, paths: list[Path], ranks: list[int] | None = None) -> None:
-        living = [self.pushers[rank] for rank in ranks or range(len(self.pushers))]
+        living = list(ranks or range(len(self.pushers)))
         for path in paths:
-            for pusher in random.sample(living, len(living)):
-                pusher.add(path)
-        for pusher in living:
-            pusher.wait(60)
+            for rank in random.sample(living, len(living)):
+                self.pushers[rank].add(path, digests_of(path, rank))
+        for rank in living:
+            self.pushers[rank].wait(60)
 
 
 def make_parts(run: Path, steps: tuple[int, ...], size: int) -> list[Path]:
@@ -344,8 +353,8 @@ def test_a_lost_process_loses_no_copy(lost: str, size: int, tmp_path: Path) -> N
     elif lost == "gone":
         copies.push([path], list(range(size - 1)))
     else:
-        for pusher in copies.pushers[:-1]:
-            pusher.add(path)
+        for rank, pusher in enumerate(copies.pushers[:-1]):
+            pusher.add(path, digests_of(path, rank))
         for pusher in reversed(copies.pushers[:-1]):
             pusher.wait_alone(30)
     assert_whole(place / path.name, path)
@@ -420,7 +429,7 @@ def test_the_mirror_is_nobodys_wait(tmp_path: Path, gate: threading.Event) -> No
     )  # fmt: skip
     began = time.monotonic()
     for path in list_checkpoints(run / "checkpoints"):
-        pusher.add(path)
+        pusher.add(path, digests_of(path, 0))
     assert time.monotonic() - began < 5 and not done
     while pusher.current is None:
         time.sleep(0.01)

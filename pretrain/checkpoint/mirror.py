@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -39,7 +40,11 @@ ABOUT = "run.json"
 """File in a run's folder at the mirror: the run's id, and the run folder that was copied."""
 _MARK = ".copied"
 """End of the name of an empty file: the file with the rest of its name was copied."""
-_OWN = re.compile(rf"rank-\d{{5}}\.safetensors(\.[0-9a-f]{{16}}{re.escape(_MARK)})?")
+_PART = ".part"
+"""End of the name of a file that is being written."""
+_OWN = re.compile(
+    rf"rank-\d{{5}}\.safetensors(\.[0-9a-f]{{16}}{re.escape(_MARK)})?|.+{re.escape(_PART)}"
+)
 _BLOCK = 8 << 20
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 
@@ -132,9 +137,12 @@ class Mirror:
                     continue
                 for other in present:  # of another file of this name
                     if other.startswith(f"{name}.") and other.endswith(_MARK):
-                        self._system.rm_file(f"{target}/{other}")
-                self._copy(folder / name, f"{target}/{name}")
+                        self._remove(f"{target}/{other}")
+                self._put(folder / name, f"{target}/{name}")
                 self._system.pipe_file(f"{target}/{_mark_of(name, digest)}", b"")
+            if self._is_complete(folder):  # the main process did not wait for this one
+                for name, digest in digests.items():
+                    self._remove(f"{target}/{_mark_of(name, digest)}")
 
     def unmarked(self, folder: Path, digests: dict[str, str]) -> dict[str, str]:
         """The files among some of a checkpoint that nobody has copied yet, with their sha256.
@@ -143,6 +151,8 @@ class Mirror:
             RunError: naming the URL.
         """
         with self._named(folder):
+            if self._is_complete(folder):  # its marks are gone
+                return {}
             present = set(self._names(self._target(folder)))
             return {
                 name: digest
@@ -163,10 +173,10 @@ class Mirror:
             about = {"run": run_id_of(self._run), "folder": str(self._run.resolve())}
             self._system.pipe_file(f"{place}/{ABOUT}", to_json(about).encode())
             if not self._is_complete(folder):
-                self._copy(folder / MANIFEST, f"{target}/{MANIFEST}")
+                self._put(folder / MANIFEST, f"{target}/{MANIFEST}")
             for name in self._names(target):
-                if name.endswith(_MARK):
-                    self._system.rm_file(f"{target}/{name}")
+                if name.endswith((_MARK, _PART)):
+                    self._remove(f"{target}/{name}")
             for name in self._superseded(place, folder, settings):
                 if self._system.exists(f"{place}/{name}/{MANIFEST}"):
                     self._system.rm_file(f"{place}/{name}/{MANIFEST}")
@@ -180,9 +190,13 @@ class Mirror:
             return False
         if self._system.cat_file(manifest) == (folder / MANIFEST).read_bytes():
             return True
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            self._system.rm_file(manifest)
+        self._remove(manifest)
         return False
+
+    def _remove(self, path: str) -> None:
+        """Remove a file, unless another process was faster."""
+        with contextlib.suppress(FileNotFoundError):
+            self._system.rm_file(path)
 
     def _place(self) -> str:
         """The run's folder there."""
@@ -198,6 +212,24 @@ class Mirror:
             yield
         except Exception as error:
             raise RunError(f"{self.url}: {folder.name} not copied ({self._line(error)})") from None
+
+    def _put(self, source: Path, target: str) -> None:
+        """Copy a file that is whole wherever it has its name: two processes may write the same one.
+
+        An object store shows a file when it is whole; other file systems rename it then.
+        """
+        from fsspec.implementations.local import LocalFileSystem
+
+        if not isinstance(self._system, LocalFileSystem):
+            self._copy(source, target)
+            return
+        part = f"{target}.{secrets.token_hex(4)}{_PART}"
+        try:
+            self._copy(source, part)
+            os.replace(part, target)
+        except BaseException:
+            self._remove(part)
+            raise
 
     def _copy(self, source: Path, target: str) -> None:
         """Copy a file block by block, so that a slow mirror can be distinguished from a hang."""

@@ -305,7 +305,8 @@ def make_parts(run: Path, steps: tuple[int, ...], size: int) -> list[Path]:
 
 
 def assert_whole(copy: Path, source: Path) -> None:
-    assert {file.name for file in copy.iterdir()} == {file.name for file in source.iterdir()}
+    names = {file.name for file in copy.iterdir()}
+    assert names == {file.name for file in source.iterdir()}
     assert not Checkpoint(copy).problem()
 
 
@@ -333,8 +334,36 @@ def test_each_process_copies_its_own_file(size: int, tmp_path: Path) -> None:
                                        if rank == 0 else own)  # fmt: skip
     before = tree(tmp_path / "mirror")
     copies.opened = {rank: [] for rank in range(size)}
+    began = time.monotonic()
     copies.push(kept[1:])
     assert tree(tmp_path / "mirror") == before and not any(copies.opened.values())
+    assert copies.told[2:] == [(kept[1].name, "")]
+    assert time.monotonic() - began < 20, "waited for marks of a complete copy"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_process_that_comes_while_the_manifest_is_written(tmp_path: Path) -> None:
+    """The main process has given it up; a part of a manifest is not one of another checkpoint."""
+    run, place = tmp_path / "run", tmp_path / "mirror/run-0000aaaa"
+    (path,) = make_parts(run, (4,), 2)
+    copies = Copies(run, tmp_path / "mirror", 2, patience=0.1)
+    copy = copies.pushers[0]._mirror._copy
+
+    def slow(source: Path, target: str) -> None:
+        if source.name != MANIFEST:
+            copy(source, target)
+            return
+        with Path(target).open("wb") as file:
+            file.write(source.read_bytes()[:9])
+            file.flush()
+            copies.pushers[1].add(path, digests_of(path, 1))
+            copies.pushers[1].wait(60)
+            file.write(source.read_bytes()[9:])
+
+    copies.pushers[0]._mirror._copy = slow  # type: ignore[method-assign]
+    copies.pushers[0].add(path, digests_of(path, 0))
+    copies.pushers[0].wait(60)
+    assert_whole(place / path.name, path)
 
 
 @pytest.mark.usefixtures("quick")
@@ -357,6 +386,8 @@ def test_a_lost_process_loses_no_copy(lost: str, size: int, tmp_path: Path) -> N
             pusher.add(path, digests_of(path, rank))
         for pusher in reversed(copies.pushers[:-1]):
             pusher.wait_alone(30)
+        for pusher in copies.pushers[:-1]:  # one that was late may still be at work
+            pusher.wait(30)
     assert_whole(place / path.name, path)
     assert name in copies.opened[0]
     if lost == "gone":  # the next time it is not waited for

@@ -6,7 +6,7 @@ TESTS := $(VENV)/.installed-tests
 PEERS := .venv-bench/.installed
 SITE := .venv-docs/.installed
 
-.PHONY: help setup demo test test-fast test-torch faults bench lint docs study clean
+.PHONY: help setup demo test test-fast test-long test-torch faults bench lint docs study clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ test: $(TESTS)  ## the whole suite, on two cores
 test-fast: $(TESTS)  ## the tests that are not marked slow, before each commit
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long"
 
+# Rows that `make test` leaves out: whole matrices, fuzzing, real machines. Hours; as root, all of it.
+test-long: $(TESTS)  ## the whole suite with the rows that make test leaves out: hours
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --long
+
 # The numeric tests on another declared version of torch, in an environment of its own:
 # make test-torch TORCH=2.11.0
 NUMERIC := $(addprefix tests/, engine/test_grid.py engine/test_grid_sums.py engine/test_norms.py \
@@ -52,8 +56,8 @@ test-torch: pyproject.toml  ## the numeric tests on another torch, in its own en
 	  torch==$(TORCH) -e '.[hub,optimizers,vision,test]'
 	.venv-torch-$(TORCH)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(NUMERIC)
 
-# The long form of the fault suite: fifty kills, Slurm's own time limit, every grid; as root, all of it.
-faults: $(TESTS)  ## the long form of the suite: every grid, fuzzing, fifty kills; as root, all of it
+# The part of it that injects faults, and every grid; its table of faults goes to faults.json.
+faults: $(TESTS)  ## the long form of the fault suite and every grid; as root, all of it
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults \
 	  tests/launchers/test_launch.py tests/engine/test_grid.py tests/engine/test_grid_gradients.py \
 	  tests/engine/test_flat_update.py tests/engine/test_speed.py tests/decay/test_decay_applied.py \

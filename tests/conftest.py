@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--long``: the long form of the fault suite; ``--faults FILE``: its table as JSON."""
-    parser.addoption("--long", action="store_true", help="fifty kills, Slurm's own time limit")
+    """``--long``: the long form of the suite; ``--faults FILE``: the table of faults as JSON."""
+    parser.addoption("--long", action="store_true", help="with the rows that make test leaves out")
     parser.addoption("--faults", default="", help="write the table of faults to this file (JSON)")
     parser.addoption("--cpu-times", default="", help="write each test's CPU seconds to this file")
 
@@ -93,7 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Tests of the long form are skipped in the short one, and counted.
     """
     places = {f"tests/{name}.py": place for place, name in enumerate(LONG_FILES)}
-    skip = pytest.mark.skip(reason="long form: make faults")
+    skip = pytest.mark.skip(reason="long form: make test-long")
     for item in items:
         if _file_of(item) in places:
             item.add_marker("slow")

@@ -7,7 +7,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,15 @@ from pretrain.distributed.failures import exit_code, one_line
 from pretrain.distributed.grid import Grid, connect, disconnect
 from pretrain.distributed.signals import StopRequestedError
 from pretrain.errors import TRY_AGAIN, MachineError, RunError, UsageError
-from tests.tools import ROOT, assert_one_line, base_recipe, environment, run, write_recipe
+from tests.tools import (
+    ROOT,
+    assert_one_line,
+    base_recipe,
+    environment,
+    run,
+    run_processes,
+    write_recipe,
+)
 
 
 class AcceleratorError(RuntimeError):
@@ -183,19 +191,27 @@ sys.stdout.write("last words")
 """
 
 
-def _ends(leave: str) -> tuple[int, str]:
-    code = LEAVING.format(root=str(ROOT), leave=leave)
-    done = subprocess.run(
+FORKED = ["forked", pytest.param("started", marks=pytest.mark.long)]
+
+
+def ended(code: str, how: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Python code in a process of its own, forked or as a user starts it."""
+    if how == "forked":
+        script = folder / "code.py"
+        script.write_text(code)
+        return run_processes([], 1, 120, script)
+    return subprocess.run(
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True,
         check=False, timeout=120,
     )  # fmt: skip
-    return done.returncode, done.stdout
 
 
-def test_a_thread_inside_a_library_does_not_make_the_end_an_abort() -> None:
+@pytest.mark.parametrize("how", FORKED)
+def test_a_thread_inside_a_library_does_not_make_the_end_an_abort(how: str, tmp_path: Path) -> None:
     """What was printed is there, exit functions ran, the code is the command's."""
     for _ in range(3):
-        code, text = _ends("leave(75)")
+        done = ended(LEAVING.format(root=str(ROOT), leave="leave(75)"), how, tmp_path)
+        code, text = done.returncode, done.stdout
         assert code == 75
         folder, rest = text.split("\n", 1)
         assert "last words" in rest and "at exit" in rest and not Path(folder).exists()
@@ -280,41 +296,41 @@ def test_an_end_of_a_file_is_no_interruption(
     assert "interrupted" not in err and "No data left in file" in err
 
 
+@pytest.mark.parametrize("how", FORKED)
 @pytest.mark.parametrize("closed", [False, True])
-def test_a_broken_pipe_is_silent_only_if_it_is_our_output(closed: bool) -> None:
+def test_a_broken_pipe_is_silent_only_if_it_is_our_output(
+    closed: bool, how: str, tmp_path: Path
+) -> None:
     """Click ends at any of them without a word: of a helper process, or a socket."""
     code = (
-        "import sys, pretrain.config.recipe as recipe\n"
-        "def broken(*_, **__):\n"
+        "import os, sys, pretrain.config.recipe as recipe\n"
+        "reading, writing = os.pipe()\n"
+        "os.dup2(writing, 1)\n"
+        "os.close(writing)\n" + "os.close(reading)\n" * closed + "def broken(*_, **__):\n"
         "    raise BrokenPipeError(32, 'Broken pipe')\n"
         "recipe.load_config = broken\n"
         "from pretrain.__main__ import main\n"
         "sys.argv = ['pretrain', 'train', 'x.yaml']\n"
         "main()\n"
     )
-    reading, writing = os.pipe()
-    if closed:
-        os.close(reading)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), stdout=writing, stderr=subprocess.PIPE,
-        text=True, check=False,
-    )  # fmt: skip
-    os.close(writing)
-    if not closed:
-        os.close(reading)
+    done = ended(code, how, tmp_path)
     assert done.returncode == 1
     assert done.stderr == ("" if closed else "error: Broken pipe\n")
 
 
-def raised() -> Iterator[tuple[str, str, str]]:
+@cache
+def raised() -> list[tuple[str, str, str]]:
     """(place, class, text) of every error that the program raises with a text of its own."""
+    found = []
     for folder in ("data_pipeline", "models", "pretrain", "launchers"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 call = node.exc if isinstance(node, ast.Raise) else None
                 if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.args:
                     text = ast.unparse(call.args[0])
-                    yield f"{path.relative_to(ROOT)}:{call.lineno}", call.func.id, text
+                    place = f"{path.relative_to(ROOT)}:{call.lineno}"
+                    found.append((place, call.func.id, text))
+    return found
 
 
 @pytest.mark.parametrize("words", ["choose another --out", "'--", "no such file or folder"])

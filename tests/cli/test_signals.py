@@ -27,18 +27,20 @@ from tests.tools import (
     environment,
     metrics_of,
     run,
+    start_processes,
     sweep_words,
     weights_of,
     write_recipe,
     write_sweep,
 )
+from tests.warm import WarmProcess
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ALL = list(product(MOMENTS, SIGNALS, (1, 2)))
 SAMPLE = [
     ("first update", signal.SIGINT, 2),
     ("update", signal.SIGTERM, 2),
-    ("evaluation", signal.SIGUSR1, 1),
+    ("ranks", signal.SIGUSR1, 1),
     ("last evaluation", signal.SIGTERM, 1),
 ]
 GRID = {1: ["grid.zero_stage=0"], 2: ["grid.zero_stage=0", "--processes", "2"]}
@@ -48,6 +50,9 @@ def code_of(number: signal.Signals) -> int:
     return INTERRUPTED if number == signal.SIGINT else TRY_AGAIN
 
 
+Process = subprocess.Popen[str] | WarmProcess
+
+
 def begin(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *command], env=environment(), cwd=ROOT, text=True,
@@ -55,9 +60,7 @@ def begin(command: list[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def signalled(
-    process: subprocess.Popen[str], numbers: list[signal.Signals], gap: float = 0.3
-) -> tuple[int, str]:
+def signalled(process: Process, numbers: list[signal.Signals], gap: float = 0.3) -> tuple[int, str]:
     """Send signals to the one process; its code and standard error, once nobody is left."""
     family = psutil.Process(process.pid).children(recursive=True)
     for number in numbers:
@@ -68,6 +71,7 @@ def signalled(
     for one in left:
         one.kill()
     assert not left, f"orphans: {left}"
+    assert process.returncode is not None
     return process.returncode, errors
 
 
@@ -89,13 +93,18 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trial(
     moment: str, number: signal.Signals, processes: int, data: Path, folder: Path,
-    undisturbed: Path, monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch, forked: bool = False,
 ) -> None:  # fmt: skip
-    """One signal (twice) at one moment; the next start goes on as if there had been none."""
+    """One signal (twice) at one moment; the next start goes on as if there had been none.
+
+    Args:
+        forked: the process and its ranks have everything imported, instead of being started.
+    """
     recipe = write_recipe(folder / "recipe.yaml", base_recipe(data))
     out, marker = folder / "run", folder / "marker"
     words = ["train", str(recipe), "--out", str(out), *GRID[processes]]
-    process = begin([str(ROOT / "tests/signalled.py"), moment, str(marker), *words])
+    script, told = ROOT / "tests/signalled.py", [moment, str(marker), *words]
+    process = start_processes(told, script=script) if forked else begin([str(script), *told])
     deadline = time.monotonic() + 120
     while not marker.exists():
         assert process.poll() is None and time.monotonic() < deadline, "never came to the moment"
@@ -130,7 +139,14 @@ def test_a_signal(
     moment: str, number: signal.Signals, processes: int, data: Path, tmp_path: Path,
     undisturbed: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    trial(moment, number, processes, data, tmp_path, undisturbed, monkeypatch)
+    trial(moment, number, processes, data, tmp_path, undisturbed, monkeypatch, forked=True)
+
+
+def test_a_signal_to_a_started_program(
+    data: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a user starts it, of the long form's matrix."""
+    trial("evaluation", signal.SIGUSR1, 1, data, tmp_path, undisturbed, monkeypatch)
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ from pretrain.runs.metrics import read_metrics
 from tests.cli.test_every_signal import READ_ONLY, words_of
 from tests.kit import Kit
 from tests.runs.test_writing_pairs import VERBS
-from tests.tools import ROOT, base_recipe, environment, write_recipe
+from tests.tools import ROOT, base_recipe, environment, run_processes, write_recipe
 from tests.verbs import all_verbs
 from tests.warm import run_warm
 
@@ -187,17 +187,38 @@ def test_which_verbs_print_their_result() -> None:
     assert prints_result([]) and prints_result(["--version"])
 
 
+CLOSED = """
+import os, sys
+from pretrain.__main__ import main
+for number, name in enumerate(("stdin", "stdout", "stderr")):
+    if str(number) in sys.argv[1]:
+        os.close(number)
+        setattr(sys, name, None)  # as Python finds it
+del sys.argv[1]
+main()
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["forked", pytest.param("started", marks=pytest.mark.long)])
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&-"])
-def test_training_with_closed_streams(closed: str, data: Path, tmp_path: Path) -> None:
+def test_training_with_closed_streams(
+    closed: str, how: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No file of the run gets the number of a closed stream, and nothing is printed elsewhere."""
     recipe = write_recipe(tmp_path / "recipe.yaml", base_recipe(data))
-    for words in (f'train "{recipe}" --out run', "watch run --once"):
-        done = subprocess.run(
-            ["bash", "-c", f'"{sys.executable}" -m pretrain {words} {closed}'],
-            env=environment(), capture_output=True, text=True, timeout=240, check=False,
-            cwd=tmp_path,
-        )  # fmt: skip
+    script = tmp_path / "closed.py"
+    script.write_text(CLOSED)
+    monkeypatch.chdir(tmp_path)
+    for words in (f"train {recipe} --out run", "watch run --once"):
+        if how == "forked":
+            numbers = {"2>&-": "2", "<&- >&-": "01"}[closed]
+            done = run_processes([numbers, *words.split()], 1, 240, script)
+        else:
+            done = subprocess.run(
+                ["bash", "-c", f'"{sys.executable}" -m pretrain {words} {closed}'],
+                env=environment(), capture_output=True, text=True, timeout=240, check=False,
+            )  # fmt: skip
         assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
         assert "parameters" not in done.stdout
     assert len(read_metrics(tmp_path / "run")) == 6
@@ -205,7 +226,12 @@ def test_training_with_closed_streams(closed: str, data: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stream", "buffered"), [("1", True), ("1", False), ("2", True), ("1-", True), ("2-", False)]
+    ("stream", "buffered"),
+    [
+        ("1", False),
+        ("2-", False),
+        *(pytest.param(one, True, marks=pytest.mark.long) for one in ("1", "2", "1-")),
+    ],
 )
 def test_a_started_program(stream: str, buffered: bool, tmp_path: Path) -> None:
     """With its own streams, closed (-) or on a full disk."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.cluster import local_rates
 from pretrain.cluster.local_rates import link_between, measure_here
 from pretrain.cluster.plan import Choice, _best, choose, rank
 from pretrain.config.recipe import Config, parse_config, with_values
@@ -192,6 +193,7 @@ def test_this_machine_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two processes share what one has; a slower machine is planned to be slower."""
+    monkeypatch.setattr(local_rates, "_SECONDS", 0.05)  # of each measurement
     config = config_of()
     alone = measure_here(1, config)
     assert alone.tflops > 0 and alone.bandwidth > 0

@@ -56,7 +56,8 @@ def cases(data: Path, processes: int, all_of_them: bool) -> list[dict[str, Any]]
         for stage in (0, 1):
             fp32 = OPTIMIZERS if all_of_them else OPTIMIZERS[share(processes, place, stage)]
             for precision in ("fp32", "bf16")[: 1 + stage]:
-                for optimizer in fp32 if precision == "fp32" else OPTIMIZERS[:2]:
+                some = OPTIMIZERS[: 2 if all_of_them else 1]
+                for optimizer in fp32 if precision == "fp32" else some:
                     number = len(found)
                     values = deepcopy(base_recipe(data))
                     values["grid"] = grid | {"zero_stage": stage}
@@ -65,7 +66,7 @@ def cases(data: Path, processes: int, all_of_them: bool) -> list[dict[str, Any]]
                     values["model"] |= {"vocabulary_size": 96, "tied_head": number % 2 == 0}
                     values["optimizer"] |= deepcopy(optimizer)
                     values["train"] = {
-                        "steps": 4,
+                        "steps": 3,
                         "global_batch": 8,
                         "micro_batch": 8
                         // (1 + number % 2)

@@ -27,6 +27,11 @@ GRIDS = {
                             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
        for stage in (1, 2)},
 }  # fmt: skip
+FEW = {
+    "fp32": ("zero-0", "zero-1", "pipeline-0", "tensor", "data"),
+    "bf16": ("zero-3", "pipeline-1", "offload-1"),
+}
+"""Grids of the short form."""
 
 
 @pytest.mark.parametrize("count", [0, 1, 2047, 2048, 2049, 3_000_001, 26_000_000])
@@ -70,13 +75,12 @@ def test_muon_begins_with_the_norm_of_the_matrix() -> None:
 def test_the_norm_of_a_large_gradient(
     data: Path, tmp_path: Path, precision: str, request: pytest.FixtureRequest
 ) -> None:
-    """Of one update of SGD, whose momentum is the gradient; in bf16, of each kind of sum once."""
-    few = precision == "bf16" and not request.config.getoption("--long")
+    """Of one update of SGD, whose momentum is the gradient; each kind of sum in one precision."""
+    chosen = GRIDS if request.config.getoption("--long") else FEW[precision]
     for processes in (1, 2):
         cases: list[dict[str, Any]] = []
-        for name, (count, grid, raw) in GRIDS.items():
-            if few and name not in ("zero-3", "pipeline-1", "offload-1"):
-                continue
+        for name in chosen:
+            count, grid, raw = GRIDS[name]
             if count == processes and not (precision == "bf16" and grid["zero_stage"] == 0):
                 values = deepcopy(base_recipe(data))
                 values["model"] |= {"vocabulary_size": 40_000, "hidden_size": 64, "tied_head": True}

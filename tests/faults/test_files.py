@@ -7,10 +7,8 @@ import errno
 import itertools
 import json
 import os
-import resource
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,9 +30,9 @@ from tests.faults.tools import (
 from tests.tools import (
     assert_one_line,
     base_recipe,
-    environment,
     metrics_of,
     pretrain,
+    run_processes,
     small_disk,
     write_recipe,
 )
@@ -284,14 +282,20 @@ def test_full_disk_at_a_checkpoint(data: Path, tmp_path: Path) -> None:
         assert steps == [1, 2, 3, 4, 5, 6]
 
 
+LIMITED = """
+import resource
+from pretrain.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+main()
+"""
+
+
 def test_file_limit_at_a_checkpoint(data: Path, tmp_path: Path) -> None:
     """The same where the system refuses large files; no root needed."""
     words, out = full_disk_words(tmp_path, data)
-    done = subprocess.run(
-        [sys.executable, "-m", "pretrain", *words, "--out", str(out)],
-        env=environment(), capture_output=True, text=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
-    )  # fmt: skip
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED)
+    done = run_processes([*words, "--out", str(out)], 1, 240, script)
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("training continues") == 2  # after steps 2 and 4
     assert_one_line(done.stderr, ("checkpoint at step 6", "too large"))

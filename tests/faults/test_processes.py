@@ -38,6 +38,7 @@ from tests.tools import (
     run_processes,
     start_processes,
 )
+from tests.warm import WarmProcess
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
@@ -105,25 +106,53 @@ def test_asked_to_stop(
     row(f"SIGTERM ({grid})", "the same update", f"checkpoint and end in {lasted:.0f} s")
 
 
-def start_launcher(moment: str, marker: Path, words: list[str]) -> subprocess.Popen[bytes]:
-    """torchrun with two workers that have come to a moment."""
-    script = [str(HERE / "interrupted.py"), moment, str(marker)]
-    process = subprocess.Popen(
-        [*torchrun(2), *script, *words], env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wait_until(lambda: marker.exists() or process.poll() is not None, 300, "the moment")
-    assert process.poll() is None
-    return process
+FORKED_TORCHRUN = """
+import inspect, subprocess
+import torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler as handler
+from torch.distributed.run import main
+handler.Popen = subprocess.Popen  # of tests.forks, also where torch was imported before
+inspect.getmodule = lambda *_: None  # of torchrun's stack at each turn: slow with all that is here
+main()
+"""
+"""torchrun itself in a fork, and its workers as forks of that: nobody imports anything again."""
+STARTS = ["forked", pytest.param("started", marks=pytest.mark.long)]
+
+
+def start_torchrun(
+    how: str, folder: Path, words: list[str], restarts: int = 0
+) -> subprocess.Popen[str] | WarmProcess:
+    """torchrun with two workers that run a script with words, forked or as a user starts it."""
+    command = torchrun(2, restarts)
+    if how == "started":
+        log = (folder / "stderr").open("w")
+        return subprocess.Popen(
+            [*command, *words], env=environment(), start_new_session=True, text=True,
+            stdout=subprocess.DEVNULL, stderr=log,
+        )  # fmt: skip
+    script = folder / "torchrun.py"
+    script.write_text(FORKED_TORCHRUN)
+    return start_processes([*command[command.index("--standalone") :], *words], script=script)
+
+
+def errors_of(process: subprocess.Popen[str] | WarmProcess, folder: Path) -> str:
+    """Standard error of what `start_torchrun` started, so far."""
+    if isinstance(process, WarmProcess):
+        return process.errors()
+    return (folder / "stderr").read_text(errors="replace")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", STARTS)
 def test_the_launcher_is_killed(
-    data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None]
-) -> None:
+    how: str, data: Path, tmp_path: Path, undisturbed: Callable[[str], Path],
+    row: Callable[..., None],
+) -> None:  # fmt: skip
     """kill -9 of torchrun alone: its workers go on to the end."""
-    words = words_of(tmp_path, data, *GRIDS["data"])
-    process = start_launcher("slow", tmp_path / "marker", words)
+    marker, words = tmp_path / "marker", words_of(tmp_path, data, *GRIDS["data"])
+    script = [str(HERE / "interrupted.py"), "slow", str(marker)]
+    process = start_torchrun(how, tmp_path, [*script, *words])
+    wait_until(lambda: marker.exists() or process.poll() is not None, 300, "the moment")
+    assert process.poll() is None, errors_of(process, tmp_path)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
@@ -134,21 +163,23 @@ def test_the_launcher_is_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", STARTS)
 def test_a_dead_rank_is_started_again(
-    data: Path, tmp_path: Path, undisturbed: Callable[[str], Path], row: Callable[..., None]
-) -> None:
+    how: str, data: Path, tmp_path: Path, undisturbed: Callable[[str], Path],
+    row: Callable[..., None],
+) -> None:  # fmt: skip
     """kill -9 of one rank: torchrun starts all again, and nothing is lost."""
     words = words_of(tmp_path, data, "grid.zero_stage=0")
     script = [str(HERE / "faulty.py"), "kill", "1", "6"]
     began = time.monotonic()
-    done = subprocess.run(
-        [*torchrun(2, restarts=1), *script, *words], env=environment(), capture_output=True,
-        text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    process = start_torchrun(how, tmp_path, [*script, *words], restarts=1)
+    code = process.wait(timeout=240)
+    said = errors_of(process, tmp_path)
+    assert code == 0, said
     same_weights(tmp_path / "run", undisturbed("data"))
     assert metrics_of(tmp_path / "run") == metrics_of(undisturbed("data"))
-    assert len(json.loads((tmp_path / "run/environment.json").read_text())) == 2
+    starts = json.loads((tmp_path / "run/environment.json").read_text())
+    assert len(starts) == 2, f"{len(starts)} starts made the run folder or went on:\n{said}"
     row("kill -9 of one rank of two", "torchrun's next look",
         f"{time.monotonic() - began:.0f} s for both starts together")  # fmt: skip
 
@@ -231,8 +262,8 @@ def test_random_kills(
     data: Path, tmp_path: Path, row: Callable[..., None], request: pytest.FixtureRequest
 ) -> None:
     """kill -9 at random moments of one run, again and again: the weights of an undisturbed one."""
-    times = 50 if request.config.getoption("--long") else 3
-    steps = 60 * times
+    times, each = (50, 60) if request.config.getoption("--long") else (3, 30)
+    steps = each * times
     words = words_of(tmp_path, data, "evaluation.every=1000", "faults.watchdog=0", steps=steps)
     whole = words_of(tmp_path / "whole", data, "evaluation.every=1000", steps=steps)
     done = pretrain(*whole, timeout=1200)

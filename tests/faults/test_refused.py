@@ -31,7 +31,10 @@ def test_the_last_lines_and_ranks_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("updates", ["2,10", "4,6", "5,10", "6,7,8,10"])
+@pytest.mark.parametrize(
+    "updates",
+    ["2,10", "6,7,8,10", *(pytest.param(one, marks=pytest.mark.long) for one in ("4,6", "5,10"))],
+)
 def test_refused_lines_and_ranks_come_later(
     updates: str, data: Path, tmp_path: Path, undisturbed: Callable[[str], Path]
 ) -> None:

@@ -133,7 +133,13 @@ SAMPLE = {
 }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "sigmoid", "recall", "vit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama", "sigmoid"),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("gpt2", "recall", "vit")),
+    ],
+)
 def test_every_gradient_is_within_two_percent(name: str) -> None:
     check(SAMPLE[name])
 

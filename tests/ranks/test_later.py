@@ -46,7 +46,9 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return sorted(({**row, "seconds": 0} for row in rows), key=lambda row: row["step"])
 
 
-@pytest.mark.parametrize("processes", GRIDS)
+@pytest.mark.parametrize(
+    "processes", [2, *(pytest.param(processes, marks=pytest.mark.long) for processes in (1, 4))]
+)
 def test_rows_are_those_of_training_that_waits(processes: int, data: Path, tmp_path: Path) -> None:
     """Undisturbed, or killed after a checkpoint and continued."""
     rng, cases = random.Random(processes), []
@@ -72,7 +74,9 @@ def compare(waits: Path, later: Path) -> None:
     assert all((values == weights[name]).all() for name, values in weights_of(waits).items())
 
 
-@pytest.mark.parametrize("fault", [3, 4, 5, 8])
+@pytest.mark.parametrize(
+    "fault", [4, 5, *(pytest.param(fault, marks=pytest.mark.long) for fault in (3, 8))]
+)
 def test_a_run_that_goes_back_measures_again(
     fault: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

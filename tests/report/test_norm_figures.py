@@ -18,6 +18,7 @@ from pretrain.report.norm_figures import norms_if_any
 from pretrain.report.read_run import load_run
 from pretrain.report.spec import Figure
 from tests.fake_runs import write_study
+from tests.tools import parse_once
 
 ROLES = ("query", "key", "value", "attention_output", "mlp_in", "mlp_out", "embedding", "norm")
 
@@ -37,6 +38,11 @@ def line(rng: random.Random, step: int, layers: int = 3) -> dict[str, Any]:
 def add(run: Path, lines: list[dict[str, Any]]) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(one) + "\n" for one in lines)
+
+
+@pytest.fixture(autouse=True)
+def parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse_once(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -77,6 +83,7 @@ def test_every_value(study: Path) -> None:
     assert found == pytest.approx(wanted)
 
 
+@pytest.mark.usefixtures("small_figures")
 def test_runs_that_have_some_or_none(study: Path, tmp_path: Path) -> None:
     """Nothing is drawn for what was not logged; what was not finite is a gap."""
     assert norms_if_any(load_study([study])) == []

@@ -25,7 +25,7 @@ from pretrain.report.interactive import figure_html
 from pretrain.report.load import load_study
 from pretrain.report.printed import draw
 from pretrain.report.spec import Figure, Panel, Series, to_csv
-from tests.tools import base_recipe, run, write_recipe
+from tests.tools import base_recipe, draw_small, run, write_recipe
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -229,12 +229,19 @@ def test_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
 
 
 @pytest.mark.slow
-def test_other_forms(swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_forms(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """In the short form, the first figure of each kind of file is drawn whole, the others small."""
     drawn: dict[tuple[str, str], bytes] = {}
+    whole = request.config.getoption("--long")
 
     def draw_once(figure: Figure, kind: str) -> bytes:  # png is in md too, pdf in latex
         if (figure.key, kind) not in drawn:
-            drawn[figure.key, kind] = draw(figure, kind)
+            with pytest.MonkeyPatch.context() as patch:
+                if not whole and kind in {kind for _, kind in drawn}:
+                    draw_small(patch.setattr)
+                drawn[figure.key, kind] = draw(figure, kind)
         return drawn[figure.key, kind]
 
     monkeypatch.setattr(pretrain.report.printed, "draw", draw_once)

@@ -45,7 +45,22 @@ def test_a_run_under_way_is_not(trained: Path, tmp_path: Path) -> None:
     assert not load_run(run).is_finished
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"overall": 1}', '{"overall": {"loss": "x"}}'])
+DAMAGED = ["", '{"overall": {"loss": "x"}}', "[]", "{}", '{"overall": 1}']
+
+
+def test_a_damaged_evaluation_is_none(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    config = load_run(folder).config
+    assert is_complete(folder, config)
+    for text in DAMAGED:
+        (folder / "evaluation.json").write_text(text)
+        assert not is_complete(folder, config), text
+
+
+@pytest.mark.parametrize(
+    "text", [*DAMAGED[:2], *(pytest.param(one, marks=pytest.mark.long) for one in DAMAGED[2:])]
+)
 def test_a_damaged_evaluation_is_made_anew(
     text: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -83,10 +98,17 @@ def test_what_is_said_with_until(
         assert said in error and ("last step" in error) == (until is None)
 
 
-@pytest.mark.parametrize("decay", [0.5, 5.0])
-@pytest.mark.parametrize("left", [[3], []])
+@pytest.mark.parametrize(
+    ("left", "decay"),
+    [
+        ([3], 5.0),
+        ([], 0.5),
+        pytest.param([3], 0.5, marks=pytest.mark.long),
+        pytest.param([], 5.0, marks=pytest.mark.long),
+    ],
+)
 def test_an_evaluation_of_weights_that_are_trained_again_is_made_again(
-    decay: float, left: list[int], trained: Path, tmp_path: Path,
+    left: list[int], decay: float, trained: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Checkpoints were removed by hand: the folder's figures are of weights that are gone."""

@@ -58,6 +58,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 def words_of(folder: Path, data: Path, keep_best: bool) -> list[str]:
     recipe = deepcopy(base_recipe(data))
     recipe["checkpoint"] = {"every": 2, "keep": 2, "keep_best": keep_best}
+    del recipe["ranks"]
     recipe["evaluation"] |= {"every": 2, "at_end": "none"}
     path = write_recipe(folder / "recipe.yaml", recipe)
     return ["train", str(path), "--out", str(folder / "run")]
@@ -67,8 +68,15 @@ def last(folder: Path) -> Checkpoint:
     return Checkpoint(list_checkpoints(folder / "run/checkpoints")[-1])
 
 
-@pytest.mark.parametrize("keep_best", [True, False])
-@pytest.mark.parametrize(("cuts", "refused"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("keep_best", "cuts", "refused"),
+    [
+        (True, 2, True),
+        (False, 1, False),
+        pytest.param(False, 2, True, marks=pytest.mark.long),
+        pytest.param(True, 1, False, marks=pytest.mark.long),
+    ],
+)
 def test_an_evaluation_that_is_owed_is_made_once(
     keep_best: bool, cuts: int, refused: bool, data: Path, tmp_path: Path, disk: Disk,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],

@@ -32,7 +32,6 @@ from tests.tools import (
     environment,
     metrics_of,
     pretrain,
-    pretrain_cold,
     run,
     start_processes,
     sweep_words,
@@ -69,9 +68,12 @@ def same_runs(out: Path, reference: Path, names: set[str]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_twice_then_a_point_more(data: Path, tmp_path: Path, swept: Path) -> None:
-    """kill -9 of the sweep and all its children, twice; then a ninth run, alone."""
-    path, out = write_sweep(tmp_path, data), tmp_path / "runs"
+def test_killed_twice_then_a_point_more(
+    data: Path, tmp_path: Path, swept: Path, request: pytest.FixtureRequest
+) -> None:
+    """kill -9 of the sweep and all its children, twice; then one run more, alone."""
+    seeds = [1, 2] if request.config.getoption("--long") else [1]
+    path, out, count = write_sweep(tmp_path, data, seeds=seeds), tmp_path / "runs", 4 * len(seeds)
     rng = random.Random(3)
 
     def logged() -> int:
@@ -82,18 +84,18 @@ def test_killed_twice_then_a_point_more(data: Path, tmp_path: Path, swept: Path)
         process = start_processes(sweep_words(path, out))
         while logged() <= before_it and process.poll() is None:  # a resumed run logs again
             time.sleep(0.05)
-        time.sleep(rng.uniform(0, 1.5))
+        time.sleep(rng.uniform(0, 0.75 * len(seeds)))
         assert process.poll() is None, "over before it could be killed"
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         for one in family:
             one.kill()
         process.wait()
-    assert 0 < logged() < 8 * 50
+    assert 0 < logged() < count * 50
     done = pretrain(*sweep_words(path, out, "--json"), timeout=500)
     assert done.returncode == 0, done.stderr
     states = json.loads(done.stdout)
-    assert len(states) == 8 and {one["state"] for one in states.values()} == {"done"}
+    assert len(states) == count and {one["state"] for one in states.values()} == {"done"}
     same_runs(out, swept, set(states))
     # One point more, for one seed: it runs alone.
     before = {
@@ -238,12 +240,14 @@ def test_expansion(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dry_run(data: Path, tmp_path: Path) -> None:
+def test_dry_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Timed in a process that is started."""
     path = write_sweep(tmp_path, data)
     words = sweep_words(path, tmp_path / "runs", "--dry-run", "--json", "--price", "2")
-    done = pretrain_cold(*words)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert run(monkeypatch, *words) == 0
+    found = json.loads(capfd.readouterr().out)
     assert len(found["runs"]) == 8 and found["open"] == 8
     assert found["tokens"] == 8 * 50 * 8 * 32
     assert found["timing"]["step"] > 0 and found["seconds"] >= found["seconds_a_run"]

@@ -109,14 +109,14 @@ def test_samples_that_are_wrong(case: str, tmp_path: Path) -> None:
 
 
 def test_samples_of_several_labels_are_scored_by_label(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     recipe = recipe_of_parity(tmp_path)
     (tmp_path / "parity.py").write_text(
         TASK.replace("labels[-1] = bits.sum() % 2", "labels[-4:] = bits[-4:]")
     )
     found = []
-    for micro in (16, 2):
+    for micro in (16, 2 if request.config.getoption("--long") else 8):
         out = tmp_path / f"micro-{micro}"
         words = (
             "train.steps=40",

@@ -273,7 +273,7 @@ _parse = cache(load_yaml)
 
 
 def parse_once(put: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Parse a recipe's text only once in this process: reports of the same runs take half the time.
+    """Parse each text of a recipe only once in this process: a report parses those of all its runs.
 
     Args:
         put: `setattr`, or that of a monkeypatch.

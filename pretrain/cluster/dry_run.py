@@ -217,7 +217,7 @@ def _scored(task: Task, config: Config) -> str:
     return f"{text}; {at_end} (evaluation.at_end)"
 
 
-_LOOKED_AT = 100_000
+_LOOKED_AT = 20_000
 """Number of updates whose λ is examined; in longer runs, they are evenly spaced."""
 
 

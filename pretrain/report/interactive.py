@@ -133,8 +133,9 @@ def _axis(panel: Panel, side: str, domain: list[float], anchor: str) -> dict[str
         "anchor": anchor,
         "gridcolor": _GRID,
         "zeroline": False,
-        # Below, title and legend have fixed places: with both sides, Plotly may never find an end.
-        "automargin": side == "y",
+        # Title and legend have fixed places, so only the left margin grows: where the others may
+        # too, a figure moves up and down, and Plotly may never find an end.
+        "automargin": "left" if side == "y" else False,
     }
     if side == "x":
         axis["title"] = {"text": panel.x}

@@ -8,6 +8,7 @@ they are read and never deleted.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -40,10 +41,14 @@ ABOUT = "run.json"
 """File in a run's folder at the mirror: the run's id, and the run folder that was copied."""
 _MARK = ".copied"
 """End of the name of an empty file: the file with the rest of its name was copied."""
+_NO_RENAME = (errno.ENOSYS, errno.EOPNOTSUPP)
 _PART = ".part"
 """End of the name of a file that is being written."""
+_WRITING = re.compile(
+    rf"(rank-\d{{5}}\.safetensors|{re.escape(MANIFEST)})\.[0-9a-f]{{8}}{re.escape(_PART)}"
+)
 _OWN = re.compile(
-    rf"rank-\d{{5}}\.safetensors(\.[0-9a-f]{{16}}{re.escape(_MARK)})?|.+{re.escape(_PART)}"
+    rf"rank-\d{{5}}\.safetensors(\.[0-9a-f]{{16}}{re.escape(_MARK)})?|{_WRITING.pattern}"
 )
 _BLOCK = 8 << 20
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
@@ -171,24 +176,33 @@ class Mirror:
         with self._named(folder):
             place, target = self._place(), self._target(folder)
             about = {"run": run_id_of(self._run), "folder": str(self._run.resolve())}
-            self._system.pipe_file(f"{place}/{ABOUT}", to_json(about).encode())
+            self._note(f"{place}/{ABOUT}", to_json(about).encode())
             if not self._is_complete(folder):
                 self._put(folder / MANIFEST, f"{target}/{MANIFEST}")
             for name in self._names(target):
-                if name.endswith((_MARK, _PART)):
+                if name.endswith(_MARK) or _WRITING.fullmatch(name):
                     self._remove(f"{target}/{name}")
             for name in self._superseded(place, folder, settings):
                 if self._system.exists(f"{place}/{name}/{MANIFEST}"):
                     self._system.rm_file(f"{place}/{name}/{MANIFEST}")
                 self._system.rm(f"{place}/{name}", recursive=True)
 
+    def _note(self, path: str, contents: bytes) -> None:
+        """Write a small file, unless it has these contents already."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._system.cat_file(path) == contents:
+                return
+        self._system.pipe_file(path, contents)
+
     def _is_complete(self, folder: Path) -> bool:
         """Whether a complete copy of this very checkpoint is there; another one's manifest is
         removed."""
         manifest = f"{self._target(folder)}/{MANIFEST}"
-        if not self._system.exists(manifest):
+        try:
+            found = self._system.cat_file(manifest)
+        except FileNotFoundError:  # another process may have removed it just now
             return False
-        if self._system.cat_file(manifest) == (folder / MANIFEST).read_bytes():
+        if found == (folder / MANIFEST).read_bytes():
             return True
         self._remove(manifest)
         return False
@@ -227,9 +241,12 @@ class Mirror:
         try:
             self._copy(source, part)
             os.replace(part, target)
-        except BaseException:
-            self._remove(part)
-            raise
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                self._remove(part)
+            if getattr(error, "errno", None) not in _NO_RENAME:
+                raise
+            self._copy(source, target)  # as a mounted object store, which shows what is whole
 
     def _copy(self, source: Path, target: str) -> None:
         """Copy a file block by block, so that a slow mirror can be distinguished from a hang."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import shutil
 import threading
@@ -474,3 +475,52 @@ def test_the_mirror_is_nobodys_wait(tmp_path: Path, gate: threading.Event) -> No
 def test_write_run_is_a_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", (2,))
     assert find_whole(folder, Alone()) == [] and run_id_of(tmp_path / "run") == "0000aaaa"  # type: ignore[arg-type]
+
+
+def test_a_file_system_that_cannot_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a mounted object store."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    run, place = tmp_path / "run", tmp_path / "mirror/run-0000aaaa"
+    (path,) = make_parts(run, (4,), 2)
+    monkeypatch.setattr("pretrain.checkpoint.mirror.os.replace", refuse)
+    Mirror(str(tmp_path / "mirror"), run).push(path, ALL)
+    assert_whole(place / path.name, path)
+
+
+def test_only_parts_of_its_own_are_removed(tmp_path: Path) -> None:
+    run, place = tmp_path / "run", tmp_path / "mirror/run-0000aaaa"
+    (path,) = make_parts(run, (4,), 2)
+    (place / path.name).mkdir(parents=True)
+    (place / "step-00000002").mkdir()
+    own = [f"{name}.0123abcd.part" for name in ("rank-00001.safetensors", MANIFEST)]
+    for name in (*own, "movie.part"):
+        (place / path.name / name).touch()
+    (place / "step-00000002/movie.part").touch()
+    Mirror(str(tmp_path / "mirror"), run).push(path, ALL)
+    assert (place / "step-00000002/movie.part").exists()
+    (place / path.name / "movie.part").unlink()
+    assert_whole(place / path.name, path)
+
+
+def test_a_manifest_that_another_process_removes_just_now(tmp_path: Path) -> None:
+    run, place = tmp_path / "run", tmp_path / "mirror/run-0000aaaa"
+    (path,) = make_parts(run, (4,), 1)
+    mirror = Mirror(str(tmp_path / "mirror"), run)
+    (place / path.name).mkdir(parents=True)
+    (place / path.name / MANIFEST).write_text("of another checkpoint")
+    plain = mirror._system.cat_file
+
+    def late(name: str, **more: object) -> bytes:
+        Path(name).unlink(missing_ok=True)
+        read: bytes = plain(name, **more)
+        return read
+
+    mirror._system = SimpleNamespace(**{
+        name: getattr(mirror._system, name) for name in dir(mirror._system)
+        if not name.startswith("__")
+    } | {"cat_file": late})  # fmt: skip
+    mirror.deliver(path, digests_of(path, 0))
+    assert (place / path.name / "rank-00000.safetensors").exists()

@@ -295,11 +295,11 @@ function move(view) {
 function stack(layout) {
   const keys = Object.keys(layout).filter(key => key.startsWith("xaxis"));
   if (!narrow() || keys.length < 2) return layout;
-  const count = keys.length, result = {...layout, height: 300 * count + 100};
+  const count = keys.length, result = {...layout, height: 330 * count + 110};
   keys.forEach((key, index) => {
     const suffix = key.slice(5), top = 1 - index / count;
     result[key] = {...layout[key], domain: [0, 1]};
-    const domain = [top - 1 / count + 0.09, top - 0.05];
+    const domain = [top - 1 / count + 0.12, top - 0.05];
     result["yaxis" + suffix] = {...layout["yaxis" + suffix], domain};
     result.annotations = result.annotations.map((one, at) => at === index ?
       {...one, x: 0.5, y: domain[1] + 0.005} : one);
@@ -315,10 +315,12 @@ function draw(figure) {
     for (const input of inputs) if (input.type === "range")
       input.previousElementSibling.textContent = JSON.parse(input.dataset.options)[input.value];
     const view = move(views[choice]), placed = stack(view.layout);
+    // Room for the buttons, which a phone always shows, and for the title of a colour bar.
+    const top = narrow() || view.data.some(one => one.type === "heatmap") ? 34 : 10;
     const layout = {font: {family: "system-ui, sans-serif", size: 12, color: "#222"},
-      margin: {l: 55, r: 15, t: 10, b: 45}, paper_bgcolor: "white", plot_bgcolor: "white",
+      margin: {l: 55, r: 15, t: top, b: 45}, paper_bgcolor: "white", plot_bgcolor: "white",
       hovermode: "closest",
-      legend: {orientation: "h", y: -62 / (placed.height - 55), yanchor: "top"}, ...placed};
+      legend: {orientation: "h", y: -62 / (placed.height - 45 - top), yanchor: "top"}, ...placed};
     Plotly.react(plot, view.data, layout, {responsive: true, displaylogo: false,
       modeBarButtonsToRemove: ["select2d", "lasso2d"]});
     figure.dataset.shown = choice || "-";

@@ -42,6 +42,7 @@ ABOUT = "run.json"
 _MARK = ".copied"
 """End of the name of an empty file: the file with the rest of its name was copied."""
 _NO_RENAME = (errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of a file system that has no renaming."""
 _PART = ".part"
 """End of the name of a file that is being written."""
 _WRITING = re.compile(
@@ -230,7 +231,7 @@ class Mirror:
     def _put(self, source: Path, target: str) -> None:
         """Copy a file that is whole wherever it has its name: two processes may write the same one.
 
-        An object store shows a file when it is whole; other file systems rename it then.
+        An object store shows a file only when it is whole. A local file system renames it then.
         """
         from fsspec.implementations.local import LocalFileSystem
 
@@ -241,12 +242,14 @@ class Mirror:
         try:
             self._copy(source, part)
             os.replace(part, target)
-        except BaseException as error:
+            return
+        except OSError as error:
+            if error.errno not in _NO_RENAME:
+                raise
+        finally:
             with contextlib.suppress(OSError):
                 self._remove(part)
-            if getattr(error, "errno", None) not in _NO_RENAME:
-                raise
-            self._copy(source, target)  # as a mounted object store, which shows what is whole
+        self._copy(source, target)  # as a mounted object store, which shows what is whole
 
     def _copy(self, source: Path, target: str) -> None:
         """Copy a file block by block, so that a slow mirror can be distinguished from a hang."""

@@ -306,8 +306,7 @@ def make_parts(run: Path, steps: tuple[int, ...], size: int) -> list[Path]:
 
 
 def assert_whole(copy: Path, source: Path) -> None:
-    names = {file.name for file in copy.iterdir()}
-    assert names == {file.name for file in source.iterdir()}
+    assert {file.name for file in copy.iterdir()} == {file.name for file in source.iterdir()}
     assert not Checkpoint(copy).problem()
 
 
@@ -477,6 +476,25 @@ def test_write_run_is_a_run(tmp_path: Path) -> None:
     assert find_whole(folder, Alone()) == [] and run_id_of(tmp_path / "run") == "0000aaaa"  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_process_that_comes_after_the_end_leaves_no_mark(tmp_path: Path) -> None:
+    """The main process has copied its file and completed the copy before it could."""
+    run, place = tmp_path / "run", tmp_path / "mirror/run-0000aaaa"
+    (path,) = make_parts(run, (4,), 2)
+    copies = Copies(run, tmp_path / "mirror", 2, patience=0.0)
+    copy = copies.pushers[1]._mirror._copy
+
+    def late(source: Path, target: str) -> None:
+        copies.pushers[0].add(path, digests_of(path, 0))
+        copies.pushers[0].wait(60)
+        copy(source, target)
+
+    copies.pushers[1]._mirror._copy = late  # type: ignore[method-assign]
+    copies.pushers[1].add(path, digests_of(path, 1))
+    copies.pushers[1].wait(60)
+    assert_whole(place / path.name, path)
+
+
 def test_a_file_system_that_cannot_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a mounted object store."""
 
@@ -505,7 +523,9 @@ def test_only_parts_of_its_own_are_removed(tmp_path: Path) -> None:
     assert_whole(place / path.name, path)
 
 
-def test_a_manifest_that_another_process_removes_just_now(tmp_path: Path) -> None:
+def test_a_manifest_that_another_process_removes_just_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, place = tmp_path / "run", tmp_path / "mirror/run-0000aaaa"
     (path,) = make_parts(run, (4,), 1)
     mirror = Mirror(str(tmp_path / "mirror"), run)
@@ -518,9 +538,6 @@ def test_a_manifest_that_another_process_removes_just_now(tmp_path: Path) -> Non
         read: bytes = plain(name, **more)
         return read
 
-    mirror._system = SimpleNamespace(**{
-        name: getattr(mirror._system, name) for name in dir(mirror._system)
-        if not name.startswith("__")
-    } | {"cat_file": late})  # fmt: skip
+    monkeypatch.setattr(mirror._system, "cat_file", late)
     mirror.deliver(path, digests_of(path, 0))
     assert (place / path.name / "rank-00000.safetensors").exists()

@@ -11,6 +11,8 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ torch.set_num_threads(1)
 
 import data_pipeline.disk
 from data_pipeline.prepare import tokenize_sources, train_from_sources
+from pretrain.config import mapping
+from pretrain.config.recipe_yaml import load_yaml
 from pretrain.runs.environment import environment as environment_of_run
 from tests.checkpoints import STEPS, write_run
 from tests.cpu_times import CpuTimes
@@ -64,25 +68,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG_FILES = (
-    "engine/test_speed", "faults/test_processes", "engine/test_grid", "decay/test_policies",
-    "report/test_paper", "ranks/test_later", "cli/test_signals", "engine/test_flat_update",
-    "faults/test_machines",
-    "sweep/test_sweep", "decay/test_decay_applied", "offline/test_exchange", "report/test_report",
-    "checkpoint/test_resume", "engine/test_grid_sums", "launchers/test_launch", "models/test_bf16",
-    "cli/test_bombs", "tasks/test_tasks", "runs/test_asked", "runs/test_writing_pairs",
-    "engine/test_norms", "faults/test_files", "cluster/test_plan_truth",
-    "data_pipeline/test_source_limits", "launchers/test_team", "report/test_report_names",
-    "report/test_report_notes", "config/test_shipped_recipes", "faults/test_numbers",
-    "offline/test_truncate", "cli/test_exits", "engine/test_grid_gradients", "test_warm",
-    "data_pipeline/test_data", "cluster/test_plan", "launchers/test_elastic",
-    "cli/test_every_signal", "faults/test_storage", "report/test_report_numbers",
-    "engine/test_raw_deepspeed", "decay/test_extending", "engine/test_private_deepspeed",
-    "runs/test_two_at_once", "report/test_report_again", "engine/test_skipped",
-    "cli/test_mistakes", "offline/test_exports", "tasks/test_own_task",
-    "config/test_code_of_others", "cli/test_secrets", "runs/test_damaged_folders",
-    "config/test_lengths", "cli/test_printed", "runs/test_lock_files", "config/test_recipe_fuzz",
-    "models/test_models", "runs/test_folder_taken", "data_pipeline/test_chapters",
-    "distributed/test_main_process",
+    "engine/test_grid", "decay/test_policies", "report/test_paper", "faults/test_processes",
+    "engine/test_flat_update", "engine/test_speed", "sweep/test_sweep", "decay/test_decay_applied",
+    "models/test_bf16", "checkpoint/test_resume", "report/test_report", "engine/test_norms",
+    "offline/test_exchange", "report/test_report_notes", "cli/test_signals",
+    "runs/test_writing_pairs", "tasks/test_tasks", "engine/test_grid_sums",
+    "config/test_shipped_recipes", "data_pipeline/test_source_limits", "launchers/test_team",
+    "data_pipeline/test_data", "distributed/test_main_process", "cli/test_bombs",
+    "ranks/test_later", "engine/test_raw_deepspeed", "faults/test_files",
+    "cluster/test_plan_truth", "runs/test_asked", "faults/test_numbers",
+    "engine/test_grid_gradients", "cluster/test_plan", "decay/test_extending",
+    "report/test_report_numbers", "report/test_report_names", "cli/test_every_signal",
+    "cli/test_mistakes", "offline/test_truncate", "engine/test_skipped",
+    "engine/test_private_deepspeed", "cli/test_printed", "runs/test_two_at_once",
+    "faults/test_storage", "config/test_lengths", "offline/test_exports",
+    "config/test_code_of_others", "tasks/test_own_task", "cli/test_secrets",
+    "runs/test_damaged_folders", "config/test_recipe_fuzz", "models/test_models",
+    "runs/test_lock_files", "launchers/test_launch", "data_pipeline/test_chapters",
+    "cli/test_exits", "report/test_report_again", "runs/test_folder_taken", "test_warm",
+    "launchers/test_elastic", "faults/test_machines",
 )  # fmt: skip
 """Files that take more than three seconds of CPU, about the longest first (`--cpu-times` tells)."""
 
@@ -263,6 +267,15 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn small: for tests that do not look at them."""
     draw_small(monkeypatch.setattr)
+
+
+_parse = cache(load_yaml)
+
+
+@pytest.fixture
+def parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each text of a recipe is parsed only once: a report parses those of all its runs."""
+    monkeypatch.setattr(mapping, "load_yaml", lambda text: deepcopy(_parse(text)))
 
 
 @pytest.fixture

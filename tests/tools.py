@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ import yaml
 from launchers.local import start_environment, torchrun
 from pretrain.__main__ import app, run_command
 from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
-from pretrain.config import mapping
-from pretrain.config.recipe_yaml import load_yaml
 from pretrain.distributed.signals import SIGNALS
 from pretrain.runs.folder import read_ranks
 from pretrain.runs.metrics import read_metrics
@@ -269,16 +266,8 @@ def draw_small(put: Callable[[Any, str, Any], None] = setattr) -> None:
     put(Figure, "set_layout_engine", lambda self, *_, **more: lay_out(self, "none"))
 
 
-_parse = cache(load_yaml)
-
-
-def parse_once(put: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Parse each text of a recipe only once in this process: a report parses those of all its runs.
-
-    Args:
-        put: `setattr`, or that of a monkeypatch.
-    """
-    put(mapping, "load_yaml", lambda text: deepcopy(_parse(text)))
+STARTS = ["forked", pytest.param("started", marks=pytest.mark.long)]
+"""How a program begins: as a fork that has everything imported, or as a user starts it."""
 
 
 ATTENTION = "optimizer.weight_decay.attention"

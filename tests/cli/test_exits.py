@@ -25,6 +25,7 @@ from pretrain.distributed.signals import StopRequestedError
 from pretrain.errors import TRY_AGAIN, MachineError, RunError, UsageError
 from tests.tools import (
     ROOT,
+    STARTS,
     assert_one_line,
     base_recipe,
     environment,
@@ -191,9 +192,6 @@ sys.stdout.write("last words")
 """
 
 
-FORKED = ["forked", pytest.param("started", marks=pytest.mark.long)]
-
-
 def ended(code: str, how: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Python code in a process of its own, forked or as a user starts it."""
     if how == "forked":
@@ -206,7 +204,7 @@ def ended(code: str, how: str, folder: Path) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("how", FORKED)
+@pytest.mark.parametrize("how", STARTS)
 def test_a_thread_inside_a_library_does_not_make_the_end_an_abort(how: str, tmp_path: Path) -> None:
     """What was printed is there, exit functions ran, the code is the command's."""
     for _ in range(3):
@@ -296,7 +294,7 @@ def test_an_end_of_a_file_is_no_interruption(
     assert "interrupted" not in err and "No data left in file" in err
 
 
-@pytest.mark.parametrize("how", FORKED)
+@pytest.mark.parametrize("how", STARTS)
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_broken_pipe_is_silent_only_if_it_is_our_output(
     closed: bool, how: str, tmp_path: Path

@@ -20,7 +20,7 @@ from pretrain.runs.metrics import read_metrics
 from tests.cli.test_every_signal import READ_ONLY, words_of
 from tests.kit import Kit
 from tests.runs.test_writing_pairs import VERBS
-from tests.tools import ROOT, base_recipe, environment, run_processes, write_recipe
+from tests.tools import ROOT, STARTS, base_recipe, environment, run_processes, write_recipe
 from tests.verbs import all_verbs
 from tests.warm import run_warm
 
@@ -200,7 +200,7 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["forked", pytest.param("started", marks=pytest.mark.long)])
+@pytest.mark.parametrize("how", STARTS)
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&-"])
 def test_training_with_closed_streams(
     closed: str, how: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

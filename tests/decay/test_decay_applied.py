@@ -108,6 +108,7 @@ def test_zero_gradients_with_policies(
     for index, (grid, precision) in enumerate(CASES[processes]):
         if index % 2 == 0 and not request.config.getoption("--long"):
             continue
+        # The odd ones alone meet each kind, too.
         decay, rates = HOOKED[(index // 2 + index) % len(HOOKED)]
         one = case(data, grid, precision, LAMBDAS, rates={role.value: rates for role in ATTENTION})
         one["recipe"]["optimizer"]["weight_decay"] |= decay

@@ -66,7 +66,7 @@ def cases(data: Path, processes: int, all_of_them: bool) -> list[dict[str, Any]]
                     values["model"] |= {"vocabulary_size": 96, "tied_head": number % 2 == 0}
                     values["optimizer"] |= deepcopy(optimizer)
                     values["train"] = {
-                        "steps": 3,
+                        "steps": 4,
                         "global_batch": 8,
                         "micro_batch": 8
                         // (1 + number % 2)

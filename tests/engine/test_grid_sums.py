@@ -11,7 +11,7 @@ import pytest
 
 from tests.tools import base_recipe, run_workers, weights_of
 
-BATCH = 64
+BATCH = 128
 GRIDS = {
     # name: (processes, grid)
     **{f"zero-{stage}": (1, {"zero_stage": stage}) for stage in (1, 2, 3)},

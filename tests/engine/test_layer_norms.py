@@ -27,6 +27,11 @@ GRIDS: dict[int, list[dict[str, Any]]] = {
     4: [{"zero_stage": 1, "tensor_parallel": 2}, {"zero_stage": 1, "pipeline_parallel": 2},
         {"zero_stage": 3, "tensor_parallel": 2}],
 }  # fmt: skip
+SHORT: list[dict[str, Any]] = [
+    {"zero_stage": 1}, {"zero_stage": 2, "tensor_parallel": 2},
+    {"zero_stage": 1, "pipeline_parallel": 2}, {"zero_stage": 3, "tensor_parallel": 2},
+]  # fmt: skip
+"""Of several processes, the grids of the short form."""
 FORMS: list[dict[str, Any]] = [
     {"default": 0.1},
     {"default": 0.5, "form": "cautious"},
@@ -55,15 +60,17 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, float]]:
 def test_norms_are_those_of_a_plain_computation(
     data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """In the short form on half of the grids."""
+    """Where tensors are divided, and by layers; in the short form on half of the grids."""
     everything = request.config.getoption("--long")
     asked, answers = {}, {}
     for processes, grids in GRIDS.items():
         asked[processes] = [
             {"recipe": recipe(data, grid, decay)}
             for number, grid in enumerate(grids)
-            if everything or processes == 1 or number % 2 == (processes == 2)
-            for decay in (FORMS if (processes, number) == (1, 0) else FORMS[number % 3 :][:1])
+            if everything or processes == 1 or grid in SHORT
+            for decay in (
+                FORMS if processes == 1 and (everything or number == 0) else FORMS[number % 3 :][:1]
+            )
         ]
         answers[processes] = run_workers(processes, "norms", asked[processes], tmp_path)
     reference = {

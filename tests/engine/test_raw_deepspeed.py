@@ -46,9 +46,9 @@ def check(
     for number, (stage, raw) in enumerate([(1, {}), *tried]):
         values = deepcopy(base_recipe(data))
         values |= {"precision": precision, "deepspeed": raw, "grid": {"zero_stage": stage}}
-        values["train"] = {"steps": 3, "global_batch": 8, "micro_batch": 2}
+        values["train"] = {"steps": 4, "global_batch": 8, "micro_batch": 2}
         for section in ("ranks", "evaluation", "checkpoint"):
-            values[section]["every"] = 3
+            values[section]["every"] = 4
         values["evaluation"] |= {"documents": 1, "at_end": "none"}
         cases.append({"recipe": values, "run": str(folder / f"{precision}-{number}")})
     run_workers(2, "train", cases, folder / f"workers-{precision}")

@@ -31,6 +31,7 @@ from tests.faults.tools import (
     words_of,
 )
 from tests.tools import (
+    STARTS,
     environment,
     losses_of,
     metrics_of,
@@ -115,7 +116,6 @@ inspect.getmodule = lambda *_: None  # of torchrun's stack at each turn: slow wi
 main()
 """
 """torchrun itself in a fork, and its workers as forks of that: nobody imports anything again."""
-STARTS = ["forked", pytest.param("started", marks=pytest.mark.long)]
 
 
 def start_torchrun(

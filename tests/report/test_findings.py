@@ -16,14 +16,8 @@ from pretrain.report.findings import findings, headline
 from pretrain.report.load import load_study
 from pretrain.report.page import page
 from tests.fake_runs import leave_pairs, recipe, write_perplexities, write_run, write_study
-from tests.tools import parse_once
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    parse_once(monkeypatch.setattr)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("parsed_once")]
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 3))])

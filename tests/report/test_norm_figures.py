@@ -18,7 +18,8 @@ from pretrain.report.norm_figures import norms_if_any
 from pretrain.report.read_run import load_run
 from pretrain.report.spec import Figure
 from tests.fake_runs import write_study
-from tests.tools import parse_once
+
+pytestmark = pytest.mark.usefixtures("parsed_once")
 
 ROLES = ("query", "key", "value", "attention_output", "mlp_in", "mlp_out", "embedding", "norm")
 
@@ -38,11 +39,6 @@ def line(rng: random.Random, step: int, layers: int = 3) -> dict[str, Any]:
 def add(run: Path, lines: list[dict[str, Any]]) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(one) + "\n" for one in lines)
-
-
-@pytest.fixture(autouse=True)
-def parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    parse_once(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -26,12 +26,8 @@ from tests.fake_runs import (
     write_run,
     write_study,
 )
-from tests.tools import parse_once
 
-
-@pytest.fixture(autouse=True)
-def parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    parse_once(monkeypatch.setattr)
+pytestmark = pytest.mark.usefixtures("parsed_once")
 
 
 @pytest.fixture

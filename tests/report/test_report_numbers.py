@@ -19,14 +19,10 @@ import yaml
 from pretrain.report import write_report
 from pretrain.report.tables import summary
 from tests.fake_runs import STEPS, SUBSETS, recipe, write_perplexities, write_run, write_study
-from tests.tools import parse_once
+
+pytestmark = pytest.mark.usefixtures("parsed_once")
 
 Rows = list[dict[str, str]]
-
-
-@pytest.fixture(autouse=True)
-def parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    parse_once(monkeypatch.setattr)
 
 
 def report(folder: Path, out: Path, **more: Any) -> dict[str, Rows]:

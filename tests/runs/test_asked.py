@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 import shutil
-from copy import deepcopy
 from enum import Enum
 from pathlib import Path
 from types import UnionType
@@ -21,7 +20,6 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-import pretrain.config.mapping
 from models.gpt import whole_model
 from pretrain.config.compare import as_written, differences
 from pretrain.config.recipe import Config, dump_config, load_config, value_at, with_values
@@ -33,21 +31,6 @@ from pretrain.runs.folder import CONFIG, ENVIRONMENT, FREE
 from pretrain.sweep.check import check_runs
 from pretrain.sweep.config import load_sweep
 from tests.tools import ATTENTION, base_recipe, run, write_recipe, write_sweep
-
-
-@pytest.fixture
-def texts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text of YAML that was read before is not parsed again: most of the time goes there."""
-    read = pretrain.config.mapping.load_yaml  # type: ignore[attr-defined]
-    known: dict[str, Any] = {}
-
-    def load(text: str) -> Any:
-        if text not in known:
-            known[text] = read(text)
-        return deepcopy(known[text])
-
-    monkeypatch.setattr(pretrain.config.mapping, "load_yaml", load)
-
 
 SPECIAL: dict[str, list[Any]] = {
     "profile.steps": ["2-3"],
@@ -154,7 +137,7 @@ def test_every_key_is_tried(trained: Path) -> None:
         assert any(key == one or key.startswith(f"{one}.") for key in keys_of(Config)), one
 
 
-@pytest.mark.usefixtures("texts_once")
+@pytest.mark.usefixtures("parsed_once")
 @pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 3))])
 def test_a_key_of_a_finished_run(
     trained: Path,
@@ -225,7 +208,7 @@ def test_a_sweep_of_an_earlier_version_keeps_its_lengths(data: Path, tmp_path: P
         check_runs(load_sweep(path, tmp_path / "runs"), torch.device("cpu"))
 
 
-@pytest.mark.usefixtures("texts_once")
+@pytest.mark.usefixtures("parsed_once")
 def test_a_key_of_a_finished_sweep(trained: Path, data: Path, tmp_path: Path) -> None:
     """The same before anything of the sweep is written, for all keys."""
     here = torch.device("cpu")
@@ -305,7 +288,7 @@ def test_a_sweep_whose_trunk_ends_elsewhere(trained: Path, data: Path, tmp_path:
         check_runs(sweep, torch.device("cpu"))
 
 
-@pytest.mark.usefixtures("texts_once")
+@pytest.mark.usefixtures("parsed_once")
 def test_evaluations_that_are_owed(
     trained: Path,
     tmp_path: Path,
@@ -338,7 +321,7 @@ def test_evaluations_that_are_owed(
     assert len(list(folder.glob("evaluation*.json"))) == 4
 
 
-@pytest.mark.usefixtures("texts_once")
+@pytest.mark.usefixtures("parsed_once")
 def test_a_fork_is_of_one_checkpoint(
     trained: Path,
     tmp_path: Path,

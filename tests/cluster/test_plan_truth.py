@@ -201,11 +201,9 @@ def counted_recipes() -> list[dict[str, Any]]:
     return [*found, untied, *shared]
 
 
-def test_planned_bytes_are_those_that_collectives_send(
-    tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_planned_bytes_are_those_that_collectives_send(tmp_path: Path) -> None:
     """On two processes, whatever ZeRO stage, accumulation, tensor, sequence or pipeline."""
-    recipes = counted_recipes()[:: 1 if request.config.getoption("--long") else 2]
+    recipes = counted_recipes()
     answers = run_workers(2, "traffic", [{"recipe": one} for one in recipes], tmp_path)
     for recipe, sent in zip(recipes, answers, strict=True):
         config = parse_config(recipe)

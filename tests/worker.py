@@ -253,7 +253,8 @@ def run_initial(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, A
 
     Returns:
         The largest differences on any rank; the number of elements of all fragments and of the
-        model; the most elements that were whole while the model was built, beside what is allowed.
+        model; how often tensors were gathered; the most elements that were whole while the model
+        was built, beside what is allowed.
     """
     infos = whole_model(config.model, grid.tensor)
     held, largest = [0], [0]
@@ -268,8 +269,10 @@ def run_initial(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, A
 
     seen: list[Any] = []
     LayerDivider.__call__ = divide  # type: ignore[method-assign]
+    counted = Operations()
     try:
-        engine = build_engine(config, grid, plan_decay(infos, config.optimizer.weight_decay))
+        with counted:
+            engine = build_engine(config, grid, plan_decay(infos, config.optimizer.weight_decay))
     finally:
         LayerDivider.__call__ = plain  # type: ignore[method-assign]
     rank, size = grid.tensor_rank, grid.tensor
@@ -293,6 +296,7 @@ def run_initial(case: dict[str, Any], grid: Grid, config: Config) -> dict[str, A
         "working": max(one[1] for one in every),
         "elements": sum(one[2] for one in every),
         "parameters": sum(info.numel for info in infos),
+        "gathers": sum(n for name, n in counted.counts.items() if "allgather" in name),
         "held": max(held),
         "largest layer": max(largest),
         "small": sum(info.numel for info in infos if len(info.shape) == 1),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +13,7 @@ from models.gpt import GPT, layer_blueprints
 from models.layers import ParameterFactory, Storage
 from pretrain.config.recipe import Config
 from pretrain.distributed.grid import Grid
-from pretrain.engine.deepspeed_adapter import ModelParallelUnit, pipeline_module
+from pretrain.engine.deepspeed_adapter import ModelParallelUnit, pipeline_module, silent
 from pretrain.engine.passes import Loss
 from pretrain.engine.speed import choose_kernels
 
@@ -80,8 +77,7 @@ class LayerDivider:
         # Dividing asks DeepSpeed for process ranks before an engine has connected it to torch.
         deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         unit = ModelParallelUnit(self._grid)
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with silent():
             deepspeed.zero.Init(
                 module=layer,
                 data_parallel_group=unit.get_data_parallel_group(),

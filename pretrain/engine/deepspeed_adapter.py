@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ from pretrain.errors import UsageError
 
 _BUCKET = 500_000_000
 """DeepSpeed's default number of elements that it reduces at once."""
+_SUB_GROUP = 100_000_000
+"""Number of elements of ZeRO 3 that are cast or updated at once. DeepSpeed's default of 10⁹ holds a
+second float32 copy of almost all masters at the start of a large model."""
 
 
 def deepspeed_settings(
@@ -65,7 +69,10 @@ def deepspeed_settings(
         "steps_per_print": 10**12,
     }
     raw = config.deepspeed
-    if "reduce_bucket_size" not in (raw.get("zero_optimization") or {}):
+    chosen = raw.get("zero_optimization") or {}
+    if config.grid.zero_stage == 3 and "sub_group_size" not in chosen:
+        implied["zero_optimization"]["sub_group_size"] = _SUB_GROUP
+    if "reduce_bucket_size" not in chosen:
         # DeepSpeed allocates this many elements, by default 1 GB, however small the model is.
         implied["zero_optimization"]["reduce_bucket_size"] = min(parameters, _BUCKET)
     check_raw(raw)
@@ -222,6 +229,36 @@ def one_optimizer_for_every_stage() -> Iterator[None]:
         DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
+@contextlib.contextmanager
+def hooks_without_gathering(module: nn.Module) -> Iterator[None]:
+    """Let DeepSpeed add ZeRO 3's gradient hooks without gathering the weights.
+
+    A hook needs the shape of the whole parameter. DeepSpeed gathers every parameter in turn for
+    that, so the start of a large model would send all weights to all processes. Here the parameter
+    has its shape for this moment, and no memory.
+    """
+    divided = [one for one in module.parameters() if hasattr(one, "ds_shape")]
+    check_private(3, {"parameter": divided})
+    gathers = [parameter.all_gather for parameter in divided]  # type: ignore[attr-defined]
+    for parameter, gather in zip(divided, gathers, strict=True):
+        parameter.all_gather = partial(_show_shape, parameter, gather)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for parameter, gather in zip(divided, gathers, strict=True):
+            parameter.all_gather = gather  # type: ignore[attr-defined]
+
+
+def _show_shape(
+    parameter: Any, gather: Callable[..., Any], several: Any = None, **options: Any
+) -> Any:
+    if several is not None:
+        return gather(several, **options)
+    parameter.data = parameter.data.new_empty(()).expand(parameter.ds_shape)
+    parameter.ds_status = type(parameter.ds_status)["AVAILABLE"]
+    return None
+
+
 def sum_tied_gradients_in_float32(engine: Any) -> None:
     """Give the pipeline access to the gradients of tied weights where ZeRO 1 sums them.
 
@@ -279,6 +316,14 @@ def norm_in_one_reduction(zero: Any, grid: Grid) -> None:
     zero.scaled_global_norm = scaled_global_norm
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Keep what DeepSpeed prints, and its warnings, off the console."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def prepare_deepspeed() -> None:
     """Prepare for DeepSpeed's start: nothing is compiled at run time, and set-up is not logged."""
     for name in ("DeepSpeed", "deepspeed", "megatron"):
@@ -286,8 +331,7 @@ def prepare_deepspeed() -> None:
     ignore_old_names()
     with contextlib.suppress(ModuleNotFoundError):  # of another version: imported when needed
         import_light("deepspeed.runtime.zero.muon.original_muon")
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with silent():
         import deepspeed
     # On a CPU it would compile this operation, which only inference needs, on first use, and fail
     # without a compiler.

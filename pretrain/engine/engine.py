@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,9 +26,11 @@ from pretrain.engine.deepspeed_adapter import (
     ModelParallelUnit,
     adapt,
     deepspeed_settings,
+    hooks_without_gathering,
     mark_for_norms,
     one_optimizer_for_every_stage,
     prepare_deepspeed,
+    silent,
 )
 from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.forensics import Nonfinite, first_nonfinite
@@ -344,12 +344,7 @@ def _deepspeed_engine(
     numel = sum(local_shape(parameter).numel() for parameter in module.parameters())
     settings = deepspeed_settings(config, grid, micro, count, numel)
     pipeline = grid.pipeline > 1
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        warnings.catch_warnings(),
-        one_optimizer_for_every_stage(),
-    ):
-        warnings.simplefilter("ignore")
+    with silent(), one_optimizer_for_every_stage(), hooks_without_gathering(module):
         wrapped, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,

@@ -43,6 +43,7 @@ class Private:
 
 _MASTERS = "where the fp32 master weights are"
 _NORM = "the gradient norm in one reduction"
+_HOOKS = "gradient hooks without gathering the weights"
 PRIVATE = (
     Private("package", "__compatible_ops__", "no operation is compiled at run time"),
     Private("class", "_do_optimizer_sanity_check", "one optimizer class for ZeRO 1 and 2",
@@ -77,6 +78,8 @@ PRIVATE = (
     Private("parameter", "ds_tensor", "the working copy of a parameter", (3,)),
     Private("parameter", "ds_process_group", _MASTERS, (3,)),
     Private("parameter", "convert_to_zero_parameters", "no process holds the model whole", (3,)),
+    Private("parameter", "all_gather", _HOOKS, (3,), use="replaced"),
+    Private("parameter", "ds_status", _HOOKS, (3,), use="set"),
     Private("parameter", "tensor_model_parallel", "each parameter counts once in norms",
             use="set"),
     Private("optimizer", "use_grad_accum_attribute", "tied weights' gradients", (1, 2), "pipeline"),

@@ -57,3 +57,4 @@ def test_every_engine_begins_with_the_same_weights(
         # While ZeRO 3 builds, at most a layer is whole, besides small tensors that stay so.
         if grid[0]["zero_stage"] == 3 and processes > 1:
             assert 0 < answer["held"] <= answer["largest layer"] + answer["small"], (grid, answer)
+            assert answer["gathers"] == 0, (grid, answer)

@@ -28,7 +28,9 @@ from pretrain.engine.private import PRIVATE, Case, Private, used
 from tests.tools import base_recipe, run_workers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NAMES = {part for one in PRIVATE for part in one.name.split(".")} - {"optimizer", "start"}
+NAMES = {part for one in PRIVATE for part in one.name.split(".")} - {
+    "all_gather", "optimizer", "start",
+}  # fmt: skip
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     # name: (processes, what differs in the recipe)

@@ -36,6 +36,7 @@ from pretrain.config.recipe_yaml import load_yaml
 from pretrain.runs.environment import environment as environment_of_run
 from tests.checkpoints import STEPS, write_run
 from tests.cpu_times import CpuTimes
+from tests.forks import make_program_once
 from tests.slurm import reason_to_skip, start_slurm, stop_slurm
 from tests.tools import (
     ROOT,
@@ -49,6 +50,8 @@ from tests.tools import (
     write_recipe,
     write_sweep,
 )
+
+make_program_once()
 
 if TYPE_CHECKING:
     from tests.kit import Kit

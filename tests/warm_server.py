@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.forks import ForkingPopen, begin_anew, run_command, run_script
+from tests.forks import ForkingPopen, begin_anew, make_program_once, run_command, run_script
 from tests.warm import Request, signal_all
 
 
@@ -50,6 +50,7 @@ LATER = ("torch._dynamo", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "sci
 def _import_everything() -> None:
     import matplotlib
     import torch
+    import typer.main
 
     torch.set_num_threads(1)
     matplotlib.use("Agg")
@@ -63,6 +64,8 @@ def _import_everything() -> None:
     for name in LATER:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    make_program_once()
+    typer.main.get_command(importlib.import_module("pretrain.__main__").app)
 
 
 def _threads() -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +109,46 @@ def test_a_job_that_gloo_keeps_is_run_again(monkeypatch: pytest.MonkeyPatch) -> 
         run_processes(["sleep", "0"], 2, 60, SCRIPT)
     assert run_processes(["sleep", "0"], 2, 60, SCRIPT).returncode == 1
     assert run_processes(["sleep", "0"], 2, 60, SCRIPT).returncode == 0
+
+
+CLIENT = """
+from pathlib import Path
+from tests.warm import WarmProcess, run_warm
+words, environment, script = ["spin", "1000"], {"WORD": WORD}, Path(SCRIPT)
+if BESIDE:
+    WarmProcess(words, environment, script).wait(1000)
+else:
+    run_warm(words, environment, Path(FOLDER), script=script, timeout=1000)
+"""
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_job_ends_with_the_tests_that_were_killed(beside: bool, tmp_path: Path) -> None:
+    """Also where another worker still uses the server."""
+    assert run_processes(["sleep", "0"], 1, 60, SCRIPT).returncode == 0
+    name = f"spin-{os.getpid()}"
+    values = {"WORD": name, "SCRIPT": str(SCRIPT), "FOLDER": str(tmp_path), "BESIDE": beside}
+    code = "".join(f"{key} = {value!r}\n" for key, value in values.items()) + CLIENT
+    run = os.environ | {"PYTEST_XDIST_TESTRUNUID": warm.RUN}
+    client = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=run)
+    assert eventually(lambda: processes_called(name))
+    client.kill()
+    client.wait()
+    assert eventually(lambda: not processes_called(name))
+    assert run_processes(["sleep", "0"], 1, 60, SCRIPT).returncode == 0
+
+
+def processes_called(name: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):
+            if path.read_text().strip() == name:
+                found.append(path.parent.name)
+    return found
+
+
+def eventually(holds: Callable[[], object], seconds: float = 30.0) -> bool:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(holds())

@@ -9,19 +9,21 @@ launchers and of memory start real processes instead.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tests.forks import ROOT
 
@@ -44,7 +46,7 @@ class Request:
     """A keeper that has ended: nothing is run, its processor time is counted."""
 
 
-_server: subprocess.Popen[str] | None = None
+_line: _Line | None = None
 _seconds = _before = 0.0
 
 
@@ -172,31 +174,74 @@ class WarmProcess:
         self.send_signal(signal.SIGKILL)
 
 
+class _Line:
+    """A connection to the server that all workers of a test run share."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        with _SOCKET.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self._socket = _connected()
+            except OSError:  # there is no server, or it has ended
+                _start_server(environment)
+                self._socket = _connected()
+        self._file = self._socket.makefile("rw")
+        self.was_used = False
+
+    def ask(self, request: Request) -> dict[str, Any] | None:
+        """The answer; None if the server ends."""
+        try:
+            self._file.write(json.dumps(asdict(request)) + "\n")
+            self._file.flush()
+            answer = self._file.readline()
+        except OSError:
+            return None
+        self.was_used = True
+        return json.loads(answer) if answer else None
+
+
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+"""Name of this test run, which all its workers know."""
+_SOCKET = Path(tempfile.gettempdir()) / f"warm-{RUN}-{zlib.crc32(str(ROOT).encode())}"
+"""Where the server of this test run and this checkout listens."""
+
+
+def _connected() -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        made.connect(str(_SOCKET))
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def _start_server(environment: dict[str, str]) -> None:
+    """Start a server, which ends when nobody has been connected to it for a second."""
+    _SOCKET.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(_SOCKET))
+        listener.listen(64)  # who connects before it has imported everything waits for that
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.warm_server", str(_SOCKET)], cwd=ROOT, env=environment,
+            stdin=listener.fileno(), stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+
 def _ask(request: Request, environment: dict[str, str]) -> dict[str, Any]:
     """The server's answer; the server is started where there is none."""
-    global _server, _seconds, _before  # noqa: PLW0603 - one server for this process
-    if _server is None or _server.poll() is not None:
-        _server, _before = _start(environment), _seconds
-    _line_to(_server).write(json.dumps(asdict(request)) + "\n")
-    _line_to(_server).flush()
-    assert _server.stdout
-    answer: dict[str, Any] = json.loads(_server.stdout.readline())
-    _seconds = _before + answer["seconds"]
-    return answer
-
-
-def _line_to(server: subprocess.Popen[str]) -> IO[str]:
-    assert server.stdin
-    return server.stdin
-
-
-def _start(environment: dict[str, str]) -> subprocess.Popen[str]:
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.warm_server"], cwd=ROOT, env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    atexit.register(_line_to(server).close)
-    return server
+    global _line, _seconds, _before  # noqa: PLW0603 - one connection for this process
+    for _ in range(3):
+        if _line is None:
+            _line, _before = _Line(environment), _seconds
+        was_used, answer = _line.was_used, _line.ask(request)
+        if answer is not None:
+            _seconds = _before + answer["seconds"]
+            return answer
+        _line = None
+        if was_used:  # it may have begun the job
+            break
+    raise RuntimeError("the server of forked processes has ended")
 
 
 def signal_all(processes: list[int], number: int) -> None:

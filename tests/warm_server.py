@@ -1,7 +1,7 @@
 """The server of `tests.warm`: it has everything imported, and forks what it is asked for.
 
-``python -m tests.warm_server`` reads requests as JSON lines on standard input and answers each with
-one line.
+``python -m tests.warm_server SOCKET`` listens on standard input, a Unix socket. Each connection has
+a fork of its own, which reads requests as JSON lines and answers each with one line.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,55 @@ from tests.forks import ForkingPopen, begin_anew, make_program_once, run_command
 from tests.warm import Request, signal_all
 
 
-def serve() -> None:
-    """Answer requests until standard input ends."""
+def serve(path: Path) -> None:
+    """Answer every connection in a fork; end when none has been open for a second."""
     _import_everything()
     assert _threads() <= 1, "a fork would lose a thread"
     gc.collect()
     gc.freeze()  # what the collector would write to, forks would have to copy
-    for line in sys.stdin:
-        request = Request(**json.loads(line))
-        if request.ended:
-            os.waitpid(request.ended, 0)
-            answer: dict[str, Any] = {}
-        elif request.keeper:
-            answer = _keep(request)
-        else:
-            answer = _wait(_fork_ranks(request), request.timeout)
-        print(json.dumps({**answer, "seconds": sum(os.times()[:4])}), flush=True)
+    listener = socket.socket(fileno=0)
+    listener.settimeout(1.0)
+    served = 0
+    while _has_children() or not served:
+        with contextlib.suppress(TimeoutError):
+            line, _ = listener.accept()
+            served += 1
+            if os.fork() == 0:
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                line.settimeout(None)
+                _answer(line)
+                os._exit(0)
+            line.close()
+    for left in (path, path.with_suffix(".lock")):
+        left.unlink(missing_ok=True)
+
+
+def _has_children() -> bool:
+    """Whether a child lives."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+        return True
+    return False
+
+
+def _answer(line: socket.socket) -> None:
+    """Answer requests until the other end closes."""
+    closed = select.poll()
+    closed.register(line, select.POLLRDHUP)
+    with line.makefile("rw") as file:
+        for text in file:
+            request = Request(**json.loads(text))
+            if request.ended:
+                os.waitpid(request.ended, 0)
+                answer: dict[str, Any] = {}
+            elif request.keeper:
+                answer = _keep(request)
+            else:
+                ranks = _fork_ranks(request)
+                answer = _wait(ranks, request.timeout, lambda: bool(closed.poll(0)))
+            file.write(json.dumps({**answer, "seconds": sum(os.times()[:4])}) + "\n")
+            file.flush()
 
 
 LATER = ("torch._dynamo", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "scipy.stats",
@@ -141,13 +176,18 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
+def _wait(
+    ranks: list[int], timeout: float, unwanted: Callable[[], bool] | None = None
+) -> dict[str, Any]:
     """The code as a launcher gives it: 1 where one of several ranks failed, the others ended.
 
     ``expired`` tells that the job took too long, ``spins`` that gloo is why (`_spins`), and
-    ``crashed`` that one of several ranks had a segmentation fault.
+    ``crashed`` that one of several ranks had a segmentation fault. Once the job is ``unwanted``
+    (by default: once the parent of this process has ended), the ranks are killed.
     """
-    deadline, parent = time.monotonic() + timeout, os.getppid()
+    parent = os.getppid()
+    unwanted = unwanted or (lambda: os.getppid() != parent)
+    deadline = time.monotonic() + timeout
     look = time.monotonic() + LOOK
     codes: dict[int, int] = {}
     expired = spins = False
@@ -158,7 +198,7 @@ def _wait(ranks: list[int], timeout: float) -> dict[str, Any]:
                 if done:
                     codes[process] = os.waitstatus_to_exitcode(status)
         left = [process for process in ranks if process not in codes]
-        if os.getppid() != parent:  # the tests were killed: nobody waits for the job
+        if unwanted():  # the tests were killed: nobody waits for the job
             signal_all(left, signal.SIGKILL)
         failed = any(codes.values())
         if failed and left:
@@ -209,4 +249,4 @@ def _spins(process: int) -> bool:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(Path(sys.argv[1]))

@@ -31,7 +31,7 @@ READ_ONLY = ["plan", "watch", "data check", "data info", "doctor"]
 SEVERAL = ["train --processes 2", "sweep --processes 2", "doctor --processes 2",
            "data tokenize --workers 2"]  # fmt: skip
 MATRIX = [*VERBS, *PAPER, *READ_ONLY, *SEVERAL]
-SAMPLE = ["import", "data adopt", "paper fig2"]
+SAMPLE = ["import", "paper fig2"]
 UNFINISHED = re.compile(r"\.tmp$|\.writing$|^\..+\.(export|import|adopt)-[0-9a-f]+$")
 """Names of what is being written; of a process that ended by itself nothing of the kind is left."""
 

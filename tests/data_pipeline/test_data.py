@@ -10,9 +10,11 @@ import signal
 import struct
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -291,8 +293,29 @@ def test_corpus_is_deterministic(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "val.jsonl.zst").read_bytes() == b"mine"
 
 
+def a_part_of_this_python(folder: Path) -> Path:
+    """A fourth of the standard library's files, and the help texts that `pydoc` shows."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    found = [
+        path for path in sorted(library.rglob("*.py"))
+        if not {"site-packages", "test", "tests"}.intersection(path.parts)
+    ]  # fmt: skip
+    for path in [*found[::4], library / "pydoc_data/topics.py"]:
+        copy = folder / path.relative_to(library)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    return folder
+
+
 @pytest.mark.slow
-def test_corpus_of_this_python_is_disjoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_corpus_of_this_python_is_disjoint(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not whole:
+        paths = {"stdlib": str(a_part_of_this_python(tmp_path / "library"))}
+        fake = SimpleNamespace(get_paths=lambda: paths)
+        monkeypatch.setattr("data_pipeline.corpus.sysconfig", fake)
     counts = write_corpus(tmp_path)
     assert counts["train"] > 500 and counts["test"] > 10
     texts = {split: {t for _, t in raw_documents(tmp_path, split)} for split in counts}

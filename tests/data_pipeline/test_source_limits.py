@@ -356,7 +356,9 @@ def test_every_bit_of_a_folder(tokenizer: Path, tmp_path: Path) -> None:
     assert "missing" in check_folder(out, lambda done, total: None)[0][0]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize(
+    "seed", [*range(12), *(pytest.param(n, marks=pytest.mark.long) for n in range(12, 40))]
+)
 def test_members_of_an_archive(seed: int, tmp_path: Path) -> None:
     """As Python's gzip reads them: members, padding, cuts and bytes behind; flips are damage."""
     rng = random.Random(seed)

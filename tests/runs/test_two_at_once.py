@@ -98,7 +98,7 @@ def check_pairs(answers: Answers, names: list[str], outs: list[Path]) -> list[in
     return winners
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_two_imports_into_one_folder(
     count: int, two_models: list[Path], data: Path, tmp_path: Path
 ) -> None:
@@ -112,7 +112,7 @@ def test_two_imports_into_one_folder(
     assert [sign_of_run(out) for out in outs] == [1.0 - 2 * winner for winner in winners]
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_two_exports_into_one_folder(count: int, two_runs: list[Path], tmp_path: Path) -> None:
     outs = [tmp_path / f"model{number}-" for number in range(count)]
     rounds = [
@@ -124,7 +124,7 @@ def test_two_exports_into_one_folder(count: int, two_runs: list[Path], tmp_path:
         assert two_runs[winner].name in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.long)])
 def test_what_a_kill_leaves(count: int, two_models: list[Path], data: Path, tmp_path: Path,
                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """The whole run or none under its name, at whatever moment; the next import has its way."""

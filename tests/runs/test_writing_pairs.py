@@ -49,7 +49,7 @@ PAIRS = [
 SAMPLE = [
     ("data adopt", "data adopt"), ("ranks", "ranks"), ("launch --on slurm", "launch --on slurm"),
     ("demo", "demo"),
-    ("paper fig2", "paper fig2"), ("paper table1", "paper all"), ("sweep", "sweep"),
+    ("paper table1", "paper all"), ("sweep", "sweep"),
     ("train", "train"), ("report", "report csv"),
 ]  # fmt: skip
 VOLATILE = re.compile(

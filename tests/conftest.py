@@ -65,7 +65,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Processor times are measured in every process of the tests."""
+    """What every process of the tests must know: the form, and whether times are measured."""
+    if config.getoption("--long"):
+        os.environ["TESTS_LONG"] = "1"
     if config.getoption("--cpu-times"):
         config.pluginmanager.register(CpuTimes(Path(config.getoption("--cpu-times"))))
 

@@ -270,6 +270,11 @@ STARTS = ["forked", pytest.param("started", marks=pytest.mark.long)]
 """How a program begins: as a fork that has everything imported, or as a user starts it."""
 
 
+def by_form(short: int, long: int) -> int:
+    """A size that the short form of the suite makes smaller (`--long`)."""
+    return long if "TESTS_LONG" in os.environ else short
+
+
 ATTENTION = "optimizer.weight_decay.attention"
 MLP = "optimizer.weight_decay.mlp"
 

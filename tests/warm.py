@@ -222,10 +222,14 @@ def _start_server(environment: dict[str, str]) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(_SOCKET))
         listener.listen(64)  # who connects before it has imported everything waits for that
+        # A pipe, as forks mostly have: a stream remembers whether its file can be wound back.
+        reading, writing = os.pipe()
         subprocess.Popen(
             [sys.executable, "-m", "tests.warm_server", str(_SOCKET)], cwd=ROOT, env=environment,
-            stdin=listener.fileno(), stdout=subprocess.DEVNULL,
+            stdin=listener.fileno(), stdout=writing,
         )  # fmt: skip
+        os.close(reading)
+        os.close(writing)
 
 
 def _ask(request: Request, environment: dict[str, str]) -> dict[str, Any]:

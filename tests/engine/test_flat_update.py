@@ -22,7 +22,7 @@ from pretrain.distributed.grid import Grid
 from pretrain.engine.flat_buffers import FlatBuffer, in_buckets
 from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.norms import SquareSum, square_sum
-from tests.tools import DIALECTS, base_recipe, run_workers
+from tests.tools import DIALECTS, base_recipe, by_form, run_workers
 
 SMALL = {"num_layers": 5, "hidden_size": 16, "num_attention_heads": 4, "vocabulary_size": 64}
 GRIDS: dict[int, list[dict[str, Any]]] = {
@@ -66,7 +66,7 @@ def cases(data: Path, processes: int, all_of_them: bool) -> list[dict[str, Any]]
                     values["model"] |= {"vocabulary_size": 96, "tied_head": number % 2 == 0}
                     values["optimizer"] |= deepcopy(optimizer)
                     values["train"] = {
-                        "steps": 4,
+                        "steps": by_form(3, 4),
                         "global_batch": 8,
                         "micro_batch": 8
                         // (1 + number % 2)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tools import base_recipe, run_workers, weights_of
+from tests.tools import base_recipe, by_form, run_workers, weights_of
 
-BATCH = 128
+BATCH = by_form(64, 128)
 GRIDS = {
     # name: (processes, grid)
     **{f"zero-{stage}": (1, {"zero_stage": stage}) for stage in (1, 2, 3)},

@@ -83,7 +83,8 @@ def test_the_norm_of_a_large_gradient(
             count, grid, raw = GRIDS[name]
             if count == processes and not (precision == "bf16" and grid["zero_stage"] == 0):
                 values = deepcopy(base_recipe(data))
-                values["model"] |= {"vocabulary_size": 40_000, "hidden_size": 64, "tied_head": True}
+                values["model"] |= {"vocabulary_size": 40_000, "hidden_size": 64, "context": 8,
+                                    "tied_head": True}  # fmt: skip
                 values |= {"precision": precision, "grid": grid, "deepspeed": raw}
                 values["train"] = {"steps": 1, "global_batch": 8, "micro_batch": 2}
                 values["optimizer"] = {"name": "sgd", "gradient_clipping": 0}

@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.engine.raw_deepspeed import ALLOWED, IMPLIED, check_raw
 from pretrain.errors import UsageError
-from tests.tools import base_recipe, losses_of, run, run_workers, write_recipe
+from tests.tools import base_recipe, by_form, losses_of, run, run_workers, write_recipe
 
 TRIED: dict[type, tuple[Any, ...]] = {int: (5000,), bool: (True, False), str: ("cpu",)}
 
@@ -46,9 +46,9 @@ def check(
     for number, (stage, raw) in enumerate([(1, {}), *tried]):
         values = deepcopy(base_recipe(data))
         values |= {"precision": precision, "deepspeed": raw, "grid": {"zero_stage": stage}}
-        values["train"] = {"steps": 4, "global_batch": 8, "micro_batch": 2}
+        values["train"] = {"steps": by_form(3, 4), "global_batch": 8, "micro_batch": 2}
         for section in ("ranks", "evaluation", "checkpoint"):
-            values[section]["every"] = 4
+            values[section]["every"] = by_form(3, 4)
         values["evaluation"] |= {"documents": 1, "at_end": "none"}
         cases.append({"recipe": values, "run": str(folder / f"{precision}-{number}")})
     run_workers(2, "train", cases, folder / f"workers-{precision}")

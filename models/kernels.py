@@ -21,8 +21,8 @@ class Kernels:
     """Attention inside documents: matrix products, which work everywhere, or PyTorch's
     FlexAttention (`models.documents`)."""
     joined: bool = False
-    """Multiply by the weights of queries, keys and values in one product; they stay separate
-    parameters."""
+    """Fewer operations: the weights of queries, keys and values, which stay separate parameters,
+    are multiplied in one product, and the biases of outputs are added inside theirs."""
     loss_bytes: int = 32 << 20
     """The number of float32 logits that the loss holds at once."""
     compiled: bool = False

@@ -14,6 +14,7 @@ from torch import nn
 from models.config import GPTConfig
 from models.documents import attention_by_flex, positions_of, same_document
 from models.initial import Initial, declare
+from models.joined import linear_in_one
 from models.kernels import DEFAULT_KERNELS, Kernels
 from models.parallel import TensorParallel, enter, leave, replicated, sum_gradient
 from models.products import attention_by_products, torch_attention
@@ -204,8 +205,7 @@ class Attention(nn.Module):
             self.watch(q, k, starts)
         mixed = self._mixed(q, k, v, starts)
         mixed = mixed.permute(2, 0, 1, 3).flatten(2)
-        y = leave(F.linear(mixed, self.output), self.tp)
-        return y if self.output_bias is None else y + replicated(self.output_bias, self.tp)
+        return row_parallel(mixed, self.output, self.output_bias, self.tp, self.kernels.joined)
 
     def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, each ``[sequence, batch, heads * head]``."""
@@ -213,8 +213,7 @@ class Attention(nn.Module):
         biases = self.query_bias, self._own(self.key_bias), self._own(self.value_bias)
         if not self.kernels.joined:
             return tuple(F.linear(x, *pair) for pair in zip(weights, biases, strict=True))
-        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
-        joined = F.linear(x, torch.cat(weights), bias)
+        joined = linear_in_one(x, weights, tuple(bias for bias in biases if bias is not None))
         return torch.split(joined, [weight.shape[0] for weight in weights], -1)
 
     def _own(self, weight: Weight) -> Weight:
@@ -312,8 +311,25 @@ class MLP(nn.Module):
             inner = gelu_tanh(inner, self.kernels.compiled)
         else:
             inner = F.gelu(inner)
-        y = leave(F.linear(inner, self.out), self.tp)
-        return y if self.out_bias is None else y + replicated(self.out_bias, self.tp)
+        return row_parallel(inner, self.out, self.out_bias, self.tp, self.kernels.joined)
+
+
+def row_parallel(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tp: TensorParallel,
+    joined: bool,
+) -> torch.Tensor:
+    """The product with a weight whose columns are split, plus a bias, which is added once.
+
+    Args:
+        joined: add the bias inside the product, where one process has all of it.
+    """
+    if joined and tp.size == 1:
+        return F.linear(x, weight, bias)
+    y = leave(F.linear(x, weight), tp)
+    return y if bias is None else y + replicated(bias, tp)
 
 
 def gelu_tanh(x: torch.Tensor, compiled: bool) -> torch.Tensor:

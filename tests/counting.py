@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -32,20 +32,6 @@ class Counting(TorchDispatchMode):
         if space in ("c10d", "_c10d_functional") and name not in _SILENT:
             tensors = _tensors(args)
             self.bytes[f"{name}/{tensors[0].element_size()}"] += _sent(name, args, _size(args))
-        return func(*args, **(kwargs or {}))
-
-
-class Operations(TorchDispatchMode):
-    """While it is on, counts the ATen operations that this process dispatches, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.counts[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
 

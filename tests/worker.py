@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 
 import pretrain.engine.engine
 import pretrain.training.periodic
+from benchmarks.operations import Operations
 from data_pipeline.dataset import TrainingData
 from models.gpt import whole_model
 from models.initial import initial_of
@@ -37,7 +38,7 @@ from pretrain.training.loader import Loader
 from pretrain.training.setup import prepare
 from pretrain.training.start import train
 from tests.ahead import looking_ahead
-from tests.counting import Counting, Operations
+from tests.counting import Counting
 from tests.moved import moved_constants
 from tests.private_deepspeed import run_private
 from tests.stage_work import run_stage_work

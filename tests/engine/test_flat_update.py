@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
@@ -13,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.operations import COMPILED
 from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.loss import mean_loss
@@ -22,7 +26,7 @@ from pretrain.distributed.grid import Grid
 from pretrain.engine.flat_buffers import FlatBuffer, in_buckets
 from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.norms import SquareSum, square_sum
-from tests.tools import DIALECTS, base_recipe, by_form, run_workers
+from tests.tools import DIALECTS, ROOT, base_recipe, by_form, run_workers
 
 SMALL = {"num_layers": 5, "hidden_size": 16, "num_attention_heads": 4, "vocabulary_size": 64}
 GRIDS: dict[int, list[dict[str, Any]]] = {
@@ -222,3 +226,18 @@ def test_operations_of_an_update(data: Path, tmp_path: Path) -> None:
     assert sum(added["flat"].values()) <= 90, added["flat"]
     assert "aten._local_scalar_dense.default" not in found["flat"], "waits for the device"
     assert sum(added["deepspeed"].values()) > 20 * sum(added["flat"].values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", ["", pytest.param(COMPILED, marks=pytest.mark.long)])
+def test_operations_beside_a_plain_loop(precision: str, compiled: str) -> None:
+    """What the host of a GPU starts for an update, at most 1.2 times as many as a plain loop."""
+    totals = {}
+    for case in ("plain loop", "rankdecay, as on a GPU"):
+        words = [sys.executable, "-m", "benchmarks.operations", "--here", case + compiled]
+        done = subprocess.run(
+            [*words, precision], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        totals[case] = sum(json.loads(done.stdout.split("RESULT ")[1]).values())
+    plain, ours = totals.values()
+    assert plain > 900 and ours <= 1.2 * plain, totals

@@ -1,0 +1,207 @@
+"""Operations that one update dispatches, beside those of a plain loop: counts, not times.
+
+    python benchmarks/operations.py --out benchmarks/results/operations-cpu.json
+
+A GPT-2 of 12 layers makes some updates with AdamW and clipping. All ATen operations of the last are
+counted, views too: they are what the host of a GPU must start. Of compiled code, PyTorch's profiler
+counts the compiler's kernels and the innermost operations without views. "As on a GPU" uses the
+kernels that `speed` chooses for a GPU, and leaves out what only a CPU needs: LayerNorm's gradients
+in blocks of rows. The other processes of a grid are simulated by PyTorch's ``fake`` process group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch._inductor.config as inductor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.contenders.common import Step
+from benchmarks.contenders.shapes import Shape
+from benchmarks.results_file import finish
+from models.kernels import Kernels
+
+SHAPE = Shape(layers=12, hidden=64, heads=4, context=32, batch=8, vocabulary=512)
+CASES: dict[str, tuple[str, int, dict[str, int]]] = {
+    "plain loop": ("plain", 1, {}),
+    "rankdecay": ("cpu", 1, {"zero_stage": 1}),
+    "rankdecay, as on a GPU": ("gpu", 1, {"zero_stage": 1}),
+    "rankdecay, as on a GPU, data 2": ("gpu", 2, {"zero_stage": 1}),
+    "rankdecay, as on a GPU, tensor 2": ("gpu", 2, {"zero_stage": 1, "tensor_parallel": 2}),
+    "plain loop, compiled": ("plain", 1, {}),
+    "rankdecay, as on a GPU, compiled": ("gpu", 1, {"zero_stage": 1}),
+}
+"""What makes the update, processes, grid."""
+COMPILED = ", compiled"
+
+
+class Operations(TorchDispatchMode):
+    """While it is on, counts the ATen operations that this process dispatches, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(case: str, precision: str) -> dict[str, int]:
+    """Operations of an update, by name, in this process."""
+    kind, processes, grid = CASES[case]
+    compiled = case.endswith(COMPILED)
+    inductor.cpp.enable_kernel_profile = True
+    with _as_on(kind, compiled):
+        if kind == "plain":
+            step = _plain(precision, compiled)
+        else:
+            step = _rankdecay(precision, processes, grid)
+        for _ in range(3):
+            step()
+        if compiled:
+            return _profiled(step)
+        with Operations() as operations:
+            step()
+    return dict(operations.counts)
+
+
+def _profiled(step: Step) -> dict[str, int]:
+    """Kernels of the compiler, and operations that have no others inside them, without views."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    counts: Counter[str] = Counter()
+    for event in profile.events():
+        if "_fused_" in event.name and not event.name.startswith("aten::"):
+            counts["compiled kernel"] += 1
+        elif _computes(event) and not any(map(_computes, event.cpu_children)):
+            counts[event.name] += 1
+    return dict(counts)
+
+
+_VIEWS = frozenset((
+    "_local_scalar_dense", "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach",
+    "detach_", "empty", "empty_like", "empty_strided", "expand", "flatten", "is_nonzero", "item",
+    "lift_fresh", "narrow", "permute", "reshape", "resize_", "resolve_conj", "resolve_neg",
+    "result_type", "select", "set_", "slice", "split", "split_with_sizes", "t", "transpose",
+    "unbind", "unflatten", "unsqueeze", "view", "zeros", "zeros_like",
+))  # fmt: skip
+"""Operations that start nothing on a device, or only others."""
+
+
+def _computes(event: Any) -> bool:
+    space, _, name = event.name.partition("::")
+    return space == "aten" and name not in _VIEWS
+
+
+@contextlib.contextmanager
+def _as_on(kind: str, compiled: bool) -> Iterator[None]:
+    if kind != "gpu":
+        yield
+        return
+    from pretrain.engine.speed import choose_kernels
+
+    def chosen(*given: Any) -> Kernels:
+        return replace(choose_kernels(*given), joined=True, attention="sdpa", compiled=compiled)
+
+    with (
+        patch("models.wide_sums._sums_narrowly", lambda _: False),
+        patch("pretrain.engine.building.choose_kernels", chosen),
+    ):
+        yield
+
+
+def _plain(precision: str, compiled: bool) -> Step:
+    from benchmarks.contenders import peers
+
+    # Its choice would depend on whether this machine multiplies bf16 fast.
+    with patch("benchmarks.contenders.peers.half", lambda: precision == "bf16"):
+        step = peers.plain(SHAPE, compiled)
+
+    def chosen() -> float:
+        with patch("benchmarks.contenders.peers.half", lambda: precision == "bf16"):
+            return step()
+
+    return chosen
+
+
+def _rankdecay(precision: str, processes: int, grid: dict[str, int]) -> Step:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from benchmarks.contenders.common import tensors
+    from benchmarks.contenders.worker import recipe_values
+    from models.gpt import whole_model
+    from pretrain.config.recipe import parse_config
+    from pretrain.decay.plan import plan_decay
+    from pretrain.distributed.grid import build_grid
+    from pretrain.engine.engine import build_engine
+    from pretrain.engine.libraries import load_libraries
+
+    os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": str(processes)}
+    values = recipe_values(SHAPE, grid=grid) | {"precision": precision}
+    # As many sequences on this process as in the plain loop.
+    values["train"]["global_batch"] = SHAPE.batch * processes // grid.get("tensor_parallel", 1)
+    config = parse_config(values)
+    if not dist.is_initialized():
+        dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+    connected = build_grid(config.grid, torch.device("cpu"))
+    load_libraries()
+    plan = plan_decay(whole_model(config.model, connected.tensor), config.optimizer.weight_decay)
+    engine, data = build_engine(config, connected, plan), tensors(SHAPE)
+    steps = iter(range(10_000))
+
+    def step() -> float:
+        engine.begin_step(next(steps), SHAPE.rate)
+        return engine.train_step(data)
+
+    return step
+
+
+def main() -> None:
+    """Count each case in a process of its own, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--here", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        print("RESULT", json.dumps(count(*options.here)))
+        return
+    table: dict[str, Any] = {}
+    for precision in ("fp32", "bf16"):
+        for case in CASES:
+            command = [sys.executable, __file__, "--here", case, precision]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if "RESULT " not in done.stdout:
+                sys.exit(done.stderr)
+            counts = json.loads(done.stdout.split("RESULT ")[1])
+            total = sum(counts.values())
+            loop = "plain loop" + (COMPILED if case.endswith(COMPILED) else "")
+            plain = table.get(loop, {}).get(precision, {}).get("operations", total)
+            table.setdefault(case, {})[precision] = {
+                "operations": total, "by_plain_loop": round(total / plain, 3),
+                "most": dict(Counter(counts).most_common(12)),
+            }  # fmt: skip
+            print(f"{case}, {precision}: {total} ({total / plain:.2f})", file=sys.stderr)
+    finish({"shape": SHAPE.plain(), "cases": table}, options.out)
+
+
+if __name__ == "__main__":
+    main()

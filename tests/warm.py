@@ -202,8 +202,9 @@ class _Line:
 
 RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 """Name of this test run, which all its workers know."""
-_SOCKET = Path(tempfile.gettempdir()) / f"warm-{RUN}-{zlib.crc32(str(ROOT).encode())}"
-"""Where the server of this test run and this checkout listens."""
+_FOLDER = tempfile.gettempdir() if len(tempfile.gettempdir()) < 50 else "/tmp"
+_SOCKET = Path(_FOLDER) / f"warm-{RUN}-{zlib.crc32(str(ROOT).encode())}"
+"""Where the server of this test run and this checkout listens, in at most 107 bytes."""
 
 
 def _connected() -> socket.socket:

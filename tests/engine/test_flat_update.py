@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
@@ -26,7 +24,7 @@ from pretrain.distributed.grid import Grid
 from pretrain.engine.flat_buffers import FlatBuffer, in_buckets
 from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.norms import SquareSum, square_sum
-from tests.tools import DIALECTS, ROOT, base_recipe, by_form, run_workers
+from tests.tools import DIALECTS, ROOT, base_recipe, by_form, run_processes, run_workers
 
 SMALL = {"num_layers": 5, "hidden_size": 16, "num_attention_heads": 4, "vocabulary_size": 64}
 GRIDS: dict[int, list[dict[str, Any]]] = {
@@ -234,10 +232,9 @@ def test_operations_beside_a_plain_loop(precision: str, compiled: str) -> None:
     """What the host of a GPU starts for an update, at most 1.2 times as many as a plain loop."""
     totals = {}
     for case in ("plain loop", "rankdecay, as on a GPU"):
-        words = [sys.executable, "-m", "benchmarks.operations", "--here", case + compiled]
-        done = subprocess.run(
-            [*words, precision], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        words = ["--here", case + compiled, precision]
+        done = run_processes(words, 1, 300, script=ROOT / "benchmarks" / "operations.py")
+        assert done.returncode == 0, done.stderr
         totals[case] = sum(json.loads(done.stdout.split("RESULT ")[1]).values())
     plain, ours = totals.values()
     assert plain > 900 and ours <= 1.2 * plain, totals

@@ -144,12 +144,14 @@ def _start_here(job: Launch, on: str, machines: dict[str, int], show: bool) -> i
         variables = {**local.start_environment(site.processes), **variables}
     elif on == "mpi":
         command = hosts.mpi_command(site, words, machines)
-    else:
+    elif on == "hostfile":
         command = hosts.deepspeed_command(site, words, machines)
         file = job.folder.absolute() / _ENVIRONMENT_FILE
         if variables and not show:
             _write_secret(file, hosts.exports(variables))
         variables["DS_ENV_FILE"] = str(file)
+    else:
+        raise NotImplementedError(on)
     if show:
         print(shlex.join(command))
         return 0
@@ -171,6 +173,10 @@ def _write_secret(path: Path, text: str) -> None:
         raise
 
 
+_CLOUDS = {"kubernetes": cloud.kubernetes, "skypilot": cloud.skypilot}
+"""What makes the file of a place that a person submits to."""
+
+
 def _hand_over(job: Launch, on: str, show: bool) -> int:
     name = cloud.object_name(job.run)
     if on == "slurm":
@@ -183,8 +189,7 @@ def _hand_over(job: Launch, on: str, show: bool) -> int:
         text = batch.render(job.site, job.words(), job.run.absolute(), Path.cwd(), variables)
         file = job.folder / "slurm.sh"
     else:
-        make = cloud.kubernetes if on == "kubernetes" else cloud.skypilot
-        tree = make(job.site, job.words(on_nodes=False), name)
+        tree = _CLOUDS[on](job.site, job.words(on_nodes=False), name)
         text = yaml.safe_dump(tree, sort_keys=False)
         file = job.folder / f"{on}.yaml"
     if show:

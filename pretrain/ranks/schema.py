@@ -1,8 +1,8 @@
 """The columns of a table of rank statistics, defined in one place.
 
-The Parquet writer and reader, the measurement, the report and the table in docs/statistics.md take
-their columns from here. To add a statistic, add a field to `pretrain.spectra.ProductStatistics` and
-its line below.
+The Parquet writer and reader, the measurement and the table in docs/statistics.md take their
+columns from here; so does the report for those that it cannot do without. To add a statistic, add a
+field to `pretrain.spectra.ProductStatistics` and its line below.
 """
 
 from __future__ import annotations
@@ -156,3 +156,7 @@ def markdown() -> str:
         for entry in COLUMNS
     ]
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -278,13 +278,17 @@ class RunData:
     def mean(self, product: str, column: str) -> float:
         """Mean over the heads of all layers at the last measurement.
 
-        Balance and discrepancy are means over groups if heads share keys (`lawful`).
+        Balance and discrepancy are means over groups if heads share keys (`lawful`). NaN if the
+        table has no such column.
         """
         rows = self.final
         if column in OF_THE_LAW:
             step = self.final[0]["step"] if self.final else 0
             rows = lawful([row for row in self.ranks if row["step"] == step])
-        values: list[float] = [row[column] for row in rows if row["product"] == product]
+        # A table of an older version may lack a newer column.
+        values: list[float] = [
+            row.get(column, math.nan) for row in rows if row["product"] == product
+        ]
         return sum(values) / max(1, len(values))
 
     @property

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import models.loss
-from models.config import GPTConfig
+from models.config import PRESETS, Dialect, GPTConfig
 from models.gpt import GPT, check_tensor_parallel, whole_model
 from models.kernels import Kernels
 from models.layers import Attention, ParameterFactory, gelu_tanh
@@ -21,6 +21,7 @@ from models.products import attention_by_products
 from models.roles import ModelError, declared_parameters, info_of
 from models.rotary import Rotary
 from pretrain.config.recipe import load_config
+from tests.engine.test_grid import MODELS
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "context": 16}
@@ -232,3 +233,9 @@ def test_the_sizes_that_are_named_fit(heads: int, kv: int) -> None:
 def test_padding_of_vocabularies() -> None:
     assert config().padded_vocabulary(1) == 384 and config().padded_vocabulary(3) == 384
     assert config().padded_vocabulary(5) == 640
+
+
+def test_every_dialect_has_a_preset_and_is_tested_on_grids() -> None:
+    assert PRESETS.keys() == set(Dialect)
+    on_grids = {str(one.get("dialect", "gpt2")) for one in MODELS.values()}
+    assert on_grids | {Dialect.VIT} == set(Dialect)  # images are a task of `tests/tasks`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import random
 from dataclasses import fields, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from pretrain.ranks import schema
 from pretrain.ranks.probe import layer_rows
 from pretrain.ranks.schema import BY_NAME, COLUMNS, KEYS, NEEDED, Column
 from pretrain.ranks.table import add_ranks, merge_ranks, read_ranks, rewind_ranks
+from pretrain.report import write_report
 from pretrain.report.read_run import load_run
 from pretrain.runs.folder import CONFIG
 from pretrain.spectra import PairStatistics, ProductStatistics
@@ -154,5 +156,8 @@ def test_a_report_reads_the_columns_that_it_needs_and_no_others(
     whole, less = load_run(trained), load_run(tmp_path)
     for name in ("pseudo_rank", "balance"):
         assert less.mean("qk", name) == whole.mean("qk", name)
+    assert math.isnan(less.mean("qk", "a column of a later version"))
+    write_report([tmp_path], tmp_path / "report.csv", "csv")
+    assert (tmp_path / "report.csv").stat().st_size > 0
     assert (tmp_path / CONFIG).is_file()
     assert replace(less, path=whole.path).seed == whole.seed

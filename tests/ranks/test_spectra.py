@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -69,16 +70,19 @@ def test_statistics_by_hand() -> None:
     sigma = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)
     a, b = factors_with(sigma, 12, 3, "shared")
     found = product_statistics(a, b)
-    assert found.pseudo_rank == 1.0  # 7/8 < 0.95
+    by_hand = {
+        "pseudo_rank": 1.0,  # 7/8 < 0.95
+        "nuclear_norm": 8.0, "frobenius_norm": 22**0.5, "sigma_max": 4.0, "stable_rank": 22 / 16,
+        "participation_ratio": 64 / 22, "balance": 1.0, "frobenius_bound": 8.0,
+        "effective_rank": math.exp(-sum(s / 8 * math.log(s / 8) for s in sigma.tolist())),
+        "discrepancy": 0.0, "theory_ceiling": 0.0,  # shared: balanced factors
+        "nonfinite": False,
+    }  # fmt: skip
+    assert found.scalars().keys() == by_hand.keys(), "a statistic without a value by hand"
+    for name, value in by_hand.items():
+        assert found.scalars()[name].item() == pytest.approx(value, rel=1e-7, abs=1e-5), name
     assert product_statistics(a, b, 0.75).pseudo_rank == 0.5  # 6/8 reached exactly: inclusive
     assert product_statistics(a, b, 0.5).pseudo_rank == 0.25
-    torch.testing.assert_close(found.nuclear_norm.item(), 8.0)
-    torch.testing.assert_close(found.frobenius_norm.item(), 22**0.5)
-    torch.testing.assert_close(found.stable_rank.item(), 22 / 16)
-    torch.testing.assert_close(found.participation_ratio.item(), 64 / 22)
-    p = sigma / 8
-    torch.testing.assert_close(found.effective_rank.item(), (-(p * p.log()).sum()).exp().item())
-    torch.testing.assert_close(found.balance.item(), 1.0)  # shared: balanced factors
     assert found.discrepancy < 1e-12
     expected = (a.square().sum() + b.square().sum()) / 2
     torch.testing.assert_close(found.frobenius_bound, expected)

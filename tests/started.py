@@ -1,5 +1,5 @@
-"""What `tests.test_warm` runs: ``sleep N``, ``spin N``, ``start`` another one of these, or
-``end CODE``.
+"""What `tests.test_warm` runs: ``sleep N``, ``spin N``, ``start`` another one of these, ``fail`` by
+an exception, or ``end CODE``.
 
 ``start`` holds a lock and prints what the ones that it started said and how they ended.
 """
@@ -58,5 +58,7 @@ if __name__ == "__main__":
         spin(float(more[0]))
     elif what == "start":
         start()
+    elif what == "fail":
+        raise {"timeout": TimeoutError, "value": ValueError}[more[0]]("a rank failed")
     else:
         end(int(more[0]))

@@ -111,6 +111,25 @@ def test_a_job_that_gloo_keeps_is_run_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert run_processes(["sleep", "0"], 2, 60, SCRIPT).returncode == 0
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", ["timeout", "value"])
+def test_an_exception_is_the_jobs_and_not_the_servers(kind: str, processes: int) -> None:
+    done = run_processes(["fail", kind], processes, 60, SCRIPT)
+    assert done.returncode == 1 and "Error: a rank failed" in done.stderr
+    assert warm._SOCKET.exists()
+
+
+def test_a_worker_notices_that_its_fork_of_the_server_was_killed(tmp_path: Path) -> None:
+    """At once, although what that fork has started lives on."""
+    process = start_processes(["sleep", "1000"], 1, SCRIPT)
+    served = int(Path(f"/proc/{process._keeper}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(served, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="server of forked processes has ended"):
+        run_processes(["sleep", "0"], 1, 60, SCRIPT)
+    assert eventually(lambda: not Path(f"/proc/{process.pid}").exists())  # its keeper ends it
+    assert run_processes(["sleep", "0"], 1, 60, SCRIPT).returncode == 0
+
+
 CLIENT = """
 from pathlib import Path
 from tests.warm import WarmProcess, run_warm

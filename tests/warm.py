@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-import zlib
+import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,7 @@ class WarmProcess:
         self.pid = self.pids[0]
         self.returncode: int | None = None
         self._keeper: int = answer["keeper"]
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def errors(self) -> str:
         """Standard error so far."""
@@ -178,7 +181,7 @@ class _Line:
     """A connection to the server that all workers of a test run share."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        with _SOCKET.with_suffix(".lock").open("w") as lock:
+        with _LOCK.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 self._socket = _connected()
@@ -202,8 +205,9 @@ class _Line:
 
 RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 """Name of this test run, which all its workers know."""
-_FOLDER = tempfile.gettempdir() if len(tempfile.gettempdir()) < 50 else "/tmp"
-_SOCKET = Path(_FOLDER) / f"warm-{RUN}-{zlib.crc32(str(ROOT).encode())}"
+_NAME = "warm-" + hashlib.sha256(f"{RUN} {ROOT}".encode()).hexdigest()[:16]
+_FOLDER = Path(tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) < 80 else "/tmp")
+_SOCKET, _LOCK = _FOLDER / _NAME, _FOLDER / f"{_NAME}.lock"
 """Where the server of this test run and this checkout listens, in at most 107 bytes."""
 
 
@@ -218,7 +222,10 @@ def _connected() -> socket.socket:
 
 
 def _start_server(environment: dict[str, str]) -> None:
-    """Start a server, which ends when nobody has been connected to it for a second."""
+    """Start a server, which ends when nobody has been connected to it for a second.
+
+    Ctrl-C does not reach it: it ends the jobs of a worker when that worker's connection closes.
+    """
     _SOCKET.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(_SOCKET))
@@ -226,8 +233,8 @@ def _start_server(environment: dict[str, str]) -> None:
         # A pipe, as forks mostly have: a stream remembers whether its file can be wound back.
         reading, writing = os.pipe()
         subprocess.Popen(
-            [sys.executable, "-m", "tests.warm_server", str(_SOCKET)], cwd=ROOT, env=environment,
-            stdin=listener.fileno(), stdout=writing,
+            [sys.executable, "-m", "tests.warm_server", str(_SOCKET), str(_LOCK)], cwd=ROOT,
+            env=environment, stdin=listener.fileno(), stdout=writing, start_new_session=True,
         )  # fmt: skip
         os.close(reading)
         os.close(writing)

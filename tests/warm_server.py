@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import gc
 import importlib
 import json
@@ -19,14 +20,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.forks import ForkingPopen, begin_anew, make_program_once, run_command, run_script
+from tests.forks import (
+    ForkingPopen,
+    begin_anew,
+    make_program_once,
+    run_command,
+    run_script,
+    run_to_the_end,
+)
 from tests.warm import Request, signal_all
 
 
-def serve(path: Path) -> None:
+def serve(socket_path: Path, lock_path: Path) -> None:
     """Answer every connection in a fork; end when none has been open for a second."""
     _import_everything()
     assert _threads() <= 1, "a fork would lose a thread"
@@ -34,19 +43,24 @@ def serve(path: Path) -> None:
     gc.freeze()  # what the collector would write to, forks would have to copy
     listener = socket.socket(fileno=0)
     listener.settimeout(1.0)
-    served = 0
-    while _has_children() or not served:
-        with contextlib.suppress(TimeoutError):
+    until = time.monotonic() + 30.0  # for the first connection
+    while _has_children() or time.monotonic() < until:
+        try:
             line, _ = listener.accept()
-            served += 1
-            if os.fork() == 0:
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                line.settimeout(None)
-                _answer(line)
-                os._exit(0)
-            line.close()
-    for left in (path, path.with_suffix(".lock")):
-        left.unlink(missing_ok=True)
+        except TimeoutError:
+            continue
+        until = 0.0
+        if os.fork() == 0:
+            run_to_the_end(partial(_answer, line))  # does not return
+        line.close()
+    with lock_path.open("w") as lock:  # nobody connects between the look and the removal
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        socket_path.unlink(missing_ok=True)
+        lock_path.unlink(missing_ok=True)
+
+
+_line: socket.socket | None = None
+"""The connection of this process, which the jobs that it forks must not keep open."""
 
 
 def _has_children() -> bool:
@@ -60,6 +74,10 @@ def _has_children() -> bool:
 
 def _answer(line: socket.socket) -> None:
     """Answer requests until the other end closes."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    line.settimeout(None)
+    global _line  # noqa: PLW0603 - one for this process
+    _line = line
     closed = select.poll()
     closed.register(line, select.POLLRDHUP)
     with line.makefile("rw") as file:
@@ -115,6 +133,7 @@ def _keep(request: Request) -> dict[str, Any]:
     keeper = os.fork()
     if keeper == 0:
         os.close(reading)
+        _drop_line()
         ranks = _fork_ranks(request, writing)
         os.write(writing, json.dumps(ranks).encode())
         os.close(writing)
@@ -127,6 +146,13 @@ def _keep(request: Request) -> dict[str, Any]:
     os.close(writing)
     with os.fdopen(reading) as pipe:
         return {"keeper": keeper, "pids": json.loads(pipe.read())}
+
+
+def _drop_line() -> None:
+    """Close this process's copy of the connection, and forget its number."""
+    number = _line.detach() if _line is not None else -1
+    if number >= 0:
+        os.close(number)
 
 
 def _fork_ranks(request: Request, unwanted: int | None = None) -> list[int]:
@@ -145,6 +171,7 @@ def _fork_ranks(request: Request, unwanted: int | None = None) -> list[int]:
 def _become(request: Request, rank: int, port: int) -> None:
     """Turn this fork into the rank: files, environment, words; run it and end the process."""
     os.setpgid(0, 0)
+    _drop_line()
     for number, path in ((1, request.stdout), (2, request.stderr)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, number)
@@ -249,4 +276,4 @@ def _spins(process: int) -> bool:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), Path(sys.argv[2]))

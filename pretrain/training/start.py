@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.reader import CHECKPOINTS, OWES_EVALUATION
 from pretrain.checkpoint.recover import find_whole
@@ -194,6 +196,7 @@ def _built(setup: Setup, origin: Origin, grid: Grid) -> tuple[Engine, FaultDetec
     weights."""
     with grid.together(""):
         draws = origin.checkpoint is None
+        torch.manual_seed(setup.config.seed)  # nothing here uses it; code of a user's own may
         engine = build_engine(setup.config, grid, setup.plan, setup.task.eod, draws)
     weights = origin.initial_weights(initial_weights(engine.module, grid))
     faults = FaultDetector(setup.config.faults)

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from pretrain.checkpoint.reader import Checkpoint, list_checkpoints
 from tests.decay.test_decay_applied import decays
 from tests.tools import (
     DIALECTS,
@@ -16,6 +18,7 @@ from tests.tools import (
     losses_of,
     metrics_of,
     pretrain,
+    run,
     run_workers,
     weights_of,
     write_recipe,
@@ -126,6 +129,22 @@ def test_evaluation_of_a_checkpoint_on_another_grid(
     wanted = json.loads(done.stdout)
     assert found["documents_sha256"] == wanted["documents_sha256"]
     assert abs(found["overall"]["loss"] / wanted["overall"]["loss"] - 1) < 1e-5
+
+
+def test_the_generator_of_torch_begins_with_the_seed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy or optimizer of a user's own may draw from it."""
+    states = []
+    for place in ("one", "other"):
+        torch.manual_seed(len(place))
+        values = base_recipe(data) | {"train": {"steps": 1, "global_batch": 8}}
+        recipe = write_recipe(tmp_path / f"{place}.yaml", values)
+        assert run(monkeypatch, "train", str(recipe), "--out", str(tmp_path / place)) == 0
+        checkpoint = Checkpoint(list_checkpoints(tmp_path / place / "checkpoints")[-1])
+        states.append(checkpoint.rng_state(0))
+    assert states[0] is not None and states[1] is not None
+    assert torch.equal(states[0], states[1])
 
 
 def test_finished_run_is_left_alone(undisturbed: dict[int, Path], data: Path) -> None:

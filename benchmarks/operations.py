@@ -3,10 +3,13 @@
     python benchmarks/operations.py --out benchmarks/results/operations-cpu.json
 
 A GPT-2 of 12 layers makes some updates with AdamW and clipping. All ATen operations of the last are
-counted, views too: they are what the host of a GPU must start. Of compiled code, PyTorch's profiler
-counts the compiler's kernels and the innermost operations without views. "As on a GPU" uses the
-kernels that `speed` chooses for a GPU, and leaves out what only a CPU needs: LayerNorm's gradients
-in blocks of rows. The other processes of a grid are simulated by PyTorch's ``fake`` process group.
+counted, views too: they are what the host of a GPU must start. A custom operator counts as one. Of
+compiled code, PyTorch's profiler counts the compiler's kernels and the innermost operations that
+compute or copy; a ``_foreach`` operation counts as one, as on a GPU.
+
+"As on a GPU" uses the kernels that `speed` chooses for a GPU, and leaves out what only a CPU needs:
+LayerNorm's gradients in blocks of rows. The logits of the loss are one block. The other processes
+of a grid are simulated by PyTorch's ``fake`` process group.
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ def _profiled(step: Step) -> dict[str, int]:
     for event in profile.events():
         if "_fused_" in event.name and not event.name.startswith("aten::"):
             counts["compiled kernel"] += 1
-        elif _computes(event) and not any(map(_computes, event.cpu_children)):
+        elif _computes(event) and not _inside_foreach(event) and _is_innermost(event):
             counts[event.name] += 1
     return dict(counts)
 
@@ -100,10 +103,20 @@ _VIEWS = frozenset((
     "_local_scalar_dense", "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach",
     "detach_", "empty", "empty_like", "empty_strided", "expand", "flatten", "is_nonzero", "item",
     "lift_fresh", "narrow", "permute", "reshape", "resize_", "resolve_conj", "resolve_neg",
-    "result_type", "select", "set_", "slice", "split", "split_with_sizes", "t", "transpose",
+    "result_type", "select", "set_", "slice", "split", "split_with_sizes", "t", "to", "transpose",
     "unbind", "unflatten", "unsqueeze", "view", "zeros", "zeros_like",
 ))  # fmt: skip
 """Operations that start nothing on a device, or only others."""
+
+
+def _is_innermost(event: Any) -> bool:
+    return "_foreach_" in event.name or not any(map(_computes, event.cpu_children))
+
+
+def _inside_foreach(event: Any) -> bool:
+    """Whether it is the loop over tensors that stands for a GPU's one kernel."""
+    parent = event.cpu_parent
+    return parent is not None and ("_foreach_" in parent.name or _inside_foreach(parent))
 
 
 def _computes(event: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def linear_in_one(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> Tensor:
@@ -33,20 +34,21 @@ def linear_in_one(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, 
 class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, *parts: Tensor) -> Tensor:
-        weight = torch.cat(parts[:count])
-        bias = torch.cat(parts[count:]) if parts[count:] else None
-        ctx.save_for_backward(x, weight)
-        ctx.rows, ctx.has_biases = [part.shape[0] for part in parts[:count]], bias is not None
-        return F.linear(x, weight, bias)
+        weights, biases = parts[:count], parts[count:]
+        # Not the joined weight: every layer would keep a copy until the backward pass.
+        ctx.save_for_backward(x, *weights)
+        ctx.rows, ctx.has_biases = [part.shape[0] for part in weights], bool(biases)
+        return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
+        x, *weights = ctx.saved_tensors
         flat = upstream.reshape(-1, upstream.shape[-1])
         of_x: Tensor | None = None
         of_parts: tuple[Tensor | None, ...] = (None,) * len(ctx.needs_input_grad[2:])
         if ctx.needs_input_grad[0]:
-            of_x = (flat @ weight).view(x.shape)
+            of_x = (flat @ torch.cat(weights)).view(x.shape)
         if any(ctx.needs_input_grad[2:]):
             of_weights = (flat.T @ x.reshape(-1, x.shape[-1])).split(ctx.rows)
             of_biases = flat.sum(0).split(ctx.rows) if ctx.has_biases else ()

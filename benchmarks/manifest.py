@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.results_file import finish
+from benchmarks.results_file import answer, ask, finish
 
 MODEL = {"dialect": "llama", "num_layers": 80, "hidden_size": 8192, "num_attention_heads": 64,
          "num_key_value_heads": 8, "ffn_hidden_size": 28_672, "context": 4096,
@@ -96,15 +95,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="measure one number of processes here")
     options = parser.parse_args()
     if options.processes:
-        print("RESULT", json.dumps(measure(options.processes)))
+        answer(measure(options.processes))
         return
     result: dict[str, Any] = {}
     for processes in (64, 256, 1024):
-        command = [sys.executable, __file__, "--processes", str(processes)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if "RESULT " not in done.stdout:
-            sys.exit(done.stderr)
-        result[str(processes)] = json.loads(done.stdout.split("RESULT ")[1])
+        result[str(processes)] = ask("--processes", str(processes))
         print(f"{processes} processes: {result[str(processes)]}", file=sys.stderr)
     finish({"processes": result}, options.out)
 

@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -34,9 +31,11 @@ import torch
 import torch._inductor.config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.contenders import peers
 from benchmarks.contenders.common import Step
 from benchmarks.contenders.shapes import Shape
-from benchmarks.results_file import finish
+from benchmarks.results_file import answer, ask, finish
+from benchmarks.simulated import join_simulated_grid
 from models.kernels import Kernels
 
 SHAPE = Shape(layers=12, hidden=64, heads=4, context=32, batch=8, vocabulary=512)
@@ -72,9 +71,9 @@ def count(case: str, precision: str) -> dict[str, int]:
     kind, processes, grid = CASES[case]
     compiled = case.endswith(COMPILED)
     inductor.cpp.enable_kernel_profile = True
-    with _as_on(kind, compiled):
+    with _as_on(kind, precision, compiled):
         if kind == "plain":
-            step = _plain(precision, compiled)
+            step = peers.plain(SHAPE, compiled)
         else:
             step = _rankdecay(precision, processes, grid)
         for _ in range(3):
@@ -125,9 +124,11 @@ def _computes(event: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _as_on(kind: str, compiled: bool) -> Iterator[None]:
+def _as_on(kind: str, precision: str, compiled: bool) -> Iterator[None]:
     if kind != "gpu":
-        yield
+        # The plain loop's choice would depend on whether this machine multiplies bf16 fast.
+        with patch("benchmarks.contenders.peers.half", lambda: precision == "bf16"):
+            yield
         return
     from pretrain.engine.speed import choose_kernels
 
@@ -141,43 +142,15 @@ def _as_on(kind: str, compiled: bool) -> Iterator[None]:
         yield
 
 
-def _plain(precision: str, compiled: bool) -> Step:
-    from benchmarks.contenders import peers
-
-    # Its choice would depend on whether this machine multiplies bf16 fast.
-    with patch("benchmarks.contenders.peers.half", lambda: precision == "bf16"):
-        step = peers.plain(SHAPE, compiled)
-
-    def chosen() -> float:
-        with patch("benchmarks.contenders.peers.half", lambda: precision == "bf16"):
-            return step()
-
-    return chosen
-
-
 def _rankdecay(precision: str, processes: int, grid: dict[str, int]) -> Step:
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     from benchmarks.contenders.common import tensors
     from benchmarks.contenders.worker import recipe_values
-    from models.gpt import whole_model
-    from pretrain.config.recipe import parse_config
-    from pretrain.decay.plan import plan_decay
-    from pretrain.distributed.grid import build_grid
     from pretrain.engine.engine import build_engine
-    from pretrain.engine.libraries import load_libraries
 
-    os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": str(processes)}
     values = recipe_values(SHAPE, grid=grid) | {"precision": precision}
     # As many sequences on this process as in the plain loop.
     values["train"]["global_batch"] = SHAPE.batch * processes // grid.get("tensor_parallel", 1)
-    config = parse_config(values)
-    if not dist.is_initialized():
-        dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
-    connected = build_grid(config.grid, torch.device("cpu"))
-    load_libraries()
-    plan = plan_decay(whole_model(config.model, connected.tensor), config.optimizer.weight_decay)
+    config, connected, plan = join_simulated_grid(values, processes)
     engine, data = build_engine(config, connected, plan), tensors(SHAPE)
     steps = iter(range(10_000))
 
@@ -195,16 +168,12 @@ def main() -> None:
     parser.add_argument("--here", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        print("RESULT", json.dumps(count(*options.here)))
+        answer(count(*options.here))
         return
     table: dict[str, Any] = {}
     for precision in ("fp32", "bf16"):
         for case in CASES:
-            command = [sys.executable, __file__, "--here", case, precision]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if "RESULT " not in done.stdout:
-                sys.exit(done.stderr)
-            counts = json.loads(done.stdout.split("RESULT ")[1])
+            counts = ask("--here", case, precision)
             total = sum(counts.values())
             loop = "plain loop" + (COMPILED if case.endswith(COMPILED) else "")
             plain = table.get(loop, {}).get(precision, {}).get("operations", total)

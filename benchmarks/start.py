@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import psutil
 
-from benchmarks.results_file import finish
+from benchmarks.results_file import answer, ask, finish
+from benchmarks.simulated import join_simulated_grid
 
 ONE_B = {"dialect": "llama", "num_layers": 16, "hidden_size": 2048, "num_attention_heads": 16,
          "context": 2048, "vocabulary_size": 50_304}  # fmt: skip
@@ -49,26 +48,13 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, int]]] = {
 def measure(model: dict[str, Any], processes: int, grid: dict[str, int]) -> dict[str, Any]:
     """Build one engine in this process."""
     import torch
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from models.gpt import whole_model
-    from pretrain.config.recipe import parse_config
-    from pretrain.decay.plan import plan_decay
-    from pretrain.distributed.grid import build_grid
     from pretrain.engine.engine import build_engine
-    from pretrain.engine.libraries import load_libraries
 
-    os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": str(processes)}
     torch.set_num_threads(2)
     recipe = {"model": model, "grid": grid, "precision": "bf16",
               "train": {"global_batch": processes, "steps": 100}}  # fmt: skip
-    config = parse_config(recipe)
-    dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
-    connected = build_grid(config.grid, torch.device("cpu"))
-    load_libraries()
-    infos = whole_model(config.model, connected.tensor)
-    plan = plan_decay(infos, config.optimizer.weight_decay)
+    config, connected, plan = join_simulated_grid(recipe, processes)
     me = psutil.Process()
     gc.collect()
     before = me.memory_info().rss
@@ -83,7 +69,7 @@ def measure(model: dict[str, Any], processes: int, grid: dict[str, int]) -> dict
     gc.collect()
     kept, unwritten = kept_bytes(engine)
     return {
-        "parameters": sum(info.numel for info in infos),
+        "parameters": sum(info.numel for group in plan.groups for info in group.parameters),
         "owned_values": drawn,
         "seconds": round(seconds, 1),
         "seconds_of_drawing": round(seconds - built, 1),
@@ -133,15 +119,12 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        print("RESULT", json.dumps(measure(*CASES[options.case[0]])))
+        answer(measure(*CASES[options.case[0]]))
+        sys.stdout.flush()
         os._exit(0)
     result: dict[str, Any] = {}
     for case in options.case or CASES:
-        command = [sys.executable, __file__, "--here", "--case", case]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if "RESULT " not in done.stdout:
-            sys.exit(done.stderr)
-        figures = json.loads(done.stdout.split("RESULT ")[1])
+        figures = ask("--here", "--case", case)
         figures["peak_over_kept"] = round(figures["peak_bytes"] / figures["kept_bytes"], 3)
         result[case] = figures
         print(f"{case}: {figures}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """The server of `tests.warm`: it has everything imported, and forks what it is asked for.
 
-``python -m tests.warm_server SOCKET`` listens on standard input, a Unix socket. Each connection has
-a fork of its own, which reads requests as JSON lines and answers each with one line.
+``python -m tests.warm_server SOCKET LOCK`` listens on standard input, a Unix socket, and removes
+both files at its end. Each connection has a fork of its own, which reads requests as JSON lines and
+answers each with one line.
 """
 
 from __future__ import annotations

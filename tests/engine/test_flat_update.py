@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.operations import COMPILED
+from benchmarks.results_file import answered
 from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.loss import mean_loss
@@ -237,6 +237,6 @@ def test_operations_beside_a_plain_loop(precision: str, compiled: str, most: flo
         words = ["--here", case + compiled, precision]
         done = run_processes(words, 1, 300, script=ROOT / "benchmarks" / "operations.py")
         assert done.returncode == 0, done.stderr
-        totals[case] = sum(json.loads(done.stdout.split("RESULT ")[1]).values())
+        totals[case] = sum(answered(done.stdout).values())
     plain, ours = totals.values()
     assert plain > 300 and ours <= most * plain, totals

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from models.block import Block, Chain
 from models.config import GPTConfig
-from models.documents import Activation, document_starts, joined, positions_of, split
-from models.kernels import DEFAULT_KERNELS, Kernels, compiled
-from models.layers import MLP, Attention, Norm, ParameterFactory
+from models.documents import Activation, document_starts, positions_of, split
+from models.kernels import DEFAULT_KERNELS, Kernels
+from models.layers import Attention, Norm, ParameterFactory
 from models.loss import Projection
 from models.parallel import TensorParallel, embed, replicated
 from models.roles import ModelError, ParameterInfo, Role, declared_parameters, info_of
@@ -90,50 +91,9 @@ class LearnedPosition(nn.Module):
         rows = slice(start, start + hidden.shape[0])
         weight = replicated(self.weight, self.tp)
         if starts is None:
-            return hidden + weight[rows].unsqueeze(1)
+            whole = hidden.shape[0] == weight.shape[0]  # a slice has operations of its own
+            return hidden + (weight if whole else weight[rows]).unsqueeze(1)
         return hidden + embedding(positions_of(starts)[:, rows].t(), weight), starts
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block, sequential or parallel residual."""
-
-    def __init__(
-        self, config: GPTConfig, layer: int, factory: ParameterFactory, kernels: Kernels
-    ) -> None:
-        super().__init__()
-        self.parallel_residual, self.recompute = config.parallel_residual, kernels.recompute
-        self.attention_norm = Norm(config, factory, f"blocks.{layer}.attention_norm", layer)
-        self.attention = Attention(config, layer, factory, kernels)
-        self.mlp = None
-        if config.mlp:
-            self.mlp_norm = Norm(config, factory, f"blocks.{layer}.mlp_norm", layer)
-            self.mlp = MLP(config, layer, factory, kernels)
-        self._compiled = None
-        if kernels.compiled:
-            self._compiled = compiled(self._forward)
-
-    def forward(self, x: Activation) -> Activation:
-        hidden, starts = split(x)
-        if self._compiled is not None:
-            self.attention.prepare(hidden)
-        if self.recompute and torch.is_grad_enabled():
-            # Reentrant: ZeRO-3 frees parameters between the two passes, which the
-            # non-reentrant form takes for changed metadata.
-            forward = self._compiled or self._forward
-            hidden = checkpoint(forward, hidden, starts, use_reentrant=True)
-        elif self._compiled is not None and torch.is_grad_enabled():
-            # Batches of training have one shape; those of an evaluation would each be compiled.
-            hidden = self._compiled(hidden, starts)
-        else:
-            hidden = self._forward(hidden, starts)
-        return joined(hidden, starts)
-
-    def _forward(self, x: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
-        attended: torch.Tensor = x + self.attention(self.attention_norm(x), starts)
-        if self.mlp is None:
-            return attended
-        out: torch.Tensor = self.mlp(self.mlp_norm(x if self.parallel_residual else attended))
-        return attended + out
 
 
 class FinalNorm(Norm):
@@ -293,6 +253,8 @@ class GPT(nn.Module):
                     shared[plan.tied] = module
             function = module if plan.forward is None else partial(plan.forward, module)
             self.functions.append(function)
+        if kernels.compiled and not kernels.recompute:
+            self.functions = _with_chains(self.functions)
 
     def forward(
         self,
@@ -310,6 +272,16 @@ class GPT(nn.Module):
         for function in self.functions:
             x = function(x)
         return finish(x)
+
+
+def _with_chains(functions: list[Callable[[Any], Any]]) -> list[Callable[[Any], Any]]:
+    """The same functions, with consecutive blocks as one `Chain`."""
+    joint: list[Callable[[Any], Any]] = []
+    for _, group in groupby(functions, type):
+        some = list(group)
+        blocks = [function for function in some if isinstance(function, Block)]
+        joint += [Chain(blocks)] if blocks else some
+    return joint
 
 
 def attention_layers(module: nn.Module) -> list[Attention]:

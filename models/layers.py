@@ -194,6 +194,8 @@ class Attention(nn.Module):
             starts: of documents, ``[batch, whole sequence]``, if attention stays inside them.
         """
         q, k, v = (self._heads(part) for part in self._projected(enter(x, self.tp)))
+        if self._frees_joined(q):
+            q = q.clone()
         q, k = self._normalised(q, self.query_gain), self._normalised(k, self.key_gain)
         if self.rotary is not None:
             positions = None if starts is None else positions_of(starts)
@@ -215,6 +217,17 @@ class Attention(nn.Module):
             return tuple(F.linear(x, *pair) for pair in zip(weights, biases, strict=True))
         joined = linear_in_one(x, weights, tuple(bias for bias in biases if bias is not None))
         return torch.split(joined, [weight.shape[0] for weight in weights], -1)
+
+    def _frees_joined(self, q: torch.Tensor) -> bool:
+        """Whether a copy of the queries frees the product that they share with keys and values.
+
+        In low precision the backward pass has copies of keys and values (`torch_attention`). A view
+        of the queries would keep the memory of all three.
+        """
+        copied = self.rotary is not None  # rotation makes a copy
+        seen = self.query_gain is not None  # the norm of the keys needs the product too
+        by_copies = q.dtype.itemsize < 4 and self.config.attention == "softmax"
+        return self.kernels.joined and by_copies and not copied and not seen
 
     def _own(self, weight: Weight) -> Weight:
         """The rows of this process's heads of a key's or value's weight, or the bias."""

@@ -7,6 +7,7 @@ Lion, which work element by element. Muon needs whole matrices and requests them
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,8 @@ Updates = list[tuple[Tensor, Tensor]]
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024)."""
 _ITERATIONS = 5
+_NOT_SETTINGS = ("params", "name", "muon")
+"""Entries of a param group that AdamW does not read as settings."""
 
 
 def optimizer_groups(module: nn.Module, plan: DecayPlan) -> Groups:
@@ -55,7 +58,7 @@ def build_optimizer(config: OptimizerConfig, groups: Groups) -> torch.optim.Opti
     # η is 0 until the first step sets it, so that a constructor cannot decay anything.
     betas, rate = (config.beta1, config.beta2), 0.0
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.epsilon, fused=True)
+        return MergedAdamW(groups, lr=rate, betas=betas, eps=config.epsilon, fused=True)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=config.momentum)
     if config.name == "muon":
@@ -94,6 +97,40 @@ def rule_of(name: str, role: Role) -> str:
     if name == "muon" and not is_muon_role(role):
         return "adamw"
     return name
+
+
+def _without_hooks(step: Any) -> Any:
+    """The step of a class as it is before PyTorch wraps it, at the first object, to call hooks."""
+    return inspect.unwrap(step, stop=lambda one: not getattr(one, "hooked", False))
+
+
+_adamw_step = _without_hooks(torch.optim.AdamW.step)
+
+
+class MergedAdamW(torch.optim.AdamW):
+    """AdamW that updates groups with the same settings together, as they are at the step.
+
+    The groups of a decay plan differ in their names, and seldom in more than two values of λ.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """Make one update."""
+        groups = self.param_groups
+        self.param_groups = _merged(groups)
+        try:
+            return _adamw_step(self, closure)
+        finally:
+            self.param_groups = groups
+
+
+def _merged(groups: Groups) -> Groups:
+    """One group for each set of settings, whatever the groups' names."""
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for group in groups:
+        settings = {key: value for key, value in group.items() if key not in _NOT_SETTINGS}
+        same = merged.setdefault(tuple(sorted(settings.items())), settings | {"params": []})
+        same["params"].extend(group["params"])
+    return list(merged.values())
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -1,7 +1,8 @@
 """Flat buffers of parameters, gradients and fp32 masters, divided among data-parallel processes.
 
 The parameters of a buffer are views of one tensor, so that each operation of an update on all of
-them (casts, norms, clipping, reductions) is one operation on one tensor.
+them (casts, norms, clipping, reductions) is one operation on one tensor. The gradient has memory
+only from the backward pass to the end of the update: it comes while the activations go.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ class FlatBuffer:
             self._starts[id(parameter)] = start
             self.views[id(parameter)] = self.gradient[start:stop].view_as(parameter)
             start = stop
+        self._used = start
+        """Number of elements that are not padding."""
 
     def _owner(self, parameters: list[nn.Parameter]) -> Owner:
         first = self._starts[id(parameters[0])]
@@ -116,10 +119,24 @@ class FlatBuffer:
             if id(piece.parameter) in counted
         ]
 
-    def refresh(self) -> None:
-        """Set this process's working weights from its masters."""
-        if self.working.dtype != torch.float32:
-            self.own_working.copy_(self.master)
+    def has_gradient(self) -> bool:
+        """Whether there is memory for the gradient."""
+        return self.gradient.untyped_storage().nbytes() > 0
+
+    def allocate_gradient(self) -> None:
+        """Give the gradient memory, whose elements may have any value; its views have it too."""
+        storage = self.gradient.untyped_storage()
+        storage.resize_(self.gradient.numel() * self.gradient.element_size())
+        self.gradient[self._used :].zero_()
+
+    def free_gradient(self) -> None:
+        """Give the memory of the gradient back; its views stay, without elements."""
+        self.gradient.untyped_storage().resize_(0)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the working weights are not the masters but their values in fewer bits."""
+        return self.working.dtype != torch.float32
 
 
 def in_buckets(

@@ -54,34 +54,27 @@ class FlatUpdate:
         self._grid, self._count, self._clipping = grid, micro_batches, clipping
         buckets = in_buckets(declared_parameters(module), smallest)
         parts, part = (grid.data, grid.data_rank) if self.shared else (1, 0)
-        # A reduction needs a bucket's parameters in one tensor; without it, a group is one tensor.
-        laid_out = (
-            [by_group(bucket, groups) for bucket in buckets]
-            if grid.data > 1
-            else [[group] for group in by_group(list(declared_parameters(module)), groups)]
-        )
-        self.buffers = [FlatBuffer(members, precision, parts, part) for members in laid_out]
+        self.buffers = [
+            FlatBuffer(by_group(bucket, groups), precision, parts, part) for bucket in buckets
+        ]
         self.owners = [owner for buffer in self.buffers for owner in buffer.owners.values()]
-        views = {key: view for buffer in self.buffers for key, view in buffer.views.items()}
         self._buckets = [
-            _Bucket(
-                bucket,
-                [views[id(parameter)] for parameter in bucket],
-                self.buffers[index] if grid.data > 1 else None,
-                self._complete,
-            )
-            for index, bucket in enumerate(buckets)
+            _Bucket(bucket, buffer, self._complete)
+            for bucket, buffer in zip(buckets, self.buffers, strict=True)
         ]
         counted = self._counted()
         gradients = [
             gradient for buffer in self.buffers for gradient in buffer.own_gradients(counted)
         ]
         self._square_sum = SquareSum(gradients) if gradients else None
+        self._free_gradients()
         self.optimizer = build(
             [{**group, "params": self._owned(group["name"])} for group in groups]
         )
         self.decides_on_device = False
         """Skip an update that is not finite without waiting for the device (`gate`)."""
+        self.keeps_gradients = False
+        """Keep the memory of the gradients between updates."""
         self.micro_batches_done = 0
         """Number of micro batches of the current update so far."""
         self._reductions: list[Any] = []
@@ -129,7 +122,7 @@ class FlatUpdate:
         self.micro_batches_done += 1
         for bucket in self._buckets:
             bucket.begin()
-        (loss / self._count).backward()
+        (loss if self._count == 1 else loss / self._count).backward()
         for bucket in self._buckets:
             if not bucket.is_complete:  # a parameter on which the loss does not depend
                 bucket.finish()
@@ -138,7 +131,7 @@ class FlatUpdate:
     def _complete(self, bucket: _Bucket) -> None:
         """Pack the complete gradients of a bucket, and reduce them in the last micro batch."""
         bucket.pack(first=self.micro_batches_done == 1)
-        if bucket.buffer is None or self.micro_batches_done < self._count:
+        if self._grid.data == 1 or self.micro_batches_done < self._count:
             return
         self._packed.add(id(bucket))
         # In one order on every process, even if gradients arrive in another one.
@@ -147,7 +140,6 @@ class FlatUpdate:
 
     def _reduce(self, bucket: _Bucket) -> None:
         buffer = bucket.buffer
-        assert buffer is not None
         group = self._grid.data_group
         buffer.gradient.div_(self._grid.data)
         self._reductions.append(
@@ -164,11 +156,23 @@ class FlatUpdate:
         nothing."""
         if self.micro_batches_done < self._count:
             return
+        try:
+            self._step()
+        finally:
+            if not self.keeps_gradients:
+                self._free_gradients()
+
+    def _free_gradients(self) -> None:
+        for buffer in self.buffers:
+            buffer.free_gradient()
+
+    def _step(self) -> None:
         self._wait_for_reductions()
         self.gradient_norm = self._norm()
         if self.decides_on_device:
             # The attributes that torch.amp.GradScaler sets: fused optimizers read them.
-            self.optimizer.found_inf = (~self.gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
+            # Only 0 · finite is 0: fewer operations than `isfinite`.
+            self.optimizer.found_inf = (self.gradient_norm * 0.0).ne(0.0).float()  # type: ignore[attr-defined]
         elif not bool(self.gradient_norm.isfinite()):
             return
         if self._clipping:
@@ -179,8 +183,11 @@ class FlatUpdate:
     @torch.no_grad()
     def refresh(self) -> None:
         """Set the working weights of all processes from the masters; a collective call."""
-        for buffer in self.buffers:
-            buffer.refresh()
+        stale = [buffer for buffer in self.buffers if buffer.is_rounded]
+        if stale:
+            torch._foreach_copy_(
+                [buffer.own_working for buffer in stale], [buffer.master for buffer in stale]
+            )
         if self.shared:
             self._gather()
 
@@ -197,8 +204,10 @@ class FlatUpdate:
         self._reductions.clear()
 
     def _norm(self) -> Tensor:
-        zero = torch.zeros((), dtype=torch.float64, device=self._grid.device)
-        total = self._square_sum() if self._square_sum else zero
+        if self._square_sum is None:  # other processes count everything
+            total = torch.zeros((), dtype=torch.float64, device=self._grid.device)
+        else:
+            total = self._square_sum()
         if self._grid.world_size > 1:
             dist.all_reduce(total)
         return total.sqrt().float()
@@ -235,20 +244,19 @@ class _Bucket:
     """Parameters whose gradients are packed, and reduced, together.
 
     Args:
-        views: the destinations of the gradients, in the order of ``parameters``.
-        buffer: the flat buffer that the bucket fills, if it fills one.
+        buffer: the flat buffer that the bucket fills.
         complete: called when the last gradient of a backward pass has arrived.
     """
 
     def __init__(
         self,
         parameters: list[nn.Parameter],
-        views: list[Tensor],
-        buffer: FlatBuffer | None,
+        buffer: FlatBuffer,
         complete: Callable[[_Bucket], None],
     ) -> None:
         self.buffer = buffer
-        self._parameters, self._views = parameters, views
+        self._parameters = parameters
+        self._views = [buffer.views[id(parameter)] for parameter in parameters]
         self._missing = 0
         self._report = complete
         self._hooks = [
@@ -283,6 +291,8 @@ class _Bucket:
         """Set or add the gradients in the buffer, and release them."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if first:
+            if not self.buffer.has_gradient():
+                self.buffer.allocate_gradient()
             torch._foreach_copy_(self._views, gradients)
         else:
             torch._foreach_add_(self._views, gradients)

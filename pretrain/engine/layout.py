@@ -9,6 +9,7 @@ from pretrain.distributed.grid import Grid, check_grid
 from pretrain.engine.engine import micro_batches
 from pretrain.engine.precision import with_precision
 from pretrain.engine.sizes import Layout
+from pretrain.engine.speed import records_passes
 
 
 def empty_grid(config: Config, device: str, count: int) -> Grid:
@@ -50,6 +51,7 @@ def layout_of(config: Config, device: str, count: int, base: float, slack: float
         count=passes,
         recompute=config.grid.activation_checkpointing,
         flat=config.is_flat,
+        recorded=records_passes(config, grid),
         sequence=grid.sequence_parallel,
         loss_bytes=config.speed.loss_bytes(device, compiled),
         compiled_loss=compiled,

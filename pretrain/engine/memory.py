@@ -37,7 +37,7 @@ def memory_of(sizes: Sizes, layout: Layout) -> dict[str, float]:
 
     The peak is either at the end of a forward pass, with its activations and the loss, or in the
     update. The start needs less: what the process keeps, and under ZeRO 3 one layer whole. On flat
-    buffers, the float32 gradients always exist, and one layer's gradients as computed. DeepSpeed
+    buffers, an update has the float32 gradients, and one layer's gradients as computed. DeepSpeed
     has all of them as computed, in its bucket, and in float32.
     """
     fullest = sizes.fullest_stage(layout.pipeline)
@@ -49,14 +49,15 @@ def memory_of(sizes: Sizes, layout: Layout) -> dict[str, float]:
     waiting = min(layout.pipeline, layout.count)
     # Summed in float32, in every precision.
     gradients = local * 4 / (layout.data if layout.stage >= 2 else 1)
-    several = layout.count > 1  # they wait for the next micro batch
+    # They wait for the next micro batch, or a CUDA graph keeps them.
+    waits = layout.count > 1 or layout.recorded
     always = {
         "libraries": layout.base,
         "weights": local * layout.width / (layout.data if layout.stage == 3 else 1),
         "optimizer": (fullest.state(layout.tensor) + local * masters) / shards,
     }
     forward = {
-        "gradients": gradients if several or layout.flat else 0.0,
+        "gradients": gradients if waits else 0.0,
         "gathered": layout.kept_gathered(sizes) * layout.width if layout.stage == 3 else 0.0,
         "activations": per_layer * sizes.stage(layout.pipeline) * waiting,
         # One layer's at work: its own, and the gradients that flow through it.
@@ -79,7 +80,7 @@ def memory_of(sizes: Sizes, layout: Layout) -> dict[str, float]:
         update["orthogonal"] = 8 * mine + 6 * 4 * sizes.largest
     peak = always | max(forward, update, key=lambda parts: sum(parts.values()))
     # Flat buffers are allocated once; the allocator wastes memory on what comes and goes.
-    lasting = ("weights", "optimizer", "gradients") if layout.flat else ()
+    lasting = ("weights", "optimizer") if layout.flat else ()
     changing = sum(size for part, size in peak.items() if part not in ("libraries", *lasting))
     return peak | {"allocator": layout.slack * changing}
 

@@ -48,6 +48,7 @@ class RecordedPasses:
 
     def __init__(self, update: FlatUpdate, run: Callable[[Tensor, Tensor], Tensor]) -> None:
         self._update, self._run = update, run
+        update.keeps_gradients = True  # a graph writes to the same memory each time
         self._seen = {True: 0, False: 0}
         self._recordings: dict[bool, _Recording] = {}
         self._gave_up = False

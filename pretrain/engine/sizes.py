@@ -141,6 +141,8 @@ class Layout:
     recompute: bool
     flat: bool = False
     """Whether updates are made on flat buffers, without DeepSpeed."""
+    recorded: bool = False
+    """Whether passes are CUDA graphs, which keep the memory of the gradients."""
     sequence: bool = False
     """Whether tensor-parallel processes divide the positions between their products."""
     loss_bytes: float = 512 << 20

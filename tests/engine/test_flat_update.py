@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.operations import COMPILED
+from benchmarks.operations import COMPILED, Operations
 from benchmarks.results_file import answered
 from models.gpt import GPT
 from models.layers import ParameterFactory
 from models.loss import mean_loss
-from models.roles import declared_parameters, info_of
+from models.roles import Role, declared_parameters, info_of
 from pretrain.config.recipe import parse_config
 from pretrain.distributed.grid import Grid
+from pretrain.engine import optimizers
 from pretrain.engine.flat_buffers import FlatBuffer, in_buckets
 from pretrain.engine.flat_update import FlatUpdate
 from pretrain.engine.norms import SquareSum, square_sum
+from pretrain.engine.optimizers import MergedAdamW
 from tests.tools import DIALECTS, ROOT, base_recipe, by_form, run_processes, run_workers
 
 SMALL = {"num_layers": 5, "hidden_size": 16, "num_attention_heads": 4, "vocabulary_size": 64}
@@ -201,6 +205,83 @@ def test_an_update_that_an_exception_ended_leaves_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(made[0][1], made[1][1], strict=True))
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_have_memory_during_an_update_only(count: int, keeps: bool) -> None:
+    """Also if it is skipped because it is not finite, or ends in an exception."""
+    grid = Grid(1, 1, 1, 0, torch.device("cpu"), None, None, None)
+    module = GPT(parse_config({"model": SMALL}).model, ParameterFactory(1))
+    groups = [{"name": "all", "params": list(declared_parameters(module)), "weight_decay": 0.1}]
+    build = partial(torch.optim.AdamW, lr=1e-2)
+    update = FlatUpdate(module, grid, groups, build, torch.float32, True, count, 1.0, smallest=1)
+    update.keeps_gradients = keeps
+    assert len(update.buffers) > 2
+    tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
+
+    def held() -> set[bool]:
+        return {buffer.has_gradient() for buffer in update.buffers}
+
+    assert held() == {False}
+    for kind in ("plain", "not finite", "ends"):
+        update.begin()
+        for number in range(count):
+            loss = update(tokens, partial(mean_loss, labels=tokens))
+            update.backward(loss * (torch.inf if kind == "not finite" else 1.0))
+            assert held() == {True}
+            ends = kind == "ends" and number == count - 1
+            if ends:
+                update.optimizer.step = Mock(side_effect=KeyboardInterrupt)  # type: ignore[method-assign]
+            with pytest.raises(KeyboardInterrupt) if ends else nullcontext():
+                update.step()
+            assert held() == {number < count - 1 or keeps}
+
+
+def test_padding_of_a_new_gradient_is_zero() -> None:
+    """The other processes would add whatever was in that memory before."""
+    parameter = ParameterFactory(1).constant("bias", (3,), Role.BIAS, None, 1.0)
+    buffer = FlatBuffer([("all", [parameter])], torch.float32, 2, 0)
+    for _ in range(3):
+        buffer.free_gradient()
+        buffer.allocate_gradient()
+        assert buffer.gradient[3:].abs().sum() == 0 and len(buffer.gradient) == 16
+        buffer.gradient.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("decays", [(0.1, 0.1, 0.0), (0.1, 0.2, 0.3), (0.0, 0.0, 0.0)])
+def test_groups_with_equal_settings_are_one_step(
+    decays: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is PyTorch's AdamW, bit by bit, and hooks see all groups, once."""
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # PyTorch wraps its step at the first object
+    step_of_class = optimizers._without_hooks(torch.optim.AdamW.step)
+    monkeypatch.setattr(optimizers, "_adamw_step", step_of_class)
+    draw = torch.Generator().manual_seed(1)
+    start = [torch.randn(50 + n, generator=draw) for n in range(3)]
+    seen, found = [], []
+    for kind in (torch.optim.AdamW, MergedAdamW):
+        owners = [one.clone() for one in start]
+        groups = [
+            {"name": str(n), "params": [owner], "weight_decay": decay}
+            for n, (owner, decay) in enumerate(zip(owners, decays, strict=True))
+        ]
+        optimizer = kind(groups, lr=1e-2, fused=True)
+        optimizer.register_step_pre_hook(lambda it, *_: seen.append(len(it.param_groups)))
+        for step in range(4):
+            optimizer.param_groups[1]["weight_decay"] = decays[1] * (1 + step % 2)
+            for owner in owners:
+                owner.grad = torch.randn(owner.shape, generator=torch.Generator().manual_seed(step))
+            with Operations() as counted:
+                optimizer.step()
+            steps = counted.counts["aten._fused_adamw_.default"]
+            if kind is MergedAdamW:
+                assert steps == len({group["weight_decay"] for group in optimizer.param_groups})
+        found.append((owners, optimizer.state_dict()["state"]))
+    assert seen == [3] * 8
+    (ours, state), (theirs, other) = found[1], found[0]
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    torch.testing.assert_close(state, other, rtol=0, atol=0)
+
+
 def test_buckets_end_with_layers() -> None:
     config = parse_config({"model": SMALL})
     everything = list(declared_parameters(GPT(config.model, ParameterFactory(1))))
@@ -227,11 +308,9 @@ def test_operations_of_an_update(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    ("compiled", "most"), [("", 1.2), pytest.param(COMPILED, 1.6, marks=pytest.mark.long)]
-)
-def test_operations_beside_a_plain_loop(precision: str, compiled: str, most: float) -> None:
-    """What the host of a GPU starts for an update; compiled code misses the target of 1.2."""
+@pytest.mark.parametrize("compiled", ["", pytest.param(COMPILED, marks=pytest.mark.long)])
+def test_operations_beside_a_plain_loop(precision: str, compiled: str) -> None:
+    """What the host of a GPU starts for an update."""
     totals = {}
     for case in ("plain loop", "rankdecay, as on a GPU"):
         words = ["--here", case + compiled, precision]
@@ -239,4 +318,4 @@ def test_operations_beside_a_plain_loop(precision: str, compiled: str, most: flo
         assert done.returncode == 0, done.stderr
         totals[case] = sum(answered(done.stdout).values())
     plain, ours = totals.values()
-    assert plain > 300 and ours <= most * plain, totals
+    assert plain > 280 and ours <= 1.2 * plain, totals

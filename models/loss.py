@@ -72,10 +72,12 @@ def mean_loss(
             Z is the normaliser of the softmax; the returned value has no such term.
     """
     targets = labels.t().flatten()
-    has_label = targets >= 0 if partial_labels else None
+    has_label = None
+    if partial_labels:
+        has_label, targets = targets >= 0, targets.clamp_min(0)
     hidden = enter(projection.hidden, projection.tp).flatten(0, 1)
     loss: Tensor = _MeanCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, projection.weight, targets.clamp_min(0), has_label, projection, z_loss
+        hidden, projection.weight, targets, has_label, projection, z_loss
     )
     return loss
 
@@ -216,18 +218,18 @@ class _MeanCrossEntropy(torch.autograd.Function):
                 of_logits *= slope
             losses.append(part_losses)
             sums.add(part, of_logits)
-        every = torch.cat(losses)
+        every = torch.cat(losses) if len(losses) > 1 else losses[0]
         loss = every.mean() if has_label is None else (every * has_label).sum() / has_label.sum()
         if sums is not None:
-            # 1, or NaN if the loss is not finite: such a loss must not lead to an update, but its
+            # 0, or NaN if the loss is not finite: such a loss must not lead to an update, but its
             # own gradient can be finite (a label to which the model gives probability 0).
-            ctx.save_for_backward(*sums.finished(), 0.0 * loss + 1.0)
+            ctx.save_for_backward(*sums.finished(), 0.0 * loss)
         return loss
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        of_hidden, of_weight, finite = ctx.saved_tensors
-        upstream = upstream * finite
+        of_hidden, of_weight, spoiled = ctx.saved_tensors
+        upstream = upstream + spoiled
         # Saved only for this call: it may be overwritten.
         return of_hidden.mul_(upstream), of_weight.mul_(upstream), *[None] * 4
 

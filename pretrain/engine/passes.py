@@ -77,7 +77,7 @@ class Passes:
                 self._updater.step()
             total = made.loss.clone() if total is None else total.add_(made.loss)
         assert total is not None
-        return total.div_(self._count)
+        return total if self._count == 1 else total.div_(self._count)
 
     def begin_next(self, batches: Iterator[Batch]) -> None:
         """Give the device the first micro batch of the next update, if there is one.

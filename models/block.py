@@ -28,8 +28,8 @@ class Block(nn.Module):
             self.mlp = MLP(config, layer, factory, kernels)
         self._compiled = self._compiled_link = None
         if kernels.compiled:
-            self._compiled = compiled(self._forward)
-            self._compiled_link = compiled(self._link)
+            self._compiled = compiled(self._forward, kernels.selective)
+            self._compiled_link = compiled(self._link, kernels.selective)
 
     def forward(self, x: Activation) -> Activation:
         hidden, starts = split(x)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.activated import activated_linear, activation
 from models.config import GPTConfig
 from models.documents import attention_by_flex, positions_of, same_document
 from models.initial import Initial, declare
@@ -207,7 +209,8 @@ class Attention(nn.Module):
             self.watch(q, k, starts)
         mixed = self._mixed(q, k, v, starts)
         mixed = mixed.permute(2, 0, 1, 3).flatten(2)
-        return row_parallel(mixed, self.output, self.output_bias, self.tp, self.kernels.joined)
+        product = partial(F.linear, mixed, self.output)
+        return row_parallel(product, self.output_bias, self.tp, self.kernels.joined)
 
     def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, each ``[sequence, batch, heads * head]``."""
@@ -318,21 +321,25 @@ class MLP(nn.Module):
         """``[sequence, batch, hidden]`` to the same shape."""
         x = enter(x, self.tp)
         inner = F.linear(x, self.into, self.into_bias)
-        if self.gate is not None:
-            inner = F.silu(F.linear(x, self.gate)) * inner
-        elif self.config.activation == "gelu_tanh":
-            inner = gelu_tanh(inner, self.kernels.compiled)
-        else:
-            inner = F.gelu(inner)
-        return row_parallel(inner, self.out, self.out_bias, self.tp, self.kernels.joined)
+        parts = (inner,) if self.gate is None else (F.linear(x, self.gate), inner)
+        return row_parallel(self._product(parts), self.out_bias, self.tp, self.kernels.joined)
+
+    def _product(self, parts: tuple[torch.Tensor, ...]) -> Product:
+        """The second matrix times the value of the activation function."""
+        kind = self.config.activation
+        if self.kernels.selective and not self.kernels.compiled:
+            return partial(activated_linear, kind, parts, self.out)
+        if self.kernels.compiled and kind == "gelu_tanh":
+            return partial(F.linear, gelu_by_exp(*parts), self.out)
+        return partial(F.linear, activation(kind, parts), self.out)
+
+
+Product = Callable[[torch.Tensor | None], torch.Tensor]
+"""A product with a weight, plus a bias."""
 
 
 def row_parallel(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    tp: TensorParallel,
-    joined: bool,
+    product: Product, bias: torch.Tensor | None, tp: TensorParallel, joined: bool
 ) -> torch.Tensor:
     """The product with a weight whose columns are split, plus a bias, which is added once.
 
@@ -340,16 +347,13 @@ def row_parallel(
         joined: add the bias inside the product, where one process has all of it.
     """
     if joined and tp.size == 1:
-        return F.linear(x, weight, bias)
-    y = leave(F.linear(x, weight), tp)
+        return product(bias)
+    y = leave(product(None), tp)
     return y if bias is None else y + replicated(bias, tp)
 
 
-def gelu_tanh(x: torch.Tensor, compiled: bool) -> torch.Tensor:
-    """GELU with Hendrycks & Gimpel's tanh; compiled code uses the form with exp, which is
-    faster."""
-    if not compiled:
-        return F.gelu(x, approximate="tanh")
+def gelu_by_exp(x: torch.Tensor) -> torch.Tensor:
+    """GELU with Hendrycks & Gimpel's tanh, written with exp, which is faster in compiled code."""
     wide = x.float()
     inner = math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3)
     return (wide * torch.sigmoid(inner)).to(x.dtype)  # ½(1 + tanh u) = sigmoid(2u)

@@ -213,6 +213,12 @@ class SpeedConfig(Section):
         "which the first step waits for the compiler; auto: on a GPU, in runs of more than about "
         "two minutes",
     )
+    recompute: Literal["auto", True, False] = Field(
+        "auto",
+        description="compute what takes no matrix product again in the backward pass instead of "
+        "keeping it: values of activation functions and, in compiled code, outputs of norms; auto: "
+        "on a CPU; grid.activation_checkpointing recomputes whole blocks",
+    )
     graph: Literal["auto", True, False] = Field(
         "auto",
         description="start forward and backward pass as one CUDA graph; auto: on one GPU, for "

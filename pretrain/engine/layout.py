@@ -9,7 +9,7 @@ from pretrain.distributed.grid import Grid, check_grid
 from pretrain.engine.engine import micro_batches
 from pretrain.engine.precision import with_precision
 from pretrain.engine.sizes import Layout
-from pretrain.engine.speed import records_passes
+from pretrain.engine.speed import recomputes_selectively, records_passes
 
 
 def empty_grid(config: Config, device: str, count: int) -> Grid:
@@ -50,6 +50,7 @@ def layout_of(config: Config, device: str, count: int, base: float, slack: float
         micro=micro,
         count=passes,
         recompute=config.grid.activation_checkpointing,
+        selective=recomputes_selectively(config, device),
         flat=config.is_flat,
         recorded=records_passes(config, grid),
         sequence=grid.sequence_parallel,

@@ -106,7 +106,7 @@ def _kept(sizes: Sizes, layout: Layout) -> float:
         if sizes.key_value_width < sizes.query_width
         else 2 * sizes.query_width + 2 * sizes.key_value_width
     )
-    inner = (3 if sizes.gated else 2) * sizes.ffn
+    inner = ((3 if sizes.gated else 2) - layout.selective) * sizes.ffn
     tokens = sizes.context * layout.micro
     kept = tokens * layout.width * (norms + 2 * sizes.hidden + (shared + inner) / layout.tensor)
     return kept + tokens * sizes.context * sizes.heads / layout.tensor * _of_scores(sizes, layout)

@@ -139,6 +139,8 @@ class Layout:
     count: int
     """Micro batches of a process in a step."""
     recompute: bool
+    selective: bool = False
+    """Whether values of activation functions are computed again."""
     flat: bool = False
     """Whether updates are made on flat buffers, without DeepSpeed."""
     recorded: bool = False

@@ -50,12 +50,25 @@ def choose_kernels(config: Config, grid: Grid) -> Kernels:
     by_flex = on_gpu and speed.attention != "products" and config.model.head_size >= _FLEX_HEAD
     return Kernels(
         recompute=config.grid.activation_checkpointing,
+        selective=recomputes_selectively(config, grid.device.type),
         attention=attention,
         documents="flex" if by_flex else "products",
         joined=on_gpu,
         loss_bytes=speed.loss_bytes(grid.device.type, fused and grid.tensor == 1),
         compiled=fused,
     )
+
+
+def recomputes_selectively(config: Config, device: str) -> bool:
+    """Whether the backward pass computes again what takes no product (`speed.recompute`).
+
+    Args:
+        device: device type, cpu or cuda.
+    """
+    if config.grid.activation_checkpointing:  # of whole blocks
+        return False
+    choice = config.speed.recompute
+    return device == "cpu" if choice == "auto" else choice
 
 
 def compiles(config: Config, grid: Grid) -> bool:

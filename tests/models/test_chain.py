@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kept import kept
 from models.block import Chain
 from models.config import GPTConfig
 from models.gpt import GPT
@@ -50,7 +51,7 @@ def trained(model: GPT, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_chain_is_its_blocks(name: str, documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, gradients and logits, bit by bit, if nothing is compiled."""
-    monkeypatch.setattr("models.block.compiled", lambda function: function)
+    monkeypatch.setattr("models.block.compiled", lambda function, _: function)
     monkeypatch.setattr("models.loss._compiled_steps", lambda: _steps)
     tokens, found = drawn(CONTEXT + 1), []
     for recompute in (False, True):  # recomputed blocks are in no chain
@@ -68,12 +69,13 @@ def test_a_chain_is_its_blocks(name: str, documents: bool, monkeypatch: pytest.M
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("selective", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_compiled_chain(name: str) -> None:
+def test_a_compiled_chain(name: str, selective: bool) -> None:
     tokens, config = drawn(CONTEXT + 1), config_of(**MODELS[name])
     (loss, gradients), (other_loss, others) = (
-        trained(GPT(config, ParameterFactory(1), Kernels(compiled=compiles)).double(), tokens)
-        for compiles in (True, False)
+        trained(GPT(config, ParameterFactory(1), kernels).double(), tokens)
+        for kernels in (Kernels(compiled=True, selective=selective), Kernels())
     )
     torch.testing.assert_close(loss, other_loss, rtol=1e-6, atol=0.0)
     for key, gradient in gradients.items():
@@ -84,7 +86,7 @@ def test_one_code_serves_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler would make a second one if tensors differed in shape, strides or gradient."""
     seen = []
 
-    def noted(function: Any) -> Any:
+    def noted(function: Any, _: bool) -> Any:
         def run(x: Tensor, more: Tensor, starts: Tensor | None) -> Any:
             seen.append(tuple((one.shape, one.stride(), one.requires_grad) for one in (x, more)))
             return function(x, more, starts)
@@ -99,32 +101,48 @@ def test_one_code_serves_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(seen) == 3 and len(set(seen)) == 1
 
 
-def kept(model: GPT) -> int:
-    """Bytes that the layers keep for the backward pass, without parameters."""
-    parameters = {one.untyped_storage().data_ptr() for one in model.parameters()}
-    sizes: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        x: Any = drawn(CONTEXT)
-        for function in model.functions[:-1]:
-            x = function(x)
-    return sum(sizes.values())
+def passed(model: GPT) -> Tensor:
+    """The hidden states after the last norm."""
+    x: Any = drawn(CONTEXT)
+    for function in model.functions[:-1]:
+        x = function(x)
+    hidden: Tensor = x
+    return hidden
 
 
+def kept_by_a_layer(kernels: Kernels, dtype: torch.dtype, **more: Any) -> float:
+    """In units of a hidden state."""
+    models = (
+        GPT(config_of(num_layers=layers, **more), ParameterFactory(1), kernels).to(dtype)
+        for layers in (2, 4)
+    )
+    sizes = [kept(partial(passed, model), model) for model in models]
+    return (sizes[1] - sizes[0]) / 2 / (BATCH * CONTEXT * WIDTH * dtype.itemsize)
+
+
+@pytest.mark.parametrize("selective", [False, True])
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_layer_keeps_for_the_backward_pass(joined: bool, dtype: torch.dtype) -> None:
-    """In units of a hidden state: inputs and outputs of two norms (4), queries, keys, values (3),
-    mixed values (1, and without their mean 1 in bf16), the MLP's (8), and some small tensors."""
-    sizes = []
-    for layers in (2, 4):
-        config = config_of(num_layers=layers, dialect="gpt2")
-        sizes.append(kept(GPT(config, ParameterFactory(1), Kernels(joined=joined)).to(dtype)))
-    layer = (sizes[1] - sizes[0]) / 2 / (BATCH * CONTEXT * WIDTH * dtype.itemsize)
-    assert layer <= (16 if dtype == torch.float32 else 17) + 1
+def test_what_a_layer_keeps(joined: bool, dtype: torch.dtype, selective: bool) -> None:
+    """Inputs and outputs of two norms (4), queries, keys and values (3), mixed values (1, and
+    without their mean 1 in bf16), the MLP's (8, or 4 without GELU's values), and small tensors."""
+    layer = kept_by_a_layer(Kernels(joined=joined, selective=selective), dtype, dialect="gpt2")
+    wanted = 16 + (dtype == torch.bfloat16) - 4 * selective
+    assert wanted <= layer <= wanted + 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_compiled_code_computes_no_product_again(dialect: str) -> None:
+    """It keeps at least a quarter less with `selective`, and has as many products."""
+    found, products = [], []
+    for selective in (False, True):
+        kernels = Kernels(compiled=True, selective=selective)
+        found.append(kept_by_a_layer(kernels, torch.float32, **DIALECTS[dialect]))
+        model = GPT(config_of(**DIALECTS[dialect]), ParameterFactory(1), kernels)
+        trained(model, drawn(CONTEXT + 1))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            trained(model, drawn(CONTEXT + 1))
+        names = [event.name for event in profile.events()]
+        products.append([names.count(f"aten::{name}") for name in ("mm", "addmm", "bmm")])
+    assert found[1] < 0.75 * found[0] and products[0] == products[1] and sum(products[0]) > 30

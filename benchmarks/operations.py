@@ -86,14 +86,17 @@ def count(case: str, precision: str) -> dict[str, int]:
 
 
 def _profiled(step: Step) -> dict[str, int]:
-    """Kernels of the compiler, and operations that have no others inside them, without views."""
+    """Kernels of the compiler, and operations that have no others inside them, without views.
+
+    Attention counts as one operation, whatever its kernel for a CPU consists of.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     counts: Counter[str] = Counter()
     for event in profile.events():
         if "_fused_" in event.name and not event.name.startswith("aten::"):
             counts["compiled kernel"] += 1
-        elif _computes(event) and not _inside_foreach(event) and _is_innermost(event):
+        elif _computes(event) and not _is_inside_one(event) and _is_innermost(event):
             counts[event.name] += 1
     return dict(counts)
 
@@ -101,21 +104,25 @@ def _profiled(step: Step) -> dict[str, int]:
 _VIEWS = frozenset((
     "_local_scalar_dense", "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach",
     "detach_", "empty", "empty_like", "empty_strided", "expand", "flatten", "is_nonzero", "item",
-    "lift_fresh", "narrow", "permute", "reshape", "resize_", "resolve_conj", "resolve_neg",
-    "result_type", "select", "set_", "slice", "split", "split_with_sizes", "t", "to", "transpose",
-    "unbind", "unflatten", "unsqueeze", "view", "zeros", "zeros_like",
+    "lift_fresh", "narrow", "new_empty_strided", "permute", "reshape", "resize_", "resolve_conj",
+    "resolve_neg", "result_type", "select", "set_", "slice", "split", "split_with_sizes", "squeeze",
+    "t", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "zeros", "zeros_like",
 ))  # fmt: skip
 """Operations that start nothing on a device, or only others."""
 
 
-def _is_innermost(event: Any) -> bool:
-    return "_foreach_" in event.name or not any(map(_computes, event.cpu_children))
+def _is_one(event: Any) -> bool:
+    """Whether it counts as one operation, because its parts are those of a CPU's kernel."""
+    return "_foreach_" in event.name or "_dot_product_flash_attention" in event.name
 
 
-def _inside_foreach(event: Any) -> bool:
-    """Whether it is the loop over tensors that stands for a GPU's one kernel."""
+def _is_inside_one(event: Any) -> bool:
     parent = event.cpu_parent
-    return parent is not None and ("_foreach_" in parent.name or _inside_foreach(parent))
+    return parent is not None and (_is_one(parent) or _is_inside_one(parent))
+
+
+def _is_innermost(event: Any) -> bool:
+    return _is_one(event) or not any(map(_computes, event.cpu_children))
 
 
 def _computes(event: Any) -> bool:
@@ -133,7 +140,8 @@ def _as_on(kind: str, precision: str, compiled: bool) -> Iterator[None]:
     from pretrain.engine.speed import choose_kernels
 
     def chosen(*given: Any) -> Kernels:
-        return replace(choose_kernels(*given), joined=True, attention="sdpa", compiled=compiled)
+        on_cpu = choose_kernels(*given)
+        return replace(on_cpu, joined=True, selective=False, attention="sdpa", compiled=compiled)
 
     with (
         patch("models.wide_sums._sums_narrowly", lambda _: False),

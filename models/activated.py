@@ -33,7 +33,7 @@ def activation(kind: Activation, parts: tuple[Tensor, ...]) -> Tensor:
 def activated_linear(
     kind: Activation, parts: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """`activation` times a weight, plus a bias; the same numbers, bit by bit.
+    """`activation` times a weight, plus a bias; contiguous tensors give the same bits.
 
     Args:
         parts: ``[..., width]`` each.

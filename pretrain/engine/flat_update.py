@@ -156,6 +156,8 @@ class FlatUpdate:
         nothing."""
         if self.micro_batches_done < self._count:
             return
+        for bucket in self._buckets:
+            bucket.require_gradient()
         try:
             self._step()
         finally:
@@ -295,9 +297,19 @@ class _Bucket:
                 self.buffer.allocate_gradient()
             torch._foreach_copy_(self._views, gradients)
         else:
+            self.require_gradient()
             torch._foreach_add_(self._views, gradients)
         for parameter in self._parameters:
             parameter.grad = None
+
+    def require_gradient(self) -> None:
+        """Refuse to touch a gradient without memory: PyTorch would end the process.
+
+        Raises:
+            RuntimeError: if there was no first micro batch since the last update.
+        """
+        if not self.buffer.has_gradient():
+            raise RuntimeError("the update has no gradients: call begin() before each update")
 
     def remove(self) -> None:
         """Remove the hooks."""

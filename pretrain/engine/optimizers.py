@@ -127,7 +127,11 @@ def _merged(groups: Groups) -> Groups:
     """One group for each set of settings, whatever the groups' names."""
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for group in groups:
-        settings = {key: value for key, value in group.items() if key not in _NOT_SETTINGS}
+        settings = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in group.items()
+            if key not in _NOT_SETTINGS
+        }
         same = merged.setdefault(tuple(sorted(settings.items())), settings | {"params": []})
         same["params"].extend(group["params"])
     return list(merged.values())

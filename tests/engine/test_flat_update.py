@@ -234,6 +234,12 @@ def test_gradients_have_memory_during_an_update_only(count: int, keeps: bool) ->
             with pytest.raises(KeyboardInterrupt) if ends else nullcontext():
                 update.step()
             assert held() == {number < count - 1 or keeps}
+    if not keeps:  # PyTorch would end the process
+        with pytest.raises(RuntimeError, match="call begin"):
+            update.step()
+        loss = update(tokens, partial(mean_loss, labels=tokens))
+        with pytest.raises(RuntimeError, match="call begin"):
+            update.backward(loss)
 
 
 def test_padding_of_a_new_gradient_is_zero() -> None:
@@ -267,6 +273,7 @@ def test_groups_with_equal_settings_are_one_step(
         optimizer = kind(groups, lr=1e-2, fused=True)
         optimizer.register_step_pre_hook(lambda it, *_: seen.append(len(it.param_groups)))
         for step in range(4):
+            optimizer.param_groups[step % 3]["betas"] = [0.9, 0.999]  # as JSON gives them back
             optimizer.param_groups[1]["weight_decay"] = decays[1] * (1 + step % 2)
             for owner in owners:
                 owner.grad = torch.randn(owner.shape, generator=torch.Generator().manual_seed(step))

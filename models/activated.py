@@ -7,17 +7,20 @@ again takes one pass over memory. This is a part of selective recomputation (Kor
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+from models.config import ActivationFunction
+
+_FORM = {"gelu": "none", "gelu_tanh": "tanh"}
+"""What PyTorch calls a GELU."""
 
 
-def activation(kind: Activation, parts: tuple[Tensor, ...]) -> Tensor:
+def activation(kind: ActivationFunction, parts: tuple[Tensor, ...]) -> Tensor:
     """GELU of one tensor, or SiLU of a gate times another tensor.
 
     Args:
@@ -27,11 +30,11 @@ def activation(kind: Activation, parts: tuple[Tensor, ...]) -> Tensor:
         gate, inner = parts
         return F.silu(gate) * inner
     (inner,) = parts
-    return F.gelu(inner, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return F.gelu(inner, approximate=_FORM[kind])
 
 
 def activated_linear(
-    kind: Activation, parts: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None
+    kind: ActivationFunction, parts: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """`activation` times a weight, plus a bias; contiguous tensors give the same bits.
 
@@ -50,7 +53,7 @@ def activated_linear(
 class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kind: Activation, weight: Tensor, bias: Tensor | None, *parts: Tensor
+        ctx: Any, kind: ActivationFunction, weight: Tensor, bias: Tensor | None, *parts: Tensor
     ) -> Tensor:
         ctx.save_for_backward(weight, *parts)
         ctx.kind, ctx.has_bias = kind, bias is not None
@@ -76,11 +79,12 @@ class _ActivatedLinear(torch.autograd.Function):
         return None, of_weight, of_bias, *of_parts
 
 
-def _differentiated(kind: Activation, upstream: Tensor, parts: list[Tensor]) -> list[Tensor]:
+def _differentiated(
+    kind: ActivationFunction, upstream: Tensor, parts: list[Tensor]
+) -> list[Tensor]:
     """The gradients of the parts, given that of `activation`."""
     if kind == "swiglu":
         gate, inner = parts
         of_gate = torch.ops.aten.silu_backward(upstream * inner, gate)
         return [of_gate, upstream * F.silu(gate)]
-    form = "tanh" if kind == "gelu_tanh" else "none"
-    return [torch.ops.aten.gelu_backward(upstream, *parts, approximate=form)]
+    return [torch.ops.aten.gelu_backward(upstream, *parts, approximate=_FORM[kind])]

@@ -20,6 +20,7 @@ class Dialect(StrEnum):
     VIT = "vit"
 
 
+ActivationFunction = Literal["gelu", "gelu_tanh", "swiglu"]
 PRESETS: dict[str, dict[str, Any]] = {
     # Pythia / GPT-NeoX: partial rotary, parallel residual, untied (Biderman et al. 2023).
     Dialect.GPT_NEOX: {
@@ -118,7 +119,7 @@ class GPTConfig(BaseModel):
         "layernorm", description="before attention, before the MLP, and at the end"
     )
     norm_epsilon: float = Field(1e-5, gt=0, description="added to the variance")
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = Field(
+    activation: ActivationFunction = Field(
         "gelu_tanh", description="of the MLP; swiglu has a gate (Shazeer 2020)"
     )
     biases: bool = Field(True, description="matrices of the blocks have biases")

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.activated import Activation, activated_linear, activation
+from models.activated import activated_linear, activation
+from models.config import ActivationFunction
 
-KINDS: tuple[Activation, ...] = get_args(Activation)
+KINDS: tuple[ActivationFunction, ...] = get_args(ActivationFunction)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -46,7 +47,7 @@ def test_values_and_gradients(seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_kept(kind: Activation) -> None:
+def test_what_is_kept(kind: ActivationFunction) -> None:
     """The weight and the parts; not what the activation function returns."""
     parts = tuple(torch.randn(3, 8, requires_grad=True) for _ in range(1 + (kind == "swiglu")))
     weight = torch.randn(4, 8, requires_grad=True)
